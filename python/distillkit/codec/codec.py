@@ -1,0 +1,358 @@
+"""`Codec`: sparse teacher distributions ↔ bytes.
+
+Shape legend: R rows (positions), k stored ids a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distillkit import _native
+from distillkit.codec.config import (
+    CodecConfig,
+    DistributionQuantizationConfig,
+    LegacyLogitCompressionConfig,
+    codec_config,
+)
+from distillkit.errors import CorruptDataError, InputError, TruncatedDataError, UnsupportedVersionError
+from distillkit.topk import is_tensor, native_logits, sparse_from_logits
+from distillkit.types import Array, SparseLogprobs
+
+if TYPE_CHECKING:
+    import torch
+
+    from distillkit.codec.torch_decode import TorchDecoder
+
+__all__ = ["Codec"]
+
+_VERSIONS = {"quantized": 1, "legacy": 1}
+"""The newest version of each format that this release writes and reads (rust/codec/FORMAT.md)."""
+_CONFIGS = {"quantized": DistributionQuantizationConfig, "legacy": LegacyLogitCompressionConfig}
+
+
+class Codec:
+    """Encodes and decodes rows of one configuration.
+
+    numpy in, numpy out; torch in, torch out on the same device. A row is the published layout: the values' bytes,
+    then the ids' bytes.
+
+    Args:
+        config: a configuration, or a mapping as `codec_config` takes it.
+
+    Attributes:
+        config: the configuration.
+        format: "quantized" or "legacy".
+        version: version of that format.
+        k: stored ids a row.
+        vocab_size: ids are below this.
+        value_bytes, id_bytes, bytes_per_token: bytes of a row's values, of its ids, and of both.
+        warnings: what is valid in the configuration but probably not wanted.
+
+    Raises:
+        ConfigError: the configuration is not valid.
+    """
+
+    def __init__(self, config: CodecConfig | Mapping[str, Any]) -> None:
+        self.config: CodecConfig = codec_config(config)
+        self.format: str = self.config.format
+        self.version: int = _VERSIONS[self.format]
+        self._native = _native.Codec(self.format, self.config.model_dump_json())
+        self.k: int = self._native.k
+        self.vocab_size: int = self._native.vocab_size
+        self.value_bytes: int = self._native.value_bytes
+        self.id_bytes: int = self._native.id_bytes
+        self.bytes_per_token: int = self.value_bytes + self.id_bytes
+        self.warnings: list[str] = self._native.warnings
+
+    def __repr__(self) -> str:
+        return f"Codec({self.config!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Codec) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
+
+    def __reduce__(self) -> tuple[Any, tuple[CodecConfig]]:
+        return Codec, (self.config,)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Format, version and configuration, JSON-able: what a shard's header holds."""
+        return {"format": self.format, "version": self.version, "config": json.loads(self._native.config_json)}
+
+    @staticmethod
+    def from_dict(description: Mapping[str, Any]) -> Codec:
+        """The codec that `to_dict` described.
+
+        Raises:
+            UnsupportedVersionError: the format or its version is not known to this release.
+            CorruptDataError: the description is not one.
+            ConfigError: its configuration is not valid.
+        """
+        name, version, config = (description.get(key) for key in ("format", "version", "config"))
+        if not isinstance(name, str) or not isinstance(version, int) or not isinstance(config, Mapping):
+            raise CorruptDataError(f"a codec is described by format, version and config; found {dict(description)!r}")
+        if name not in _VERSIONS or version > _VERSIONS[name] or version < 1:
+            known = ", ".join(f"{known} up to version {newest}" for known, newest in _VERSIONS.items())
+            raise UnsupportedVersionError(
+                f"the data is in codec format '{name}' version {version}; this release reads {known}: update distillkit"
+            )
+        return Codec(_CONFIGS[name](**config))
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def encode(self, ids: Array, logprobs: Array) -> Any:
+        """Encodes rows.
+
+        Args:
+            ids: (..., k) integers, distinct in a row, each below `vocab_size`.
+            logprobs: (..., k) floats, log-probabilities under the full softmax. Rows that are not descending are
+            sorted (stable).
+
+        Returns:
+            (..., bytes_per_token) uint8.
+
+        Raises:
+            InputError: wrong shapes or dtypes, values that are not finite or not log-probabilities, ids repeated or
+            out of range.
+        """
+        if is_tensor(ids) and is_tensor(logprobs):
+            return self._encode_tensors(ids, logprobs)
+        if is_tensor(ids) or is_tensor(logprobs):
+            raise InputError(
+                f"ids is a {type(ids).__name__} and logprobs a {type(logprobs).__name__}: pass two of a kind"
+            )
+        ids, logprobs = np.asarray(ids), np.asarray(logprobs)
+        if ids.dtype.kind not in "iu" or logprobs.dtype.kind != "f":
+            raise InputError(f"ids must be integers and logprobs floats, got {ids.dtype} and {logprobs.dtype}")
+        if ids.shape != logprobs.shape or ids.ndim == 0 or ids.shape[-1] != self.k:
+            raise InputError(
+                f"ids and logprobs must both have shape (..., k = {self.k}), got {ids.shape} and {logprobs.shape}"
+            )
+        data = self._native.encode(
+            np.ascontiguousarray(ids, dtype=np.int64).reshape(-1, self.k),
+            np.ascontiguousarray(logprobs, dtype=np.float32).reshape(-1, self.k),
+        )
+        return data.reshape(*ids.shape[:-1], self.bytes_per_token)
+
+    def _encode_tensors(self, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        # numpy has no bfloat16; float32 holds its values exactly.
+        data = self.encode(ids.detach().cpu().numpy(), logprobs.detach().float().cpu().numpy())
+        return torch.from_numpy(data).to(ids.device)
+
+    def decode(self, data: Any) -> tuple[Any, Any]:
+        """Decodes rows, by rank.
+
+        Args:
+            data: (..., bytes_per_token) uint8.
+
+        Returns:
+            ids (..., k) int64 and logprobs (..., k) float32.
+
+        Raises:
+            InputError: not uint8.
+            TruncatedDataError: the last axis has another length.
+            CorruptDataError: ids outside the vocabulary, values that are not finite, unused bits that are set.
+        """
+        if is_tensor(data):
+            if data.device.type != "cpu":
+                return self.decode_torch(data)
+            import torch
+
+            ids, logprobs = self.decode(data.numpy())
+            return torch.from_numpy(ids), torch.from_numpy(logprobs)
+        data = np.asarray(data)
+        self._check_row_bytes(data)
+        ids, logprobs = self._native.decode(np.ascontiguousarray(data).reshape(-1, self.bytes_per_token))
+        shape = (*data.shape[:-1], self.k)
+        return ids.reshape(shape), logprobs.reshape(shape)
+
+    def decode_torch(self, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decodes rows with torch operations, on the tensor's own device.
+
+        Ids and exact values equal `decode`'s bit for bit, and so do the others unless the device sums or multiplies
+        differently (running
+        sums of `delta_encoding` on an accelerator: to 1e-6 relative). The content is not checked: rows come from
+        checked documents.
+
+        Args:
+            data: (..., bytes_per_token) uint8.
+
+        Returns:
+            ids (..., k) int64 and logprobs (..., k) float32, on the tensor's device.
+
+        Raises:
+            InputError: not uint8.
+            TruncatedDataError: the last axis has another length.
+        """
+        self._check_row_bytes(data)
+        return self._torch_decoder(data)
+
+    @cached_property
+    def _torch_decoder(self) -> TorchDecoder:
+        from distillkit.codec.torch_decode import TorchDecoder
+
+        return TorchDecoder(self.config, self._native.terms(), self._native.id_bits)
+
+    def _check_row_bytes(self, data: Any) -> None:
+        if str(data.dtype).removeprefix("torch.") != "uint8":
+            raise InputError(f"data must be uint8, got {data.dtype}")
+        if data.ndim == 0 or data.shape[-1] != self.bytes_per_token:
+            raise TruncatedDataError(
+                f"a row of this codec has {self.bytes_per_token} bytes, found shape {tuple(data.shape)}"
+            )
+
+    def encode_logits(self, logits: Array) -> Any:
+        """Top-k, log-softmax and encoding of dense logits, one row at a time.
+
+        Args:
+            logits: (..., V) float32 or float16 array, or float32, bfloat16 or float16 tensor, with V = `vocab_size`.
+
+        Returns:
+            (..., bytes_per_token) uint8, numpy or torch (on the logits' device) as the logits are.
+
+        Raises:
+            InputError: another V or dtype, NaN or +∞, fewer than k finite logits in a row.
+        """
+        if logits.ndim == 0 or logits.shape[-1] != self.vocab_size:
+            raise InputError(
+                f"logits of shape {tuple(logits.shape)} do not end in the codec's vocabulary size, {self.vocab_size}"
+            )
+        if is_tensor(logits) and logits.device.type != "cpu":
+            sparse = sparse_from_logits(logits, self.k)
+            return self.encode(sparse.ids, sparse.logprobs)
+        rows, bfloat16 = native_logits(logits)
+        data = self._native.encode_logits(rows, bfloat16).reshape(*logits.shape[:-1], self.bytes_per_token)
+        if is_tensor(logits):
+            import torch
+
+            return torch.from_numpy(data)
+        return data
+
+    # -- documents -----------------------------------------------------------------------------------------------------
+
+    def encode_document(self, rows: SparseLogprobs) -> bytes:
+        """The bytes of a document's R rows, (R, k) each.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        data = self.encode(rows.ids, rows.logprobs)
+        return bytes((data.cpu().numpy() if is_tensor(data) else data).tobytes())
+
+    def decode_document(self, data: bytes | memoryview, rows: int) -> SparseLogprobs:
+        """The R = `rows` rows of a document, numpy (R, k) each.
+
+        Raises:
+            TruncatedDataError: the bytes are not those of `rows` rows.
+            CorruptDataError: as `decode`.
+        """
+        return SparseLogprobs(*self.decode(self.document_rows(data, rows)))
+
+    def document_rows(self, data: bytes | memoryview, rows: int) -> npt.NDArray[np.uint8]:
+        """A document's bytes as (rows, bytes_per_token) uint8, without a copy.
+
+        Raises:
+            TruncatedDataError: the bytes are not those of `rows` rows.
+        """
+        if len(data) != rows * self.bytes_per_token:
+            raise TruncatedDataError(
+                f"{rows} rows of {self.bytes_per_token} bytes are {rows * self.bytes_per_token} bytes, "
+                f"found {len(data)}"
+            )
+        return np.frombuffer(data, dtype=np.uint8).reshape(rows, self.bytes_per_token)
+
+    # -- published columns ---------------------------------------------------------------------------------------------
+
+    def to_published(self, data: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
+        """Rows as the columns of a published dataset.
+
+        Args:
+            data: (R, bytes_per_token) uint8.
+
+        Returns:
+            quantized: `compressed_logprobs` (R, value_bytes) and `bytepacked_indices` (R, id_bytes) uint8. legacy:
+            `packed_indices`
+            (R, words) uint64, `exact_values` (R, exact_k) and `coeffs` (R, coefficients) float32.
+
+        Raises:
+            InputError, TruncatedDataError: as `decode`.
+        """
+        self._check_row_bytes(data)
+        values, ids = data[..., : self.value_bytes], data[..., self.value_bytes :]
+        if isinstance(self.config, DistributionQuantizationConfig):
+            return {"compressed_logprobs": values, "bytepacked_indices": ids}
+        split = 2 * self.config.exact_k
+        return {
+            "packed_indices": np.ascontiguousarray(ids).view("<u8").astype(np.uint64, copy=False),
+            "exact_values": np.ascontiguousarray(values[..., :split]).view("<f2").astype(np.float32),
+            "coeffs": _from_stored(np.ascontiguousarray(values[..., split:]), self._coefficient_dtype),
+        }
+
+    def from_published(self, columns: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+        """Rows from the columns of a published dataset; the way back from `to_published`, bit for bit.
+
+        `packed_indices` may be int64 (the same words, signed), other columns any float type that holds the stored
+        values.
+
+        Raises:
+            InputError: a column is missing, has another shape, or values that the format does not store exactly.
+        """
+        if isinstance(self.config, DistributionQuantizationConfig):
+            parts = [
+                _column(columns, "compressed_logprobs", self.value_bytes).astype(np.uint8, copy=False),
+                _column(columns, "bytepacked_indices", self.id_bytes).astype(np.uint8, copy=False),
+            ]
+        else:
+            coefficients = self._native.terms().shape[0]
+            words = _column(columns, "packed_indices", self._native.words)
+            parts = [
+                _to_stored("exact_values", _column(columns, "exact_values", self.config.exact_k), "float16"),
+                _to_stored("coeffs", _column(columns, "coeffs", coefficients), self._coefficient_dtype),
+                np.ascontiguousarray(words).astype("<u8").view(np.uint8),
+            ]
+        return np.concatenate(parts, axis=-1)
+
+    @property
+    def _coefficient_dtype(self) -> str:
+        """Stored type of legacy coefficients: the published column is float32, so float64 ones were rounded to it."""
+        assert isinstance(self.config, LegacyLogitCompressionConfig)
+        return "float32" if self.config.term_dtype == "float64" else self.config.term_dtype
+
+
+def _column(columns: Mapping[str, npt.NDArray[Any]], name: str, width: int) -> npt.NDArray[Any]:
+    if name not in columns:
+        raise InputError(f"column {name} is missing; found {', '.join(columns)}")
+    column = np.asarray(columns[name])
+    if column.ndim == 0 or column.shape[-1] != width:
+        raise InputError(
+            f"column {name} has {column.shape[-1] if column.ndim else 'no'} values a row, this codec's has {width}"
+        )
+    return column
+
+
+def _to_stored(name: str, values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
+    """Float values as little-endian bytes of `dtype`, refused where that would change one."""
+    exact = np.ascontiguousarray(values, dtype="<f4")
+    if dtype == "bfloat16":
+        stored = (exact.view("<u4") >> 16).astype("<u2")
+    else:
+        with np.errstate(over="ignore"):
+            stored = exact.astype({"float16": "<f2", "float32": "<f4"}[dtype])
+    if not np.array_equal(_from_stored(stored.view(np.uint8), dtype), exact, equal_nan=True):
+        raise InputError(f"column {name} has values that are not {dtype}, which this codec stores")
+    return stored.view(np.uint8)
+
+
+def _from_stored(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:
+    if dtype == "bfloat16":
+        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return data.view({"float16": "<f2", "float32": "<f4"}[dtype]).astype(np.float32)

@@ -1,0 +1,53 @@
+"""The errors distillkit raises, one tree.
+
+Who is at fault decides the class: a configuration (`ConfigError`), a caller's arrays (`InputError`), stored bytes
+(`CorruptDataError`,
+`TruncatedDataError`, `UnsupportedVersionError`), two things that do not belong together (`MismatchError`), or a
+running teacher (`CaptureError`).
+The native module raises these same classes.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CaptureError",
+    "ConfigError",
+    "CorruptDataError",
+    "DistillKitError",
+    "InputError",
+    "MismatchError",
+    "TruncatedDataError",
+    "UnsupportedVersionError",
+]
+
+
+class DistillKitError(Exception):
+    """Base class of every error that distillkit raises on purpose."""
+
+
+class ConfigError(DistillKitError, ValueError):
+    """A configuration value is unknown, missing or not allowed; the message names it by its dotted path."""
+
+
+class InputError(DistillKitError, ValueError):
+    """An array or argument has the wrong shape, dtype or values."""
+
+
+class CorruptDataError(DistillKitError):
+    """Stored bytes contradict themselves, their checksum or their description."""
+
+
+class TruncatedDataError(CorruptDataError):
+    """Stored bytes end before they should."""
+
+
+class UnsupportedVersionError(DistillKitError):
+    """The data was written in a format version that this release does not read."""
+
+
+class MismatchError(DistillKitError):
+    """Two things do not belong together: tokenizers, vocabularies, codecs, alignments, shards of different datasets."""
+
+
+class CaptureError(DistillKitError):
+    """A teacher returned something that can not be stored."""

@@ -1,0 +1,261 @@
+//! `distillkit._native`: borrow arrays, release the GIL, call the codec, wrap what comes out. Nothing else.
+
+#![expect(clippy::needless_pass_by_value, reason = "extracted arguments are owned")]
+
+use distillkit_codec::{self as core, CodecError, Config, HalfBitsSliceExt, bf16, f16};
+use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+
+mod errors {
+    pyo3::import_exception!(distillkit.errors, ConfigError);
+    pyo3::import_exception!(distillkit.errors, CorruptDataError);
+    pyo3::import_exception!(distillkit.errors, DistillKitError);
+    pyo3::import_exception!(distillkit.errors, InputError);
+    pyo3::import_exception!(distillkit.errors, TruncatedDataError);
+}
+
+/// The one place where core errors become Python exceptions.
+fn raise(error: CodecError) -> PyErr {
+    let message = error.to_string();
+    match error {
+        CodecError::Config { .. } => errors::ConfigError::new_err(message),
+        CodecError::Input(_) => errors::InputError::new_err(message),
+        CodecError::Corrupt(_) => errors::CorruptDataError::new_err(message),
+        CodecError::Truncated { .. } => errors::TruncatedDataError::new_err(message),
+        _ => errors::DistillKitError::new_err(message),
+    }
+}
+
+/// Runs `work` without the GIL.
+fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> core::Result<T> + Send) -> PyResult<T> {
+    py.detach(work).map_err(raise)
+}
+
+fn contiguous<'a, T: numpy::Element>(name: &str, array: &'a PyReadonlyArray2<'_, T>) -> PyResult<&'a [T]> {
+    array.as_slice().map_err(|_| errors::InputError::new_err(format!("{name} must be C-contiguous")))
+}
+
+/// Dense logits in one of the types they come in; 16-bit types arrive as their bits.
+#[derive(FromPyObject)]
+enum Logits<'py> {
+    #[pyo3(transparent)]
+    Float32(PyReadonlyArray2<'py, f32>),
+    #[pyo3(transparent)]
+    Bits16(PyReadonlyArray2<'py, u16>),
+}
+
+/// Calls `$run` with the logits as a slice of their type.
+macro_rules! with_logits {
+    ($logits:expr, $bfloat16:expr, |$slice:ident, $width:ident| $run:expr) => {
+        match &$logits {
+            Logits::Float32(array) => {
+                let ($slice, $width) = (contiguous("logits", array)?, array.shape()[1]);
+                $run
+            }
+            Logits::Bits16(array) => {
+                let (bits, $width) = (contiguous("logits", array)?, array.shape()[1]);
+                if $bfloat16 {
+                    let $slice = bits.reinterpret_cast::<bf16>();
+                    $run
+                } else {
+                    let $slice = bits.reinterpret_cast::<f16>();
+                    $run
+                }
+            }
+        }
+    };
+}
+
+fn two_dimensional<T: numpy::Element>(py: Python<'_>, data: Vec<T>, rows: usize, columns: usize) -> PyResult<Bound<'_, PyArray2<T>>> {
+    data.into_pyarray(py).reshape([rows, columns])
+}
+
+/// A codec of one configuration. Arrays are C-contiguous; shapes (rows, k), (rows, `bytes_per_row`), (rows, vocabulary).
+#[pyclass(frozen, module = "distillkit._native")]
+struct Codec {
+    inner: core::Codec,
+}
+
+#[pymethods]
+impl Codec {
+    #[new]
+    fn new(format: &str, config_json: &str) -> PyResult<Self> {
+        let inner = Config::from_json(format, config_json).and_then(core::Codec::new).map_err(raise)?;
+        Ok(Self { inner })
+    }
+
+    #[getter]
+    fn k(&self) -> usize {
+        self.inner.k()
+    }
+
+    #[getter]
+    fn vocab_size(&self) -> u64 {
+        self.inner.vocab_size()
+    }
+
+    #[getter]
+    fn value_bytes(&self) -> usize {
+        self.inner.value_bytes()
+    }
+
+    #[getter]
+    fn id_bytes(&self) -> usize {
+        self.inner.id_bytes()
+    }
+
+    #[getter]
+    fn id_bits(&self) -> u32 {
+        match &self.inner {
+            core::Codec::Quantized(format) => format.config().id_bits(),
+            core::Codec::Legacy(format) => format.config().id_bits(),
+        }
+    }
+
+    /// Words a row of the legacy format, 0 for others.
+    #[getter]
+    fn words(&self) -> usize {
+        match &self.inner {
+            core::Codec::Quantized(_) => 0,
+            core::Codec::Legacy(format) => format.config().words(),
+        }
+    }
+
+    /// The configuration with every default filled in, as JSON.
+    #[getter]
+    fn config_json(&self) -> PyResult<String> {
+        let json = match &self.inner {
+            core::Codec::Quantized(format) => serde_json::to_string(format.config()),
+            core::Codec::Legacy(format) => serde_json::to_string(format.config()),
+        };
+        json.map_err(|error| errors::DistillKitError::new_err(error.to_string()))
+    }
+
+    /// What is valid but probably not wanted.
+    #[getter]
+    fn warnings(&self) -> Vec<String> {
+        match &self.inner {
+            core::Codec::Quantized(format) => format.config().warnings(),
+            core::Codec::Legacy(_) => Vec::new(),
+        }
+    }
+
+    /// (terms, approximated ranks) float64: the terms as a decoder evaluates them.
+    fn terms<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray2<f64>>> {
+        let (terms, m, n) = match &self.inner {
+            core::Codec::Quantized(format) => (format.terms(), format.config().terms().len(), format.config().approximated()),
+            core::Codec::Legacy(format) => (format.terms(), format.config().terms().len(), format.config().approximated()),
+        };
+        two_dimensional(py, terms.to_vec(), m, n)
+    }
+
+    fn encode<'py>(
+        &self,
+        py: Python<'py>,
+        ids: PyReadonlyArray2<'py, i64>,
+        logprobs: PyReadonlyArray2<'py, f32>,
+    ) -> PyResult<Bound<'py, PyArray2<u8>>> {
+        let (rows, bytes) = (ids.shape()[0], self.inner.bytes_per_row());
+        let (ids, logprobs) = (contiguous("ids", &ids)?, contiguous("logprobs", &logprobs)?);
+        let data = detached(py, || {
+            let mut data = vec![0; rows * bytes];
+            self.inner.encode(ids, logprobs, &mut data)?;
+            Ok(data)
+        })?;
+        two_dimensional(py, data, rows, bytes)
+    }
+
+    #[expect(clippy::type_complexity, reason = "two arrays")]
+    fn decode<'py>(
+        &self,
+        py: Python<'py>,
+        data: PyReadonlyArray2<'py, u8>,
+    ) -> PyResult<(Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<f32>>)> {
+        let (rows, k) = (data.shape()[0], self.inner.k());
+        let data = contiguous("data", &data)?;
+        let (ids, logprobs) = detached(py, || {
+            let (mut ids, mut logprobs) = (vec![0; rows * k], vec![0.0; rows * k]);
+            self.inner.decode(data, &mut ids, &mut logprobs)?;
+            Ok((ids, logprobs))
+        })?;
+        Ok((two_dimensional(py, ids, rows, k)?, two_dimensional(py, logprobs, rows, k)?))
+    }
+
+    fn encode_logits<'py>(&self, py: Python<'py>, logits: Logits<'py>, bfloat16: bool) -> PyResult<Bound<'py, PyArray2<u8>>> {
+        let bytes = self.inner.bytes_per_row();
+        with_logits!(logits, bfloat16, |slice, width| {
+            let rows = slice.len() / width.max(1);
+            let data = detached(py, || {
+                let mut data = vec![0; rows * bytes];
+                self.inner.encode_logits(slice, width, &mut data)?;
+                Ok(data)
+            })?;
+            two_dimensional(py, data, rows, bytes)
+        })
+    }
+}
+
+/// ids (rows, k), logprobs (rows, k) and logsumexp (rows,) of dense logits.
+#[pyfunction]
+#[expect(clippy::type_complexity, reason = "three arrays")]
+fn topk<'py>(
+    py: Python<'py>,
+    logits: Logits<'py>,
+    k: usize,
+    bfloat16: bool,
+) -> PyResult<(Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<f32>>, Bound<'py, PyArray1<f32>>)> {
+    with_logits!(logits, bfloat16, |slice, width| {
+        let rows = slice.len() / width.max(1);
+        let (ids, logprobs, logsumexp) = detached(py, || {
+            let (mut ids, mut logprobs, mut logsumexp) = (vec![0; rows * k], vec![0.0; rows * k], vec![0.0; rows]);
+            core::topk(slice, width, k, &mut ids, &mut logprobs, &mut logsumexp)?;
+            Ok((ids, logprobs, logsumexp))
+        })?;
+        Ok((two_dimensional(py, ids, rows, k)?, two_dimensional(py, logprobs, rows, k)?, logsumexp.into_pyarray(py)))
+    })
+}
+
+/// Packs each row of `values`; (rows, n) uint64 → (rows, bytes) uint8.
+#[pyfunction]
+fn pack_bits<'py>(py: Python<'py>, values: PyReadonlyArray2<'py, u64>, width: u32) -> PyResult<Bound<'py, PyArray2<u8>>> {
+    let (rows, n) = (values.shape()[0], values.shape()[1]);
+    let values = contiguous("values", &values)?;
+    let bytes = core::bits::packed_len(n, width.min(64));
+    let data = detached(py, || {
+        let mut data = vec![0; rows * bytes];
+        if bytes > 0 {
+            for (row, out) in data.chunks_mut(bytes).enumerate() {
+                core::bits::pack(&values[row * n..(row + 1) * n], width, out).map_err(|error| error.at_row(row))?;
+            }
+        }
+        Ok(data)
+    })?;
+    two_dimensional(py, data, rows, bytes)
+}
+
+/// Unpacks `count` values from each row of `data`; (rows, bytes) uint8 → (rows, count) uint64.
+#[pyfunction]
+fn unpack_bits<'py>(py: Python<'py>, data: PyReadonlyArray2<'py, u8>, width: u32, count: usize) -> PyResult<Bound<'py, PyArray2<u64>>> {
+    let (rows, bytes) = (data.shape()[0], data.shape()[1]);
+    let data = contiguous("data", &data)?;
+    let values = detached(py, || {
+        let mut values = vec![0; rows * count];
+        for row in 0..rows {
+            let out = &mut values[row * count..(row + 1) * count];
+            core::bits::unpack(&data[row * bytes..(row + 1) * bytes], width, out).map_err(|error| error.at_row(row))?;
+        }
+        Ok(values)
+    })?;
+    two_dimensional(py, values, rows, count)
+}
+
+/// Native parts of distillkit; use the Python modules over it.
+#[pymodule]
+mod _native {
+    #[pymodule_export]
+    use super::{Codec, pack_bits, topk, unpack_bits};
+
+    #[pymodule_export]
+    #[expect(non_upper_case_globals, reason = "Python's name for it")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

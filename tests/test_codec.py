@@ -1,0 +1,378 @@
+"""The codec against the published vectors, against its own promises, and against bad input."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distillkit.codec import Codec, DistributionQuantizationConfig, LegacyLogitCompressionConfig, codec_config, preset
+from distillkit.errors import (
+    ConfigError,
+    CorruptDataError,
+    InputError,
+    TruncatedDataError,
+    UnsupportedVersionError,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text())
+# Half a unit in the last place, relative: what one rounding to a type can change.
+HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-23, "float64": 2.0**-23}
+
+
+def golden(name: str) -> tuple[Codec, dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    """Codec, recorded arrays, and the recorded bytes as rows."""
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        recorded = {key: arrays[key] for key in arrays.files}
+    key = "legacy_logit_compression" if CASES[name]["format"] == "legacy" else "logprob_compressor"
+    codec = Codec({key: CASES[name]["config"]})
+    return (
+        codec,
+        recorded,
+        codec.from_published({k: v for k, v in recorded.items() if not k.startswith(("in_", "out_"))}),
+    )
+
+
+def published_tolerance(codec: Codec, recorded: dict[str, np.ndarray[Any, Any]]) -> tuple[np.ndarray[Any, Any], float]:
+    """How far the published decoder's roundings (FORMAT.md §2.3) can take it: exact ranks, and the others."""
+    out = np.abs(recorded["out_logprobs"])
+    if isinstance(codec.config, LegacyLogitCompressionConfig):
+        # A float32 sum of terms much larger than the result, in whatever order it was added.
+        terms = codec._native.terms()
+        parts = np.abs(recorded["coeffs"]) @ np.abs(terms) if terms.size else np.zeros(1)
+        return np.zeros_like(out), float(parts.max() * 2.0**-22)
+    config = codec.config
+    rounded_sum = config.delta_encoding
+    exact = out * HALF_ULP[config.exact_dtype] * 1.01 + 1e-6 if rounded_sum else np.zeros_like(out)
+    rest = 1e-5
+    if config.residual_bins or rounded_sum or not config.polynomial_terms:
+        rest += 2.02 * HALF_ULP[config.exact_dtype] * float(out.max())
+    if config.term_dtype in ("float16", "bfloat16"):
+        # Values, and with delta encoding their running sums, pass through 16 bits.
+        steps = codec.k - config.exact_k if config.delta_encoding else 1
+        rest += 2.02 * HALF_ULP[config.term_dtype] * float(out.max()) + steps * HALF_ULP[config.term_dtype] * 0.1
+    return exact, rest
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_published_vectors_decode(name: str) -> None:
+    codec, recorded, data = golden(name)
+    ids, logprobs = codec.decode(data)
+    np.testing.assert_array_equal(ids, recorded["out_ids"])
+    exact_k = codec.config.exact_k
+    exact, rest = published_tolerance(codec, recorded)
+    difference = np.abs(logprobs - recorded["out_logprobs"])
+    assert (difference[:, :exact_k] <= exact[:, :exact_k]).all()
+    assert difference[:, exact_k:].max(initial=0.0) <= rest
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_torch_decodes_what_rust_decodes(name: str) -> None:
+    codec, _, data = golden(name)
+    ids, logprobs = codec.decode(data)
+    padded = torch.zeros(data.size + 1, dtype=torch.uint8)  # one byte off: nothing may rely on aligned rows
+    padded[1:] = torch.from_numpy(data).flatten()
+    with torch.inference_mode():
+        torch_ids, torch_logprobs = codec.decode_torch(padded[1:].view(2, -1, data.shape[1]))
+    np.testing.assert_array_equal(torch_ids.flatten(0, 1).numpy(), ids)
+    np.testing.assert_array_equal(torch_logprobs.flatten(0, 1).numpy(), logprobs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_columns_convert_both_ways_bit_for_bit(name: str) -> None:
+    codec, recorded, data = golden(name)
+    for column, values in codec.to_published(data).items():
+        expected = recorded[column].view(np.uint64) if column == "packed_indices" else recorded[column]
+        np.testing.assert_array_equal(values, expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_encodes_close_and_the_published_way(name: str) -> None:
+    """Own bytes: same sizes, ids exact, values close; the oracle's decoder, written from FORMAT.md alone, agrees."""
+    codec, recorded, published = golden(name)
+    data = codec.encode(recorded["in_ids"], recorded["in_logprobs"])
+    assert data.shape == published.shape
+    ids, logprobs = codec.decode(data)
+    np.testing.assert_array_equal(np.sort(ids, axis=1), np.sort(recorded["in_ids"], axis=1))
+    oracle_ids, oracle = reference.decode_row(codec.to_dict(), bytes(data[0]))
+    np.testing.assert_array_equal(oracle_ids, ids[0])
+    np.testing.assert_allclose(logprobs[0], oracle, rtol=2e-5, atol=2e-3 if codec.format == "legacy" else 2e-4)
+    ours = reference.kl_renormalised(recorded["in_logprobs"], logprobs).mean()
+    theirs = reference.kl_renormalised(recorded["in_logprobs"], recorded["out_logprobs"]).mean()
+    # These few rows are half synthetic; on real rows the margin is orders of magnitude (benches/results).
+    assert ours <= 1.1 * theirs + 1e-9, f"KL {ours:.3e}, published encoder {theirs:.3e}"
+
+
+def test_bytes_do_not_depend_on_how_rows_are_batched() -> None:
+    codec, recorded, _ = golden("q_readme_bins")
+    ids, logprobs = (np.tile(recorded[key], (20, 1)) for key in ("in_ids", "in_logprobs"))
+    whole = codec.encode(ids, logprobs)
+    np.testing.assert_array_equal(
+        whole, np.concatenate([codec.encode(ids[i], logprobs[i])[None] for i in range(len(ids))])
+    )
+
+
+def random_config(draw: st.DrawFn) -> DistributionQuantizationConfig:
+    floats = st.sampled_from(["float16", "bfloat16", "float32", "float64"])
+    d = draw(st.sampled_from([2, 3, 255, 256, 257, 49_152, 131_072, 131_073, 262_144]))
+    k = draw(st.integers(1, min(d, 70)))
+    exact_k = draw(st.integers(0, k))
+    terms = draw(st.lists(st.sampled_from([0, 1, 2, 3, "sqrt", "exp"]), max_size=5))
+    bins, left = [], k - exact_k
+    while left and draw(st.booleans()):
+        size = draw(st.integers(1, left))
+        bins.append({"scale_dtype": draw(floats), "element_bits": draw(st.integers(1, 64)), "num_elements": size})
+        left -= size
+    if exact_k < k and not terms and not bins:
+        terms = [0]
+    return DistributionQuantizationConfig(
+        d=d,
+        k=k,
+        exact_k=exact_k,
+        exact_dtype=draw(floats),
+        polynomial_terms=terms,
+        term_dtype=draw(floats),
+        residual_bins=bins,
+        delta_encoding=draw(st.booleans()),
+        error_diffusion=draw(st.booleans()),
+        normalize_t=True,
+    )
+
+
+@st.composite
+def coded_rows(draw: st.DrawFn) -> tuple[Codec, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    if draw(st.booleans()):
+        codec = Codec(random_config(draw))
+    else:
+        d = draw(st.sampled_from([2, 255, 256, 32_000, 65_536, 65_537, 151_936, 2**31, 2**62]))
+        k = draw(st.integers(1, min(d, 70)))
+        codec = Codec(
+            LegacyLogitCompressionConfig(
+                vocab_size=d,
+                k=k,
+                exact_k=draw(st.integers(0, k)),
+                polynomial_degree=draw(st.integers(0, 4)),
+                invert_polynomial=draw(st.booleans()),
+                with_sqrt_term=draw(st.booleans()),
+                term_dtype=draw(st.sampled_from(["float32", "float64", "bfloat16"])),
+            )
+        )
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rows = draw(st.integers(0, 4))
+    spread = draw(st.sampled_from([0.0, 0.1, 3.0, 20.0]))
+    logits = generator.standard_normal((rows, codec.k)) * spread
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True)) - 0.01
+    span = min(codec.vocab_size, 10**6)
+    ids = (
+        np.stack([generator.choice(span, codec.k, replace=False) for _ in range(rows)])
+        if rows
+        else np.zeros((0, codec.k))
+    )
+    # The top of the range as well: the widest ids.
+    return codec, codec.vocab_size - 1 - ids.astype(np.int64), logprobs.astype(np.float32)
+
+
+@settings(max_examples=300, deadline=None)
+@given(coded_rows())
+def test_any_config_round_trips(case: tuple[Codec, np.ndarray[Any, Any], np.ndarray[Any, Any]]) -> None:
+    codec, ids, logprobs = case
+    data = codec.encode(ids, logprobs)
+    assert data.dtype == np.uint8
+    assert data.shape == (len(ids), codec.bytes_per_token)
+    back_ids, back = codec.decode(data)
+    order = np.argsort(-logprobs, axis=1, kind="stable")
+    np.testing.assert_array_equal(back_ids, np.take_along_axis(ids, order, 1))
+    assert np.isfinite(back).all()
+    torch_ids, torch_logprobs = codec.decode_torch(torch.from_numpy(data))
+    np.testing.assert_array_equal(torch_ids.numpy(), back_ids)
+    np.testing.assert_allclose(torch_logprobs.numpy(), back, rtol=1e-6, atol=0)
+    np.testing.assert_array_equal(codec.from_published(codec.to_published(data)), data)
+    if not codec.config.delta_encoding if codec.format == "quantized" else True:
+        exact_k = codec.config.exact_k
+        dtype = codec.config.exact_dtype if codec.format == "quantized" else "float16"
+        exact = torch.from_numpy(np.take_along_axis(logprobs, order, 1)[:, :exact_k]).to(getattr(torch, dtype)).float()
+        np.testing.assert_array_equal(back[:, :exact_k], exact.numpy())
+
+
+@settings(max_examples=200, deadline=None)
+@given(coded_rows(), st.randoms(use_true_random=False))
+def test_arbitrary_bytes_decode_or_are_refused(case: Any, random: Any) -> None:
+    codec, _, _ = case
+    data = np.frombuffer(random.randbytes(3 * codec.bytes_per_token), np.uint8).reshape(3, -1)
+    try:
+        ids, logprobs = codec.decode(data)
+    except CorruptDataError:
+        return
+    assert ((ids >= 0) & (ids < codec.vocab_size)).all()
+    assert np.isfinite(logprobs).all()
+
+
+def test_every_prefix_of_a_document_is_refused() -> None:
+    codec, _, rows = golden("q_small_vocab")
+    data = rows[:2].tobytes()
+    assert codec.encode_document(codec.decode_document(data, 2))[:3] == data[:3]
+    for length in range(len(data)):
+        with pytest.raises(TruncatedDataError, match=f"found {length}"):
+            codec.decode_document(data[:length], 2)
+
+
+BAD_ROWS = [
+    ("is not finite", lambda ids, lp: lp.__setitem__((1, 2), np.nan)),
+    ("is not finite", lambda ids, lp: lp.__setitem__((1, 2), -np.inf)),
+    ("not log-probabilities", lambda ids, lp: lp.__setitem__((1, 0), 3.0)),
+    ("sum to", lambda ids, lp: lp.__setitem__(1, -1e-3)),
+    ("more than once", lambda ids, lp: ids.__setitem__((1, 2), ids[1, 3])),
+    ("outside the vocabulary of 300", lambda ids, lp: ids.__setitem__((1, 2), 300)),
+    ("outside the vocabulary of 300", lambda ids, lp: ids.__setitem__((1, 2), -1)),
+]
+
+
+@pytest.mark.parametrize(("message", "spoil"), BAD_ROWS)
+def test_bad_rows_are_refused_by_row(message: str, spoil: Any) -> None:
+    codec, recorded, _ = golden("q_small_vocab")
+    ids, logprobs = recorded["in_ids"].astype(np.int64), recorded["in_logprobs"].copy()
+    spoil(ids, logprobs)
+    with pytest.raises(InputError, match=f"row 1: .*{message}"):
+        codec.encode(ids, logprobs)
+
+
+def test_wrong_arrays_are_refused() -> None:
+    codec, recorded, data = golden("q_small_vocab")
+    ids, logprobs = recorded["in_ids"], recorded["in_logprobs"]
+    for bad_ids, bad_logprobs in [
+        (ids[:, :5], logprobs[:, :5]),
+        (ids[:3], logprobs),
+        (ids * 1.0, logprobs),
+        (ids, ids),
+    ]:
+        with pytest.raises(InputError):
+            codec.encode(bad_ids, bad_logprobs)
+    with pytest.raises(TruncatedDataError, match="41 bytes"):
+        codec.decode(data[:, :-1])
+    with pytest.raises(InputError, match="uint8"):
+        codec.decode(data.astype(np.int32))
+    with pytest.raises(InputError, match="missing"):
+        codec.from_published({"compressed_logprobs": data[:, :18]})
+    legacy, columns, _ = golden("legacy_readme")
+    with pytest.raises(InputError, match="not float16"):
+        legacy.from_published({**columns, "exact_values": columns["exact_values"] * np.float32(1.0001)})
+
+
+def test_any_layout_of_the_input_is_accepted() -> None:
+    codec, recorded, _ = golden("q_small_vocab")
+    ids, logprobs = recorded["in_ids"], recorded["in_logprobs"]
+    expected = codec.encode(ids, logprobs)
+    read_only = logprobs.copy()
+    read_only.flags.writeable = False
+    shuffled = np.random.default_rng(0).permutation(codec.k)
+    np.testing.assert_array_equal(codec.encode(np.asfortranarray(ids), read_only.astype(np.float64)), expected)
+    np.testing.assert_array_equal(codec.encode(ids[:, shuffled], logprobs[:, shuffled])[:4], expected[:4])
+    tensors = codec.encode(torch.from_numpy(ids), torch.from_numpy(logprobs))
+    np.testing.assert_array_equal(tensors.numpy(), expected)
+    torch_ids, _ = codec.decode(tensors)
+    np.testing.assert_array_equal(torch_ids.numpy(), ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_encode_logits_is_topk_then_encode(dtype: torch.dtype) -> None:
+    codec = Codec(preset("budget", vocab_size=1000))
+    logits = (torch.randn(2, 40, 1000, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
+    exact = torch.log_softmax(logits.double(), -1)
+    ids, logprobs = codec.decode(codec.encode_logits(logits))
+    assert ids.shape == (2, 40, 50)
+    best, _ = exact.sort(dim=-1, descending=True)
+    torch.testing.assert_close(exact.gather(-1, ids), best[..., :50])  # ties may come in any order
+    torch.testing.assert_close(logprobs[..., 0], best[..., 0].bfloat16().float(), rtol=2**-8, atol=1e-6)
+    with pytest.raises(InputError, match="vocabulary size, 1000"):
+        codec.encode_logits(logits[..., :-1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"k": 0}, "k: is 0"),
+        ({"k": 400}, "k: is 400, must be between 1 and 300"),
+        ({"exact_k": 21}, "exact_k: is 21"),
+        ({"d": 1}, "d: is 1"),
+        ({"polynomial_terms": [0, "sqr"]}, "polynomial_terms"),
+        ({"polynomial_terms": []}, "polynomial_terms: exact_k = 3 < k = 20"),
+        ({"polynomial_terms": [-1]}, "polynomial_terms.0: is not finite at t = 0"),
+        ({"polynomial_terms": [0, 5], "term_dtype": "float16"}, "polynomial_terms.1: is not finite at t = 10"),
+        ({"term_dtype": "float8"}, "term_dtype"),
+        ({"residual_bins": [{"scale_dtype": "float16", "element_bits": 65, "num_elements": 1}]}, "element_bits: is 65"),
+        ({"residual_bins": [{"scale_dtype": "float16", "element_bits": 4, "num_elements": 18}]}, "cover 18 ranks"),
+        ({"residual_bins": None}, "residual_bins"),
+        ({"exact": 3}, "exact: Extra inputs"),
+        ({"k": "20"}, "k: "),
+    ],
+)
+def test_bad_configs_are_refused_by_field(fields: dict[str, Any], message: str) -> None:
+    config = {**CASES["q_small_vocab"]["config"], **fields}
+    with pytest.raises(ConfigError, match=message):
+        codec_config({"logprob_compressor": config})
+
+
+def test_configs_come_in_every_published_spelling() -> None:
+    fields = CASES["q_small_vocab"]["config"]
+    config = DistributionQuantizationConfig(**fields)
+    assert codec_config(fields) == codec_config({"logprob_compressor": fields}) == codec_config(config) == config
+    legacy = CASES["legacy_readme"]["config"]
+    assert codec_config(legacy) == codec_config({"legacy_logit_compression": legacy})
+    with pytest.raises(ConfigError, match="found the keys kk"):
+        codec_config({"kk": 1})
+    with pytest.raises(ConfigError, match="did you mean budget"):
+        preset("budgit", vocab_size=100)
+    assert DistributionQuantizationConfig(d=10, k=2, exact_k=2, residual_bins=[]).delta_encoding  # as published
+
+
+def test_a_coarse_config_warns() -> None:
+    config = DistributionQuantizationConfig(
+        d=1000, k=64, exact_k=4, polynomial_terms=[0, 1, 2], term_dtype="float16", residual_bins=[]
+    )
+    assert any("too few bits" in warning for warning in Codec(config).warnings)
+    assert Codec(preset("recommended", vocab_size=49_152)).warnings == []
+
+
+def test_descriptions_identify_a_codec() -> None:
+    codec = Codec(preset("recommended", vocab_size=49_152))
+    assert codec.bytes_per_token == 312
+    description = json.loads(json.dumps(codec.to_dict()))
+    assert Codec.from_dict(description) == codec == pickle.loads(pickle.dumps(codec))
+    assert Codec(preset("recommended", vocab_size=49_153)) != codec
+    with pytest.raises(UnsupportedVersionError, match="version 2"):
+        Codec.from_dict({**description, "version": 2})
+    with pytest.raises(UnsupportedVersionError, match="'compact'"):
+        Codec.from_dict({**description, "format": "compact"})
+    with pytest.raises(CorruptDataError):
+        Codec.from_dict({"format": "quantized"})
+
+
+@pytest.mark.parametrize(
+    ("vocab", "recommended", "budget"),
+    [(32_000, 296, 108), (50_257, 312, 114), (128_256, 328, 121), (151_936, 344, 127)],
+)
+def test_presets_have_the_published_sizes(vocab: int, recommended: int, budget: int) -> None:
+    assert Codec(preset("recommended", vocab_size=vocab)).bytes_per_token == recommended
+    assert Codec(preset("budget", vocab_size=vocab)).bytes_per_token == budget
+
+
+def test_decodes_in_a_forked_child_of_a_threaded_parent() -> None:
+    import multiprocessing
+
+    codec, _, data = golden("q_recommended")
+    many = np.tile(data, (40, 1))
+    codec.decode(many)  # starts the thread pool here
+    context = multiprocessing.get_context("fork")
+    with context.Pool(2) as pool:
+        results = pool.map_async(codec.decode, [many, many]).get(timeout=60)
+    for ids, _ in results:
+        np.testing.assert_array_equal(ids, codec.decode(many)[0])

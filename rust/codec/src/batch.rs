@@ -18,15 +18,18 @@ const ROUNDING: f64 = 1e-2;
 /// Rows of one task: enough to make its buffers and its scheduling cheap.
 const TASK_ROWS: usize = 64;
 
-/// Runs `body(first row, task)` for every task of [`TASK_ROWS`] rows, in parallel where possible. The first failing row's error is returned.
+/// Rows of dense logits are a thousand times longer.
+const DENSE_TASK_ROWS: usize = 4;
+
+/// Runs `body(first row, task)` for every task of `task_rows` rows, in parallel where possible. The first failing row's error is returned.
 ///
 /// In a child forked after the thread pool was started, the pool's threads do not exist and waiting for them would never end: there the
 /// tasks run on the calling thread.
-fn run_tasks<T: Send>(tasks: Vec<T>, body: impl Fn(usize, T) -> Result<()> + Sync) -> Result<()> {
+fn run_tasks<T: Send>(task_rows: usize, tasks: Vec<T>, body: impl Fn(usize, T) -> Result<()> + Sync) -> Result<()> {
     if tasks.len() < 2 || !pool_is_usable() {
-        return tasks.into_iter().enumerate().try_for_each(|(i, task)| body(i * TASK_ROWS, task));
+        return tasks.into_iter().enumerate().try_for_each(|(i, task)| body(i * task_rows, task));
     }
-    let results = tasks.into_par_iter().enumerate().map(|(i, task)| (i, body(i * TASK_ROWS, task)));
+    let results = tasks.into_par_iter().enumerate().map(|(i, task)| (i, body(i * task_rows, task)));
     match results.filter(|(_, result)| result.is_err()).min_by_key(|(i, _)| *i) {
         Some((_, error)) => error,
         None => Ok(()),
@@ -123,7 +126,7 @@ impl Codec {
         }
         let task = k * TASK_ROWS;
         let tasks = out.chunks_mut(bytes * TASK_ROWS).zip(ids.chunks(task).zip(logprobs.chunks(task))).collect();
-        run_tasks(tasks, |first, (out, (ids, logprobs))| {
+        run_tasks(TASK_ROWS, tasks, |first, (out, (ids, logprobs))| {
             let mut scratch = Scratch::default();
             let rows = out.chunks_mut(bytes).zip(ids.chunks(k).zip(logprobs.chunks(k)));
             for (i, (out, (ids, logprobs))) in rows.enumerate() {
@@ -159,7 +162,7 @@ impl Codec {
         }
         let task = k * TASK_ROWS;
         let outputs = ids.chunks_mut(task).zip(logprobs.chunks_mut(task));
-        run_tasks(data.chunks(bytes * TASK_ROWS).zip(outputs).collect(), |first, (data, (ids, logprobs))| {
+        run_tasks(TASK_ROWS, data.chunks(bytes * TASK_ROWS).zip(outputs).collect(), |first, (data, (ids, logprobs))| {
             let mut scratch = Scratch::default();
             let rows = data.chunks(bytes).zip(ids.chunks_mut(k).zip(logprobs.chunks_mut(k)));
             for (i, (row, (ids, logprobs))) in rows.enumerate() {
@@ -185,8 +188,8 @@ impl Codec {
         if out.len() != rows * bytes {
             return Err(CodecError::Input(format!("output of {} bytes, but {rows} rows need {}", out.len(), rows * bytes)));
         }
-        let tasks = out.chunks_mut(bytes * TASK_ROWS).zip(logits.chunks(width * TASK_ROWS)).collect();
-        run_tasks(tasks, |first, (out, logits)| {
+        let tasks = out.chunks_mut(bytes * DENSE_TASK_ROWS).zip(logits.chunks(width * DENSE_TASK_ROWS)).collect();
+        run_tasks(DENSE_TASK_ROWS, tasks, |first, (out, logits)| {
             let (mut scratch, mut topk) = (Scratch::default(), TopkScratch::default());
             let (mut ids, mut logprobs) = (vec![0; k], vec![0.0; k]);
             for (i, (out, row)) in out.chunks_mut(bytes).zip(logits.chunks(width)).enumerate() {
@@ -221,15 +224,20 @@ pub fn topk<L: Logit>(logits: &[L], width: usize, k: usize, ids: &mut [i64], log
             logprobs.len()
         )));
     }
-    let outputs = ids.chunks_mut(k * TASK_ROWS).zip(logprobs.chunks_mut(k * TASK_ROWS)).zip(logsumexp.chunks_mut(TASK_ROWS));
-    run_tasks(logits.chunks(width * TASK_ROWS).zip(outputs).collect(), |first, (logits, ((ids, logprobs), logsumexp))| {
-        let mut scratch = TopkScratch::default();
-        let outputs = ids.chunks_mut(k).zip(logprobs.chunks_mut(k)).zip(logsumexp);
-        for (i, (row, ((ids, logprobs), logsumexp))) in logits.chunks(width).zip(outputs).enumerate() {
-            *logsumexp = topk_row(row, ids, logprobs, &mut scratch).map_err(|error| error.at_row(first + i))? as f32;
-        }
-        Ok(())
-    })
+    let outputs =
+        ids.chunks_mut(k * DENSE_TASK_ROWS).zip(logprobs.chunks_mut(k * DENSE_TASK_ROWS)).zip(logsumexp.chunks_mut(DENSE_TASK_ROWS));
+    run_tasks(
+        DENSE_TASK_ROWS,
+        logits.chunks(width * DENSE_TASK_ROWS).zip(outputs).collect(),
+        |first, (logits, ((ids, logprobs), logsumexp))| {
+            let mut scratch = TopkScratch::default();
+            let outputs = ids.chunks_mut(k).zip(logprobs.chunks_mut(k)).zip(logsumexp);
+            for (i, (row, ((ids, logprobs), logsumexp))) in logits.chunks(width).zip(outputs).enumerate() {
+                *logsumexp = topk_row(row, ids, logprobs, &mut scratch).map_err(|error| error.at_row(first + i))? as f32;
+            }
+            Ok(())
+        },
+    )
 }
 
 /// Leaves the row in `scratch`, sorted by descending log-probability, or says what is wrong with it.

@@ -18,7 +18,6 @@ const VISIBLE_ROUNDING: f64 = 1e-4;
 /// An orthonormal basis of some columns, and the way back to their coefficients.
 #[derive(Debug, Clone)]
 struct Basis {
-    n: usize,
     m: usize,
     /// r orthonormal columns of n.
     q: Vec<Vec<f64>>,
@@ -29,20 +28,38 @@ struct Basis {
 /// Buffers of [`Fit`], kept from row to row.
 #[derive(Debug, Default)]
 pub(crate) struct FitScratch {
-    gram: Vec<f64>,
-    rhs: Vec<f64>,
+    normal: NormalEquations,
     left: Vec<f64>,
     raw: Vec<f64>,
 }
 
+#[derive(Debug, Default)]
+struct NormalEquations {
+    /// r × r, lower half.
+    gram: Vec<f64>,
+    rhs: Vec<f64>,
+    /// A column times the weights.
+    weighted: Vec<f64>,
+}
+
+/// Σ a·b in eight interleaved sums: one order of additions everywhere, and one that vectorises.
 fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(x, y)| x * y).sum()
+    let mut lanes = [0.0; 8];
+    let (a_chunks, b_chunks) = (a.chunks_exact(8), b.chunks_exact(8));
+    let rest: f64 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
+    for (x, y) in a_chunks.zip(b_chunks) {
+        for lane in 0..8 {
+            lanes[lane] += x[lane] * y[lane];
+        }
+    }
+    let quarters = [lanes[0] + lanes[4], lanes[1] + lanes[5], lanes[2] + lanes[6], lanes[3] + lanes[7]];
+    (quarters[0] + quarters[2]) + (quarters[1] + quarters[3]) + rest
 }
 
 impl Basis {
     fn new(columns: &[&[f64]]) -> Self {
-        let (m, n) = (columns.len(), columns.first().map_or(0, |column| column.len()));
-        let mut basis = Self { n, m, q: Vec::new(), to_raw: Vec::new() };
+        let m = columns.len();
+        let mut basis = Self { m, q: Vec::new(), to_raw: Vec::new() };
         for (j, column) in columns.iter().enumerate() {
             let scale = dot(column, column).sqrt();
             if scale == 0.0 {
@@ -68,17 +85,20 @@ impl Basis {
     }
 
     /// Raw coefficients that minimise Σ w (y − fit)².
-    fn solve(&self, y: &[f64], w: &[f64], gram: &mut Vec<f64>, rhs: &mut Vec<f64>, out: &mut [f64]) {
+    fn solve(&self, y: &[f64], w: &[f64], normal: &mut NormalEquations, out: &mut [f64]) {
+        let NormalEquations { gram, rhs, weighted } = normal;
         let r = self.q.len();
         gram.clear();
         gram.resize(r * r, 0.0);
         rhs.clear();
         rhs.resize(r, 0.0);
         for (i, qi) in self.q.iter().enumerate() {
+            weighted.clear();
+            weighted.extend(w.iter().zip(qi).map(|(weight, q)| weight * q));
             for (j, qj) in self.q[..=i].iter().enumerate() {
-                gram[i * r + j] = (0..self.n).map(|t| w[t] * qi[t] * qj[t]).sum();
+                gram[i * r + j] = dot(weighted, qj);
             }
-            rhs[i] = (0..self.n).map(|t| w[t] * qi[t] * y[t]).sum();
+            rhs[i] = dot(weighted, y);
         }
         if !cholesky_solve(gram, rhs, r) {
             // Weights that leave directions undetermined: the unweighted fit determines them all.
@@ -161,13 +181,13 @@ impl Fit {
 
     /// Coefficients, already rounded to their stored type, that come close to minimising Σ w (y − fit)²; all finite.
     pub(crate) fn solve(&self, y: &[f64], w: &[f64], scratch: &mut FitScratch, coefficients: &mut [f64]) {
-        let FitScratch { gram, rhs, left, raw } = scratch;
+        let FitScratch { normal, left, raw } = scratch;
         left.clear();
         left.extend_from_slice(y);
         for (i, basis) in self.bases.iter().enumerate() {
             raw.clear();
             raw.resize(basis.m, 0.0);
-            basis.solve(left, w, gram, rhs, raw);
+            basis.solve(left, w, normal, raw);
             if self.bases.len() == 1 {
                 for (value, &term) in raw.iter().zip(&self.order) {
                     coefficients[term] = self.round(*value);

@@ -1,0 +1,51 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO
+
+import xxhash
+
+__all__ = ["TEMPORARY_PREFIX", "file_hash", "publish", "temporary_path", "write_atomically"]
+
+TEMPORARY_PREFIX = ".incomplete-"
+
+
+def temporary_path(path: Path) -> Path:
+    """Where `path` is written before it is complete: beside it, under a name that no reader looks at."""
+    return path.with_name(TEMPORARY_PREFIX + path.name)
+
+
+def publish(file: IO[bytes], path: Path) -> None:
+    """Makes an open temporary file durable and gives it its name; closes it."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(temporary_path(path), path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a whole file, durably and at once."""
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            publish(file, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def file_hash(file: IO[bytes]) -> str:
+    """XXH3-128 of a file's content, hexadecimal."""
+    state = xxhash.xxh3_128()
+    while block := file.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()

@@ -1,0 +1,156 @@
+"""The header of a shard: what its bytes mean and where they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+import xxhash
+
+from distillkit import __version__
+from distillkit.codec import Codec
+from distillkit.errors import CorruptDataError, MismatchError, UnsupportedVersionError
+
+__all__ = ["Header", "canonical_json"]
+
+FORMAT = "distillkit-shard"
+VERSION = 1
+HEADER_KEY = b"distillkit.header"
+HASH_KEY = b"distillkit.header.xxh3"
+
+LOGPROBS = "log_softmax of the raw logits over head_size, float32"
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: one text for one value, so that it can be hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def alignment(rows: Literal["L-1", "L"]) -> dict[str, str]:
+    """The `alignment` of a header: row t is over token t + 1, and a document of L tokens has L − 1 or L rows."""
+    return {"row": "t predicts t+1", "rows": rows}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a shard says about itself.
+
+    Attributes:
+        codec: format, version and configuration (`Codec.to_dict`).
+        vocab_size: ids that the tokenizer knows.
+        head_size: columns of the teacher's logits; at least `vocab_size`.
+        tokenizer: `name` and `fingerprint`, or None where it is not known (published datasets).
+        teacher: `name`, `revision`, `dtype`, or None where it is not known.
+        temperature: what the logits were divided by.
+        logprobs: how the log-probabilities were taken.
+        alignment: `row` "t predicts t+1" and `rows` "L-1" or "L": rows of a document of L tokens.
+        capture: the settings that decide the bytes; empty for converted datasets.
+        fidelity: `FidelityStats.to_dict`, measured while writing; None where the original was not at hand.
+        distillkit_version: the release that wrote it.
+    """
+
+    codec: Mapping[str, Any]
+    vocab_size: int
+    head_size: int
+    tokenizer: Mapping[str, Any] | None = None
+    teacher: Mapping[str, Any] | None = None
+    temperature: float = 1.0
+    logprobs: str = LOGPROBS
+    alignment: Mapping[str, str] = field(default_factory=lambda: alignment("L-1"))
+    capture: Mapping[str, Any] = field(default_factory=dict)
+    fidelity: Mapping[str, Any] | None = None
+    distillkit_version: str = __version__
+    format: str = FORMAT
+    version: int = VERSION
+
+    def make_codec(self) -> Codec:
+        """The codec that reads the shard's rows.
+
+        Raises:
+            UnsupportedVersionError, CorruptDataError, ConfigError: as `Codec.from_dict`.
+        """
+        return Codec.from_dict(self.codec)
+
+    def rows_of(self, tokens: int) -> int:
+        """Rows of a document of `tokens` tokens."""
+        return tokens if self.alignment["rows"] == "L" else max(tokens - 1, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-able."""
+        return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that shards of one dataset share: all but what was measured, and by which release."""
+        return {key: value for key, value in self.to_dict().items() if key not in ("fidelity", "distillkit_version")}
+
+    def check_same(self, other: Header, *, where: str) -> None:
+        """Refuses another dataset's header.
+
+        Raises:
+            MismatchError: a field differs; the message names it and both values.
+        """
+        ours, theirs = _flat(self.identity()), _flat(other.identity())
+        for key in sorted({*ours, *theirs}):
+            if ours.get(key) != theirs.get(key):
+                raise MismatchError(
+                    f"{where}: {key} is {theirs.get(key)!r} there, expected {ours.get(key)!r}: these do not belong to "
+                    "one dataset"
+                )
+
+    def to_metadata(self) -> dict[bytes, bytes]:
+        """Key-value metadata of the Parquet file: the header and its hash."""
+        text = canonical_json(self.to_dict()).encode()
+        return {HEADER_KEY: text, HASH_KEY: xxhash.xxh3_128_hexdigest(text).encode()}
+
+    @staticmethod
+    def from_metadata(metadata: Mapping[bytes, bytes] | None, *, where: str) -> Header:
+        """Reads and checks the header of a Parquet file's metadata.
+
+        Raises:
+            CorruptDataError: there is none, its hash differs, or fields are missing or unknown.
+            UnsupportedVersionError: it is of another version.
+        """
+        text, expected = (metadata or {}).get(HEADER_KEY), (metadata or {}).get(HASH_KEY)
+        if text is None or expected is None:
+            raise CorruptDataError(f"{where}: no distillkit header in the file's metadata; it is no shard, or damaged")
+        found = xxhash.xxh3_128_hexdigest(text)
+        if found.encode() != expected:
+            raise CorruptDataError(
+                f"{where}: the header's hash is {found}, expected {expected.decode(errors='replace')}: it was changed"
+            )
+        return Header.from_dict(json.loads(text), where=where)
+
+    @staticmethod
+    def from_dict(description: Mapping[str, Any], *, where: str) -> Header:
+        """What `to_dict` described.
+
+        Raises:
+            CorruptDataError: fields are missing or unknown.
+            UnsupportedVersionError: it is of another version.
+        """
+        version = description.get("version")
+        if description.get("format") != FORMAT or not isinstance(version, int):
+            raise CorruptDataError(
+                f"{where}: the header's format is {description.get('format')!r}, expected {FORMAT!r}"
+            )
+        if version > VERSION:
+            raise UnsupportedVersionError(
+                f"{where}: shard format version {version}; this release reads up to {VERSION}: update distillkit"
+            )
+        known = {item.name for item in fields(Header)}
+        if set(description) != known:
+            odd = sorted(set(description) ^ known)
+            raise CorruptDataError(f"{where}: the header's fields {', '.join(odd)} are missing or unknown")
+        return Header(**description)
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Leaves by dotted path."""
+    if isinstance(value, Mapping):
+        leaves: dict[str, Any] = {}
+        for key, item in value.items():
+            leaves.update(_flat(item, f"{path}.{key}" if path else str(key)))
+        return leaves
+    return {path: list(value) if isinstance(value, tuple) else value}

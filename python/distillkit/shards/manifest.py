@@ -1,0 +1,103 @@
+"""`manifest.json`: the index of a dataset, written last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import xxhash
+
+from distillkit.errors import CorruptDataError, UnsupportedVersionError
+from distillkit.fidelity import FidelityStats
+from distillkit.shards.files import write_atomically
+from distillkit.shards.header import Header, canonical_json
+
+__all__ = ["MANIFEST", "Manifest", "ShardInfo", "read_manifest"]
+
+MANIFEST = "manifest.json"
+FORMAT = "distillkit-dataset"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One file of a dataset.
+
+    Attributes:
+        file: its name in the folder.
+        documents, tokens, rows: what it holds.
+        bytes: its size.
+        xxh3_128: hash of the whole file, hexadecimal; "" where it was not computed (published files).
+    """
+
+    file: str
+    documents: int
+    tokens: int
+    rows: int
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Header of the dataset (fidelity merged over its shards), and its shards in order."""
+
+    header: Header
+    shards: tuple[ShardInfo, ...]
+
+    def write(self, folder: Path) -> None:
+        """Writes `manifest.json` atomically."""
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "header": self.header.to_dict(),
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        content["xxh3"] = _content_hash(content)
+        write_atomically(folder / MANIFEST, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """The manifest of a dataset's folder (a path or an fsspec URL), None where there is none.
+
+    Raises:
+        CorruptDataError: it is damaged.
+        UnsupportedVersionError: it is of another version.
+    """
+    where = f"{str(folder).rstrip('/')}/{MANIFEST}"
+    filesystem, path = fsspec.core.url_to_fs(where)
+    if not filesystem.exists(path):
+        return None
+    try:
+        content = json.loads(filesystem.cat_file(path))
+    except ValueError as error:
+        raise CorruptDataError(f"{where}: is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CorruptDataError(f"{where}: is no distillkit manifest")
+    if not isinstance(content.get("version"), int) or content["version"] > VERSION:
+        raise UnsupportedVersionError(
+            f"{where}: manifest version {content.get('version')}; this release reads up to {VERSION}: update distillkit"
+        )
+    if content.get("xxh3") != _content_hash(content):
+        raise CorruptDataError(f"{where}: its hash is {_content_hash(content)}, expected {content.get('xxh3')}")
+    shards = tuple(ShardInfo(**shard) for shard in content["shards"])
+    return Manifest(Header.from_dict(content["header"], where=where), shards)
+
+
+def _content_hash(content: Mapping[str, Any]) -> str:
+    text = canonical_json({key: value for key, value in content.items() if key != "xxh3"})
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def merged_fidelity(headers: list[Header]) -> dict[str, Any] | None:
+    """Fidelity over several shards; None unless all of them recorded it."""
+    total = FidelityStats()
+    for header in headers:
+        if header.fidelity is None:
+            return None
+        total.merge(FidelityStats.from_dict(header.fidelity))
+    return total.to_dict()

@@ -1,0 +1,386 @@
+"""Shards: what is written is read back, and nothing damaged is read as if it were whole."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import reference
+
+from distillkit.codec import Codec, DistributionQuantizationConfig
+from distillkit.errors import CorruptDataError, DistillKitError, InputError, MismatchError, TruncatedDataError
+from distillkit.shards import Dataset, Header, ShardWriter, read_manifest, verify_dataset, whole_shards
+from distillkit.types import SparseLogprobs
+
+VOCAB = 300
+CODEC = Codec(
+    DistributionQuantizationConfig(
+        d=VOCAB, k=6, exact_k=2, polynomial_terms=[0, 1], residual_bins=[], delta_encoding=False, exact_dtype="float16"
+    )
+)
+HEADER = Header(
+    codec=CODEC.to_dict(),
+    vocab_size=290,
+    head_size=VOCAB,
+    tokenizer={"name": "tiny", "fingerprint": "xxh3-128:00"},
+    teacher={"name": "a teacher", "revision": None, "dtype": "float32"},
+    capture={"seed": 42},
+)
+Written = list[tuple[np.ndarray[Any, Any], SparseLogprobs, dict[str, Any]]]
+
+
+def make_documents(count: int, seed: int = 0) -> Written:
+    generator = np.random.default_rng(seed)
+    documents: Written = []
+    for index in range(count):
+        tokens = int(generator.integers(2, 30))
+        logits = generator.standard_normal((tokens - 1, VOCAB)) * 4
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        ids = np.argsort(-logprobs, axis=-1)[:, : CODEC.k]
+        rows = SparseLogprobs(ids, np.take_along_axis(logprobs, ids, -1).astype(np.float32))
+        extra: dict[str, Any] = {}
+        if index % 2:
+            extra = {"loss_mask": generator.random(tokens) < 0.5, "segment_lengths": np.array([1, tokens - 1])}
+        documents.append((generator.integers(0, VOCAB, tokens), rows, extra))
+    return documents
+
+
+def write(folder: Path, documents: Written, **options: Any) -> None:
+    with ShardWriter(folder, HEADER, **{"shard_tokens": 60, **options}) as writer:
+        for ids, rows, extra in documents[sum(shard.documents for shard in writer.resumed) :]:
+            writer.write(ids, rows, **extra)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Written]:
+    folder, documents = tmp_path_factory.mktemp("captured"), make_documents(12)
+    write(folder, documents)
+    return folder, documents
+
+
+@pytest.fixture
+def folder(written: tuple[Path, Written], tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(written[0], tmp_path / "copy"))
+
+
+def test_documents_come_back(written: tuple[Path, Written]) -> None:
+    folder, documents = written
+    dataset = Dataset.open(folder)
+    assert len(dataset) == 12
+    assert len(dataset.shards) > 2
+    assert dataset.num_tokens == sum(len(ids) for ids, _, _ in documents)
+    assert dataset.num_rows == dataset.num_tokens - 12
+    for index in np.random.default_rng(1).permutation(12):
+        ids, rows, extra = documents[index]
+        document = dataset[int(index)]
+        np.testing.assert_array_equal(document.input_ids, ids)
+        decoded = dataset.codec.decode_document(document.teacher, document.num_rows)
+        np.testing.assert_array_equal(decoded.ids, rows.ids)
+        for name in ("loss_mask", "segment_lengths"):
+            found = getattr(document, name)
+            assert (found is None) == (name not in extra)
+            np.testing.assert_array_equal(found if found is not None else [], extra.get(name, []))
+    assert [document.doc_id for document in dataset] == [dataset[i].doc_id for i in range(12)]
+    assert dataset[-1].doc_id == dataset[11].doc_id
+    with pytest.raises(IndexError):
+        dataset[12]
+
+
+def test_fidelity_is_measured_while_writing(written: tuple[Path, Written]) -> None:
+    folder, documents = written
+    dataset = Dataset.open(folder)
+    kl = np.concatenate(
+        [
+            reference.kl_renormalised(
+                rows.logprobs, dataset.codec.decode_document(document.teacher, document.num_rows).logprobs
+            )
+            for (_, rows, _), document in zip(documents, dataset, strict=True)
+        ]
+    )
+    recorded = dataset.header.fidelity
+    assert recorded is not None
+    assert recorded["rows"] == len(kl)
+    np.testing.assert_allclose([recorded["kl_mean"], recorded["kl_max"]], [kl.mean(), kl.max()], rtol=1e-9)
+    assert np.quantile(kl, 0.99, method="lower") <= recorded["kl_p99"] <= kl.max()
+
+
+def test_any_parquet_tool_reads_them(written: tuple[Path, Written]) -> None:
+    datasets = pytest.importorskip("datasets")
+    folder, documents = written
+    paths = sorted(str(path) for path in folder.glob("*.parquet"))
+    assert pq.read_table(paths[0]).column("doc_id")[0].as_py() == Dataset.open(folder)[0].doc_id
+    loaded = datasets.load_dataset("parquet", data_files=paths, split="train", cache_dir=str(folder.parent / "cache"))
+    assert loaded[3]["input_ids"] == documents[3][0].tolist()
+    assert loaded[3]["teacher"] == Dataset.open(folder)[3].teacher
+
+
+def test_equal_input_gives_equal_files(written: tuple[Path, Written], tmp_path: Path) -> None:
+    write(tmp_path / "again", written[1])
+    assert files(tmp_path / "again") == files(written[0])
+
+
+def test_one_shard_and_urls_open_too(written: tuple[Path, Written]) -> None:
+    folder, _ = written
+    shard = Dataset.open(folder / "data-00001.parquet")
+    assert shard.kind == "distillkit"
+    assert shard.num_rows == shard.num_tokens - len(shard)
+    assert len(Dataset.open(f"file://{folder}")) == 12
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name, data in files(folder).items():
+        memory.pipe_file(f"/captured/{name}", data)
+    assert [document.doc_id for document in Dataset.open("memory://captured")] == [
+        d.doc_id for d in Dataset.open(folder)
+    ]
+
+
+def _doc_id(job: tuple[Dataset, int]) -> str:
+    return job[0][job[1]].doc_id
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_too(written: tuple[Path, Written], method: str) -> None:
+    dataset = Dataset.open(written[0])
+    expected = [document.doc_id for document in dataset]
+    assert pickle.loads(pickle.dumps(dataset))[5].doc_id == expected[5]
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map_async(_doc_id, [(dataset, i) for i in range(12)]).get(timeout=120) == expected
+
+
+# -- interruption ------------------------------------------------------------------------------------------------------
+
+
+def test_an_exception_leaves_whole_shards_and_nothing_else(written: tuple[Path, Written], tmp_path: Path) -> None:
+    folder, documents = tmp_path / "interrupted", written[1]
+
+    def interrupted() -> None:
+        with ShardWriter(folder, HEADER, shard_tokens=60) as writer:
+            for ids, rows, extra in documents[:9]:
+                writer.write(ids, rows, **extra)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    complete = files(written[0])
+    assert files(folder).keys() < complete.keys()
+    assert all(complete[name] == data for name, data in files(folder).items())
+    with pytest.raises(InputError, match="not finished"):
+        Dataset.open(folder)
+    with pytest.raises(InputError, match="unfinished dataset; resume it"):
+        ShardWriter(folder, HEADER)
+    (folder / ".incomplete-data-00099.parquet").write_bytes(b"what a killed process leaves")
+    write(folder, documents, resume=True)
+    assert files(folder) == complete
+    with pytest.raises(InputError, match="finished dataset"):
+        ShardWriter(folder, HEADER, resume=True)
+
+
+def test_resuming_something_else_is_refused(written: tuple[Path, Written], folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    other = replace(HEADER, capture={"seed": 43})
+    with pytest.raises(MismatchError, match=r"data-00000.parquet: capture.seed is 42 there, expected 43"):
+        ShardWriter(folder, other, resume=True)
+    (folder / "data-00001.parquet").unlink()
+    with pytest.raises(CorruptDataError, match=r"data-00001.parquet is missing, but data-00002.parquet"):
+        whole_shards(folder)
+
+
+def test_a_full_disk_says_so_and_keeps_whole_shards(written: tuple[Path, Written], tmp_path: Path) -> None:
+    """The limit on file sizes stands in for a full disk: writes fail in the middle of the second shard."""
+    script = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_shards as t
+documents = t.make_documents(12)
+writer = t.ShardWriter({str(tmp_path / "full")!r}, t.HEADER, shard_tokens=60)
+for ids, rows, extra in documents[:4]:
+    writer.write(ids, rows, **extra)
+writer.finish_shard()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    for ids, rows, extra in documents[4:]:
+        writer.write(ids, rows, **extra)
+except OSError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "finished shards are kept" in run.stdout
+    assert "data-0000" in run.stdout
+    names = [path.name for path in (tmp_path / "full").iterdir()]
+    assert names
+    assert all(name.startswith("data-") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda ids, rows: (ids[:-1], rows), "has .* rows"),
+        (lambda ids, rows: (ids + VOCAB, rows), "token ids from"),
+        (lambda ids, rows: (ids, SparseLogprobs(rows.ids, rows.logprobs * np.float32(np.nan))), "not finite"),
+        (lambda ids, rows: (ids, SparseLogprobs(rows.ids + VOCAB, rows.logprobs)), "outside the vocabulary"),
+        (lambda ids, rows: (ids, CODEC.encode_document(rows)[:-1]), "teacher bytes"),
+    ],
+)
+def test_bad_documents_are_refused(spoil: Any, message: str, tmp_path: Path) -> None:
+    ids, rows, _ = make_documents(1)[0]
+    with pytest.raises(InputError, match=message), ShardWriter(tmp_path / "bad", HEADER) as writer:
+        writer.write(*spoil(ids, rows))
+    assert list((tmp_path / "bad").iterdir()) == []
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def content(path: Path) -> Any:
+    """All that a reader could be told."""
+    dataset = Dataset.open(path)
+    documents = [
+        (
+            d.doc_id,
+            d.input_ids.tolist(),
+            d.teacher,
+            np.array(d.loss_mask).tolist(),
+            np.array(d.segment_lengths).tolist(),
+        )
+        for d in dataset
+    ]
+    return dataset.header.to_dict(), documents
+
+
+def test_a_flipped_bit_anywhere_is_noticed_or_harmless(folder: Path) -> None:
+    """One random bit of every byte of a shard: its pages, its header and the rest of its footer."""
+    path = folder / "data-00000.parquet"
+    expected, data = content(path), path.read_bytes()
+    generator = np.random.default_rng(2)
+    noticed = 0
+    for position in range(len(data)):
+        spoiled = bytearray(data)
+        spoiled[position] ^= 1 << int(generator.integers(8))
+        path.write_bytes(spoiled)
+        try:
+            found = content(path)
+        except (DistillKitError, InputError):
+            noticed += 1
+        else:
+            assert found == expected, f"byte {position} of {len(data)} changes what is read, without an error"
+    assert noticed > 0.7 * len(data)  # the rest is padding and text that nobody reads
+
+
+@pytest.mark.parametrize("column", ["doc_id", "input_ids", "teacher", "checksum", "loss_mask", "segment_lengths"])
+def test_a_flipped_byte_in_a_column_names_the_file(folder: Path, column: str) -> None:
+    path = folder / "data-00000.parquet"
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    part = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema.startswith(column))
+    data = bytearray(path.read_bytes())
+    data[part.data_page_offset + part.total_compressed_size - 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(CorruptDataError, match=r"data-00000\.parquet"):
+        list(Dataset.open(folder))
+    report = verify_dataset(folder)
+    assert not report.ok
+    assert "data-00000.parquet" in report.problems[0]
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Writes a shard again with a changed table, checksums of pages and all: only the row checksum can tell."""
+    table, metadata = change(pq.read_table(path)), pq.ParquetFile(path).metadata.metadata
+    with pq.ParquetWriter(path, table.schema, write_page_checksum=True) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({key: value for key, value in metadata.items() if key != b"ARROW:schema"})
+
+
+def test_a_changed_value_under_a_valid_page_checksum_names_the_document(folder: Path) -> None:
+    path = folder / "data-00000.parquet"
+
+    def swap_teachers(table: Any) -> Any:
+        column = table.column("teacher").to_pylist()
+        column[0] = bytes([column[0][0] ^ 1]) + column[0][1:]
+        return table.set_column(2, table.schema.field("teacher"), pa.array(column, pa.large_binary()))
+
+    rewrite(path, swap_teachers)
+    with pytest.raises(CorruptDataError, match=r"data-00000.parquet, document 0: checksum"):
+        Dataset.open(path)[0]
+
+
+def test_a_changed_header_is_noticed(folder: Path) -> None:
+    path = folder / "data-00000.parquet"
+    text = path.read_bytes()
+    path.write_bytes(text.replace(b'"head_size":300', b'"head_size":301'))
+    with pytest.raises(CorruptDataError, match="header's hash"):
+        Dataset.open(folder)
+    path.write_bytes(text.replace(b"distillkit.header", b"distillkit.hender"))
+    with pytest.raises(DistillKitError):
+        Dataset.open(folder)
+
+
+def test_every_truncation_is_noticed(folder: Path) -> None:
+    path = folder / "data-00000.parquet"
+    data = path.read_bytes()
+    for length in [*range(0, 64), *range(64, len(data), 37), len(data) - 1]:
+        path.write_bytes(data[:length])
+        with pytest.raises(TruncatedDataError, match=r"data-00000.parquet: \d+ bytes"):
+            Dataset.open(folder)
+
+
+def test_the_manifest_must_fit_the_files(written: tuple[Path, Written], folder: Path, tmp_path: Path) -> None:
+    last = sorted(folder.glob("*.parquet"))[-1]
+    saved = last.read_bytes()
+    last.unlink()
+    with pytest.raises(MismatchError, match=f"{last.name} is missing"):
+        Dataset.open(folder)
+    last.write_bytes(saved)
+    extra = folder / "data-00077.parquet"
+    extra.write_bytes(saved)
+    with pytest.raises(MismatchError, match=r"data-00077.parquet is not in it"):
+        Dataset.open(folder)
+    extra.unlink()
+    # The manifest of another capture of the same shape.
+    write(tmp_path / "other", make_documents(12, seed=5))
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text((tmp_path / "other" / "manifest.json").read_text())
+    with pytest.raises(MismatchError, match="different captures"):
+        Dataset.open(folder)
+    (folder / "manifest.json").write_text(manifest.replace('"tokens": ', '"tokens": 1'))
+    with pytest.raises(CorruptDataError, match=r"manifest\.json: its hash"):
+        Dataset.open(folder)
+    # The same sizes, other content: only the hash of the file can tell, and only verify takes it.
+    (folder / "manifest.json").write_text(manifest)
+    assert verify_dataset(folder).ok
+    assert read_manifest(folder) is not None
+
+
+def test_a_newer_version_says_so(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
+    with pytest.raises(DistillKitError, match="manifest version 2; this release reads up to 1"):
+        Dataset.open(folder)
+
+
+def test_a_codec_given_must_agree(written: tuple[Path, Written]) -> None:
+    config = CODEC.config.model_copy(update={"exact_k": 3})
+    with pytest.raises(MismatchError, match=r"exact_k 2 \(given: 3\)"):
+        Dataset.open(written[0], config=config)
+    assert Dataset.open(written[0], config={"logprob_compressor": CODEC.config.model_dump()}).codec == CODEC
+
+
+def test_nothing_there() -> None:
+    with pytest.raises(FileNotFoundError):
+        Dataset.open("/no/such/folder")

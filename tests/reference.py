@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# -- codec: FORMAT.md, a value at a time --
+# -- codec: FORMAT.md, a value at a time -------------------------------------------------------------------------------
 
 
 def _stored_float(data: bytes, name: str) -> float:
@@ -109,7 +109,7 @@ def kl_renormalised(original: npt.ArrayLike, decoded: npt.ArrayLike) -> npt.NDAr
     return np.asarray((np.exp(p) * (p - q)).sum(-1))
 
 
-# -- losses: one position at a time, over the whole vocabulary ------------------------------------------------------------
+# -- losses: one position at a time, over the whole vocabulary ---------------------------------------------------------
 
 
 def softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> npt.NDArray[np.float64]:

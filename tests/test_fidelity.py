@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-import reference
 
+import reference
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.fidelity import FidelityStats
 from distillkit.types import SparseLogprobs

@@ -112,7 +112,8 @@ def test_plain_topk(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), tmp_path / "data_0.parquet")
     with pytest.raises(ConfigError, match="vocabulary size"):
         Dataset.open(tmp_path)
-    dataset = Dataset.open(tmp_path, config={"d": 500})
+    dataset = Dataset.open(tmp_path, vocab_size=500)
+    assert Dataset.open(tmp_path, config={"d": 500}).codec == dataset.codec
     rows = dataset.codec.decode_document(dataset[0].teacher, 9)
     np.testing.assert_array_equal(rows.ids, ids)
     np.testing.assert_array_equal(rows.logprobs, values)
@@ -143,18 +144,22 @@ def test_legacy_words_that_use_all_their_bits(signed: bool, tmp_path: Path) -> N
 
 
 def test_a_wrong_configuration_is_refused(tmp_path: Path) -> None:
-    config = dict(Codec.from_dict(Dataset.open(GOLDEN / "upstream_v1").header.codec).config.model_dump())
-    with pytest.raises(ConfigError, match="columns are those of the quantized format, the configuration is legacy"):
+    config = Dataset.open(GOLDEN / "upstream_v1").codec.config.model_dump()
+    with pytest.raises(MismatchError, match="is quantized, the configuration given is legacy"):
         Dataset.open(GOLDEN / "upstream_v1", config=GOLDEN / "upstream_legacy" / "compression_config.yaml")
-    with pytest.raises(CorruptDataError, match=r"data_0.parquet, document 0: .*56 values a row, this codec's has 58"):
-        list(Dataset.open(GOLDEN / "upstream_v1", config={**config, "exact_k": 17}))
-    with pytest.raises(CorruptDataError, match=r"data_0.parquet, document 1: token ids"):
-        list(Dataset.open(GOLDEN / "upstream_v1", config={**config, "d": 33_000}))
+    with pytest.raises(MismatchError, match=r"compression_config.yaml has exact_k 16 \(given: 17\)"):
+        Dataset.open(GOLDEN / "upstream_v1", config={**config, "exact_k": 17})
     with pytest.raises(ConfigError, match="no such codec configuration file"):
         Dataset.open(GOLDEN / "upstream_v1", config=tmp_path / "none.yaml")
     shutil.copy(GOLDEN / "upstream_v1" / "data_0.parquet", tmp_path)
     with pytest.raises(ConfigError, match="does not say how it was encoded"):
         Dataset.open(tmp_path)
+    with pytest.raises(ConfigError, match="columns are those of the quantized format, the configuration is legacy"):
+        Dataset.open(tmp_path, config=GOLDEN / "upstream_legacy" / "compression_config.yaml")
+    with pytest.raises(CorruptDataError, match=r"data_0.parquet, document 0: .*56 values a row, this codec's has 58"):
+        list(Dataset.open(tmp_path, config={**config, "exact_k": 17}))
+    with pytest.raises(CorruptDataError, match=r"data_0.parquet, document 1: token ids"):
+        list(Dataset.open(tmp_path, config={**config, "d": 33_000}))
 
 
 def test_other_files_are_refused_with_what_was_found(tmp_path: Path) -> None:

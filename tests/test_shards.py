@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import reference
 
+import reference
 from distillkit.codec import Codec, DistributionQuantizationConfig
 from distillkit.errors import CorruptDataError, DistillKitError, InputError, MismatchError, TruncatedDataError
 from distillkit.shards import Dataset, Header, ShardWriter, read_manifest, verify_dataset, whole_shards

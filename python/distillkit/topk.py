@@ -60,7 +60,7 @@ def is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
 
 
 def native_logits(logits: Array) -> tuple[npt.NDArray[Any], bool]:
-    """Logits on the CPU as the native code takes them: (rows, V) float32 or uint16 bits, and whether those are bfloat16."""
+    """Logits on the CPU as the native code takes them: (rows, V) float32, or uint16 bits and whether of bfloat16."""
     if is_tensor(logits):
         return _native_tensor(logits)
     array = np.asarray(logits)

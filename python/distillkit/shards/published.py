@@ -21,7 +21,7 @@ from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig,
 from distillkit.errors import ConfigError, CorruptDataError, InputError
 from distillkit.shards.header import Header, alignment
 from distillkit.shards.manifest import ShardInfo
-from distillkit.shards.reader import Dataset, open_parquet
+from distillkit.shards.reader import Dataset, check_codec, open_parquet
 from distillkit.shards.table import Documents, check_document, document_id, reading
 from distillkit.types import Document
 
@@ -65,15 +65,17 @@ def _mapping(config: ConfigSource) -> Any:
     return content
 
 
-def open_published(name: str, config: ConfigSource, split: str | None) -> Dataset:
+def open_published(name: str, config: ConfigSource, split: str | None, vocab_size: int | None) -> Dataset:
     """Opens a published dataset; arguments and errors as `Dataset.open`."""
     folder, paths = _data_files(name, split)
     if not paths:
         raise InputError(f"{name}: no Parquet or Arrow files are there; expected a captured or a published dataset")
     tables = [_TableFile(path) for path in paths]
     layout = _layout(tables[0])
-    given = config if config is not None else _config_beside(folder)
-    codec = _plain_codec(tables[0], given, name) if layout == "plain" else _published_codec(layout, given, name)
+    if layout == "plain":
+        codec = _plain_codec(tables[0], config, vocab_size, name)
+    else:
+        codec = _published_codec(layout, config, _config_beside(folder), name)
     rows = _alignment_of(tables, codec, layout)
     size = codec.vocab_size
     header = Header(
@@ -164,26 +166,31 @@ def _layout(table: _TableFile) -> str:
     )
 
 
-def _published_codec(layout: str, config: ConfigSource, name: str) -> Codec:
-    if config is None:
+def _published_codec(layout: str, config: ConfigSource, beside: str | None, name: str) -> Codec:
+    if config is None and beside is None:
         raise ConfigError(
             f"{name}: a published dataset does not say how it was encoded, and there is no {CONFIG_FILE} beside it: "
             "give its codec configuration"
         )
-    codec = Codec(load_codec_config(config))
+    codec = Codec(load_codec_config(beside if config is None else config))
+    if config is not None and beside is not None:
+        check_codec(codec, Codec(load_codec_config(beside)), name, f"the codec in {CONFIG_FILE}")
     if codec.format != layout:
         raise ConfigError(f"{name}: its columns are those of the {layout} format, the configuration is {codec.format}")
     return codec
 
 
-def _plain_codec(table: _TableFile, config: ConfigSource, name: str) -> Codec:
+def _plain_codec(table: _TableFile, config: ConfigSource, vocab_size: int | None, name: str) -> Codec:
     """Plain top-k values are a quantized row whose ranks are all exact float32 values."""
     content = _mapping(config)
-    size = content.get("d", content.get("vocab_size")) if isinstance(content, Mapping) else None
     if isinstance(content, DistributionQuantizationConfig):
-        size = content.d
+        content = content.model_dump()
+    stated = content.get("d", content.get("vocab_size")) if isinstance(content, Mapping) else None
+    size = vocab_size if stated is None else stated
     if not isinstance(size, int):
-        raise ConfigError(f"{name}: plain top-k columns do not say the vocabulary size: give a configuration with d")
+        raise ConfigError(
+            f"{name}: plain top-k columns do not say the vocabulary size: give vocab_size, or a configuration with d"
+        )
     first = table.load(0)
     rows = _nested(first["token_ids"], 0, f"{table.path}, document 0, token_ids")
     return Codec(

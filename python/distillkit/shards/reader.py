@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +21,7 @@ from distillkit.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manif
 from distillkit.shards.table import SCHEMA, Documents, ShardRows, reading
 from distillkit.types import Document
 
-__all__ = ["Dataset", "DocumentFile", "ShardFile"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Dataset", "DocumentFile", "ShardFile", "check_codec"]
 
 _CACHED_GROUPS = 4
 
@@ -166,6 +163,7 @@ class Dataset(Documents):
         *,
         config: CodecConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         split: str | None = None,
+        vocab_size: int | None = None,
     ) -> Dataset:
         """Opens a dataset.
 
@@ -174,11 +172,11 @@ class Dataset(Documents):
             `save_to_disk` folder, or one of its
                 files; a path or an fsspec URL.
             config: the codec of a published dataset: a YAML file, a mapping or a configuration. Without it the
-            `compression_config.yaml`
-                beside the data is taken. For plain top-k columns (`token_ids`, `top_values`) a mapping with just `d`,
-                the vocabulary size.
-                Our shards name their codec: a configuration given for them must agree.
+                `compression_config.yaml` beside the data is taken. A dataset that names its codec (our shards, or that
+                file) must agree with one given here.
             split: of a published dataset that has splits.
+            vocab_size: of a published dataset of plain top-k columns (`token_ids`, `top_values`), which does not say
+                it; other datasets know theirs.
 
         Raises:
             FileNotFoundError: nothing is there.
@@ -199,12 +197,12 @@ class Dataset(Documents):
             shard = ShardFile(name)
             dataset = Dataset(name, "distillkit", shard.header, [shard])
         else:
-            return open_published(name, config, split)
+            return open_published(name, config, split, vocab_size)
         if config is not None:
             given = Codec(load_codec_config(config))
-            _check_codec(given, dataset)
-        if split is not None:
-            logger.info("%s: captured datasets have no splits; split %r is not used", name, split)
+            check_codec(given, dataset.codec, name, "its codec")
+        if split not in (None, "train"):
+            raise InputError(f"{name}: a captured dataset has no splits, but split {split!r} was asked for")
         return dataset
 
     @property
@@ -297,15 +295,20 @@ def _open_folder(name: str, manifest: Manifest) -> Dataset:
     return Dataset(name, "distillkit", manifest.header, files, manifest.shards)
 
 
-def _check_codec(given: Codec, dataset: Dataset) -> None:
-    if given.format != dataset.codec.format:
+def check_codec(given: Codec, own: Codec, name: str, what: str) -> None:
+    """Refuses a codec that is not the dataset's own.
+
+    Raises:
+        MismatchError: names the fields and both values.
+    """
+    if given.format != own.format:
         raise MismatchError(
-            f"{dataset.path}: its codec is {dataset.codec.format}, the configuration given is {given.format}; leave it "
-            "out, the dataset has its own"
+            f"{name}: {what} is {own.format}, the configuration given is {given.format}; leave it out, the dataset has "
+            "its own"
         )
-    ours, theirs = given.to_dict()["config"], dataset.codec.to_dict()["config"]
+    ours, theirs = given.to_dict()["config"], own.to_dict()["config"]
     odd = [f"{key} {theirs[key]!r} (given: {ours[key]!r})" for key in theirs if ours[key] != theirs[key]]
     if odd:
         raise MismatchError(
-            f"{dataset.path}: its codec has {', '.join(odd)}; leave the configuration out, the dataset has its own"
+            f"{name}: {what} has {', '.join(odd)}; leave the configuration out, the dataset has its own"
         )

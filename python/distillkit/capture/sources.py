@@ -1,0 +1,281 @@
+"""Rows of text, whatever holds them: local files, folders of files, `save_to_disk` folders, or a dataset of the hub.
+
+A source yields rows in one fixed order, each with the words that tell a person where it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from distillkit.errors import ConfigError, InputError
+
+__all__ = ["Row", "Source", "open_source"]
+
+Row = tuple[str, Mapping[str, Any]]
+"""(where the row is, for messages; its columns)"""
+
+# Splits by the words that name them in file and folder names.
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+_PARQUET_BATCH_ROWS = 256
+
+
+class Source(Protocol):
+    """Rows in a fixed order."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What identifies the source, JSON-able and free of machine paths: it goes in the header of a capture."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all."""
+
+    def rows(self) -> Iterator[Row]:
+        """All rows, in order."""
+
+
+def open_source(dataset: str, *, configuration: str | None = None, split: str = "train") -> Source:
+    """Open a dataset.
+
+    Args:
+        dataset: a `.jsonl`, `.json`, `.txt` or `.parquet` file, a folder of them, a folder that `datasets` saved with
+            `save_to_disk`, or the id of a dataset on the hub. A `.txt` file is one document.
+        configuration: name of the hub dataset's configuration.
+        split: which split of a hub dataset or of a `save_to_disk` folder; in a folder of files, those whose path has
+            the split's name.
+
+    Raises:
+        ConfigError: there is no such file, dataset or split; it names what there is.
+    """
+    path = Path(dataset).expanduser()
+    if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+        return _saved(path, split)
+    if path.is_dir():
+        return _Files(path, _files_of_split(path, split))
+    if path.is_file():
+        if path.suffix not in _FORMATS:
+            raise ConfigError(
+                f"{path}: files of {', '.join(_FORMATS)} are understood, not "
+                f"{path.suffix or 'files without a suffix'!r}"
+            )
+        return _Files(path, [path])
+    if dataset.startswith(("/", ".", "~")) or path.suffix in _FORMATS:
+        raise ConfigError(f"dataset: there is no file or folder {dataset}")
+    return _hub(dataset, configuration, split)
+
+
+# -- local files -------------------------------------------------------------------------------------------------------
+
+
+class _Files:
+    """Local files, in the order of their names."""
+
+    def __init__(self, root: Path, files: Sequence[Path]) -> None:
+        self._root = root
+        self._files = files
+        self._num_rows: int | None = None
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {
+            "name": self._root.name,
+            "files": len(self._files),
+            "bytes": sum(file.stat().st_size for file in self._files),
+        }
+
+    @property
+    def num_rows(self) -> int:
+        if self._num_rows is None:
+            self._num_rows = sum(_FORMATS[file.suffix].count(file) for file in self._files)
+        return self._num_rows
+
+    def rows(self) -> Iterator[Row]:
+        for file in self._files:
+            name = file.name if file == self._root else file.relative_to(self._root).as_posix()
+            for place, row in _FORMATS[file.suffix].read(file):
+                where = f"{name}, {place}" if place else name
+                if not isinstance(row, Mapping):
+                    raise InputError(f"{where}: a row must be an object with named columns, found {type(row).__name__}")
+                yield where, row
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    """Return the folder's data files, sorted; those of `split` where names tell splits apart.
+
+    Among such, a file whose name tells none counts as train.
+    """
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in _FORMATS
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    if not files:
+        raise ConfigError(
+            f"{folder}: no {', '.join(_FORMATS)} files in it, and it is no folder of datasets' save_to_disk"
+        )
+    named = {file: _split_of(file.relative_to(folder)) for file in files}
+    found = {name for name in named.values() if name is not None}
+    if not found:
+        return files
+    wanted = _SPLIT_WORDS.get(split.lower(), split)
+    chosen = [file for file, name in named.items() if (name or "train") == wanted]
+    if not chosen:
+        raise ConfigError(
+            f"{folder}: no files of split {split!r}; by their names there are files of {', '.join(sorted(found))}"
+        )
+    return chosen
+
+
+def _split_of(path: Path) -> str | None:
+    """Return the split that a relative path names, the last one if several."""
+    words = re.split(r"[^a-z0-9]+", path.as_posix().lower())
+    return next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), None)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How the rows of one kind of file are counted and read; `read` yields (place in the file, row)."""
+
+    count: Callable[[Path], int]
+    read: Callable[[Path], Iterator[tuple[str, Any]]]
+
+
+def _count_lines(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"line {number}", _parse_json(line, f"{file}, line {number}")
+
+
+def _parse_json(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON in UTF-8: {error}") from error
+
+
+def _is_array(file: Path) -> bool:
+    """Whether a `.json` file holds one array; the others are read as JSON lines."""
+    with file.open("rb") as data:
+        return data.read(4096).lstrip().startswith(b"[")
+
+
+def _count_json(file: Path) -> int:
+    return len(_parse_json(file.read_bytes(), str(file))) if _is_array(file) else _count_lines(file)
+
+
+def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
+    if not _is_array(file):
+        yield from _read_lines(file)
+        return
+    for index, row in enumerate(_parse_json(file.read_bytes(), str(file))):
+        yield f"row {index}", row
+
+
+def _read_text(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        yield "", {"text": file.read_text(encoding="utf-8")}
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text: {error}") from error
+
+
+def _open_parquet(file: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{file}: not a Parquet file: {error}") from error
+
+
+def _count_parquet(file: Path) -> int:
+    with _open_parquet(file) as parquet:
+        return int(parquet.metadata.num_rows)
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
+    with _open_parquet(file) as parquet:
+        index = 0
+        for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+            for row in batch.to_pylist():
+                yield f"row {index}", row
+                index += 1
+
+
+_FORMATS = {
+    ".jsonl": _Format(_count_lines, _read_lines),
+    ".json": _Format(_count_json, _read_json),
+    ".txt": _Format(lambda file: 1, _read_text),
+    ".parquet": _Format(_count_parquet, _read_parquet),
+}
+
+
+# -- datasets' datasets ------------------------------------------------------------------------------------------------
+
+
+class _Loaded:
+    """A dataset of the `datasets` library."""
+
+    def __init__(self, dataset: Any, description: dict[str, Any]) -> None:
+        self._dataset = dataset
+        self._description = {**description, "rows": len(dataset)}
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return self._description
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._dataset)
+
+    def rows(self) -> Iterator[Row]:
+        for index, row in enumerate(self._dataset):
+            yield f"{self._description['name']}, row {index}", row
+
+
+def _saved(folder: Path, split: str) -> Source:
+    import datasets
+
+    loaded = datasets.load_from_disk(str(folder))
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise ConfigError(f"{folder}: it has no split {split!r}, but {', '.join(loaded)}")
+        return _Loaded(loaded[split], {"name": folder.name, "split": split})
+    return _Loaded(loaded, {"name": folder.name})
+
+
+def _hub(name: str, configuration: str | None, split: str) -> Source:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, name=configuration, split=split)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"dataset: {name!r} is no local file or folder, and loading it from the hub (configuration "
+            f"{configuration}, split {split}) failed: {error}"
+        ) from error
+    return _Loaded(loaded, {"name": name, "configuration": configuration, "split": split})

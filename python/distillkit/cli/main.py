@@ -1,0 +1,54 @@
+"""`distillkit`: train (the default command) and capture. Each command's code is imported when it is used."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from distillkit import __version__
+from distillkit.cli.common import run_cli
+
+__all__ = ["cli", "main"]
+
+_COMMANDS = {
+    "train": ("distillkit.cli.train", "train"),
+    "capture": ("distillkit.cli.capture", "capture"),
+}
+
+
+class _TrainsByDefault(click.Group):
+    """A group whose first argument may also be a configuration: `distillkit config.yaml` trains."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name = _COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        first = next((arg for arg in args if not arg.startswith("-")), None)
+        if first is not None and first not in _COMMANDS:
+            args = ["train", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=_TrainsByDefault, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="distillkit")
+def cli() -> None:
+    """Train small language models on the stored distributions of large ones.
+
+    \b
+    distillkit config.yaml           train as the configuration says (the same as: distillkit train config.yaml)
+    distillkit capture --model …     run a teacher over text once, and store its distributions
+    distillkit-codec inspect DATA    look at what was captured
+    """
+
+
+def main() -> None:
+    """Run the command line."""
+    run_cli(cli)

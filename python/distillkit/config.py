@@ -1,0 +1,380 @@
+"""The training configuration: a YAML file, read whole and checked before anything is loaded.
+
+Everything the published configuration has is known here. What is wrong is reported all at once, each problem by its
+dotted path: unknown keys with the nearest known one, values that are not allowed with those that are, and settings
+whose feature does not exist yet. Nothing is ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from distillkit.codec import Codec
+from distillkit.errors import ConfigError
+from distillkit.losses.config import LATER_LOSSES, LATER_MISSING, LOSS_NAMES, LossConfig
+
+__all__ = ["DatasetSource", "DatasetTeacher", "HfTeacher", "RunConfig", "load_config", "parse_config"]
+
+
+class _Model(BaseModel):
+    # The published keys model_kwargs and model_auto_class begin with pydantic's reserved prefix.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DatasetSource(_Model):
+    """Where a captured dataset lies: a hub repository or a folder.
+
+    Attributes:
+        repo_id, revision, config_name: a dataset on the Hugging Face hub, and what to take of it.
+        disk_path: a folder of shards, or a published dataset (Parquet files, or written by `save_to_disk`).
+        split: of a dataset that has splits.
+    """
+
+    repo_id: str | None = None
+    revision: str | None = None
+    config_name: str | None = None
+    disk_path: str | None = None
+    split: str | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> DatasetSource:
+        if (self.repo_id is None) == (self.disk_path is None):
+            found = "both" if self.repo_id is not None else "neither"
+            raise ValueError(f"give one of repo_id (a hub dataset) and disk_path (a folder), found {found}")
+        if self.disk_path is not None:
+            for name in ("revision", "config_name"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: belongs to a hub dataset (repo_id), not to a folder (disk_path)")
+        if self.split is not None and not re.fullmatch(r"[\w.\-]+", self.split):
+            raise ValueError(f"split: {self.split!r} is not a split's name; for a part of one use dataset.num_samples")
+        return self
+
+
+class DatasetSection(_Model):
+    """The `dataset` section.
+
+    Attributes:
+        train_dataset, eval_dataset: where the data lies.
+        seed: of the choice of samples and of their order; null takes the first samples, and orders by
+            `training_args.seed`.
+        num_samples, num_eval_samples: how many documents to take; all if not given.
+        prepacked: the documents are packed rows. Datasets say so themselves (numbered attention masks, segment
+            lengths), so this changes nothing.
+        eos_label_token_ids, prepared_dataset_path: not supported yet.
+    """
+
+    train_dataset: DatasetSource
+    eval_dataset: DatasetSource | None = None
+    seed: int | None = Field(default=42, ge=0)
+    num_samples: int | None = Field(default=None, ge=1)
+    num_eval_samples: int | None = Field(default=None, ge=1)
+    eos_label_token_ids: list[int] | None = None
+    prepared_dataset_path: str | None = None
+    prepacked: bool = False
+
+
+class HfTeacher(_Model):
+    """A live teacher (`kind: hf`); not supported yet."""
+
+    kind: Literal["hf"]
+    path: str
+    kwargs: dict[str, Any] | None = None
+    top_k: int | None = Field(default=None, ge=1)
+
+
+class DatasetTeacher(_Model):
+    """A teacher whose distributions are stored in the dataset (`kind: dataset`).
+
+    Attributes:
+        logprob_compressor, legacy_logit_compression: the codec of a published dataset. Our own shards name theirs; one
+            given here must agree.
+        vocab_size: if given, checked against the dataset's.
+    """
+
+    kind: Literal["dataset"]
+    logprob_compressor: dict[str, Any] | None = None
+    legacy_logit_compression: dict[str, Any] | None = None
+    vocab_size: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_codec(self) -> DatasetTeacher:
+        if self.logprob_compressor is not None and self.legacy_logit_compression is not None:
+            raise ValueError("give logprob_compressor or legacy_logit_compression, found both")
+        self.codec()
+        return self
+
+    def codec(self) -> Codec | None:
+        """Build the codec that the configuration names, if it names one."""
+        for key in ("logprob_compressor", "legacy_logit_compression"):
+            fields = getattr(self, key)
+            if fields is not None:
+                try:
+                    return Codec({key: fields})
+                except ConfigError as error:
+                    # "SomeConfig: field: why" becomes "key.field: why", to which the dotted path is prefixed.
+                    raise ConfigError(f"{key}.{str(error).partition(': ')[2]}") from None
+        return None
+
+
+Teacher = Annotated[Union[HfTeacher, DatasetTeacher], Field(discriminator="kind")]
+
+
+def _default_losses() -> list[LossConfig]:
+    return [
+        LossConfig(function="cross_entropy", weight=0.5),
+        LossConfig(function="kl", weight=0.5, temperature=1.0, missing_probability_handling="zero"),
+    ]
+
+
+class RunConfig(_Model):
+    """A training run.
+
+    Attributes:
+        project_name: names the run's project for wandb and trackio.
+        model: the student, a folder or a hub id.
+        output_path: folder for checkpoints, metrics and the trained student.
+        sequence_length: longest training row in tokens; longer documents are cut, together with the teacher's rows.
+        dataset, teacher, loss_functions: see their classes.
+        training_args: arguments of `trl.SFTConfig`; see `distillkit.training_args`.
+        use_flash_attention: true demands FlashAttention, false never uses it, unset uses it where it can run.
+        model_kwargs: passed on when the student is loaded (`dtype`, `attn_implementation`, …; `torch_dtype` is taken
+            for `dtype`).
+        trust_remote_code: run the code in the student's repository.
+        frozen_modules: exact names of modules that are not trained.
+        frozen_res: regular expressions; parameters whose names they match anywhere are not trained.
+        resize_embeddings_to_multiple_of: widen embeddings and head to a multiple of this; they never shrink.
+        functionary_packing: the published switch for keeping packed documents apart. They always are, so it changes
+            nothing.
+        layer_mapping, force_hidden_state_projection, model_auto_class: not supported yet.
+    """
+
+    project_name: str = "distillkit"
+    model: str = Field(min_length=1)
+    output_path: str = Field(min_length=1)
+    sequence_length: int = Field(ge=2)
+    dataset: DatasetSection
+    teacher: Teacher
+    loss_functions: list[LossConfig] = Field(default_factory=_default_losses, min_length=1)
+    layer_mapping: list[tuple[int, int]] | Literal["all"] | None = None
+    force_hidden_state_projection: bool = False
+    resize_embeddings_to_multiple_of: int | None = Field(default=None, ge=1)
+    use_flash_attention: bool | None = None
+    functionary_packing: bool = False
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    model_auto_class: str | None = "AutoModelForCausalLM"
+    trust_remote_code: bool = False
+    frozen_modules: list[str] = Field(default_factory=list)
+    frozen_res: list[str] = Field(default_factory=list)
+    training_args: dict[str, Any] = Field(default_factory=dict)
+
+    _source: str = PrivateAttr(default="config")
+
+    @field_validator("frozen_modules", "frozen_res", "model_kwargs", "training_args", mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: object, info: Any) -> object:
+        if value is None:
+            return [] if info.field_name.startswith("frozen") else {}
+        return value
+
+    @field_validator("frozen_res")
+    @classmethod
+    def _expressions(cls, value: list[str]) -> list[str]:
+        for expression in value:
+            try:
+                re.compile(expression)
+            except re.error as error:  # noqa: PERF203 - each expression is named
+                raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
+        return value
+
+    @field_validator("model_kwargs")
+    @classmethod
+    def _dtype_has_one_name(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "torch_dtype" in value:
+            if "dtype" in value:
+                raise ValueError(
+                    f"dtype: {value['dtype']!r} and torch_dtype: {value['torch_dtype']!r} are one setting; give dtype"
+                )
+            value = {("dtype" if key == "torch_dtype" else key): item for key, item in value.items()}
+        return value
+
+    @property
+    def source(self) -> str:
+        """Return where the configuration came from, for messages."""
+        return self._source
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read and check a training configuration.
+
+    Args:
+        path: a YAML file.
+
+    Raises:
+        ConfigError: there is no such file, it is not YAML, or something in it is wrong; all problems, each by its
+            dotted path.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: the configuration can not be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the configuration is not UTF-8 text: {error}") from error
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    return parse_config(content, source=str(path))
+
+
+def parse_config(content: object, *, source: str = "config") -> RunConfig:
+    """Check a training configuration that has been read already.
+
+    Args:
+        content: the mapping a YAML file holds.
+        source: where it came from, for messages.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    if not isinstance(content, Mapping):
+        raise ConfigError(
+            f"{source}: a mapping of settings is expected, found "
+            f"{'nothing' if content is None else type(content).__name__}"
+        )
+    problems: list[str] = []
+    config = None
+    try:
+        config = RunConfig.model_validate(content)
+    except ValidationError as error:
+        problems += [_problem(item) for item in error.errors()]
+    problems += _not_yet(content)
+    arguments = content.get("training_args")
+    if isinstance(arguments, Mapping):
+        from distillkit.training_args import argument_problems
+
+        problems += argument_problems(content)
+    if problems:
+        raise ConfigError(_report(source, problems))
+    assert config is not None
+    config._source = source
+    return config
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Return a hint at the known name most like `name`, for the end of a message; empty if none is like it."""
+    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def _report(source: str, problems: list[str]) -> str:
+    if len(problems) == 1:
+        return f"{source}: {problems[0]}"
+    return "\n".join([f"{source}: {len(problems)} problems", *(f"  {problem}" for problem in problems)])
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "": RunConfig,
+    "dataset": DatasetSection,
+    "dataset.train_dataset": DatasetSource,
+    "dataset.eval_dataset": DatasetSource,
+    "loss_functions": LossConfig,
+}
+_TEACHERS: dict[str, type[BaseModel]] = {"hf": HfTeacher, "dataset": DatasetTeacher}
+
+
+def _problem(error: Any) -> str:
+    """Describe one pydantic error by its dotted path, what was found and what is allowed."""
+    location = list(error["loc"])
+    section = _SECTIONS.get(".".join(str(part) for part in location[:-1] if not isinstance(part, int)))
+    if location[0] == "teacher" and len(location) > 1 and location[1] in _TEACHERS:
+        # pydantic puts the discriminator's value in the path.
+        section = _TEACHERS[location.pop(1)]
+    path = ".".join(str(part) for part in location)
+    kind, found = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return f"{path}: unknown key{nearest(location[-1], section.model_fields if section else ())}"
+    if kind == "missing":
+        return f"{path}: is required and missing"
+    if kind == "union_tag_not_found":
+        return f"{path}.kind: is required and missing; allowed: 'dataset' (stored distributions), 'hf' (a live model)"
+    if kind == "union_tag_invalid":
+        hint = nearest(found.get("kind"), _TEACHERS)
+        return f"{path}.kind: {found.get('kind')!r} is not allowed; allowed: 'dataset', 'hf'{hint}"
+    if kind == "literal_error":
+        allowed = error["ctx"]["expected"]
+        hint = nearest(found, re.findall(r"'(\w+)'", allowed))
+        return f"{path}: {found!r} is not allowed; allowed: {allowed}{hint}"
+    if kind == "value_error":
+        cause = error["ctx"]["error"]
+        # A message of ours begins with the key below this path, if it is about one.
+        return f"{path}.{cause}" if re.match(r"[\w.]+: ", str(cause)) else f"{path}: {cause}"
+    return f"{path}: {error['msg'].removeprefix('Value error, ')} (found {found!r})"
+
+
+def _not_yet(content: Mapping[Any, Any]) -> list[str]:
+    """Name every setting that asks for a feature which does not exist yet. Works on raw content, beside all other
+    problems."""
+    found: list[str] = []
+
+    def refuse(path: str, why: str) -> None:
+        found.append(f"{path}: not supported yet ({why})")
+
+    teacher = content.get("teacher")
+    if isinstance(teacher, Mapping) and teacher.get("kind") == "hf":
+        refuse(
+            "teacher.kind", "'hf', a live teacher; capture it with `distillkit capture` and train with kind: dataset"
+        )
+    if content.get("layer_mapping") is not None:
+        refuse("layer_mapping", "hidden-state losses")
+    if content.get("force_hidden_state_projection"):
+        refuse("force_hidden_state_projection", "hidden-state losses")
+    if content.get("model_auto_class") not in (None, "AutoModelForCausalLM"):
+        refuse("model_auto_class", f"{content['model_auto_class']!r}; AutoModelForCausalLM is")
+    dataset = content.get("dataset")
+    for key in ("eos_label_token_ids", "prepared_dataset_path"):
+        if isinstance(dataset, Mapping) and dataset.get(key) is not None:
+            refuse(f"dataset.{key}", f"{dataset[key]!r}")
+    losses = content.get("loss_functions")
+    for i, loss in enumerate(losses if isinstance(losses, list) else []):
+        if not isinstance(loss, Mapping):
+            continue
+        if loss.get("function") in LATER_LOSSES:
+            refuse(f"loss_functions.{i}.function", f"{loss['function']!r}; {', '.join(LOSS_NAMES)} are")
+        if loss.get("missing_probability_handling") in LATER_MISSING:
+            refuse(
+                f"loss_functions.{i}.missing_probability_handling",
+                f"{loss['missing_probability_handling']!r}; zero and uniform are",
+            )
+    weights = [loss.get("weight") for loss in losses if isinstance(loss, Mapping)] if isinstance(losses, list) else []
+    if weights and all(isinstance(weight, (int, float)) and weight == 0 for weight in weights):
+        found.append("loss_functions: all weights are 0; at least one must be positive")
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader that refuses a key given twice, where YAML's own loader would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[object, yaml.Mark] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"the key '{key}' is given twice, first on line {seen[key].line + 1}",
+                    key_node.start_mark,
+                )
+            seen[key] = key_node.start_mark
+        return super().construct_mapping(node, deep=deep)

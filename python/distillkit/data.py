@@ -1,0 +1,421 @@
+"""From stored documents to batches: which positions count, cutting, padding, order; and whether a dataset fits a
+student at all.
+
+Shape legend: L tokens of a document, P its counted positions, B rows of a batch, S their common length, N counted
+positions of a batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distillkit import tokenizer as tokenizers
+from distillkit.errors import ConfigError, MismatchError
+from distillkit.signals.alignment import shift_rates
+from distillkit.signals.types import TeacherSignal
+from distillkit.types import Document
+
+if TYPE_CHECKING:
+    from distillkit.config import DatasetSource, DatasetTeacher
+    from distillkit.shards import Dataset as StoredDataset
+
+__all__ = [
+    "BLANK",
+    "Collator",
+    "DistillationDataset",
+    "DocumentOrder",
+    "Example",
+    "check_dataset",
+    "check_tokenizer",
+    "choose_documents",
+    "counted_positions",
+    "open_dataset",
+]
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""The label of tokens that no loss is taken on, as everywhere in PyTorch."""
+
+BLANK = -1
+"""Index of a document without content, which fills the last batches so that every process has as many as the others."""
+
+# How much of a dataset is read to see whether it fits.
+_SAMPLE_DOCUMENTS = 64
+_SAMPLE_TOKENS = 32_768
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document as it is trained on.
+
+    Attributes:
+        input_ids: (L,) int32, cut to the sequence length.
+        segment_lengths: lengths of the packed documents in it, in order, summing to L.
+        positions: (P,) int64, the counted positions t, ascending: token t + 1 is predicted there.
+        teacher: arrays (P, …) from the teacher's signal.
+        cut_tokens: how many tokens were cut off.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    segment_lengths: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    teacher: dict[str, npt.NDArray[Any]]
+    cut_tokens: int = 0
+
+
+def counted_positions(
+    segment_lengths: npt.NDArray[np.int64], loss_mask: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.int64]:
+    """Find the positions that count in a loss.
+
+    A position t counts if token t + 1 is in the same packed document and its loss mask, if there is one, is set. So a
+    document of L tokens has at most L − 1: nothing is predicted across a boundary or after the last token.
+
+    Args:
+        segment_lengths: (s,) lengths of the packed documents, summing to L.
+        loss_mask: (L,) which tokens should be predicted; all if None.
+
+    Returns:
+        (P,) int64, ascending.
+    """
+    counts = np.ones(int(segment_lengths.sum()), dtype=bool)
+    counts[np.cumsum(segment_lengths) - 1] = False
+    if loss_mask is not None:
+        counts[:-1] &= loss_mask[1:]
+    return np.flatnonzero(counts).astype(np.int64)
+
+
+class DistillationDataset(torch.utils.data.Dataset[Example]):
+    """Stored documents, cut to the sequence length together with their teacher rows; map-style.
+
+    Args:
+        source: the stored documents.
+        signal: takes what is needed of the teacher.
+        sequence_length: L at most.
+        indices: which documents of the source; all if None.
+    """
+
+    def __init__(
+        self,
+        source: StoredDataset,
+        signal: TeacherSignal,
+        sequence_length: int,
+        indices: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        self.source = source
+        self.signal = signal
+        self.sequence_length = sequence_length
+        self.indices = np.arange(len(source), dtype=np.int64) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        """Read a document; `BLANK` gives one without tokens.
+
+        Raises:
+            CorruptDataError: the stored document is damaged.
+        """
+        if index == BLANK:
+            return Example(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.int64), self.signal.nothing())
+        return self.cut(self.source[int(self.indices[index])])
+
+    def cut(self, document: Document) -> Example:
+        """Cut a document to the sequence length and take its counted positions' teacher rows."""
+        length = min(len(document.input_ids), self.sequence_length)
+        whole = document.segment_lengths
+        ends = np.array([length]) if whole is None else np.minimum(np.cumsum(whole, dtype=np.int64), length)
+        lengths = np.diff(ends, prepend=0)
+        lengths = lengths[lengths > 0]
+        loss_mask = None if document.loss_mask is None else document.loss_mask[:length]
+        positions = counted_positions(lengths, loss_mask)
+        teacher = self.signal.take(document, positions)
+        return Example(document.input_ids[:length], lengths, positions, teacher, len(document.input_ids) - length)
+
+
+class Collator:
+    """Makes a batch of tensors from examples.
+
+    Rows are padded at their end. `attention_mask` is absent: the model keeps packed documents apart by `position_ids`
+    that restart, and no token looks ahead into the padding. Padding simply continues the last document, so that a batch
+    without packed documents needs no mask at all.
+
+    Args:
+        pad_id: token id of the padding; any id of the vocabulary.
+        pad_to_multiple_of: of the common length S.
+        flash_attention: also give the document boundaries of the flattened batch, which FlashAttention needs for packed
+            rows.
+    """
+
+    def __init__(
+        self, pad_id: int = 0, *, pad_to_multiple_of: int | None = None, flash_attention: bool = False
+    ) -> None:
+        self.pad_id = pad_id
+        self.multiple = pad_to_multiple_of or 1
+        self.flash_attention = flash_attention
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Collate B examples.
+
+        Returns:
+            input_ids, position_ids, labels: (B, S) int64; labels[b, t + 1] is the token predicted at a counted position
+                t, else −100.
+            rows: (N,) int64, the counted positions of the flattened batch, b·S + t, ascending.
+            teacher_<name>: (N, …) what the signal took.
+            counts: (3,) int64: tokens without padding, documents that were cut, tokens cut off.
+            With packed documents under FlashAttention: cu_seq_lens_q and cu_seq_lens_k int32, max_length_q and
+                max_length_k.
+        """
+        longest = max(1, *(len(example.input_ids) for example in examples))
+        length = -(-longest // self.multiple) * self.multiple
+        input_ids = np.full((len(examples), length), self.pad_id, dtype=np.int64)
+        position_ids = np.empty_like(input_ids)
+        labels = np.full_like(input_ids, IGNORED)
+        for row, example in enumerate(examples):
+            input_ids[row, : len(example.input_ids)] = example.input_ids
+            starts = np.cumsum(example.segment_lengths) - example.segment_lengths
+            # Each position minus the start of its document; the last document takes the padding.
+            position_ids[row] = np.arange(length) - np.repeat(starts, np.diff(starts, append=length))
+            labels[row, example.positions + 1] = example.input_ids[example.positions + 1]
+        rows = np.concatenate([row * length + example.positions for row, example in enumerate(examples)])
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(input_ids),
+            "position_ids": torch.from_numpy(position_ids),
+            "labels": torch.from_numpy(labels),
+            "rows": torch.from_numpy(rows),
+            "counts": torch.tensor(
+                [
+                    sum(len(example.input_ids) for example in examples),
+                    sum(example.cut_tokens > 0 for example in examples),
+                    sum(example.cut_tokens for example in examples),
+                ]
+            ),
+        }
+        for name in examples[0].teacher:
+            batch[f"teacher_{name}"] = torch.from_numpy(np.concatenate([example.teacher[name] for example in examples]))
+        if self.flash_attention and any(len(example.segment_lengths) > 1 for example in examples):
+            batch |= _boundaries(position_ids)
+        return batch
+
+
+def _boundaries(position_ids: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Boundaries of documents in a flattened batch (B, S), as FlashAttention's variable-length kernels take them."""
+    starts = np.flatnonzero(position_ids.reshape(-1) == 0)
+    bounds = np.append(starts, position_ids.size)
+    longest = int(np.diff(bounds).max())
+    lengths = torch.from_numpy(bounds.astype(np.int32))
+    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
+
+
+class DocumentOrder(torch.utils.data.Sampler[int]):
+    """The order of documents: a permutation that depends on the seed and the epoch alone, then blanks up to whole
+    batches.
+
+    Args:
+        size: number of documents.
+        seed: of the permutation; None keeps the stored order.
+        multiple: the number of indices is rounded up to a multiple of this, with `BLANK`.
+    """
+
+    def __init__(self, size: int, *, seed: int | None, multiple: int = 1) -> None:
+        self.size = size
+        self.seed = seed
+        self.length = -(-size // multiple) * multiple
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order = (
+            np.arange(self.size)
+            if self.seed is None
+            else np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        )
+        return itertools.chain(order.tolist(), itertools.repeat(BLANK, self.length - self.size))
+
+
+def choose_documents(size: int, wanted: int | None, seed: int | None, key: str) -> npt.NDArray[np.int64] | None:
+    """Choose some of a dataset's documents at random, or the first ones without a seed.
+
+    Args:
+        size: documents there are.
+        wanted: documents to take; all if None.
+        seed: decides which.
+        key: the setting that says so, for the message.
+
+    Returns:
+        Their indices, ascending; None for all.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if wanted is None:
+        return None
+    if wanted > size:
+        raise ConfigError(f"{key}: {wanted:,} documents are wanted, the dataset has {size:,}")
+    chosen = np.arange(wanted) if seed is None else np.random.default_rng(seed).permutation(size)[:wanted]
+    return np.sort(chosen).astype(np.int64)
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+def open_dataset(source: DatasetSource, teacher: DatasetTeacher, key: str) -> StoredDataset:
+    """Open a captured or published dataset with its codec.
+
+    Args:
+        source: where it lies; a hub repository is downloaded into the hub's cache.
+        teacher: the codec of a published dataset; one that contradicts the dataset's own is an error.
+        key: dotted path of `source` in the configuration, for messages.
+
+    Raises:
+        ConfigError: there is no such dataset.
+        MismatchError: the configuration's codec or vocabulary size is not the dataset's.
+    """
+    from distillkit.shards import Dataset
+
+    path = source.disk_path if source.disk_path is not None else _downloaded(source, key)
+    codec = teacher.codec()
+    try:
+        dataset = Dataset.open(
+            path,
+            config=None if codec is None else codec.config,
+            split=source.split,
+            vocab_size=teacher.vocab_size,
+        )
+    except FileNotFoundError as error:
+        raise ConfigError(f"{key}: {error.strerror}: {error.filename}") from error
+    except MismatchError as error:
+        raise MismatchError(f"{key} and teacher: {error}") from error
+    if teacher.vocab_size is not None:
+        known = {dataset.codec.vocab_size, dataset.header.vocab_size, dataset.header.head_size}
+        if teacher.vocab_size not in known:
+            raise MismatchError(
+                f"teacher.vocab_size is {teacher.vocab_size:,}, but {key} ({path}) was captured with a vocabulary of "
+                f"{dataset.header.vocab_size:,} in a head of {dataset.header.head_size:,} (its codec: "
+                f"{dataset.codec.vocab_size:,})"
+            )
+    return dataset
+
+
+def _downloaded(source: DatasetSource, key: str) -> str:
+    """Fetch a hub dataset's files and return their folder."""
+    from pathlib import Path
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    assert source.repo_id is not None
+    inside = "" if source.config_name is None else f"{source.config_name}/"
+    patterns = [f"{inside}**{suffix}" for suffix in (".parquet", ".arrow", ".json", ".yaml", ".yml")]
+    try:
+        folder = snapshot_download(
+            source.repo_id,
+            repo_type="dataset",
+            revision=source.revision,
+            allow_patterns=[*patterns, "compression_config.y*ml"],
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ConfigError(f"{key}.repo_id: {source.repo_id!r} can not be fetched from the hub: {error}") from error
+    path = Path(folder) / (source.config_name or "")
+    if not path.is_dir():
+        raise ConfigError(f"{key}.config_name: {source.repo_id} has no folder {source.config_name!r}")
+    return str(path)
+
+
+# -- does it fit -------------------------------------------------------------------------------------------------------
+
+
+def check_tokenizer(dataset: StoredDataset, tokenizer: Any, student: str, key: str) -> None:
+    """Refuse a dataset that was captured with another tokenizer than the student's.
+
+    Raises:
+        MismatchError: with both fingerprints.
+    """
+    recorded = dataset.header.tokenizer
+    if recorded is None:
+        logger.warning(
+            "%s does not say which tokenizer it was captured with; that it is the student's can not be checked", key
+        )
+        return
+    ours = tokenizers.fingerprint(tokenizer)
+    if recorded["fingerprint"] != ours:
+        raise MismatchError(
+            f"{key} was captured with another tokenizer than the student's: {recorded['name']} "
+            f"({recorded['fingerprint']}, {dataset.header.vocab_size:,} ids) against {student} ({ours}, "
+            f"{tokenizers.vocab_size(tokenizer):,} ids). Token ids would mean different tokens; take a student "
+            "with the teacher's tokenizer, or capture again"
+        )
+
+
+def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
+    """Refuse a dataset whose ids the student's head does not have, or whose teacher rows are shifted against its
+    tokens.
+
+    Padded heads may differ in width (151,936 and 152,064 for one tokenizer): only the tokenizer's vocabulary must fit.
+
+    Args:
+        dataset: the stored documents; some of them are read.
+        head_size: width of the student's head.
+        key: dotted path of the dataset in the configuration, for messages.
+
+    Raises:
+        ConfigError: it has no documents.
+        MismatchError: with both values.
+    """
+    if len(dataset) == 0:
+        raise ConfigError(f"{key}: the dataset has no documents")
+    header = dataset.header
+    if header.temperature != 1.0:
+        raise MismatchError(
+            f"{key} was captured at temperature {header.temperature:g}; the losses soften by themselves and need 1"
+        )
+    # A published dataset says no more than the codec's vocabulary size.
+    needed = header.vocab_size if header.tokenizer is not None else dataset.codec.vocab_size
+    if needed > head_size:
+        raise MismatchError(
+            f"{key} holds ids of a vocabulary of {needed:,}, the student's head has {head_size:,} rows. If their "
+            "tokenizers are the same and only the padding differs, set resize_embeddings_to_multiple_of so that the "
+            "head is wide enough"
+        )
+    sample = list(_sample(dataset))
+    for index, document in sample:
+        largest = int(document.input_ids.max(initial=0))
+        if largest >= head_size:
+            raise MismatchError(
+                f"{key}: document {index} contains token id {largest:,}, the student's head has {head_size:,} rows"
+            )
+    rates = shift_rates((document for _, document in sample), dataset.codec)
+    shift = rates.shifted()
+    if shift is not None:
+        raise MismatchError(
+            f"{key}: the teacher's rows are shifted against the tokens by {shift:+d}. The true next token is the "
+            f"teacher's most probable one with the rows moved by: {rates}; that must peak at 0"
+        )
+    logger.info("%s: %s documents; the true next token is the teacher's first: %s", key, f"{len(dataset):,}", rates)
+
+
+def _sample(dataset: StoredDataset) -> Iterator[tuple[int, Document]]:
+    """Read documents evenly spread over the dataset, up to a number of documents and tokens."""
+    count = min(len(dataset), _SAMPLE_DOCUMENTS)
+    tokens = 0
+    for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist():
+        document = dataset[index]
+        yield index, document
+        tokens += len(document.input_ids)
+        if tokens >= _SAMPLE_TOKENS:
+            return

@@ -1,0 +1,281 @@
+"""A causal LM taken apart: the backbone's hidden states, and the head that turns them into logits.
+
+Capture and the losses apply the head to a slice of positions at a time, so that [batch, sequence, vocabulary] logits
+never exist. That needs the head's arithmetic outside the model's own forward. Most heads are `hidden @ weight.T`; some
+families add a bias, a scale or a soft cap. `LMHead` reproduces those from the model's config, and `check_lm_head`
+compares the result with the model's own logits, so a head that is not understood is refused and never computed wrongly.
+
+Shape legend: B batch, S sequence, N positions of a slice, H hidden size, V width of the head (at least the tokenizer's
+vocabulary).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from distillkit.errors import DistillKitError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["LMHead", "backbone_hidden", "bare_model", "check_lm_head", "lm_head_of"]
+
+# Config attributes that multiply the logits, and those that divide them. Which families use them: Cohere `logit_scale`,
+# Muse `output_multiplier`, Falcon-H1 `lm_head_multiplier`, Granite and MiniCPM3 `logits_scaling`.
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling",)
+# HyperCLOVA X multiplies by the attribute that the others divide by.
+_MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
+# Config attributes c of a soft cap, logits = c·tanh(logits / c): Gemma and others, RecurrentGemma, xLSTM.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+# A weight of lower precision is widened for a float32 product in blocks of about this many bytes, never whole.
+_WIDENED_BLOCK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The output head of a causal LM as a function of hidden states. Made by `lm_head_of`.
+
+    Attributes:
+        model: the bare causal LM; its head's weight is looked up on each call, since PEFT and FSDP replace it.
+        scale: factor of the raw logits (1.0 for most models).
+        softcap: c in c·tanh(logits / c), applied after the scale; None for most models.
+    """
+
+    model: PreTrainedModel
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def size(self) -> int:
+        """V, the number of logits a position."""
+        return int(_head_module(self.model).weight.shape[0])
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Look up the head's (V, H) weight and (V,) bias, whole on this process and differentiable.
+
+        Under FSDP2 this gathers them, so call it once a forward and hand the result to every slice.
+
+        Raises:
+            DistillKitError: the head is not a plain linear layer, or carries a LoRA adapter.
+        """
+        module = _head_module(self.model)
+        bias = getattr(module, "bias", None)
+        return _whole(module.weight), None if bias is None else _whole(bias)
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+        *,
+        float32_product: bool = False,
+    ) -> torch.Tensor:
+        """Compute the logits of some positions, differentiable in the hidden states and weights.
+
+        Args:
+            hidden: (..., H) hidden states after the final norm, any float dtype.
+            weights: what `weights()` returned; looked up if not given.
+            float32_product: multiply in float32 even where the weight has a lower precision, in blocks of the
+                vocabulary and without gradients. A bfloat16 product rounds logits to 8 significant bits, which shows in
+                the distributions.
+
+        Returns:
+            (..., V) float32 logits, as the model's own forward would return them.
+        """
+        weight, bias = self.weights() if weights is None else weights
+        hidden = hidden.to(weight.device)
+        if float32_product and weight.dtype != torch.float32:
+            logits = _float32_product(hidden, weight, bias)
+        else:
+            logits = F.linear(hidden.to(weight.dtype), weight, bias).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+def bare_model(model: Any) -> PreTrainedModel:
+    """Return the causal LM inside a PEFT wrapper, or the model itself. Adapters stay in effect: layers hold them."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def lm_head_of(model: Any) -> LMHead:
+    """Describe a causal LM's head.
+
+    Args:
+        model: a transformers causal LM (or a vision-language model with a text head), bare or inside a PEFT wrapper.
+
+    Raises:
+        DistillKitError: the head is not a plain linear layer, carries a LoRA adapter, or scales its logits in a way
+            that is not understood.
+    """
+    bare = bare_model(model)
+    _head_module(bare)
+    config = bare.config.get_text_config()
+    return LMHead(model=bare, scale=_scale(config), softcap=_first_number(config, _SOFTCAPS))
+
+
+def backbone_hidden(model: Any, **inputs: Any) -> torch.Tensor:
+    """Run the model without its head.
+
+    Args:
+        model: a causal LM, bare or inside a PEFT wrapper.
+        **inputs: what the backbone's forward takes (`input_ids`, `attention_mask`, `position_ids`, …).
+
+    Returns:
+        (B, S, H) hidden states after the final norm. No key-value cache is kept: with one, packed documents would see
+        each other.
+
+    Raises:
+        DistillKitError: the model's backbone can't be told from the model, or gives no `last_hidden_state`.
+    """
+    bare = bare_model(model)
+    backbone = bare.base_model
+    if backbone is bare:
+        raise DistillKitError(
+            f"{type(bare).__name__} has no backbone apart from itself (base_model_prefix={bare.base_model_prefix!r}); "
+            "load a model class with a language-model head, for example through AutoModelForCausalLM"
+        )
+    hidden = getattr(backbone(**inputs, use_cache=False), "last_hidden_state", None)
+    if hidden is None:
+        raise DistillKitError(
+            f"{type(backbone).__name__}, the backbone of {type(bare).__name__}, returns no last_hidden_state"
+        )
+    return hidden  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def check_lm_head(model: Any) -> LMHead:
+    """Compare the head as `LMHead` computes it with the model's own logits, on eight token ids.
+
+    Returns:
+        The head, safe to use.
+
+    Raises:
+        DistillKitError: they differ, so this model's head does more than its config told; or see `lm_head_of`,
+            `backbone_hidden`.
+    """
+    head = lm_head_of(model)
+    bare = head.model
+    vocabulary = bare.get_input_embeddings().weight.shape[0]
+    ids = torch.linspace(0, vocabulary - 1, 8, device=bare.device).round().long().unsqueeze(0)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    training = bare.training
+    bare.eval()
+    try:
+        ours = head(backbone_hidden(bare, **inputs))
+        theirs = bare(**inputs, use_cache=False).logits.float().to(ours.device)
+    finally:
+        bare.train(training)
+    if ours.shape != theirs.shape:
+        raise DistillKitError(
+            f"{type(bare).__name__} returns logits of shape {tuple(theirs.shape)}, its head gives {tuple(ours.shape)}: "
+            "it is not understood"
+        )
+    # Each of scale, cap and product may round once in the model's own dtype where ours are float32.
+    precision = torch.finfo(next(bare.parameters()).dtype).eps
+    allowed = max(1e-4, 4 * precision) * float(theirs.abs().max())
+    difference = float((ours - theirs).abs().max())
+    if not difference <= allowed:
+        raise DistillKitError(
+            f"the head of {type(bare).__name__} (model_type {bare.config.model_type!r}) can't be reproduced: applied "
+            "to the hidden states it "
+            f"differs from the model's own logits by {difference:.3g} (allowed {allowed:.3g}; scale {head.scale:g}, "
+            f"soft cap {head.softcap}). "
+            "This model does something to its logits that distillkit does not know"
+        )
+    return head
+
+
+def _head_module(bare: PreTrainedModel) -> torch.nn.Linear:
+    """Return the model's output layer: a linear layer, or PEFT's full trainable copy of one."""
+    module: Any = bare.get_output_embeddings()
+    name = type(bare).__name__
+    if module is None:
+        raise DistillKitError(
+            f"{name} has no output head; load a model class with a language-model head, for example "
+            "AutoModelForCausalLM"
+        )
+    peft = sys.modules.get("peft")
+    if peft is not None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        if isinstance(module, BaseTunerLayer):
+            raise DistillKitError(
+                f"the head of {name} carries a {type(module).__name__} adapter of PEFT, which the head's weight does "
+                "not show: take 'lm_head' out "
+                "of target_modules, or put it in modules_to_save to train it whole"
+            )
+        if isinstance(module, ModulesToSaveWrapper):
+            trained = module.active_adapters and not module.disable_adapters
+            module = module.modules_to_save[module.active_adapters[0]] if trained else module.original_module
+    if not isinstance(module, torch.nn.Linear) or not module.weight.is_floating_point() or module.weight.ndim != 2:
+        weight = getattr(module, "weight", None)
+        found = (
+            type(module).__name__
+            if weight is None
+            else f"{type(module).__name__} with a {weight.dtype} weight {tuple(weight.shape)}"
+        )
+        raise DistillKitError(
+            f"the head of {name} is {found}; a linear layer with a float weight is needed (leave the head unquantised)"
+        )
+    return module
+
+
+def _scale(config: Any) -> float:
+    """Return the factor that the config puts on the logits."""
+    factor = _first_number(config, _MULTIPLIERS)
+    divisor = _first_number(config, _DIVISORS)
+    if divisor is not None:
+        if config.model_type in _MULTIPLIES_BY_LOGITS_SCALING:
+            return (1.0 if factor is None else factor) * divisor
+        return (1.0 if factor is None else factor) / divisor
+    return 1.0 if factor is None else factor
+
+
+def _first_number(config: Any, names: tuple[str, ...]) -> float | None:
+    """Return the first of the named config attributes that is set."""
+    for name in names:
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise DistillKitError(f"{type(config).__name__}.{name} is {value!r}; a number or null is understood")
+        return float(value)
+    return None
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    """Gather a parameter that FSDP2 has sharded; return others as they are."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter  # type: ignore[no-any-return]
+    from torch.distributed.tensor import Partial
+
+    if parameter.device_mesh.ndim != 1:
+        raise DistillKitError(
+            f"the head's weight is sharded over a mesh of {parameter.device_mesh.ndim} dimensions; plain FSDP2 (one "
+            "dimension) is understood"
+        )
+    # Without the placement the gradient of the gathered weight would stay unreduced over the processes.
+    return parameter.full_tensor(grad_placements=[Partial("avg")])  # type: ignore[no-any-return]
+
+
+def _float32_product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute hidden (..., H) times weight (V, H) of lower precision, plus bias, in float32: (..., V)."""
+    with torch.no_grad():
+        flat = hidden.reshape(-1, hidden.shape[-1]).float()
+        logits = torch.empty(flat.shape[0], weight.shape[0], dtype=torch.float32, device=flat.device)
+        block = max(1, _WIDENED_BLOCK_BYTES // (4 * weight.shape[1]))
+        for start in range(0, weight.shape[0], block):
+            logits[:, start : start + block] = flat @ weight[start : start + block].float().T
+        if bias is not None:
+            logits += bias.float()
+    return logits.view(*hidden.shape[:-1], weight.shape[0])

@@ -1,0 +1,73 @@
+"""What identifies a tokenizer for distillation: which id means which token.
+
+Distributions over token ids make sense to a student only if its ids mean the same tokens. Names don't show that (a
+fine-tune may add tokens, two names may hold one vocabulary), so datasets carry a fingerprint of the id → token map.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from distillkit.errors import ConfigError
+
+__all__ = ["fingerprint", "load_tokenizer", "vocab_size"]
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Hash the id → token map and which ids are special tokens.
+
+    The roles of special tokens (which one pads, which one ends) are left out: training code changes them, and ids keep
+    their meaning.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+
+    Returns:
+        "xxh3-128:" and 32 hexadecimal digits; equal for tokenizers that agree on every id.
+    """
+    entries = _entries(tokenizer)
+    special = sorted(int(i) for i, token in tokenizer.added_tokens_decoder.items() if getattr(token, "special", False))
+    tokens = [token for _, token in entries]
+    digest = xxhash.xxh3_128()
+    # Ids, lengths and then the bytes: no token can run into the next.
+    digest.update(np.array([len(entries), len(special)], dtype="<u4").tobytes())
+    digest.update(np.array([i for i, _ in entries], dtype="<u4").tobytes())
+    digest.update(np.array([len(token) for token in tokens], dtype="<u4").tobytes())
+    digest.update(b"".join(tokens))
+    digest.update(np.array(special, dtype="<u4").tobytes())
+    return f"xxh3-128:{digest.hexdigest()}"
+
+
+def vocab_size(tokenizer: Any) -> int:
+    """Return the number of ids the tokenizer can produce: its largest id plus one, added tokens included.
+
+    The model's head is often wider (padded to a multiple of 64 or 128), never narrower in a sound checkpoint.
+    """
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load a transformers tokenizer from a folder or the hub.
+
+    Raises:
+        ConfigError: there is none at that path.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no tokenizer could be loaded from {path!r} (a model folder or a hub id is expected): {error}"
+        ) from error
+
+
+def _entries(tokenizer: Any) -> list[tuple[int, bytes]]:
+    """Return (id, token) by id, as the tokenizer spells its tokens (most in characters, some in bytes)."""
+    return sorted(
+        (int(i), token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass"))
+        for token, i in tokenizer.get_vocab().items()
+    )

@@ -1,0 +1,181 @@
+"""`distillkit-codec` as a person runs it, and the figures it shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distillkit.inspect import inspect_dataset
+from distillkit.shards import Dataset, ShardWriter
+from distillkit.shards.header import alignment
+from distillkit.types import SparseLogprobs
+from test_shards import CODEC, HEADER, VOCAB
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, 80 columns wide."""
+    program = "import sys; from distillkit.cli.codec import main; sys.argv[0] = 'distillkit-codec'; main()"
+    command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
+    settings = {**os.environ, "COLUMNS": "80", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=120, check=False)
+
+
+def predictable(folder: Path, *, shift: int = 0, rows: str = "L-1", segments: bool = False) -> Path:
+    """A dataset whose teacher knows the next token, its rows moved by `shift`."""
+    generator = np.random.default_rng(0)
+    header = replace(HEADER, alignment=alignment("L" if rows == "L" else "L-1"))
+    with ShardWriter(folder, header, shard_tokens=100) as writer:
+        for _ in range(8):
+            tokens = generator.permutation(VOCAB)[:40]
+            count = header.rows_of(40)
+            following = np.roll(tokens, -1 + shift)[:count]
+            others = np.stack(
+                [generator.choice(np.setdiff1d(np.arange(VOCAB), [t]), 5, replace=False) for t in following]
+            )
+            ids = np.concatenate([following[:, None], others], 1)
+            logprobs = np.tile(np.log([0.6, 0.1, 0.08, 0.06, 0.05, 0.04]), (count, 1)).astype(np.float32)
+            lengths = np.array([15, 25]) if segments else None
+            writer.write(tokens, SparseLogprobs(ids, logprobs), segment_lengths=lengths)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return predictable(tmp_path_factory.mktemp("data") / "captured")
+
+
+def test_inspect_counts_what_is_there(dataset: Path) -> None:
+    result = run("inspect", dataset, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    disk = sum(path.stat().st_size for path in dataset.glob("*.parquet"))
+    assert (found["documents"], found["tokens"], found["rows"]) == (8, 320, 312)
+    assert found["bytes_per_token"]["codec"] == CODEC.bytes_per_token
+    assert found["bytes_per_token"]["total"] == pytest.approx(disk / 312)
+    assert found["compression"]["dense_bf16"] == pytest.approx(2 * VOCAB * 312 / disk)
+    assert found["compression"]["topk_bf16"] == pytest.approx(6 * 6 * 312 / disk)
+    assert found["next_token"] == {"is_first": 1.0, "is_stored": 1.0}
+    assert found["alignment"]["ok"] is True
+    assert found["alignment"]["rates"]["0"] == 1.0
+    # 0.93 is what was written; the codec rounds it a little.
+    assert found["mass"]["p1"] == pytest.approx(0.93, abs=0.02)
+    assert found["mass"]["mean"] == pytest.approx(0.93, abs=0.01)
+    assert found["fidelity"]["rows"] == 312
+    assert found["fidelity"]["source"] == "recorded by the writer"
+
+
+def test_inspect_reads_well(dataset: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    result = run("inspect", dataset, "--plot", plot, NO_COLOR="1")
+    assert result.returncode == 0, result.stderr
+    for text in ("312 distributions", "a teacher (float32)", "bytes a token", "alignment", "ok", "KL(top-k ‖ decoded)"):
+        assert text in result.stdout
+    assert "\x1b" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert result.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_shifted_rows_fail_the_check(shift: int, tmp_path: Path) -> None:
+    result = run("inspect", predictable(tmp_path / "shifted", shift=shift))
+    assert result.returncode == 1
+    assert "FAILED" in result.stdout
+    assert f"the rows are shifted by {shift:+d}" in result.stderr
+
+
+def test_packed_documents_are_judged_by_themselves(tmp_path: Path) -> None:
+    """The row over another document's first token counts nowhere, and neither does the last of L rows."""
+    folder = predictable(tmp_path / "packed", rows="L", segments=True)
+    inspection = inspect_dataset(Dataset.open(folder))
+    assert inspection.rows == 320
+    assert inspection.first_rate == 1.0
+    assert inspection.shifts.positions == 8 * (13 + 23)
+
+
+def test_a_sample_says_so(dataset: Path) -> None:
+    result = run("inspect", dataset, "--sample", "3")
+    assert "a sample of 3 documents" in result.stdout
+    assert inspect_dataset(Dataset.open(dataset), sample=3).documents_read == 3
+
+
+def test_published_datasets_need_their_codec(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "upstream_legacy" / "data_0.parquet", tmp_path)
+    refused = run("inspect", tmp_path)
+    assert refused.returncode == 1
+    assert "does not say how it was encoded" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    found = run("inspect", tmp_path, "--config", GOLDEN / "upstream_legacy" / "compression_config.yaml", "--json")
+    assert json.loads(found.stdout)["fidelity"] is None
+    assert "not recorded" in run("inspect", GOLDEN / "upstream_v1").stdout
+
+
+def test_works_without_torch(dataset: Path, tmp_path: Path) -> None:
+    """torch can not be imported there: a package of that name, found first, refuses."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not installed here')")
+    for command in (["inspect", dataset], ["verify", dataset], ["inspect", GOLDEN / "upstream_legacy"]):
+        result = run(*command, PYTHONPATH=str(tmp_path))
+        assert result.returncode == 0, result.stderr
+
+
+def test_verify_names_file_and_document(dataset: Path, tmp_path: Path) -> None:
+    sound = run("verify", dataset)
+    assert sound.returncode == 0, sound.stderr
+    assert "sound: 3 files, 8 documents, 320 tokens, 312 rows" in sound.stdout
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    damaged = copy / "data-00001.parquet"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 4] ^= 1
+    damaged.write_bytes(data)
+    result = run("verify", copy)
+    assert result.returncode == 1
+    assert "1 problems" in result.stderr
+    assert "data-00001.parquet" in result.stderr
+    assert json.loads(run("verify", dataset, "--json").stdout)["ok"] is True
+
+
+def test_convert_then_inspect(tmp_path: Path) -> None:
+    result = run(
+        "convert", GOLDEN / "upstream_v1", tmp_path / "shards", "--shard-tokens", "600", "--teacher", "org/model"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "8 documents, 1,280 tokens in 2 shards" in result.stdout
+    found: dict[str, Any] = json.loads(run("inspect", tmp_path / "shards", "--json").stdout)
+    before: dict[str, Any] = json.loads(run("inspect", GOLDEN / "upstream_v1", "--json").stdout)
+    assert found["teacher"]["name"] == "org/model"
+    for key in ("documents", "tokens", "rows", "mass", "next_token", "alignment", "codec"):
+        assert found[key] == before[key]
+
+
+def test_bench_measures_both_presets() -> None:
+    result = run("bench", "--json")
+    assert result.returncode == 0, result.stderr
+    assert {row["preset"] for row in json.loads(result.stdout)} == {"recommended", "budget"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["inspect"], 2, "Missing argument"),
+        (["inspekt", "x"], 2, "No such command"),
+        (["inspect", "/no/such/dataset"], 1, "/no/such/dataset: no such file or folder"),
+        (["inspect", str(GOLDEN / "cases.json")], 1, "cases.json"),
+        (["--help"], 0, ""),
+    ],
+)
+def test_wrong_use_is_one_message(arguments: list[str], status: int, message: str) -> None:
+    result = run(*arguments)
+    assert result.returncode == status
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

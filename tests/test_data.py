@@ -1,0 +1,319 @@
+"""From documents to batches: what counts, cutting, padding, packed rows, order, and datasets that don't fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distillkit.codec import Codec, DistributionQuantizationConfig
+from distillkit.config import DatasetSource, DatasetTeacher
+from distillkit.data import (
+    BLANK,
+    IGNORED,
+    Collator,
+    DistillationDataset,
+    DocumentOrder,
+    Example,
+    check_dataset,
+    check_tokenizer,
+    choose_documents,
+    counted_positions,
+    open_dataset,
+)
+from distillkit.errors import ConfigError, MismatchError
+from distillkit.shards import Dataset, ShardWriter
+from distillkit.signals.alignment import shift_rates
+from distillkit.signals.offline import OfflineSignal
+from distillkit.types import Document, SparseLogprobs
+from training import (
+    VOCABULARY,
+    exact_codec,
+    header_for,
+    random_documents,
+    teacher_rows,
+    tiny_model,
+    tiny_tokenizer,
+    write_dataset,
+)
+
+
+def lengths(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    ("segments", "mask", "expected"),
+    [
+        (lengths(5), None, [0, 1, 2, 3]),
+        (lengths(1), None, []),
+        (lengths(3, 1, 2), None, [0, 1, 4]),
+        # The mask says which tokens are predicted: token t + 1 decides about position t.
+        (lengths(5), [True, False, True, True, False], [1, 2]),
+        (lengths(2, 3), [True, True, True, False, True], [0, 3]),
+        (lengths(4), [False] * 4, []),
+    ],
+)
+def test_a_position_counts_if_its_next_token_does(segments: np.ndarray, mask: Any, expected: list[int]) -> None:
+    positions = counted_positions(segments, None if mask is None else np.array(mask))
+    assert positions.tolist() == expected
+
+
+def stored(length: int, rows: int, segments: np.ndarray | None = None, mask: np.ndarray | None = None) -> Document:
+    """A document whose row t holds id t first, so that rows can be told apart."""
+    ids = (np.arange(rows)[:, None] + np.arange(8)) % VOCABULARY
+    logprobs = np.tile(np.log(np.linspace(0.2, 0.01, 8)), (rows, 1)).astype(np.float32)
+    teacher = exact_codec().encode_document(SparseLogprobs(ids.astype(np.int64), logprobs))
+    return Document("id", np.arange(length, dtype=np.int32) + 7, teacher, rows, mask, segments)
+
+
+def dataset_of(*documents: Document, sequence_length: int = 64, on_device: bool = False) -> DistillationDataset:
+    signal = OfflineSignal(exact_codec(), VOCABULARY, on_device=on_device)
+    return DistillationDataset(documents, signal, sequence_length)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [9, 10], ids=["L-1 rows", "L rows"])
+def test_a_long_document_is_cut_together_with_its_rows(rows: int) -> None:
+    (example,) = (dataset_of(stored(10, rows), sequence_length=6)[0],)
+    assert example.input_ids.tolist() == [7, 8, 9, 10, 11, 12]
+    assert example.cut_tokens == 4
+    assert example.positions.tolist() == [0, 1, 2, 3, 4]
+    assert example.teacher["ids"][:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_packed_documents_are_cut_and_masked() -> None:
+    mask = np.ones(10, dtype=bool)
+    mask[1] = False
+    document = stored(10, 10, np.array([4, 3, 3], dtype=np.int32), mask)
+    example = dataset_of(document, sequence_length=6)[0]
+    assert example.segment_lengths.tolist() == [4, 2]
+    assert example.positions.tolist() == [1, 2, 4]
+    assert example.teacher["ids"][:, 0].tolist() == [1, 2, 4]
+
+
+def test_a_batch_is_padded_and_its_documents_are_told_apart() -> None:
+    data = dataset_of(stored(6, 5), stored(5, 5, np.array([2, 3], dtype=np.int32)))
+    batch = Collator(pad_id=9, pad_to_multiple_of=4)([data[0], data[1], data[BLANK]])
+    assert batch["input_ids"].tolist() == [
+        [7, 8, 9, 10, 11, 12, 9, 9],
+        [7, 8, 9, 10, 11, 9, 9, 9],
+        [9] * 8,
+    ]
+    assert batch["position_ids"].tolist() == [list(range(8)), [0, 1, 0, 1, 2, 3, 4, 5], list(range(8))]
+    assert batch["labels"].tolist() == [
+        [IGNORED, 8, 9, 10, 11, 12, IGNORED, IGNORED],
+        [IGNORED, 8, IGNORED, 10, 11, IGNORED, IGNORED, IGNORED],
+        [IGNORED] * 8,
+    ]
+    assert batch["rows"].tolist() == [0, 1, 2, 3, 4, 8, 10, 11]
+    assert batch["teacher_ids"][:, 0].tolist() == [0, 1, 2, 3, 4, 0, 2, 3]
+    assert (batch["labels"].flatten()[batch["rows"] + 1] != IGNORED).all()
+    assert batch["counts"].tolist() == [11, 0, 0]
+    assert "cu_seq_lens_q" not in batch
+
+
+def test_flash_attention_gets_the_boundaries_of_the_flattened_batch() -> None:
+    data = dataset_of(stored(6, 5), stored(5, 5, np.array([2, 3], dtype=np.int32)))
+    batch = Collator(flash_attention=True)([data[0], data[1]])
+    assert batch["cu_seq_lens_q"].tolist() == [0, 6, 8, 12]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_k"] == 6
+    assert "cu_seq_lens_q" not in Collator(flash_attention=True)([data[0]]), "nothing is packed there"
+
+
+def test_bytes_decoded_on_the_device_are_the_same_targets() -> None:
+    document = stored(9, 8)
+    batches = [Collator()([dataset_of(document, on_device=on_device)[0]]) for on_device in (False, True)]
+    assert batches[1]["teacher_bytes"].dtype == torch.uint8
+    signals = [OfflineSignal(exact_codec(), VOCABULARY, on_device=on_device) for on_device in (False, True)]
+    decoded, raw = (signal.targets(batch) for signal, batch in zip(signals, batches, strict=True))
+    assert torch.equal(decoded.ids, raw.ids)
+    assert torch.equal(decoded.logprobs, raw.logprobs)
+
+
+def test_ids_beyond_a_narrower_head_become_missing_mass() -> None:
+    signal = OfflineSignal(exact_codec(), head_size=5)
+    ids = torch.tensor([[1, 7, 2, 4, 60, 0, 3, 9], [8, 1, 2, 3, 4, 0, 6, 5]])
+    logprobs = torch.log(torch.linspace(0.3, 0.01, 8)).repeat(2, 1)
+    targets = signal.targets({"teacher_ids": ids, "teacher_logprobs": logprobs})
+    assert targets.ids.tolist() == [[1, 1, 2, 4, 1, 0, 3, 1], [1, 1, 2, 3, 4, 0, 1, 1]]
+    assert torch.isinf(targets.logprobs).tolist() == (ids >= 5).tolist()
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    order = DocumentOrder(10, seed=3, multiple=4)
+    first = list(order)
+    assert sorted(first) == [BLANK, BLANK, *range(10)]
+    assert first[10:] == [BLANK, BLANK]
+    assert list(order) == first
+    assert list(DocumentOrder(10, seed=3))[:10] == first[:10], "whatever the batches"
+    order.set_epoch(1)
+    second = list(order)
+    assert second != first
+    again = DocumentOrder(10, seed=3)
+    again.set_epoch(1)
+    assert list(again) == second[:10]
+    assert list(DocumentOrder(3, seed=None)) == [0, 1, 2]
+    assert list(DocumentOrder(10, seed=4))[:10] != first[:10]
+
+
+def test_samples_are_chosen_by_the_seed() -> None:
+    chosen = choose_documents(100, 10, 42, "dataset.num_samples")
+    assert chosen is not None
+    assert len(set(chosen.tolist())) == 10
+    assert chosen.tolist() == choose_documents(100, 10, 42, "x").tolist()  # type: ignore[union-attr]
+    assert chosen.tolist() != choose_documents(100, 10, 43, "x").tolist()  # type: ignore[union-attr]
+    assert choose_documents(100, 3, None, "x").tolist() == [0, 1, 2]  # type: ignore[union-attr]
+    assert choose_documents(100, None, 1, "x") is None
+    with pytest.raises(ConfigError, match=r"dataset.num_samples: 101 documents are wanted, the dataset has 100"):
+        choose_documents(100, 101, 1, "dataset.num_samples")
+
+
+def test_a_batch_without_any_counted_position_is_whole() -> None:
+    batch = Collator()([dataset_of()[BLANK]])
+    assert batch["input_ids"].tolist() == [[0]]
+    assert batch["rows"].tolist() == []
+    assert batch["teacher_ids"].shape == (0, 8)
+    assert isinstance(dataset_of()[BLANK], Example)
+
+
+# -- does it fit -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captured")
+    write_dataset(folder / "data", greedy_documents())
+    return folder / "data"
+
+
+def greedy_documents(count: int = 8, length: int = 24) -> list[np.ndarray]:
+    """Text that the teacher of `write_dataset` finds likely: its own choices, with some noise."""
+    teacher, generator = tiny_model(7), torch.Generator().manual_seed(0)
+    documents = []
+    for _ in range(count):
+        ids = torch.randint(VOCABULARY, (1, 1), generator=generator)
+        for _ in range(length - 1):
+            with torch.no_grad():
+                scores = teacher(ids, use_cache=False).logits[:, -1]
+            noise = torch.rand(scores.shape, generator=generator).log().neg().log().neg()
+            ids = torch.cat([ids, (scores + noise).argmax(-1, keepdim=True)], dim=1)
+        documents.append(ids[0].numpy().astype(np.int32))
+    return documents
+
+
+def test_a_dataset_that_fits(captured: Path) -> None:
+    dataset = Dataset.open(str(captured))
+    check_tokenizer(dataset, tiny_tokenizer(), "student", "data")
+    check_dataset(dataset, VOCABULARY, "data")
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_rows_shifted_by_one_are_refused_with_the_three_rates(tmp_path: Path, shift: int) -> None:
+    dataset = Dataset.open(write_dataset(tmp_path / "shifted", greedy_documents(), shift=shift))
+    with pytest.raises(MismatchError) as caught:
+        check_dataset(dataset, VOCABULARY, "dataset.train_dataset")
+    message = str(caught.value)
+    assert f"dataset.train_dataset: the teacher's rows are shifted against the tokens by {shift:+d}" in message
+    rates = shift_rates((dataset[i] for i in range(len(dataset))), dataset.codec)
+    assert all(f"{rates.rate(step):.1%}" in message for step in (-1, 0, 1))
+    assert rates.rate(shift) > 2 * rates.rate(0)
+
+
+def test_random_text_proves_no_shift(tmp_path: Path) -> None:
+    check_dataset(Dataset.open(write_dataset(tmp_path / "data", random_documents(8))), VOCABULARY, "data")
+
+
+def test_alignment_never_looks_across_packed_documents() -> None:
+    def first_ids(rows: list[int]) -> bytes:
+        ids = np.array([[i, *(j for j in range(8) if j != i)][:8] for i in rows], dtype=np.int64)
+        return exact_codec().encode_document(SparseLogprobs(ids, np.full((len(rows), 8), -3.0, np.float32)))
+
+    # Two documents of three tokens: only the middle position of each has both neighbours in its document.
+    document = Document("id", np.arange(6, dtype=np.int32), first_ids([1, 2, 3, 4, 5, 0]), 6, None, np.array([3, 3]))
+    rates = shift_rates([document], exact_codec())
+    assert (rates.positions, rates.hits) == (2, {-1: 0, 0: 2, 1: 0})
+
+
+def test_another_tokenizer_is_refused_with_both_fingerprints(captured: Path) -> None:
+    dataset, other = Dataset.open(str(captured)), tiny_tokenizer(prefix="other")
+    with pytest.raises(MismatchError) as caught:
+        check_tokenizer(dataset, other, "some/student", "dataset.train_dataset")
+    message = str(caught.value)
+    assert dataset.header.tokenizer is not None
+    assert dataset.header.tokenizer["fingerprint"] in message
+    assert "some/student (xxh3-128:" in message
+
+
+def test_a_head_that_is_too_small_is_refused_with_both_sizes(captured: Path) -> None:
+    with pytest.raises(MismatchError, match=r"a vocabulary of 64, the student's head has 63 rows"):
+        check_dataset(Dataset.open(str(captured)), 63, "data")
+
+
+def test_a_wider_padded_teacher_head_is_no_mismatch(tmp_path: Path) -> None:
+    """The teacher's head is padded to 80 rows, the student's to 70; the tokenizer has 64 ids."""
+    codec = exact_codec(80)
+    rows = teacher_rows(tiny_model(7, vocabulary=80), np.arange(20, dtype=np.int32))
+    header = header_for(codec, tiny_tokenizer(), vocab_size=64, head_size=80)
+    with ShardWriter(tmp_path / "data", header) as writer:
+        writer.write(np.arange(20, dtype=np.int32), rows)
+    dataset = Dataset.open(str(tmp_path / "data"))
+    check_tokenizer(dataset, tiny_tokenizer(), "student", "data")
+    check_dataset(dataset, 70, "data")
+
+
+def test_a_capture_at_another_temperature_is_refused(tmp_path: Path) -> None:
+    rows = teacher_rows(tiny_model(7), np.arange(20, dtype=np.int32))
+    with ShardWriter(tmp_path / "data", header_for(exact_codec(), tiny_tokenizer(), temperature=2.0)) as writer:
+        writer.write(np.arange(20, dtype=np.int32), rows)
+    with pytest.raises(MismatchError, match="temperature 2"):
+        check_dataset(Dataset.open(str(tmp_path / "data")), VOCABULARY, "data")
+
+
+def source(path: Path, split: str | None = None) -> DatasetSource:
+    return DatasetSource(disk_path=str(path), split=split)
+
+
+def teacher_section(**fields: Any) -> DatasetTeacher:
+    return DatasetTeacher(kind="dataset", **fields)
+
+
+def test_the_codec_comes_from_the_header_and_may_be_repeated(captured: Path) -> None:
+    codec = open_dataset(source(captured), teacher_section(), "data").codec
+    assert codec == exact_codec()
+    assert isinstance(codec.config, DistributionQuantizationConfig)
+    again = teacher_section(logprob_compressor=codec.config.model_dump(), vocab_size=VOCABULARY)
+    assert open_dataset(source(captured), again, "data").codec == codec
+
+
+def test_a_codec_that_disagrees_with_the_header_is_refused_with_both_values(captured: Path) -> None:
+    fields = {**exact_codec().config.model_dump(), "k": 16, "exact_k": 16}
+    with pytest.raises(MismatchError) as caught:
+        open_dataset(source(captured), teacher_section(logprob_compressor=fields), "dataset.train_dataset")
+    message = str(caught.value)
+    assert "16" in message
+    assert "8" in message
+    assert "k" in message
+    legacy = {"vocab_size": 64, "k": 8, "exact_k": 8, "polynomial_degree": 0}
+    with pytest.raises(MismatchError, match="legacy"):
+        open_dataset(source(captured), teacher_section(legacy_logit_compression=legacy), "dataset.train_dataset")
+
+
+def test_a_vocabulary_size_that_disagrees_is_refused_with_both_values(captured: Path) -> None:
+    with pytest.raises(MismatchError, match=r"teacher.vocab_size is 1,000, but .* vocabulary of 64"):
+        open_dataset(source(captured), teacher_section(vocab_size=1000), "dataset.train_dataset")
+
+
+def test_published_datasets_take_the_codec_beside_them_or_from_the_configuration() -> None:
+    golden = Path(__file__).parent / "golden"
+    beside = open_dataset(source(golden / "upstream_v1"), teacher_section(), "data")
+    assert (beside.kind, beside.codec.k, len(beside)) == ("published", 64, 8)
+    assert isinstance(beside.codec, Codec)
+    given = teacher_section(logprob_compressor=beside.codec.config.model_dump())
+    assert open_dataset(source(golden / "upstream_v1"), given, "data").codec == beside.codec
+    check_dataset(beside, 49152, "data")
+    rates = shift_rates((beside[i] for i in range(len(beside))), beside.codec)
+    assert rates.rate(0) > 2 * max(rates.rate(-1), rates.rate(1)), "real text and its real teacher"

@@ -1,0 +1,71 @@
+"""The README is true: its commands and snippets are run, in a folder that has what they name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training import random_documents, save_student
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Teacher, student, documents and a published dataset, as the README names them."""
+    folder = tmp_path_factory.mktemp("readme")
+    sizes = {"vocabulary": 160, "max_position_embeddings": 1024}
+    save_student(folder / "teacher", seed=0, **sizes)
+    save_student(folder / "student", seed=1, **sizes)
+    for name, seed in (("documents", 0), ("held_out", 1)):
+        rows = [{"input_ids": ids.tolist()} for ids in random_documents(12, seed=seed)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(ROOT / "tests" / "golden" / "upstream_v1", folder / "published")
+    return folder
+
+
+@pytest.mark.slow
+def test_commands_and_snippets_run(place: Path) -> None:
+    """In the README's order, since later ones use what earlier ones made."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    ran = 0
+    for language, text in BLOCKS:
+        if language == "yaml":
+            name = text.split("\n", 1)[0].removeprefix("# ")
+            (place / name).write_text(text)
+            continue
+        commands = [[sys.executable, "-c", text]] if language == "python" else map(str.split, text.strip().splitlines())
+        for command in commands:
+            if command[0] == "make":
+                continue
+            result = subprocess.run(
+                command, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False
+            )
+            assert result.returncode == 0, f"{command}: {result.stderr}"
+            ran += 1
+    assert ran == 9
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(place / "trained").config.vocab_size == 160
+    assert (place / "captured.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_make_targets_exist() -> None:
+    named = set(re.findall(r"make ([a-z-]+)", README))
+    assert {"demo", "test", "test-fast", "lint", "bench", "wheel", "setup"} <= named
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert named <= targets
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target

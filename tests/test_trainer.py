@@ -1,0 +1,502 @@
+"""Training: exact losses and gradients however batches are cut, evaluation, resuming, refusals, and what is left on
+disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import reference
+from distillkit.config import RunConfig
+from distillkit.errors import ConfigError, DistillKitError, MismatchError
+from distillkit.shards import ShardWriter
+from distillkit.tokenizer import fingerprint
+from distillkit.trainer import train
+from distillkit.types import SparseLogprobs
+from training import (
+    VOCABULARY,
+    exact_codec,
+    header_for,
+    random_documents,
+    run_config,
+    save_student,
+    teacher_rows,
+    tiny_model,
+    tiny_tokenizer,
+    write_dataset,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A student, and captured documents of a random teacher: some to train on, some held out."""
+    folder = tmp_path_factory.mktemp("parts")
+    return {
+        "student": save_student(folder / "student"),
+        "train": write_dataset(folder / "train", random_documents(24)),
+        "eval": write_dataset(folder / "eval", random_documents(7, seed=1)),
+    }
+
+
+def metrics_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(output: Path) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in metrics_of(output) if "loss" in entry}
+
+
+def weights_of(folder: Path | str) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+
+
+def test_a_student_learns_and_leaves_everything_behind(parts: dict[str, str], tmp_path: Path) -> None:
+    config = run_config(
+        parts["student"],
+        tmp_path,
+        parts["train"],
+        parts["eval"],
+        dataset={"num_samples": 20, "num_eval_samples": 6},
+        training_args={
+            "max_steps": 30,
+            "eval_on_start": True,
+            "eval_strategy": "steps",
+            "eval_steps": 15,
+            "logging_steps": 5,
+        },
+    )
+    summary = train(config)
+    assert summary["eval_last"]["eval_kl"] < 0.9 * summary["eval_first"]["eval_kl"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert summary["steps"] == 30
+    assert summary["peak_rss_bytes"] > 10**8
+
+    logs = metrics_of(tmp_path)
+    assert [(entry["step"], "eval_loss" in entry) for entry in logs if "eval_loss" in entry or "loss" in entry] == [
+        (0, True),
+        *[(step, False) for step in (5, 10, 15)],
+        (15, True),
+        *[(step, False) for step in (20, 25, 30)],
+        (30, True),
+    ]
+    trained = next(entry for entry in logs if "loss" in entry)
+    for name in ("cross_entropy", "kl", "teacher_mass", "student_mass", "top1_agreement", "topk_overlap"):
+        assert np.isfinite(trained[name]), name
+    assert trained["tokens_per_second"] > 0
+    assert yaml.safe_load((tmp_path / "distillkit_config.yaml").read_text())["model"] == parts["student"]
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert model.config.use_cache is True, "a saved student generates with its cache"
+    assert fingerprint(tokenizer) == fingerprint(tiny_tokenizer())
+    changed = weights_of(tmp_path)
+    assert any(not torch.equal(changed[name], value) for name, value in weights_of(parts["student"]).items())
+
+
+def test_evaluation_is_the_mean_over_all_held_out_positions(parts: dict[str, str], tmp_path: Path) -> None:
+    """Whatever the batches: checked against whole logits and the float64 oracle, document by document."""
+    config = run_config(
+        parts["student"],
+        tmp_path,
+        parts["train"],
+        parts["eval"],
+        training_args={"max_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 3},
+    )
+    measured = train(config)["eval_first"]
+    student, teacher = AutoModelForCausalLM.from_pretrained(parts["student"]), tiny_model(7)
+    kl, entropy, agreement, mass, positions = 0.0, 0.0, 0, 0.0, 0
+    for document in random_documents(7, seed=1):
+        rows = teacher_rows(teacher, document)
+        with torch.no_grad():
+            logits = student(torch.from_numpy(document).long()[None]).logits[0].double().numpy()
+        for t, (ids, logprobs) in enumerate(zip(rows.ids.tolist(), rows.logprobs.tolist(), strict=True)):
+            kl += reference.kl_at(logits[t], ids, logprobs, 1.0, "zero")
+            entropy += reference.cross_entropy_at(logits[t], int(document[t + 1]))
+            agreement += int(logits[t].argmax() == ids[0])
+            mass += float(np.exp(logprobs).sum())
+            positions += 1
+    assert measured["eval_positions"] == positions
+    assert measured["eval_kl"] == pytest.approx(kl / positions, rel=1e-5)
+    assert measured["eval_cross_entropy"] == pytest.approx(entropy / positions, rel=1e-5)
+    assert measured["eval_perplexity"] == pytest.approx(np.exp(entropy / positions), rel=1e-4)
+    assert measured["eval_loss"] == pytest.approx((0.25 * entropy + 0.75 * kl) / positions, rel=1e-5)
+    assert measured["eval_top1_agreement"] == pytest.approx(agreement / positions)
+    assert measured["eval_teacher_mass"] == pytest.approx(mass / positions, rel=1e-5)
+
+
+def packed(documents: Sequence[np.ndarray], folder: Path) -> str:
+    """The same documents, three packed into each row, as published: with as many rows as tokens."""
+    teacher = tiny_model(7)
+    header = header_for(exact_codec(), tiny_tokenizer(), alignment={"row": "t predicts t+1", "rows": "L"})
+    with ShardWriter(folder, header) as writer:
+        for start in range(0, len(documents), 3):
+            group = documents[start : start + 3]
+            rows = [teacher_rows(teacher, ids, rows=len(ids)) for ids in group]
+            joined = SparseLogprobs(np.concatenate([r.ids for r in rows]), np.concatenate([r.logprobs for r in rows]))
+            writer.write(np.concatenate(group), joined, segment_lengths=np.array([len(ids) for ids in group]))
+    return str(folder)
+
+
+def test_packed_documents_do_not_see_each_other(parts: dict[str, str], tmp_path: Path) -> None:
+    documents = random_documents(24)
+    data = packed(documents, tmp_path / "packed")
+    results = []
+    for name, dataset in (("separate", parts["train"]), ("packed", data)):
+        config = run_config(
+            parts["student"],
+            tmp_path / name,
+            parts["train"],
+            dataset,
+            sequence_length=128,
+            training_args={"max_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 4},
+        )
+        results.append(train(config)["eval_first"])
+    for name in ("eval_positions", "eval_loss", "eval_kl", "eval_cross_entropy", "eval_top1_agreement"):
+        assert results[1][name] == pytest.approx(results[0][name], rel=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def packed_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return packed(random_documents(24), tmp_path_factory.mktemp("packed") / "data")
+
+
+def one_step(
+    parts: dict[str, str], output: Path, train_data: str, batch: int, accumulation: int, **arguments: Any
+) -> RunConfig:
+    """One step of plain gradient descent at rate 1 over 8 rows: the change of the weights is the gradient."""
+    return run_config(
+        parts["student"],
+        output,
+        train_data,
+        sequence_length=128,
+        loss_functions=[
+            {"function": "cross_entropy", "weight": 1},
+            {"function": "kl", "weight": 1, "temperature": 2.0, "missing_probability_handling": "uniform"},
+            {"function": "kl", "weight": 2, "sparse_chunk_length": 5},
+        ],
+        training_args={
+            "max_steps": 1,
+            "optim": "sgd",
+            "learning_rate": 1.0,
+            "max_grad_norm": 0.0,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            **arguments,
+        },
+    )
+
+
+def gradient_of(parts: dict[str, str], output: Path) -> torch.Tensor:
+    before, after = weights_of(parts["student"]), weights_of(output)
+    return torch.cat([(before[name] - after[name]).double().flatten() for name in before])
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_loss_and_gradient_do_not_depend_on_how_a_step_is_cut(
+    parts: dict[str, str], packed_data: str, tmp_path: Path, kind: str
+) -> None:
+    data = parts["train"] if kind == "padded" else packed_data
+    results = []
+    for batch, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        output = tmp_path / f"{batch}x{accumulation}"
+        train(one_step(parts, output, data, batch, accumulation, gradient_checkpointing=batch == 2))
+        results.append((losses_of(output)[1], gradient_of(parts, output)))
+    whole_loss, whole_gradient = results[0]
+    # The weights' change is rounded to float32, hence the comparison of the whole vector.
+    for loss, gradient in results[1:]:
+        assert loss == pytest.approx(whole_loss, rel=1e-6)
+        assert ((gradient - whole_gradient).norm() / whole_gradient.norm()).item() < 1e-6
+
+
+def resumable(parts: dict[str, str], output: Path, **arguments: Any) -> RunConfig:
+    """8 steps over 24 documents, 8 a step: the checkpoints are in the middle of the second epoch, and at its end."""
+    return run_config(
+        parts["student"],
+        output,
+        parts["train"],
+        parts["eval"],
+        training_args={
+            "max_steps": 8,
+            "gradient_accumulation_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            **arguments,
+        },
+    )
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(parts: dict[str, str], tmp_path: Path) -> None:
+    train(resumable(parts, tmp_path / "whole"))
+    expected = metrics_of(tmp_path / "whole")
+    timing = ("tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+
+    def comparable(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        kept = [entry for entry in entries if "loss" in entry or "eval_loss" in entry]
+        return [{key: value for key, value in entry.items() if key not in timing} for entry in kept]
+
+    for step in (4, 6):
+        checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
+        output = tmp_path / f"resumed-{step}"
+        train(resumable(parts, output, resume_from_checkpoint=checkpoint))
+        assert comparable(metrics_of(output)) == [entry for entry in comparable(expected) if entry["step"] > step]
+        whole = weights_of(tmp_path / "whole")
+        assert all(torch.equal(value, whole[name]) for name, value in weights_of(output).items())
+
+    # In its own folder, from the newest checkpoint: the file of metrics goes on where it was.
+    train(resumable(parts, tmp_path / "whole", resume_from_checkpoint=True, max_steps=10))
+    continued = comparable(metrics_of(tmp_path / "whole"))
+    assert continued[: len(comparable(expected))] == comparable(expected)
+    assert [entry["step"] for entry in continued if "loss" in entry] == list(range(1, 11))
+
+
+def test_every_checkpoint_loads_with_its_tokenizer(parts: dict[str, str], tmp_path: Path) -> None:
+    train(resumable(parts, tmp_path, max_steps=2))
+    folder = tmp_path / "checkpoint-2"
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == VOCABULARY
+    assert fingerprint(AutoTokenizer.from_pretrained(folder)) == fingerprint(tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [(True, "there is no checkpoint in"), ("elsewhere", "'elsewhere' is not a checkpoint's folder")],
+)
+def test_a_checkpoint_that_is_not_there(parts: dict[str, str], tmp_path: Path, value: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        train(resumable(parts, tmp_path, resume_from_checkpoint=value))
+
+
+def test_long_documents_are_cut_counted_and_named_once(
+    parts: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = run_config(
+        parts["student"],
+        tmp_path,
+        parts["train"],
+        sequence_length=16,
+        training_args={"num_train_epochs": 1, "max_steps": -1},
+    )
+    with caplog.at_level(logging.WARNING, logger="distillkit"):
+        summary = train(config)
+    lengths = [len(document) for document in random_documents(24)]
+    assert summary["cut_documents"] == sum(length > 16 for length in lengths)
+    assert summary["cut_tokens"] == sum(max(0, length - 16) for length in lengths)
+    assert summary["train_tokens"] == sum(min(length, 16) for length in lengths)
+    warnings = [record for record in caplog.records if "longer than the sequence length of 16 tokens" in record.message]
+    assert len(warnings) == 1
+
+
+def test_a_masked_document_trains_nothing(parts: dict[str, str], tmp_path: Path) -> None:
+    """One micro-batch of the step has no counted position at all."""
+    teacher, documents = tiny_model(7), random_documents(2, seed=5)
+    with ShardWriter(tmp_path / "data", header_for(exact_codec(), tiny_tokenizer())) as writer:
+        for document, counted in zip(documents, (True, False), strict=True):
+            mask = np.full(len(document), counted)
+            writer.write(document, teacher_rows(teacher, document), loss_mask=mask)
+    train(one_step(parts, tmp_path / "both", str(tmp_path / "data"), 1, 2))
+    only = write_dataset(tmp_path / "only", documents[:1])
+    train(one_step(parts, tmp_path / "one", only, 1, 1))
+    assert losses_of(tmp_path / "both")[1] == pytest.approx(losses_of(tmp_path / "one")[1], rel=1e-6)
+    both, one = gradient_of(parts, tmp_path / "both"), gradient_of(parts, tmp_path / "one")
+    assert ((both - one).norm() / one.norm()).item() < 1e-6
+
+
+def test_frozen_parameters_stay_and_the_rest_trains(parts: dict[str, str], tmp_path: Path) -> None:
+    config = run_config(
+        parts["student"],
+        tmp_path,
+        parts["train"],
+        frozen_modules=["lm_head", "model.embed_tokens"],
+        frozen_res=[r"layers\.0\."],
+        training_args={"max_steps": 2},
+    )
+    train(config)
+    before, after = weights_of(parts["student"]), weights_of(tmp_path)
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    assert unchanged == {name for name in before if "lm_head" in name or "embed" in name or ".layers.0." in name}
+
+
+def test_bf16_autocast_and_workers(parts: dict[str, str], tmp_path: Path) -> None:
+    """Mixed precision copies a forward's outputs to float32; they are small, and the losses stay what they are."""
+    losses = []
+    for name, arguments in (("float32", {}), ("bf16", {"bf16": True, "dataloader_num_workers": 2})):
+        train(
+            run_config(parts["student"], tmp_path / name, parts["train"], training_args={"max_steps": 3, **arguments})
+        )
+        losses.append(list(losses_of(tmp_path / name).values()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(parts: dict[str, str], tmp_path: Path) -> None:
+    arguments = {"optim": "sgd", "learning_rate": 1e30, "max_grad_norm": 0.0}
+    with pytest.raises(DistillKitError, match=r"the training loss is (nan|inf) at step 2: lower the learning rate"):
+        train(run_config(parts["student"], tmp_path, parts["train"], training_args=arguments))
+
+
+# -- refused before the first step -------------------------------------------------------------------------------------
+
+
+def test_a_student_with_another_tokenizer_is_refused(parts: dict[str, str], tmp_path: Path) -> None:
+    tiny_model(1).save_pretrained(tmp_path / "student")
+    tiny_tokenizer(prefix="other").save_pretrained(tmp_path / "student")
+    with pytest.raises(MismatchError, match=r"dataset.train_dataset was captured with another tokenizer"):
+        train(run_config(str(tmp_path / "student"), tmp_path / "out", parts["train"]))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_held_out_data_is_checked_too(parts: dict[str, str], tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "eval", random_documents(3), tokenizer=tiny_tokenizer(prefix="other"))
+    with pytest.raises(MismatchError, match=r"dataset.eval_dataset was captured with another tokenizer"):
+        train(run_config(parts["student"], tmp_path / "out", parts["train"], other))
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    student = save_student(tmp_path / "student")
+    config = run_config(student, tmp_path / "out", str(GOLDEN / "upstream_v1"))
+    with pytest.raises(MismatchError, match=r"a vocabulary of 49,152, the student's head has 64 rows"):
+        train(config)
+
+
+def test_data_that_is_not_there(parts: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataset.train_dataset: no such file or folder: .*nowhere"):
+        train(run_config(parts["student"], tmp_path / "out", str(tmp_path / "nowhere")))
+
+
+# -- published datasets ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "key"),
+    [("upstream_v1", 49152, "logprob_compressor"), ("upstream_legacy", 129280, "legacy_logit_compression")],
+)
+@pytest.mark.parametrize("codec_from", ["beside", "configuration"])
+def test_published_datasets_train(tmp_path: Path, name: str, vocabulary: int, key: str, codec_from: str) -> None:
+    student = save_student(
+        tmp_path / "student", vocabulary=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1
+    )
+    teacher: dict[str, Any] = {"kind": "dataset"}
+    if codec_from == "configuration":
+        teacher[key] = yaml.safe_load((GOLDEN / name / "compression_config.yaml").read_text())
+    config = run_config(
+        student,
+        tmp_path / "out",
+        str(GOLDEN / name),
+        str(GOLDEN / name),
+        sequence_length=32,
+        dataset={"num_samples": 4, "num_eval_samples": 1},
+        teacher=teacher,
+        training_args={
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "eval_on_start": True,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+        },
+    )
+    summary = train(config)
+    assert summary["steps"] == 2
+    assert 0 < summary["eval_last"]["eval_kl"] < summary["eval_first"]["eval_kl"]
+    assert 0.5 < summary["eval_last"]["eval_teacher_mass"] < 1.01
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def launch(config: RunConfig, tmp_path: Path, processes: int = 2) -> None:
+    """Run `distillkit CONFIG` under torchrun on the CPU."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    result = subprocess.run(
+        [*command, "-m", "distillkit", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_and_gradient_of_one(parts: dict[str, str], tmp_path: Path) -> None:
+    train(one_step(parts, tmp_path / "one", parts["train"], 8, 1))
+    launch(one_step(parts, tmp_path / "two", parts["train"], 2, 2), tmp_path)
+    assert losses_of(tmp_path / "two")[1] == pytest.approx(losses_of(tmp_path / "one")[1], rel=1e-6)
+    one, two = gradient_of(parts, tmp_path / "one"), gradient_of(parts, tmp_path / "two")
+    assert ((two - one).norm() / one.norm()).item() < 1e-6
+
+
+@pytest.mark.slow
+def test_two_processes_see_every_document_once_evaluate_alike_and_resume(parts: dict[str, str], tmp_path: Path) -> None:
+    """23 documents do not divide among two processes of two: the last batches are filled with blanks."""
+    settings: dict[str, Any] = {"dataset": {"num_samples": 23}}
+    arguments = {"max_steps": 9, "save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 3}
+
+    def config(output: Path, batch: int, accumulation: int, **more: Any) -> RunConfig:
+        sizes = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "per_device_eval_batch_size": 3,
+        }
+        merged = {**arguments, **sizes, **more}
+        return run_config(parts["student"], output, parts["train"], parts["eval"], training_args=merged, **settings)
+
+    train(config(tmp_path / "one", 8, 1))
+    launch(config(tmp_path / "two", 2, 2), tmp_path)
+    # The order of sums differs, and grows over nine steps.
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
+    evaluations = [
+        {
+            entry["step"]: (entry["eval_kl"], entry["eval_positions"])
+            for entry in metrics_of(tmp_path / name)
+            if "eval_kl" in entry
+        }
+        for name in ("one", "two")
+    ]
+    for step, (kl, positions) in evaluations[0].items():
+        assert evaluations[1][step] == (pytest.approx(kl, rel=1e-4), positions)
+    tokens = [json.loads((tmp_path / name / "summary.json").read_text())["train_tokens"] for name in ("one", "two")]
+    assert tokens[0] == tokens[1]
+    # Step 4 is in the second epoch.
+    checkpoint = str(tmp_path / "two" / "checkpoint-4")
+    launch(config(tmp_path / "resumed", 2, 2, resume_from_checkpoint=checkpoint), tmp_path)
+    expected = {step: loss for step, loss in losses_of(tmp_path / "two").items() if step > 4}
+    assert losses_of(tmp_path / "resumed") == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_bytes_are_decoded_there(parts: dict[str, str], tmp_path: Path) -> None:
+    results = []
+    for name, arguments in (("cpu", {"use_cpu": True}), ("cuda", {"bf16": False})):
+        merged = {"max_steps": 3, "eval_on_start": True, **arguments}
+        config = run_config(
+            parts["student"],
+            tmp_path / name,
+            parts["train"],
+            parts["eval"],
+            use_flash_attention=False,
+            training_args=merged,
+        )
+        results.append((train(config)["eval_first"]["eval_kl"], losses_of(tmp_path / name)))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-4)
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-3)

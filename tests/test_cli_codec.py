@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distillkit.cli.common import human_bytes
 from distillkit.inspect import inspect_dataset
 from distillkit.shards import Dataset, ShardWriter
 from distillkit.shards.header import alignment
@@ -79,12 +80,23 @@ def test_inspect_reads_well(dataset: Path, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     result = run("inspect", dataset, "--plot", plot, NO_COLOR="1")
     assert result.returncode == 0, result.stderr
-    for text in ("312 distributions", "a teacher (float32)", "bytes a token", "alignment", "ok", "KL(top-k ‖ decoded)"):
+    for text in (
+        "312 (L − 1 for a document of L tokens)",
+        "a teacher (float32)",
+        "size  bytes a token",
+        "  verdict                    ok",
+        "KL(original top-k ‖ decoded)",
+        "recorded by the writer, 312 rows",
+        f"plot: {plot}",
+    ):
         assert text in result.stdout
     assert "\x1b" not in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= 80
+    # The path of the plot is left whole, so that it can be copied.
+    lines = [line for line in result.stdout.splitlines() if not line.startswith(("plot:", str(dataset)[:40]))]
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if line != line.rstrip()]
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert result.stderr.strip() == ""
+    assert result.stderr == ""
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -106,8 +118,8 @@ def test_packed_documents_are_judged_by_themselves(tmp_path: Path) -> None:
 
 def test_a_sample_says_so(dataset: Path) -> None:
     result = run("inspect", dataset, "--sample", "3")
-    assert "a sample of 3 documents" in result.stdout
-    assert inspect_dataset(Dataset.open(dataset), sample=3).documents_read == 3
+    assert "3 documents, evenly spread" in result.stdout
+    assert json.loads(run("inspect", dataset, "--sample", "3", "--json").stdout)["documents_read"] == 3
 
 
 def test_published_datasets_need_their_codec(tmp_path: Path) -> None:
@@ -140,7 +152,7 @@ def test_verify_names_file_and_document(dataset: Path, tmp_path: Path) -> None:
     damaged.write_bytes(data)
     result = run("verify", copy)
     assert result.returncode == 1
-    assert "1 problems" in result.stderr
+    assert "1 file of" in result.stderr
     assert "data-00001.parquet" in result.stderr
     assert json.loads(run("verify", dataset, "--json").stdout)["ok"] is True
 
@@ -151,6 +163,7 @@ def test_convert_then_inspect(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "8 documents, 1,280 tokens in 2 shards" in result.stdout
+    assert "byte for byte" in result.stdout
     found: dict[str, Any] = json.loads(run("inspect", tmp_path / "shards", "--json").stdout)
     before: dict[str, Any] = json.loads(run("inspect", GOLDEN / "upstream_v1", "--json").stdout)
     assert found["teacher"]["name"] == "org/model"
@@ -161,7 +174,53 @@ def test_convert_then_inspect(tmp_path: Path) -> None:
 def test_bench_measures_both_presets() -> None:
     result = run("bench", "--json")
     assert result.returncode == 0, result.stderr
-    assert {row["preset"] for row in json.loads(result.stdout)} == {"recommended", "budget"}
+    found = json.loads(result.stdout)
+    assert [row["preset"] for row in found] == ["recommended", "budget"]
+    for row in found:
+        assert row["encode_tokens_per_second"] == pytest.approx(row["cores"] * row["encode_tokens_per_second_per_core"])
+        assert row["decode_tokens_per_second"] > row["encode_tokens_per_second"] > 0
+
+
+def test_a_missing_package_is_named(dataset: Path, tmp_path: Path) -> None:
+    refusal = "raise ModuleNotFoundError('no torch', name='torch')"
+    (tmp_path / "torch.py").write_text(refusal)
+    result = run("inspect", dataset, "--teacher", "org/model", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "this needs torch, which is not installed: pip install 'distillkit[capture]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_reader_that_leaves_and_an_old_terminal(dataset: Path) -> None:
+    program = "import sys; from distillkit.cli.codec import main; main()"
+    command = [sys.executable, "-W", "error", "-c", program, "inspect", str(dataset)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+    plain = run("inspect", dataset, PYTHONIOENCODING="cp437")
+    assert plain.returncode == 0, plain.stderr
+    assert "KL(original top-k ? decoded)" in plain.stdout
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (1, "1 byte"),
+        (999, "999 bytes"),
+        (1000, "1.00 kB"),
+        (9_996, "10.0 kB"),
+        (8_441_234, "8.44 MB"),
+        (99_960_000, "100 MB"),
+        (999_700_000, "1.00 GB"),
+        (3e17, "300 PB"),
+        (5e18, "5000 PB"),
+    ],
+)
+def test_bytes_have_three_digits(count: float, text: str) -> None:
+    assert human_bytes(count) == text
 
 
 @pytest.mark.parametrize(
@@ -171,6 +230,9 @@ def test_bench_measures_both_presets() -> None:
         (["inspekt", "x"], 2, "No such command"),
         (["inspect", "/no/such/dataset"], 1, "/no/such/dataset: no such file or folder"),
         (["inspect", str(GOLDEN / "cases.json")], 1, "cases.json"),
+        (["inspect", str(GOLDEN / "upstream_v1"), "--plot", "x.gif"], 2, "end its name in .png"),
+        (["inspect", str(GOLDEN / "upstream_v1"), "--plot", "/no/such/x.png"], 2, "no folder to write to"),
+        (["inspect", str(GOLDEN / "upstream_v1"), "--sample", "0"], 2, "--sample"),
         (["--help"], 0, ""),
     ],
 )

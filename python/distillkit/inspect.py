@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,16 @@ from distillkit.shards import Dataset
 from distillkit.signals.alignment import SHIFTS, ShiftRates, document_shifts
 from distillkit.types import Document, SparseLogprobs
 
+if TYPE_CHECKING:
+    from distillkit.capture.engines.hf import HFTeacher
+
 __all__ = ["Inspection", "inspect_dataset", "recompute_fidelity"]
 
-_MASS_BINS = 1000
-"""Resolution of the mass histogram: 0.001."""
+_MASS_BINS = 10_000
+"""Resolution of the mass histogram: 0.0001."""
+_LOGPROB_BINS, _LOWEST_LOGPROB = 600, -30.0
+"""Resolution of the log-probabilities' histograms, 0.05 nats, and what everything below counts as."""
+_QUANTILES = (0.1, 0.5, 0.9)
 
 
 @dataclass(frozen=True)
@@ -32,20 +38,24 @@ class Inspection:
     Attributes:
         path, kind: what was opened; "distillkit" or "published".
         documents, tokens, rows: of the whole dataset.
-        documents_read: how many documents the rates are over.
+        documents_read, rows_read: how many documents the rates are over, and their rows.
+        files, file_bytes: of the whole dataset.
         id_bytes, value_bytes: the codec's bytes a row.
         overhead_bytes: everything else in the files (token ids of the documents, checksums, Parquet), a row.
         dense_ratio: how many times larger dense bfloat16 logits are: 2 · head_size bytes a row against all bytes.
         topk_ratio: the same for plain top-k: k · (4 bytes of id + 2 of bfloat16).
         codec: format, version and config.
+        codec_warnings: what is valid in that config but probably not wanted.
         preset: name of the preset that the codec is, or None.
-        teacher, tokenizer: as in the header, None where unknown.
+        teacher, tokenizer, capture, temperature: as in the header, None or empty where unknown.
+        rows_per_document: "L-1" or "L", the rows of a document of L tokens.
         vocab_size, head_size: ids of the tokenizer, columns of the logits.
         mass_p1, mass_p50, mass_mean: probability on the stored ids of a row.
-        mass_histogram: (1001,) rows by mass in steps of 0.001.
+        mass_histogram: (10001,) rows by mass in steps of 0.0001.
         first_rate, stored_rate: how often the true next token is the stored first, and is stored at all.
         shifts: the alignment check.
         logprob_mean: (k,) mean decoded log-probability by rank.
+        logprob_quantiles: (3, k) what 10%, 50% and 90% of the decoded log-probabilities do not exceed, by rank.
         fidelity: recorded by the writer or computed again, None where neither is at hand.
         fidelity_source: "recorded by the writer", or the teacher's name, or None.
     """
@@ -56,15 +66,22 @@ class Inspection:
     tokens: int
     rows: int
     documents_read: int
+    rows_read: int
+    files: int
+    file_bytes: int
     id_bytes: float
     value_bytes: float
     overhead_bytes: float
     dense_ratio: float
     topk_ratio: float
     codec: dict[str, Any]
+    codec_warnings: tuple[str, ...]
     preset: str | None
     teacher: dict[str, Any] | None
     tokenizer: dict[str, Any] | None
+    capture: dict[str, Any]
+    temperature: float
+    rows_per_document: str
     vocab_size: int
     head_size: int
     mass_p1: float
@@ -75,6 +92,7 @@ class Inspection:
     stored_rate: float
     shifts: ShiftRates
     logprob_mean: npt.NDArray[np.float64]
+    logprob_quantiles: npt.NDArray[np.float64]
     fidelity: FidelityStats | None
     fidelity_source: str | None
 
@@ -84,12 +102,35 @@ class Inspection:
         return self.id_bytes + self.value_bytes + self.overhead_bytes
 
     @property
-    def aligned(self) -> bool:
-        """Whether the rows stand beside the tokens they belong to, as far as the data can tell."""
-        return self.shifts.shifted() is None
+    def alignment(self) -> Literal["ok", "shifted", "undecided"]:
+        """Whether the rows stand beside the tokens they belong to; undecided where too little data can not tell."""
+        if self.shifts.shifted() is not None:
+            return "shifted"
+        return "ok" if self.shifts.rate(0) > max(self.shifts.rate(-1), self.shifts.rate(1)) else "undecided"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the histogram and the curves, JSON-able."""
+        """Everything but the histogram and the curves, JSON-able: what `distillkit-codec inspect --json` prints.
+
+        These keys stay as they are; later releases may add others.
+
+        | key | |
+        |---|---|
+        | `path`, `kind` | what was opened; "distillkit" or "published" |
+        | `documents`, `tokens`, `rows`, `files`, `file_bytes` | of the whole dataset |
+        | `documents_read`, `rows_read` | what the rates, masses and the alignment are over |
+        | `bytes_per_token` | `ids`, `values`, `codec` (both), `overhead`, `total`, by stored distribution |
+        | `compression` | `dense_bf16`, `topk_bf16`: how many times larger these are |
+        | `codec` | `format`, `version`, `config`, `preset` (or null), `warnings` |
+        | `teacher`, `tokenizer` | name and what identifies it, or null |
+        | `capture`, `temperature` | settings of the capture; what the logits were divided by |
+        | `rows_per_document` | "L-1" or "L" for a document of L tokens |
+        | `vocab_size`, `head_size` | ids of the tokenizer, width of the logits |
+        | `mass` | probability on the stored ids: `p1`, `p50`, `mean`; null without rows |
+        | `next_token` | share of positions whose true next token `is_first`, `is_stored` |
+        | `alignment` | `rates` at "-1", "0", "+1", over `positions`; `verdict` "ok", "shifted", "undecided"; `ok` |
+        | `fidelity` | null, or `rows`, `kl_mean`, `kl_p99`, `kl_max`, `worst_error` (nats), `top1_agreement`,
+        `mass_error`, `source` |
+        """
         fidelity = None
         if self.fidelity is not None:
             fidelity = {key: value for key, value in self.fidelity.to_dict().items() if key != "sums"}
@@ -100,7 +141,10 @@ class Inspection:
             "documents": self.documents,
             "tokens": self.tokens,
             "rows": self.rows,
+            "files": self.files,
+            "file_bytes": self.file_bytes,
             "documents_read": self.documents_read,
+            "rows_read": self.rows_read,
             "bytes_per_token": {
                 "ids": self.id_bytes,
                 "values": self.value_bytes,
@@ -109,17 +153,21 @@ class Inspection:
                 "total": self.total_bytes,
             },
             "compression": {"dense_bf16": self.dense_ratio, "topk_bf16": self.topk_ratio},
-            "codec": {**self.codec, "preset": self.preset},
+            "codec": {**self.codec, "preset": self.preset, "warnings": list(self.codec_warnings)},
             "teacher": self.teacher,
             "tokenizer": self.tokenizer,
+            "capture": self.capture,
+            "temperature": self.temperature,
+            "rows_per_document": self.rows_per_document,
             "vocab_size": self.vocab_size,
             "head_size": self.head_size,
-            "mass": {"p1": self.mass_p1, "p50": self.mass_p50, "mean": self.mass_mean},
+            "mass": {"p1": self.mass_p1, "p50": self.mass_p50, "mean": self.mass_mean} if self.rows_read else None,
             "next_token": {"is_first": self.first_rate, "is_stored": self.stored_rate},
             "alignment": {
                 "rates": {f"{shift:+d}" if shift else "0": self.shifts.rate(shift) for shift in SHIFTS},
                 "positions": self.shifts.positions,
-                "ok": self.aligned,
+                "verdict": self.alignment,
+                "ok": self.alignment != "shifted",
             },
             "fidelity": fidelity,
         }
@@ -146,10 +194,11 @@ def inspect_dataset(
     for number, document in enumerate(_chosen(dataset, count)):
         seen.add(document, dataset.codec.decode_document(document.teacher, document.num_rows))
         progress(number + 1, count)
-    codec, rows = dataset.codec, dataset.num_rows
-    overhead = sum(shard.bytes for shard in dataset.shards) / max(rows, 1) - codec.bytes_per_token
+    codec, header, rows = dataset.codec, dataset.header, dataset.num_rows
+    file_bytes = sum(shard.bytes for shard in dataset.shards)
+    overhead = (file_bytes - rows * codec.bytes_per_token) / max(rows, 1)
     total = codec.bytes_per_token + overhead
-    recorded = dataset.header.fidelity
+    recorded = header.fidelity
     return Inspection(
         path=dataset.path,
         kind=dataset.kind,
@@ -157,17 +206,23 @@ def inspect_dataset(
         tokens=dataset.num_tokens,
         rows=rows,
         documents_read=count,
+        files=len(dataset.shards),
+        file_bytes=file_bytes,
         id_bytes=codec.id_bytes,
         value_bytes=codec.value_bytes,
         overhead_bytes=overhead,
-        dense_ratio=2 * dataset.header.head_size / total,
+        dense_ratio=2 * header.head_size / total,
         topk_ratio=6 * codec.k / total,
         codec=codec.to_dict(),
+        codec_warnings=tuple(codec.warnings),
         preset=_preset_of(dataset),
-        teacher=None if dataset.header.teacher is None else dict(dataset.header.teacher),
-        tokenizer=None if dataset.header.tokenizer is None else dict(dataset.header.tokenizer),
-        vocab_size=dataset.header.vocab_size,
-        head_size=dataset.header.head_size,
+        teacher=None if header.teacher is None else dict(header.teacher),
+        tokenizer=None if header.tokenizer is None else dict(header.tokenizer),
+        capture=dict(header.capture),
+        temperature=header.temperature,
+        rows_per_document=header.alignment["rows"],
+        vocab_size=header.vocab_size,
+        head_size=header.head_size,
         fidelity=None if recorded is None else FidelityStats.from_dict(recorded),
         fidelity_source=None if recorded is None else "recorded by the writer",
         **seen.figures(),
@@ -196,6 +251,7 @@ class _Seen:
     def __init__(self, k: int) -> None:
         self._rows = 0
         self._logprob_sum = np.zeros(k)
+        self._logprobs = np.zeros((k, _LOGPROB_BINS), np.int64)
         self._mass_sum = 0.0
         self._masses = np.zeros(_MASS_BINS + 1, np.int64)
         self._first = self._stored = self._predictions = 0
@@ -203,12 +259,7 @@ class _Seen:
 
     def add(self, document: Document, rows: SparseLogprobs) -> None:
         ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs, dtype=np.float64)
-        mass = np.exp(logprobs).sum(-1)
-        self._rows += len(ids)
-        self._logprob_sum += logprobs.sum(0)
-        self._mass_sum += float(mass.sum())
-        bins = np.clip(np.floor(mass * _MASS_BINS + 1e-9), 0, _MASS_BINS).astype(int)
-        self._masses += np.bincount(bins, minlength=_MASS_BINS + 1)
+        self._add_values(logprobs)
         t = _predicting(document)
         following = document.input_ids[t + 1][:, None]
         self._predictions += len(t)
@@ -216,9 +267,22 @@ class _Seen:
         self._stored += int((ids[t] == following).any(-1).sum())
         self._shifts += document_shifts(document, rows)
 
+    def _add_values(self, logprobs_Rk: npt.NDArray[np.float64]) -> None:
+        k = logprobs_Rk.shape[1]
+        mass_R = np.exp(logprobs_Rk).sum(-1)
+        self._rows += len(mass_R)
+        self._mass_sum += float(mass_R.sum())
+        bins = np.clip(np.floor(mass_R * _MASS_BINS + 1e-9), 0, _MASS_BINS).astype(int)
+        self._masses += np.bincount(bins, minlength=_MASS_BINS + 1)
+        self._logprob_sum += logprobs_Rk.sum(0)
+        bins_Rk = np.clip((1 - logprobs_Rk / _LOWEST_LOGPROB) * _LOGPROB_BINS, 0, _LOGPROB_BINS - 1).astype(int)
+        bins_Rk += np.arange(k) * _LOGPROB_BINS
+        self._logprobs += np.bincount(bins_Rk.ravel(), minlength=k * _LOGPROB_BINS).reshape(k, -1)
+
     def figures(self) -> dict[str, Any]:
-        rows, predictions = max(self._rows, 1), max(self._predictions, 1)
+        rows, predictions = self._rows or float("nan"), max(self._predictions, 1)
         return {
+            "rows_read": self._rows,
             "mass_p1": self._mass_quantile(0.01),
             "mass_p50": self._mass_quantile(0.5),
             "mass_mean": self._mass_sum / rows,
@@ -227,6 +291,7 @@ class _Seen:
             "stored_rate": self._stored / predictions,
             "shifts": self._shifts,
             "logprob_mean": self._logprob_sum / rows,
+            "logprob_quantiles": np.stack([self._logprob_quantile(share) for share in _QUANTILES]),
         }
 
     def _mass_quantile(self, share: float) -> float:
@@ -234,6 +299,11 @@ class _Seen:
             return float("nan")
         index = int(np.searchsorted(np.cumsum(self._masses), share * self._rows))
         return index / _MASS_BINS
+
+    def _logprob_quantile(self, share: float) -> npt.NDArray[np.float64]:
+        """(k,) the middle of the bin that the quantile is in."""
+        bins_k = (np.cumsum(self._logprobs, -1) < share * self._rows).sum(-1)
+        return np.asarray((1 - (bins_k + 0.5) / _LOGPROB_BINS) * _LOWEST_LOGPROB)
 
 
 def _predicting(document: Document) -> npt.NDArray[np.int64]:
@@ -249,54 +319,85 @@ def recompute_fidelity(
 ) -> FidelityStats:
     """Runs a teacher over some of the documents and compares its distributions with the stored ones.
 
-    Only rows whose ids are the same now as then are compared (another kernel may swap ids of nearly equal probability
-    at the end of the
-    list, and the distributions of different ids have no KL).
+    The stored ids are looked up among the teacher's 2k most probable ones, since another machine may swap ids of nearly
+    equal probability at the end of the list. A row with an id that is not among them is left out.
 
     Args:
         dataset: any dataset of single documents.
-        teacher: folder or hub id of the model.
+        teacher: folder or hub id of the model. It runs in the dtype that the header names, if it names one.
         sample: how many documents, evenly spread.
+        progress: called with documents done and documents to do.
 
     Raises:
-        MismatchError: the teacher's head has another size, or most of its first ids differ: it is not this dataset's
-        teacher.
-        InputError: documents are packed.
+        MismatchError: the teacher's head has another size, or most of its first ids differ: it is not this dataset's.
+        InputError: documents are packed, or the logits were divided by a temperature.
         ConfigError: the model can not be loaded.
     """
-    from distillkit.capture.engines.hf import HFTeacher
-    from distillkit.capture.text import TokenDocument
-
-    engine = HFTeacher(teacher, batch_tokens=4096, head_rows=512)
-    if engine.head_size != dataset.header.head_size:
-        raise MismatchError(
-            f"{teacher}: its logits are {engine.head_size} wide, those of the dataset {dataset.header.head_size}"
+    if dataset.header.temperature != 1:
+        raise InputError(
+            f"{dataset.path}: holds distributions at temperature {dataset.header.temperature}; only those at 1 can be "
+            "computed again"
         )
+    engine = _teacher_of(dataset, teacher)
     stats, rows, agreeing = FidelityStats(), 0, 0
     count = min(sample, len(dataset))
     for number, document in enumerate(_chosen(dataset, count)):
-        if document.segment_lengths is not None:
-            raise InputError(f"{dataset.path}: document {document.doc_id} is packed; a teacher would read it as one")
-        [(_, now)] = engine.score([TokenDocument(document.input_ids, dataset.path, 0.0)], dataset.codec.k)
-        then = dataset.codec.decode_document(document.teacher, document.num_rows)
-        first = np.asarray(now.ids)[:, 0] == np.asarray(then.ids)[: len(now.ids), 0]
-        rows, agreeing = rows + len(first), agreeing + int(first.sum())
-        stats.update(*_same_ids(now, then))
+        if len(document.input_ids) > 1:
+            now = _scored(engine, dataset, document)
+            stored = dataset.codec.decode_document(document.teacher, document.num_rows)
+            first = np.asarray(now.ids)[:, 0] == np.asarray(stored.ids)[: len(now.ids), 0]
+            rows, agreeing = rows + len(first), agreeing + int(first.sum())
+            stats.update(*_same_ids(now, stored))
         progress(number + 1, count)
     if agreeing < 0.5 * rows:
         raise MismatchError(
-            f"{teacher}: its most probable token is the stored one at only {agreeing / rows:.1%} of the positions: it "
-            "is not the teacher of this dataset"
+            f"{teacher}: its most probable token is the stored one at only {agreeing / rows:.1%} of {rows:,} "
+            "positions: it is not the teacher of this dataset"
         )
     return stats
 
 
-def _same_ids(now: SparseLogprobs, then: SparseLogprobs) -> tuple[SparseLogprobs, SparseLogprobs]:
-    """The rows of both that hold the same ids, in the stored order."""
-    ids, stored = np.asarray(now.ids), np.asarray(then.ids)[: len(now.ids)]
-    same = (np.sort(ids, -1) == np.sort(stored, -1)).all(-1)
-    original = np.empty((int(same.sum()), ids.shape[-1]), np.float32)
-    by_id = np.take_along_axis(np.asarray(now.logprobs)[same], np.argsort(ids[same], -1), -1)
-    np.put_along_axis(original, np.argsort(stored[same], -1), by_id, -1)
-    decoded = np.asarray(then.logprobs)[: len(ids)][same]
-    return SparseLogprobs(stored[same], original), SparseLogprobs(stored[same], decoded)
+def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
+    from distillkit.capture.engines.hf import HFTeacher
+
+    dtype = (dataset.header.teacher or {}).get("dtype") or "auto"
+    engine = HFTeacher(teacher, dtype=dtype, batch_tokens=4096, head_rows=512)
+    if engine.head_size != dataset.header.head_size:
+        raise MismatchError(
+            f"{teacher}: its logits are {engine.head_size} wide, those of the dataset {dataset.header.head_size}"
+        )
+    return engine
+
+
+def _scored(engine: HFTeacher, dataset: Dataset, document: Document) -> SparseLogprobs:
+    """The teacher's rows of a document, computed now, with twice as many ids as are stored."""
+    from distillkit.capture.text import TokenDocument
+
+    if document.segment_lengths is not None:
+        raise InputError(f"{dataset.path}: document {document.doc_id} is packed; a teacher would read it as one")
+    wide = min(2 * dataset.codec.k, engine.head_size)
+    [(_, rows)] = engine.score([TokenDocument(document.input_ids, dataset.path, 0.0)], wide)
+    return rows
+
+
+def _same_ids(now: SparseLogprobs, stored: SparseLogprobs) -> tuple[SparseLogprobs, SparseLogprobs]:
+    """The teacher's values of the stored ids and the stored ones, in the stored order.
+
+    Args:
+        now: (R, n) rows of the teacher.
+        stored: at least R rows of k ≤ n ids; those over no next token, at the end, are left out.
+
+    Returns:
+        Both with the same ids, without the rows of which the teacher's n ids do not have all.
+    """
+    count = len(now.ids)
+    ids, logprobs = np.asarray(stored.ids)[:count], np.asarray(stored.logprobs)[:count]
+    # One key for a row and an id, so that one sorted list serves all rows.
+    width = 1 + max(int(np.max(now.ids, initial=0)), int(np.max(ids, initial=0)))
+    keys = (np.arange(count)[:, None] * width + np.asarray(now.ids)).ravel()
+    wanted = np.arange(count)[:, None] * width + ids
+    order = np.argsort(keys)
+    at = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)]
+    whole = (keys[at] == wanted).all(-1)
+    original = np.asarray(now.logprobs).ravel()[at]
+    return SparseLogprobs(ids[whole], original[whole]), SparseLogprobs(ids[whole], logprobs[whole])

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from distillkit.errors import DistillKitError
 
-__all__ = ["output", "progress_console", "run_cli"]
+__all__ = ["human_bytes", "output", "progress_bar", "progress_console", "run_cli", "show"]
+
+_EXTRAS = {
+    "torch": "capture",
+    "transformers": "capture",
+    "accelerate": "capture",
+    "datasets": "capture",
+    "trl": "train",
+    "peft": "train",
+    "matplotlib": "train",
+}
+"""Packages that not every installation has, and the extra that brings each."""
 
 
 def output() -> Console:
@@ -25,16 +41,51 @@ def progress_console() -> Console:
     return Console(stderr=True)
 
 
+def show(renderable: RenderableType) -> None:
+    """Prints to stdout without the spaces that rich fills lines up with, which only get in the way of a pipe."""
+    console = output()
+    with console.capture() as captured:
+        console.print(renderable)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip(), color=console.is_terminal)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr while the block runs, where that is a terminal; call what it gives with done and total."""
+    console = progress_console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes as a person reads it: 999 bytes, 8.4 MB, 1.25 TB (powers of 1000, three digits)."""
+    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    if units[0] == "bytes":
+        return f"{value:.0f} byte" if round(value) == 1 else f"{value:.0f} bytes"
+    return f"{value:.{max(0, 2 - (value >= 9.995) - (value >= 99.95))}f} {units[0]}"
+
+
 def run_cli(command: click.Command) -> NoReturn:
     """Runs a command and exits: 0 done, 1 it failed (one message on stderr), 2 wrong usage, 130 interrupted.
 
     Errors that distillkit raises on purpose and those of the file system are messages; anything else is a bug and
     keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # An old terminal's encoding lacks ‖ and ×: a ? there is better than no output.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_log_handler()])
     logging.getLogger("distillkit").setLevel(logging.INFO)
     try:
-        sys.exit(command.main(standalone_mode=False) or 0)
+        status = command.main(standalone_mode=False) or 0
+        sys.stdout.flush()
+        sys.exit(status)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
@@ -43,17 +94,28 @@ def run_cli(command: click.Command) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         progress_console().print("interrupted")
         sys.exit(130)
-    except (DistillKitError, OSError) as error:
-        progress_console().print(f"[bold red]error:[/] {_text(error)}", highlight=False, soft_wrap=True)
+    except BrokenPipeError:
+        # Whoever read the output has gone, as `| head` does. What Python flushes at its end must go somewhere else.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        _fail(f"this needs {package}, which is not installed: pip install 'distillkit[{_EXTRAS[package]}]'")
+    except (DistillKitError, OSError) as error:
+        _fail(_text(error))
+
+
+def _fail(message: str) -> NoReturn:
+    from rich.markup import escape
+
+    progress_console().print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(1)
 
 
 def _text(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(
-        f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    )
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 def _log_handler() -> logging.Handler:

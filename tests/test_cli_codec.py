@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from distillkit.cli.common import human_bytes
 from distillkit.inspect import inspect_dataset
@@ -97,6 +100,37 @@ def test_inspect_reads_well(dataset: Path, tmp_path: Path) -> None:
     assert not [line for line in lines if line != line.rstrip()]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "changed", [{"exact_dtype": "float16"}, {"normalize_t": False}, {"polynomial_terms": ["sqrt", 4, 3, 2, 1, 0]}]
+)
+def test_another_codec_of_the_same_width_is_noticed(changed: dict[str, Any], tmp_path: Path) -> None:
+    """Its bytes decode without complaint, into probabilities that can not be."""
+    source = GOLDEN / "upstream_v1"
+    settings = {**yaml.safe_load((source / "compression_config.yaml").read_text()), **changed}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(settings))
+    shutil.copy(source / "data_0.parquet", tmp_path)
+    result = run("inspect", tmp_path, "--config", tmp_path / "wrong.yaml")
+    assert result.returncode == 1
+    assert "IMPOSSIBLE" in result.stdout
+    assert "add up to more than 1.1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_value_that_is_no_number_is_located(tmp_path: Path) -> None:
+    source = GOLDEN / "upstream_legacy"
+    shutil.copy(source / "compression_config.yaml", tmp_path)
+    table = pq.read_table(source / "data_0.parquet")
+    values = table["exact_values"].to_pylist()
+    values[1][3][0] = float("nan")
+    index = table.schema.get_field_index("exact_values")
+    changed = table.set_column(index, table.schema.field(index), pa.array(values, table.schema.field(index).type))
+    pq.write_table(changed, tmp_path / "data_0.parquet")
+    result = run("inspect", tmp_path)
+    assert result.returncode == 1
+    assert f"{tmp_path}: document " in result.stderr.replace("\n", "")
+    assert "row 3: log-probability NaN at rank 0" in result.stderr
 
 
 @pytest.mark.parametrize("shift", [-1, 1])

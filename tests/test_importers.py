@@ -100,6 +100,41 @@ def test_padding_in_the_middle_is_refused(tmp_path: Path) -> None:
         list(Dataset.open(packed(tmp_path, [1] * 50 + [0] * 60 + [1] * 49)))
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("input_ids", pa.array([[2**32 + 5] * 160], pa.list_(pa.uint64())), "input_ids go from"),
+        ("input_ids", pa.array([[1.5] * 160]), "input_ids must be one axis of integers"),
+        ("input_ids", pa.array([[1, None] * 80]), "nulls in input_ids"),
+        ("compressed_logprobs", pa.array([[[256] * 56] * 159]), "compressed_logprobs must be bytes"),
+        (
+            "compressed_logprobs",
+            pa.array([[[1] * 56] * 150], pa.list_(pa.list_(pa.uint8()))),
+            "150 rows for 160 tokens",
+        ),
+        ("compressed_logprobs", pa.array([[[1] * 56] * 158 + [[1]]]), "rows of 1 and of 56 values"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(column: str, value: Any, message: str, tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "upstream_v1" / "compression_config.yaml", tmp_path)
+    table = pq.read_table(GOLDEN / "upstream_v1" / "data_0.parquet").slice(0, 1)
+    columns = {name: table.column(name) for name in ("input_ids", "compressed_logprobs", "bytepacked_indices")}
+    pq.write_table(pa.table({**columns, column: value}), tmp_path / "data_0.parquet")
+    with pytest.raises(CorruptDataError, match=message):
+        list(Dataset.open(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.binary()), pa.binary()])
+def test_columns_of_another_kind_are_refused(kind: pa.DataType, tmp_path: Path) -> None:
+    value = [[b"ab"]] if pa.types.is_list(kind) else [b"ab"]
+    columns = {"input_ids": pa.array([[1, 2]]), "compressed_logprobs": pa.array(value, kind)}
+    pq.write_table(
+        pa.table({**columns, "bytepacked_indices": columns["compressed_logprobs"]}), tmp_path / "data_0.parquet"
+    )
+    with pytest.raises(InputError, match=r"column compressed_logprobs is .*, expected list of list of numbers"):
+        Dataset.open(tmp_path)
+
+
 def test_plain_topk(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     ids = np.stack([generator.choice(500, 4, replace=False) for _ in range(9)])

@@ -162,7 +162,7 @@ def test_fidelity_of_swapped_and_strange_ids(teacher: Path, tmp_path: Path) -> N
             ids, logprobs = np.array(rows.ids), np.array(rows.logprobs)
             ids[:, [-2, -1]] = ids[:, [-1, -2]]
             # Of the first row: the id of lowest probability in place of the last.
-            absent = _least_probable(teacher, document.input_ids)
+            absent = _least_probable(teacher, document.input_ids)[0]
             ids[0, -1] = absent
             writer.write(document.input_ids, SparseLogprobs(ids, logprobs))
     stats = recompute_fidelity(Dataset.open(tmp_path / "changed"), str(teacher), sample=99)
@@ -172,13 +172,13 @@ def test_fidelity_of_swapped_and_strange_ids(teacher: Path, tmp_path: Path) -> N
     assert rms[-1] == pytest.approx(rms[-2], rel=1e-3)
 
 
-def _least_probable(teacher: Path, input_ids: Any) -> int:
+def _least_probable(teacher: Path, input_ids: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(teacher).eval()
     with torch.no_grad():
-        return int(model(torch.tensor(input_ids[None, :1]).long()).logits[0, 0].argmin())
+        return model(torch.tensor(input_ids[None]).long()).logits[0].argmin(-1).numpy()
 
 
 def test_another_teacher_is_refused(teacher: Path, tmp_path: Path) -> None:
@@ -196,9 +196,32 @@ def test_another_teacher_is_refused(teacher: Path, tmp_path: Path) -> None:
 
 
 def test_packed_documents_are_not_read_as_one(teacher: Path, tmp_path: Path) -> None:
-    header = replace(HEADER, codec=CODEC.to_dict(), head_size=TEACHER_VOCAB)
+    header = replace(HEADER, codec=CODEC.to_dict(), vocab_size=TEACHER_VOCAB, head_size=TEACHER_VOCAB)
     rows = SparseLogprobs(np.tile(np.arange(6), (9, 1)), np.full((9, 6), -2.0, np.float32))
     with ShardWriter(tmp_path / "packed", header) as writer:
         writer.write(np.arange(10), rows, segment_lengths=np.array([4, 6]))
     with pytest.raises(InputError, match="is packed"):
         recompute_fidelity(Dataset.open(tmp_path / "packed"), str(teacher))
+
+
+def test_rows_that_do_not_fit_the_teacher_are_counted(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows with wrong ids are left out of the figures, so their number must be said, and most of them refused."""
+    codec = quantized(exact_k=K, polynomial_terms=[])
+    source = captured(tmp_path / "data", teacher, codec=codec)
+
+    def with_wrong_ids(name: str, step: int) -> Dataset:
+        with ShardWriter(tmp_path / name, replace(source.header, fidelity=None)) as writer:
+            for document in source:
+                rows = codec.decode_document(document.teacher, document.num_rows)
+                ids = np.array(rows.ids)
+                ids[::step, -1] = _least_probable(teacher, document.input_ids)[: len(ids) : step]
+                writer.write(document.input_ids, SparseLogprobs(ids, np.array(rows.logprobs)))
+        return Dataset.open(tmp_path / name)
+
+    some = recompute_fidelity(with_wrong_ids("some", 4), str(teacher), sample=99)
+    assert 0 < some.rows < source.num_rows
+    assert f"{source.num_rows - some.rows} of {source.num_rows} rows hold ids" in caplog.text
+    with pytest.raises(MismatchError, match="rows hold ids that are not among its most probable"):
+        recompute_fidelity(with_wrong_ids("all", 1), str(teacher), sample=99)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -229,11 +230,60 @@ except OSError as error:
     assert all(name.startswith("data-") for name in names)
 
 
+def test_a_writer_that_failed_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents are lost with the shard that could not be written: a manifest over the rest would hide that."""
+    documents = make_documents(4)
+    writer = ShardWriter(tmp_path / "failing", HEADER, shard_tokens=10**9)
+    for ids, rows, extra in documents[:2]:
+        writer.write(ids, rows, **extra)
+
+    def no_room(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", no_room)
+        with pytest.raises(OSError, match=r"No space left on device; .* finished shards are kept.*data-00000.parquet"):
+            writer.finish_shard()
+    for action in (writer.finish_shard, writer.close, lambda: writer.write(*documents[2][:2])):
+        with pytest.raises(InputError, match="an earlier write failed"):
+            action()
+    assert list((tmp_path / "failing").iterdir()) == []
+
+
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    script = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_shards as t
+t.write({str(tmp_path / "many")!r}, t.make_documents(60), shard_tokens=1)
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+dataset = t.Dataset.open({str(tmp_path / "many")!r})
+print(len(dataset.shards), len(list(dataset)))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["60", "60"]
+
+
+def test_masks_of_numbers_and_bytes_of_any_kind_are_taken(tmp_path: Path) -> None:
+    ids, rows, _ = make_documents(1)[0]
+    with ShardWriter(tmp_path / "kinds", HEADER) as writer:
+        writer.write(ids, bytearray(CODEC.encode_document(rows)), loss_mask=np.ones(len(ids), int))
+    document = Dataset.open(tmp_path / "kinds")[0]
+    assert document.loss_mask is not None
+    assert document.loss_mask.all()
+    with ShardWriter(tmp_path / "bad", HEADER) as writer:
+        with pytest.raises(InputError, match="loss_mask must be bool"):
+            writer.write(ids, rows, loss_mask=np.full(len(ids), 2))
+        writer.write(ids, rows)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda ids, rows: (ids[:-1], rows), "has .* rows"),
         (lambda ids, rows: (ids + VOCAB, rows), "token ids from"),
+        (lambda ids, rows: (ids + 2**32, rows), "input_ids go from"),
+        (lambda ids, rows: (ids + 0.5, rows), "input_ids must be one axis of integers"),
         (lambda ids, rows: (ids, SparseLogprobs(rows.ids, rows.logprobs * np.float32(np.nan))), "not finite"),
         (lambda ids, rows: (ids, SparseLogprobs(rows.ids + VOCAB, rows.logprobs)), "outside the vocabulary"),
         (lambda ids, rows: (ids, CODEC.encode_document(rows)[:-1]), "teacher bytes"),
@@ -265,23 +315,24 @@ def content(path: Path) -> Any:
     return dataset.header.to_dict(), documents
 
 
-def test_a_flipped_bit_anywhere_is_noticed_or_harmless(folder: Path) -> None:
-    """One random bit of every byte of a shard: its pages, its header and the rest of its footer."""
-    path = folder / "data-00000.parquet"
+@pytest.mark.slow
+def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
+    """Every bit of a shard: its pages, its header and the rest of its footer; opened alone, without a manifest."""
+    write(tmp_path / "small", make_documents(2))
+    path = tmp_path / "small" / "data-00000.parquet"
     expected, data = content(path), path.read_bytes()
-    generator = np.random.default_rng(2)
     noticed = 0
-    for position in range(len(data)):
+    for position in range(8 * len(data)):
         spoiled = bytearray(data)
-        spoiled[position] ^= 1 << int(generator.integers(8))
+        spoiled[position // 8] ^= 1 << position % 8
         path.write_bytes(spoiled)
         try:
             found = content(path)
-        except (DistillKitError, InputError):
+        except DistillKitError:
             noticed += 1
         else:
-            assert found == expected, f"byte {position} of {len(data)} changes what is read, without an error"
-    assert noticed > 0.7 * len(data)  # the rest is padding and text that nobody reads
+            assert found == expected, f"bit {position} of {8 * len(data)} changes what is read, without an error"
+    assert noticed > 0.7 * 8 * len(data)  # the rest is padding and text that nobody reads
 
 
 @pytest.mark.parametrize("column", ["doc_id", "input_ids", "teacher", "checksum", "loss_mask", "segment_lengths"])
@@ -320,11 +371,21 @@ def test_a_changed_value_under_a_valid_page_checksum_names_the_document(folder: 
         Dataset.open(path)[0]
 
 
+def test_a_document_in_the_place_of_another_is_noticed(folder: Path) -> None:
+    path = folder / "data-00000.parquet"
+    rewrite(path, lambda table: table.take([1, 1, *range(2, table.num_rows)]))
+    with pytest.raises(CorruptDataError, match="not the documents that were written"):
+        list(Dataset.open(path))
+    rewrite(path, lambda table: table.slice(0, 1))
+    with pytest.raises(CorruptDataError, match=r"row groups of \[1\] documents"):
+        Dataset.open(path)
+
+
 def test_a_changed_header_is_noticed(folder: Path) -> None:
     path = folder / "data-00000.parquet"
     text = path.read_bytes()
     path.write_bytes(text.replace(b'"head_size":300', b'"head_size":301'))
-    with pytest.raises(CorruptDataError, match="header's hash"):
+    with pytest.raises(CorruptDataError, match=r"hash of distillkit\.header"):
         Dataset.open(folder)
     path.write_bytes(text.replace(b"distillkit.header", b"distillkit.hender"))
     with pytest.raises(DistillKitError):
@@ -361,10 +422,58 @@ def test_the_manifest_must_fit_the_files(written: tuple[Path, Written], folder: 
     (folder / "manifest.json").write_text(manifest.replace('"tokens": ', '"tokens": 1'))
     with pytest.raises(CorruptDataError, match=r"manifest\.json: its hash"):
         Dataset.open(folder)
-    # The same sizes, other content: only the hash of the file can tell, and only verify takes it.
     (folder / "manifest.json").write_text(manifest)
     assert verify_dataset(folder).ok
-    assert read_manifest(folder) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"xxh3_128": "0" * 32}, "the file's hash is .*, the manifest says 000"),
+        ({"tokens": 7}, "tokens .*manifest says"),
+    ],
+)
+def test_verify_holds_the_manifest_against_the_files(folder: Path, change: dict[str, Any], message: str) -> None:
+    """A manifest that is sound by itself, of files that look right from outside."""
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    replace(manifest, shards=(replace(manifest.shards[0], **change), *manifest.shards[1:])).write(folder)
+    Dataset.open(folder)
+    (problem,) = verify_dataset(folder).problems
+    assert re.search(message, problem)
+    assert "data-00000.parquet" in problem
+
+
+def test_verify_names_every_problem(folder: Path) -> None:
+    for name in ("data-00000.parquet", "data-00002.parquet"):
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 4] ^= 1
+        (folder / name).write_bytes(data)
+    report = verify_dataset(folder)
+    assert [name for name in files(folder) if any(name in problem for problem in report.problems)] == [
+        "data-00000.parquet",
+        "data-00002.parquet",
+    ]
+    assert 0 < report.documents < 12
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("alignment", {"row": "t predicts t", "rows": "L-1"}),
+        ("alignment", {}),
+        ("vocab_size", VOCAB + 1),
+        ("head_size", "300"),
+        ("temperature", -1.0),
+        ("codec", None),
+        ("teacher", "a name"),
+    ],
+)
+def test_impossible_headers_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(InputError, match="the header's"):
+        replace(HEADER, **{field: value})
+    with pytest.raises(CorruptDataError, match="here: the header's"):
+        Header.from_dict({**HEADER.to_dict(), field: value}, where="here")
 
 
 def test_a_newer_version_says_so(folder: Path) -> None:

@@ -5,6 +5,7 @@ Shape legend: R rows of a document, k stored ids a row.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillkit.codec import PRESETS, preset
-from distillkit.errors import ConfigError, InputError, MismatchError
+from distillkit.errors import ConfigError, DistillKitError, InputError, MismatchError
 from distillkit.fidelity import FidelityStats
 from distillkit.shards import Dataset
 from distillkit.signals.alignment import SHIFTS, ShiftRates, document_shifts
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Inspection", "inspect_dataset", "recompute_fidelity"]
 
+logger = logging.getLogger(__name__)
+
 _MASS_BINS = 10_000
 """Resolution of the mass histogram: 0.0001."""
 _LOGPROB_BINS, _LOWEST_LOGPROB = 600, -30.0
 """Resolution of the log-probabilities' histograms, 0.05 nats, and what everything below counts as."""
 _QUANTILES = (0.1, 0.5, 0.9)
+_IMPOSSIBLE_MASS, _IMPOSSIBLE_RATE = 1.1, 0.01
+"""Rows whose probabilities add up to more than this are no distributions, and how many of them prove the codec wrong:
+with `budget`, the coarsest preset, 0.05% of the rows of real text do."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Inspection:
         rows_per_document: "L-1" or "L", the rows of a document of L tokens.
         vocab_size, head_size: ids of the tokenizer, columns of the logits.
         mass_p1, mass_p50, mass_mean: probability on the stored ids of a row.
-        mass_histogram: (10001,) rows by mass in steps of 0.0001.
+        mass_impossible: share of rows whose stored probabilities add up to more than 1.1.
+        mass_histogram: (10001,) rows by mass in steps of 0.0001; more than 1 counts as 1.
         first_rate, stored_rate: how often the true next token is the stored first, and is stored at all.
         shifts: the alignment check.
         logprob_mean: (k,) mean decoded log-probability by rank.
@@ -87,6 +94,7 @@ class Inspection:
     mass_p1: float
     mass_p50: float
     mass_mean: float
+    mass_impossible: float
     mass_histogram: npt.NDArray[np.int64]
     first_rate: float
     stored_rate: float
@@ -108,6 +116,15 @@ class Inspection:
             return "shifted"
         return "ok" if self.shifts.rate(0) > max(self.shifts.rate(-1), self.shifts.rate(1)) else "undecided"
 
+    def _mass(self) -> dict[str, float]:
+        shares = {"p1": self.mass_p1, "p50": self.mass_p50, "mean": self.mass_mean}
+        return {**shares, "impossible": self.mass_impossible}
+
+    @property
+    def plausible(self) -> bool:
+        """Whether what was decoded can be distributions; if not, the codec is not the one that wrote them."""
+        return not self.mass_impossible > _IMPOSSIBLE_RATE
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the histogram and the curves, JSON-able: what `distillkit-codec inspect --json` prints.
 
@@ -125,7 +142,7 @@ class Inspection:
         | `capture`, `temperature` | settings of the capture; what the logits were divided by |
         | `rows_per_document` | "L-1" or "L" for a document of L tokens |
         | `vocab_size`, `head_size` | ids of the tokenizer, width of the logits |
-        | `mass` | probability on the stored ids: `p1`, `p50`, `mean`; null without rows |
+        | `mass` | probability on the stored ids: `p1`, `p50`, `mean`; `impossible`, share of rows above 1.1; or null |
         | `next_token` | share of positions whose true next token `is_first`, `is_stored` |
         | `alignment` | `rates` at "-1", "0", "+1", over `positions`; `verdict` "ok", "shifted", "undecided"; `ok` |
         | `fidelity` | null, or `rows`, `kl_mean`, `kl_p99`, `kl_max`, `worst_error` (nats), `top1_agreement`,
@@ -161,7 +178,7 @@ class Inspection:
             "rows_per_document": self.rows_per_document,
             "vocab_size": self.vocab_size,
             "head_size": self.head_size,
-            "mass": {"p1": self.mass_p1, "p50": self.mass_p50, "mean": self.mass_mean} if self.rows_read else None,
+            "mass": self._mass() if self.rows_read else None,
             "next_token": {"is_first": self.first_rate, "is_stored": self.stored_rate},
             "alignment": {
                 "rates": {f"{shift:+d}" if shift else "0": self.shifts.rate(shift) for shift in SHIFTS},
@@ -171,6 +188,14 @@ class Inspection:
             },
             "fidelity": fidelity,
         }
+
+
+def _decoded(dataset: Dataset, document: Document) -> SparseLogprobs:
+    """The rows of a document; an error says which one it is."""
+    try:
+        return dataset.codec.decode_document(document.teacher, document.num_rows)
+    except DistillKitError as error:
+        raise type(error)(f"{dataset.path}: document {document.doc_id}: {error}") from error
 
 
 def inspect_dataset(
@@ -192,7 +217,7 @@ def inspect_dataset(
     seen = _Seen(dataset.codec.k)
     count = min(sample or len(dataset), len(dataset))
     for number, document in enumerate(_chosen(dataset, count)):
-        seen.add(document, dataset.codec.decode_document(document.teacher, document.num_rows))
+        seen.add(document, _decoded(dataset, document))
         progress(number + 1, count)
     codec, header, rows = dataset.codec, dataset.header, dataset.num_rows
     file_bytes = sum(shard.bytes for shard in dataset.shards)
@@ -253,6 +278,7 @@ class _Seen:
         self._logprob_sum = np.zeros(k)
         self._logprobs = np.zeros((k, _LOGPROB_BINS), np.int64)
         self._mass_sum = 0.0
+        self._impossible = 0
         self._masses = np.zeros(_MASS_BINS + 1, np.int64)
         self._first = self._stored = self._predictions = 0
         self._shifts = ShiftRates.none()
@@ -269,10 +295,12 @@ class _Seen:
 
     def _add_values(self, logprobs_Rk: npt.NDArray[np.float64]) -> None:
         k = logprobs_Rk.shape[1]
-        mass_R = np.exp(logprobs_Rk).sum(-1)
+        # Read with the wrong codec a value can be anything; e^100 is impossible enough, and still a number.
+        mass_R = np.exp(np.minimum(logprobs_Rk, 100.0)).sum(-1)
+        self._impossible += int((mass_R > _IMPOSSIBLE_MASS).sum())
         self._rows += len(mass_R)
         self._mass_sum += float(mass_R.sum())
-        bins = np.clip(np.floor(mass_R * _MASS_BINS + 1e-9), 0, _MASS_BINS).astype(int)
+        bins = np.floor(np.minimum(mass_R, 1.0) * _MASS_BINS + 1e-9).astype(int)
         self._masses += np.bincount(bins, minlength=_MASS_BINS + 1)
         self._logprob_sum += logprobs_Rk.sum(0)
         bins_Rk = np.clip((1 - logprobs_Rk / _LOWEST_LOGPROB) * _LOGPROB_BINS, 0, _LOGPROB_BINS - 1).astype(int)
@@ -286,6 +314,7 @@ class _Seen:
             "mass_p1": self._mass_quantile(0.01),
             "mass_p50": self._mass_quantile(0.5),
             "mass_mean": self._mass_sum / rows,
+            "mass_impossible": self._impossible / rows,
             "mass_histogram": self._masses,
             "first_rate": self._first / predictions,
             "stored_rate": self._stored / predictions,
@@ -320,7 +349,8 @@ def recompute_fidelity(
     """Runs a teacher over some of the documents and compares its distributions with the stored ones.
 
     The stored ids are looked up among the teacher's 2k most probable ones, since another machine may swap ids of nearly
-    equal probability at the end of the list. A row with an id that is not among them is left out.
+    equal probability at the end of the list. A row with an id that is not among them is left out; a warning says how
+    many were.
 
     Args:
         dataset: any dataset of single documents.
@@ -329,7 +359,8 @@ def recompute_fidelity(
         progress: called with documents done and documents to do.
 
     Raises:
-        MismatchError: the teacher's head has another size, or most of its first ids differ: it is not this dataset's.
+        MismatchError: the teacher's head has another size, most of its first ids differ, or most rows hold ids that
+            are not among its most probable: it is not this dataset's.
         InputError: documents are packed, or the logits were divided by a temperature.
         ConfigError: the model can not be loaded.
     """
@@ -344,7 +375,7 @@ def recompute_fidelity(
     for number, document in enumerate(_chosen(dataset, count)):
         if len(document.input_ids) > 1:
             now = _scored(engine, dataset, document)
-            stored = dataset.codec.decode_document(document.teacher, document.num_rows)
+            stored = _decoded(dataset, document)
             first = np.asarray(now.ids)[:, 0] == np.asarray(stored.ids)[: len(now.ids), 0]
             rows, agreeing = rows + len(first), agreeing + int(first.sum())
             stats.update(*_same_ids(now, stored))
@@ -354,7 +385,18 @@ def recompute_fidelity(
             f"{teacher}: its most probable token is the stored one at only {agreeing / rows:.1%} of {rows:,} "
             "positions: it is not the teacher of this dataset"
         )
+    _check_left_out(teacher, stats.rows, rows)
     return stats
+
+
+def _check_left_out(teacher: str, compared: int, rows: int) -> None:
+    """Figures of the rows that fit say nothing about those that do not."""
+    left_out = rows - compared
+    said = f"{left_out:,} of {rows:,} rows hold ids that are not among its most probable"
+    if left_out > 0.5 * rows:
+        raise MismatchError(f"{teacher}: {said}: it is not the teacher of this dataset, or the ids are wrong")
+    if left_out:
+        logger.warning("%s: %s; fidelity is of the others", teacher, said)
 
 
 def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:

@@ -111,7 +111,7 @@ def _mark_exact(axes: Any, inspection: Inspection, *, label: bool) -> None:
     if label:
         what = "1st rank stored as a value," if exact == 1 else f"first {exact} ranks stored as values,"
         # On the side with more room, the ranks being logarithmic.
-        side, shift = ("right", -4) if exact**2 > 4 * k else ("left", 4)
+        side, shift = ("right", -4) if exact**2 >= 2 * k else ("left", 4)
         style = {"ha": side, "va": "top", "fontsize": 9, "color": _INK, "textcoords": "offset points"}
         top = axes.get_xaxis_transform()
         axes.annotate(f"{what}\nthe others as a curve", (exact + 0.5, 1.0), (shift, -2), xycoords=top, **style)
@@ -139,7 +139,7 @@ def _mass(axes: Any, inspection: Inspection) -> None:
     low = float(mass[np.argmax(share > 0.001)])
     low = max(0.0, min(low, inspection.mass_p1 - 0.6 * (1 - inspection.mass_p1)) - 0.01)
     axes.set_xlim(low, 1.0)
-    for at, level, text in ((inspection.mass_p1, 0.01, "worst 1% below"), (inspection.mass_p50, 0.5, "median")):
+    for at, level, text in ((inspection.mass_p1, 0.01, "p1"), (inspection.mass_p50, 0.5, "median")):
         axes.plot(at, level, "o", color=_ORANGE, ms=6)
         place, side = ((-9, 6), "right") if (at - low) / (1 - low) > 0.45 else ((0, 12), "center")
         if (at - low) / (1 - low) < 0.3:

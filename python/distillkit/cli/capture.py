@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from rich import filesize
 from rich.table import Table
 
 from distillkit.capture.settings import CaptureReport, CaptureSettings, default_of
-from distillkit.cli.common import output
+from distillkit.cli.common import human_bytes, show
 from distillkit.codec import PRESETS
 
 __all__ = ["capture"]
@@ -80,7 +79,7 @@ def capture(as_json: bool, progress: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=1))
     else:
-        output().print(_table(report))
+        show(_table(report))
 
 
 def _table(report: CaptureReport) -> Table:
@@ -88,7 +87,7 @@ def _table(report: CaptureReport) -> Table:
     table = Table(title=f"captured: {report.output}", show_header=False, title_justify="left")
     table.add_row("documents", _documents(report))
     table.add_row("tokens", f"{report.tokens:,}  ({report.rows:,} distributions in {report.shards} shards)")
-    table.add_row("bytes a token", f"{report.bytes_per_token:g}  ({filesize.decimal(report.disk_bytes)} on disk)")
+    table.add_row("bytes a token", f"{report.bytes_per_token:g}  ({human_bytes(report.disk_bytes)} on disk)")
     if report.kl_mean is not None and report.kl_p99 is not None:
         table.add_row("fidelity", f"KL mean {report.kl_mean:.2e}, p99 {report.kl_p99:.2e} nats (top k ‖ decoded)")
     if report.already_complete:
@@ -96,8 +95,8 @@ def _table(report: CaptureReport) -> Table:
     else:
         speed = f"{report.new_tokens:,} tokens in {report.seconds:,.1f} s: {report.tokens_per_second:,.0f} tokens/s"
         table.add_row("this run", speed)
-        cuda = f", {filesize.decimal(report.peak_cuda_bytes)} on the GPU" if report.peak_cuda_bytes else ""
-        table.add_row("peak memory", f"{filesize.decimal(report.peak_rss_bytes)}{cuda}")
+        cuda = f", {human_bytes(report.peak_cuda_bytes)} on the GPU" if report.peak_cuda_bytes else ""
+        table.add_row("peak memory", f"{human_bytes(report.peak_rss_bytes)}{cuda}")
     return table
 
 

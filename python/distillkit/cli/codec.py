@@ -77,6 +77,7 @@ def inspect(
 
     The alignment check counts how often the true next token is the stored first one, with the rows as they are and
     shifted by one. It must peak at 0; otherwise the rows stand beside the wrong tokens, and the exit status is 1.
+    So it is where stored probabilities add up to more than 1, which means another codec wrote them.
     """
     if plot is not None:
         _check_plot(plot)
@@ -103,6 +104,12 @@ def inspect(
         show(Group(*(section(inspection) for section in sections)))
         if plot is not None:
             output().print(f"plot: {plot}", soft_wrap=True, markup=False)
+    if not inspection.plausible:
+        raise DistillKitError(
+            f"{path}: the probabilities of {inspection.mass_impossible:.1%} of the rows add up to more than 1.1, where "
+            "at most 1 is possible: the codec's settings are not those that wrote the dataset. Check --config or its "
+            "compression_config.yaml"
+        )
     if inspection.alignment == "shifted":
         raise DistillKitError(
             f"{path}: the rows are shifted by {inspection.shifts.shifted():+d} against the tokens: the next "
@@ -197,9 +204,14 @@ def _content(inspection: Inspection) -> _Section:
     if not inspection.rows_read:
         section.add("nothing stored", "")
         return section
-    section.add("mass, mean", f"{inspection.mass_mean:.2%}")
+    # Read with the wrong codec it can have any size.
+    mean = f"{inspection.mass_mean:.2%}" if inspection.mass_mean < 10 else f"{inspection.mass_mean:.1e}"
+    section.add("mass, mean", mean)
     section.add("mass, median", f"{inspection.mass_p50:.2%}")
     section.add("mass, p1", f"{inspection.mass_p1:.2%}", "the worst 1% of the positions have less")
+    if not inspection.plausible:
+        share = Text(f"{inspection.mass_impossible:.1%}", "bold white on red")
+        section.add("mass above 1.1", share, "IMPOSSIBLE: THESE ARE NOT THE CODEC'S SETTINGS")
     section.add("next token first", f"{inspection.first_rate:.1%}", "it is the most probable stored id")
     section.add("next token stored", f"{inspection.stored_rate:.1%}", "it is any of the stored ids")
     return section

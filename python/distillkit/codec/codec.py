@@ -308,12 +308,14 @@ class Codec:
         """
         if isinstance(self.config, DistributionQuantizationConfig):
             parts = [
-                _column(columns, "compressed_logprobs", self.value_bytes).astype(np.uint8, copy=False),
-                _column(columns, "bytepacked_indices", self.id_bytes).astype(np.uint8, copy=False),
+                _bytes_column(columns, "compressed_logprobs", self.value_bytes),
+                _bytes_column(columns, "bytepacked_indices", self.id_bytes),
             ]
         else:
             coefficients = self._native.terms().shape[0]
             words = _column(columns, "packed_indices", self._native.words)
+            if words.dtype not in (np.int64, np.uint64):
+                raise InputError(f"column packed_indices must be uint64 or int64, got {words.dtype}")
             parts = [
                 _to_stored("exact_values", _column(columns, "exact_values", self.config.exact_k), "float16"),
                 _to_stored("coeffs", _column(columns, "coeffs", coefficients), self._coefficient_dtype),
@@ -339,6 +341,13 @@ def _column(columns: Mapping[str, npt.NDArray[Any]], name: str, width: int) -> n
     return column
 
 
+def _bytes_column(columns: Mapping[str, npt.NDArray[Any]], name: str, width: int) -> npt.NDArray[np.uint8]:
+    column = _column(columns, name, width)
+    if column.dtype.kind not in "iu" or (column.size and not 0 <= int(column.min()) <= int(column.max()) <= 255):
+        raise InputError(f"column {name} must be bytes, integers from 0 to 255; got {column.dtype}")
+    return column.astype(np.uint8, copy=False)
+
+
 def _to_stored(name: str, values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
     """Float values as little-endian bytes of `dtype`, refused where that would change one."""
     exact = np.ascontiguousarray(values, dtype="<f4")
@@ -347,7 +356,7 @@ def _to_stored(name: str, values: npt.NDArray[Any], dtype: str) -> npt.NDArray[n
     else:
         with np.errstate(over="ignore"):
             stored = exact.astype({"float16": "<f2", "float32": "<f4"}[dtype])
-    if not np.array_equal(_from_stored(stored.view(np.uint8), dtype), exact, equal_nan=True):
+    if not np.array_equal(_from_stored(stored.view(np.uint8), dtype), values, equal_nan=True):
         raise InputError(f"column {name} has values that are not {dtype}, which this codec stores")
     return stored.view(np.uint8)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import xxhash
 
-__all__ = ["TEMPORARY_PREFIX", "file_hash", "publish", "temporary_path", "write_atomically"]
+__all__ = ["TEMPORARY_PREFIX", "file_hash", "publish", "temporary_path", "write_atomically", "writing"]
 
 TEMPORARY_PREFIX = ".incomplete-"
 
@@ -29,6 +31,17 @@ def publish(file: IO[bytes], path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says which file could not be written (a full disk, for example), and that finished shards are kept."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        message = f"{reason}; it was not written, finished shards are kept: run again to go on after them"
+        raise OSError(error.errno, message, str(path)) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -11,14 +11,15 @@ import xxhash
 
 from distillkit import __version__
 from distillkit.codec import Codec
-from distillkit.errors import CorruptDataError, MismatchError, UnsupportedVersionError
+from distillkit.errors import CorruptDataError, InputError, MismatchError, UnsupportedVersionError
 
-__all__ = ["Header", "canonical_json"]
+__all__ = ["Header", "canonical_json", "hashed_metadata", "read_hashed_metadata"]
 
 FORMAT = "distillkit-shard"
 VERSION = 1
 HEADER_KEY = b"distillkit.header"
-HASH_KEY = b"distillkit.header.xxh3"
+
+_OPTIONAL = ("tokenizer", "teacher", "fidelity")
 
 LOGPROBS = "log_softmax of the raw logits over head_size, float32"
 
@@ -49,6 +50,9 @@ class Header:
         capture: the settings that decide the bytes; empty for converted datasets.
         fidelity: `FidelityStats.to_dict`, measured while writing; None where the original was not at hand.
         distillkit_version: the release that wrote it.
+
+    Raises:
+        InputError: a field has a value that it can not have.
     """
 
     codec: Mapping[str, Any]
@@ -64,6 +68,25 @@ class Header:
     distillkit_version: str = __version__
     format: str = FORMAT
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        sizes = (self.vocab_size, self.head_size)
+        for name, ok, expected in (
+            ("version", self.version == VERSION, str(VERSION)),
+            ("codec", isinstance(self.codec, Mapping), "a mapping"),
+            ("vocab_size", all(isinstance(size, int) for size in sizes), "a whole number, and head_size too"),
+            ("temperature", isinstance(self.temperature, (int, float)) and self.temperature > 0, "a positive number"),
+            ("alignment", self.alignment in (alignment("L-1"), alignment("L")), f"{alignment('L-1')} or rows 'L'"),
+            ("capture", isinstance(self.capture, Mapping), "a mapping"),
+            *(
+                (name, isinstance(getattr(self, name), (Mapping, type(None))), "a mapping or null")
+                for name in _OPTIONAL
+            ),
+        ):
+            if not ok:
+                raise InputError(f"the header's {name} is {getattr(self, name)!r}, expected {expected}")
+        if not 0 < self.vocab_size <= self.head_size:
+            raise InputError(f"the header's vocab_size is {self.vocab_size}, expected 1 … head_size = {self.head_size}")
 
     def make_codec(self) -> Codec:
         """The codec that reads the shard's rows.
@@ -101,8 +124,7 @@ class Header:
 
     def to_metadata(self) -> dict[bytes, bytes]:
         """Key-value metadata of the Parquet file: the header and its hash."""
-        text = canonical_json(self.to_dict()).encode()
-        return {HEADER_KEY: text, HASH_KEY: xxhash.xxh3_128_hexdigest(text).encode()}
+        return hashed_metadata(HEADER_KEY, self.to_dict())
 
     @staticmethod
     def from_metadata(metadata: Mapping[bytes, bytes] | None, *, where: str) -> Header:
@@ -112,30 +134,20 @@ class Header:
             CorruptDataError: there is none, its hash differs, or fields are missing or unknown.
             UnsupportedVersionError: it is of another version.
         """
-        text, expected = (metadata or {}).get(HEADER_KEY), (metadata or {}).get(HASH_KEY)
-        if text is None or expected is None:
-            raise CorruptDataError(f"{where}: no distillkit header in the file's metadata; it is no shard, or damaged")
-        found = xxhash.xxh3_128_hexdigest(text)
-        if found.encode() != expected:
-            raise CorruptDataError(
-                f"{where}: the header's hash is {found}, expected {expected.decode(errors='replace')}: it was changed"
-            )
-        return Header.from_dict(json.loads(text), where=where)
+        return Header.from_dict(read_hashed_metadata(metadata, HEADER_KEY, where=where), where=where)
 
     @staticmethod
-    def from_dict(description: Mapping[str, Any], *, where: str) -> Header:
+    def from_dict(description: Any, *, where: str) -> Header:
         """What `to_dict` described.
 
         Raises:
             CorruptDataError: fields are missing or unknown.
             UnsupportedVersionError: it is of another version.
         """
+        if not isinstance(description, Mapping) or description.get("format") != FORMAT:
+            raise CorruptDataError(f"{where}: the header is none of format {FORMAT!r}: {description!r:.200}")
         version = description.get("version")
-        if description.get("format") != FORMAT or not isinstance(version, int):
-            raise CorruptDataError(
-                f"{where}: the header's format is {description.get('format')!r}, expected {FORMAT!r}"
-            )
-        if version > VERSION:
+        if isinstance(version, int) and version > VERSION:
             raise UnsupportedVersionError(
                 f"{where}: shard format version {version}; this release reads up to {VERSION}: update distillkit"
             )
@@ -143,7 +155,34 @@ class Header:
         if set(description) != known:
             odd = sorted(set(description) ^ known)
             raise CorruptDataError(f"{where}: the header's fields {', '.join(odd)} are missing or unknown")
-        return Header(**description)
+        try:
+            return Header(**description)
+        except InputError as error:
+            raise CorruptDataError(f"{where}: {error}") from error
+
+
+def hashed_metadata(key: bytes, value: Any) -> dict[bytes, bytes]:
+    """Key-value metadata of a Parquet file: a JSON value, and its XXH3-128 under the same key with `.xxh3`."""
+    text = canonical_json(value).encode()
+    return {key: text, key + b".xxh3": xxhash.xxh3_128_hexdigest(text).encode()}
+
+
+def read_hashed_metadata(metadata: Mapping[bytes, bytes] | None, key: bytes, *, where: str) -> Any:
+    """The value that `hashed_metadata` wrote.
+
+    Raises:
+        CorruptDataError: it is not there, or its hash differs.
+    """
+    text, expected = (metadata or {}).get(key), (metadata or {}).get(key + b".xxh3")
+    if text is None or expected is None:
+        raise CorruptDataError(f"{where}: no {key.decode()} in the file's metadata; it is no shard, or damaged")
+    found = xxhash.xxh3_128_hexdigest(text)
+    if found.encode() != expected:
+        raise CorruptDataError(
+            f"{where}: the hash of {key.decode()} is {found}, expected {expected.decode(errors='replace')}: it was "
+            "changed"
+        )
+    return json.loads(text)
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

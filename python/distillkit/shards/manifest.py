@@ -13,7 +13,7 @@ import xxhash
 
 from distillkit.errors import CorruptDataError, UnsupportedVersionError
 from distillkit.fidelity import FidelityStats
-from distillkit.shards.files import write_atomically
+from distillkit.shards.files import write_atomically, writing
 from distillkit.shards.header import Header, canonical_json
 
 __all__ = ["MANIFEST", "Manifest", "ShardInfo", "read_manifest"]
@@ -58,7 +58,9 @@ class Manifest:
             "shards": [asdict(shard) for shard in self.shards],
         }
         content["xxh3"] = _content_hash(content)
-        write_atomically(folder / MANIFEST, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+        with writing(folder / MANIFEST):
+            write_atomically(folder / MANIFEST, text.encode())
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
@@ -84,8 +86,12 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         )
     if content.get("xxh3") != _content_hash(content):
         raise CorruptDataError(f"{where}: its hash is {_content_hash(content)}, expected {content.get('xxh3')}")
-    shards = tuple(ShardInfo(**shard) for shard in content["shards"])
-    return Manifest(Header.from_dict(content["header"], where=where), shards)
+    header = Header.from_dict(content.get("header"), where=where)
+    try:
+        shards = tuple(ShardInfo(**shard) for shard in content["shards"])
+    except (KeyError, TypeError) as error:
+        raise CorruptDataError(f"{where}: its list of shards is not one: {error}") from error
+    return Manifest(header, shards)
 
 
 def _content_hash(content: Mapping[str, Any]) -> str:

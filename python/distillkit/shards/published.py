@@ -22,7 +22,7 @@ from distillkit.errors import ConfigError, CorruptDataError, InputError
 from distillkit.shards.header import Header, alignment
 from distillkit.shards.manifest import ShardInfo
 from distillkit.shards.reader import Dataset, check_codec, open_parquet
-from distillkit.shards.table import Documents, check_document, document_id, reading
+from distillkit.shards.table import Documents, check_document, document_id, int32_array, reading
 from distillkit.types import Document
 
 __all__ = ["load_codec_config", "open_published"]
@@ -33,6 +33,7 @@ _LAYOUTS: dict[str, tuple[str, ...]] = {
     "legacy": ("packed_indices", "exact_values", "coeffs"),
     "plain": ("token_ids", "top_values"),
 }
+_TOKEN_COLUMNS = ("input_ids", "attention_mask")
 _ARROW_GROUP = 64
 """Documents of a memory-mapped Arrow file that are checked and converted at a time."""
 
@@ -115,7 +116,8 @@ def _data_files(name: str, split: str | None) -> tuple[str, list[str]]:
         key=_natural,
     )
     if filesystem.exists(f"{_inner(folder)}/state.json"):
-        state = json.loads(filesystem.cat_file(f"{_inner(folder)}/state.json"))
+        with reading(f"{folder}/state.json"):
+            state = json.loads(filesystem.cat_file(f"{_inner(folder)}/state.json"))
         if state.get("_indices_files") or state.get("_indices_data_files"):
             raise InputError(f"{folder}: holds a selection by indices; save it after `flatten_indices()`")
         paths = [entry["filename"] for entry in state["_data_files"]]
@@ -136,7 +138,10 @@ def _inner(name: str) -> str:
 
 def _splits(filesystem: Any, inner: str) -> list[str]:
     index = f"{inner}/dataset_dict.json"
-    return list(json.loads(filesystem.cat_file(index))["splits"]) if filesystem.exists(index) else []
+    if not filesystem.exists(index):
+        return []
+    with reading(index):
+        return list(json.loads(filesystem.cat_file(index))["splits"])
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -154,16 +159,25 @@ def _config_beside(folder: str) -> str | None:
 
 
 def _layout(table: _TableFile) -> str:
-    for layout, columns in _LAYOUTS.items():
-        if set(columns) <= set(table.columns):
-            if "input_ids" not in table.columns:
-                raise InputError(f"{table.path}: has no input_ids; found {', '.join(table.columns)}")
-            return layout
-    expected = ", or ".join(" and ".join(columns) for columns in _LAYOUTS.values())
-    raise InputError(
-        f"{table.path}: no published layout: the columns are {', '.join(table.columns)}; expected input_ids and "
-        f"{expected}"
-    )
+    layout = next((name for name, columns in _LAYOUTS.items() if set(columns) <= set(table.columns)), None)
+    if layout is None or "input_ids" not in table.columns:
+        expected = ", or ".join(" and ".join(columns) for columns in _LAYOUTS.values())
+        raise InputError(
+            f"{table.path}: no published layout: the columns are {', '.join(table.columns)}; expected input_ids and "
+            f"{expected}"
+        )
+    for name, depth in (*((name, 1) for name in _TOKEN_COLUMNS), *((name, 2) for name in _LAYOUTS[layout])):
+        found = table.columns.get(name)
+        if found is not None and not _is_list_of_numbers(found, depth):
+            raise InputError(f"{table.path}: column {name} is {found}, expected {'list of ' * depth}numbers")
+    return layout
+
+
+def _is_list_of_numbers(kind: pa.DataType, depth: int) -> bool:
+    if depth == 0:
+        return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+    nested = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(nested) and _is_list_of_numbers(kind.value_type, depth - 1)
 
 
 def _published_codec(layout: str, config: ConfigSource, beside: str | None, name: str) -> Codec:
@@ -191,7 +205,7 @@ def _plain_codec(table: _TableFile, config: ConfigSource, vocab_size: int | None
         raise ConfigError(
             f"{name}: plain top-k columns do not say the vocabulary size: give vocab_size, or a configuration with d"
         )
-    first = table.load(0)
+    first = table.load(0, ("token_ids",))
     rows = _nested(first["token_ids"], 0, f"{table.path}, document 0, token_ids")
     return Codec(
         DistributionQuantizationConfig(
@@ -203,10 +217,11 @@ def _plain_codec(table: _TableFile, config: ConfigSource, vocab_size: int | None
 def _alignment_of(tables: list[_TableFile], codec: Codec, layout: str) -> Any:
     """L−1 or L rows, by the first document that tells."""
     for table in tables:
-        columns = table.load(0)
+        columns = table.load(0, ("input_ids", _LAYOUTS[layout][0])) if table.groups else {"input_ids": []}
         for index in range(len(columns["input_ids"])):
-            tokens = len(columns["input_ids"][index].values)
-            rows = len(columns[_LAYOUTS[layout][0]][index].values)
+            where = f"{table.path}, document {index}"
+            tokens = len(_tokens({"input_ids": columns["input_ids"]}, index, where)[0])
+            rows = len(_nested(columns[_LAYOUTS[layout][0]], index, where))
             if tokens in (rows, rows + 1):
                 return "L" if tokens == rows else "L-1"
             raise CorruptDataError(
@@ -219,42 +234,40 @@ def _alignment_of(tables: list[_TableFile], codec: Codec, layout: str) -> Any:
 
 
 class _TableFile:
-    """A Parquet or Arrow file as groups of Arrow columns; handles belong to the process that opened them."""
+    """A Parquet or Arrow file as groups of Arrow columns. Arrow files stay mapped, Parquet files are opened to read."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._handle: tuple[int, Any] | None = None
-        self._arrow = path.endswith(".arrow")
+        self._mapped: pa.Table | None = None
+        self._metadata: Any = None
         with reading(path):
-            source = self._source()
-            if self._arrow:
-                self.columns: list[str] = source.column_names
-                self.groups = [min(_ARROW_GROUP, source.num_rows - i) for i in range(0, source.num_rows, _ARROW_GROUP)]
+            if path.endswith(".arrow"):
+                schema, rows = self._map().schema, self._map().num_rows
+                self.groups = [min(_ARROW_GROUP, rows - i) for i in range(0, rows, _ARROW_GROUP)]
             else:
-                self.columns = source.schema_arrow.names
-                self.groups = [source.metadata.row_group(i).num_rows for i in range(source.metadata.num_row_groups)]
+                with open_parquet(path) as parquet:
+                    schema, self._metadata = parquet.schema_arrow, parquet.metadata
+                self.groups = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+        self.columns: dict[str, pa.DataType] = {field.name: field.type for field in schema}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}
+        return {**self.__dict__, "_mapped": None}
 
-    def _source(self) -> Any:
-        if self._handle is None or self._handle[0] != os.getpid():
-            if self._arrow:
-                source = pa.ipc.open_stream(pa.memory_map(_inner(self.path))).read_all()
-            else:
-                source = open_parquet(self.path)
-            self._handle = (os.getpid(), source)
-        return self._handle[1]
+    def _map(self) -> pa.Table:
+        if self._mapped is None:
+            self._mapped = pa.ipc.open_stream(pa.memory_map(_inner(self.path))).read_all()
+        return self._mapped
 
-    def load(self, group: int) -> dict[str, pa.Array]:
-        known = {"input_ids", "attention_mask", *(name for names in _LAYOUTS.values() for name in names)}
-        wanted = [name for name in self.columns if name in known]
+    def load(self, group: int, wanted: Sequence[str]) -> dict[str, pa.Array]:
+        """Columns of a group, those that are there."""
+        names = [name for name in wanted if name in self.columns]
         with reading(self.path):
-            if self._arrow:
-                table = self._source().slice(group * _ARROW_GROUP, _ARROW_GROUP).select(wanted)
+            if self._metadata is None:
+                table = self._map().slice(group * _ARROW_GROUP, _ARROW_GROUP).select(names)
             else:
-                table = self._source().read_row_group(group, columns=wanted)
-            return {name: table.column(name).combine_chunks() for name in wanted}
+                with open_parquet(self.path, self._metadata) as parquet:
+                    table = parquet.read_row_group(group, columns=names)
+            return {name: table.column(name).combine_chunks() for name in names}
 
 
 class _PublishedFile:
@@ -270,14 +283,19 @@ class _PublishedFile:
 
     def load(self, group: int) -> Documents:
         first = sum(self.groups[:group])
-        return _PublishedRows(self._table.load(group), self.header, self._codec, self._layout, self.path, first)
+        columns = self._table.load(group, (*_TOKEN_COLUMNS, *_LAYOUTS[self._layout]))
+        return _PublishedRows(columns, self.header, self._codec, self._layout, self.path, first)
 
     def info(self) -> ShardInfo:
+        """Counts from the token columns alone."""
         documents = tokens = rows = 0
         for group in range(len(self.groups)):
-            for document in self.load(group):
-                documents, tokens = documents + 1, tokens + len(document.input_ids)
-                rows += document.num_rows
+            columns = self._table.load(group, _TOKEN_COLUMNS)
+            for index in range(len(columns["input_ids"])):
+                where = f"{self.path}, document {documents}"
+                ids, mask = _tokens(columns, index, where)
+                length = len(ids) if mask is None else int((mask != 0).sum())
+                documents, tokens, rows = documents + 1, tokens + length, rows + self.header.rows_of(length)
         filesystem, inner = fsspec.core.url_to_fs(self.path)
         return ShardInfo(self.path.rsplit("/", 1)[-1], documents, tokens, rows, filesystem.size(inner), "")
 
@@ -297,12 +315,16 @@ class _PublishedRows(Documents):
     def __getitem__(self, index: int) -> Document:
         where = f"{self._path}, document {self._first + index}"
         with reading(where):
-            ids = _numbers(self._columns["input_ids"], index, where)
-            mask = (
-                _numbers(self._columns["attention_mask"], index, where) if "attention_mask" in self._columns else None
-            )
+            ids, mask = _tokens(self._columns, index, where)
             columns = {name: _nested(self._columns[name], index, f"{where}, {name}") for name in _LAYOUTS[self._layout]}
+        counts = {name: len(column) for name, column in columns.items()}
+        if set(counts.values()) != {self._header.rows_of(len(ids))}:
+            raise CorruptDataError(
+                f"{where}: {', '.join(f'{count} rows of {name}' for name, count in counts.items())} for {len(ids)} "
+                f"tokens; the dataset has {self._header.alignment['rows']} rows for L tokens"
+            )
         try:
+            input_ids = int32_array(ids, "input_ids")
             if self._layout == "plain":
                 values = columns["top_values"].astype(np.float32)
                 data = self._codec.encode(columns["token_ids"].astype(np.int64), values)
@@ -310,24 +332,31 @@ class _PublishedRows(Documents):
                 data = self._codec.from_published(columns)
         except InputError as error:
             raise CorruptDataError(f"{where}: {error}") from error
-        ids, data, lengths = _trimmed(ids, data, mask, self._header, where)
-        document = Document(
-            document_id(ids, None, lengths), ids.astype(np.int32), data.tobytes(), len(data), None, lengths
-        )
+        input_ids, data, lengths = _trimmed(input_ids, data, mask, self._header, where)
+        document_hash = document_id(input_ids, None, lengths)
+        document = Document(document_hash, input_ids, data.tobytes(), len(data), None, lengths)
         check_document(document, self._header, self._codec, where)
-        if len(data) != self._header.rows_of(len(ids)):
-            expected = self._header.alignment["rows"]
-            raise CorruptDataError(
-                f"{where}: {len(data)} rows for {len(ids)} tokens, but the dataset has {expected} rows"
-            )
         return document
 
 
-def _numbers(column: pa.Array, index: int, where: str) -> npt.NDArray[np.int64]:
-    values = column[index].values
-    if values is None or values.null_count:
-        raise CorruptDataError(f"{where}: nulls in input_ids or attention_mask")
-    return np.asarray(values.to_numpy(zero_copy_only=False)).astype(np.int64)
+def _tokens(
+    columns: Mapping[str, pa.Array], index: int, where: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+    """Token ids and, where there is one, attention mask of a document, as they are stored."""
+    found: list[npt.NDArray[Any] | None] = []
+    for name in _TOKEN_COLUMNS:
+        if name not in columns:
+            found.append(None)
+            continue
+        values = columns[name][index].values
+        if values is None or values.null_count:
+            raise CorruptDataError(f"{where}: nulls in {name}")
+        found.append(np.asarray(values.to_numpy(zero_copy_only=False)))
+    ids, mask = found
+    assert ids is not None
+    if mask is not None and len(mask) != len(ids):
+        raise CorruptDataError(f"{where}: attention_mask has {len(mask)} entries for {len(ids)} tokens")
+    return ids, mask
 
 
 def _nested(column: pa.Array, index: int, where: str) -> npt.NDArray[Any]:
@@ -353,8 +382,6 @@ def _trimmed(
     """Cuts padding away, and reads packed documents' lengths off a mask that numbers them (1, 1, 2, 2, 2, 0, 0)."""
     if mask is None:
         return ids, data, None
-    if len(mask) != len(ids):
-        raise CorruptDataError(f"{where}: attention_mask has {len(mask)} entries for {len(ids)} tokens")
     length = int((mask != 0).sum())
     if (mask[:length] == 0).any():
         raise CorruptDataError(f"{where}: attention_mask has padding before its end, which is not supported")

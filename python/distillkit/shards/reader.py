@@ -7,6 +7,7 @@ import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,14 +17,15 @@ import pyarrow.parquet as pq
 
 from distillkit.codec import Codec, CodecConfig
 from distillkit.errors import CorruptDataError, InputError, MismatchError, TruncatedDataError
-from distillkit.shards.header import HEADER_KEY, Header
+from distillkit.shards.header import Header
 from distillkit.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
-from distillkit.shards.table import SCHEMA, Documents, ShardRows, reading
+from distillkit.shards.table import SCHEMA, Documents, GroupDigest, ShardRows, reading
 from distillkit.types import Document
 
 __all__ = ["Dataset", "DocumentFile", "ShardFile", "check_codec"]
 
-_CACHED_GROUPS = 4
+_CACHED_GROUPS = {"distillkit": 8, "published": 1}
+"""Row groups kept in memory: ours are about 1 MB, published ones can be a thousand times larger."""
 
 
 class DocumentFile(Protocol):
@@ -44,9 +46,7 @@ class DocumentFile(Protocol):
 
 
 class ShardFile:
-    """One of our shards.
-
-    Handles are opened in each process that reads (a forked worker must not share its parent's file position).
+    """One of our shards. No file stays open: each read opens it, with the metadata that was checked here.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -55,27 +55,23 @@ class ShardFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._handle: tuple[int, pq.ParquetFile] | None = None
-        with reading(path):
-            metadata = self._parquet().metadata
-            schema = self._parquet().schema_arrow
-            self.header = Header.from_metadata(metadata.metadata, where=path)
-            self._groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        with reading(path), open_parquet(path) as parquet:
+            self._metadata, schema = parquet.metadata, parquet.schema_arrow
+            self.header = Header.from_metadata(self._metadata.metadata, where=path)
+            self._digests = GroupDigest.from_metadata(self._metadata.metadata, where=path)
+            stored = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+        self._groups = [digest.documents for digest in self._digests]
+        if stored != self._groups or self._metadata.num_rows != sum(stored):
+            raise CorruptDataError(
+                f"{path}: row groups of {stored} documents, {self._metadata.num_rows} in all, but written were "
+                f"{self._groups}"
+            )
+        self._columns = [name for name in SCHEMA.names if name in schema.names]
         for field in SCHEMA:
-            if field.name not in schema.names and field.nullable:
-                continue
-            if field.name not in schema.names or schema.field(field.name).type != field.type:
-                found = schema.field(field.name).type if field.name in schema.names else "missing"
-                raise CorruptDataError(f"{path}: column {field.name} is {found}, expected {field.type}")
+            found = schema.field(field.name).type if field.name in schema.names else None
+            if found != field.type and not (found is None and field.nullable):
+                raise CorruptDataError(f"{path}: column {field.name} is {found or 'missing'}, expected {field.type}")
         self._codec = self.header.make_codec()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}
-
-    def _parquet(self) -> pq.ParquetFile:
-        if self._handle is None or self._handle[0] != os.getpid():
-            self._handle = (os.getpid(), open_parquet(self.path))
-        return self._handle[1]
 
     @property
     def groups(self) -> Sequence[int]:
@@ -88,11 +84,11 @@ class ShardFile:
     def load(self, group: int) -> ShardRows:
         first = sum(self._groups[:group])
         where = f"{self.path}, documents {first} to {first + self._groups[group] - 1}"
-        with reading(where):
-            names = [name for name in SCHEMA.names if name in self._parquet().schema_arrow.names]
-            table = self._parquet().read_row_group(group, columns=names)
-        if table.num_rows != self._groups[group]:
-            raise CorruptDataError(f"{where}: {table.num_rows} documents found")
+        with reading(where), open_parquet(self.path, self._metadata) as parquet:
+            table = parquet.read_row_group(group, columns=self._columns)
+            found = GroupDigest.of(table)
+        if found != self._digests[group]:
+            raise CorruptDataError(f"{where}: they are not the documents that were written, or not in that order")
         return ShardRows(table, self.header, self._codec, self.path, first)
 
     @property
@@ -104,8 +100,8 @@ class ShardFile:
         return sum(self.header.rows_of(length) for length in self._lengths())
 
     def _lengths(self) -> list[int]:
-        with reading(self.path):
-            column = self._parquet().read(columns=["input_ids"]).column("input_ids")
+        with reading(self.path), open_parquet(self.path, self._metadata) as parquet:
+            column = parquet.read(columns=["input_ids"]).column("input_ids")
             return [int(length) for chunk in column.chunks for length in np.diff(chunk.offsets.to_numpy())]
 
     def info(self) -> ShardInfo:
@@ -115,8 +111,12 @@ class ShardFile:
         )
 
 
-def open_parquet(path: str) -> pq.ParquetFile:
-    """Opens a Parquet file (a path or an fsspec URL) with its page checksums checked on every read.
+@contextmanager
+def open_parquet(path: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+    """A Parquet file (a path or an fsspec URL), open inside the `with`, its page checksums checked on every read.
+
+    Args:
+        metadata: its footer, where that was read before.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -128,8 +128,11 @@ def open_parquet(path: str) -> pq.ParquetFile:
     size = filesystem.size(inner)
     if size < 12 or filesystem.cat_file(inner, start=size - 4, end=size) != b"PAR1":
         raise TruncatedDataError(f"{path}: {size} bytes that do not end as a Parquet file does: it was cut off")
-    file = inner if isinstance(filesystem, fsspec.implementations.local.LocalFileSystem) else filesystem.open(inner)
-    return pq.ParquetFile(file, page_checksum_verification=True, memory_map=False)
+    with (
+        filesystem.open(inner, "rb") as file,
+        pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True) as parquet,
+    ):
+        yield parquet
 
 
 class Dataset(Documents):
@@ -238,7 +241,7 @@ class Dataset(Documents):
         if group in self._cache:
             self._cache.move_to_end(group)
         else:
-            while len(self._cache) >= _CACHED_GROUPS:
+            while len(self._cache) >= _CACHED_GROUPS[self.kind]:
                 self._cache.popitem(last=False)
             file, number = self._groups[group]
             self._cache[group] = file.load(number)
@@ -269,9 +272,10 @@ def _is_shard(name: str) -> bool:
 
 
 def _has_header(name: str) -> bool:
-    with reading(name):
-        metadata = open_parquet(name).metadata.metadata
-    return metadata is not None and (HEADER_KEY in metadata or b"distillkit.header.xxh3" in metadata)
+    with reading(name), open_parquet(name) as parquet:
+        metadata = parquet.metadata.metadata or {}
+    # One of them may be damaged.
+    return any(key.startswith(b"distillkit.") for key in metadata)
 
 
 def _open_folder(name: str, manifest: Manifest) -> Dataset:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,23 @@ import pyarrow as pa
 import xxhash
 
 from distillkit.codec import Codec
-from distillkit.errors import CorruptDataError, DistillKitError
-from distillkit.shards.header import Header
+from distillkit.errors import CorruptDataError, DistillKitError, InputError
+from distillkit.shards.header import Header, hashed_metadata, read_hashed_metadata
 from distillkit.types import Document
 
-__all__ = ["SCHEMA", "Documents", "ShardRows", "document_id", "document_table", "reading"]
+__all__ = [
+    "SCHEMA",
+    "Documents",
+    "GroupDigest",
+    "ShardRows",
+    "check_document",
+    "document_id",
+    "document_table",
+    "int32_array",
+    "reading",
+]
+
+GROUPS_KEY = b"distillkit.groups"
 
 SCHEMA = pa.schema(
     [
@@ -34,13 +47,67 @@ SCHEMA = pa.schema(
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Turns what pyarrow raises over damaged files into CorruptDataError; a missing file stays FileNotFoundError."""
+    """Turns what pyarrow raises over damaged files into CorruptDataError.
+
+    Errors of the operating system (a missing file, no more open files, a device) have a number and stay what they are.
+    """
     try:
         yield
-    except (DistillKitError, FileNotFoundError, PermissionError):
+    except DistillKitError:
         raise
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise CorruptDataError(f"{where}: can not be read: {error}") from error
+
+
+def int32_array(values: Any, name: str) -> npt.NDArray[np.int32]:
+    """Integers as int32.
+
+    Raises:
+        InputError: they are no integers, negative or too large.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise InputError(f"{name} must be one axis of integers, got {array.dtype} of shape {array.shape}")
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < 2**31:
+        raise InputError(f"{name} go from {array.min()} to {array.max()}; they must be between 0 and 2³¹ − 1")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class GroupDigest:
+    """What a shard's metadata says of a row group: how many documents, and the XXH3-128 of their checksums in order.
+
+    It ties documents to their places: one that is missing, doubled or moved is noticed, each by itself sound.
+    """
+
+    documents: int
+    xxh3: str
+
+    @classmethod
+    def of(cls, table: pa.Table) -> GroupDigest:
+        """The digest of a row group."""
+        checksums = table.column("checksum").to_numpy().astype("<i8")
+        return cls(len(checksums), xxhash.xxh3_128_hexdigest(checksums.tobytes()))
+
+    @staticmethod
+    def to_metadata(groups: Sequence[GroupDigest]) -> dict[bytes, bytes]:
+        """Key-value metadata of the Parquet file: the digests and their hash."""
+        return hashed_metadata(GROUPS_KEY, [[group.documents, group.xxh3] for group in groups])
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[bytes, bytes] | None, *, where: str) -> list[GroupDigest]:
+        """The digests of a file's row groups, in order.
+
+        Raises:
+            CorruptDataError: there are none, or they were changed.
+        """
+        content = read_hashed_metadata(metadata, GROUPS_KEY, where=where)
+        try:
+            return [cls(int(documents), str(digest)) for documents, digest in content]
+        except (TypeError, ValueError) as error:
+            raise CorruptDataError(f"{where}: its list of row groups is not one: {error}") from error
 
 
 def _fields(document: Document) -> Iterator[bytes]:
@@ -80,7 +147,7 @@ def checksum(document: Document) -> int:
     return int.from_bytes(state.digest(), "big", signed=True)
 
 
-def document_table(documents: Sequence[Document], schema: pa.Schema) -> pa.Table:
+def document_table(documents: Sequence[Document]) -> pa.Table:
     """One row group of a shard."""
 
     def lists(values: Sequence[npt.NDArray[Any] | None], kind: pa.DataType) -> pa.Array:
@@ -94,7 +161,7 @@ def document_table(documents: Sequence[Document], schema: pa.Schema) -> pa.Table
         lists([document.loss_mask for document in documents], pa.bool_()),
         lists([document.segment_lengths for document in documents], pa.int32()),
     ]
-    return pa.Table.from_arrays(columns, schema=schema)
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 class Documents(ABC):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
 from distillkit.codec import CodecConfig
-from distillkit.errors import DistillKitError
+from distillkit.errors import DistillKitError, MismatchError
 from distillkit.shards.files import file_hash
+from distillkit.shards.manifest import ShardInfo
 from distillkit.shards.reader import Dataset, DocumentFile
+from distillkit.types import Document
+
+_T = TypeVar("_T")
 
 __all__ = ["VerifyReport", "verify_dataset"]
 
@@ -23,7 +28,7 @@ class VerifyReport:
 
     Attributes:
         files, documents, tokens, rows: what was found to be sound.
-        problems: one message each, naming file and document; a file is left at its first.
+        problems: one message each, naming file and document.
     """
 
     files: int
@@ -55,16 +60,25 @@ def verify_dataset(
         FileNotFoundError, DistillKitError: the dataset can not be opened at all, as `Dataset.open`.
     """
     dataset = Dataset.open(path, config=config, split=split)
-    counts = _Counts()
-    hashes = {shard.file: shard.xxh3_128 for shard in dataset.shards} if dataset.kind == "distillkit" else {}
-    problems = []
+    recorded = {shard.file: shard for shard in dataset.shards} if dataset.kind == "distillkit" else {}
+    total = _Counts()
+    problems: list[str] = []
     for file in dataset.files:
-        problem = _check_file(file, hashes.get(file.path.rsplit("/", 1)[-1]), dataset, counts, progress)
-        if problem is None:
-            counts.files += 1
-        else:
-            problems.append(problem)
-    return VerifyReport(counts.files, counts.documents, counts.tokens, counts.rows, tuple(problems))
+        found = len(problems)
+        counts = _Counts()
+        for document in _documents(file, problems):
+            decoded = _problem(
+                file, problems, partial(dataset.codec.decode_document, document.teacher, document.num_rows)
+            )
+            if decoded is not None:
+                counts.add(document)
+            progress(total.documents + counts.documents, len(dataset))
+        info = recorded.get(file.path.rsplit("/", 1)[-1])
+        if info is not None and len(problems) == found:
+            _problem(file, problems, partial(_check_info, file, info, counts))
+        total.files += len(problems) == found
+        total.merge(counts)
+    return VerifyReport(total.files, total.documents, total.tokens, total.rows, tuple(problems))
 
 
 @dataclass
@@ -74,27 +88,46 @@ class _Counts:
     tokens: int = 0
     rows: int = 0
 
+    def add(self, document: Document) -> None:
+        self.documents += 1
+        self.tokens += len(document.input_ids)
+        self.rows += document.num_rows
 
-def _check_file(
-    file: DocumentFile, digest: str | None, dataset: Dataset, counts: _Counts, progress: Callable[[int, int], None]
-) -> str | None:
-    """The first problem of a file, if it has one."""
+    def merge(self, other: _Counts) -> None:
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.rows += other.rows
+
+
+def _problem(file: DocumentFile, problems: list[str], work: Callable[[], _T]) -> _T | None:
+    """What `work` gives; where it fails, its problem is noted, naming the file."""
     try:
-        _check_hash(file, digest)
-        for group in range(len(file.groups)):
-            for document in file.load(group):
-                decoded = dataset.codec.decode_document(document.teacher, document.num_rows)
-                counts.documents += 1
-                counts.tokens += len(document.input_ids)
-                counts.rows += len(decoded.ids)
-                progress(counts.documents, len(dataset))
+        return work()
     except DistillKitError as error:
-        return _naming(file, error)
-    return None
+        problems.append(str(error) if file.path in str(error) else f"{file.path}: {error}")
+        return None
 
 
-def _naming(file: DocumentFile, error: DistillKitError) -> str:
-    return str(error) if file.path in str(error) else f"{file.path}: {error}"
+def _documents(file: DocumentFile, problems: list[str]) -> Iterator[Document]:
+    """All sound documents of a file."""
+    for group in range(len(file.groups)):
+        documents = _problem(file, problems, partial(file.load, group))
+        if documents is None:
+            continue
+        for index in range(len(documents)):
+            document = _problem(file, problems, partial(documents.__getitem__, index))
+            if document is not None:
+                yield document
+
+
+def _check_info(file: DocumentFile, info: ShardInfo, counts: _Counts) -> None:
+    """The manifest's figures of a file."""
+    if (info.documents, info.tokens, info.rows) != (counts.documents, counts.tokens, counts.rows):
+        raise MismatchError(
+            f"{file.path}: {counts.documents} documents, {counts.tokens} tokens and {counts.rows} rows, but the "
+            f"manifest says {info.documents}, {info.tokens} and {info.rows}"
+        )
+    _check_hash(file, info.xxh3_128)
 
 
 def _check_hash(file: DocumentFile, expected: str | None) -> None:
@@ -104,4 +137,4 @@ def _check_hash(file: DocumentFile, expected: str | None) -> None:
     with filesystem.open(inner, "rb") as content:
         found = file_hash(content)
     if found != expected:
-        raise DistillKitError(f"{file.path}: the file's hash is {found}, the manifest says {expected}")
+        raise MismatchError(f"{file.path}: the file's hash is {found}, the manifest says {expected}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -11,21 +13,20 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.fidelity import FidelityStats
-from distillkit.shards.files import TEMPORARY_PREFIX, file_hash, publish, temporary_path
+from distillkit.shards.files import TEMPORARY_PREFIX, file_hash, publish, temporary_path, writing
 from distillkit.shards.header import Header
 from distillkit.shards.manifest import Manifest, ShardInfo, merged_fidelity, read_manifest
 from distillkit.shards.reader import ShardFile
-from distillkit.shards.table import SCHEMA, check_document, document_id, document_table
+from distillkit.shards.table import SCHEMA, GroupDigest, check_document, document_id, document_table, int32_array
 from distillkit.types import Document, SparseLogprobs
 
 __all__ = ["ShardWriter", "whole_shards"]
 
-_ROW_GROUP_BYTES = 4 << 20
+_ROW_GROUP_BYTES = 1 << 20
 """Teacher bytes of a row group: what random access reads at a time."""
 _SHARD_NAME = re.compile(r"data-(\d{5,})\.parquet")
 
@@ -61,8 +62,7 @@ class ShardWriter:
     """Writes documents into the shards of a dataset's folder.
 
     As a context manager it finishes the dataset on success. On an exception the shard in work is removed, whole
-    shards stay, and there is
-    no manifest: the folder is that of an interrupted capture, which `resume=True` continues.
+    shards stay, and there is no manifest: the folder is that of an interrupted capture, which `resume=True` continues.
 
     Equal documents and settings give equal files: nothing in them depends on the time or the machine.
 
@@ -97,6 +97,7 @@ class ShardWriter:
             leftover.unlink()
         self._open: _OpenShard | None = None
         self._manifest: Manifest | None = None
+        self._failed = False
 
     def _existing(self, resume: bool) -> tuple[list[ShardInfo], list[Header]]:
         if read_manifest(self._folder) is not None:
@@ -114,9 +115,9 @@ class ShardWriter:
     def write(
         self,
         input_ids: npt.NDArray[Any],
-        teacher: SparseLogprobs | bytes,
+        teacher: SparseLogprobs | bytes | bytearray | memoryview,
         *,
-        loss_mask: npt.NDArray[np.bool_] | None = None,
+        loss_mask: npt.NDArray[Any] | None = None,
         segment_lengths: npt.NDArray[Any] | None = None,
     ) -> None:
         """Adds a document, and finishes the shard where that makes it large enough.
@@ -124,37 +125,43 @@ class ShardWriter:
         Args:
             input_ids: (L,) integers.
             teacher: the distributions of its rows, numpy (R, k), which are encoded and compared with what they decode
-            to; or bytes that the
-                codec has already made, whose fidelity is then not known.
-            loss_mask: (L,) bool.
+                to; or bytes that the codec has already made, whose fidelity is then not known.
+            loss_mask: (L,) bool, or 0 and 1.
             segment_lengths: (S,) integers, lengths of packed documents.
 
         Raises:
             InputError: wrong values or shapes, or a number of rows that the header's alignment does not give.
-            OSError: the file can not be written (a full disk, for example); whole shards stay.
+            OSError: the file can not be written (a full disk, for example); whole shards stay, and this writer writes
+                no more.
         """
-        ids = np.ascontiguousarray(input_ids, dtype=np.int32)
+        self._check_usable()
+        ids = int32_array(input_ids, "input_ids")
+        lengths = None if segment_lengths is None else int32_array(segment_lengths, "segment_lengths")
+        mask = None if loss_mask is None else _mask(loss_mask)
         rows = self._header.rows_of(len(ids))
-        if isinstance(teacher, SparseLogprobs) and len(teacher.ids) != rows:
-            raise InputError(
-                f"a document of {len(ids)} tokens has {rows} rows (alignment {self._header.alignment['rows']}), got "
-                f"{len(teacher.ids)}"
-            )
-        stats = FidelityStats()
-        data = teacher if isinstance(teacher, bytes) else self._encode(teacher, rows, stats)
-        lengths = None if segment_lengths is None else np.ascontiguousarray(segment_lengths, dtype=np.int32)
-        document = Document(document_id(ids, loss_mask, lengths), ids, data, rows, loss_mask, lengths)
+        stats: FidelityStats | None = None
+        if isinstance(teacher, SparseLogprobs):
+            data, stats = self._encode(teacher, rows, len(ids))
+        else:
+            data = bytes(teacher)
+        document = Document(document_id(ids, mask, lengths), ids, data, rows, mask, lengths)
         try:
             check_document(document, self._header, self._codec, "the document")
         except CorruptDataError as error:
             raise InputError(str(error)) from None
-        if self._open is None:
-            self._open = _OpenShard(self._folder / _shard_name(len(self._shards)))
-        self._open.add(document, None if isinstance(teacher, bytes) else stats)
+        with self._failing():
+            if self._open is None:
+                self._open = _OpenShard(self._folder / _shard_name(len(self._shards)))
+            self._open.add(document, stats)
         if self._open.tokens >= self._shard_tokens:
             self.finish_shard()
 
-    def _encode(self, teacher: SparseLogprobs, rows: int, stats: FidelityStats) -> bytes:
+    def _encode(self, teacher: SparseLogprobs, rows: int, tokens: int) -> tuple[bytes, FidelityStats]:
+        if len(teacher.ids) != rows:
+            raise InputError(
+                f"a document of {tokens} tokens has {rows} rows (alignment {self._header.alignment['rows']}), got "
+                f"{len(teacher.ids)}"
+            )
         data = self._codec.encode_document(teacher)
         # The codec sorts rows that are not; the comparison needs the same order.
         order = np.argsort(-np.asarray(teacher.logprobs), axis=-1, kind="stable")
@@ -162,17 +169,38 @@ class ShardWriter:
             np.take_along_axis(np.asarray(teacher.ids), order, -1),
             np.take_along_axis(np.asarray(teacher.logprobs), order, -1),
         )
+        stats = FidelityStats()
         stats.update(original, self._codec.decode_document(data, rows))
-        return data
+        return data, stats
 
     def finish_shard(self) -> None:
-        """Makes what was written so far a whole shard; nothing if there is none."""
+        """Makes what was written so far a whole shard; nothing if there is none.
+
+        Raises:
+            InputError, OSError: as `write`.
+        """
+        self._check_usable()
         if self._open is None:
             return
-        shard, self._open = self._open, None
-        header = replace(self._header, fidelity=shard.fidelity())
-        self._shards.append(shard.finish(header))
+        header = replace(self._header, fidelity=self._open.fidelity())
+        with self._failing():
+            self._shards.append(self._open.finish(header))
         self._headers.append(header)
+        self._open = None
+
+    def _check_usable(self) -> None:
+        if self._failed:
+            raise InputError(f"{self._folder}: an earlier write failed; go on with a new writer and resume=True")
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Where something can not be written, documents are lost: nothing may be built on what is left."""
+        try:
+            yield
+        except BaseException:
+            self._failed = True
+            self.abort()
+            raise
 
     def close(self) -> Manifest:
         """Finishes the last shard and writes the manifest; closing again changes nothing.
@@ -186,7 +214,8 @@ class ShardWriter:
         if not self._shards:
             raise InputError(f"{self._folder}: no documents were written, so there is no dataset")
         manifest = Manifest(replace(self._header, fidelity=merged_fidelity(self._headers)), tuple(self._shards))
-        manifest.write(self._folder)
+        with self._failing():
+            manifest.write(self._folder)
         self._manifest = manifest
         return manifest
 
@@ -208,12 +237,22 @@ class ShardWriter:
             self.abort()
 
 
+def _mask(loss_mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    mask = np.asarray(loss_mask)
+    if mask.dtype != np.bool_ and not (mask.dtype.kind in "iu" and np.isin(mask, (0, 1)).all()):
+        raise InputError(
+            f"loss_mask must be bool, or 0 and 1; got {mask.dtype} with values such as {mask[:8].tolist()}"
+        )
+    return mask.astype(np.bool_)
+
+
 class _OpenShard:
     """The shard in work: a temporary file, and the documents of its next row group."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: IO[bytes] = open(temporary_path(path), "wb")  # noqa: SIM115 — closed by finish or abort
+        with writing(path):
+            self._file: IO[bytes] = open(temporary_path(path), "wb")  # noqa: SIM115 — closed by finish or abort
         self._writer = pq.ParquetWriter(
             self._file,
             SCHEMA,
@@ -225,6 +264,7 @@ class _OpenShard:
         )
         self._pending: list[Document] = []
         self._pending_bytes = 0
+        self._groups: list[GroupDigest] = []
         self._stats: FidelityStats | None = FidelityStats()
         self.documents = self.tokens = self.rows = 0
 
@@ -245,15 +285,18 @@ class _OpenShard:
         return None if self._stats is None else self._stats.to_dict()
 
     def _write_row_group(self) -> None:
-        if self._pending:
-            with self._saying_which_file():
-                self._writer.write_table(document_table(self._pending, SCHEMA), row_group_size=len(self._pending))
-            self._pending, self._pending_bytes = [], 0
+        if not self._pending:
+            return
+        table = document_table(self._pending)
+        with writing(self._path):
+            self._writer.write_table(table, row_group_size=len(self._pending))
+        self._groups.append(GroupDigest.of(table))
+        self._pending, self._pending_bytes = [], 0
 
     def finish(self, header: Header) -> ShardInfo:
         self._write_row_group()
-        with self._saying_which_file():
-            self._writer.add_key_value_metadata(header.to_metadata())
+        with writing(self._path):
+            self._writer.add_key_value_metadata({**header.to_metadata(), **GroupDigest.to_metadata(self._groups)})
             self._writer.close()
             publish(self._file, self._path)
         with open(self._path, "rb") as file:
@@ -263,32 +306,11 @@ class _OpenShard:
 
     def abort(self) -> None:
         # What is buffered is thrown away with the file; that it can not be written either is no news.
+        with contextlib.suppress(OSError, ValueError):
+            self._writer.close()
         with contextlib.suppress(OSError):
             self._file.close()
         temporary_path(self._path).unlink(missing_ok=True)
-
-    def _saying_which_file(self) -> _WriteErrors:
-        return _WriteErrors(self)
-
-
-class _WriteErrors:
-    """Says which file could not be written and what is kept, and removes the incomplete one."""
-
-    def __init__(self, shard: _OpenShard) -> None:
-        self._shard = shard
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, (OSError, pa.ArrowException)):
-            self._shard.abort()
-            number = error.errno if isinstance(error, OSError) else None
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            message = f"{reason}; the shard in work is lost, finished shards are kept: run again to go on after them"
-            raise OSError(number or 5, message, str(self._shard._path)) from error
 
 
 _LEAVES = [

@@ -1,0 +1,64 @@
+"""The demo's own parts: its text is split cleanly, its configuration is one that the trainer takes, its student is the teacher's layers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from training import save_student
+from transformers import AutoModelForCausalLM
+
+from distillkit.config import load_config
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_held_out_text_is_trained_on(demo: ModuleType, tmp_path: Path) -> None:
+    demo.make_text(tmp_path)
+    texts = {}
+    for name in ("train", "held-out"):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        texts[name] = [row["text"] for row in rows]
+        assert len(rows) >= 8
+    # At about 4 characters a token: enough to learn from, and enough to judge by.
+    assert sum(map(len, texts["train"])) > 90_000
+    assert sum(map(len, texts["held-out"])) > 12_000
+
+    def long_paragraphs(name: str) -> set[str]:
+        parts = [part for text in texts[name] for part in re.split(r"\n\s*\n", text)]
+        return {" ".join(part.split()) for part in parts if len(part) >= 80}
+
+    assert not long_paragraphs("train") & long_paragraphs("held-out")
+
+
+def test_the_configuration_is_one_for_the_trainer(demo: ModuleType) -> None:
+    config = load_config(EXAMPLES / "demo.yaml")
+    assert [(loss.function, loss.weight) for loss in config.loss_functions] == [("cross_entropy", 0.1), ("kl", 0.9)]
+    assert config.sequence_length == demo.MAX_TOKENS
+
+
+def test_the_student_has_the_teachers_layers(demo: ModuleType, tmp_path: Path) -> None:
+    save_student(tmp_path / "teacher", num_hidden_layers=22)
+    demo.make_student(tmp_path / "teacher", tmp_path / "student")
+    teacher, student = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("teacher", "student"))
+    expected = teacher.state_dict()
+    for name, value in student.state_dict().items():
+        # Of 22 layers every third: 0, 3, … 21.
+        source = re.sub(r"layers\.(\d+)", lambda match: f"layers.{3 * int(match[1])}", name)
+        torch.testing.assert_close(value, expected[source], rtol=0, atol=0)
+    assert student.config.num_hidden_layers == demo.STUDENT_LAYERS == 8

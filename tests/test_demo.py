@@ -1,4 +1,4 @@
-"""The demo's own parts: its text is split cleanly, its configuration is one that the trainer takes, its student is the teacher's layers."""
+"""The demo's own parts: its text is split cleanly, the trainer takes its configuration, its student is the teacher's."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from training import save_student
 from transformers import AutoModelForCausalLM
 
 from distillkit.config import load_config
+from training import save_student
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -59,6 +59,19 @@ def test_commands_and_snippets_run(place: Path) -> None:
     assert (place / "captured.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_the_demo_runs_to_its_end_and_again(tmp_path: Path) -> None:
+    """What `make demo` runs, with the real teacher, on little text and for a few steps."""
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--output", str(tmp_path / "demo")]
+    command += ["--characters", "6000", "--steps", "2"]
+    for words in (["bytes a token", "on held-out text", "The same with your own models"], ["(there already)"]):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        assert result.returncode == 0, result.stderr
+        assert all(word in result.stdout for word in words), result.stdout
+    for name in ("codec.png", "training.png", "distilled/model.safetensors"):
+        assert (tmp_path / "demo" / name).stat().st_size > 1000
+
+
 def test_make_targets_exist() -> None:
     named = set(re.findall(r"make ([a-z-]+)", README))
     assert {"demo", "test", "test-fast", "lint", "bench", "wheel", "setup"} <= named

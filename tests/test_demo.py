@@ -1,4 +1,4 @@
-"""The demo's own parts: its text is split cleanly, the trainer takes its configuration, its student is the teacher's."""
+"""The demo's own parts: its text is split cleanly, the trainer takes its configuration, its student is cut right."""
 
 from __future__ import annotations
 

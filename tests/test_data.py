@@ -317,3 +317,22 @@ def test_published_datasets_take_the_codec_beside_them_or_from_the_configuration
     check_dataset(beside, 49152, "data")
     rates = shift_rates((beside[i] for i in range(len(beside))), beside.codec)
     assert rates.rate(0) > 2 * max(rates.rate(-1), rates.rate(1)), "real text and its real teacher"
+
+
+def test_plain_topk_data_take_their_vocabulary_size_from_the_teacher_section(tmp_path: Path) -> None:
+    """Columns `token_ids` and `top_values` do not say it; `teacher.vocab_size` does."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = np.log(np.tile([0.5, 0.3], (9, 1))).astype(np.float32)
+    columns = {
+        "input_ids": pa.array([list(range(10))]),
+        "token_ids": pa.array([np.tile([3, 4], (9, 1)).tolist()]),
+        "top_values": pa.array([values.tolist()], pa.list_(pa.list_(pa.float32()))),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "data_0.parquet")
+    source = DatasetSource(disk_path=str(tmp_path))
+    dataset = open_dataset(source, DatasetTeacher(kind="dataset", vocab_size=64), "dataset.train_dataset")
+    np.testing.assert_array_equal(dataset.codec.decode_document(dataset[0].teacher, 9).logprobs, values)
+    with pytest.raises(ConfigError, match="vocab_size"):
+        open_dataset(source, DatasetTeacher(kind="dataset"), "dataset.train_dataset")

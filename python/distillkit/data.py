@@ -19,7 +19,7 @@ import torch
 
 from distillkit import tokenizer as tokenizers
 from distillkit.errors import ConfigError, MismatchError
-from distillkit.signals.alignment import shift_rates
+from distillkit.signals.alignment import counted_positions, shift_rates
 from distillkit.signals.types import TeacherSignal
 from distillkit.types import Document
 
@@ -70,28 +70,6 @@ class Example:
     positions: npt.NDArray[np.int64]
     teacher: dict[str, npt.NDArray[Any]]
     cut_tokens: int = 0
-
-
-def counted_positions(
-    segment_lengths: npt.NDArray[np.int64], loss_mask: npt.NDArray[np.bool_] | None = None
-) -> npt.NDArray[np.int64]:
-    """Find the positions that count in a loss.
-
-    A position t counts if token t + 1 is in the same packed document and its loss mask, if there is one, is set. So a
-    document of L tokens has at most L − 1: nothing is predicted across a boundary or after the last token.
-
-    Args:
-        segment_lengths: (s,) lengths of the packed documents, summing to L.
-        loss_mask: (L,) which tokens should be predicted; all if None.
-
-    Returns:
-        (P,) int64, ascending.
-    """
-    counts = np.ones(int(segment_lengths.sum()), dtype=bool)
-    counts[np.cumsum(segment_lengths) - 1] = False
-    if loss_mask is not None:
-        counts[:-1] &= loss_mask[1:]
-    return np.flatnonzero(counts).astype(np.int64)
 
 
 class DistillationDataset(torch.utils.data.Dataset[Example]):

@@ -17,7 +17,7 @@ from distillkit.codec import PRESETS, preset
 from distillkit.errors import ConfigError, DistillKitError, InputError, MismatchError
 from distillkit.fidelity import FidelityStats
 from distillkit.shards import Dataset
-from distillkit.signals.alignment import SHIFTS, ShiftRates, document_shifts
+from distillkit.signals.alignment import SHIFTS, ShiftRates, counted_positions, document_shifts
 from distillkit.types import Document, SparseLogprobs
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ class _Seen:
     def add(self, document: Document, rows: SparseLogprobs) -> None:
         ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs, dtype=np.float64)
         self._add_values(logprobs)
-        t = _predicting(document)
+        t = counted_positions(document.segments())
         following = document.input_ids[t + 1][:, None]
         self._predictions += len(t)
         self._first += int((ids[t, :1] == following).sum())
@@ -333,14 +333,6 @@ class _Seen:
         """(k,) the middle of the bin that the quantile is in."""
         bins_k = (np.cumsum(self._logprobs, -1) < share * self._rows).sum(-1)
         return np.asarray((1 - (bins_k + 0.5) / _LOGPROB_BINS) * _LOWEST_LOGPROB)
-
-
-def _predicting(document: Document) -> npt.NDArray[np.int64]:
-    """Rows whose next token is in the same packed document."""
-    length = len(document.input_ids)
-    lengths = [length] if document.segment_lengths is None else document.segment_lengths
-    ends = np.cumsum(lengths) - 1
-    return np.setdiff1d(np.arange(length), ends)
 
 
 def recompute_fidelity(

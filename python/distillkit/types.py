@@ -87,3 +87,8 @@ class Document:
     num_rows: int
     loss_mask: npt.NDArray[np.bool_] | None = None
     segment_lengths: npt.NDArray[np.int32] | None = None
+
+    def segments(self) -> npt.NDArray[np.int64]:
+        """(S,) lengths of the packed documents; of a single one, its own."""
+        lengths = [len(self.input_ids)] if self.segment_lengths is None else self.segment_lengths
+        return np.asarray(lengths, dtype=np.int64)

@@ -91,24 +91,15 @@ class ShardFile:
             raise CorruptDataError(f"{where}: they are not the documents that were written, or not in that order")
         return ShardRows(table, self.header, self._codec, self.path, first)
 
-    @property
-    def tokens(self) -> int:
-        return sum(self._lengths())
-
-    @property
-    def rows(self) -> int:
-        return sum(self.header.rows_of(length) for length in self._lengths())
-
-    def _lengths(self) -> list[int]:
+    def info(self) -> ShardInfo:
+        """Counts by the lengths of `input_ids`."""
         with reading(self.path), open_parquet(self.path, self._metadata) as parquet:
             column = parquet.read(columns=["input_ids"]).column("input_ids")
-            return [int(length) for chunk in column.chunks for length in np.diff(chunk.offsets.to_numpy())]
-
-    def info(self) -> ShardInfo:
+            lengths = [int(length) for chunk in column.chunks for length in np.diff(chunk.offsets.to_numpy())]
+        rows = sum(self.header.rows_of(length) for length in lengths)
         filesystem, inner = fsspec.core.url_to_fs(self.path)
-        return ShardInfo(
-            self.path.rsplit("/", 1)[-1], self.documents, self.tokens, self.rows, filesystem.size(inner), ""
-        )
+        name = self.path.rsplit("/", 1)[-1]
+        return ShardInfo(name, self.documents, sum(lengths), rows, filesystem.size(inner), "")
 
 
 @contextmanager

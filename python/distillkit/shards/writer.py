@@ -43,19 +43,14 @@ def whole_shards(folder: str | Path) -> list[tuple[ShardInfo, Header]]:
     for number, path in enumerate(paths):
         if path.name != _shard_name(number):
             raise CorruptDataError(f"{folder}: {_shard_name(number)} is missing, but {path.name} is there")
-        found.append((_shard_info(path), ShardFile(str(path)).header))
+        shard = ShardFile(str(path))
+        with open(path, "rb") as file:
+            found.append((replace(shard.info(), xxh3_128=file_hash(file)), shard.header))
     return found
 
 
 def _shard_name(number: int) -> str:
     return f"data-{number:05}.parquet"
-
-
-def _shard_info(path: Path) -> ShardInfo:
-    shard = ShardFile(str(path))
-    with open(path, "rb") as file:
-        digest = file_hash(file)
-    return ShardInfo(path.name, shard.documents, shard.tokens, shard.rows, path.stat().st_size, digest)
 
 
 class ShardWriter:

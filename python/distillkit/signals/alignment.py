@@ -12,11 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from distillkit.codec import Codec
 from distillkit.types import Document, SparseLogprobs
 
-__all__ = ["SHIFTS", "ShiftRates", "document_shifts", "shift_rates"]
+__all__ = ["SHIFTS", "ShiftRates", "counted_positions", "document_shifts", "shift_rates"]
 
 SHIFTS = (-1, 0, 1)
 
@@ -102,10 +103,30 @@ def document_shifts(document: Document, rows: SparseLogprobs) -> ShiftRates:
     )
 
 
+def counted_positions(
+    segment_lengths: npt.NDArray[np.int64], loss_mask: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.int64]:
+    """Find the positions that count in a loss.
+
+    A position t counts if token t + 1 is in the same packed document and its loss mask, if there is one, is set. So a
+    document of L tokens has at most L − 1: nothing is predicted across a boundary or after the last token.
+
+    Args:
+        segment_lengths: (s,) lengths of the packed documents, summing to L.
+        loss_mask: (L,) which tokens should be predicted; all if None.
+
+    Returns:
+        (P,) int64, ascending.
+    """
+    counts = np.ones(int(segment_lengths.sum()), dtype=bool)
+    counts[np.cumsum(segment_lengths) - 1] = False
+    if loss_mask is not None:
+        counts[:-1] &= loss_mask[1:]
+    return np.flatnonzero(counts).astype(np.int64)
+
+
 def _inner_positions(document: Document) -> np.ndarray:
     """Positions t whose rows t − 1, t, t + 1 and token t + 1 all belong to one packed document."""
-    length = len(document.input_ids)
-    segments = np.array([length]) if document.segment_lengths is None else np.asarray(document.segment_lengths)
-    starts = np.concatenate([[0], np.cumsum(segments)])
+    starts = np.concatenate([[0], np.cumsum(document.segments())])
     last = document.num_rows - 1
     return np.concatenate([np.arange(start + 1, min(stop - 1, last)) for start, stop in itertools.pairwise(starts)])

@@ -110,8 +110,7 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
     def cut(self, document: Document) -> Example:
         """Cut a document to the sequence length and take its counted positions' teacher rows."""
         length = min(len(document.input_ids), self.sequence_length)
-        whole = document.segment_lengths
-        ends = np.array([length]) if whole is None else np.minimum(np.cumsum(whole, dtype=np.int64), length)
+        ends = np.minimum(np.cumsum(document.segments()), length)
         lengths = np.diff(ends, prepend=0)
         lengths = lengths[lengths > 0]
         loss_mask = None if document.loss_mask is None else document.loss_mask[:length]

@@ -1,4 +1,4 @@
-# Needs Rust ≥ 1.85, Python ≥ 3.10 and make; everything else is installed into .venv by the first target that needs it.
+# Needs Rust ≥ 1.89, Python ≥ 3.10 and make; everything else is installed into .venv by the first target that needs it.
 
 PYTHON ?= python3
 BIN := .venv/bin

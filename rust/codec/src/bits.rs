@@ -3,7 +3,10 @@
 //! Value `i` of width `w` occupies bits `i·w … (i+1)·w − 1` of the stream; bit 0 is the most significant bit of byte 0. The last byte is
 //! padded with zero bits. This is the published layout of token ids and residual codes.
 
+use std::slice;
+
 use crate::error::{CodecError, Result};
+use crate::simd::{Backend, Isa, multiversion};
 
 /// Bytes that `count` values of `width` bits occupy.
 #[must_use]
@@ -41,7 +44,7 @@ pub fn pack(values: &[u64], width: u32, out: &mut [u8]) -> Result<()> {
     if let Some((i, value)) = values.iter().enumerate().find(|&(_, &value)| value > limit) {
         return Err(CodecError::Input(format!("value {value} at index {i} does not fit into {width} bits")));
     }
-    pack_with(values.len(), width, out, |i| values[i]);
+    pack_values(Backend::detect(), values, width, out);
     Ok(())
 }
 
@@ -56,8 +59,64 @@ pub fn unpack(data: &[u8], width: u32, out: &mut [u64]) -> Result<()> {
         return Err(CodecError::Truncated { what: format!("{} packed values of {width} bits", out.len()), found: data.len(), expected });
     }
     check_padding(data, out.len(), width)?;
-    unpack_with(data, width, out.len(), |i, value| out[i] = value);
+    unpack_values(Backend::detect(), data, width, out);
     Ok(())
+}
+
+multiversion! {
+    /// Unpacks `out.len()` values of `width` bits (1–64) from `data`, which has exactly [`packed_len`] bytes; padding bits are not looked
+    /// at. Returns the largest value, 0 if there is none.
+    pub(crate) fn unpack_values(data: &[u8], width: u32, out: &mut [u64]) -> u64 = unpack_values_body;
+}
+
+multiversion! {
+    /// [`unpack_values`] for token ids, which the caller checks by the returned maximum.
+    #[allow(dead_code, reason = "the row codec takes it next")]
+    pub(crate) fn unpack_ids(data: &[u8], width: u32, out: &mut [i64]) -> u64 = unpack_ids_body;
+}
+
+multiversion! {
+    /// Packs `values`, each of which fits into `width` bits (1–64), into `out`, which has exactly [`packed_len`] bytes.
+    pub(crate) fn pack_values(values: &[u64], width: u32, out: &mut [u8]) = pack_values_body;
+}
+
+multiversion! {
+    /// [`pack_values`] for token ids that are already checked.
+    #[allow(dead_code, reason = "the row codec takes it next")]
+    pub(crate) fn pack_ids(ids: &[i64], width: u32, out: &mut [u8]) = pack_ids_body;
+}
+
+/// The body of [`unpack_values`], for use in other bodies.
+#[inline(always)]
+pub(crate) fn unpack_values_body<I: Isa>(_isa: I, data: &[u8], width: u32, out: &mut [u64]) -> u64 {
+    let mut largest = 0;
+    unpack_with(data, width, out.len(), |i, value| {
+        out[i] = value;
+        largest = value.max(largest);
+    });
+    largest
+}
+
+/// The body of [`unpack_ids`], for use in other bodies.
+#[inline(always)]
+pub(crate) fn unpack_ids_body<I: Isa>(isa: I, data: &[u8], width: u32, out: &mut [i64]) -> u64 {
+    // SAFETY: i64 and u64 have the same size and alignment, and every bit pattern is valid for both.
+    let out = unsafe { slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u64>(), out.len()) };
+    unpack_values_body(isa, data, width, out)
+}
+
+/// The body of [`pack_values`], for use in other bodies.
+#[inline(always)]
+pub(crate) fn pack_values_body<I: Isa>(_isa: I, values: &[u64], width: u32, out: &mut [u8]) {
+    pack_with(values.len(), width, out, |i| values[i]);
+}
+
+/// The body of [`pack_ids`], for use in other bodies.
+#[inline(always)]
+pub(crate) fn pack_ids_body<I: Isa>(isa: I, ids: &[i64], width: u32, out: &mut [u8]) {
+    // SAFETY: i64 and u64 have the same size and alignment, and every bit pattern is valid for both.
+    let values = unsafe { slice::from_raw_parts(ids.as_ptr().cast::<u64>(), ids.len()) };
+    pack_values_body(isa, values, width, out);
 }
 
 /// Refuses set padding bits after the last value; `data` is exactly [`packed_len`] bytes.

@@ -29,6 +29,7 @@ mod fit;
 mod float;
 mod formats;
 mod quantize;
+mod simd;
 mod topk;
 
 pub use batch::{Codec, topk};
@@ -39,4 +40,5 @@ pub use formats::legacy::Legacy;
 pub use formats::quantized::Quantized;
 pub use half::slice::HalfBitsSliceExt;
 pub use half::{bf16, f16};
+pub use simd::{BACKEND_VARIABLE, Backend};
 pub use topk::Logit;

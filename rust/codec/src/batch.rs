@@ -7,33 +7,35 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use rayon::prelude::*;
 
 use crate::config::Config;
-use crate::error::{CodecError, Result};
+use crate::error::{CodecError, Result, config_error};
 use crate::formats::legacy::Legacy;
 use crate::formats::quantized::Quantized;
-use crate::formats::{RowFormat, Scratch};
+use crate::formats::RowFormat;
+use crate::rows::{RowResult, Scratch, decode_rows, encode_rows};
+use crate::simd::Backend;
 use crate::topk::{Logit, TopkScratch, topk_row};
 
-/// Log-probabilities may exceed 0, and the sum of a row's probabilities 1, by this much: the rounding of a low-precision teacher.
-const ROUNDING: f64 = 1e-2;
 /// Rows of one task: enough to make its buffers and its scheduling cheap.
-const TASK_ROWS: usize = 64;
+const TASK_ROWS: usize = 128;
 
 /// Rows of dense logits are a thousand times longer.
 const DENSE_TASK_ROWS: usize = 4;
 
-/// Runs `body(first row, task)` for every task of `task_rows` rows, in parallel where possible. The first failing row's error is returned.
+/// Runs `body(task, scratch)` for every task of `task_rows` rows, in parallel where possible. The first failing row's error is returned;
+/// `body` counts rows from the start of its task.
 ///
 /// In a child forked after the thread pool was started, the pool's threads do not exist and waiting for them would never end: there the
 /// tasks run on the calling thread.
-fn run_tasks<T: Send>(task_rows: usize, tasks: Vec<T>, body: impl Fn(usize, T) -> Result<()> + Sync) -> Result<()> {
-    if tasks.len() < 2 || !pool_is_usable() {
-        return tasks.into_iter().enumerate().try_for_each(|(i, task)| body(i * task_rows, task));
-    }
-    let results = tasks.into_par_iter().enumerate().map(|(i, task)| (i, body(i * task_rows, task)));
-    match results.filter(|(_, result)| result.is_err()).min_by_key(|(i, _)| *i) {
-        Some((_, error)) => error,
-        None => Ok(()),
-    }
+fn run_tasks<T: Send, S: Default>(task_rows: usize, tasks: Vec<T>, body: impl Fn(T, &mut S) -> RowResult + Sync) -> Result<()> {
+    let body = |scratch: &mut S, (i, task)| body(task, scratch).map_err(|(row, error)| (i * task_rows + row, error));
+    let failed = if tasks.len() < 2 || !pool_is_usable() {
+        let mut scratch = S::default();
+        tasks.into_iter().enumerate().find_map(|task| body(&mut scratch, task).err())
+    } else {
+        let results = tasks.into_par_iter().enumerate().map_init(S::default, body);
+        results.filter_map(std::result::Result::err).min_by_key(|(row, _)| *row)
+    };
+    failed.map_or(Ok(()), |(row, error)| Err(error.at_row(row)))
 }
 
 /// The process that started the thread pool, 0 before that.
@@ -47,59 +49,94 @@ fn pool_is_usable() -> bool {
     }
 }
 
-/// Encodes and decodes rows of one configuration.
+/// A prepared configuration of either published format.
 #[derive(Debug, Clone)]
-pub enum Codec {
+pub enum Format {
     /// `logprob_compressor`.
     Quantized(Quantized),
     /// `legacy_logit_compression`.
     Legacy(Legacy),
 }
 
+/// Calls a method of the format, or a function with the format as an argument.
+macro_rules! on_format {
+    ($codec:expr, $format:ident => $call:expr) => {
+        match &$codec.format {
+            Format::Quantized($format) => $call,
+            Format::Legacy($format) => $call,
+        }
+    };
+}
+
+/// Encodes and decodes rows of one configuration. What it writes and reads depends on nothing but the configuration and the rows.
+#[derive(Debug, Clone)]
+pub struct Codec {
+    format: Format,
+    backend: Backend,
+}
+
 impl Codec {
-    /// Prepares a configuration; [`Config::from_json`] has validated it.
+    /// Prepares a configuration for the fastest instruction set, or the one that the environment variable `DISTILLKIT_SIMD` names.
+    ///
+    /// Fails with [`CodecError::Config`] where the configuration is not valid, or as [`Backend::from_env`] does.
     pub fn new(config: Config) -> Result<Self> {
-        Ok(match config {
+        Self::with_backend(config, Backend::from_env()?)
+    }
+
+    /// Prepares a configuration for the given instruction set.
+    ///
+    /// Fails with [`CodecError::Config`] where the configuration is not valid or this CPU lacks the instruction set.
+    pub fn with_backend(config: Config, backend: Backend) -> Result<Self> {
+        if !backend.is_available() {
+            return config_error("simd backend", format!("this CPU has no {}", backend.name()));
+        }
+        let format = match config {
             Config::Quantized(config) => {
                 config.validate()?;
-                Self::Quantized(Quantized::new(config))
+                Format::Quantized(Quantized::new(config))
             }
             Config::Legacy(config) => {
                 config.validate()?;
-                Self::Legacy(Legacy::new(config))
+                Format::Legacy(Legacy::new(config))
             }
-        })
+        };
+        Ok(Self { format, backend })
     }
 
-    fn format(&self) -> &dyn RowFormat {
-        match self {
-            Self::Quantized(format) => format,
-            Self::Legacy(format) => format,
-        }
+    /// The prepared configuration.
+    #[must_use]
+    pub const fn format(&self) -> &Format {
+        &self.format
+    }
+
+    /// The instruction set in use.
+    #[must_use]
+    pub const fn backend(&self) -> Backend {
+        self.backend
     }
 
     /// Stored ids a row.
     #[must_use]
     pub fn k(&self) -> usize {
-        self.format().k()
+        on_format!(self, format => format.k())
     }
 
     /// Ids are below this.
     #[must_use]
     pub fn vocab_size(&self) -> u64 {
-        self.format().vocab_size()
+        on_format!(self, format => format.vocab_size())
     }
 
     /// Bytes of a row's values (`compressed_logprobs`), which come first.
     #[must_use]
     pub fn value_bytes(&self) -> usize {
-        self.format().value_bytes()
+        on_format!(self, format => format.value_bytes())
     }
 
     /// Bytes of a row's ids (`bytepacked_indices`), which come last.
     #[must_use]
     pub fn id_bytes(&self) -> usize {
-        self.format().id_bytes()
+        on_format!(self, format => format.id_bytes())
     }
 
     /// Bytes of a row.
@@ -114,7 +151,7 @@ impl Codec {
     /// not fit, log-probabilities that are not finite or not log-probabilities, ids outside the vocabulary, and repeated ids.
     pub fn encode(&self, ids: &[i64], logprobs: &[f32], out: &mut [u8]) -> Result<()> {
         let (k, bytes) = (self.k(), self.bytes_per_row());
-        let rows = self.rows_of("ids", ids.len(), k)?;
+        let rows = rows_of("ids", ids.len(), k)?;
         if logprobs.len() != ids.len() || out.len() != rows * bytes {
             return Err(CodecError::Input(format!(
                 "{} ids, {} log-probabilities and {} output bytes do not fit together: {rows} rows of k = {k} need {} bytes",
@@ -126,19 +163,9 @@ impl Codec {
         }
         let task = k * TASK_ROWS;
         let tasks = out.chunks_mut(bytes * TASK_ROWS).zip(ids.chunks(task).zip(logprobs.chunks(task))).collect();
-        run_tasks(TASK_ROWS, tasks, |first, (out, (ids, logprobs))| {
-            let mut scratch = Scratch::default();
-            let rows = out.chunks_mut(bytes).zip(ids.chunks(k).zip(logprobs.chunks(k)));
-            for (i, (out, (ids, logprobs))) in rows.enumerate() {
-                self.encode_row(ids, logprobs, out, &mut scratch).map_err(|error| error.at_row(first + i))?;
-            }
-            Ok(())
+        run_tasks(TASK_ROWS, tasks, |(out, (ids, logprobs)): (&mut [u8], (&[i64], &[f32])), scratch| {
+            on_format!(self, format => encode_rows(self.backend, format, ids, logprobs, out, scratch))
         })
-    }
-
-    fn encode_row(&self, ids: &[i64], logprobs: &[f32], out: &mut [u8], scratch: &mut Scratch) -> Result<()> {
-        sort_and_check(ids, logprobs, self.vocab_size(), scratch)?;
-        self.format().encode_row(scratch, out)
     }
 
     /// Decodes `data.len() / bytes_per_row` rows, by rank.
@@ -162,14 +189,9 @@ impl Codec {
         }
         let task = k * TASK_ROWS;
         let outputs = ids.chunks_mut(task).zip(logprobs.chunks_mut(task));
-        run_tasks(TASK_ROWS, data.chunks(bytes * TASK_ROWS).zip(outputs).collect(), |first, (data, (ids, logprobs))| {
-            let mut scratch = Scratch::default();
-            let rows = data.chunks(bytes).zip(ids.chunks_mut(k).zip(logprobs.chunks_mut(k)));
-            for (i, (row, (ids, logprobs))) in rows.enumerate() {
-                let decoded = self.format().decode_row(row, ids, logprobs, &mut scratch);
-                decoded.map_err(|error| error.at_row(first + i))?;
-            }
-            Ok(())
+        let tasks = data.chunks(bytes * TASK_ROWS).zip(outputs).collect();
+        run_tasks(TASK_ROWS, tasks, |(data, (ids, logprobs)): (&[u8], (&mut [i64], &mut [f32])), scratch| {
+            on_format!(self, format => decode_rows(self.backend, format, data, ids, logprobs, scratch))
         })
     }
 
@@ -184,30 +206,39 @@ impl Codec {
                 self.vocab_size()
             )));
         }
-        let rows = self.rows_of("logits", logits.len(), width)?;
+        let rows = rows_of("logits", logits.len(), width)?;
         if out.len() != rows * bytes {
             return Err(CodecError::Input(format!("output of {} bytes, but {rows} rows need {}", out.len(), rows * bytes)));
         }
         let tasks = out.chunks_mut(bytes * DENSE_TASK_ROWS).zip(logits.chunks(width * DENSE_TASK_ROWS)).collect();
-        run_tasks(DENSE_TASK_ROWS, tasks, |first, (out, logits)| {
-            let (mut scratch, mut topk) = (Scratch::default(), TopkScratch::default());
-            let (mut ids, mut logprobs) = (vec![0; k], vec![0.0; k]);
-            for (i, (out, row)) in out.chunks_mut(bytes).zip(logits.chunks(width)).enumerate() {
-                topk_row(row, &mut ids, &mut logprobs, &mut topk)
-                    .and_then(|_| self.encode_row(&ids, &logprobs, out, &mut scratch))
-                    .map_err(|error| error.at_row(first + i))?;
+        run_tasks(DENSE_TASK_ROWS, tasks, |(out, logits): (&mut [u8], &[L]), scratch: &mut DenseScratch| {
+            let DenseScratch { rows, topk, ids, logprobs } = scratch;
+            let count = logits.len() / width;
+            ids.resize(count * k, 0);
+            logprobs.resize(count * k, 0.0);
+            let outputs = ids.chunks_mut(k).zip(logprobs.chunks_mut(k));
+            for (i, (logits, (ids, logprobs))) in logits.chunks(width).zip(outputs).enumerate() {
+                topk_row(self.backend, logits, ids, logprobs, topk).map_err(|error| (i, error))?;
             }
-            Ok(())
+            on_format!(self, format => encode_rows(self.backend, format, ids, logprobs, out, rows))
         })
     }
+}
 
-    #[expect(clippy::unused_self, reason = "reads as a question about this codec's rows")]
-    fn rows_of(&self, name: &str, len: usize, row: usize) -> Result<usize> {
-        if len % row == 0 {
-            return Ok(len / row);
-        }
-        Err(CodecError::Input(format!("{len} {name} are no whole number of rows of {row}")))
+/// Buffers for dense logits.
+#[derive(Debug, Default)]
+struct DenseScratch {
+    rows: Scratch,
+    topk: TopkScratch,
+    ids: Vec<i64>,
+    logprobs: Vec<f32>,
+}
+
+fn rows_of(name: &str, len: usize, row: usize) -> Result<usize> {
+    if len % row == 0 {
+        return Ok(len / row);
     }
+    Err(CodecError::Input(format!("{len} {name} are no whole number of rows of {row}")))
 }
 
 /// The most probable ids of dense logits, rows of `width`: ids and log-probabilities under the full softmax, descending (equal ones by
@@ -226,59 +257,15 @@ pub fn topk<L: Logit>(logits: &[L], width: usize, k: usize, ids: &mut [i64], log
     }
     let outputs =
         ids.chunks_mut(k * DENSE_TASK_ROWS).zip(logprobs.chunks_mut(k * DENSE_TASK_ROWS)).zip(logsumexp.chunks_mut(DENSE_TASK_ROWS));
-    run_tasks(
-        DENSE_TASK_ROWS,
-        logits.chunks(width * DENSE_TASK_ROWS).zip(outputs).collect(),
-        |first, (logits, ((ids, logprobs), logsumexp))| {
-            let mut scratch = TopkScratch::default();
-            let outputs = ids.chunks_mut(k).zip(logprobs.chunks_mut(k)).zip(logsumexp);
-            for (i, (row, ((ids, logprobs), logsumexp))) in logits.chunks(width).zip(outputs).enumerate() {
-                *logsumexp = topk_row(row, ids, logprobs, &mut scratch).map_err(|error| error.at_row(first + i))? as f32;
-            }
-            Ok(())
-        },
-    )
-}
-
-/// Leaves the row in `scratch`, sorted by descending log-probability, or says what is wrong with it.
-fn sort_and_check(ids: &[i64], logprobs: &[f32], vocab_size: u64, scratch: &mut Scratch) -> Result<()> {
-    if let Some(rank) = logprobs.iter().position(|value| !value.is_finite()) {
-        let message = format!("log-probability {} at rank {rank} is not finite; store fewer ids or mask the row", logprobs[rank]);
-        return Err(CodecError::Input(message));
-    }
-    let Scratch { y, ids: sorted, order, .. } = scratch;
-    y.clear();
-    sorted.clear();
-    if logprobs.is_sorted_by(|a, b| a >= b) {
-        y.extend(logprobs.iter().map(|&value| f64::from(value)));
-        sorted.extend_from_slice(ids);
-    } else {
-        order.clear();
-        order.extend(0..ids.len());
-        order.sort_by(|&a, &b| logprobs[b].total_cmp(&logprobs[a]));
-        y.extend(order.iter().map(|&i| f64::from(logprobs[i])));
-        sorted.extend(order.iter().map(|&i| ids[i]));
-    }
-    let mass: f64 = y.iter().map(|value| value.exp()).sum();
-    if y[0] > ROUNDING || mass > 1.0 + ROUNDING {
-        return Err(CodecError::Input(format!(
-            "these are not log-probabilities: the largest is {} and their probabilities sum to {mass:.4}; apply log-softmax \
-             over the whole vocabulary first",
-            y[0]
-        )));
-    }
-    check_ids(sorted, vocab_size, order)
-}
-
-fn check_ids(ids: &[i64], vocab_size: u64, order: &mut Vec<usize>) -> Result<()> {
-    if let Some(rank) = ids.iter().position(|&id| id < 0 || id as u64 >= vocab_size) {
-        return Err(CodecError::Input(format!("id {} at rank {rank} is outside the vocabulary of {vocab_size}", ids[rank])));
-    }
-    order.clear();
-    order.extend(ids.iter().map(|&id| id as usize));
-    order.sort_unstable();
-    match order.windows(2).find(|pair| pair[0] == pair[1]) {
-        None => Ok(()),
-        Some(pair) => Err(CodecError::Input(format!("id {} is there more than once", pair[0]))),
-    }
+    let backend = Backend::from_env()?;
+    let tasks = logits.chunks(width * DENSE_TASK_ROWS).zip(outputs).collect();
+    run_tasks(DENSE_TASK_ROWS, tasks, |(logits, ((ids, logprobs), logsumexp)): (&[L], _), scratch: &mut TopkScratch| {
+        let (ids, logprobs): (&mut [i64], &mut [f32]) = (ids, logprobs);
+        let logsumexp: &mut [f32] = logsumexp;
+        let outputs = ids.chunks_mut(k).zip(logprobs.chunks_mut(k)).zip(logsumexp);
+        for (i, (row, ((ids, logprobs), logsumexp))) in logits.chunks(width).zip(outputs).enumerate() {
+            *logsumexp = topk_row(backend, row, ids, logprobs, scratch).map_err(|error| (i, error))? as f32;
+        }
+        Ok(())
+    })
 }

@@ -42,7 +42,7 @@ impl Term {
         match self {
             Self::Power(i) => t.powi(i),
             Self::Named(NamedTerm::Sqrt) => t.sqrt(),
-            Self::Named(NamedTerm::Exp) => t.exp(),
+            Self::Named(NamedTerm::Exp) => libm::exp(t),
         }
     }
 }

@@ -1,4 +1,5 @@
 //! The four stored float types, always little-endian.
+#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
 
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
@@ -29,11 +30,20 @@ impl FloatType {
     }
 
     /// The nearest representable value, ties to even; too large becomes infinite.
+    #[inline(always)]
     #[must_use]
     pub fn round(self, value: f64) -> f64 {
         match self {
             Self::Float16 => f16::from_f64(value).to_f64(),
-            Self::Bfloat16 => bf16::from_f64(value).to_f64(),
+            Self::Bfloat16 => {
+                let narrow = value as f32;
+                if f64::from(narrow) == value && narrow.is_finite() {
+                    // Half a step is added (a bit less where the last kept bit is even), what is below the kept bits is cut off.
+                    let bits = narrow.to_bits();
+                    return f64::from(f32::from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF_0000));
+                }
+                bf16::from_f64(value).to_f64()
+            }
             Self::Float32 => f64::from(value as f32),
             Self::Float64 => value,
         }
@@ -61,22 +71,56 @@ impl FloatType {
         }
     }
 
-    /// Rounds `value` and stores it at the start of `out`, returning the rest.
+    /// The next representable value below a finite `value` that is of this type already.
+    #[inline(always)]
+    pub(crate) fn next_down(self, value: f64) -> f64 {
+        // The bits of a positive float count up with it, those of a negative one down.
+        let down = |bits: u16| if bits == 0 { 0x8001 } else if bits & 0x8000 == 0 { bits - 1 } else { bits + 1 };
+        match self {
+            Self::Float16 => f16::from_bits(down(f16::from_f64(value).to_bits())).to_f64(),
+            Self::Bfloat16 => f64::from(f32::from_bits(u32::from(down(((value as f32).to_bits() >> 16) as u16)) << 16)),
+            Self::Float32 => f64::from((value as f32).next_down()),
+            Self::Float64 => value.next_down(),
+        }
+    }
+
+    /// The next representable value above a finite `value` that is of this type already.
+    #[inline(always)]
+    pub(crate) fn next_up(self, value: f64) -> f64 {
+        -self.next_down(-value)
+    }
+
+    /// Stores a `value` of this type at the start of `out`, returning the rest; other values are rounded, to bfloat16 towards 0.
     ///
     /// `out` holds at least [`FloatType::size`] bytes: layouts are computed before anything is written.
+    #[inline(always)]
     pub(crate) fn write(self, value: f64, out: &mut [u8]) -> &mut [u8] {
         let (here, rest) = out.split_at_mut(self.size());
         match self {
             Self::Float16 => here.copy_from_slice(&f16::from_f64(value).to_le_bytes()),
-            Self::Bfloat16 => here.copy_from_slice(&bf16::from_f64(value).to_le_bytes()),
+            Self::Bfloat16 => here.copy_from_slice(&(((value as f32).to_bits() >> 16) as u16).to_le_bytes()),
             Self::Float32 => here.copy_from_slice(&(value as f32).to_le_bytes()),
             Self::Float64 => here.copy_from_slice(&value.to_le_bytes()),
         }
         rest
     }
 
+    /// Reads a run of values of this type as float32, one for each of `out`.
+    #[inline(always)]
+    pub(crate) fn read_all(self, data: &[u8], out: &mut [f32]) {
+        if self == Self::Bfloat16 {
+            for (out, bytes) in out.iter_mut().zip(data.chunks_exact(2)) {
+                *out = f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16);
+            }
+            return;
+        }
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = self.read(data, i) as f32;
+        }
+    }
+
     /// Reads the value at index `i` of a run of values of this type.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn read(self, data: &[u8], i: usize) -> f64 {
         match self {
             Self::Float16 => f16::from_le_bytes([data[2 * i], data[2 * i + 1]]).to_f64(),

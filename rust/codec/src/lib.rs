@@ -24,15 +24,19 @@
 mod batch;
 pub mod bits;
 pub mod config;
+mod bounds;
 mod error;
 mod fit;
 mod float;
 mod formats;
+mod lanes;
 mod quantize;
+mod rows;
 mod simd;
 mod topk;
+mod values;
 
-pub use batch::{Codec, topk};
+pub use batch::{Codec, Format, topk};
 pub use config::{Config, LegacyConfig, QuantizedConfig, ResidualBin, Term};
 pub use error::{CodecError, Result};
 pub use float::FloatType;

@@ -1,37 +1,54 @@
-//! One row of dense logits → its k most probable ids and their log-probabilities under the full softmax.
+//! One row of dense logits → its k most probable ids and their log-probabilities under the full softmax, in one pass over the logits.
+//!
+//! The row is taken in blocks that stay in the first-level cache: a block's maximum, its share of Σ exp relative to the highest logit so far
+//! (what was summed up before is scaled when that rises), and the logits that pass the rising threshold of the best k.
+#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::error::{CodecError, Result};
+use crate::lanes::{LANES, exp, one_step};
+use crate::simd::{Isa, multiversion};
+
+/// Logits of a block: 4 KB of float32. One float32 sum never has more parts.
+const BLOCK: usize = 1024;
 
 /// A type that logits come in.
 pub trait Logit: Copy + Sync {
-    /// The value in float32, exactly.
-    fn to_f32(self) -> f32;
+    /// The values in float32, exactly: themselves, or converted into `buffer`, which is as long.
+    fn widen<'a>(logits: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32];
 }
 
 impl Logit for f32 {
-    fn to_f32(self) -> f32 {
-        self
+    #[inline(always)]
+    fn widen<'a>(logits: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
+        logits
     }
 }
 
 impl Logit for f16 {
-    fn to_f32(self) -> f32 {
-        f16::to_f32(self)
+    #[inline(always)]
+    fn widen<'a>(logits: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32] {
+        logits.convert_to_f32_slice(buffer);
+        buffer
     }
 }
 
 impl Logit for bf16 {
-    fn to_f32(self) -> f32 {
-        bf16::to_f32(self)
+    #[inline(always)]
+    fn widen<'a>(logits: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32] {
+        for (out, logit) in buffer.iter_mut().zip(logits) {
+            *out = f32::from_bits(u32::from(logit.to_bits()) << 16);
+        }
+        buffer
     }
 }
 
 /// Buffers of [`topk_row`], kept from row to row.
 #[derive(Debug, Default)]
 pub(crate) struct TopkScratch {
-    row: Vec<f32>,
+    block: Vec<f32>,
     best: Vec<(f32, u32)>,
 }
 
@@ -41,22 +58,41 @@ fn before(a: &(f32, u32), b: &(f32, u32)) -> std::cmp::Ordering {
     b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
 }
 
-/// Fills `ids` and `logprobs` (both k long) and returns log Σ exp.
-pub(crate) fn topk_row<L: Logit>(logits: &[L], ids: &mut [i64], logprobs: &mut [f32], scratch: &mut TopkScratch) -> Result<f64> {
-    let TopkScratch { row, best } = scratch;
-    row.clear();
-    row.extend(logits.iter().map(|logit| logit.to_f32()));
-    let highest = maximum(row);
-    let sum = sum_exp(row, highest);
+multiversion! {
+    /// Fills `ids` and `logprobs` (both k long) and returns log Σ exp.
+    pub(crate) fn topk_row<L: Logit>(logits: &[L], ids: &mut [i64], logprobs: &mut [f32], scratch: &mut TopkScratch) -> Result<f64> =
+        topk_row_body;
+}
+
+#[inline(always)]
+fn topk_row_body<I: Isa, L: Logit>(_isa: I, logits: &[L], ids: &mut [i64], logprobs: &mut [f32], scratch: &mut TopkScratch) -> Result<f64> {
+    let TopkScratch { block: buffer, best } = scratch;
+    buffer.resize(BLOCK, 0.0);
+    best.clear();
+    let (mut highest, mut sum, mut threshold) = (f32::NEG_INFINITY, 0.0f64, f32::NEG_INFINITY);
+    for (first, block) in logits.chunks(BLOCK).enumerate() {
+        let block = L::widen(block, &mut buffer[..block.len()]);
+        let most = maximum(block);
+        if most > highest {
+            // The first block's factor is exp(−∞) = 0 on a sum of 0; a row that starts with −∞ alone has a sum of 0, too.
+            sum *= f64::from(exp(highest - most));
+            highest = most;
+        }
+        sum += sum_exp(block, if highest == f32::NEG_INFINITY { 0.0 } else { highest });
+        if most >= threshold {
+            threshold = select(block, first * BLOCK, ids.len(), threshold, best);
+        }
+    }
     if !highest.is_finite() || !sum.is_finite() {
-        let what = if highest == f32::NEG_INFINITY { "no finite logit" } else { "logits that are NaN or infinite" };
+        let what = if highest == f32::NEG_INFINITY && !sum.is_nan() { "no finite logit" } else { "logits that are NaN or infinite" };
         return Err(CodecError::Input(format!("the row has {what}")));
     }
-    select(row, ids.len(), best);
+    thin_out(best, ids.len());
+    best.sort_unstable_by(before);
     if let Some(rank) = best.iter().position(|(logit, _)| !logit.is_finite()) {
         return Err(CodecError::Input(format!("only {rank} logits are finite, fewer than k = {}", ids.len())));
     }
-    let log_sum = sum.ln();
+    let log_sum = libm::log(sum);
     for ((id, logprob), &(logit, index)) in ids.iter_mut().zip(logprobs).zip(best.iter()) {
         *id = i64::from(index);
         *logprob = (f64::from(logit) - f64::from(highest) - log_sum) as f32;
@@ -64,15 +100,15 @@ pub(crate) fn topk_row<L: Logit>(logits: &[L], ids: &mut [i64], logprobs: &mut [
     Ok(f64::from(highest) + log_sum)
 }
 
-const LANES: usize = 16;
-
 /// The largest logit; NaN is passed over here and found in [`sum_exp`].
-fn maximum(row: &[f32]) -> f32 {
+#[inline(always)]
+fn maximum(block: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    let chunks = row.chunks_exact(LANES);
+    let chunks = block.chunks_exact(LANES);
     let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, larger);
     for chunk in chunks {
+        one_step();
         for (lane, &logit) in lanes.iter_mut().zip(chunk) {
             *lane = larger(*lane, logit);
         }
@@ -80,90 +116,60 @@ fn maximum(row: &[f32]) -> f32 {
     lanes.into_iter().fold(rest, larger)
 }
 
-/// Σ exp(logit − highest), NaN if a logit is. Float32 sums of 16 lanes over 1,024 logits at a time, then float64.
-fn sum_exp(row: &[f32], highest: f32) -> f64 {
-    let mut total = 0.0;
-    for block in row.chunks(1024) {
-        let mut lanes = [0.0f32; LANES];
-        let chunks = block.chunks_exact(LANES);
-        let rest: f32 = chunks.remainder().iter().map(|logit| exp_of_negative(logit - highest)).sum();
-        for chunk in chunks {
-            for (lane, &logit) in lanes.iter_mut().zip(chunk) {
-                *lane += exp_of_negative(logit - highest);
-            }
+/// Σ exp(logit − highest), NaN if a logit is.
+#[inline(always)]
+fn sum_exp(block: &[f32], highest: f32) -> f64 {
+    let mut lanes = [0.0f32; LANES];
+    let chunks = block.chunks_exact(LANES);
+    let rest: f32 = chunks.remainder().iter().map(|logit| exp(logit - highest)).sum();
+    for chunk in chunks {
+        one_step();
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane += exp(logit - highest);
         }
-        total += lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>() + f64::from(rest);
     }
-    total
+    lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>() + f64::from(rest)
 }
 
-/// eˣ for x ≤ 0 with a relative error below 2e-7, 0 below −87 and for −∞, NaN for NaN.
-///
-/// eˣ = 2ⁿ·eʳ with n the integer nearest to x / ln 2 and |r| ≤ ln 2 / 2, and the Taylor polynomial of eʳ up to r⁷. Plain arithmetic without
-/// branches: it vectorises, and gives the same bits on every machine.
-#[inline]
-fn exp_of_negative(x: f32) -> f32 {
-    /// Adding and subtracting this rounds to an integer, which is then in the low bits of the sum.
-    const ROUND: f32 = 12_582_912.0;
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let inside = if x < -87.0 { -87.0 } else { x };
-    let shifted = inside * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = inside - n * LN2_HIGH - n * LN2_LOW;
-    let mut sum = 1.0 / 5040.0;
-    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        sum = sum * r + coefficient;
-    }
-    let power = f32::from_bits(shifted.to_bits().wrapping_add(127).wrapping_shl(23));
-    if x < -87.0 { 0.0 } else { sum * power }
-}
-
-/// Leaves the first k of `row` in the order of [`before`] in `best`.
-///
-/// Keeps what passes a rising threshold in a buffer of a few k, and thins the buffer out to k whenever it is full.
-fn select(row: &[f32], k: usize, best: &mut Vec<(f32, u32)>) {
+/// Keeps what passes the threshold in a buffer of a few k, which is thinned out to k whenever it is full; returns the new threshold.
+#[inline(always)]
+fn select(block: &[f32], first: usize, k: usize, mut threshold: f32, best: &mut Vec<(f32, u32)>) -> f32 {
     let room = (4 * k).max(256);
-    best.clear();
-    let mut threshold = f32::NEG_INFINITY;
-    for (id, &logit) in row.iter().enumerate() {
-        if logit >= threshold {
-            best.push((logit, id as u32));
-            if best.len() == room {
-                best.select_nth_unstable_by(k - 1, before);
-                best.truncate(k);
-                threshold = best[k - 1].0;
+    for (chunk, logits) in block.chunks(LANES).enumerate() {
+        if !logits.iter().fold(false, |any, &logit| any | (logit >= threshold)) {
+            continue;
+        }
+        for (i, &logit) in logits.iter().enumerate() {
+            if logit >= threshold {
+                best.push((logit, (first + chunk * LANES + i) as u32));
             }
         }
+        if best.len() >= room {
+            thin_out(best, k);
+            threshold = best[k - 1].0;
+        }
     }
+    threshold
+}
+
+/// Leaves the first k in the order of [`before`], the k-th in its place.
+fn thin_out(best: &mut Vec<(f32, u32)>, k: usize) {
     if best.len() > k {
         best.select_nth_unstable_by(k - 1, before);
         best.truncate(k);
     }
-    best.sort_unstable_by(before);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::simd::Backend;
     use proptest::prelude::*;
 
     fn run(logits: &[f32], k: usize) -> Result<(Vec<i64>, Vec<f32>, f64)> {
         let (mut ids, mut logprobs) = (vec![0; k], vec![0.0; k]);
-        let log_sum = topk_row(logits, &mut ids, &mut logprobs, &mut TopkScratch::default())?;
+        let log_sum = topk_row(Backend::detect(), logits, &mut ids, &mut logprobs, &mut TopkScratch::default())?;
         Ok((ids, logprobs, log_sum))
-    }
-
-    #[test]
-    fn exp_is_close() {
-        for i in 0..200_000 {
-            let x = -87.0 * (i as f32 / 200_000.0);
-            let exact = f64::from(x).exp();
-            assert!((f64::from(exp_of_negative(x)) / exact - 1.0).abs() < 2e-7, "{x}");
-        }
-        assert_eq!(exp_of_negative(-1e30).to_bits(), 0);
-        assert_eq!(exp_of_negative(f32::NEG_INFINITY).to_bits(), 0);
-        assert!(exp_of_negative(f32::NAN).is_nan());
     }
 
     #[test]

@@ -106,27 +106,27 @@ impl Codec {
 
     #[getter]
     fn id_bits(&self) -> u32 {
-        match &self.inner {
-            core::Codec::Quantized(format) => format.config().id_bits(),
-            core::Codec::Legacy(format) => format.config().id_bits(),
+        match self.inner.format() {
+            core::Format::Quantized(format) => format.config().id_bits(),
+            core::Format::Legacy(format) => format.config().id_bits(),
         }
     }
 
     /// Words a row of the legacy format, 0 for others.
     #[getter]
     fn words(&self) -> usize {
-        match &self.inner {
-            core::Codec::Quantized(_) => 0,
-            core::Codec::Legacy(format) => format.config().words(),
+        match self.inner.format() {
+            core::Format::Quantized(_) => 0,
+            core::Format::Legacy(format) => format.config().words(),
         }
     }
 
     /// The configuration with every default filled in, as JSON.
     #[getter]
     fn config_json(&self) -> PyResult<String> {
-        let json = match &self.inner {
-            core::Codec::Quantized(format) => serde_json::to_string(format.config()),
-            core::Codec::Legacy(format) => serde_json::to_string(format.config()),
+        let json = match self.inner.format() {
+            core::Format::Quantized(format) => serde_json::to_string(format.config()),
+            core::Format::Legacy(format) => serde_json::to_string(format.config()),
         };
         json.map_err(|error| errors::DistillKitError::new_err(error.to_string()))
     }
@@ -134,17 +134,17 @@ impl Codec {
     /// What is valid but probably not wanted.
     #[getter]
     fn warnings(&self) -> Vec<String> {
-        match &self.inner {
-            core::Codec::Quantized(format) => format.config().warnings(),
-            core::Codec::Legacy(_) => Vec::new(),
+        match self.inner.format() {
+            core::Format::Quantized(format) => format.config().warnings(),
+            core::Format::Legacy(_) => Vec::new(),
         }
     }
 
     /// (terms, approximated ranks) float64: the terms as a decoder evaluates them.
     fn terms<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray2<f64>>> {
-        let (terms, m, n) = match &self.inner {
-            core::Codec::Quantized(format) => (format.terms(), format.config().terms().len(), format.config().approximated()),
-            core::Codec::Legacy(format) => (format.terms(), format.config().terms().len(), format.config().approximated()),
+        let (terms, m, n) = match self.inner.format() {
+            core::Format::Quantized(format) => (format.terms(), format.config().terms().len(), format.config().approximated()),
+            core::Format::Legacy(format) => (format.terms(), format.config().terms().len(), format.config().approximated()),
         };
         two_dimensional(py, terms.to_vec(), m, n)
     }

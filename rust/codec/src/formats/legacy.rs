@@ -1,28 +1,37 @@
 //! The published legacy format (`legacy_logit_compression`); bytes in FORMAT.md §3.
+#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
 
-use super::{RowFormat, Scratch, check_finite, check_ids, fit_weights};
+use super::{RowFormat, outside_vocabulary};
 use crate::bits::max_value;
 use crate::config::LegacyConfig;
 use crate::error::{CodecError, Result};
-use crate::fit::Fit;
 use crate::float::FloatType;
+use crate::simd::Isa;
+use crate::values::{Layout, Values};
 
-/// A prepared configuration: the terms as the decoder sees them, and the fit over them.
+/// A prepared configuration.
 #[derive(Debug, Clone)]
 pub struct Legacy {
     config: LegacyConfig,
-    /// m rows of n: term i at a = 1 … n, rounded to `term_dtype`.
-    terms: Vec<f64>,
-    fit: Option<Fit>,
+    values: Values,
 }
 
 impl Legacy {
     pub(crate) fn new(config: LegacyConfig) -> Self {
         let n = config.approximated();
         let at = |term: crate::config::Term, j: usize| config.term_dtype.round(term.at((j + 1) as f64));
-        let terms: Vec<f64> = config.terms().into_iter().flat_map(|term| (0..n).map(move |j| at(term, j))).collect();
-        let fit = (n > 0).then(|| Fit::new(terms.chunks(n).map(<[f64]>::to_vec).collect(), config.coefficient_type()));
-        Self { config, terms, fit }
+        let terms = config.terms().into_iter().flat_map(|term| (0..n).map(move |j| at(term, j))).collect();
+        let layout = Layout {
+            exact_k: config.exact_k,
+            exact_dtype: FloatType::Float16,
+            coefficient_dtype: config.coefficient_type(),
+            wide: false,
+            residual_bins: Vec::new(),
+            delta_encoding: false,
+            error_diffusion: false,
+        };
+        let values = Values::new(layout, n, config.terms().len(), terms);
+        Self { config, values }
     }
 
     /// The configuration.
@@ -34,32 +43,7 @@ impl Legacy {
     /// The terms at the approximated ranks, m rows of n, rounded to `term_dtype`: what a decoder multiplies coefficients with.
     #[must_use]
     pub fn terms(&self) -> &[f64] {
-        &self.terms
-    }
-
-    fn write_ids(&self, ids: &[i64], out: &mut [u8]) {
-        let bits = self.config.id_bits();
-        for (word_ids, bytes) in ids.chunks(self.config.ids_per_word()).zip(out.chunks_mut(8)) {
-            let word = word_ids.iter().rev().fold(0u64, |word, &id| word.checked_shl(bits).unwrap_or(0) | id as u64);
-            bytes.copy_from_slice(&word.to_le_bytes());
-        }
-    }
-
-    fn read_ids(&self, data: &[u8], ids: &mut [i64]) -> Result<()> {
-        let bits = self.config.id_bits();
-        for (w, (word_ids, bytes)) in ids.chunks_mut(self.config.ids_per_word()).zip(data.chunks(8)).enumerate() {
-            let mut le = [0; 8];
-            le.copy_from_slice(bytes);
-            let mut word = u64::from_le_bytes(le);
-            for id in word_ids {
-                *id = (word & max_value(bits)) as i64;
-                word = word.checked_shr(bits).unwrap_or(0);
-            }
-            if word != 0 {
-                return Err(CodecError::Corrupt(format!("unused bits of id word {w} are not zero")));
-            }
-        }
-        Ok(())
+        self.values.terms()
     }
 }
 
@@ -80,46 +64,37 @@ impl RowFormat for Legacy {
         self.config.id_bytes()
     }
 
-    fn encode_row(&self, scratch: &mut Scratch, out: &mut [u8]) -> Result<()> {
-        let (mut rest, id_bytes) = out.split_at_mut(self.config.value_bytes());
-        self.write_ids(&scratch.ids, id_bytes);
-        let (exact, y) = scratch.y.split_at(self.config.exact_k);
-        for (rank, &value) in exact.iter().enumerate() {
-            if !FloatType::Float16.round(value).is_finite() {
-                return Err(CodecError::Input(format!("log-probability {value} at rank {rank} is too large for float16")));
-            }
-            rest = FloatType::Float16.write(value, rest);
-        }
-        let Some(fit) = &self.fit else { return Ok(()) };
-        let Scratch { weights, coefficients, fit: fit_scratch, .. } = scratch;
-        fit_weights(y, 0, weights);
-        coefficients.clear();
-        coefficients.resize(self.config.terms().len(), 0.0);
-        fit.solve(y, weights, fit_scratch, coefficients);
-        for &c in coefficients.iter() {
-            rest = self.config.coefficient_type().write(c, rest);
-        }
-        Ok(())
+    fn values(&self) -> &Values {
+        &self.values
     }
 
-    fn decode_row(&self, row: &[u8], ids: &mut [i64], logprobs: &mut [f32], _: &mut Scratch) -> Result<()> {
-        let config = &self.config;
-        let (values, id_bytes) = row.split_at(config.value_bytes());
-        self.read_ids(id_bytes, ids)?;
-        check_ids(ids, config.vocab_size)?;
-        let (exact, coefficients) = values.split_at(config.exact_k * FloatType::Float16.size());
-        for (rank, out) in logprobs[..config.exact_k].iter_mut().enumerate() {
-            *out = FloatType::Float16.read(exact, rank) as f32;
+    #[inline(always)]
+    fn write_ids<I: Isa>(&self, _isa: I, ids: &[i64], out: &mut [u8]) {
+        let bits = self.config.id_bits();
+        for (word_ids, bytes) in ids.chunks(self.config.ids_per_word()).zip(out.chunks_mut(8)) {
+            let word = word_ids.iter().rev().fold(0u64, |word, &id| word.checked_shl(bits).unwrap_or(0) | id as u64);
+            bytes.copy_from_slice(&word.to_le_bytes());
         }
-        let n = config.approximated();
-        let approximate = &mut logprobs[config.exact_k..];
-        approximate.fill(0.0);
-        if n > 0 {
-            for (i, row) in self.terms.chunks(n).enumerate() {
-                let c = config.coefficient_type().read(coefficients, i) as f32;
-                approximate.iter_mut().zip(row).for_each(|(sum, &term)| *sum += c * term as f32);
+    }
+
+    #[inline(always)]
+    fn read_ids<I: Isa>(&self, _isa: I, data: &[u8], ids: &mut [i64]) -> Result<()> {
+        let bits = self.config.id_bits();
+        let mut largest = 0;
+        for (w, (word_ids, bytes)) in ids.chunks_mut(self.config.ids_per_word()).zip(data.chunks(8)).enumerate() {
+            let mut le = [0; 8];
+            le.copy_from_slice(bytes);
+            let mut word = u64::from_le_bytes(le);
+            for id in word_ids {
+                let value = word & max_value(bits);
+                largest = value.max(largest);
+                *id = value as i64;
+                word = word.checked_shr(bits).unwrap_or(0);
+            }
+            if word != 0 {
+                return Err(CodecError::Corrupt(format!("unused bits of id word {w} are not zero")));
             }
         }
-        check_finite(logprobs)
+        if largest < self.config.vocab_size { Ok(()) } else { Err(outside_vocabulary(ids, self.config.vocab_size)) }
     }
 }

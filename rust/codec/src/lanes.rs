@@ -1,0 +1,188 @@
+//! Sixteen float32 numbers at a time, each of another row.
+//!
+//! Plain arithmetic on arrays, which the compiler turns into the vectors of the instruction set that the caller was compiled for. A lane
+//! never sees another lane, every operation is rounded by itself (no fused multiply-add), and so a row's result depends neither on the
+//! machine nor on the rows beside it.
+#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
+
+use std::ops::{Add, AddAssign, Div, Mul, Sub, SubAssign};
+
+/// Rows of a group.
+pub(crate) const LANES: usize = 16;
+
+/// One number for each row of a group.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Lanes(pub(crate) [f32; LANES]);
+
+impl Default for Lanes {
+    fn default() -> Self {
+        Self::ZERO
+    }
+}
+
+impl Lanes {
+    pub(crate) const ZERO: Self = Self([0.0; LANES]);
+
+    #[inline(always)]
+    pub(crate) const fn splat(value: f32) -> Self {
+        Self([value; LANES])
+    }
+
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        let mut out = self;
+        for lane in 0..LANES {
+            out.0[lane] = f(self.0[lane], other.0[lane]);
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn map(self, f: impl Fn(f32) -> f32) -> Self {
+        self.zip(self, |a, _| f(a))
+    }
+
+    #[inline(always)]
+    pub(crate) fn max(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    pub(crate) fn min(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a < b { a } else { b })
+    }
+
+    #[inline(always)]
+    pub(crate) fn abs(self) -> Self {
+        self.map(f32::abs)
+    }
+
+    #[inline(always)]
+    pub(crate) fn sqrt(self) -> Self {
+        self.map(f32::sqrt)
+    }
+
+    /// `yes` where `self` > `other`, else `no`.
+    #[inline(always)]
+    pub(crate) fn where_greater(self, other: Self, yes: Self, no: Self) -> Self {
+        let mut out = no;
+        for lane in 0..LANES {
+            out.0[lane] = if self.0[lane] > other.0[lane] { yes.0[lane] } else { no.0[lane] };
+        }
+        out
+    }
+
+    /// eˣ by [`exp`].
+    #[inline(always)]
+    pub(crate) fn exp(self) -> Self {
+        self.map(exp)
+    }
+}
+
+/// Marks the body of a loop whose steps are vectors already ([`Lanes`] of a rank, a chunk): keeps the compiler from making vectors across
+/// steps, which it would have to shuffle into. No instruction; Miri and other targets go without.
+#[inline(always)]
+pub(crate) fn one_step() {
+    #[cfg(all(not(miri), any(target_arch = "x86_64", target_arch = "aarch64")))]
+    // SAFETY: there is no code in it, and it touches neither memory, nor the stack, nor flags.
+    unsafe {
+        std::arch::asm!("", options(nomem, nostack, preserves_flags));
+    }
+}
+
+macro_rules! operator {
+    ($($trait:ident $method:ident $assign:ident $assign_method:ident $op:tt),*) => {$(
+        impl $trait for Lanes {
+            type Output = Self;
+            #[inline(always)]
+            fn $method(self, other: Self) -> Self {
+                self.zip(other, |a, b| a $op b)
+            }
+        }
+    )*};
+}
+operator!(Add add AddAssign add_assign +, Sub sub SubAssign sub_assign -, Mul mul MulAssign mul_assign *, Div div DivAssign div_assign /);
+
+impl AddAssign for Lanes {
+    #[inline(always)]
+    fn add_assign(&mut self, other: Self) {
+        *self = *self + other;
+    }
+}
+
+impl SubAssign for Lanes {
+    #[inline(always)]
+    fn sub_assign(&mut self, other: Self) {
+        *self = *self - other;
+    }
+}
+
+/// eˣ for x ≤ 88 with a relative error below 3e-7, 0 below −87 and for −∞, NaN for NaN.
+///
+/// eˣ = 2ⁿ·eʳ with n the integer nearest to x / ln 2 and |r| ≤ ln 2 / 2, and a polynomial of degree 5 for eʳ (least relative
+/// error on that interval, but 1 at 0). Plain arithmetic without
+/// branches: it vectorises, and gives the same bits on every machine.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    /// Adding and subtracting this rounds to an integer, which is then in the low bits of the sum.
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let inside = if x < -87.0 { -87.0 } else { x };
+    let shifted = inside * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = inside - n * LN2_HIGH - n * LN2_LOW;
+    let mut sum = 8.291_715e-3;
+    for coefficient in [4.191_503_8e-2, 0.166_676_63, 0.499_989, 0.999_999_67, 1.0] {
+        sum = sum * r + coefficient;
+    }
+    let power = f32::from_bits(shifted.to_bits().wrapping_add(127).wrapping_shl(23));
+    if x < -87.0 { 0.0 } else { sum * power }
+}
+
+/// Whether no value is infinite or NaN.
+#[inline(always)]
+pub(crate) fn all_finite(values: &[f32]) -> bool {
+    values.iter().fold(true, |finite, value| finite & (value.to_bits() << 1 < f32::INFINITY.to_bits() << 1))
+}
+
+/// Σ eˣ over the values, each at most 88.
+#[inline(always)]
+pub(crate) fn sum_exp(values: &[f32]) -> f64 {
+    let mut sums = Lanes::ZERO;
+    let chunks = values.chunks_exact(LANES);
+    let rest: f32 = chunks.remainder().iter().map(|&value| exp(value)).sum();
+    for chunk in chunks {
+        one_step();
+        for lane in 0..LANES {
+            sums.0[lane] += exp(chunk[lane]);
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            sums.0[lane] += sums.0[lane + width];
+        }
+        width /= 2;
+    }
+    f64::from(rest) + f64::from(sums.0[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close() {
+        for i in 0..300_000 {
+            let x = 40.0 - 127.0 * (i as f32 / 300_000.0);
+            let exact = f64::from(x).exp();
+            assert!((f64::from(exp(x)) / exact - 1.0).abs() < 3e-7, "{x}");
+        }
+        assert_eq!(exp(-1e30).to_bits(), 0);
+        assert_eq!(exp(f32::NEG_INFINITY).to_bits(), 0);
+        assert!(exp(f32::NAN).is_nan());
+        assert_eq!(exp(0.0).to_bits(), 1f32.to_bits());
+    }
+}

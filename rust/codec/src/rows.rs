@@ -1,0 +1,184 @@
+//! A run of rows on one thread: checked, sorted where they are not, encoded in groups; and decoded.
+#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
+
+use crate::error::{CodecError, Result};
+use crate::formats::RowFormat;
+use crate::lanes::{LANES, all_finite, sum_exp};
+use crate::simd::{Isa, multiversion};
+use crate::values::ValuesScratch;
+
+/// Log-probabilities may exceed 0, and the sum of a row's probabilities 1, by this much: the rounding of a low-precision teacher.
+const ROUNDING: f64 = 1e-2;
+/// Ids are looked up by this many of their low bits; real vocabularies have hardly more.
+const SEEN_BITS: u32 = 17;
+
+/// Buffers of one thread, kept from run to run.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    values: ValuesScratch,
+    ids: Vec<i64>,
+    logprobs: Vec<f32>,
+    order: Vec<usize>,
+    /// A bit for every value of the low bits of an id; all zero between rows.
+    seen: Vec<u64>,
+}
+
+/// A failed row and what is wrong with it.
+pub(crate) type RowResult = std::result::Result<(), (usize, CodecError)>;
+
+multiversion! {
+    /// Encodes rows of k ids and log-probabilities; sizes fit.
+    pub(crate) fn encode_rows<F: RowFormat>(format: &F, ids: &[i64], logprobs: &[f32], out: &mut [u8], scratch: &mut Scratch) -> RowResult =
+        encode_rows_body;
+}
+
+multiversion! {
+    /// Decodes rows; sizes fit.
+    pub(crate) fn decode_rows<F: RowFormat>(format: &F, data: &[u8], ids: &mut [i64], logprobs: &mut [f32], scratch: &mut Scratch) -> RowResult =
+        decode_rows_body;
+}
+
+#[inline(always)]
+pub(crate) fn encode_rows_body<I: Isa, F: RowFormat>(
+    isa: I, format: &F, ids: &[i64], logprobs: &[f32], out: &mut [u8], scratch: &mut Scratch,
+) -> RowResult {
+    let (k, value_bytes) = (format.k(), format.value_bytes());
+    let bytes = value_bytes + format.id_bytes();
+    let groups = ids.chunks(k * LANES).zip(logprobs.chunks(k * LANES)).zip(out.chunks_mut(bytes * LANES));
+    for (group, ((ids, logprobs), out)) in groups.enumerate() {
+        let at_row = |(row, error)| (group * LANES + row, error);
+        if logprobs.chunks(k).all(is_sorted) {
+            encode_group(isa, format, ids, logprobs, out, &mut scratch.values, &mut scratch.seen, &mut scratch.order).map_err(at_row)?;
+        } else {
+            // NaN is never in order, so it is found here; a bad row is not sorted but refused below.
+            sort_rows(ids, logprobs, k, scratch);
+            let Scratch { values, ids, logprobs, order, seen } = scratch;
+            encode_group(isa, format, ids, logprobs, out, values, seen, order).map_err(at_row)?;
+        }
+    }
+    Ok(())
+}
+
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "the parts of one scratch")]
+fn encode_group<I: Isa, F: RowFormat>(
+    isa: I, format: &F, ids: &[i64], logprobs: &[f32], out: &mut [u8], values: &mut ValuesScratch, seen: &mut Vec<u64>,
+    order: &mut Vec<usize>,
+) -> RowResult {
+    let (k, value_bytes) = (format.k(), format.value_bytes());
+    let bytes = value_bytes + format.id_bytes();
+    for (row, ((ids, logprobs), out)) in ids.chunks(k).zip(logprobs.chunks(k)).zip(out.chunks_mut(bytes)).enumerate() {
+        if let Err(error) = check_logprobs(logprobs) {
+            return Err((row, error));
+        }
+        if let Err(error) = check_ids(ids, format.vocab_size(), seen, order) {
+            return Err((row, error));
+        }
+        format.write_ids(isa, ids, &mut out[value_bytes..]);
+    }
+    format.values().encode(isa, logprobs, out, bytes, values)
+}
+
+#[inline(always)]
+pub(crate) fn decode_rows_body<I: Isa, F: RowFormat>(
+    isa: I, format: &F, data: &[u8], ids: &mut [i64], logprobs: &mut [f32], scratch: &mut Scratch,
+) -> RowResult {
+    let (k, value_bytes) = (format.k(), format.value_bytes());
+    let rows = data.chunks(value_bytes + format.id_bytes()).zip(ids.chunks_mut(k).zip(logprobs.chunks_mut(k)));
+    for (row, (data, (ids, logprobs))) in rows.enumerate() {
+        let (values, id_bytes) = data.split_at(value_bytes);
+        let decoded = format.read_ids(isa, id_bytes, ids).and_then(|()| format.values().decode(isa, values, logprobs, &mut scratch.values));
+        decoded.map_err(|error| (row, error))?;
+    }
+    Ok(())
+}
+
+/// Whether the values do not increase; false where one is NaN.
+#[inline(always)]
+fn is_sorted(logprobs: &[f32]) -> bool {
+    logprobs.iter().zip(&logprobs[1..]).fold(true, |sorted, (a, b)| sorted & (a >= b)) && !logprobs[0].is_nan()
+}
+
+/// Copies the rows into the scratch, each sorted by descending log-probability (stable).
+#[cold]
+fn sort_rows(ids: &[i64], logprobs: &[f32], k: usize, scratch: &mut Scratch) {
+    let Scratch { ids: sorted_ids, logprobs: sorted, order, .. } = scratch;
+    sorted_ids.clear();
+    sorted.clear();
+    for (ids, logprobs) in ids.chunks(k).zip(logprobs.chunks(k)) {
+        order.clear();
+        order.extend(0..k);
+        if logprobs.iter().all(|value| value.is_finite()) {
+            order.sort_by(|&a, &b| logprobs[b].total_cmp(&logprobs[a]));
+        }
+        sorted.extend(order.iter().map(|&i| logprobs[i]));
+        sorted_ids.extend(order.iter().map(|&i| ids[i]));
+    }
+}
+
+/// Refuses what can not be log-probabilities; `logprobs` are sorted if they are finite.
+#[inline(always)]
+fn check_logprobs(logprobs: &[f32]) -> Result<()> {
+    if !all_finite(logprobs) {
+        return Err(not_finite(logprobs));
+    }
+    // The first is the largest; a value that is refused anyway must not overflow.
+    let mass = if f64::from(logprobs[0]) > ROUNDING { f64::INFINITY } else { sum_exp(logprobs) };
+    if mass > 1.0 + ROUNDING { Err(not_logprobs(logprobs)) } else { Ok(()) }
+}
+
+#[cold]
+fn not_finite(logprobs: &[f32]) -> CodecError {
+    let (rank, value) = logprobs.iter().enumerate().find(|(_, value)| !value.is_finite()).unwrap_or((0, &logprobs[0]));
+    CodecError::Input(format!("log-probability {value} at rank {rank} is not finite; store fewer ids or mask the row"))
+}
+
+#[cold]
+fn not_logprobs(logprobs: &[f32]) -> CodecError {
+    let mass: f64 = logprobs.iter().map(|&value| f64::from(value).exp()).sum();
+    CodecError::Input(format!(
+        "these are not log-probabilities: the largest is {} and their probabilities sum to {mass:.4}; apply log-softmax over the whole \
+         vocabulary first",
+        logprobs[0]
+    ))
+}
+
+/// Refuses ids outside the vocabulary and repeated ids.
+#[inline(always)]
+fn check_ids(ids: &[i64], vocab_size: u64, seen: &mut Vec<u64>, order: &mut Vec<usize>) -> Result<()> {
+    // A negative id is a large unsigned one.
+    if ids.iter().fold(0, |largest: u64, &id| largest.max(id as u64)) >= vocab_size {
+        return Err(outside(ids, vocab_size));
+    }
+    seen.resize(1 << (SEEN_BITS - 6), 0);
+    let seen: &mut [u64] = &mut seen[..1 << (SEEN_BITS - 6)];
+    let place = |id: i64| ((id as usize >> 6) & ((1 << (SEEN_BITS - 6)) - 1), 1u64 << (id & 63));
+    let mut repeated = 0;
+    for &id in ids {
+        let (word, bit) = place(id);
+        repeated |= seen[word] & bit;
+        seen[word] |= bit;
+    }
+    for &id in ids {
+        seen[place(id).0] = 0;
+    }
+    if repeated == 0 { Ok(()) } else { check_repeated(ids, order) }
+}
+
+#[cold]
+fn outside(ids: &[i64], vocab_size: u64) -> CodecError {
+    let (rank, id) = ids.iter().enumerate().find(|&(_, &id)| id as u64 >= vocab_size).unwrap_or((0, &ids[0]));
+    CodecError::Input(format!("id {id} at rank {rank} is outside the vocabulary of {vocab_size}"))
+}
+
+/// Ids that share their low bits need not be the same.
+#[cold]
+fn check_repeated(ids: &[i64], order: &mut Vec<usize>) -> Result<()> {
+    order.clear();
+    order.extend(ids.iter().map(|&id| id as usize));
+    order.sort_unstable();
+    match order.windows(2).find(|pair| pair[0] == pair[1]) {
+        None => Ok(()),
+        Some(pair) => Err(CodecError::Input(format!("id {} is there more than once", pair[0]))),
+    }
+}

@@ -1,0 +1,491 @@
+//! The values of a row in both published formats: exact ones, coefficients, and residuals; bytes in FORMAT.md §2 and §3.
+//!
+//! The formats differ in their ids and in how a configuration describes its terms; what is here takes the terms as they are evaluated.
+#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
+
+use std::ops::Range;
+
+use crate::bounds::{Bounds, BoundsScratch, enforce, enforce_group};
+use crate::config::{MAX_TERMS, ResidualBin};
+use crate::error::{CodecError, Result};
+use crate::fit::{Fit, FitRow, FitScratch, Fitted, Limits};
+use crate::float::FloatType;
+use crate::lanes::{LANES, all_finite, sum_exp};
+use crate::quantize::{decode_bin, encode_bin};
+use crate::simd::Isa;
+
+/// How much each value must be below the one before it, nats: tried in turn until the decoder's rounding leaves the row in order.
+const MARGINS: [f64; 5] = [4e-5, 3.2e-4, 2.6e-3, 2e-2, 1.6e-1];
+/// ln 1e-6: errors of ids above this are bounded by …
+const LIKELY: f32 = -13.815_51;
+/// … the unweighted fit's largest error, or this many nats where that is less.
+const ALLOWED_ERROR: f64 = 3.0;
+/// Where order and errors exclude each other, errors may be this many times larger, in turn.
+const RELAXED: [f64; 5] = [1.0, 1.25, 1.6, 2.5, f64::INFINITY];
+/// Decoded mass may exceed 1 by this much: the rounding of its own computation.
+const MASS_ROUNDING: f64 = 1e-6;
+
+/// How a configuration stores values.
+#[derive(Debug, Clone)]
+pub(crate) struct Layout {
+    pub(crate) exact_k: usize,
+    pub(crate) exact_dtype: FloatType,
+    /// Type of the stored coefficients.
+    pub(crate) coefficient_dtype: FloatType,
+    /// The polynomial is evaluated in float64 instead of float32.
+    pub(crate) wide: bool,
+    pub(crate) residual_bins: Vec<ResidualBin>,
+    pub(crate) delta_encoding: bool,
+    pub(crate) error_diffusion: bool,
+}
+
+/// Encodes and decodes the values of rows.
+#[derive(Debug, Clone)]
+pub(crate) struct Values {
+    layout: Layout,
+    /// Ranks that are not exact.
+    n: usize,
+    /// m rows of n: the terms as the decoder evaluates them.
+    terms: Vec<f64>,
+    terms32: Vec<f32>,
+    m: usize,
+    fit: Option<Fit>,
+    /// A term that is 1 at every rank.
+    constant: Option<usize>,
+}
+
+/// Buffers of one thread, kept from group to group.
+#[derive(Debug, Default)]
+pub(crate) struct ValuesScratch {
+    fit: FitScratch,
+    fitted: Vec<Fitted>,
+    bounds: BoundsScratch,
+    row: RowScratch,
+}
+
+#[derive(Debug, Default)]
+struct RowScratch {
+    exact: Vec<f64>,
+    coefficients: Vec<f64>,
+    exact32: Vec<f32>,
+    /// What the polynomial decodes to; in float64 only where more is done with it.
+    approximate: Vec<f64>,
+    approximate32: Vec<f32>,
+    residuals: Vec<f64>,
+}
+
+impl Values {
+    /// `terms`: m rows of n; coefficients are stored even where n = 0.
+    pub(crate) fn new(layout: Layout, n: usize, m: usize, terms: Vec<f64>) -> Self {
+        let covered = layout.residual_bins.iter().map(|bin| bin.num_elements).sum();
+        let fit = (m * n > 0).then(|| {
+            let columns = terms.chunks(n).map(|row| if layout.delta_encoding { running_sum(row) } else { row.to_vec() });
+            Fit::new(columns.collect(), layout.coefficient_dtype, covered)
+        });
+        let constant = (m * n > 0).then(|| terms.chunks(n).position(|row| row.iter().all(|&value| value == 1.0))).flatten();
+        let terms32 = terms.iter().map(|&value| value as f32).collect();
+        Self { layout, n, terms, terms32, m, fit, constant }
+    }
+
+    /// The terms at the approximated ranks, m rows of n.
+    pub(crate) fn terms(&self) -> &[f64] {
+        &self.terms
+    }
+
+    /// Encodes the values of up to [`LANES`] rows of k sorted log-probabilities into the start of each `stride` bytes of `out`.
+    /// The failing row comes with its error.
+    #[inline(always)]
+    pub(crate) fn encode<I: Isa>(
+        &self, isa: I, logprobs: &[f32], out: &mut [u8], stride: usize, scratch: &mut ValuesScratch,
+    ) -> std::result::Result<(), (usize, CodecError)> {
+        let (k, exact_k) = (self.layout.exact_k + self.n, self.layout.exact_k);
+        let ValuesScratch { fit: fit_scratch, fitted, bounds, row: row_scratch } = scratch;
+        let mut base = [0.0; LANES];
+        row_scratch.exact.clear();
+        for (i, row) in logprobs.chunks(k).enumerate() {
+            base[i] = match self.round_exact(&row[..exact_k], &mut row_scratch.exact) {
+                Ok(base) => base,
+                Err(error) => return Err((i, error)),
+            };
+        }
+        if let Some(fit) = &self.fit {
+            let rows: [FitRow; LANES] = std::array::from_fn(|i| {
+                let i = if i * k < logprobs.len() { i } else { 0 };
+                let y = &logprobs[i * k + exact_k..(i + 1) * k];
+                let ceiling = self.ceiling(&row_scratch.exact[i * exact_k..(i + 1) * exact_k], y) as f32;
+                FitRow { y, base: base[i] as f32, ceiling }
+            });
+            fitted.resize_with(LANES, Fitted::default);
+            let limits = Limits { likely: LIKELY, error: ALLOWED_ERROR as f32, margin: MARGINS[0] as f32 };
+            let rows = &rows[..logprobs.len() / k];
+            fit.solve(isa, rows, limits, fit_scratch, fitted);
+            enforce_group(fit, rows, limits, fit_scratch, fitted, bounds);
+        }
+        for (i, (row, out)) in logprobs.chunks(k).zip(out.chunks_mut(stride)).enumerate() {
+            let exact = i * exact_k..(i + 1) * exact_k;
+            self.choose_coefficients(i, row, exact.clone(), base[i], fitted.get_mut(i), bounds, fit_scratch, row_scratch);
+            self.write(row, exact, base[i], row_scratch, out);
+        }
+        Ok(())
+    }
+
+    /// Appends the stored exact values and returns where the sequence stands: the running sum of differences (0 without differences).
+    #[inline(always)]
+    fn round_exact(&self, y: &[f32], exact: &mut Vec<f64>) -> Result<f64> {
+        let mut sum = 0.0;
+        for (rank, value) in y.iter().enumerate() {
+            let stored = self.layout.exact_dtype.round(f64::from(*value) - sum);
+            if !stored.is_finite() {
+                let dtype = self.layout.exact_dtype;
+                return Err(CodecError::Input(format!("log-probability {value} at rank {rank} is too large for {dtype:?} (exact_dtype)")));
+            }
+            exact.push(stored);
+            if self.layout.delta_encoding {
+                sum += stored;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Leaves the row's stored coefficients and what they decode to in `scratch`, and its exact values such that the row is in order and
+    /// has a total probability of at most 1, where the layout allows that.
+    #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "the parts of one scratch")]
+    fn choose_coefficients(
+        &self, lane: usize, row: &[f32], exact: Range<usize>, base: f64, fitted: Option<&mut Fitted>, bounds: &mut BoundsScratch,
+        fit_scratch: &mut FitScratch, scratch: &mut RowScratch,
+    ) {
+        scratch.coefficients.clear();
+        scratch.coefficients.resize(self.m, 0.0);
+        let (Some(fit), Some(fitted)) = (&self.fit, fitted) else {
+            self.evaluate(scratch);
+            self.limit_mass(row, exact, scratch);
+            return;
+        };
+        let y = &row[self.layout.exact_k..];
+        let ceiling = self.ceiling(&scratch.exact[exact.clone()], y);
+        let mut lower = 0.0;
+        for margin in MARGINS {
+            if !fitted.inside {
+                fit.take_factor(fit_scratch, lane, fitted);
+                self.keep_bounds(fit, y, base, ceiling, margin, fitted, bounds);
+            }
+            fit.rounded(&fitted.c, y, fit_scratch, &mut scratch.coefficients);
+            self.lower(lower, scratch);
+            self.evaluate(scratch);
+            if self.is_ordered(ceiling, scratch) {
+                self.lift_last_exact(exact.clone(), scratch);
+                let excess = self.limit_mass(row, exact.clone(), scratch);
+                if excess <= MASS_ROUNDING || lower > 0.0 || self.constant.is_none() {
+                    return;
+                }
+                // Bounds can add mass to the approximated ranks; all of them lowered by the same amount take it away again.
+                let mass = sum_exp(&scratch.approximate32);
+                lower = -libm::log(1.0 - (excess / mass).min(0.5));
+                self.lower(lower, scratch);
+                self.evaluate(scratch);
+                if self.is_ordered(ceiling, scratch) {
+                    return;
+                }
+            }
+            // What the fit left in order, rounding did not.
+            fitted.inside = false;
+        }
+        self.level(y, ceiling, scratch);
+    }
+
+    /// Moves the fit into its bounds. Order comes before errors where a row can't have both.
+    #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "what bounds are made of")]
+    fn keep_bounds(&self, fit: &Fit, y: &[f32], base: f64, ceiling: f64, margin: f64, fitted: &mut Fitted, scratch: &mut BoundsScratch) {
+        let covered = self.covered();
+        let (likely, ceiling) = if covered == 0 {
+            (y.partition_point(|&value| value > LIKELY), ceiling)
+        } else {
+            (0, f64::INFINITY)
+        };
+        let allowed = f64::from(fitted.plain_error).max(ALLOWED_ERROR);
+        for relaxed in RELAXED {
+            let likely = if relaxed.is_finite() { &y[..likely] } else { &[] };
+            let bounds = Bounds { from: covered, ceiling, margin, likely, base, error: allowed * relaxed };
+            if enforce(&bounds, fit, fitted, None, scratch) {
+                return;
+            }
+        }
+    }
+
+    /// Lowers every approximated value by `amount` nats, through the constant term.
+    #[inline(always)]
+    fn lower(&self, amount: f64, scratch: &mut RowScratch) {
+        if let (Some(constant), true) = (self.constant, amount > 0.0) {
+            let c = &mut scratch.coefficients[constant];
+            *c = self.layout.coefficient_dtype.next_down(self.layout.coefficient_dtype.round(*c - amount));
+        }
+    }
+
+    /// One level for all approximated values, of the right mass: for rows whose shape does not fit into the coefficients' type.
+    #[cold]
+    fn level(&self, y: &[f32], ceiling: f64, scratch: &mut RowScratch) {
+        let Some(constant) = self.constant else { return };
+        scratch.coefficients.fill(0.0);
+        if !self.layout.delta_encoding {
+            let level = libm::log(sum_exp(y) / self.n as f64).min(ceiling);
+            let stored = self.layout.coefficient_dtype.round(level);
+            scratch.coefficients[constant] = if stored > ceiling { self.layout.coefficient_dtype.next_down(stored) } else { stored };
+        }
+        self.evaluate(scratch);
+    }
+
+    /// What the first approximated value must not exceed, without `base`.
+    #[inline(always)]
+    fn ceiling(&self, exact: &[f64], y: &[f32]) -> f64 {
+        let [.., last] = exact else { return 0.0 };
+        if self.layout.delta_encoding {
+            return 0.0;
+        }
+        // The last exact value may be rounded up instead of to nearest, if there is room, to make place for what follows.
+        if *last < f64::from(y[0]) { self.lifted(exact) } else { *last }
+    }
+
+    /// The last exact value, one step higher where the one before it allows.
+    #[inline(always)]
+    fn lifted(&self, exact: &[f64]) -> f64 {
+        match exact {
+            [] => 0.0,
+            [last] => self.layout.exact_dtype.next_up(*last).min(0.0).max(*last),
+            [.., before, last] => self.layout.exact_dtype.next_up(*last).min(*before),
+        }
+    }
+
+    /// Lifts the last exact value where the first approximated one is above it.
+    #[inline(always)]
+    fn lift_last_exact(&self, exact: Range<usize>, scratch: &mut RowScratch) {
+        if self.layout.delta_encoding || exact.is_empty() || self.covered() > 0 {
+            return;
+        }
+        if f64::from(scratch.approximate32[0]) > scratch.exact[exact.end - 1] {
+            let lifted = self.lifted(&scratch.exact[exact.clone()]);
+            scratch.exact[exact.end - 1] = lifted;
+        }
+    }
+
+    fn covered(&self) -> usize {
+        self.layout.residual_bins.iter().map(|bin| bin.num_elements).sum()
+    }
+
+    /// Whether the decoded values do not increase from the first rank without a residual on.
+    #[inline(always)]
+    fn is_ordered(&self, ceiling: f64, scratch: &RowScratch) -> bool {
+        let values = &scratch.approximate32[self.covered()..];
+        let Some(&first) = values.first() else { return true };
+        if self.layout.delta_encoding {
+            return values.iter().fold(true, |ordered, &step| ordered & (step <= 0.0));
+        }
+        let ordered = values[1..].iter().zip(values).fold(true, |ordered, (next, this)| ordered & (next <= this));
+        ordered && (self.covered() > 0 || f64::from(first) <= ceiling)
+    }
+
+    /// Whether decoding needs more than exact values and float32 terms.
+    #[inline(always)]
+    fn is_sequence(&self) -> bool {
+        self.layout.wide || self.layout.delta_encoding || !self.layout.residual_bins.is_empty()
+    }
+
+    /// Σ coefficient · term at each approximated rank: products and sums in term order, in float32 or (`wide`) float64.
+    #[inline(always)]
+    fn evaluate(&self, scratch: &mut RowScratch) {
+        let RowScratch { coefficients, approximate, approximate32, .. } = scratch;
+        approximate32.clear();
+        approximate32.resize(self.n, 0.0);
+        if !self.layout.wide {
+            self.evaluate32(coefficients, approximate32);
+        }
+        if !self.is_sequence() {
+            return;
+        }
+        approximate.clear();
+        if self.layout.wide {
+            approximate.resize(self.n, 0.0);
+            for (c, row) in coefficients.iter().zip(self.terms.chunks(self.n.max(1))) {
+                approximate.iter_mut().zip(row).for_each(|(sum, term)| *sum += c * term);
+            }
+            approximate32.iter_mut().zip(approximate.iter()).for_each(|(value, sum)| *value = *sum as f32);
+        } else {
+            approximate.extend(approximate32.iter().map(|&value| f64::from(value)));
+        }
+    }
+
+    #[inline(always)]
+    fn evaluate32(&self, coefficients: &[f64], out: &mut [f32]) {
+        for (c, row) in coefficients.iter().zip(self.terms32.chunks(self.n.max(1))) {
+            let c = *c as f32;
+            out.iter_mut().zip(row).for_each(|(sum, term)| *sum += c * term);
+        }
+    }
+
+    /// Adds a residual the way the decoder does.
+    #[inline(always)]
+    fn add_residual(&self, value: f64, residual: f32) -> f64 {
+        if self.layout.wide { value + f64::from(residual) } else { f64::from(value as f32 + residual) }
+    }
+
+    /// Writes exact values, coefficients and residuals.
+    #[inline(always)]
+    fn write(&self, row: &[f32], exact: Range<usize>, base: f64, scratch: &mut RowScratch, mut out: &mut [u8]) {
+        let RowScratch { exact: all, coefficients, approximate, residuals, .. } = scratch;
+        for &value in &all[exact] {
+            out = self.layout.exact_dtype.write(value, out);
+        }
+        for &c in coefficients.iter() {
+            out = self.layout.coefficient_dtype.write(c, out);
+        }
+        if self.layout.residual_bins.is_empty() {
+            return;
+        }
+        // What the bins should say: the values, or with differences the steps, less what the polynomial says.
+        let y = &row[self.layout.exact_k..];
+        residuals.clear();
+        residuals.extend(y.iter().enumerate().map(|(j, value)| {
+            let before = match (self.layout.delta_encoding, j) {
+                (false, _) => 0.0,
+                (true, 0) => base,
+                (true, _) => f64::from(y[j - 1]),
+            };
+            f64::from(*value) - before - approximate[j]
+        }));
+        let feedback = self.layout.delta_encoding || self.layout.error_diffusion;
+        let (mut at, mut carry) = (0, 0.0);
+        for bin in &self.layout.residual_bins {
+            out = encode_bin(bin, &residuals[at..at + bin.num_elements], feedback, &mut carry, out);
+            at += bin.num_elements;
+        }
+    }
+
+    /// Rounds exact values down instead of to nearest where the row would decode to a total probability above 1 (or above the given
+    /// one's, which a low-precision teacher may have a little too large), the cheapest ones first. Returns what is left of the excess.
+    #[inline(always)]
+    fn limit_mass(&self, row: &[f32], exact: Range<usize>, scratch: &mut RowScratch) -> f64 {
+        if !self.layout.residual_bins.is_empty() {
+            return 0.0;
+        }
+        let RowScratch { exact: all, exact32, approximate32, .. } = scratch;
+        exact32.clear();
+        exact32.extend(all[exact.clone()].iter().map(|&value| value as f32));
+        if self.layout.delta_encoding {
+            exact32.extend_from_slice(approximate32);
+            let mut sum = 0.0;
+            exact32.iter_mut().for_each(|value| {
+                sum += *value;
+                *value = sum;
+            });
+            return self.lower_all(row, &mut all[exact], sum_exp(exact32));
+        }
+        let decoded = sum_exp(exact32) + sum_exp(approximate32);
+        if decoded <= 1.0 + MASS_ROUNDING {
+            return 0.0;
+        }
+        let mut excess = decoded - sum_exp(row).max(1.0);
+        let after = approximate32.first().map_or(f64::NEG_INFINITY, |&first| f64::from(first));
+        let exact = &mut all[exact];
+        while excess > MASS_ROUNDING {
+            let Some((rank, lower, less)) = self.cheapest_lowering(row, exact, after, excess) else { break };
+            exact[rank] = lower;
+            excess -= less;
+        }
+        excess
+    }
+
+    /// Lowers the first of the differences, and with it all values, where they decode to a total probability above 1.
+    #[inline(always)]
+    fn lower_all(&self, row: &[f32], exact: &mut [f64], decoded: f64) -> f64 {
+        let allowed = sum_exp(row).max(1.0);
+        if let (Some(first), true) = (exact.first_mut(), decoded > allowed + MASS_ROUNDING) {
+            let dtype = self.layout.exact_dtype;
+            *first = dtype.next_down(dtype.round(*first - libm::log(decoded / allowed)));
+        }
+        0.0
+    }
+
+    /// Of the exact values that were rounded up: the one to round down, its new value, and by how much that lowers the mass. The one that
+    /// costs least among those that suffice, or the one that lowers it most.
+    #[inline(always)]
+    fn cheapest_lowering(&self, row: &[f32], exact: &[f64], after: f64, excess: f64) -> Option<(usize, f64, f64)> {
+        let mut best: Option<(f64, (usize, f64, f64))> = None;
+        for (rank, &stored) in exact.iter().enumerate() {
+            let (y, next) = (f64::from(row[rank]), exact.get(rank + 1).copied().unwrap_or(after));
+            let lower = self.layout.exact_dtype.next_down(stored);
+            if stored <= y || lower < next {
+                continue;
+            }
+            let less = libm::exp(stored) - libm::exp(lower);
+            let score = if less >= excess { libm::exp(y) * ((lower - y).powi(2) - (stored - y).powi(2)) } else { f64::MAX / (1.0 + less) };
+            if best.is_none_or(|(least, _)| score < least) {
+                best = Some((score, (rank, lower, less)));
+            }
+        }
+        best.map(|(_, lowering)| lowering)
+    }
+
+    /// Decodes the values of one row from its first bytes.
+    #[inline(always)]
+    pub(crate) fn decode<I: Isa>(&self, _isa: I, data: &[u8], logprobs: &mut [f32], scratch: &mut ValuesScratch) -> Result<()> {
+        let layout = &self.layout;
+        let (exact, rest) = data.split_at(layout.exact_k * layout.exact_dtype.size());
+        let (stored, rest) = rest.split_at(self.m * layout.coefficient_dtype.size());
+        let mut coefficients = [0.0; MAX_TERMS + 1];
+        for (i, c) in coefficients[..self.m].iter_mut().enumerate() {
+            *c = layout.coefficient_dtype.read(stored, i);
+        }
+        if self.is_sequence() {
+            scratch.row.coefficients.clear();
+            scratch.row.coefficients.extend_from_slice(&coefficients[..self.m]);
+            self.decode_sequence(exact, rest, logprobs, &mut scratch.row)?;
+        } else {
+            let (first, approximate) = logprobs.split_at_mut(layout.exact_k);
+            layout.exact_dtype.read_all(exact, first);
+            approximate.fill(0.0);
+            self.evaluate32(&coefficients[..self.m], approximate);
+        }
+        check_finite(logprobs)
+    }
+
+    /// The general case: float64 terms, residuals, differences.
+    #[inline(always)]
+    fn decode_sequence(&self, exact: &[u8], mut rest: &[u8], logprobs: &mut [f32], scratch: &mut RowScratch) -> Result<()> {
+        let layout = &self.layout;
+        self.evaluate(scratch);
+        let values = &mut scratch.approximate;
+        let mut at = 0;
+        for bin in &layout.residual_bins {
+            rest = decode_bin(bin, rest, |j, residual| values[at + j] = self.add_residual(values[at + j], residual))?;
+            at += bin.num_elements;
+        }
+        let mut sum = 0.0;
+        let exact = (0..layout.exact_k).map(|i| layout.exact_dtype.read(exact, i));
+        for (out, value) in logprobs.iter_mut().zip(exact.chain(values.iter().copied())) {
+            sum = if layout.delta_encoding { sum + value } else { value };
+            *out = sum as f32;
+        }
+        Ok(())
+    }
+}
+
+fn running_sum(values: &[f64]) -> Vec<f64> {
+    let sum = |sum: &mut f64, value: &f64| {
+        *sum += value;
+        Some(*sum)
+    };
+    values.iter().scan(0.0, sum).collect()
+}
+
+/// Fails when a decoded value is not finite.
+#[inline(always)]
+fn check_finite(logprobs: &[f32]) -> Result<()> {
+    if all_finite(logprobs) {
+        return Ok(());
+    }
+    match logprobs.iter().position(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(rank) => Err(CodecError::Corrupt(format!("log-probability {} at rank {rank} is not finite", logprobs[rank]))),
+    }
+}

@@ -3,10 +3,20 @@
 //! Value `i` of width `w` occupies bits `i·w … (i+1)·w − 1` of the stream; bit 0 is the most significant bit of byte 0. The last byte is
 //! padded with zero bits. This is the published layout of token ids and residual codes.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod pairs;
+mod portable;
+
 use std::slice;
 
 use crate::error::{CodecError, Result};
-use crate::simd::{Backend, Isa, multiversion};
+use crate::simd::{Backend, Isa, Portable, multiversion};
 
 /// Bytes that `count` values of `width` bits occupy.
 #[must_use]
@@ -29,8 +39,14 @@ pub const fn max_value(width: u32) -> u64 {
 
 /// Packs `values` into `out`, which must be exactly [`packed_len`] bytes.
 ///
-/// Fails with [`CodecError::Input`] when the width is not 1–64, `out` has another size, or a value has more than `width` bits.
+/// Fails with [`CodecError::Input`] when the width is not 1–64, `out` has another size, or a value has more than `width` bits; `out` is
+/// unspecified then.
 pub fn pack(values: &[u64], width: u32, out: &mut [u8]) -> Result<()> {
+    pack_on(Backend::detect(), values, width, out)
+}
+
+/// [`pack`] with a backend of one's choice, which the CPU must have.
+pub fn pack_on(backend: Backend, values: &[u64], width: u32, out: &mut [u8]) -> Result<()> {
     check_width(width)?;
     let expected = packed_len(values.len(), width);
     if out.len() != expected {
@@ -41,10 +57,10 @@ pub fn pack(values: &[u64], width: u32, out: &mut [u8]) -> Result<()> {
         )));
     }
     let limit = max_value(width);
-    if let Some((i, value)) = values.iter().enumerate().find(|&(_, &value)| value > limit) {
+    if pack_values(backend, values, width, out) > limit {
+        let (i, value) = values.iter().enumerate().find(|&(_, &value)| value > limit).unwrap_or((0, &0));
         return Err(CodecError::Input(format!("value {value} at index {i} does not fit into {width} bits")));
     }
-    pack_values(Backend::detect(), values, width, out);
     Ok(())
 }
 
@@ -53,13 +69,18 @@ pub fn pack(values: &[u64], width: u32, out: &mut [u8]) -> Result<()> {
 /// Fails with [`CodecError::Input`] on a bad width, [`CodecError::Truncated`] when `data` is not exactly [`packed_len`] bytes, and
 /// [`CodecError::Corrupt`] when a padding bit is set.
 pub fn unpack(data: &[u8], width: u32, out: &mut [u64]) -> Result<()> {
+    unpack_on(Backend::detect(), data, width, out)
+}
+
+/// [`unpack`] with a backend of one's choice, which the CPU must have.
+pub fn unpack_on(backend: Backend, data: &[u8], width: u32, out: &mut [u64]) -> Result<()> {
     check_width(width)?;
     let expected = packed_len(out.len(), width);
     if data.len() != expected {
         return Err(CodecError::Truncated { what: format!("{} packed values of {width} bits", out.len()), found: data.len(), expected });
     }
     check_padding(data, out.len(), width)?;
-    unpack_values(Backend::detect(), data, width, out);
+    unpack_values(backend, data, width, out);
     Ok(())
 }
 
@@ -76,30 +97,75 @@ multiversion! {
 }
 
 multiversion! {
-    /// Packs `values`, each of which fits into `width` bits (1–64), into `out`, which has exactly [`packed_len`] bytes.
-    pub(crate) fn pack_values(values: &[u64], width: u32, out: &mut [u8]) = pack_values_body;
+    /// Packs `values`, each of which fits into `width` bits (1–64), into `out`, which has exactly [`packed_len`] bytes. Returns
+    /// the OR of all values; with values that do not fit the bytes are unspecified.
+    pub(crate) fn pack_values(values: &[u64], width: u32, out: &mut [u8]) -> u64 = pack_values_body;
 }
 
 multiversion! {
     /// [`pack_values`] for token ids that are already checked.
     #[allow(dead_code, reason = "the row codec takes it next")]
-    pub(crate) fn pack_ids(ids: &[i64], width: u32, out: &mut [u8]) = pack_ids_body;
+    pub(crate) fn pack_ids(ids: &[i64], width: u32, out: &mut [u8]) -> u64 = pack_ids_body;
 }
+
+/// The packer of one instruction set. Widths are 1–64 and the bytes exactly [`packed_len`]; both are checked before.
+pub(crate) trait Packing: Isa {
+    /// See [`unpack_values`].
+    fn unpack(self, data: &[u8], width: u32, out: &mut [u64]) -> u64;
+    /// See [`pack_values`].
+    fn pack(self, values: &[u64], width: u32, out: &mut [u8]) -> u64;
+}
+
+impl Packing for Portable {
+    #[inline(always)]
+    fn unpack(self, data: &[u8], width: u32, out: &mut [u64]) -> u64 {
+        portable::unpack(data, width, out)
+    }
+
+    #[inline(always)]
+    fn pack(self, values: &[u64], width: u32, out: &mut [u8]) -> u64 {
+        portable::pack(values, width, out)
+    }
+}
+
+macro_rules! packing {
+    ($token:ident, $unpack:path, $pack:path) => {
+        impl Packing for crate::simd::$token {
+            #[inline(always)]
+            fn unpack(self, data: &[u8], width: u32, out: &mut [u64]) -> u64 {
+                // SAFETY: the token proves that the CPU has the instructions.
+                unsafe { $unpack(data, width, out) }
+            }
+
+            #[inline(always)]
+            fn pack(self, values: &[u64], width: u32, out: &mut [u8]) -> u64 {
+                // SAFETY: as above. The packer of some instruction sets needs none of its instructions.
+                #[allow(unused_unsafe)]
+                unsafe {
+                    $pack(values, width, out)
+                }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+packing!(Avx2, avx2::unpack, avx2::pack);
+#[cfg(target_arch = "x86_64")]
+packing!(Avx512, avx512::unpack, avx512::pack);
+#[cfg(target_arch = "aarch64")]
+packing!(Neon, neon::unpack, neon::pack);
 
 /// The body of [`unpack_values`], for use in other bodies.
 #[inline(always)]
-pub(crate) fn unpack_values_body<I: Isa>(_isa: I, data: &[u8], width: u32, out: &mut [u64]) -> u64 {
-    let mut largest = 0;
-    unpack_with(data, width, out.len(), |i, value| {
-        out[i] = value;
-        largest = value.max(largest);
-    });
-    largest
+pub(crate) fn unpack_values_body<I: Packing>(isa: I, data: &[u8], width: u32, out: &mut [u64]) -> u64 {
+    assert!((1..=64).contains(&width) && data.len() == packed_len(out.len(), width), "width and size are checked before");
+    isa.unpack(data, width, out)
 }
 
 /// The body of [`unpack_ids`], for use in other bodies.
 #[inline(always)]
-pub(crate) fn unpack_ids_body<I: Isa>(isa: I, data: &[u8], width: u32, out: &mut [i64]) -> u64 {
+pub(crate) fn unpack_ids_body<I: Packing>(isa: I, data: &[u8], width: u32, out: &mut [i64]) -> u64 {
     // SAFETY: i64 and u64 have the same size and alignment, and every bit pattern is valid for both.
     let out = unsafe { slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u64>(), out.len()) };
     unpack_values_body(isa, data, width, out)
@@ -107,16 +173,22 @@ pub(crate) fn unpack_ids_body<I: Isa>(isa: I, data: &[u8], width: u32, out: &mut
 
 /// The body of [`pack_values`], for use in other bodies.
 #[inline(always)]
-pub(crate) fn pack_values_body<I: Isa>(_isa: I, values: &[u64], width: u32, out: &mut [u8]) {
-    pack_with(values.len(), width, out, |i| values[i]);
+pub(crate) fn pack_values_body<I: Packing>(isa: I, values: &[u64], width: u32, out: &mut [u8]) -> u64 {
+    assert!((1..=64).contains(&width) && out.len() == packed_len(values.len(), width), "width and size are checked before");
+    isa.pack(values, width, out)
 }
 
 /// The body of [`pack_ids`], for use in other bodies.
 #[inline(always)]
-pub(crate) fn pack_ids_body<I: Isa>(isa: I, ids: &[i64], width: u32, out: &mut [u8]) {
+pub(crate) fn pack_ids_body<I: Packing>(isa: I, ids: &[i64], width: u32, out: &mut [u8]) -> u64 {
     // SAFETY: i64 and u64 have the same size and alignment, and every bit pattern is valid for both.
     let values = unsafe { slice::from_raw_parts(ids.as_ptr().cast::<u64>(), ids.len()) };
-    pack_values_body(isa, values, width, out);
+    pack_values_body(isa, values, width, out)
+}
+
+/// Whether a value of `width` bits may touch nine bytes. Values of 58 and 60 bits begin at even bits, so those do not.
+const fn nine_bytes(width: usize) -> bool {
+    matches!(width, 59 | 61 | 62 | 63)
 }
 
 /// Refuses set padding bits after the last value; `data` is exactly [`packed_len`] bytes.
@@ -210,19 +282,56 @@ mod tests {
         out
     }
 
+    fn values(count: usize, width: u32) -> Vec<u64> {
+        let mixed = (1..=count as u64).map(|i| i.wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(i as u32));
+        // The extremes show a neighbour's bits where they don't belong.
+        mixed.enumerate().map(|(i, value)| [value, u64::MAX, 0, value][i % 7 % 4] & max_value(width)).collect()
+    }
+
     #[test]
-    fn every_width_and_count_round_trips() {
+    fn every_backend_width_and_count_equals_the_definition() {
+        let counts = if cfg!(miri) { vec![0, 1, 7, 8, 17] } else { (0..70).chain([127, 128, 1000, 1024, 3001]).collect() };
+        for (width, &count) in (1..=64).flat_map(|width| counts.iter().map(move |count| (width, count))) {
+            let values = values(count, width);
+            let expected = naive_pack(&values, width);
+            let largest = values.iter().copied().max().unwrap_or(0);
+            let any = values.iter().fold(0, |any, value| any | value);
+            for backend in Backend::available() {
+                let case = format!("{}, width {width}, count {count}", backend.name());
+                // One byte and value more than is used, to see that it stays.
+                let mut packed = vec![0xA5; expected.len() + 1];
+                assert_eq!(pack_values(backend, &values, width, &mut packed[..expected.len()]), any, "{case}");
+                assert_eq!((&packed[..expected.len()], packed[expected.len()]), (&expected[..], 0xA5), "{case}");
+                let mut back = vec![7; count + 1];
+                assert_eq!(unpack_values(backend, &expected, width, &mut back[..count]), largest, "{case}");
+                assert_eq!((&back[..count], back[count]), (&values[..], 7), "{case}");
+            }
+        }
+    }
+
+    #[test]
+    fn ids_are_the_same_bits() {
+        for backend in Backend::available() {
+            let ids = [131_071, 0, 65_536, 5, 99_999];
+            let (mut packed, mut back) = ([0; 11], [0; 5]);
+            pack_ids(backend, &ids, 17, &mut packed);
+            assert_eq!(packed.to_vec(), naive_pack(&ids.map(|id| id as u64), 17));
+            assert_eq!(unpack_ids(backend, &packed, 17, &mut back), 131_071);
+            assert_eq!(back, ids);
+        }
+    }
+
+    #[test]
+    fn every_prefix_is_truncated() {
         for width in 1..=64 {
-            for count in 0..70 {
-                let values: Vec<u64> = (0..count as u64)
-                    .map(|i| (i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(i as u32) & max_value(width))
-                    .collect();
-                let mut packed = vec![0xFF; packed_len(count, width)];
-                pack(&values, width, &mut packed).unwrap();
-                assert_eq!(packed, naive_pack(&values, width), "width {width}, count {count}");
-                let mut back = vec![0; count];
-                unpack(&packed, width, &mut back).unwrap();
-                assert_eq!(back, values, "width {width}, count {count}");
+            let packed = naive_pack(&values(21, width), width);
+            for backend in Backend::available() {
+                for end in 0..packed.len() {
+                    let result = unpack_on(backend, &packed[..end], width, &mut [0; 21]);
+                    assert!(
+                        matches!(result, Err(CodecError::Truncated { found, expected, .. }) if (found, expected) == (end, packed.len()))
+                    );
+                }
             }
         }
     }
@@ -237,15 +346,35 @@ mod tests {
         assert!(matches!(unpack(&[1], 2, &mut [0]), Err(CodecError::Corrupt(_))));
     }
 
+    #[test]
+    fn a_value_that_does_not_fit_is_named() {
+        for (width, backend) in (1..=63).flat_map(|width| Backend::available().into_iter().map(move |backend| (width, backend))) {
+            for at in [0, 8, 70, 99] {
+                let mut values = values(100, width);
+                values[at] = u64::MAX;
+                let message = pack_on(backend, &values, width, &mut vec![0; packed_len(100, width)]).unwrap_err().to_string();
+                assert_eq!(message, format!("value {} at index {at} does not fit into {width} bits", u64::MAX));
+            }
+        }
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 256 }, failure_persistence: None, ..ProptestConfig::default() })]
+
         #[test]
-        fn round_trip(width in 1u32..=64, raw in proptest::collection::vec(any::<u64>(), 0..200)) {
-            let values: Vec<u64> = raw.iter().map(|v| v & max_value(width)).collect();
-            let mut packed = vec![0; packed_len(values.len(), width)];
-            pack(&values, width, &mut packed).unwrap();
-            let mut back = vec![0; values.len()];
-            unpack(&packed, width, &mut back).unwrap();
-            prop_assert_eq!(back, values);
+        fn arbitrary_bytes(width in 1u32..=64, data in proptest::collection::vec(any::<u8>(), 0..200), spare in 0usize..8) {
+            // As many values as the bytes hold, and sometimes fewer: then padding bits or bytes are left.
+            let count = (data.len() * 8 / width as usize).saturating_sub(spare);
+            let mut portable = vec![0; count];
+            let expected = unpack_on(Backend::Portable, &data, width, &mut portable);
+            for backend in Backend::available() {
+                let mut back = vec![0; count];
+                prop_assert_eq!(&unpack_on(backend, &data, width, &mut back), &expected);
+                prop_assert_eq!(&back, &portable);
+            }
+            if expected.is_ok() {
+                prop_assert_eq!(naive_pack(&portable, width), data);
+            }
         }
     }
 }

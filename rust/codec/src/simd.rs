@@ -21,7 +21,7 @@ pub enum Backend {
     Portable,
     /// x86-64 with AVX2, BMI1, BMI2, F16C, LZCNT and POPCNT (Haswell, Zen and later).
     Avx2,
-    /// [`Avx2`](Self::Avx2) and AVX-512 F, BW, DQ, VL, VBMI and VBMI2 (Ice Lake, Zen 4 and later).
+    /// [`Avx2`](Self::Avx2) and AVX-512 F, BW, DQ, IFMA, VL, VBMI and VBMI2 (Ice Lake, Zen 4 and later).
     Avx512,
     /// 64-bit ARM with NEON.
     Neon,
@@ -61,7 +61,7 @@ impl Backend {
             Self::Avx2 => has!("avx2") && has!("bmi1") && has!("bmi2") && has!("f16c") && has!("lzcnt") && has!("popcnt"),
             Self::Avx512 => {
                 let base = Self::Avx2.cpu_has() && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
-                base && has!("avx512vbmi") && has!("avx512vbmi2")
+                base && has!("avx512ifma") && has!("avx512vbmi") && has!("avx512vbmi2")
             }
         }
     }
@@ -210,7 +210,7 @@ macro_rules! multiversion {
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(
-                enable = "avx2,bmi1,bmi2,f16c,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2"
+                enable = "avx2,bmi1,bmi2,f16c,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512ifma,avx512vl,avx512vbmi,avx512vbmi2"
             )]
             fn avx512 $(<$($generic: $bound),+>)? ($($argument: $kind),*) $(-> $result)? {
                 // SAFETY: as above.

@@ -1,0 +1,445 @@
+//! Packing with AVX-512: byte permutes over whole registers (VBMI), double shifts (VBMI2), masked loads and stores at the ends.
+
+use std::arch::x86_64::{
+    __m512i, _mm512_add_epi8, _mm512_add_epi64, _mm512_and_si512, _mm512_loadu_epi8, _mm512_loadu_epi64, _mm512_madd_epi16,
+    _mm512_madd52lo_epu64, _mm512_maddubs_epi16, _mm512_mask_shuffle_epi8, _mm512_mask_shuffle_epi32, _mm512_mask_storeu_epi8,
+    _mm512_mask_storeu_epi64, _mm512_maskz_loadu_epi8, _mm512_maskz_loadu_epi64, _mm512_maskz_mov_epi64, _mm512_maskz_permutexvar_epi8,
+    _mm512_max_epu64, _mm512_mul_epu32, _mm512_mullo_epi16, _mm512_mullo_epi32, _mm512_or_si512, _mm512_permutexvar_epi8,
+    _mm512_reduce_max_epu64, _mm512_reduce_or_epi64, _mm512_rolv_epi32, _mm512_rolv_epi64, _mm512_set1_epi8, _mm512_set1_epi16,
+    _mm512_set1_epi32, _mm512_set1_epi64, _mm512_set4_epi32, _mm512_setr_epi64, _mm512_setzero_si512, _mm512_shldv_epi16,
+    _mm512_shldv_epi64, _mm512_shuffle_epi8, _mm512_srli_epi64, _mm512_srlv_epi64, _mm512_storeu_epi8, _mm512_storeu_epi64,
+    _mm512_sub_epi64, _mm512_ternarylogic_epi64,
+};
+
+use super::{max_value, nine_bytes};
+
+/// The lowest `count` of 64 mask bits.
+const fn low_bits(count: usize) -> u64 {
+    if count >= 64 { u64::MAX } else { (1 << count) - 1 }
+}
+
+/// Loads the first 64 bytes; those after the end are zero.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn load_bytes(bytes: &[u8]) -> __m512i {
+    if bytes.len() >= 64 {
+        // SAFETY: the slice has 64 bytes.
+        return unsafe { _mm512_loadu_epi8(bytes.as_ptr().cast()) };
+    }
+    // SAFETY: masked bytes are not accessed, and the others lie in the slice.
+    unsafe { _mm512_maskz_loadu_epi8(low_bits(bytes.len()), bytes.as_ptr().cast()) }
+}
+
+/// Stores the first 64 bytes, or as many as there are.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn store_bytes(bytes: &mut [u8], vector: __m512i) {
+    if bytes.len() >= 64 {
+        // SAFETY: the slice has 64 bytes.
+        return unsafe { _mm512_storeu_epi8(bytes.as_mut_ptr().cast(), vector) };
+    }
+    // SAFETY: masked bytes are not accessed, and the others lie in the slice.
+    unsafe { _mm512_mask_storeu_epi8(bytes.as_mut_ptr().cast(), low_bits(bytes.len()), vector) }
+}
+
+/// Loads the first 8 values; those after the end are zero.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_values(values: &[u64]) -> __m512i {
+    if values.len() >= 8 {
+        // SAFETY: the slice has 8 values.
+        return unsafe { _mm512_loadu_epi64(values.as_ptr().cast()) };
+    }
+    // SAFETY: masked values are not accessed, and the others lie in the slice.
+    unsafe { _mm512_maskz_loadu_epi64(low_bits(values.len()) as u8, values.as_ptr().cast()) }
+}
+
+/// Stores the first 8 values, or as many as there are.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_values(values: &mut [u64], vector: __m512i) {
+    if values.len() >= 8 {
+        // SAFETY: the slice has 8 values.
+        return unsafe { _mm512_storeu_epi64(values.as_mut_ptr().cast(), vector) };
+    }
+    // SAFETY: masked values are not accessed, and the others lie in the slice.
+    unsafe { _mm512_mask_storeu_epi64(values.as_mut_ptr().cast(), low_bits(values.len()) as u8, vector) }
+}
+
+/// Unpacks eight values from `width` bytes; `WIDE` if a value may touch nine.
+#[derive(Clone, Copy)]
+struct Unpacker<const WIDE: bool> {
+    /// Per value, the indices of the eight bytes from its first bit on, the last of them first.
+    bytes: __m512i,
+    /// Per value, the bits before its first one in those bytes.
+    before: __m512i,
+    /// Per value, the bits after its last one in those bytes; with `WIDE` once the bits before are shifted away.
+    after: __m512i,
+    mask: __m512i,
+}
+
+impl<const WIDE: bool> Unpacker<WIDE> {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn new(width: u32) -> Self {
+        let (first, before) = places(width);
+        let spare = _mm512_set1_epi64(64 - i64::from(width));
+        Self {
+            bytes: _mm512_add_epi8(first, _mm512_set1_epi64(0x0001_0203_0405_0607)),
+            before,
+            after: if WIDE { spare } else { _mm512_sub_epi64(spare, before) },
+            mask: _mm512_set1_epi64(max_value(width) as i64),
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vbmi2")]
+    fn values(&self, data: __m512i) -> __m512i {
+        let head = _mm512_permutexvar_epi8(self.bytes, data);
+        if WIDE {
+            let ninth = _mm512_add_epi8(self.bytes, _mm512_set1_epi8(8));
+            let ninth = _mm512_maskz_permutexvar_epi8(0x8080_8080_8080_8080, ninth, data);
+            return _mm512_srlv_epi64(_mm512_shldv_epi64(head, ninth, self.before), self.after);
+        }
+        _mm512_and_si512(_mm512_srlv_epi64(head, self.after), self.mask)
+    }
+}
+
+/// Unpacks sixteen values from 2 · `width` bytes where no value touches more than four: one permutation for two groups of eight.
+struct PairUnpacker {
+    /// Per value of the first group, the indices of its four bytes, and those of the same value of the second group.
+    bytes: __m512i,
+    after_first: __m512i,
+    after_second: __m512i,
+    mask: __m512i,
+}
+
+impl PairUnpacker {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn new(width: u32) -> Self {
+        let (first, before) = places(width);
+        let spare = _mm512_set1_epi64(32 - i64::from(width));
+        let after_first = _mm512_sub_epi64(spare, before);
+        let next = _mm512_set1_epi64((0x0101_0101_0000_0000 * u64::from(width) + 0x0001_0203_0001_0203) as i64);
+        Self {
+            bytes: _mm512_add_epi8(first, next),
+            after_first,
+            after_second: _mm512_add_epi64(after_first, _mm512_set1_epi64(32)),
+            mask: _mm512_set1_epi64(max_value(width) as i64),
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    fn values(&self, data: __m512i) -> (__m512i, __m512i) {
+        let heads = _mm512_permutexvar_epi8(self.bytes, data);
+        let first = _mm512_and_si512(_mm512_srlv_epi64(heads, self.after_first), self.mask);
+        (first, _mm512_and_si512(_mm512_srlv_epi64(heads, self.after_second), self.mask))
+    }
+}
+
+/// For eight values, the index of the byte with the first bit, in all eight bytes, and the bits before it in that byte.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn places(width: u32) -> (__m512i, __m512i) {
+    const SECOND: i64 = 0x0808_0808_0808_0808; // the lowest byte of the second value in a quarter
+    let bit = _mm512_mul_epu32(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(i64::from(width)));
+    let spread = _mm512_setr_epi64(0, SECOND, 0, SECOND, 0, SECOND, 0, SECOND);
+    (_mm512_shuffle_epi8(_mm512_srli_epi64::<3>(bit), spread), _mm512_and_si512(bit, _mm512_set1_epi64(7)))
+}
+
+/// Whether no value of `width` bits touches more than four bytes. Values of 26, 28 and 32 bits do not begin at every bit.
+const fn four_bytes(width: u32) -> bool {
+    matches!(width, 1..=26 | 28 | 32)
+}
+
+/// See [`super::unpack_values`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")]
+pub(super) fn unpack(data: &[u8], width: u32, out: &mut [u64]) -> u64 {
+    if nine_bytes(width as usize) { unpack_as::<true>(data, width, out) } else { unpack_as::<false>(data, width, out) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")]
+fn unpack_as<const WIDE: bool>(data: &[u8], width: u32, out: &mut [u64]) -> u64 {
+    let unpacker = Unpacker::<WIDE>::new(width);
+    let bytes = width as usize;
+    let (mut data, mut out) = (data, out);
+    let mut largest = _mm512_setzero_si512();
+    if four_bytes(width) {
+        let pairs = PairUnpacker::new(width);
+        while out.len() >= 16 {
+            let (a, b) = pairs.values(load_bytes(data));
+            largest = _mm512_max_epu64(largest, _mm512_max_epu64(a, b));
+            store_values(out, a);
+            store_values(&mut out[8..], b);
+            (data, out) = (&data[2 * bytes..], &mut out[16..]);
+        }
+    } else if width <= 32 {
+        let second = _mm512_set1_epi8(width as i8);
+        let second = Unpacker { bytes: _mm512_add_epi8(unpacker.bytes, second), ..unpacker };
+        while out.len() >= 16 {
+            let loaded = load_bytes(data);
+            let (a, b) = (unpacker.values(loaded), second.values(loaded));
+            largest = _mm512_max_epu64(largest, _mm512_max_epu64(a, b));
+            store_values(out, a);
+            store_values(&mut out[8..], b);
+            (data, out) = (&data[2 * bytes..], &mut out[16..]);
+        }
+    }
+    while out.len() >= 8 {
+        let values = unpacker.values(load_bytes(data));
+        largest = _mm512_max_epu64(largest, values);
+        store_values(out, values);
+        (data, out) = (&data[bytes..], &mut out[8..]);
+    }
+    if !out.is_empty() {
+        let values = unpacker.values(load_bytes(data));
+        let values = _mm512_maskz_mov_epi64(low_bits(out.len()) as u8, values);
+        largest = _mm512_max_epu64(largest, values);
+        store_values(out, values);
+    }
+    _mm512_reduce_max_epu64(largest)
+}
+
+/// How the values of one register come to lie in the packed bytes.
+///
+/// `fields` of `bits` bits, each in its own slot, are rotated left until every bit has its final place within a byte. A packed byte then
+/// takes its upper bits from the slot whose field ends in it, and the others from the one whose field begins.
+struct Plan {
+    /// Per slot, the rotation, as a count or, where nothing falls out at the top, as a factor.
+    rotate: [[u8; 8]; 8],
+    /// Per packed byte, the byte of the register with its upper bits.
+    upper: [u8; 64],
+    /// Per packed byte, the byte of the register with the bits where `begins` has ones.
+    lower: [u8; 64],
+    begins: [u8; 64],
+}
+
+/// Bytes of the slot that a value of `width` bits is narrowed to.
+const fn slot_of(width: usize) -> usize {
+    match width {
+        1..=6 => 1,
+        7..=16 => 2,
+        17..=32 => 4,
+        _ => 8,
+    }
+}
+
+/// Values that are joined to one field of a larger slot: without it, more than two narrow values would meet in a byte.
+const fn joined(width: usize) -> usize {
+    match width {
+        1 | 2 => 4,
+        3..=6 => 2,
+        _ => 1,
+    }
+}
+
+/// Whether a field of `bits` bits may touch one more byte than its slot has.
+const fn wraps(bits: usize, slot: usize) -> bool {
+    let mut field = 0;
+    while field < 8 {
+        if field * bits % 8 + bits > 8 * slot {
+            return true;
+        }
+        field += 1;
+    }
+    false
+}
+
+/// Whether the rotation is a multiplication, which other units than those of shifts and permutations do.
+const fn multiplies(bits: usize, slot: usize) -> bool {
+    slot < 8 && !wraps(bits, slot)
+}
+
+/// The slot of the register that [`load_narrowed`] puts value `i` in.
+const fn place(i: usize, slot: usize) -> usize {
+    let (lane, load) = (i % 8, i / 8);
+    match slot {
+        8 => i,
+        4 => 2 * lane + load,
+        2 => 4 * lane + 2 * (load % 2) + load / 2,
+        _ => 8 * lane + 4 * (load % 2) + 2 * (load / 2 % 2) + load / 4,
+    }
+}
+
+impl Plan {
+    const fn new(width: usize) -> Self {
+        let join = joined(width);
+        let (slot, bits) = (slot_of(width) * join, width * join);
+        let mut plan = Self { rotate: [[0; 8]; 8], upper: [0; 64], lower: [0; 64], begins: [0; 64] };
+        let mut field = 0;
+        while field < 64 / slot {
+            // Joined fields have been brought into order.
+            let at = slot * if join > 1 { field } else { place(field, slot) };
+            let (byte, before) = (field * bits / 8, field * bits % 8);
+            let rotate = (16 * slot - bits - before) % (8 * slot);
+            if multiplies(bits, slot) {
+                plan.rotate[(at + rotate / 8) / 8][(at + rotate / 8) % 8] = 1 << (rotate % 8);
+            } else {
+                plan.rotate[at / 8][at % 8] = rotate as u8;
+            }
+            // The byte that it begins in, after a field that may have begun there, too, and the bytes that follow.
+            if plan.begins[byte] != 0 {
+                plan.upper[byte] = plan.lower[byte];
+            }
+            plan.lower[byte] = (at + slot - 1) as u8;
+            plan.begins[byte] = 0xFF >> before;
+            let mut i = 1;
+            while i < (before + bits).div_ceil(8) {
+                plan.upper[byte + i] = (at + (2 * slot - 1 - i) % slot) as u8;
+                i += 1;
+            }
+            field += 1;
+        }
+        plan
+    }
+}
+
+static PLANS: [Plan; 64] = {
+    let mut plans = [const { Plan::new(64) }; 64];
+    let mut width = 1;
+    while width < 64 {
+        plans[width - 1] = Plan::new(width);
+        width += 1;
+    }
+    plans
+};
+
+/// The values' order in the register of [`load_narrowed`] with one byte each.
+static ORDER: [u8; 64] = {
+    let mut order = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        order[i] = place(i, 1) as u8;
+        i += 1;
+    }
+    order
+};
+
+/// Loads 64 / `SLOT` values, fewer at the end, and narrows each to `SLOT` bytes, in the order of [`place`]. ORs the values into `any`.
+///
+/// `TWENTY` says that they have at most 20 bits: then a multiplication of 52 bits brings two together, on units that are idle otherwise.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512ifma")]
+fn load_narrowed<const SLOT: usize, const TWENTY: bool>(values: &[u64], any: &mut __m512i) -> __m512i {
+    match SLOT {
+        8 => {
+            let loaded = load_values(values);
+            *any = _mm512_or_si512(*any, loaded);
+            loaded
+        }
+        4 => {
+            let (low, high) = values.split_at(values.len().min(8));
+            let (low, high) = (load_narrowed::<8, TWENTY>(low, any), load_narrowed::<8, TWENTY>(high, any));
+            if TWENTY {
+                return _mm512_madd52lo_epu64(low, high, _mm512_set1_epi64(1 << 32));
+            }
+            _mm512_mask_shuffle_epi32::<0b10_10_00_00>(low, 0xAAAA, high)
+        }
+        2 => {
+            let (low, high) = values.split_at(values.len().min(16));
+            let (low, high) = (load_narrowed::<4, TWENTY>(low, any), load_narrowed::<4, TWENTY>(high, any));
+            let up = _mm512_set4_epi32(0x0D0C_0000, 0x0908_0000, 0x0504_0000, 0x0100_0000);
+            _mm512_mask_shuffle_epi8(low, 0xCCCC_CCCC_CCCC_CCCC, high, up)
+        }
+        _ => {
+            let (low, high) = values.split_at(values.len().min(32));
+            let (low, high) = (load_narrowed::<2, TWENTY>(low, any), load_narrowed::<2, TWENTY>(high, any));
+            let up = _mm512_set4_epi32(0x0E00_0C00, 0x0A00_0800, 0x0600_0400, 0x0200_0000);
+            _mm512_mask_shuffle_epi8(low, 0xAAAA_AAAA_AAAA_AAAA, high, up)
+        }
+    }
+}
+
+/// See [`super::pack_values`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512ifma,avx512vl,avx512vbmi,avx512vbmi2")]
+pub(super) fn pack(values: &[u64], width: u32, out: &mut [u8]) -> u64 {
+    match width {
+        1 | 2 => pack_as::<1, 4, true, true>(values, width, out),
+        3..=6 => pack_as::<1, 2, true, true>(values, width, out),
+        7..=10 | 12 | 16 => pack_as::<2, 1, true, true>(values, width, out),
+        11..=15 => pack_as::<2, 1, true, false>(values, width, out),
+        17..=20 => pack_as::<4, 1, true, true>(values, width, out),
+        21..=26 | 28 | 32 => pack_as::<4, 1, false, true>(values, width, out),
+        27..=31 => pack_as::<4, 1, false, false>(values, width, out),
+        _ => pack_as::<8, 1, false, false>(values, width, out),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512ifma,avx512vl,avx512vbmi,avx512vbmi2")]
+fn pack_as<const SLOT: usize, const JOINED: usize, const TWENTY: bool, const MULTIPLY: bool>(
+    values: &[u64],
+    width: u32,
+    out: &mut [u8],
+) -> u64 {
+    debug_assert!((slot_of(width as usize), joined(width as usize)) == (SLOT, JOINED), "width {width}");
+    debug_assert!(multiplies(width as usize * JOINED, SLOT * JOINED) == MULTIPLY, "width {width}");
+    let packer = Packer::<SLOT, JOINED, MULTIPLY>::new(width);
+    let (mut values, mut out) = (values, out);
+    let mut any = _mm512_setzero_si512();
+    while let Some((now, rest)) = values.split_at_checked(64 / SLOT) {
+        let (here, later) = out.split_at_mut(8 * width as usize / SLOT);
+        store_bytes(here, packer.packed(load_narrowed::<SLOT, TWENTY>(now, &mut any)));
+        (values, out) = (rest, later);
+    }
+    if !values.is_empty() {
+        store_bytes(out, packer.packed(load_narrowed::<SLOT, TWENTY>(values, &mut any)));
+    }
+    _mm512_reduce_or_epi64(any) as u64
+}
+
+/// The constants of a [`Plan`], in registers.
+struct Packer<const SLOT: usize, const JOINED: usize, const MULTIPLY: bool> {
+    order: __m512i,
+    join_2: __m512i,
+    join_4: __m512i,
+    rotate: __m512i,
+    upper: __m512i,
+    lower: __m512i,
+    begins: __m512i,
+}
+
+impl<const SLOT: usize, const JOINED: usize, const MULTIPLY: bool> Packer<SLOT, JOINED, MULTIPLY> {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn new(width: u32) -> Self {
+        let plan = &PLANS[width as usize - 1];
+        // With two values of w bits joined, the first counts 2^w times as much as the second.
+        let join = |lanes: u32| if JOINED > 1 { 1 << (4 * lanes) | 1 << (width * lanes / 2) } else { 0 };
+        Self {
+            order: load_bytes(&ORDER),
+            join_2: _mm512_set1_epi16(join(2) as i16),
+            join_4: _mm512_set1_epi32(join(4)),
+            rotate: load_bytes(plan.rotate.as_flattened()),
+            upper: load_bytes(&plan.upper),
+            lower: load_bytes(&plan.lower),
+            begins: load_bytes(&plan.begins),
+        }
+    }
+
+    /// Narrowed values, packed.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vbmi2")]
+    fn packed(&self, narrowed: __m512i) -> __m512i {
+        let mut fields = narrowed;
+        if JOINED > 1 {
+            fields = _mm512_maddubs_epi16(self.join_2, _mm512_permutexvar_epi8(self.order, fields));
+        }
+        if JOINED > 2 {
+            fields = _mm512_madd_epi16(self.join_4, fields);
+        }
+        let rotated = match (SLOT * JOINED, MULTIPLY) {
+            (2, true) => _mm512_mullo_epi16(fields, self.rotate),
+            (2, false) => _mm512_shldv_epi16(fields, fields, self.rotate),
+            (4, true) => _mm512_mullo_epi32(fields, self.rotate),
+            (4, false) => _mm512_rolv_epi32(fields, self.rotate),
+            _ => _mm512_rolv_epi64(fields, self.rotate),
+        };
+        let (upper, lower) = (_mm512_permutexvar_epi8(self.upper, rotated), _mm512_permutexvar_epi8(self.lower, rotated));
+        // Bits of `lower` where `begins` has ones, of `upper` elsewhere.
+        _mm512_ternarylogic_epi64::<0xD8>(upper, lower, self.begins)
+    }
+}

@@ -8,9 +8,9 @@ use rayon::prelude::*;
 
 use crate::config::Config;
 use crate::error::{CodecError, Result, config_error};
+use crate::formats::RowFormat;
 use crate::formats::legacy::Legacy;
 use crate::formats::quantized::Quantized;
-use crate::formats::RowFormat;
 use crate::rows::{RowResult, Scratch, decode_rows, encode_rows};
 use crate::simd::Backend;
 use crate::topk::{Logit, TopkScratch, topk_row};
@@ -163,9 +163,11 @@ impl Codec {
         }
         let task = k * TASK_ROWS;
         let tasks = out.chunks_mut(bytes * TASK_ROWS).zip(ids.chunks(task).zip(logprobs.chunks(task))).collect();
-        run_tasks(TASK_ROWS, tasks, |(out, (ids, logprobs)): (&mut [u8], (&[i64], &[f32])), scratch| {
-            on_format!(self, format => encode_rows(self.backend, format, ids, logprobs, out, scratch))
-        })
+        run_tasks(
+            TASK_ROWS,
+            tasks,
+            |(out, (ids, logprobs)): (&mut [u8], (&[i64], &[f32])), scratch| on_format!(self, format => encode_rows(self.backend, format, ids, logprobs, out, scratch)),
+        )
     }
 
     /// Decodes `data.len() / bytes_per_row` rows, by rank.
@@ -190,9 +192,11 @@ impl Codec {
         let task = k * TASK_ROWS;
         let outputs = ids.chunks_mut(task).zip(logprobs.chunks_mut(task));
         let tasks = data.chunks(bytes * TASK_ROWS).zip(outputs).collect();
-        run_tasks(TASK_ROWS, tasks, |(data, (ids, logprobs)): (&[u8], (&mut [i64], &mut [f32])), scratch| {
-            on_format!(self, format => decode_rows(self.backend, format, data, ids, logprobs, scratch))
-        })
+        run_tasks(
+            TASK_ROWS,
+            tasks,
+            |(data, (ids, logprobs)): (&[u8], (&mut [i64], &mut [f32])), scratch| on_format!(self, format => decode_rows(self.backend, format, data, ids, logprobs, scratch)),
+        )
     }
 
     /// Encodes the k most probable ids of dense logits, rows of `width`, under the full softmax.

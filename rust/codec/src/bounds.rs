@@ -10,7 +10,6 @@
 //! method (Goldfarb and Idnani 1983): start at the origin, take up the bound that is violated most, move to the nearest point on the
 //! bounds taken up, let go of a bound whose multiplier is negative, and repeat until nothing is violated. One or two bounds do for most
 //! rows; doing it again with the parabola of the new point changes the mean KL by less than 0.2%.
-#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
 
 use crate::config::MAX_TERMS;
 use crate::fit::{Basis, Fit, FitRow, FitScratch, Fitted, Limits, cholesky, solve_lower, solve_upper};
@@ -155,7 +154,12 @@ fn largest(a: &[f32], b: &[f32], of: impl Fn(f32, f32) -> f32) -> (f32, usize) {
 /// Moves the rows of a group that are outside their limits to the least KL within them, and marks those that are inside.
 #[inline(always)]
 pub(crate) fn enforce_group(
-    fit: &Fit, rows: &[FitRow], limits: Limits, fit_scratch: &FitScratch, fitted: &mut [Fitted], scratch: &mut BoundsScratch,
+    fit: &Fit,
+    rows: &[FitRow],
+    limits: Limits,
+    fit_scratch: &FitScratch,
+    fitted: &mut [Fitted],
+    scratch: &mut BoundsScratch,
 ) {
     let (most, which) = fit.most_exceeded(limits, fit_scratch);
     for (lane, (row, given)) in fitted.iter_mut().zip(rows).enumerate() {
@@ -179,11 +183,13 @@ pub(crate) fn enforce(bounds: &Bounds, fit: &Fit, fitted: &mut Fitted, mut first
     likely.extend(bounds.likely.iter().map(|value| value - bounds.base as f32));
     fitted.c.clone_from(&fitted.free);
     for _ in 0..MOST_ROUNDS {
-        let worst = first.take().or_else(|| {
+        let bound = if let Some(bound) = first.take() {
+            bound
+        } else {
             fit.combine(&fitted.c, values);
-            bounds.worst(values, likely)
-        });
-        let Some(bound) = worst else { return true };
+            let Some(bound) = bounds.worst(values, likely) else { return true };
+            bound
+        };
         if !take_up(bound, bounds, fit.basis(), fitted, active, system, multipliers) {
             break;
         }
@@ -195,7 +201,12 @@ pub(crate) fn enforce(bounds: &Bounds, fit: &Fit, fitted: &mut Fitted, mut first
 /// Takes up one more bound and moves the row to the least KL on those taken up; false where that leads nowhere.
 #[inline(always)]
 fn take_up(
-    bound: Bound, bounds: &Bounds, basis: &Basis, fitted: &mut Fitted, active: &mut Vec<Active>, system: &mut Vec<f64>,
+    bound: Bound,
+    bounds: &Bounds,
+    basis: &Basis,
+    fitted: &mut Fitted,
+    active: &mut Vec<Active>,
+    system: &mut Vec<f64>,
     multipliers: &mut Vec<f64>,
 ) -> bool {
     let r = basis.q.len();

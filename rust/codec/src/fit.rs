@@ -15,7 +15,6 @@
 //! so they are scaled and orthogonalised once per configuration, in float64 (Gram–Schmidt, done twice, which is enough: Giraud et al.
 //! 2005). In that basis everything is well conditioned and the search runs in float32, sixteen rows at a time; corrections add up, so its
 //! rounding does not; the solution is mapped back to raw coefficients in float64.
-#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
 
 use crate::float::FloatType;
 use crate::lanes::{LANES, Lanes, exp, one_step};
@@ -453,9 +452,7 @@ impl Fit {
     /// Weights of the least-squares fit and weighted errors of the unweighted one into `w` and `u`; returns its largest errors.
     #[inline(always)]
     #[expect(clippy::too_many_arguments, reason = "the parts of one scratch")]
-    fn weigh(
-        &self, target: &[Lanes], f: &[Lanes], p: &mut [Lanes], shift: Lanes, floor: Lanes, w: &mut [Lanes], u: &mut [Lanes],
-    ) -> Lanes {
+    fn weigh(&self, target: &[Lanes], f: &[Lanes], p: &mut [Lanes], shift: Lanes, floor: Lanes, w: &mut [Lanes], u: &mut [Lanes]) -> Lanes {
         let mut largest = Lanes::ZERO;
         for (t, ((target, f), (p, (w, u)))) in target.iter().zip(f).zip(p.iter_mut().zip(w.iter_mut().zip(u))).enumerate() {
             one_step();
@@ -580,11 +577,11 @@ fn load(rows: &[FitRow], scratch: &mut FitScratch) -> Lanes {
         buffer.resize(n, Lanes::ZERO);
     }
     scratch.f.fill(Lanes::ZERO);
-    let rows: [FitRow; LANES] = std::array::from_fn(|lane| *rows.get(lane).unwrap_or(&rows[0]));
-    for (lane, row) in rows.iter().enumerate() {
-        for (target, y) in scratch.target.iter_mut().zip(row.y) {
-            target.0[lane] = y - row.base;
-        }
+    let base = each(rows, |row| row.base);
+    let rows: [&[f32]; LANES] = std::array::from_fn(|lane| &rows.get(lane).unwrap_or(&rows[0]).y[..n]);
+    for (t, target) in scratch.target.iter_mut().enumerate() {
+        one_step();
+        *target = Lanes(rows.map(|y| y[t])) - base;
     }
     scratch.target[0]
 }

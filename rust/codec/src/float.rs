@@ -1,5 +1,4 @@
 //! The four stored float types, always little-endian.
-#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
 
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
@@ -75,7 +74,15 @@ impl FloatType {
     #[inline(always)]
     pub(crate) fn next_down(self, value: f64) -> f64 {
         // The bits of a positive float count up with it, those of a negative one down.
-        let down = |bits: u16| if bits == 0 { 0x8001 } else if bits & 0x8000 == 0 { bits - 1 } else { bits + 1 };
+        let down = |bits: u16| {
+            if bits == 0 {
+                0x8001
+            } else if bits & 0x8000 == 0 {
+                bits - 1
+            } else {
+                bits + 1
+            }
+        };
         match self {
             Self::Float16 => f16::from_bits(down(f16::from_f64(value).to_bits())).to_f64(),
             Self::Bfloat16 => f64::from(f32::from_bits(u32::from(down(((value as f32).to_bits() >> 16) as u16)) << 16)),

@@ -3,8 +3,8 @@
 pub(crate) mod legacy;
 pub(crate) mod quantized;
 
+use crate::bits::Packing;
 use crate::error::{CodecError, Result};
-use crate::simd::Isa;
 use crate::values::Values;
 
 /// A format with a fixed number of bytes a row: values first, then ids. Rows and buffers have the right sizes when these are called.
@@ -15,9 +15,9 @@ pub(crate) trait RowFormat: Sync {
     fn id_bytes(&self) -> usize;
     fn values(&self) -> &Values;
     /// Writes a row's ids, which are below the vocabulary size.
-    fn write_ids<I: Isa>(&self, isa: I, ids: &[i64], out: &mut [u8]);
+    fn write_ids<I: Packing>(&self, isa: I, ids: &[i64], out: &mut [u8]);
     /// Reads a row's ids; they are below the vocabulary size, or it fails.
-    fn read_ids<I: Isa>(&self, isa: I, data: &[u8], ids: &mut [i64]) -> Result<()>;
+    fn read_ids<I: Packing>(&self, isa: I, data: &[u8], ids: &mut [i64]) -> Result<()>;
 }
 
 /// The error for ids that were read, of which one is outside the vocabulary.

@@ -3,7 +3,6 @@
 //! Plain arithmetic on arrays, which the compiler turns into the vectors of the instruction set that the caller was compiled for. A lane
 //! never sees another lane, every operation is rounded by itself (no fused multiply-add), and so a row's result depends neither on the
 //! machine nor on the rows beside it.
-#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
 
 use std::ops::{Add, AddAssign, Div, Mul, Sub, SubAssign};
 

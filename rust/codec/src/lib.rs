@@ -23,8 +23,8 @@
 
 mod batch;
 pub mod bits;
-pub mod config;
 mod bounds;
+pub mod config;
 mod error;
 mod fit;
 mod float;

@@ -1,16 +1,16 @@
 //! A run of rows on one thread: checked, sorted where they are not, encoded in groups; and decoded.
-#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
 
+use crate::bits::Packing;
 use crate::error::{CodecError, Result};
 use crate::formats::RowFormat;
 use crate::lanes::{LANES, all_finite, sum_exp};
-use crate::simd::{Isa, multiversion};
+use crate::simd::multiversion;
 use crate::values::ValuesScratch;
 
 /// Log-probabilities may exceed 0, and the sum of a row's probabilities 1, by this much: the rounding of a low-precision teacher.
 const ROUNDING: f64 = 1e-2;
-/// Ids are looked up by this many of their low bits; real vocabularies have hardly more.
-const SEEN_BITS: u32 = 17;
+/// Ids are looked up by their low 17 bits, in this many words of 64; real vocabularies have hardly more.
+const SEEN_WORDS: usize = 1 << (17 - 6);
 
 /// Buffers of one thread, kept from run to run.
 #[derive(Debug, Default)]
@@ -39,8 +39,13 @@ multiversion! {
 }
 
 #[inline(always)]
-pub(crate) fn encode_rows_body<I: Isa, F: RowFormat>(
-    isa: I, format: &F, ids: &[i64], logprobs: &[f32], out: &mut [u8], scratch: &mut Scratch,
+pub(crate) fn encode_rows_body<I: Packing, F: RowFormat>(
+    isa: I,
+    format: &F,
+    ids: &[i64],
+    logprobs: &[f32],
+    out: &mut [u8],
+    scratch: &mut Scratch,
 ) -> RowResult {
     let (k, value_bytes) = (format.k(), format.value_bytes());
     let bytes = value_bytes + format.id_bytes();
@@ -61,8 +66,14 @@ pub(crate) fn encode_rows_body<I: Isa, F: RowFormat>(
 
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the parts of one scratch")]
-fn encode_group<I: Isa, F: RowFormat>(
-    isa: I, format: &F, ids: &[i64], logprobs: &[f32], out: &mut [u8], values: &mut ValuesScratch, seen: &mut Vec<u64>,
+fn encode_group<I: Packing, F: RowFormat>(
+    isa: I,
+    format: &F,
+    ids: &[i64],
+    logprobs: &[f32],
+    out: &mut [u8],
+    values: &mut ValuesScratch,
+    seen: &mut Vec<u64>,
     order: &mut Vec<usize>,
 ) -> RowResult {
     let (k, value_bytes) = (format.k(), format.value_bytes());
@@ -80,8 +91,13 @@ fn encode_group<I: Isa, F: RowFormat>(
 }
 
 #[inline(always)]
-pub(crate) fn decode_rows_body<I: Isa, F: RowFormat>(
-    isa: I, format: &F, data: &[u8], ids: &mut [i64], logprobs: &mut [f32], scratch: &mut Scratch,
+pub(crate) fn decode_rows_body<I: Packing, F: RowFormat>(
+    isa: I,
+    format: &F,
+    data: &[u8],
+    ids: &mut [i64],
+    logprobs: &mut [f32],
+    scratch: &mut Scratch,
 ) -> RowResult {
     let (k, value_bytes) = (format.k(), format.value_bytes());
     let rows = data.chunks(value_bytes + format.id_bytes()).zip(ids.chunks_mut(k).zip(logprobs.chunks_mut(k)));
@@ -150,17 +166,16 @@ fn check_ids(ids: &[i64], vocab_size: u64, seen: &mut Vec<u64>, order: &mut Vec<
     if ids.iter().fold(0, |largest: u64, &id| largest.max(id as u64)) >= vocab_size {
         return Err(outside(ids, vocab_size));
     }
-    seen.resize(1 << (SEEN_BITS - 6), 0);
-    let seen: &mut [u64] = &mut seen[..1 << (SEEN_BITS - 6)];
-    let place = |id: i64| ((id as usize >> 6) & ((1 << (SEEN_BITS - 6)) - 1), 1u64 << (id & 63));
+    seen.resize(SEEN_WORDS, 0);
+    let Some(seen) = seen.first_chunk_mut::<SEEN_WORDS>() else { return check_repeated(ids, order) };
     let mut repeated = 0;
     for &id in ids {
-        let (word, bit) = place(id);
-        repeated |= seen[word] & bit;
-        seen[word] |= bit;
+        let (word, bit) = (&mut seen[(id as usize >> 6) % SEEN_WORDS], 1u64 << (id & 63));
+        repeated |= *word & bit;
+        *word |= bit;
     }
     for &id in ids {
-        seen[place(id).0] = 0;
+        seen[(id as usize >> 6) % SEEN_WORDS] = 0;
     }
     if repeated == 0 { Ok(()) } else { check_repeated(ids, order) }
 }

@@ -2,7 +2,6 @@
 //!
 //! The row is taken in blocks that stay in the first-level cache: a block's maximum, its share of Σ exp relative to the highest logit so far
 //! (what was summed up before is scaled when that rises), and the logits that pass the rising threshold of the best k.
-#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};

@@ -1,7 +1,6 @@
 //! The values of a row in both published formats: exact ones, coefficients, and residuals; bytes in FORMAT.md §2 and §3.
 //!
 //! The formats differ in their ids and in how a configuration describes its terms; what is here takes the terms as they are evaluated.
-#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
 
 use std::ops::Range;
 
@@ -96,7 +95,12 @@ impl Values {
     /// The failing row comes with its error.
     #[inline(always)]
     pub(crate) fn encode<I: Isa>(
-        &self, isa: I, logprobs: &[f32], out: &mut [u8], stride: usize, scratch: &mut ValuesScratch,
+        &self,
+        isa: I,
+        logprobs: &[f32],
+        out: &mut [u8],
+        stride: usize,
+        scratch: &mut ValuesScratch,
     ) -> std::result::Result<(), (usize, CodecError)> {
         let (k, exact_k) = (self.layout.exact_k + self.n, self.layout.exact_k);
         let ValuesScratch { fit: fit_scratch, fitted, bounds, row: row_scratch } = scratch;
@@ -152,8 +156,15 @@ impl Values {
     #[inline(always)]
     #[expect(clippy::too_many_arguments, reason = "the parts of one scratch")]
     fn choose_coefficients(
-        &self, lane: usize, row: &[f32], exact: Range<usize>, base: f64, fitted: Option<&mut Fitted>, bounds: &mut BoundsScratch,
-        fit_scratch: &mut FitScratch, scratch: &mut RowScratch,
+        &self,
+        lane: usize,
+        row: &[f32],
+        exact: Range<usize>,
+        base: f64,
+        fitted: Option<&mut Fitted>,
+        bounds: &mut BoundsScratch,
+        fit_scratch: &mut FitScratch,
+        scratch: &mut RowScratch,
     ) {
         scratch.coefficients.clear();
         scratch.coefficients.resize(self.m, 0.0);
@@ -199,11 +210,7 @@ impl Values {
     #[expect(clippy::too_many_arguments, reason = "what bounds are made of")]
     fn keep_bounds(&self, fit: &Fit, y: &[f32], base: f64, ceiling: f64, margin: f64, fitted: &mut Fitted, scratch: &mut BoundsScratch) {
         let covered = self.covered();
-        let (likely, ceiling) = if covered == 0 {
-            (y.partition_point(|&value| value > LIKELY), ceiling)
-        } else {
-            (0, f64::INFINITY)
-        };
+        let (likely, ceiling) = if covered == 0 { (y.partition_point(|&value| value > LIKELY), ceiling) } else { (0, f64::INFINITY) };
         let allowed = f64::from(fitted.plain_error).max(ALLOWED_ERROR);
         for relaxed in RELAXED {
             let likely = if relaxed.is_finite() { &y[..likely] } else { &[] };

@@ -1,12 +1,11 @@
 //! The published legacy format (`legacy_logit_compression`); bytes in FORMAT.md §3.
-#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
 
 use super::{RowFormat, outside_vocabulary};
+use crate::bits::Packing;
 use crate::bits::max_value;
 use crate::config::LegacyConfig;
 use crate::error::{CodecError, Result};
 use crate::float::FloatType;
-use crate::simd::Isa;
 use crate::values::{Layout, Values};
 
 /// A prepared configuration.
@@ -69,7 +68,7 @@ impl RowFormat for Legacy {
     }
 
     #[inline(always)]
-    fn write_ids<I: Isa>(&self, _isa: I, ids: &[i64], out: &mut [u8]) {
+    fn write_ids<I: Packing>(&self, _isa: I, ids: &[i64], out: &mut [u8]) {
         let bits = self.config.id_bits();
         for (word_ids, bytes) in ids.chunks(self.config.ids_per_word()).zip(out.chunks_mut(8)) {
             let word = word_ids.iter().rev().fold(0u64, |word, &id| word.checked_shl(bits).unwrap_or(0) | id as u64);
@@ -78,7 +77,7 @@ impl RowFormat for Legacy {
     }
 
     #[inline(always)]
-    fn read_ids<I: Isa>(&self, _isa: I, data: &[u8], ids: &mut [i64]) -> Result<()> {
+    fn read_ids<I: Packing>(&self, _isa: I, data: &[u8], ids: &mut [i64]) -> Result<()> {
         let bits = self.config.id_bits();
         let mut largest = 0;
         for (w, (word_ids, bytes)) in ids.chunks_mut(self.config.ids_per_word()).zip(data.chunks(8)).enumerate() {

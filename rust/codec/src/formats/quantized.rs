@@ -1,12 +1,10 @@
 //! The published "distribution quantization" format (`logprob_compressor`); bytes in FORMAT.md §2.
-#![expect(clippy::inline_always, reason = "a call that is not inlined would not be compiled for the caller's instruction set")]
 
 use super::{RowFormat, outside_vocabulary};
-use crate::bits::{check_padding, pack_ids_body, unpack_ids_body};
+use crate::bits::{Packing, check_padding, pack_ids_body, unpack_ids_body};
 use crate::config::QuantizedConfig;
 use crate::error::Result;
 use crate::float::FloatType;
-use crate::simd::Isa;
 use crate::values::{Layout, Values};
 
 /// A prepared configuration.
@@ -69,12 +67,12 @@ impl RowFormat for Quantized {
     }
 
     #[inline(always)]
-    fn write_ids<I: Isa>(&self, isa: I, ids: &[i64], out: &mut [u8]) {
+    fn write_ids<I: Packing>(&self, isa: I, ids: &[i64], out: &mut [u8]) {
         pack_ids_body(isa, ids, self.config.id_bits(), out);
     }
 
     #[inline(always)]
-    fn read_ids<I: Isa>(&self, isa: I, data: &[u8], ids: &mut [i64]) -> Result<()> {
+    fn read_ids<I: Packing>(&self, isa: I, data: &[u8], ids: &mut [i64]) -> Result<()> {
         check_padding(data, self.config.k, self.config.id_bits())?;
         if unpack_ids_body(isa, data, self.config.id_bits(), ids) < self.config.d {
             return Ok(());

@@ -1,0 +1,56 @@
+//! Any ids and log-probabilities: refused as input, or they decode to the same ids by rank and finite values.
+#![no_main]
+
+use arbitrary::{Arbitrary, Result, Unstructured};
+use distillkit_codec::CodecError;
+use distillkit_fuzz::{Fields, decode};
+use libfuzzer_sys::{Corpus, fuzz_target};
+
+/// A row's values: any floats, or log-probabilities of k steps, which are likely to be valid.
+fn logprobs(u: &mut Unstructured, k: usize) -> Result<Vec<f32>> {
+    if u.ratio(1, 8)? {
+        return (0..k).map(|_| u.arbitrary()).collect();
+    }
+    let step = *u.choose(&[0.0, 1e-6, 0.01, 1.0])?;
+    let logits = (0..k).map(|_| Ok(f32::from(i16::arbitrary(u)?) * step * 1e-3)).collect::<Result<Vec<f32>>>()?;
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = logits.iter().map(|logit| (logit - highest).exp()).sum();
+    Ok(logits.iter().map(|logit| logit - highest - sum.ln()).collect())
+}
+
+/// A row's ids: any integers, or distinct ones of the vocabulary.
+fn ids(u: &mut Unstructured, k: usize, vocab_size: u64) -> Result<Vec<i64>> {
+    if u.ratio(1, 8)? {
+        return (0..k).map(|_| u.arbitrary()).collect();
+    }
+    let (first, down) = (u.int_in_range(0..=vocab_size - k as u64)?, u.arbitrary()?);
+    Ok((0..k as u64).map(|i| (first + if down { k as u64 - 1 - i } else { i }) as i64).collect())
+}
+
+fn run(input: &[u8]) -> Result<()> {
+    let mut u = Unstructured::new(input);
+    let fields = Fields::arbitrary(&mut u)?;
+    let Some(codec) = fields.codec() else { return Ok(()) };
+    let (ids, logprobs) = (ids(&mut u, codec.k(), codec.vocab_size())?, logprobs(&mut u, codec.k())?);
+    let mut data = vec![0xAA; codec.bytes_per_row()];
+    match codec.encode(&ids, &logprobs, &mut data) {
+        Ok(()) => {
+            let mut order: Vec<usize> = (0..ids.len()).collect();
+            order.sort_by(|&a, &b| logprobs[b].partial_cmp(&logprobs[a]).expect("no NaN is encoded"));
+            let sorted: Vec<i64> = order.iter().map(|&i| ids[i]).collect();
+            let decoded = decode(&codec, &data).map(|(ids, _)| ids);
+            assert_eq!(decoded, Ok(sorted), "log-probabilities {logprobs:?}, {fields:?}");
+        }
+        Err(CodecError::Input(message)) => assert!(message.starts_with("row 0: "), "{message}"),
+        Err(other) => panic!("rows are refused with {other:?}"),
+    }
+    Ok(())
+}
+
+fuzz_target!(|input: &[u8]| -> Corpus {
+    match run(input) {
+        Ok(()) => Corpus::Keep,
+        // Too few bytes for the fields.
+        Err(_) => Corpus::Reject,
+    }
+});

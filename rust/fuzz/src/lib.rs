@@ -1,0 +1,126 @@
+//! What the fuzz targets share: configurations from arbitrary bytes, and what must hold of anything that decodes.
+//!
+//! Configurations go through their JSON, as they do in use, and are often not valid: fields are drawn from a little more than their range.
+//! k is kept small, so that an input takes microseconds.
+
+use arbitrary::{Arbitrary, Result, Unstructured};
+use distillkit_codec::{Codec, CodecError, Config};
+use serde_json::{Value, json};
+
+/// The fields of either configuration.
+#[derive(Debug)]
+pub struct Fields {
+    format: &'static str,
+    json: Value,
+}
+
+fn float_type(u: &mut Unstructured) -> Result<&'static str> {
+    u.choose(&["float16", "bfloat16", "float32", "float64"]).copied()
+}
+
+fn vocab(u: &mut Unstructured) -> Result<u64> {
+    let d = *u.choose(&[2, 3, 255, 256, 257, 65_536, 65_537, 131_072, 131_073, 1 << 32, 1 << 62, 1 << 63, 0])?;
+    if d == 0 { u.arbitrary() } else { Ok(d) }
+}
+
+fn term(u: &mut Unstructured) -> Result<Value> {
+    Ok(match u.int_in_range(0..=9u8)? {
+        0 => json!("sqrt"),
+        1 => json!("exp"),
+        2 => json!(u.arbitrary::<i32>()?),
+        _ => json!(u.int_in_range(-2..=5)?),
+    })
+}
+
+impl Fields {
+    /// Fields of `logprob_compressor`.
+    pub fn quantized(u: &mut Unstructured) -> Result<Self> {
+        let k: usize = u.int_in_range(1..=200)?;
+        let exact_k = u.int_in_range(0..=k)?;
+        let mut left = k - exact_k;
+        let mut bins = Vec::new();
+        while left > 0 && bins.len() < 8 && u.arbitrary()? {
+            let size = u.int_in_range(1..=left)?;
+            left -= size;
+            bins.push(json!({"scale_dtype": float_type(u)?, "element_bits": u.int_in_range(1..=64u8)?, "num_elements": size}));
+        }
+        let terms = (0..u.int_in_range(0..=6u8)?).map(|_| term(u)).collect::<Result<Vec<_>>>()?;
+        let json = json!({
+            "d": vocab(u)?,
+            "k": k,
+            "exact_k": exact_k,
+            "exact_dtype": float_type(u)?,
+            "polynomial_terms": terms,
+            "term_dtype": float_type(u)?,
+            "residual_bins": bins,
+            "delta_encoding": u.arbitrary::<bool>()?,
+            "error_diffusion": u.arbitrary::<bool>()?,
+            "normalize_t": u.arbitrary::<bool>()?,
+        });
+        Ok(Self { format: "quantized", json })
+    }
+
+    /// Fields of `legacy_logit_compression`.
+    pub fn legacy(u: &mut Unstructured) -> Result<Self> {
+        let k: usize = u.int_in_range(1..=200)?;
+        let json = json!({
+            "vocab_size": vocab(u)?,
+            "k": k,
+            "exact_k": u.int_in_range(0..=k)?,
+            "polynomial_degree": u.int_in_range(0..=8u8)?,
+            "invert_polynomial": u.arbitrary::<bool>()?,
+            "with_sqrt_term": u.arbitrary::<bool>()?,
+            "term_dtype": float_type(u)?,
+        });
+        Ok(Self { format: "legacy", json })
+    }
+
+    /// The codec, or nothing for fields that were refused as a configuration.
+    pub fn codec(&self) -> Option<Codec> {
+        match Config::from_json(self.format, &self.json.to_string()) {
+            Ok(config) => Some(Codec::new(config).expect("a valid configuration makes a codec")),
+            Err(CodecError::Config { .. }) => None,
+            Err(other) => panic!("{} is refused with {other:?}", self.json),
+        }
+    }
+}
+
+impl Arbitrary<'_> for Fields {
+    fn arbitrary(u: &mut Unstructured) -> Result<Self> {
+        if u.arbitrary()? { Self::quantized(u) } else { Self::legacy(u) }
+    }
+}
+
+/// Decodes any bytes: they are refused as truncated or corrupt, or the answer is one.
+pub fn decode(codec: &Codec, data: &[u8]) -> distillkit_codec::Result<(Vec<i64>, Vec<f32>)> {
+    let rows = data.len() / codec.bytes_per_row();
+    let (mut ids, mut logprobs) = (vec![-1; rows * codec.k()], vec![f32::NAN; rows * codec.k()]);
+    let whole = data.len() == rows * codec.bytes_per_row();
+    match codec.decode(data, &mut ids, &mut logprobs) {
+        Ok(()) => {
+            assert!(whole);
+            assert!(ids.iter().all(|&id| id >= 0 && (id as u64) < codec.vocab_size()), "{ids:?}");
+            assert!(logprobs.iter().all(|value| value.is_finite()), "{logprobs:?}");
+            Ok((ids, logprobs))
+        }
+        Err(error) => {
+            match &error {
+                CodecError::Truncated { .. } => assert!(!whole),
+                CodecError::Corrupt(message) => assert!(whole && message.starts_with("row "), "{message}"),
+                other => panic!("bytes are refused with {other:?}"),
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Arbitrary bytes, cut or repeated to a whole number of rows unless the first of them says otherwise.
+pub fn rows(codec: &Codec, raw: &[u8]) -> Vec<u8> {
+    let bytes = codec.bytes_per_row();
+    match raw.split_first() {
+        None => Vec::new(),
+        Some((0, rest)) => rest.to_vec(),
+        Some((_, [])) => vec![0; bytes],
+        Some((_, rest)) => rest.iter().copied().cycle().take(rest.len().div_ceil(bytes) * bytes).collect(),
+    }
+}

@@ -5,9 +5,9 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
-RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name 'Cargo.toml')
+RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
-.PHONY: help setup demo test test-fast lint bench wheel clean
+.PHONY: help setup demo test test-fast fuzz miri lint bench wheel clean
 
 help: ## Say what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,6 +35,22 @@ test: setup ## All tests
 test-fast: setup ## The quick part of the tests
 	cargo test --package distillkit-codec --quiet
 	$(BIN)/python -m pytest -m 'not slow'
+
+# Its own lock file, target directory and flags: see rust/fuzz/Cargo.toml. The address sanitizer is in stable compilers, behind a switch.
+FUZZ_SECONDS ?= 300
+FUZZ_TARGETS ?= bits config_json decode_legacy decode_quantized encode logits
+fuzz: ## Fuzz the codec: each of FUZZ_TARGETS (all) for FUZZ_SECONDS (300)
+	@cargo fuzz --version >/dev/null 2>&1 || cargo install cargo-fuzz --version 0.13.2 --locked --quiet
+	@cd rust/fuzz && for target in $(FUZZ_TARGETS); do \
+		mkdir -p corpus/$$target && \
+		RUSTC_BOOTSTRAP=1 cargo fuzz run --fuzz-dir . --target-dir ../../target/fuzz $$target corpus/$$target $$(ls -d seeds/$$target 2>/dev/null) -- \
+			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -verbosity=0 -print_final_stats=1 || exit 1; \
+	done
+
+# Two tests of long loops and no unsafe code are left out: they take Miri minutes.
+miri: ## The core's unit tests under Miri: needs `rustup toolchain install nightly --component miri,rust-src`
+	PROPTEST_CASES=2 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --package distillkit-codec --lib -- \
+		--skip every_width_and_count_round_trips --skip exp_is_close
 
 lint: setup ## Formatting, lints and types
 	cargo fmt --all --check

@@ -42,6 +42,14 @@ def rows(count: int = ROWS) -> tuple[Array, Array]:
     return ids.astype(np.int64), (-2 - steps / 4).astype(np.float32)
 
 
+def misaligned(array: Array) -> Array:
+    """The same values at an address that is no multiple of the items' size."""
+    raw = np.zeros(array.nbytes + 1, np.uint8)
+    view = raw[1:].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
 def read_only(array: Array) -> Array:
     copy = array.copy()
     copy.flags.writeable = False
@@ -54,6 +62,7 @@ LAYOUTS: dict[str, Callable[[Array], Array]] = {
     "every other column": lambda a: np.repeat(a, 2, axis=1)[:, ::2],
     "negative strides": lambda a: a[::-1, ::-1].copy()[::-1, ::-1],
     "a window": lambda a: np.pad(a, ((1, 2), (3, 1)))[1:-2, 3:-1],
+    "misaligned": misaligned,
     "read-only": read_only,
     "big-endian": lambda a: a.astype(a.dtype.newbyteorder(">")),
     "a list": lambda a: a.tolist(),
@@ -170,6 +179,9 @@ def test_wrong_arrays_are_named(codec: Codec, what: str) -> None:
 WRONG_TENSORS: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]], str, str]] = {
     "one column less": (lambda ids, lp: (ids[:, :-1], lp[:, :-1]), "(70, 11)", "k = 12"),
     "floats as ids": (lambda ids, lp: (ids.float(), lp), "float32", "ids must be integers"),
+    "bfloat16 as ids": (lambda ids, lp: (ids.bfloat16(), lp), "bfloat16", "ids must be integers"),
+    "integers as log-probabilities": (lambda ids, lp: (ids, lp.int()), "int32", "logprobs floats"),
+    "truth values as log-probabilities": (lambda ids, lp: (ids, lp > 0), "bool", "logprobs floats"),
 }
 
 
@@ -187,6 +199,7 @@ VALUES: list[tuple[str, str, Any, str]] = [
     ("logprobs", "float32", np.nan, "row 41: log-probability NaN at rank 5 is not finite"),
     ("logprobs", "float16", -np.inf, "row 41: log-probability -inf at rank 5 is not finite"),
     ("logprobs", "float32", 2**-5, "row 41: these are not log-probabilities: the largest is 0.03125"),
+    ("logprobs", "float64", -1e300, "row 41: log-probability -inf at rank 5 is not finite"),
     ("ids", "uint16", D, "row 41: id 300 at rank 5 is outside the vocabulary of 300"),
     ("ids", "int32", -(2**31), "row 41: id -2147483648 at rank 5 is outside the vocabulary of 300"),
     ("ids", "uint64", 2**64 - 1, "at rank 5 is outside the vocabulary of 300"),

@@ -456,6 +456,51 @@ proptest! {
     }
 }
 
+/// Finite log-probabilities of any size, such as those of logits masked with the lowest float.
+fn extreme_rows(codec: &Codec, seed: u64) -> (Vec<i64>, Vec<f32>) {
+    let mut random = Random(seed);
+    let (ids, mut logprobs) = row(codec.vocab_size(), codec.k(), &mut random);
+    let lowest = [-1e3, -1e5, -1e10, -1e30, -1e38, f32::MIN][random.below(6) as usize];
+    let spread = random.below(2) == 0;
+    for logprob in &mut logprobs {
+        if random.below(3) == 0 {
+            *logprob = lowest * if spread { 0.5 + 0.5 * random.unit() as f32 } else { 1.0 };
+        }
+    }
+    (ids, logprobs)
+}
+
+proptest! {
+    #![proptest_config(cases(1000))]
+
+    #[test]
+    fn extreme_rows_are_encoded_or_refused(config in configs(), seed: u64) {
+        let codec = Codec::new(config).unwrap();
+        let (ids, logprobs) = extreme_rows(&codec, seed);
+        match encode(&codec, &ids, &logprobs) {
+            Ok(data) => {
+                let decoded = decode(&codec, &data);
+                let Ok((found, values)) = decoded else { panic!("{decoded:?} from {logprobs:?}") };
+                prop_assert_eq!(found, sorted(&ids, &logprobs).0);
+                prop_assert!(values.iter().all(|value| value.is_finite()), "{:?}", values);
+            }
+            Err(CodecError::Input(message)) => {
+                prop_assert!(message.starts_with("row 0: ") && message.contains("at rank "), "{}", message);
+            }
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn logits_as_far_apart_as_floats_go_have_finite_log_probabilities_or_are_refused() {
+    let (mut ids, mut logprobs, mut logsumexp) = ([0; 2], [0.0f32; 2], [0.0f32]);
+    match topk(&[f32::MIN, f32::MAX], 2, 2, &mut ids, &mut logprobs, &mut logsumexp) {
+        Ok(()) => assert!(ids == [1, 0] && logprobs.iter().all(|value| value.is_finite()), "{logprobs:?}"),
+        Err(error) => assert!(matches!(error, CodecError::Input(_)), "{error:?}"),
+    }
+}
+
 #[test]
 fn the_largest_configurations_round_trip() {
     let bins = json!([{"scale_dtype": "float32", "element_bits": 64, "num_elements": 60_000}]);

@@ -1,0 +1,337 @@
+"""How faithful the codec is on given rows, beside the published encoder and beside the limits of its layouts.
+
+Everything compares a row's original log-probabilities, in descending order, with those that are read back from its
+bytes. All bytes are read by the same decoder, `Codec.decode`.
+
+Shape legend: N rows, k stored ids a row, n approximated ranks, m terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distillkit.bench.published import PublishedCodec, published_codec, term_matrix
+from distillkit.bench.sample import Sample
+from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig
+from distillkit.errors import CorruptDataError, DistillKitError
+from distillkit.fidelity import kl_rows
+
+__all__ = ["FidelityRow", "Figures", "compare", "figures", "least_squares", "measure_fidelity", "optimum"]
+
+F64 = npt.NDArray[np.float64]
+
+LIKELY = 1e-6
+"""Ids of at least this probability count in `worst_likely`."""
+_CHUNK = 4096
+_HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-24}
+"""Half a unit in the last place, relative; decoded values are float32 at best."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Decoded against original log-probabilities.
+
+    Attributes:
+        kl_mean, kl_p99, kl_max: KL(original ‖ decoded) of a row in nats, both renormalised over the stored ids.
+        mass_error: mean |Σ p̂ − Σ p| over the stored ids.
+        mass_above_one: share of the rows whose decoded probabilities sum to more than 1 + 1e-6.
+        top1_agreement: share of the rows whose most probable id stays the most probable.
+        worst_error: largest |log p̂ − log p|, nats.
+        worst_likely: the same over ids with p > 1e-6.
+        increasing: share of the rows where a decoded value is more than 1e-6 above the one before.
+    """
+
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    mass_error: float
+    mass_above_one: float
+    top1_agreement: float
+    worst_error: float
+    worst_likely: float
+    increasing: float
+
+
+def figures(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> Figures:
+    """The figures of (N, k) decoded log-probabilities against the original ones, which are descending."""
+    before, after = original.astype(np.float64), decoded.astype(np.float64)
+    kl_N, errors = kl_rows(before, after), np.abs(after - before)
+    mass_N = np.exp(after).sum(-1)
+    return Figures(
+        kl_mean=float(kl_N.mean()),
+        kl_p99=float(np.quantile(kl_N, 0.99)),
+        kl_max=float(kl_N.max()),
+        mass_error=float(np.abs(mass_N - np.exp(before).sum(-1)).mean()),
+        mass_above_one=float((mass_N > 1 + 1e-6).mean()),
+        top1_agreement=float((after.argmax(-1) == before.argmax(-1)).mean()),
+        worst_error=float(errors.max()),
+        worst_likely=float(errors[before > np.log(LIKELY)].max(initial=0.0)),
+        increasing=float((np.diff(after, axis=-1) > 1e-6).any(-1).mean()),
+    )
+
+
+# -- limits of a layout ------------------------------------------------------------------------------------------------
+
+
+def _basis(config: CodecConfig) -> F64:
+    """(n, m') orthonormal columns that span the terms."""
+    terms_mn = term_matrix(config).numpy()
+    scaled = terms_mn.T / np.linalg.norm(terms_mn, axis=1)
+    u, singular, _ = np.linalg.svd(scaled, full_matrices=False)
+    return np.ascontiguousarray(u[:, singular > 1e-12 * singular[0]])
+
+
+def least_squares(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
+    """Rows as an unweighted least-squares fit leaves them: exact ranks as they are, the others fitted, in float64.
+
+    Args:
+        original: (N, k) log-probabilities, descending.
+
+    Returns:
+        (N, k); nothing is rounded.
+    """
+    basis, values = _basis(config), original.astype(np.float64)
+    rest = values[:, config.exact_k :]
+    return np.concatenate([values[:, : config.exact_k], rest @ basis @ basis.T], axis=-1)
+
+
+def optimum(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
+    """Rows of the least KL that the terms allow: exact ranks as they are, no rounding, no bounds, in float64.
+
+    Minimises Σ exp(ŷ) − p·ŷ over the approximated ranks, which is convex in the coefficients, by Newton's method. Where
+    the terms contain a constant, its minimum has the mass of the original, and is that of the renormalised KL.
+
+    Args:
+        original: (N, k) log-probabilities, descending.
+
+    Returns:
+        (N, k).
+    """
+    basis, result = _basis(config), original.astype(np.float64)
+    for start in range(0, len(result), _CHUNK):
+        rest = result[start : start + _CHUNK, config.exact_k :]
+        rest[:] = _minimise(basis, rest, np.exp(result[start : start + _CHUNK]).sum(-1))
+    return result
+
+
+def _minimise(basis_nm: F64, values_Nn: F64, mass_N: F64) -> F64:
+    """`optimum` of the approximated ranks alone; `mass_N` is that of the whole row, in which KL is measured."""
+    p_Nn = np.exp(values_Nn)
+    x_Nm = _best_start(basis_nm, values_Nn, p_Nn)
+    active = np.arange(len(x_Nm))
+    for _ in range(200):
+        x, p = x_Nm[active], p_Nn[active]
+        fitted = np.exp(_bounded(x @ basis_nm.T))
+        gradient = (fitted - p) @ basis_nm
+        step = _solve(basis_nm, fitted, gradient)
+        gain = (gradient * step).sum(-1)
+        going = gain > 1e-9 * mass_N[active]
+        active = active[going]
+        if not len(active):
+            break
+        x_Nm[active] = _line_search(basis_nm, x[going], p[going], step[going])
+    return np.asarray(x_Nm @ basis_nm.T)
+
+
+def _bounded(values: F64) -> F64:
+    """Keeps exp finite: no log-probability comes near, and a step that goes there is refused."""
+    return np.minimum(values, 50.0)
+
+
+def _objective(basis_nm: F64, x_Nm: F64, p_Nn: F64) -> F64:
+    values = x_Nm @ basis_nm.T
+    return np.asarray((np.exp(_bounded(values)) - p_Nn * values).sum(-1))
+
+
+def _best_start(basis_nm: F64, values_Nn: F64, p_Nn: F64) -> F64:
+    """Coefficients of the fit weighted by p, √p or nothing, whichever has the least objective in a row."""
+    best, least = np.zeros((len(values_Nn), basis_nm.shape[1])), np.full(len(values_Nn), np.inf)
+    for weights in (p_Nn, np.sqrt(p_Nn), np.ones_like(p_Nn)):
+        x = _solve(basis_nm, weights, (weights * values_Nn) @ basis_nm)
+        found = _objective(basis_nm, x, p_Nn)
+        better = found < least
+        best[better], least[better] = x[better], found[better]
+    return best
+
+
+def _solve(basis_nm: F64, weights_Nn: F64, right_Nm: F64) -> F64:
+    """Solves (Bᵀ diag(w) B + a trace of it) x = r in each row; the trace keeps directions without weight in place."""
+    size = basis_nm.shape[1]
+    pairs = (basis_nm[:, :, None] * basis_nm[:, None, :]).reshape(len(basis_nm), size * size)
+    matrix = (weights_Nn @ pairs).reshape(-1, size, size)
+    ridge = 1e-13 * np.trace(matrix, axis1=1, axis2=2) + 1e-300
+    matrix += ridge[:, None, None] * np.eye(size)
+    return np.asarray(np.linalg.solve(matrix, right_Nm[:, :, None])[:, :, 0])
+
+
+def _line_search(basis_nm: F64, x_Nm: F64, p_Nn: F64, step_Nm: F64) -> F64:
+    """x − step, the step halved in rows until the objective falls."""
+    before, result = _objective(basis_nm, x_Nm, p_Nn), x_Nm.copy()
+    waiting, length = np.arange(len(x_Nm)), 1.0
+    for _ in range(40):
+        tried = x_Nm[waiting] - length * step_Nm[waiting]
+        fell = _objective(basis_nm, tried, p_Nn[waiting]) <= before[waiting]
+        result[waiting[fell]] = tried[fell]
+        waiting, length = waiting[~fell], length / 2
+        if not len(waiting):
+            break
+    return result
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FidelityRow:
+    """One configuration's figures.
+
+    Attributes:
+        config: its name.
+        bytes_per_token: of a row, ours and published alike.
+        rows: how many were compared.
+        ours: our encoder.
+        published: the published encoder; None if it fails.
+        least_squares, optimum: limits of the layout (see the functions); None where another part of the layout (delta
+            encoding, residual bins) or nothing approximated makes them meaningless, and the optimum also where no term
+            is constant.
+        note: why something is missing, or the whole configuration was skipped.
+    """
+
+    config: str
+    bytes_per_token: int
+    rows: int = 0
+    ours: Figures | None = None
+    published: Figures | None = None
+    least_squares: Figures | None = None
+    optimum: Figures | None = None
+    note: str = ""
+    skipped: bool = field(default=False)
+
+    @property
+    def over_optimum(self) -> float | None:
+        """Our mean KL in units of the least possible one."""
+        return None if self.ours is None or self.optimum is None else self.ours.kl_mean / self.optimum.kl_mean
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        return {**asdict(self), "over_optimum": self.over_optimum}
+
+
+def measure_fidelity(
+    sample: Sample,
+    configs: Mapping[str, CodecConfig],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[FidelityRow]:
+    """One row of the table for each configuration.
+
+    A configuration that stores more ids than the sample has is skipped, with the reason.
+
+    Raises:
+        DistillKitError: our bytes do not decode to the same values in the published way; that is a bug.
+    """
+    for done, (name, config) in enumerate(configs.items()):
+        progress(done, len(configs))
+        yield compare(name, config, sample)
+    progress(len(configs), len(configs))
+
+
+def compare(name: str, config: CodecConfig, sample: Sample) -> FidelityRow:
+    """The figures of one configuration on the sample's first k ids a row."""
+    codec = Codec(config)
+    if config.k > sample.k or config.k > codec.vocab_size:
+        note = f"stores {config.k} ids a row, the sample has {sample.k}"
+        return FidelityRow(name, codec.bytes_per_token, note=note, skipped=True)
+    ids, original = sample.top(config.k, codec.vocab_size)
+    data = codec.encode(ids, original)
+    decoded_ids, decoded = codec.decode(data)
+    if not np.array_equal(decoded_ids, ids):
+        raise DistillKitError(f"{name}: the decoded ids are not those that were encoded; this is a bug")
+    baseline = published_codec(config)
+    _check_readable(name, codec, baseline, data, decoded)
+    published, note = _published(codec, baseline, ids, original)
+    limits: dict[str, Figures] = {}
+    if _has_limits(config):
+        limits["least_squares"] = figures(original, least_squares(config, original))
+        if _has_constant(config):
+            limits["optimum"] = figures(original, optimum(config, original))
+    ours = figures(original, decoded)
+    return FidelityRow(name, codec.bytes_per_token, len(ids), ours, published, note=note, **limits)
+
+
+def _published(
+    codec: Codec, baseline: PublishedCodec, ids: npt.NDArray[np.int64], original: npt.NDArray[np.float32]
+) -> tuple[Figures | None, str]:
+    """Figures of the published encoder, or why there are none."""
+    data = baseline.encode(torch.from_numpy(ids), torch.from_numpy(original))
+    try:
+        return figures(original, codec.decode(data.numpy())[1]), ""
+    except CorruptDataError as error:
+        return None, f"published encoder: {error}"
+
+
+def _check_readable(
+    name: str, codec: Codec, baseline: PublishedCodec, data: npt.NDArray[np.uint8], decoded: npt.NDArray[np.float32]
+) -> None:
+    """Our bytes, decoded in the published way, differ from `decoded` only by that way's roundings."""
+    ids, values = baseline.decode(torch.from_numpy(data))
+    if not np.array_equal(ids.numpy(), codec.decode(data)[0]):
+        raise DistillKitError(f"{name}: the published decoder reads other ids from our bytes; this is a bug")
+    difference = np.abs(values.numpy().astype(np.float64) - decoded)
+    excess = difference - published_tolerance(codec.config, decoded)
+    if not (excess <= 0).all():
+        row, rank = np.unravel_index(int(np.nanargmax(excess)), excess.shape)
+        raise DistillKitError(
+            f"{name}: the published decoder reads {values[row, rank]:.6g} at row {row}, rank {rank} where ours reads "
+            f"{decoded[row, rank]:.6g}; its roundings do not explain that, this is a bug"
+        )
+
+
+def published_tolerance(config: CodecConfig, decoded: npt.NDArray[np.float32]) -> F64:
+    """(N, k): how far the published decoder's roundings (rust/codec/FORMAT.md §2.3) can take each value.
+
+    Of terms much larger than their sum, float32 loses as much as the largest of them has rounding.
+    """
+    largest = np.abs(decoded).astype(np.float64).max(-1, keepdims=True)
+    tolerance = np.zeros(decoded.shape)
+    rest = tolerance[:, config.exact_k :]
+    rest += _largest_sum(config, decoded) * 2.0**-21 + 1e-6
+    if config.term_dtype in ("float16", "bfloat16"):
+        rest += _largest_sum(config, decoded) * 4 * _HALF_ULP[config.term_dtype]
+    if isinstance(config, DistributionQuantizationConfig):
+        half_ulp = _HALF_ULP[config.exact_dtype]
+        if config.residual_bins:
+            rest += 2.02 * half_ulp * largest
+        if config.delta_encoding:
+            # Every difference may be off by its own roundings, and the sum is rounded once more.
+            tolerance[:] = np.cumsum(tolerance, axis=-1) + 1.01 * half_ulp * np.abs(decoded) + 2.0**-22 * largest
+    return tolerance
+
+
+def _largest_sum(config: CodecConfig, decoded: npt.NDArray[np.float32]) -> F64:
+    """(N, n) Σ |coefficient · term| of fits to the decoded values."""
+    terms_mn = term_matrix(config).numpy()
+    values = decoded.astype(np.float64)
+    if isinstance(config, DistributionQuantizationConfig) and config.delta_encoding:
+        values = np.diff(values, axis=-1, prepend=0.0)
+    if not terms_mn.size:
+        return np.zeros(values[:, config.exact_k :].shape)
+    coefficients = values[:, config.exact_k :] @ np.linalg.pinv(terms_mn)
+    return np.asarray(np.abs(coefficients) @ np.abs(terms_mn))
+
+
+def _has_limits(config: CodecConfig) -> bool:
+    if config.exact_k == config.k:
+        return False
+    if isinstance(config, DistributionQuantizationConfig):
+        return bool(config.polynomial_terms) and not config.residual_bins and not config.delta_encoding
+    return True
+
+
+def _has_constant(config: CodecConfig) -> bool:
+    return not isinstance(config, DistributionQuantizationConfig) or 0 in (config.polynomial_terms or ())

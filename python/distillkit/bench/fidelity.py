@@ -9,7 +9,7 @@ Shape legend: N rows, k stored ids a row, n approximated ranks, m terms.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -211,7 +211,7 @@ class FidelityRow:
     least_squares: Figures | None = None
     optimum: Figures | None = None
     note: str = ""
-    skipped: bool = field(default=False)
+    skipped: bool = False
 
     @property
     def over_optimum(self) -> float | None:
@@ -255,13 +255,17 @@ def compare(name: str, config: CodecConfig, sample: Sample) -> FidelityRow:
     baseline = published_codec(config)
     _check_readable(name, codec, baseline, data, decoded)
     published, note = _published(codec, baseline, ids, original)
-    limits: dict[str, Figures] = {}
-    if _has_limits(config):
-        limits["least_squares"] = figures(original, least_squares(config, original))
-        if _has_constant(config):
-            limits["optimum"] = figures(original, optimum(config, original))
-    ours = figures(original, decoded)
-    return FidelityRow(name, codec.bytes_per_token, len(ids), ours, published, note=note, **limits)
+    limited = _has_limits(config)
+    return FidelityRow(
+        name,
+        codec.bytes_per_token,
+        rows=len(ids),
+        ours=figures(original, decoded),
+        published=published,
+        least_squares=figures(original, least_squares(config, original)) if limited else None,
+        optimum=figures(original, optimum(config, original)) if limited and _has_constant(config) else None,
+        note=note,
+    )
 
 
 def _published(

@@ -75,7 +75,8 @@ def _pseudo_inverse(terms_mn: torch.Tensor) -> torch.Tensor:
     """(n, m) float32 with coefficients = values @ it, by SVD in float32 with the absolute cutoff."""
     u, singular, vt = torch.linalg.svd(terms_mn.float().T, full_matrices=False)
     inverse = torch.where(singular > _CUTOFF, 1 / singular, 0.0)
-    return (u * inverse) @ vt
+    pseudo_inverse: torch.Tensor = (u * inverse) @ vt
+    return pseudo_inverse
 
 
 def _pack_bits(values_NC: torch.Tensor, width: int) -> torch.Tensor:
@@ -84,14 +85,16 @@ def _pack_bits(values_NC: torch.Tensor, width: int) -> torch.Tensor:
     bits = ((values_NC.unsqueeze(-1) >> shifts) & 1).flatten(1)
     bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8))
     weights = 1 << torch.arange(7, -1, -1)
-    return (bits.unflatten(1, (-1, 8)) * weights).sum(-1).to(torch.uint8)
+    packed: torch.Tensor = (bits.reshape(len(bits), -1, 8) * weights).sum(-1).to(torch.uint8)
+    return packed
 
 
 def _unpack_bits(data_NB: torch.Tensor, width: int, count: int) -> torch.Tensor:
     """The way back from `_pack_bits`: (N, count) int64."""
     bits = ((data_NB.long().unsqueeze(-1) >> torch.arange(7, -1, -1)) & 1).flatten(1)
-    bits = bits[:, : count * width].unflatten(1, (count, width))
-    return (bits << torch.arange(width - 1, -1, -1)).sum(-1)
+    bits = bits[:, : count * width].reshape(-1, count, width)
+    values: torch.Tensor = (bits << torch.arange(width - 1, -1, -1)).sum(-1)
+    return values
 
 
 def _bytes(values_NC: torch.Tensor) -> torch.Tensor:
@@ -107,8 +110,8 @@ class _Quantized:
         for number, bin_ in enumerate(config.residual_bins):
             if bin_.element_bits > _WIDEST_CODE:
                 raise ConfigError(
-                    f"residual_bins.{number}.element_bits: the baseline's codes have at most {_WIDEST_CODE} bits, found "
-                    f"{bin_.element_bits}"
+                    f"residual_bins.{number}.element_bits: the baseline has codes of at most {_WIDEST_CODE} bits, "
+                    f"found {bin_.element_bits}"
                 )
         self._config = config
         self._exact_dtype = _DTYPES[config.exact_dtype]
@@ -191,7 +194,8 @@ def _codes(steps: torch.Tensor, bits: int) -> torch.Tensor:
     half = 2 ** (bits - 1)
     # float64 holds the largest code exactly, which float32 does up to 25 bits. Scales of 0 make infinities, and error
     # diffusion NaN of them, which as an integer is the lowest.
-    return steps.double().round().clamp(-half, half - 1).nan_to_num(nan=-half).long() + half
+    codes: torch.Tensor = steps.double().round().clamp(-half, half - 1).nan_to_num(nan=-half).long() + half
+    return codes
 
 
 def _diffused_codes(steps_NC: torch.Tensor, bits: int, carried_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,7 +225,7 @@ class _Legacy:
         if self._inverse_nm is not None:
             parts.append(_bytes((values[:, exact_k:] @ self._inverse_nm).to(self._stored)))
         ids, per_word = ids.gather(-1, order), 64 // self._id_bits
-        ids = torch.nn.functional.pad(ids, (0, -ids.shape[1] % per_word)).unflatten(1, (-1, per_word))
+        ids = torch.nn.functional.pad(ids, (0, -ids.shape[1] % per_word)).reshape(len(ids), -1, per_word)
         words = torch.zeros(ids.shape[:2], dtype=torch.long)
         for place in range(per_word):
             words |= ids[:, :, place] << (place * self._id_bits)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import numpy.typing as npt
 from distillkit.codec import CodecConfig, DistributionQuantizationConfig
 from distillkit.errors import InputError
 from distillkit.shards import Dataset
-from distillkit.types import Array, SparseLogprobs
 
 __all__ = ["Sample", "bundled_sample", "load_sample", "save_sample"]
 
@@ -91,8 +89,13 @@ def load_sample(path: str | os.PathLike[str]) -> Sample:
 
 def save_sample(path: str | os.PathLike[str], sample: Sample) -> None:
     """Writes what `load_sample` reads."""
-    arrays = {"ids": sample.ids.astype(np.int32), "logprobs": sample.logprobs}
-    np.savez_compressed(path, **arrays, vocab_size=np.int64(sample.vocab_size), about=np.array(sample.about))
+    np.savez_compressed(
+        path,
+        ids=sample.ids.astype(np.int32),
+        logprobs=sample.logprobs,
+        vocab_size=np.int64(sample.vocab_size),
+        about=np.array(sample.about),
+    )
 
 
 def _load_arrays(path: Path) -> Sample:
@@ -127,21 +130,18 @@ def _load_dataset(name: str) -> Sample:
     for index in np.linspace(0, len(dataset) - 1, documents).round().astype(int):
         document = dataset[int(index)]
         parts.append(dataset.codec.decode_document(document.teacher, document.num_rows))
-    ids, logprobs = (np.concatenate([np.asarray(array) for array in arrays]) for arrays in _columns(parts))
+    ids = np.concatenate([np.asarray(part.ids) for part in parts])
+    logprobs = np.concatenate([np.asarray(part.logprobs) for part in parts])
     teacher = (dataset.header.teacher or {}).get("name") or "a teacher that is not named"
     about = f"positions of {teacher}, decoded from {name}"
     return _checked(name, ids, logprobs, dataset.codec.vocab_size, about, caution=_caution(dataset.codec.config))
 
 
-def _columns(parts: list[SparseLogprobs]) -> Iterator[list[Array]]:
-    yield [part.ids for part in parts]
-    yield [part.logprobs for part in parts]
-
-
 def _caution(config: CodecConfig) -> str:
-    quantized = isinstance(config, DistributionQuantizationConfig)
-    if quantized and config.exact_k == config.k and config.exact_dtype in ("float32", "float64"):
-        return ""
+    if isinstance(config, DistributionQuantizationConfig):
+        exact = config.exact_k == config.k and config.exact_dtype in ("float32", "float64")
+        if exact and not config.delta_encoding:
+            return ""
     return (
         "The originals of this table were read from a lossy capture: what its codec lost is not seen here, and a "
         "configuration like it looks better than it is. Rows captured exactly (exact_k = k, float32) are best."

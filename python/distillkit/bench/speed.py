@@ -1,0 +1,320 @@
+"""Speed of the codec and of the read path, beside the published algorithm and the limits of the machine, in one run.
+
+What is timed is checked first: each decoder reads the other's bytes. Speeds are the best of several runs.
+
+Shape legend: N rows, k stored ids a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distillkit.bench.child import best_of, one_core_reading, peak_memory
+from distillkit.bench.fidelity import published_tolerance
+from distillkit.bench.published import PublishedCodec, published_codec
+from distillkit.bench.sample import Sample, bundled_sample
+from distillkit.codec import Codec, preset
+from distillkit.errors import DistillKitError
+from distillkit.shards import Dataset, Header, ShardWriter
+from distillkit.types import SparseLogprobs
+
+__all__ = ["SpeedRow", "cores", "machine", "measure_speed"]
+
+PACKED_ROWS = 8192
+"""Rows of a call: a packed sequence of the published datasets."""
+DOCUMENT_ROWS = 512
+"""Rows of a call: one document of modest length. Here the baseline's tensors fit into the caches."""
+_DOCUMENTS, _COLLATED = 64, 16
+_COPYING = "copying as many bytes"
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One kind of work.
+
+    Attributes:
+        work: what is done.
+        rows: rows of one call.
+        tokens_per_second: ours.
+        published: the baseline, tokens a second; None where it has no such work.
+        bytes_per_token: of an encoded row.
+        moved_bytes: of a token's decoded side: ids and values (12 a stored id), or its logits.
+        limit: what the machine does with as many bytes, tokens a second.
+        limit_is: what that is: copying them, or reading them once.
+        extra_bytes, published_extra_bytes: memory at the peak of the work beyond inputs and outputs; None where it is
+            not measured.
+        note: what else is to be known.
+    """
+
+    work: str
+    rows: int
+    tokens_per_second: float
+    published: float | None
+    bytes_per_token: int
+    moved_bytes: int
+    limit: float
+    limit_is: str
+    extra_bytes: int | None = None
+    published_extra_bytes: int | None = None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as fast as the baseline."""
+        return None if self.published is None else self.tokens_per_second / self.published
+
+    @property
+    def mb_per_second(self) -> float:
+        """`moved_bytes` a second, in millions."""
+        return self.tokens_per_second * self.moved_bytes / 1e6
+
+    @property
+    def of_limit(self) -> float:
+        """Share of the machine's limit."""
+        return self.tokens_per_second / self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        derived = {"ratio": self.ratio, "mb_per_second": self.mb_per_second, "of_limit": self.of_limit}
+        return {**asdict(self), **derived}
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> str:
+    """Processor and cores, for the tables' headings."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    name = names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+    return f"{name}, {cores()} core{'s' if cores() > 1 else ''}"
+
+
+def measure_speed(
+    sample: Sample,
+    *,
+    vocab_size: int,
+    dense_vocab_size: int,
+    quick: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[SpeedRow]:
+    """One row of the table for each kind of work, on rows of the sample, repeated as often as necessary.
+
+    Where the sample has fewer ids a row than a preset stores, the bundled sample's rows are used, and the note says so.
+
+    Args:
+        vocab_size: of the codecs.
+        dense_vocab_size: width of the dense logits, which are made up.
+        quick: shorter runs.
+
+    Raises:
+        DistillKitError: a decoder does not read what it should; that is a bug.
+    """
+    seconds = 0.15 if quick else 1.0
+    sizes = (PACKED_ROWS,) if quick else (PACKED_ROWS, DOCUMENT_ROWS)
+    codecs = [(name, rows) for name in ("recommended", "budget") for rows in sizes]
+    parts = [
+        *((2, partial(_codec_rows, sample, name, vocab_size, rows, seconds)) for name, rows in codecs),
+        (1, partial(_torch_rows, sample, vocab_size, seconds)),
+        (2, partial(_dense_rows, dense_vocab_size, 32 if quick else 256, seconds)),
+        (3, partial(_reading_rows, sample, vocab_size, seconds)),
+    ]
+    total = sum(count for count, _ in parts)
+    done = 0
+    progress(done, total)
+    for _, part in parts:
+        for row in part():
+            done += 1
+            progress(done, total)
+            yield row
+
+
+# -- rows in, bytes out, and back --------------------------------------------------------------------------------------
+
+
+def _rows_of(sample: Sample, k: int, vocab_size: int, count: int) -> tuple[SparseLogprobs, str]:
+    """`count` rows of k ids, and a note where they are not the sample's."""
+    note = ""
+    if sample.k < k:
+        note = f"the sample has {sample.k} ids a row: these are rows that come with distillkit"
+        sample = bundled_sample()
+    ids, logprobs = sample.top(k, vocab_size)
+    chosen = np.arange(count) % len(ids)
+    return SparseLogprobs(ids[chosen], logprobs[chosen]), note
+
+
+def _same(what: str, codec: Codec, found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
+    """Ids equal, values within the roundings of the published decoder."""
+    ids, logprobs, expected_ids, expected_logprobs = (np.asarray(array) for array in (*found, *expected))
+    tolerance = published_tolerance(codec.config, expected_logprobs)
+    if not np.array_equal(ids, expected_ids) or not (np.abs(logprobs - expected_logprobs) <= tolerance).all():
+        raise DistillKitError(f"{what}: decoding does not give what it should; this is a bug")
+
+
+def _check_each_other(codec: Codec, baseline: PublishedCodec, rows: SparseLogprobs) -> None:
+    """Each decoder reads the other's bytes as their writer does."""
+    ids, logprobs = torch.from_numpy(rows.ids), torch.from_numpy(rows.logprobs)
+    ours, theirs = codec.encode(rows.ids, rows.logprobs), baseline.encode(ids, logprobs)
+    for what, data in (("our bytes", torch.from_numpy(ours)), ("the baseline's bytes", theirs)):
+        read = codec.decode(data.numpy())
+        _same(what, codec, baseline.decode(data), read)
+        _same(what, codec, codec.decode_torch(data), read)
+    if not np.array_equal(codec.decode(ours)[0], rows.ids):
+        raise DistillKitError("the decoded ids are not those that were encoded; this is a bug")
+
+
+def _copying(size: int) -> Callable[[], Any]:
+    """Work that copies `size` bytes, on all cores."""
+    source = torch.ones(size, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return partial(target.copy_, source)
+
+
+def _codec_rows(sample: Sample, name: str, vocab_size: int, count: int, seconds: float) -> Iterator[SpeedRow]:
+    codec = Codec(preset(name, vocab_size=vocab_size))
+    baseline = published_codec(codec.config)
+    rows, note = _rows_of(sample, codec.k, vocab_size, count)
+    _check_each_other(codec, baseline, rows)
+    data = codec.encode(rows.ids, rows.logprobs)
+    ids, logprobs, tensor = torch.from_numpy(rows.ids), torch.from_numpy(rows.logprobs), torch.from_numpy(data)
+    moved = 12 * codec.k
+    copying = _copying(count * moved)
+    works: tuple[tuple[str, Callable[[], Any], Callable[[], Any]], ...] = (
+        ("encode", lambda: codec.encode(rows.ids, rows.logprobs), lambda: baseline.encode(ids, logprobs)),
+        ("decode", lambda: codec.decode(data), lambda: baseline.decode(tensor)),
+    )
+    for work, ours, published in works:
+        fast, slow, limit = (count / time for time in best_of((ours, published, copying), seconds))
+        what = f"{work} {name}"
+        yield SpeedRow(what, count, fast, slow, codec.bytes_per_token, moved, limit, _COPYING, note=note)
+
+
+def _torch_rows(sample: Sample, vocab_size: int, seconds: float) -> Iterator[SpeedRow]:
+    codec = Codec(preset("recommended", vocab_size=vocab_size))
+    baseline = published_codec(codec.config)
+    rows, note = _rows_of(sample, codec.k, vocab_size, PACKED_ROWS)
+    _check_each_other(codec, baseline, rows)
+    data = codec.encode(rows.ids, rows.logprobs)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.npy"
+        np.save(path, data)
+        extra, published_extra = (peak_memory(who, codec, path) for who in ("ours", "published"))
+    tensor, moved = torch.from_numpy(data), 12 * codec.k
+    copying = _copying(PACKED_ROWS * moved)
+    with torch.inference_mode():
+        times = best_of((lambda: codec.decode_torch(tensor), lambda: baseline.decode(tensor), copying), seconds)
+    ours, published, limit = (PACKED_ROWS / time for time in times)
+    yield SpeedRow(
+        "decode_torch recommended, CPU tensors",
+        PACKED_ROWS,
+        ours,
+        published,
+        codec.bytes_per_token,
+        moved,
+        limit,
+        _COPYING,
+        extra,
+        published_extra,
+        note,
+    )
+
+
+# -- dense logits ------------------------------------------------------------------------------------------------------
+
+
+def _dense_rows(vocab_size: int, count: int, seconds: float) -> Iterator[SpeedRow]:
+    codec = Codec(preset("recommended", vocab_size=vocab_size))
+    baseline = published_codec(codec.config)
+    logits_NV = torch.randn(count, vocab_size, generator=torch.Generator().manual_seed(0)) * 3
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = logits_NV.to(dtype)
+        _check_dense(codec, logits)
+        # Reading them once: a sum of the numbers, or of their bytes as integers, whichever is faster.
+        works = (
+            partial(codec.encode_logits, logits),
+            partial(baseline.encode_logits, logits),
+            logits.sum,
+            logits.view(torch.int32).sum,
+        )
+        ours, published, *reading = best_of(works, seconds)
+        yield SpeedRow(
+            f"dense {str(dtype).removeprefix('torch.')} logits to bytes of recommended, V = {vocab_size:,}",
+            count,
+            count / ours,
+            count / published,
+            codec.bytes_per_token,
+            vocab_size * dtype.itemsize,
+            count / min(reading),
+            "reading the logits once",
+        )
+
+
+def _check_dense(codec: Codec, logits_NV: torch.Tensor) -> None:
+    ids, logprobs = codec.decode_torch(codec.encode_logits(logits_NV))
+    exact_NV = torch.log_softmax(logits_NV.double(), -1)
+    top_Nk = exact_NV.topk(codec.k).values
+    # Ties among bfloat16 logits may come in another order: the chosen ones are compared by their values.
+    found = torch.equal(exact_NV.gather(-1, ids), top_Nk)
+    exact_k = codec.config.exact_k
+    if not found or not torch.allclose(logprobs[:, :exact_k].double(), top_Nk[:, :exact_k], rtol=2**-8, atol=1e-5):
+        raise DistillKitError("encode_logits: the most probable ids or their values are not right; this is a bug")
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+def _reading_rows(sample: Sample, vocab_size: int, seconds: float) -> Iterator[SpeedRow]:
+    codec = Codec(preset("recommended", vocab_size=vocab_size))
+    length = DOCUMENT_ROWS
+    rows, note = _rows_of(sample, codec.k, vocab_size, length - 1)
+    count, moved = _DOCUMENTS * (length - 1), 12 * codec.k
+    with tempfile.TemporaryDirectory() as folder:
+        with ShardWriter(folder, Header(codec=codec.to_dict(), vocab_size=vocab_size, head_size=vocab_size)) as writer:
+            for _ in range(_DOCUMENTS):
+                writer.write(np.arange(length) % vocab_size, rows)
+        dataset = Dataset.open(folder)
+        first = codec.decode_document(dataset[0].teacher, length - 1)
+        if not np.array_equal(first.ids, rows.ids):
+            raise DistillKitError("the ids read from a shard are not those that were written; this is a bug")
+        alone = one_core_reading(Path(folder), seconds)
+        pinned = "" if alone["pinned"] else "other threads than ours were not limited to the core"
+
+        copying = _copying(count * moved)
+        works = (partial(_read_arrays, dataset), partial(_read_tensors, dataset), copying)
+        arrays, tensors, limit = (count / time for time in best_of(works, seconds))
+    both = "; ".join(part for part in (note, pinned) if part)
+    for work, speed, most, notes in (
+        ("shard to decoded arrays, one core", alone["tokens_per_second"], alone["copies_per_second"], both),
+        ("shard to decoded arrays, all cores", arrays, limit, note),
+        ("shard to bytes, decode_torch on the CPU", tensors, limit, note),
+    ):
+        yield SpeedRow(work, length - 1, speed, None, codec.bytes_per_token, moved, most, _COPYING, note=notes)
+
+
+def _read_arrays(dataset: Dataset) -> int:
+    return sum(len(dataset.codec.decode_document(document.teacher, document.num_rows).ids) for document in dataset)
+
+
+def _read_tensors(dataset: Dataset) -> int:
+    """Bytes of several documents in one tensor, decoded there, as in training."""
+    rows, waiting = 0, []
+    for number, document in enumerate(dataset, 1):
+        waiting.append(dataset.codec.document_rows(document.teacher, document.num_rows))
+        if number % _COLLATED == 0 or number == len(dataset):
+            data: npt.NDArray[np.uint8] = np.concatenate(waiting)
+            rows += len(dataset.codec.decode_torch(torch.from_numpy(data))[0])
+            waiting = []
+    return rows

@@ -1,0 +1,206 @@
+"""The two tables, for a terminal, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from distillkit.bench.fidelity import FidelityRow, Figures
+from distillkit.bench.sample import Sample
+from distillkit.bench.speed import SpeedRow, machine
+
+__all__ = ["fidelity_markdown", "fidelity_table", "speed_markdown", "speed_table", "write_csv"]
+
+
+def _number(value: float | None) -> str:
+    """Three digits: 0, 0.5, 1.67e-4, 12.3, 4,100, 10.4 M."""
+    if value is None:
+        return "–"
+    if value >= 999_500:
+        return f"{value / 1e6:.{3 - len(str(int(value / 1e6)))}f} M" if value < 1e9 else f"{value / 1e6:,.0f} M"
+    if value >= 1000:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    if value >= 0.01 or value == 0:
+        return f"{value:.3g}"
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{digits}e{int(exponent)}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _headed(title: str, about: str, table: Table, notes: Iterable[str]) -> Group:
+    # A note that several rows have is said once.
+    said = [Text(note, "yellow") for note in dict.fromkeys(notes) if note]
+    return Group("", Text(title, "bold"), Text(about, "dim"), "", table, *([""] if said else []), *said)
+
+
+def _table(headings: Sequence[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", overflow="fold", vertical="bottom")
+    return table
+
+
+# -- fidelity ----------------------------------------------------------------------------------------------------------
+
+_FIDELITY_ABOUT = (
+    "What is read back from the bytes, against the original top k. KL in nats, errors of log-probabilities in nats. "
+    "Limits: the same layout without roundings, fitted by unweighted least squares, and for the least possible KL."
+)
+
+
+def fidelity_table(rows: Sequence[FidelityRow], sample: Sample) -> Group:
+    """One configuration after the other: ours, the published encoder, and the limits of its layout."""
+    headings = "", "KL\nmean", "\np99", "\nmax", "mass\nerror", "mass\n> 1", "top-1\nsame", "worst\nerror", "p >\n1e-6"
+    table = _table((*headings, "ris-\ning"))
+    for row in rows:
+        table.add_row(Text.assemble((row.config, "cyan"), f"  {row.bytes_per_token:,} bytes a token"))
+        versus = "" if row.over_optimum is None else f" ({row.over_optimum:.2f} × least KL)"
+        for label, found in (
+            (f"  ours{versus}", row.ours),
+            ("  published encoder", row.published),
+            ("  limit: least squares", row.least_squares),
+            ("  limit: least KL", row.optimum),
+        ):
+            if found is not None:
+                table.add_row(label, *_cells(found))
+    notes = [sample.caution, *(f"{row.config}: {row.note}" for row in rows if row.note)]
+    title = f"fidelity on {len(sample):,} {sample.about}"
+    return _headed(title, _FIDELITY_ABOUT, table, notes)
+
+
+def _cells(found: Figures) -> tuple[str, ...]:
+    return (
+        _number(found.kl_mean),
+        _number(found.kl_p99),
+        _number(found.kl_max),
+        _number(found.mass_error),
+        _share(found.mass_above_one),
+        _share(found.top1_agreement),
+        _number(found.worst_error),
+        _number(found.worst_likely),
+        _share(found.increasing),
+    )
+
+
+def fidelity_markdown(rows: Sequence[FidelityRow]) -> str:
+    """A line for each configuration; ours / published in each cell."""
+    headings = "KL mean", "KL p99", "KL max", "mass error", "top-1 agreement", "worst error", "worst, p > 1e-6"
+    lines = [
+        f"| configuration | bytes a token | {' | '.join(headings)} | ours / least KL |",
+        "|---|---|" + "---|" * (len(headings) + 1),
+    ]
+    for row in rows:
+        if row.ours is None:
+            lines.append(f"| `{row.config}` | {row.bytes_per_token:,} | skipped: {row.note} |" + " |" * len(headings))
+            continue
+        ours = _chosen(row.ours)
+        published = ("fails",) * len(ours) if row.published is None else _chosen(row.published)
+        cells = [f"**{own}** / {other}" for own, other in zip(ours, published, strict=True)]
+        versus = "" if row.over_optimum is None else f"{row.over_optimum:.3f}"
+        lines.append(f"| `{row.config}` | {row.bytes_per_token:,} | {' | '.join(cells)} | {versus} |")
+    return "\n".join(lines) + "\n"
+
+
+def _chosen(found: Figures) -> tuple[str, ...]:
+    mean, p99, most, mass_error, _, top1, worst, likely, _ = _cells(found)
+    return mean, p99, most, mass_error, top1, worst, likely
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+_SPEED_ABOUT = (
+    "Tokens a second, best of several runs, ours and the published algorithm in straightforward batched torch in turns. "
+    "MB/s are of the decoded ids and values (12 bytes each), or of the logits. Limit: what this machine does with as "
+    "many bytes."
+)
+
+
+def speed_table(rows: Sequence[SpeedRow]) -> Group:
+    """A line for each kind of work."""
+    headings = "", "rows\na call", "ours\ntokens/s", "published\ntokens/s", "\nratio", "bytes\na token", "\nMB/s"
+    table = _table((*headings, "of the\nlimit"))
+    notes = []
+    for row in rows:
+        ratio = "–" if row.ratio is None else f"{_number(row.ratio)}×"
+        speeds = _number(row.tokens_per_second), _number(row.published)
+        share = f"{_share(row.of_limit)}"
+        table.add_row(row.work, f"{row.rows:,}", *speeds, ratio, str(row.bytes_per_token), _megabytes(row), share)
+        notes += [f"{row.work}: {note}" for note in (_memory_note(row), row.note) if note]
+    limits = "; ".join(f"{_works(rows, limit)}: {limit}" for limit in dict.fromkeys(row.limit_is for row in rows))
+    return _headed(f"speed on {machine()}", f"{_SPEED_ABOUT} {limits}.", table, notes)
+
+
+def _works(rows: Sequence[SpeedRow], limit: str) -> str:
+    dense = all(row.work.startswith("dense") for row in rows if row.limit_is == limit)
+    return "Of dense logits" if dense else "of the others" if "read" in rows[-1].limit_is else "Of rows"
+
+
+def _megabytes(row: SpeedRow) -> str:
+    return f"{row.mb_per_second:,.0f}"
+
+
+def _memory_note(row: SpeedRow) -> str:
+    if row.extra_bytes is None or row.published_extra_bytes is None:
+        return ""
+    ours, published = row.extra_bytes / 1e6, row.published_extra_bytes / 1e6
+    return f"memory beyond inputs and outputs, at the peak: {ours:.1f} MB, published {published:.1f} MB"
+
+
+def speed_markdown(rows: Sequence[SpeedRow]) -> str:
+    """A line for each kind of work."""
+    lines = [
+        "| work | rows a call | tokens/s | published, tokens/s | ratio | bytes a token | MB/s | limit, tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"**{_number(row.ratio)}×**"
+        cells = (
+            row.work,
+            f"{row.rows:,}",
+            _number(row.tokens_per_second),
+            "" if row.published is None else _number(row.published),
+            ratio,
+            str(row.bytes_per_token),
+            _megabytes(row),
+            f"{_number(row.limit)} ({row.limit_is})",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"{row.work}: {_memory_note(row)}." for row in rows if _memory_note(row))]
+    return "\n".join(lines) + "\n"
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def write_csv(path: Path, rows: Sequence[FidelityRow] | Sequence[SpeedRow], about: dict[str, Any]) -> None:
+    """One line a row, figures in columns of their own, and `about` (machine, version) at the end of each."""
+    flat = [{**_flat(row.to_dict()), **about} for row in rows]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}_{part}": _rounded(figure) for part, figure in value.items()}
+        elif name not in ("ours", "published", "least_squares", "optimum") or value is not None:
+            flat[name] = _rounded(value)
+    return flat
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value

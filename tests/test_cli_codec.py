@@ -205,16 +205,6 @@ def test_convert_then_inspect(tmp_path: Path) -> None:
         assert found[key] == before[key]
 
 
-def test_bench_measures_both_presets() -> None:
-    result = run("bench", "--json")
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert [row["preset"] for row in found] == ["recommended", "budget"]
-    for row in found:
-        assert row["encode_tokens_per_second"] == pytest.approx(row["cores"] * row["encode_tokens_per_second_per_core"])
-        assert row["decode_tokens_per_second"] > row["encode_tokens_per_second"] > 0
-
-
 def test_a_missing_package_is_named(dataset: Path, tmp_path: Path) -> None:
     refusal = "raise ModuleNotFoundError('no torch', name='torch')"
     (tmp_path / "torch.py").write_text(refusal)

@@ -18,8 +18,8 @@ from distillkit.bench.speed import SpeedRow, machine
 __all__ = ["fidelity_markdown", "fidelity_table", "speed_markdown", "speed_table", "write_csv"]
 
 
-def _number(value: float | None) -> str:
-    """Three digits: 0, 0.5, 1.67e-4, 12.3, 4,100, 10.4 M."""
+def _number(value: float | None, digits: int = 3) -> str:
+    """A few digits: 0, 0.5, 1.67e-4, 12.3, 4,100, 10.4 M."""
     if value is None:
         return "–"
     if value >= 999_500:
@@ -27,9 +27,9 @@ def _number(value: float | None) -> str:
     if value >= 1000:
         return f"{float(f'{value:.3g}'):,.0f}"
     if value >= 0.01 or value == 0:
-        return f"{value:.3g}"
-    digits, exponent = f"{value:.2e}".split("e")
-    return f"{digits}e{int(exponent)}"
+        return f"{value:.0f}" if value >= 10**digits else f"{value:.{digits}g}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _share(value: float) -> str:
@@ -39,11 +39,11 @@ def _share(value: float) -> str:
 def _headed(title: str, about: str, table: Table, notes: Iterable[str]) -> Group:
     # A note that several rows have is said once.
     said = [Text(note, "yellow") for note in dict.fromkeys(notes) if note]
-    return Group("", Text(title, "bold"), Text(about, "dim"), "", table, *([""] if said else []), *said)
+    return Group(Text(title, "bold"), Text(about, "dim"), "", table, *([""] if said else []), *said)
 
 
 def _table(headings: Sequence[str]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", overflow="fold", vertical="bottom")
     return table
@@ -52,8 +52,9 @@ def _table(headings: Sequence[str]) -> Table:
 # -- fidelity ----------------------------------------------------------------------------------------------------------
 
 _FIDELITY_ABOUT = (
-    "What is read back from the bytes, against the original top k. KL in nats, errors of log-probabilities in nats. "
-    "Limits: the same layout without roundings, fitted by unweighted least squares, and for the least possible KL."
+    "What is read back from the bytes (B: a token) of our encoder and of the published one, against the original top "
+    "k; KL and errors in nats. Rising: rows whose values do not only fall. Limits of the layout, nothing rounded: "
+    "unweighted least squares, and the least KL that there is, which lets the far tail go."
 )
 
 
@@ -62,32 +63,34 @@ def fidelity_table(rows: Sequence[FidelityRow], sample: Sample) -> Group:
     headings = "", "KL\nmean", "\np99", "\nmax", "mass\nerror", "mass\n> 1", "top-1\nsame", "worst\nerror", "p >\n1e-6"
     table = _table((*headings, "ris-\ning"))
     for row in rows:
-        table.add_row(Text.assemble((row.config, "cyan"), f"  {row.bytes_per_token:,} bytes a token"))
-        versus = "" if row.over_optimum is None else f" ({row.over_optimum:.2f} × least KL)"
+        table.add_row(Text.assemble((row.config, "cyan"), f", {row.bytes_per_token:,} B"))
         for label, found in (
-            (f"  ours{versus}", row.ours),
-            ("  published encoder", row.published),
-            ("  limit: least squares", row.least_squares),
-            ("  limit: least KL", row.optimum),
+            ("  ours", row.ours),
+            ("  published", row.published),
+            ("  least squares", row.least_squares),
+            ("  least KL", row.optimum),
         ):
             if found is not None:
-                table.add_row(label, *_cells(found))
-    notes = [sample.caution, *(f"{row.config}: {row.note}" for row in rows if row.note)]
+                table.add_row(label, *_cells(found, digits=2))
     title = f"fidelity on {len(sample):,} {sample.about}"
-    return _headed(title, _FIDELITY_ABOUT, table, notes)
+    notes = [f"{row.config}: {row.note}" for row in rows if row.note]
+    near = ", ".join(f"{row.config} {row.over_optimum:.2f}" for row in rows if row.over_optimum is not None)
+    if near:
+        notes.append(f"mean KL of ours over the least possible: {near}")
+    return _headed(title, _FIDELITY_ABOUT, table, [sample.caution, *notes])
 
 
-def _cells(found: Figures) -> tuple[str, ...]:
+def _cells(found: Figures, digits: int = 3) -> tuple[str, ...]:
     return (
-        _number(found.kl_mean),
-        _number(found.kl_p99),
-        _number(found.kl_max),
-        _number(found.mass_error),
+        _number(found.kl_mean, digits),
+        _number(found.kl_p99, digits),
+        _number(found.kl_max, digits),
+        _number(found.mass_error, digits),
         _share(found.mass_above_one),
         _share(found.top1_agreement),
-        _number(found.worst_error),
-        _number(found.worst_likely),
-        _share(found.increasing),
+        _number(found.worst_error, digits),
+        _number(found.worst_likely, digits),
+        f"{found.increasing:.0%}",
     )
 
 
@@ -118,9 +121,9 @@ def _chosen(found: Figures) -> tuple[str, ...]:
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 _SPEED_ABOUT = (
-    "Tokens a second, best of several runs, ours and the published algorithm in straightforward batched torch in turns. "
-    "MB/s are of the decoded ids and values (12 bytes each), or of the logits. Limit: what this machine does with as "
-    "many bytes."
+    "Best of several runs, ours and the published algorithm in straightforward batched torch in turns. MB/s are of the "
+    "decoded ids and values (12 bytes for each of k), or of the logits. The limit is what this machine does with as "
+    "many bytes: copying them; reading dense logits once."
 )
 
 
@@ -135,13 +138,7 @@ def speed_table(rows: Sequence[SpeedRow]) -> Group:
         share = f"{_share(row.of_limit)}"
         table.add_row(row.work, f"{row.rows:,}", *speeds, ratio, str(row.bytes_per_token), _megabytes(row), share)
         notes += [f"{row.work}: {note}" for note in (_memory_note(row), row.note) if note]
-    limits = "; ".join(f"{_works(rows, limit)}: {limit}" for limit in dict.fromkeys(row.limit_is for row in rows))
-    return _headed(f"speed on {machine()}", f"{_SPEED_ABOUT} {limits}.", table, notes)
-
-
-def _works(rows: Sequence[SpeedRow], limit: str) -> str:
-    dense = all(row.work.startswith("dense") for row in rows if row.limit_is == limit)
-    return "Of dense logits" if dense else "of the others" if "read" in rows[-1].limit_is else "Of rows"
+    return _headed(f"speed on {machine()}", _SPEED_ABOUT, table, notes)
 
 
 def _megabytes(row: SpeedRow) -> str:

@@ -1,0 +1,186 @@
+"""The baseline against the published vectors, the tables' figures against hand computation, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import reference
+from distillkit.bench.fidelity import Figures, compare, figures, least_squares, optimum
+from distillkit.bench.published import published_codec
+from distillkit.bench.sample import Sample, bundled_sample, load_sample, save_sample
+from distillkit.bench.speed import machine
+from distillkit.bench.tables import fidelity_markdown, write_csv
+from distillkit.codec import PRESETS, Codec, preset
+from distillkit.errors import InputError
+from distillkit.shards import ShardWriter
+from distillkit.types import SparseLogprobs
+from test_cli_codec import run
+from test_codec import CASES, HALF_ULP, golden, published_tolerance
+from test_shards import CODEC, HEADER, VOCAB
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_baseline_is_the_published_codec(name: str) -> None:
+    """It reads the recorded bytes as recorded, and its own lose as much as the recorded ones do."""
+    codec, recorded, data = golden(name)
+    baseline = published_codec(codec.config)
+    ids, logprobs = baseline.decode(torch.from_numpy(data))
+    np.testing.assert_array_equal(ids.numpy(), recorded["out_ids"])
+    # Sums come out a little different with the order in which a machine adds, in the terms' type.
+    tolerance = published_tolerance(codec, recorded)[1]
+    tolerance += 2 * HALF_ULP[codec.config.term_dtype] * np.abs(recorded["out_logprobs"]).max()
+    np.testing.assert_allclose(logprobs.numpy(), recorded["out_logprobs"], rtol=0, atol=tolerance)
+    exact_k = codec.config.exact_k
+    np.testing.assert_array_equal(logprobs.numpy()[:, :exact_k], recorded["out_logprobs"][:, :exact_k])
+
+    original = torch.from_numpy(recorded["in_logprobs"].astype(np.float32))
+    written = baseline.encode(torch.from_numpy(recorded["in_ids"].astype(np.int64)), original)
+    assert tuple(written.shape) == data.shape
+    descending = original.sort(descending=True).values.numpy()
+    own = reference.kl_renormalised(descending, baseline.decode(written)[1].numpy()).mean()
+    theirs = reference.kl_renormalised(descending, recorded["out_logprobs"]).mean()
+    assert own == pytest.approx(theirs, rel=0.2, abs=1e-9)
+
+
+def test_baseline_takes_dense_logits() -> None:
+    config = preset("recommended", vocab_size=400)
+    logits = torch.randn(5, 400, generator=torch.Generator().manual_seed(0)) * 3
+    baseline = published_codec(config)
+    exact = torch.log_softmax(logits.double(), -1).topk(128)
+    ids, logprobs = Codec(config).decode(baseline.encode_logits(logits).numpy())
+    np.testing.assert_array_equal(ids, exact.indices.numpy())
+    np.testing.assert_allclose(logprobs[:, :16], exact.values[:, :16].numpy(), rtol=2**-8)
+
+
+def test_figures_by_hand() -> None:
+    """Two rows of two ids: one decoded as it is, one with the probabilities 3/4 and 1/4 swapped."""
+    original = np.log([[0.5, 0.25], [0.75, 0.25]])
+    decoded = np.log([[0.5, 0.25], [0.25, 0.75]])
+    swapped = 0.75 * math.log(3) - 0.25 * math.log(3)
+    expected = Figures(
+        kl_mean=swapped / 2,
+        kl_p99=0.99 * swapped,
+        kl_max=swapped,
+        mass_error=0.0,
+        mass_above_one=0.0,
+        top1_agreement=0.5,
+        worst_error=math.log(3),
+        worst_likely=math.log(3),
+        increasing=0.5,
+    )
+    assert vars(figures(original, decoded)) == pytest.approx(vars(expected), abs=1e-12)
+    # A second row of mass 1.25, and an error of 5 nats where there is next to nothing.
+    found = figures(np.log([[0.5, 1e-7]]), np.log([[1.25, 1e-7 / math.exp(5)]]))
+    assert (found.mass_above_one, found.worst_error) == (1.0, pytest.approx(5.0))
+    assert found.worst_likely == pytest.approx(math.log(2.5))
+    assert found.mass_error == pytest.approx(0.75, abs=1e-6)
+
+
+def test_limits_of_a_layout() -> None:
+    """No coefficients near the optimum are better; two ranks and two terms are fitted exactly."""
+    sample = bundled_sample().first(40)
+    config = preset("budget", vocab_size=sample.vocab_size)
+    _, original = sample.top(config.k, config.d)
+    best, fitted = optimum(config, original), least_squares(config, original)
+    least = reference.kl_renormalised(original, best)
+    assert (least <= reference.kl_renormalised(original, fitted) + 1e-9).all()
+    np.testing.assert_array_equal(best[:, :1], original[:, :1])
+    # With a constant among the terms, the optimum keeps the mass.
+    np.testing.assert_allclose(np.exp(best).sum(-1), np.exp(original.astype(np.float64)).sum(-1), atol=1e-4)
+    t = np.arange(49.0)
+    for change in (np.sqrt(t), t / 49, np.ones(49)):
+        for size in (-0.02, 0.02):
+            moved = best.copy()
+            moved[:, 1:] += size * change
+            assert (reference.kl_renormalised(original, moved) >= least - 1e-7).all()
+
+    exact = codec_of(k=3, exact_k=1, polynomial_terms=[0, 1])
+    np.testing.assert_allclose(optimum(exact.config, original[:, :3]), original[:, :3], atol=1e-4)
+    np.testing.assert_allclose(least_squares(exact.config, original[:, :3]), original[:, :3], atol=1e-6)
+
+
+def codec_of(**fields: Any) -> Codec:
+    return Codec({"d": 49_152, "residual_bins": [], "delta_encoding": False, **fields})
+
+
+def test_a_row_of_the_table(tmp_path: Path) -> None:
+    sample = bundled_sample().first(64)
+    row = compare("recommended", preset("recommended", vocab_size=300), sample)  # smaller than the sample's ids
+    assert row.ours is not None
+    assert row.published is not None
+    assert row.optimum is not None
+    assert row.over_optimum is not None
+    assert row.rows == 64
+    assert row.ours.kl_mean < 0.01 < row.published.kl_mean
+    assert 0.98 < row.over_optimum < 1.2
+    bins = [{"scale_dtype": "float32", "element_bits": 8, "num_elements": 4}]
+    delta = compare("delta", codec_of(k=8, exact_k=4, residual_bins=bins).config, sample)
+    assert (delta.optimum, delta.least_squares) == (None, None)
+    skipped = compare("wide", codec_of(k=200, exact_k=200).config, sample)
+    assert skipped.skipped
+    assert skipped.note == "stores 200 ids a row, the sample has 128"
+    rows = [row, delta, skipped]
+    lines = fidelity_markdown(rows).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    write_csv(tmp_path / "results" / "table.csv", rows, {"machine": machine()})
+    assert len((tmp_path / "results" / "table.csv").read_text().splitlines()) == 4
+
+
+def test_samples_of_files_and_datasets(tmp_path: Path) -> None:
+    sample = bundled_sample()
+    assert (len(sample), sample.k) == (512, 128)
+    assert (np.diff(sample.logprobs) <= 0).all()
+    save_sample(tmp_path / "own.npz", Sample(sample.ids[:9, ::-1], sample.logprobs[:9, ::-1], 49_152, "own rows"))
+    own = load_sample(tmp_path / "own.npz")
+    np.testing.assert_array_equal(own.ids, sample.ids[:9])
+    np.testing.assert_array_equal(own.logprobs, sample.logprobs[:9])
+    assert (own.about, own.vocab_size, own.caution) == ("own rows", 49_152, "")
+    np.savez(tmp_path / "other.npz", tokens=np.zeros(3))
+    with pytest.raises(InputError, match="ids and logprobs not found; it has tokens"):
+        load_sample(tmp_path / "other.npz")
+    with ShardWriter(tmp_path / "captured", HEADER) as writer:
+        values = np.tile(np.log([0.6, 0.1, 0.08, 0.06, 0.05, 0.04]), (9, 1)).astype(np.float32)
+        ids = np.tile(np.arange(6), (9, 1))
+        writer.write(np.arange(10), SparseLogprobs(ids, values))
+    captured = load_sample(tmp_path / "captured")
+    assert (len(captured), captured.k, captured.vocab_size) == (9, CODEC.k, VOCAB)
+    assert "lossy capture" in captured.caution
+    assert "positions of a teacher, decoded from" in captured.about
+
+
+def test_ids_are_made_to_fit_a_small_vocabulary() -> None:
+    ids, _ = bundled_sample().top(100, 130)
+    assert ids.max() < 130
+    assert (np.diff(np.sort(ids)) > 0).all()
+
+
+def test_bench_shows_both_tables(tmp_path: Path) -> None:
+    result = run("bench", "--quick", "--json", "--vocab-size", "5000")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [row["config"] for row in found["fidelity"]] == list(PRESETS)
+    assert found["sample"]["rows"] == 256
+    for row in found["fidelity"]:
+        assert 0 < row["ours"]["kl_mean"] < row["published"]["kl_mean"]
+        assert row["over_optimum"] > 0.9
+    works = [row["work"] for row in found["speed"]]
+    assert works[:4] == ["encode recommended", "decode recommended", "encode budget", "decode budget"]
+    assert len(works) == 10
+    for row in found["speed"]:
+        assert row["tokens_per_second"] > 0
+        assert row["limit"] > 0
+        assert (row["ratio"] is None) == row["work"].startswith("shard")
+    # Without torch there is no baseline, and the message says what to install.
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    refused = run("bench", PYTHONPATH=path)
+    assert refused.returncode == 1
+    assert "this needs torch, which is not installed" in refused.stderr

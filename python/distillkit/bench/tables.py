@@ -37,8 +37,7 @@ def _share(value: float) -> str:
 
 
 def _headed(title: str, about: str, table: Table, notes: Iterable[str]) -> Group:
-    # A note that several rows have is said once.
-    said = [Text(note, "yellow") for note in dict.fromkeys(notes) if note]
+    said = [Text(note, "yellow") for note in notes if note]
     return Group(Text(title, "bold"), Text(about, "dim"), "", table, *([""] if said else []), *said)
 
 
@@ -63,6 +62,8 @@ def fidelity_table(rows: Sequence[FidelityRow], sample: Sample) -> Group:
     headings = "", "KL\nmean", "\np99", "\nmax", "mass\nerror", "mass\n> 1", "top-1\nsame", "worst\nerror", "p >\n1e-6"
     table = _table((*headings, "ris-\ning"))
     for row in rows:
+        if row.skipped:
+            continue
         table.add_row(Text.assemble((row.config, "cyan"), f", {row.bytes_per_token:,} B"))
         for label, found in (
             ("  ours", row.ours),
@@ -131,13 +132,15 @@ def speed_table(rows: Sequence[SpeedRow]) -> Group:
     """A line for each kind of work."""
     headings = "", "rows\na call", "ours\ntokens/s", "published\ntokens/s", "\nratio", "bytes\na token", "\nMB/s"
     table = _table((*headings, "of the\nlimit"))
-    notes = []
     for row in rows:
         ratio = "–" if row.ratio is None else f"{_number(row.ratio)}×"
         speeds = _number(row.tokens_per_second), _number(row.published)
         share = f"{_share(row.of_limit)}"
         table.add_row(row.work, f"{row.rows:,}", *speeds, ratio, str(row.bytes_per_token), _megabytes(row), share)
-        notes += [f"{row.work}: {note}" for note in (_memory_note(row), row.note) if note]
+    notes = [f"{row.work}: {_memory_note(row)}" for row in rows if _memory_note(row)]
+    for note in dict.fromkeys(row.note for row in rows if row.note):
+        works = [row.work for row in rows if row.note == note]
+        notes.append(f"{'; '.join(works)}: {note}")
     return _headed(f"speed on {machine()}", _SPEED_ABOUT, table, notes)
 
 

@@ -30,9 +30,12 @@ const RIDGE: f32 = 1e-4;
 const FIRST_RIDGE: f32 = 1e-3;
 /// Weight of ranks with a residual of their own, and the least weight, in a fit that is followed by residuals.
 const COVERED_SHARE: f32 = 0.01;
-const LEAST_WEIGHT: f32 = 1e-3;
+pub(crate) const LEAST_WEIGHT: f32 = 1e-3;
 /// No step moves a fitted value by more nats than this: farther away e^F is not the parabola that the step assumes.
 const LONGEST_STEP: f32 = 2.0;
+/// Log-probabilities below this are fitted as this: their probability is 0 in every float type, and a fit that reaches for −1e30 loses all
+/// others.
+pub(crate) const DEEPEST: f32 = -1000.0;
 /// Newton's method stops after the step that promised to lower KL by less than this (nats).
 const ENOUGH: f32 = 2e-5;
 const MOST_STEPS: usize = 4;
@@ -568,7 +571,7 @@ fn lower(r: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..r).flat_map(|i| (0..=i).map(move |j| (i, j)))
 }
 
-/// Fills `target` with y − base, `f` with zeros and makes room in the rest; returns the target of the first rank, which probabilities are
+/// Fills `target` with y − base (neither below [`DEEPEST`]), `f` with zeros and makes room in the rest; returns the target of the first rank, which probabilities are
 /// relative to. Unused lanes repeat the first row.
 #[inline(always)]
 fn load(rows: &[FitRow], scratch: &mut FitScratch) -> Lanes {
@@ -577,11 +580,11 @@ fn load(rows: &[FitRow], scratch: &mut FitScratch) -> Lanes {
         buffer.resize(n, Lanes::ZERO);
     }
     scratch.f.fill(Lanes::ZERO);
-    let base = each(rows, |row| row.base);
+    let base = each(rows, |row| row.base.max(DEEPEST));
     let rows: [&[f32]; LANES] = std::array::from_fn(|lane| &rows.get(lane).unwrap_or(&rows[0]).y[..n]);
     for (t, target) in scratch.target.iter_mut().enumerate() {
         one_step();
-        *target = Lanes(rows.map(|y| y[t])) - base;
+        *target = Lanes(rows.map(|y| y[t])).max(Lanes::splat(DEEPEST)) - base;
     }
     scratch.target[0]
 }

@@ -30,44 +30,62 @@ fn quantize(value: f64, bits: u32, scale: f32) -> u64 {
     (centred as u64).wrapping_add(1 << (bits - 1)) & max_value(bits)
 }
 
-/// A scale for the residuals: of the published choice max|r| / 2^(b−1), and the one that also reaches the largest positive residual
-/// (codes go one further down than up), the one with the smaller squared error. One bit: mean |r|, the least-squares choice for ±scale.
-fn choose_scale(residuals: &[f64], bin: &ResidualBin) -> f32 {
-    let stored = |scale: f64| bin.scale_dtype.round(scale.max(bin.scale_dtype.smallest_positive())) as f32;
-    let largest = residuals.iter().fold(0.0, |a: f64, r| a.max(r.abs()));
-    if largest == 0.0 {
+/// What an element should say, and how much its squared error counts.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Residual {
+    pub(crate) wanted: f64,
+    pub(crate) weight: f64,
+}
+
+/// The scale of least weighted squared error among a ladder of candidates below the one that reaches every residual: with few bits it pays
+/// to cut off the rare large ones. One bit: the weighted mean |r|, the least-squares choice for ±scale.
+fn choose_scale(residuals: &[Residual], bin: &ResidualBin) -> f32 {
+    let dtype = bin.scale_dtype;
+    let stored = |scale: f64| dtype.round(scale.clamp(dtype.smallest_positive(), dtype.max().min(f64::from(f32::MAX)))) as f32;
+    let up = residuals.iter().fold(0.0, |a: f64, r| a.max(r.wanted));
+    let down = residuals.iter().fold(0.0, |a: f64, r| a.max(-r.wanted));
+    if up.max(down) == 0.0 {
         return 1.0;
     }
     if bin.element_bits == 1 {
-        return stored(residuals.iter().map(|r| r.abs()).sum::<f64>() / residuals.len() as f64);
+        let weight: f64 = residuals.iter().map(|r| r.weight).sum();
+        return stored(residuals.iter().map(|r| r.weight * r.wanted.abs()).sum::<f64>() / weight);
     }
+    // Codes go one further down than up.
     let codes = 2f64.powi(bin.element_bits as i32 - 1);
-    let up = residuals.iter().fold(0.0, |a: f64, &r| a.max(r));
-    let down = residuals.iter().fold(0.0, |a: f64, &r| a.max(-r));
-    let published = stored(largest / codes);
-    let reaching = stored((up / (codes - 1.0)).max(down / codes));
+    let reaching = (up / (codes - 1.0)).max(down / codes);
     let error = |scale: f32| -> f64 {
-        let one = |&r: &f64| (r - f64::from(dequantize(quantize(r, bin.element_bits, scale), bin.element_bits, scale))).powi(2);
-        residuals.iter().map(one).sum()
+        let decoded = |r: f64| f64::from(dequantize(quantize(r, bin.element_bits, scale), bin.element_bits, scale));
+        residuals.iter().map(|r| r.weight * (r.wanted - decoded(r.wanted)).powi(2)).sum()
     };
+    let candidates = [reaching, up.max(down) / codes].into_iter().chain((1..=LADDER).map(|step| reaching * STEP.powi(step)));
     // A float32 scale can underflow to zero for wide codes of tiny residuals; then every code is zero's.
-    if published == 0.0 || reaching == 0.0 {
-        return published.max(reaching).max(f32::from_bits(1));
-    }
-    if error(reaching) < error(published) { reaching } else { published }
+    let candidates = candidates.map(|scale| stored(scale).max(f32::from_bits(1)));
+    let best = candidates.map(|scale| (error(scale), scale)).min_by(|a, b| a.0.total_cmp(&b.0));
+    best.map_or(1.0, |(_, scale)| scale)
 }
+
+/// Steps down from the largest scale, and their ratio: to 23% of it.
+const LADDER: i32 = 9;
+const STEP: f64 = 0.85;
 
 /// Writes a bin at the start of `out` and returns the rest of it.
 ///
 /// With `feedback`, the error of each element is carried into the next one, and on into the next bin: asked for by `error_diffusion`, and
 /// always right for differences, whose errors would add up otherwise.
-pub(crate) fn encode_bin<'a>(bin: &ResidualBin, residuals: &[f64], feedback: bool, carry: &mut f64, out: &'a mut [u8]) -> &'a mut [u8] {
+pub(crate) fn encode_bin<'a>(
+    bin: &ResidualBin,
+    residuals: &[Residual],
+    feedback: bool,
+    carry: &mut f64,
+    out: &'a mut [u8],
+) -> &'a mut [u8] {
     let bits = bin.element_bits;
     let scale = choose_scale(residuals, bin);
     let rest = bin.scale_dtype.write(f64::from(scale), out);
     let (packed, rest) = rest.split_at_mut(packed_len(bin.num_elements, bits));
     pack_with(bin.num_elements, bits, packed, |j| {
-        let wanted = residuals[j] + *carry;
+        let wanted = residuals[j].wanted + *carry;
         let code = quantize(wanted, bits, scale);
         if feedback {
             *carry = wanted - f64::from(dequantize(code, bits, scale));
@@ -95,7 +113,8 @@ mod tests {
     fn round_trip(bits: u32, residuals: &[f64]) -> Vec<f32> {
         let bin = ResidualBin { scale_dtype: FloatType::Float32, element_bits: bits, num_elements: residuals.len() };
         let mut out = vec![0; bin.bytes()];
-        encode_bin(&bin, residuals, false, &mut 0.0, &mut out);
+        let residuals: Vec<Residual> = residuals.iter().map(|&wanted| Residual { wanted, weight: 1.0 }).collect();
+        encode_bin(&bin, &residuals, false, &mut 0.0, &mut out);
         let mut back = vec![f32::NAN; residuals.len()];
         decode_bin(&bin, &out, |j, value| back[j] = value).unwrap();
         back

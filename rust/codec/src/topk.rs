@@ -15,11 +15,25 @@ const BLOCK: usize = 1024;
 
 /// A type that logits come in.
 pub trait Logit: Copy + Sync {
-    /// The values in float32, exactly: themselves, or converted into `buffer`, which is as long.
-    fn widen<'a>(logits: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32];
+    /// The value in float32, exactly.
+    fn to_f32(self) -> f32;
+
+    /// The values in float32: themselves, or converted into `buffer`, which is as long.
+    #[inline(always)]
+    fn widen<'a>(logits: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32] {
+        for (out, logit) in buffer.iter_mut().zip(logits) {
+            *out = logit.to_f32();
+        }
+        buffer
+    }
 }
 
 impl Logit for f32 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+
     #[inline(always)]
     fn widen<'a>(logits: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
         logits
@@ -27,6 +41,11 @@ impl Logit for f32 {
 }
 
 impl Logit for f16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+
     #[inline(always)]
     fn widen<'a>(logits: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32] {
         logits.convert_to_f32_slice(buffer);
@@ -36,11 +55,8 @@ impl Logit for f16 {
 
 impl Logit for bf16 {
     #[inline(always)]
-    fn widen<'a>(logits: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32] {
-        for (out, logit) in buffer.iter_mut().zip(logits) {
-            *out = f32::from_bits(u32::from(logit.to_bits()) << 16);
-        }
-        buffer
+    fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 }
 
@@ -94,7 +110,8 @@ fn topk_row_body<I: Isa, L: Logit>(_isa: I, logits: &[L], ids: &mut [i64], logpr
     let log_sum = libm::log(sum);
     for ((id, logprob), &(logit, index)) in ids.iter_mut().zip(logprobs).zip(best.iter()) {
         *id = i64::from(index);
-        *logprob = (f64::from(logit) - f64::from(highest) - log_sum) as f32;
+        // Finite logits have finite log-probabilities, however far apart they are.
+        *logprob = ((f64::from(logit) - f64::from(highest) - log_sum) as f32).max(f32::MIN);
     }
     Ok(f64::from(highest) + log_sum)
 }

@@ -7,10 +7,10 @@ use std::ops::Range;
 use crate::bounds::{Bounds, BoundsScratch, enforce, enforce_group};
 use crate::config::{MAX_TERMS, ResidualBin};
 use crate::error::{CodecError, Result};
-use crate::fit::{Fit, FitRow, FitScratch, Fitted, Limits};
+use crate::fit::{DEEPEST, Fit, FitRow, FitScratch, Fitted, LEAST_WEIGHT, Limits};
 use crate::float::FloatType;
-use crate::lanes::{LANES, all_finite, sum_exp};
-use crate::quantize::{decode_bin, encode_bin};
+use crate::lanes::{LANES, all_finite, exp, sum_exp};
+use crate::quantize::{Residual, decode_bin, encode_bin};
 use crate::simd::Isa;
 
 /// How much each value must be below the one before it, nats: tried in turn until the decoder's rounding leaves the row in order.
@@ -21,6 +21,8 @@ const LIKELY: f32 = -13.815_51;
 const ALLOWED_ERROR: f64 = 3.0;
 /// Where order and errors exclude each other, errors may be this many times larger, in turn.
 const RELAXED: [f64; 5] = [1.0, 1.25, 1.6, 2.5, f64::INFINITY];
+/// All exact values are lowered by this much (nats) at most; where a layout can't hold a row better than that, its exact values matter more.
+const LARGEST_LOWERING: f64 = 1e-2;
 /// Decoded mass may exceed 1 by this much: the rounding of its own computation.
 const MASS_ROUNDING: f64 = 1e-6;
 
@@ -70,7 +72,7 @@ struct RowScratch {
     /// What the polynomial decodes to; in float64 only where more is done with it.
     approximate: Vec<f64>,
     approximate32: Vec<f32>,
-    residuals: Vec<f64>,
+    residuals: Vec<Residual>,
 }
 
 impl Values {
@@ -133,12 +135,16 @@ impl Values {
         Ok(())
     }
 
-    /// Appends the stored exact values and returns where the sequence stands: the running sum of differences (0 without differences).
+    /// Appends the stored exact values and returns where the sequence stands: without differences 0, with them the running sum, less the
+    /// mean error of the values so far, weighted by their probabilities.
+    ///
+    /// Differences are rounded against what was stored before, so errors do not add up; and not to the values but to the values moved by
+    /// that mean error, since KL is blind to an error that all values share.
     #[inline(always)]
     fn round_exact(&self, y: &[f32], exact: &mut Vec<f64>) -> Result<f64> {
-        let mut sum = 0.0;
-        for (rank, value) in y.iter().enumerate() {
-            let stored = self.layout.exact_dtype.round(f64::from(*value) - sum);
+        let (mut sum, mut shared, mut mass, mut error) = (0.0, 0.0, 0.0, 0.0);
+        for (rank, &value) in y.iter().enumerate() {
+            let stored = self.layout.exact_dtype.round(f64::from(value) + shared - sum);
             if !stored.is_finite() {
                 let dtype = self.layout.exact_dtype;
                 return Err(CodecError::Input(format!("log-probability {value} at rank {rank} is too large for {dtype:?} (exact_dtype)")));
@@ -146,9 +152,13 @@ impl Values {
             exact.push(stored);
             if self.layout.delta_encoding {
                 sum += stored;
+                let p = f64::from(exp(value));
+                mass += p;
+                error += p * (sum - f64::from(value));
+                shared = if mass > 0.0 { error / mass } else { 0.0 };
             }
         }
-        Ok(sum)
+        Ok(sum - shared)
     }
 
     /// Leaves the row's stored coefficients and what they decode to in `scratch`, and its exact values such that the row is in order and
@@ -184,7 +194,7 @@ impl Values {
             fit.rounded(&fitted.c, y, fit_scratch, &mut scratch.coefficients);
             self.lower(lower, scratch);
             self.evaluate(scratch);
-            if self.is_ordered(ceiling, scratch) {
+            if self.is_good(ceiling, scratch) {
                 self.lift_last_exact(exact.clone(), scratch);
                 let excess = self.limit_mass(row, exact.clone(), scratch);
                 if excess <= MASS_ROUNDING || lower > 0.0 || self.constant.is_none() {
@@ -195,14 +205,20 @@ impl Values {
                 lower = -libm::log(1.0 - (excess / mass).min(0.5));
                 self.lower(lower, scratch);
                 self.evaluate(scratch);
-                if self.is_ordered(ceiling, scratch) {
+                if self.is_good(ceiling, scratch) {
                     return;
                 }
             }
             // What the fit left in order, rounding did not.
             fitted.inside = false;
         }
-        self.level(y, ceiling, scratch);
+        // The coefficients' type is too coarse for order: least KL, then.
+        fit.rounded(&fitted.free, y, fit_scratch, &mut scratch.coefficients);
+        self.evaluate(scratch);
+        if !all_finite(&scratch.approximate32) {
+            self.level(y, ceiling, scratch);
+        }
+        self.limit_mass(row, exact, scratch);
     }
 
     /// Moves the fit into its bounds. Order comes before errors where a row can't have both.
@@ -230,12 +246,12 @@ impl Values {
         }
     }
 
-    /// One level for all approximated values, of the right mass: for rows whose shape does not fit into the coefficients' type.
+    /// One level for all approximated values, of the right mass if there is a constant term: for rows whose fit does not fit into the
+    /// coefficients' type.
     #[cold]
     fn level(&self, y: &[f32], ceiling: f64, scratch: &mut RowScratch) {
-        let Some(constant) = self.constant else { return };
         scratch.coefficients.fill(0.0);
-        if !self.layout.delta_encoding {
+        if let (Some(constant), false) = (self.constant, self.layout.delta_encoding) {
             let level = libm::log(sum_exp(y) / self.n as f64).min(ceiling);
             let stored = self.layout.coefficient_dtype.round(level);
             scratch.coefficients[constant] = if stored > ceiling { self.layout.coefficient_dtype.next_down(stored) } else { stored };
@@ -280,16 +296,16 @@ impl Values {
         self.layout.residual_bins.iter().map(|bin| bin.num_elements).sum()
     }
 
-    /// Whether the decoded values do not increase from the first rank without a residual on.
+    /// Whether the decoded values are finite and do not increase from the first rank without a residual on.
     #[inline(always)]
-    fn is_ordered(&self, ceiling: f64, scratch: &RowScratch) -> bool {
+    fn is_good(&self, ceiling: f64, scratch: &RowScratch) -> bool {
         let values = &scratch.approximate32[self.covered()..];
-        let Some(&first) = values.first() else { return true };
+        let Some(&first) = values.first() else { return all_finite(&scratch.approximate32) };
         if self.layout.delta_encoding {
-            return values.iter().fold(true, |ordered, &step| ordered & (step <= 0.0));
+            return all_finite(&scratch.approximate32) && values.iter().fold(true, |ordered, &step| ordered & (step <= 0.0));
         }
         let ordered = values[1..].iter().zip(values).fold(true, |ordered, (next, this)| ordered & (next <= this));
-        ordered && (self.covered() > 0 || f64::from(first) <= ceiling)
+        ordered && all_finite(&scratch.approximate32) && (self.covered() > 0 || f64::from(first) <= ceiling)
     }
 
     /// Whether decoding needs more than exact values and float32 terms.
@@ -351,14 +367,16 @@ impl Values {
         }
         // What the bins should say: the values, or with differences the steps, less what the polynomial says.
         let y = &row[self.layout.exact_k..];
+        let deep = |j: usize| f64::from(y[j].max(DEEPEST));
         residuals.clear();
-        residuals.extend(y.iter().enumerate().map(|(j, value)| {
+        residuals.extend((0..y.len()).map(|j| {
             let before = match (self.layout.delta_encoding, j) {
                 (false, _) => 0.0,
-                (true, 0) => base,
-                (true, _) => f64::from(y[j - 1]),
+                (true, 0) => base.max(f64::from(DEEPEST)),
+                (true, _) => deep(j - 1),
             };
-            f64::from(*value) - before - approximate[j]
+            let weight = f64::from(exp(y[j] - y[0]) + LEAST_WEIGHT);
+            Residual { wanted: deep(j) - before - approximate[j], weight }
         }));
         let feedback = self.layout.delta_encoding || self.layout.error_diffusion;
         let (mut at, mut carry) = (0, 0.0);
@@ -405,10 +423,10 @@ impl Values {
     /// Lowers the first of the differences, and with it all values, where they decode to a total probability above 1.
     #[inline(always)]
     fn lower_all(&self, row: &[f32], exact: &mut [f64], decoded: f64) -> f64 {
-        let allowed = sum_exp(row).max(1.0);
-        if let (Some(first), true) = (exact.first_mut(), decoded > allowed + MASS_ROUNDING) {
+        let excess = decoded / sum_exp(row).max(1.0) - 1.0;
+        if let (Some(first), true) = (exact.first_mut(), excess > MASS_ROUNDING && excess < LARGEST_LOWERING) {
             let dtype = self.layout.exact_dtype;
-            *first = dtype.next_down(dtype.round(*first - libm::log(decoded / allowed)));
+            *first = dtype.next_down(dtype.round(*first - excess));
         }
         0.0
     }
@@ -425,6 +443,9 @@ impl Values {
                 continue;
             }
             let less = libm::exp(stored) - libm::exp(lower);
+            if less <= 0.0 {
+                continue;
+            }
             let score = if less >= excess { libm::exp(y) * ((lower - y).powi(2) - (stored - y).powi(2)) } else { f64::MAX / (1.0 + less) };
             if best.is_none_or(|(least, _)| score < least) {
                 best = Some((score, (rank, lower, less)));

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +25,6 @@ from distillkit.types import Array, SparseLogprobs
 
 if TYPE_CHECKING:
     import torch
-
-    from distillkit.codec.torch_decode import TorchDecoder
 
 __all__ = ["Codec"]
 
@@ -62,7 +59,8 @@ class Codec:
         self.config: CodecConfig = codec_config(config)
         self.format: str = self.config.format
         self.version: int = _VERSIONS[self.format]
-        self._native = _native.Codec(self.format, self.config.model_dump_json())
+        self._config_json = self.config.model_dump_json()
+        self._native = _native.Codec(self.format, self._config_json)
         self.k: int = self._native.k
         self.vocab_size: int = self._native.vocab_size
         self.value_bytes: int = self._native.value_bytes
@@ -175,32 +173,33 @@ class Codec:
         shape = (*data.shape[:-1], self.k)
         return ids.reshape(shape), logprobs.reshape(shape)
 
-    def decode_torch(self, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decodes rows with torch operations, on the tensor's own device.
+    def decode_torch(
+        self, data: torch.Tensor, *, out: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decodes rows with torch operations, on the tensor's own device; in inference mode and compiled, too.
 
-        Ids and exact values equal `decode`'s bit for bit, and so do the others unless the device sums or multiplies
-        differently (running
-        sums of `delta_encoding` on an accelerator: to 1e-6 relative). The content is not checked: rows come from
-        checked documents.
+        Ids and exact values equal `decode`'s bit for bit everywhere. The other values do where products and sums are
+        rounded one by one, as on a CPU. A compiler or device that rounds a product and a sum only once may move them by
+        m · 2⁻²³ · Σ |coefficient · term| (m terms), one that sums in another order (`delta_encoding`) by the last bit
+        of a float32. The content is not checked: rows come from checked documents.
+
+        In between it takes memory for some thousand rows on a CPU, on other devices about 12 bytes a value (rows × k).
 
         Args:
             data: (..., bytes_per_token) uint8.
+            out: contiguous tensors to fill instead of new ones, ids (..., k) int64 and logprobs (..., k) float32.
 
         Returns:
             ids (..., k) int64 and logprobs (..., k) float32, on the tensor's device.
 
         Raises:
-            InputError: not uint8.
+            InputError: not uint8, or `out` does not fit.
             TruncatedDataError: the last axis has another length.
         """
+        from distillkit.codec.torch_decode import decoder_for
+
         self._check_row_bytes(data)
-        return self._torch_decoder(data)
-
-    @cached_property
-    def _torch_decoder(self) -> TorchDecoder:
-        from distillkit.codec.torch_decode import TorchDecoder
-
-        return TorchDecoder(self.config, self._native.terms(), self._native.id_bits)
+        return decoder_for(self.format, self._config_json, data.device)(data, out)
 
     def _check_row_bytes(self, data: Any) -> None:
         if str(data.dtype).removeprefix("torch.") != "uint8":

@@ -165,6 +165,118 @@ def test_workers_read_too(written: tuple[Path, Written], method: str) -> None:
         assert pool.map_async(_doc_id, [(dataset, i) for i in range(12)]).get(timeout=120) == expected
 
 
+# -- many documents at once --------------------------------------------------------------------------------------------
+
+
+def assert_read_alike(dataset: Dataset, documents: Written) -> None:
+    """By index, in order, in blocks, decoded, and decoded by torch: the same documents and rows."""
+    one_by_one = [dataset[i] for i in range(len(dataset))]
+    expected = [dataset.codec.decode_document(document.teacher, document.num_rows) for document in one_by_one]
+    assert len(one_by_one) == len(documents)
+    read, seen = [*dataset.decoded()], 0
+    for block in dataset.blocks():
+        rows = block.decode()
+        tensor = block.tensor()
+        assert tensor.data_ptr() == block.rows.ctypes.data
+        np.testing.assert_array_equal(dataset.codec.decode_torch(tensor)[1].numpy(), rows.logprobs)
+        for document, end in zip(block.documents, block.ends, strict=True):
+            assert bytes(document.teacher) == one_by_one[seen].teacher
+            np.testing.assert_array_equal(rows.ids[end - document.num_rows : end], expected[seen].ids)
+            seen += 1
+    assert seen == len(documents)
+    for (ids, original, extra), document, other, (decoded, rows), wanted in zip(
+        documents, one_by_one, dataset, read, expected, strict=True
+    ):
+        assert isinstance(document.teacher, bytes)
+        assert document.teacher == other.teacher == bytes(decoded.teacher)
+        np.testing.assert_array_equal(rows.ids, original.ids)
+        np.testing.assert_array_equal(rows.logprobs, wanted.logprobs)
+        for found in (document, other, decoded):
+            np.testing.assert_array_equal(found.input_ids, ids)
+            for name in ("loss_mask", "segment_lengths"):
+                np.testing.assert_array_equal(getattr(found, name), extra.get(name))
+
+
+def stored_otherwise(path: Path, **options: Any) -> None:
+    """Writes a shard as another writer might: same columns, groups and metadata."""
+    with pq.ParquetFile(path) as parquet:
+        groups = [parquet.read_row_group(i) for i in range(parquet.num_row_groups)]
+        metadata = parquet.metadata.metadata
+    with pq.ParquetWriter(path, groups[0].schema, **options) as writer:
+        for group in groups:
+            writer.write_table(group)
+        writer.add_key_value_metadata({key: value for key, value in metadata.items() if key != b"ARROW:schema"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        None,
+        {"compression": "zstd"},
+        {"compression": "none", "use_dictionary": True},
+        {"compression": "none", "use_dictionary": False, "data_page_size": 100, "write_batch_size": 1},
+        {"compression": "none", "use_dictionary": False, "data_page_version": "2.0"},
+        {"compression": "none", "use_dictionary": False, "column_encoding": {"teacher": "DELTA_LENGTH_BYTE_ARRAY"}},
+    ],
+)
+def test_every_way_of_reading_gives_the_same(
+    options: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several row groups a shard, some of a single document, and pages as other writers make them."""
+    monkeypatch.setattr("distillkit.shards.writer._ROW_GROUP_BYTES", 500)
+    monkeypatch.setattr("distillkit.shards.reader._GROUPS_AT_A_TIME", 3)
+    documents = make_documents(40)
+    documents[7] = (documents[7][0][:1], SparseLogprobs(*(a[:0] for a in vars(documents[7][1]).values())), {})
+    write(tmp_path / "data", documents, shard_tokens=10**9)
+    path = tmp_path / "data" / "data-00000.parquet"
+    if options is not None:
+        stored_otherwise(path, **options)
+    dataset = Dataset.open(path)
+    assert len(dataset.files[0].groups) > 7
+    assert_read_alike(dataset, documents)
+    import fsspec
+
+    fsspec.filesystem("memory").pipe_file("/alone/data-00000.parquet", path.read_bytes())
+    assert_read_alike(Dataset.open("memory://alone/data-00000.parquet"), documents)
+
+
+def test_published_datasets_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distillkit.shards.published._BLOCK_ROWS", 300)
+    dataset = Dataset.open(Path(__file__).parent / "golden" / "upstream_v1")
+    assert len(list(dataset.blocks())) > 1
+    rows = [dataset.codec.decode_document(document.teacher, document.num_rows) for document in dataset]
+    extra = [{"loss_mask": d.loss_mask, "segment_lengths": d.segment_lengths} for d in dataset]
+    assert_read_alike(dataset, [(d.input_ids, r, e) for d, r, e in zip(dataset, rows, extra, strict=True)])
+
+
+def test_damage_is_noticed_in_blocks(folder: Path) -> None:
+    path = folder / "data-00001.parquet"
+    teacher = Dataset.open(path)[1].teacher
+    data = path.read_bytes()
+    assert data.count(teacher) == 1
+    at = data.index(teacher)
+    for position in (at - 4, at, at + len(teacher) - 1):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        for read in (Dataset.blocks, Dataset.decoded, Dataset.__iter__):
+            with pytest.raises(CorruptDataError, match=r"data-00001\.parquet"):
+                list(read(Dataset.open(folder)))
+    path.write_bytes(data)
+    dataset = Dataset.open(folder)
+    path.write_bytes(data[:at])  # cut off only after it was opened
+    with pytest.raises(CorruptDataError, match=r"data-00001\.parquet"):
+        list(dataset.blocks())
+
+
+def test_rows_that_do_not_decode_name_their_documents(tmp_path: Path) -> None:
+    ids, rows, _ = make_documents(1)[0]
+    bad = np.full((len(ids) - 1, CODEC.bytes_per_token), 0xFF, np.uint8)
+    with ShardWriter(tmp_path / "bad", HEADER) as writer:
+        writer.write(ids, rows)
+        writer.write(ids, bad.tobytes())
+    with pytest.raises(CorruptDataError, match=r"data-00000.parquet, documents 0 to 1: row \d+: "):
+        list(Dataset.open(tmp_path / "bad").decoded())
+
+
 # -- interruption ------------------------------------------------------------------------------------------------------
 
 

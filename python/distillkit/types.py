@@ -74,7 +74,7 @@ class Document:
     Attributes:
         doc_id: hash of the token ids and of what else decides the document.
         input_ids: (L,) int32.
-        teacher: the codec's bytes for `num_rows` rows.
+        teacher: the codec's bytes for `num_rows` rows; in a block of documents a view of them.
         num_rows: R, L − 1 or L: row t is the distribution after tokens 0…t, over token t + 1.
         loss_mask: (L,) bool, which tokens count in a loss; None means all of them.
         segment_lengths: (S,) int32, lengths of the documents packed in this one, in order, summing to L; None means
@@ -83,7 +83,7 @@ class Document:
 
     doc_id: str
     input_ids: npt.NDArray[np.int32]
-    teacher: bytes
+    teacher: bytes | memoryview
     num_rows: int
     loss_mask: npt.NDArray[np.bool_] | None = None
     segment_lengths: npt.NDArray[np.int32] | None = None

@@ -6,11 +6,25 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import fsspec
+import pyarrow as pa
 import xxhash
+from fsspec.implementations.local import LocalFileSystem
 
-__all__ = ["TEMPORARY_PREFIX", "file_hash", "publish", "temporary_path", "write_atomically", "writing"]
+from distillkit.errors import CorruptDataError, DistillKitError
+
+__all__ = [
+    "TEMPORARY_PREFIX",
+    "file_hash",
+    "open_source",
+    "publish",
+    "reading",
+    "temporary_path",
+    "write_atomically",
+    "writing",
+]
 
 TEMPORARY_PREFIX = ".incomplete-"
 
@@ -62,3 +76,25 @@ def file_hash(file: IO[bytes]) -> str:
     while block := file.read(1 << 20):
         state.update(block)
     return state.hexdigest()
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turns what pyarrow raises over damaged files into CorruptDataError.
+
+    Errors of the operating system (a missing file, no more open files, a device) have a number and stay what they are.
+    """
+    try:
+        yield
+    except DistillKitError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise CorruptDataError(f"{where}: can not be read: {error}") from error
+
+
+def open_source(path: str) -> Any:
+    """A file (a path or an fsspec URL) opened for pyarrow; local ones it reads by itself, without calling Python."""
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    return pa.OSFile(inner) if isinstance(filesystem, LocalFileSystem) else filesystem.open(inner, "rb")

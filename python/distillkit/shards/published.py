@@ -5,9 +5,10 @@ Shape legend: R rows of a document, k stored ids a row.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ import yaml
 
 from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig, codec_config
 from distillkit.errors import ConfigError, CorruptDataError, InputError
+from distillkit.shards.files import reading
 from distillkit.shards.header import Header, alignment
 from distillkit.shards.manifest import ShardInfo
 from distillkit.shards.reader import Dataset, check_codec, open_parquet
-from distillkit.shards.table import Documents, check_document, document_id, int32_array, reading
+from distillkit.shards.table import Block, Documents, check_document, document_id, int32_array, make_block
 from distillkit.types import Document
 
 __all__ = ["load_codec_config", "open_published"]
@@ -36,6 +38,9 @@ _LAYOUTS: dict[str, tuple[str, ...]] = {
 _TOKEN_COLUMNS = ("input_ids", "attention_mask")
 _ARROW_GROUP = 64
 """Documents of a memory-mapped Arrow file that are checked and converted at a time."""
+
+_BLOCK_ROWS = 4096
+"""Rows of a block of documents, at least."""
 
 ConfigSource = CodecConfig | Mapping[str, Any] | str | os.PathLike[str] | None
 
@@ -285,6 +290,20 @@ class _PublishedFile:
         first = sum(self.groups[:group])
         columns = self._table.load(group, (*_TOKEN_COLUMNS, *_LAYOUTS[self._layout]))
         return _PublishedRows(columns, self.header, self._codec, self._layout, self.path, first)
+
+    def __iter__(self) -> Iterator[Document]:
+        return itertools.chain.from_iterable(self.load(group) for group in range(len(self.groups)))
+
+    def blocks(self) -> Iterator[Block]:
+        documents: list[Document] = []
+        first = rows = 0
+        for number, document in enumerate(self, start=1):
+            documents.append(document)
+            rows += document.num_rows
+            if rows >= _BLOCK_ROWS or number == sum(self.groups):
+                data = bytearray().join(document.teacher for document in documents)
+                yield make_block(documents, data, self._codec, self.path, first)
+                documents, first, rows = [], number, 0
 
     def info(self) -> ShardInfo:
         """Counts from the token columns alone."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,16 @@ import pyarrow as pa
 import xxhash
 
 from distillkit.codec import Codec
-from distillkit.errors import CorruptDataError, DistillKitError, InputError
+from distillkit.errors import CorruptDataError, InputError
 from distillkit.shards.header import Header, hashed_metadata, read_hashed_metadata
-from distillkit.types import Document
+from distillkit.types import Document, SparseLogprobs
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "SCHEMA",
+    "Block",
     "Documents",
     "GroupDigest",
     "ShardRows",
@@ -28,7 +32,7 @@ __all__ = [
     "document_id",
     "document_table",
     "int32_array",
-    "reading",
+    "make_block",
 ]
 
 GROUPS_KEY = b"distillkit.groups"
@@ -43,22 +47,6 @@ SCHEMA = pa.schema(
         pa.field("segment_lengths", pa.list_(pa.int32())),
     ]
 )
-
-
-@contextmanager
-def reading(where: str) -> Iterator[None]:
-    """Turns what pyarrow raises over damaged files into CorruptDataError.
-
-    Errors of the operating system (a missing file, no more open files, a device) have a number and stay what they are.
-    """
-    try:
-        yield
-    except DistillKitError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise CorruptDataError(f"{where}: can not be read: {error}") from error
 
 
 def int32_array(values: Any, name: str) -> npt.NDArray[np.int32]:
@@ -110,7 +98,7 @@ class GroupDigest:
             raise CorruptDataError(f"{where}: its list of row groups is not one: {error}") from error
 
 
-def _fields(document: Document) -> Iterator[bytes]:
+def _fields(document: Document) -> Iterator[Any]:
     yield document.doc_id.encode()
     yield from _deciding_fields(document.input_ids, document.loss_mask, document.segment_lengths)
     yield document.teacher
@@ -140,10 +128,10 @@ def document_id(
 
 def checksum(document: Document) -> int:
     """XXH3-64 over the document's fields, each preceded by its length, as a signed integer."""
-    state = xxhash.xxh3_64()
-    for part in _fields(document):
-        state.update(struct.pack("<Q", len(part)))
-        state.update(part)
+    *small, teacher = _fields(document)
+    state = xxhash.xxh3_64(b"".join([struct.pack("<Q", len(part)) + part for part in small]))
+    state.update(struct.pack("<Q", len(teacher)))
+    state.update(teacher)
     return int.from_bytes(state.digest(), "big", signed=True)
 
 
@@ -164,6 +152,49 @@ def document_table(documents: Sequence[Document]) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Consecutive documents, read and checked together, their teacher's rows in one array without gaps.
+
+    Attributes:
+        documents: their `teacher` are views into `rows`.
+        rows: (R, bytes_per_token) uint8, the rows of all of them in order.
+        ends: (D,) int64, where in `rows` the rows of each document end.
+        codec: decodes the rows.
+        where: file and documents, for messages.
+    """
+
+    documents: tuple[Document, ...]
+    rows: npt.NDArray[np.uint8]
+    ends: npt.NDArray[np.int64]
+    codec: Codec
+    where: str
+
+    def decode(self) -> SparseLogprobs:
+        """All rows, numpy (R, k) each.
+
+        Raises:
+            CorruptDataError: as `Codec.decode`.
+        """
+        try:
+            return SparseLogprobs(*self.codec.decode(self.rows))
+        except CorruptDataError as error:
+            raise CorruptDataError(f"{self.where}: {error}") from error
+
+    def tensor(self) -> torch.Tensor:
+        """`rows` as a torch tensor on the same memory, to be sent to a device and decoded there by `decode_torch`."""
+        import torch
+
+        return torch.from_numpy(self.rows if self.rows.flags.writeable else self.rows.copy())
+
+
+def make_block(documents: Sequence[Document], data: Any, codec: Codec, where: str, first: int) -> Block:
+    """The block of documents, from number `first` on, whose teacher's bytes lie in `data` one after the other."""
+    ends = np.cumsum([document.num_rows for document in documents], dtype=np.int64)
+    rows = codec.document_rows(data, int(ends[-1]) if len(ends) else 0)
+    return Block(tuple(documents), rows, ends, codec, f"{where}, documents {first} to {first + len(documents) - 1}")
+
+
 class Documents(ABC):
     """Some documents, by index and in order."""
 
@@ -180,56 +211,91 @@ class Documents(ABC):
 class ShardRows(Documents):
     """The documents of one row group; each is checked when it is taken.
 
-    Raises (from indexing):
-        CorruptDataError: the checksum differs, or fields contradict each other, the header or the codec.
+    Args:
+        table: the columns of `SCHEMA` that are there.
+        header, codec: the shard's.
+        where: the shard.
+        first: number of the first document in the shard.
+
+    Raises (from indexing, too):
+        CorruptDataError: nulls where there must be none, a checksum that differs, or fields that contradict each other,
+        the header or the codec.
     """
 
     def __init__(self, table: pa.Table, header: Header, codec: Codec, where: str, first: int) -> None:
         self._header, self._codec, self._where, self._first = header, codec, where, first
-        self._columns = {}
-        for name in SCHEMA.names:
-            # Readers ignore columns they do not know; files without the optional ones are whole.
-            if name not in table.column_names:
-                continue
-            column = table.column(name).combine_chunks()
+        arrays = {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            # Combining chunks copies even a single one.
+            arrays[name] = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
             if not SCHEMA.field(name).nullable and column.null_count:
                 raise CorruptDataError(f"{where}: column {name} has nulls")
-            self._columns[name] = column
-        self._rows: int = table.num_rows
+        self._doc_ids: list[str] = arrays["doc_id"].to_pylist()
+        self._checksums: list[int] = arrays["checksum"].to_pylist()
+        self._teacher, self._bounds = _binary(arrays["teacher"])
+        # Readers ignore columns they do not know; files without the optional ones are whole.
+        self._input_ids, self._masks, self._lengths = (
+            _lists(arrays[name], f"{where}: column {name}") if name in arrays else [None] * len(self)
+            for name in ("input_ids", "loss_mask", "segment_lengths")
+        )
 
     def __len__(self) -> int:
-        return self._rows
-
-    def _list(self, name: str, index: int, dtype: Any) -> npt.NDArray[Any] | None:
-        column = self._columns.get(name)
-        if column is None or not column[index].is_valid:
-            return None
-        values = column[index].values
-        if values.null_count:
-            raise CorruptDataError(f"{self._where}, document {self._first + index}: nulls in {name}")
-        return np.asarray(values.to_numpy(zero_copy_only=False), dtype=dtype)
+        return len(self._doc_ids)
 
     def __getitem__(self, index: int) -> Document:
+        document = self._view(index)
+        # A view would keep the whole group in memory.
+        return replace(document, teacher=bytes(document.teacher))
+
+    def block(self) -> Block:
+        """All of them, without a copy."""
+        documents = [self._view(index) for index in range(len(self))]
+        data = self._teacher[self._bounds[0] : self._bounds[-1]]
+        return make_block(documents, data, self._codec, self._where, self._first)
+
+    def _view(self, index: int) -> Document:
         where = f"{self._where}, document {self._first + index}"
-        with reading(where):
-            input_ids = self._list("input_ids", index, np.int32)
-            assert input_ids is not None
-            document = Document(
-                doc_id=self._columns["doc_id"][index].as_py(),
-                input_ids=input_ids,
-                teacher=self._columns["teacher"][index].as_buffer().to_pybytes(),
-                num_rows=self._header.rows_of(len(input_ids)),
-                loss_mask=self._list("loss_mask", index, np.bool_),
-                segment_lengths=self._list("segment_lengths", index, np.int32),
-            )
-            stored = self._columns["checksum"][index].as_py()
-        if checksum(document) != stored:
+        input_ids = self._input_ids[index]
+        assert input_ids is not None
+        document = Document(
+            self._doc_ids[index],
+            input_ids,
+            self._teacher[self._bounds[index] : self._bounds[index + 1]],
+            self._header.rows_of(len(input_ids)),
+            self._masks[index],
+            self._lengths[index],
+        )
+        found, stored = checksum(document), self._checksums[index]
+        if found != stored:
             raise CorruptDataError(
-                f"{where}: checksum {checksum(document)}, expected {stored}: the document was changed; capture or "
-                "fetch its shard again"
+                f"{where}: checksum {found}, expected {stored}: the document was changed; capture or fetch its shard "
+                "again"
             )
         check_document(document, self._header, self._codec, where)
         return document
+
+
+def _binary(array: pa.LargeBinaryArray) -> tuple[memoryview, list[int]]:
+    """The bytes of a column, and where in them its values begin; the end of the last one, too."""
+    _, offsets, data = array.buffers()
+    bounds = np.frombuffer(offsets, dtype="<i8")[array.offset : array.offset + len(array) + 1]
+    return memoryview(b"" if data is None else data), bounds.tolist()
+
+
+def _lists(array: pa.ListArray, where: str) -> list[npt.NDArray[Any] | None]:
+    """The lists of a column, without a copy where numbers are stored as numpy stores them; None for null."""
+    if array.null_count == len(array):
+        return [None] * len(array)
+    bounds = array.offsets.to_numpy().tolist()
+    values = array.values.slice(bounds[0], bounds[-1] - bounds[0])
+    if values.null_count:
+        raise CorruptDataError(f"{where} has nulls in its lists")
+    flat = values.to_numpy(zero_copy_only=False)
+    present = array.is_valid().to_pylist()
+    return [
+        flat[start - bounds[0] : end - bounds[0]] if valid else None
+        for valid, (start, end) in zip(present, itertools.pairwise(bounds), strict=True)
+    ]
 
 
 def check_document(document: Document, header: Header, codec: Codec, where: str) -> None:

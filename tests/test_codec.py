@@ -199,8 +199,10 @@ def test_any_config_round_trips(case: tuple[Codec, np.ndarray[Any, Any], np.ndar
     if not codec.config.delta_encoding if codec.format == "quantized" else True:
         exact_k = codec.config.exact_k
         dtype = codec.config.exact_dtype if codec.format == "quantized" else "float16"
-        exact = torch.from_numpy(np.take_along_axis(logprobs, order, 1)[:, :exact_k]).to(getattr(torch, dtype)).float()
-        np.testing.assert_array_equal(back[:, :exact_k], exact.numpy())
+        # A neighbour in the stored type: the order and the mass of the row decide between the two.
+        step = torch.finfo(getattr(torch, dtype)).eps
+        exact = np.take_along_axis(logprobs, order, 1)[:, :exact_k]
+        np.testing.assert_allclose(back[:, :exact_k], exact, rtol=max(step, 2e-7), atol=6e-8)
 
 
 @settings(max_examples=200, deadline=None)

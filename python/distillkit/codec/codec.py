@@ -47,6 +47,7 @@ class Codec:
         format: "quantized" or "legacy".
         version: version of that format.
         k: stored ids a row.
+        simd: the instruction set in use: "portable", "avx2", "avx512" or "neon" (`DISTILLKIT_SIMD` forces one).
         vocab_size: ids are below this.
         value_bytes, id_bytes, bytes_per_token: bytes of a row's values, of its ids, and of both.
         warnings: what is valid in the configuration but probably not wanted.
@@ -62,6 +63,7 @@ class Codec:
         self._config_json = self.config.model_dump_json()
         self._native = _native.Codec(self.format, self._config_json)
         self.k: int = self._native.k
+        self.simd: str = self._native.backend
         self.vocab_size: int = self._native.vocab_size
         self.value_bytes: int = self._native.value_bytes
         self.id_bytes: int = self._native.id_bytes
@@ -105,23 +107,24 @@ class Codec:
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
-    def encode(self, ids: Array, logprobs: Array) -> Any:
+    def encode(self, ids: Array, logprobs: Array, *, out: Array | None = None) -> Any:
         """Encodes rows.
 
         Args:
             ids: (..., k) integers, distinct in a row, each below `vocab_size`.
             logprobs: (..., k) floats, log-probabilities under the full softmax. Rows that are not descending are
             sorted (stable).
+            out: (..., bytes_per_token) uint8 to write to, C-contiguous, of the same kind as the inputs (on the CPU).
 
         Returns:
-            (..., bytes_per_token) uint8.
+            (..., bytes_per_token) uint8: `out` if it is given.
 
         Raises:
             InputError: wrong shapes or dtypes, values that are not finite or not log-probabilities, ids repeated or
             out of range.
         """
         if is_tensor(ids) and is_tensor(logprobs):
-            return self._encode_tensors(ids, logprobs)
+            return self._encode_tensors(ids, logprobs, out)
         if is_tensor(ids) or is_tensor(logprobs):
             raise InputError(
                 f"ids is a {type(ids).__name__} and logprobs a {type(logprobs).__name__}: pass two of a kind"
@@ -133,45 +136,56 @@ class Codec:
             raise InputError(
                 f"ids and logprobs must both have shape (..., k = {self.k}), got {ids.shape} and {logprobs.shape}"
             )
-        data = self._native.encode(
-            np.ascontiguousarray(ids, dtype=np.int64).reshape(-1, self.k),
-            np.ascontiguousarray(logprobs, dtype=np.float32).reshape(-1, self.k),
-        )
-        return data.reshape(*ids.shape[:-1], self.bytes_per_token)
+        data = _output("out", out, (*ids.shape[:-1], self.bytes_per_token), np.uint8)
+        # A float64 beyond float32's range becomes infinite here and is refused by its row below.
+        with np.errstate(over="ignore"):
+            self._native.encode(
+                np.require(ids, np.int64, "CA").reshape(-1, self.k),
+                np.require(logprobs, np.float32, "CA").reshape(-1, self.k),
+                data.reshape(-1, self.bytes_per_token),
+            )
+        return data
 
-    def _encode_tensors(self, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    def _encode_tensors(self, ids: torch.Tensor, logprobs: torch.Tensor, out: Any) -> torch.Tensor:
         import torch
 
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not logprobs.is_floating_point():
+            raise InputError(f"ids must be integers and logprobs floats, got {ids.dtype} and {logprobs.dtype}")
         # numpy has no bfloat16; float32 holds its values exactly.
-        data = self.encode(ids.detach().cpu().numpy(), logprobs.detach().float().cpu().numpy())
-        return torch.from_numpy(data).to(ids.device)
+        data = self.encode(ids.detach().cpu().numpy(), logprobs.detach().float().cpu().numpy(), out=_as_array(out))
+        return torch.from_numpy(data).to(ids.device) if out is None else out
 
-    def decode(self, data: Any) -> tuple[Any, Any]:
+    def decode(self, data: Any, *, out: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
         """Decodes rows, by rank.
 
         Args:
             data: (..., bytes_per_token) uint8.
+            out: ids (..., k) int64 and logprobs (..., k) float32 to write to, C-contiguous, of the same kind as
+            `data`. What they hold after an error is unspecified.
 
         Returns:
-            ids (..., k) int64 and logprobs (..., k) float32.
+            ids (..., k) int64 and logprobs (..., k) float32: those of `out` if it is given.
 
         Raises:
-            InputError: not uint8.
+            InputError: not uint8, or outputs that do not fit.
             TruncatedDataError: the last axis has another length.
             CorruptDataError: ids outside the vocabulary, values that are not finite, unused bits that are set.
         """
         if is_tensor(data):
             if data.device.type != "cpu":
-                return self.decode_torch(data)
+                return self.decode_torch(data, out=out)
             import torch
 
-            ids, logprobs = self.decode(data.numpy())
-            return torch.from_numpy(ids), torch.from_numpy(logprobs)
+            arrays = self.decode(data.numpy(), out=None if out is None else (_as_array(out[0]), _as_array(out[1])))
+            return (torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1])) if out is None else out
         data = np.asarray(data)
         self._check_row_bytes(data)
-        ids, logprobs = self._native.decode(np.ascontiguousarray(data).reshape(-1, self.bytes_per_token))
         shape = (*data.shape[:-1], self.k)
-        return ids.reshape(shape), logprobs.reshape(shape)
+        ids = _output("out[0]", None if out is None else out[0], shape, np.int64)
+        logprobs = _output("out[1]", None if out is None else out[1], shape, np.float32)
+        rows = np.ascontiguousarray(data).reshape(-1, self.bytes_per_token)
+        self._native.decode(rows, ids.reshape(-1, self.k), logprobs.reshape(-1, self.k))
+        return ids, logprobs
 
     def decode_torch(
         self, data: torch.Tensor, *, out: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -209,14 +223,15 @@ class Codec:
                 f"a row of this codec has {self.bytes_per_token} bytes, found shape {tuple(data.shape)}"
             )
 
-    def encode_logits(self, logits: Array) -> Any:
-        """Top-k, log-softmax and encoding of dense logits, one row at a time.
+    def encode_logits(self, logits: Array, *, out: Array | None = None) -> Any:
+        """Top-k, log-softmax and encoding of dense logits, in one pass over them.
 
         Args:
             logits: (..., V) float32 or float16 array, or float32, bfloat16 or float16 tensor, with V = `vocab_size`.
+            out: (..., bytes_per_token) uint8 to write to, C-contiguous, of the same kind as the logits (on the CPU).
 
         Returns:
-            (..., bytes_per_token) uint8, numpy or torch (on the logits' device) as the logits are.
+            (..., bytes_per_token) uint8, numpy or torch (on the logits' device) as the logits are: `out` if it is given.
 
         Raises:
             InputError: another V or dtype, NaN or +∞, fewer than k finite logits in a row.
@@ -227,14 +242,15 @@ class Codec:
             )
         if is_tensor(logits) and logits.device.type != "cpu":
             sparse = sparse_from_logits(logits, self.k)
-            return self.encode(sparse.ids, sparse.logprobs)
+            return self.encode(sparse.ids, sparse.logprobs, out=out)
         rows, bfloat16 = native_logits(logits)
-        data = self._native.encode_logits(rows, bfloat16).reshape(*logits.shape[:-1], self.bytes_per_token)
-        if is_tensor(logits):
+        data = _output("out", _as_array(out), (*logits.shape[:-1], self.bytes_per_token), np.uint8)
+        self._native.encode_logits(rows, bfloat16, data.reshape(-1, self.bytes_per_token))
+        if is_tensor(logits) and out is None:
             import torch
 
             return torch.from_numpy(data)
-        return data
+        return data if out is None else out
 
     # -- documents -----------------------------------------------------------------------------------------------------
 
@@ -364,3 +380,21 @@ def _from_stored(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.floa
     if dtype == "bfloat16":
         return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
     return data.view({"float16": "<f2", "float32": "<f4"}[dtype]).astype(np.float32)
+
+
+def _as_array(out: Any) -> Any:
+    """The memory of a tensor on the CPU; anything else as it is."""
+    return out.numpy() if is_tensor(out) and out.device.type == "cpu" else out
+
+
+def _output(name: str, out: Any, shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """`out`, checked, or a new array."""
+    if out is None:
+        return np.empty(shape, dtype)
+    if not isinstance(out, np.ndarray):
+        raise InputError(f"{name} is a {type(out).__name__}, must be of the same kind as the inputs, on the CPU")
+    if out.shape != shape or out.dtype != dtype:
+        raise InputError(f"{name} must be {np.dtype(dtype)} of shape {shape}, got {out.dtype} of shape {out.shape}")
+    if not (out.flags.c_contiguous and out.flags.aligned and out.flags.writeable):
+        raise InputError(f"{name} must be C-contiguous, aligned and writeable")
+    return out

@@ -92,8 +92,9 @@ impl<'a> Bounds<'a> {
     fn worst(&self, values: &[f32], likely: &[f32]) -> Option<Bound> {
         let (mut most, mut worst) = (TOLERANCE * self.margin as f32, None);
         if let [first, rest @ ..] = &values[self.from..] {
-            if first - self.ceiling as f32 > most {
-                (most, worst) = (first - self.ceiling as f32, Some(Bound::Ceiling));
+            let over = first - self.ceiling as f32 + self.margin as f32;
+            if over > most {
+                (most, worst) = (over, Some(Bound::Ceiling));
             }
             let (step, t) = largest(rest, &values[self.from..], |next, this| next - this);
             if step + self.margin as f32 > most {
@@ -120,7 +121,7 @@ impl<'a> Bounds<'a> {
             };
         }
         let limit = match bound {
-            Bound::Ceiling => self.ceiling,
+            Bound::Ceiling => self.ceiling - self.margin,
             Bound::Step(_) => -self.margin,
             Bound::Above(t) => f64::from(self.likely[t]) - self.base + self.error,
             Bound::Below(t) => self.base + self.error - f64::from(self.likely[t]),

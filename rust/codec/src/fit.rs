@@ -431,7 +431,7 @@ impl Fit {
         let n = f.len();
         let (mut most, mut which) = (Lanes::splat(f32::NEG_INFINITY), Lanes::splat(n as f32));
         if self.covered == 0 {
-            most = f[0] - *ceiling;
+            most = f[0] - *ceiling + Lanes::splat(limits.margin);
         }
         let from = self.covered.min(n - 1);
         for t in from..n - 1 {

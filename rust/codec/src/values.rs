@@ -14,11 +14,11 @@ use crate::quantize::{Residual, decode_bin, encode_bin};
 use crate::simd::Isa;
 
 /// How much each value must be below the one before it, nats: tried in turn until the decoder's rounding leaves the row in order.
-const MARGINS: [f64; 5] = [4e-5, 3.2e-4, 2.6e-3, 2e-2, 1.6e-1];
+const MARGINS: [f64; 3] = [4e-5, 3.2e-4, 2.6e-3];
 /// ln 1e-6: errors of ids above this are bounded by …
 const LIKELY: f32 = -13.815_51;
-/// … the unweighted fit's largest error, or this many nats where that is less.
-const ALLOWED_ERROR: f64 = 3.0;
+/// … the unweighted fit's largest error, or this many nats with one coefficient, half as many with each further one, where that is less.
+const ALLOWED_ERROR: f64 = 16.0;
 /// Where order and errors exclude each other, errors may be this many times larger, in turn.
 const RELAXED: [f64; 5] = [1.0, 1.25, 1.6, 2.5, f64::INFINITY];
 /// All exact values are lowered by this much (nats) at most; where a layout can't hold a row better than that, its exact values matter more.
@@ -122,7 +122,7 @@ impl Values {
                 FitRow { y, base: base[i] as f32, ceiling }
             });
             fitted.resize_with(LANES, Fitted::default);
-            let limits = Limits { likely: LIKELY, error: ALLOWED_ERROR as f32, margin: MARGINS[0] as f32 };
+            let limits = Limits { likely: LIKELY, error: self.allowed_error() as f32, margin: MARGINS[0] as f32 };
             let rows = &rows[..logprobs.len() / k];
             fit.solve(isa, rows, limits, fit_scratch, fitted);
             enforce_group(fit, rows, limits, fit_scratch, fitted, bounds);
@@ -227,7 +227,7 @@ impl Values {
     fn keep_bounds(&self, fit: &Fit, y: &[f32], base: f64, ceiling: f64, margin: f64, fitted: &mut Fitted, scratch: &mut BoundsScratch) {
         let covered = self.covered();
         let (likely, ceiling) = if covered == 0 { (y.partition_point(|&value| value > LIKELY), ceiling) } else { (0, f64::INFINITY) };
-        let allowed = f64::from(fitted.plain_error).max(ALLOWED_ERROR);
+        let allowed = f64::from(fitted.plain_error).max(self.allowed_error());
         for relaxed in RELAXED {
             let likely = if relaxed.is_finite() { &y[..likely] } else { &[] };
             let bounds = Bounds { from: covered, ceiling, margin, likely, base, error: allowed * relaxed };
@@ -235,6 +235,12 @@ impl Values {
                 return;
             }
         }
+    }
+
+    /// Largest error of likely ids that is never fought.
+    #[inline(always)]
+    fn allowed_error(&self) -> f64 {
+        ALLOWED_ERROR / (1u64 << self.m.saturating_sub(1)) as f64
     }
 
     /// Lowers every approximated value by `amount` nats, through the constant term.

@@ -3,7 +3,7 @@
 #![expect(clippy::needless_pass_by_value, reason = "extracted arguments are owned")]
 
 use distillkit_codec::{self as core, CodecError, Config, HalfBitsSliceExt, bf16, f16};
-use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods};
+use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyReadwriteArray2, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
 mod errors {
@@ -33,6 +33,10 @@ fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> core::Result<T> + Se
 
 fn contiguous<'a, T: numpy::Element>(name: &str, array: &'a PyReadonlyArray2<'_, T>) -> PyResult<&'a [T]> {
     array.as_slice().map_err(|_| errors::InputError::new_err(format!("{name} must be C-contiguous")))
+}
+
+fn contiguous_mut<'a, T: numpy::Element>(name: &str, array: &'a mut PyReadwriteArray2<'_, T>) -> PyResult<&'a mut [T]> {
+    array.as_slice_mut().map_err(|_| errors::InputError::new_err(format!("{name} must be C-contiguous")))
 }
 
 /// Dense logits in one of the types they come in; 16-bit types arrive as their bits.
@@ -82,6 +86,12 @@ impl Codec {
     fn new(format: &str, config_json: &str) -> PyResult<Self> {
         let inner = Config::from_json(format, config_json).and_then(core::Codec::new).map_err(raise)?;
         Ok(Self { inner })
+    }
+
+    /// Name of the instruction set in use.
+    #[getter]
+    fn backend(&self) -> &'static str {
+        self.inner.backend().name()
     }
 
     #[getter]
@@ -149,49 +159,35 @@ impl Codec {
         two_dimensional(py, terms.to_vec(), m, n)
     }
 
-    fn encode<'py>(
+    /// Encodes rows into `out` (rows, `bytes_per_row`).
+    fn encode(
         &self,
-        py: Python<'py>,
-        ids: PyReadonlyArray2<'py, i64>,
-        logprobs: PyReadonlyArray2<'py, f32>,
-    ) -> PyResult<Bound<'py, PyArray2<u8>>> {
-        let (rows, bytes) = (ids.shape()[0], self.inner.bytes_per_row());
-        let (ids, logprobs) = (contiguous("ids", &ids)?, contiguous("logprobs", &logprobs)?);
-        let data = detached(py, || {
-            let mut data = vec![0; rows * bytes];
-            self.inner.encode(ids, logprobs, &mut data)?;
-            Ok(data)
-        })?;
-        two_dimensional(py, data, rows, bytes)
+        py: Python<'_>,
+        ids: PyReadonlyArray2<'_, i64>,
+        logprobs: PyReadonlyArray2<'_, f32>,
+        mut out: PyReadwriteArray2<'_, u8>,
+    ) -> PyResult<()> {
+        let (ids, logprobs, out) = (contiguous("ids", &ids)?, contiguous("logprobs", &logprobs)?, contiguous_mut("out", &mut out)?);
+        detached(py, || self.inner.encode(ids, logprobs, out))
     }
 
-    #[expect(clippy::type_complexity, reason = "two arrays")]
-    fn decode<'py>(
+    /// Decodes rows into `ids` and `logprobs`, both (rows, k).
+    fn decode(
         &self,
-        py: Python<'py>,
-        data: PyReadonlyArray2<'py, u8>,
-    ) -> PyResult<(Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<f32>>)> {
-        let (rows, k) = (data.shape()[0], self.inner.k());
+        py: Python<'_>,
+        data: PyReadonlyArray2<'_, u8>,
+        mut ids: PyReadwriteArray2<'_, i64>,
+        mut logprobs: PyReadwriteArray2<'_, f32>,
+    ) -> PyResult<()> {
+        let (ids, logprobs) = (contiguous_mut("ids", &mut ids)?, contiguous_mut("logprobs", &mut logprobs)?);
         let data = contiguous("data", &data)?;
-        let (ids, logprobs) = detached(py, || {
-            let (mut ids, mut logprobs) = (vec![0; rows * k], vec![0.0; rows * k]);
-            self.inner.decode(data, &mut ids, &mut logprobs)?;
-            Ok((ids, logprobs))
-        })?;
-        Ok((two_dimensional(py, ids, rows, k)?, two_dimensional(py, logprobs, rows, k)?))
+        detached(py, || self.inner.decode(data, ids, logprobs))
     }
 
-    fn encode_logits<'py>(&self, py: Python<'py>, logits: Logits<'py>, bfloat16: bool) -> PyResult<Bound<'py, PyArray2<u8>>> {
-        let bytes = self.inner.bytes_per_row();
-        with_logits!(logits, bfloat16, |slice, width| {
-            let rows = slice.len() / width.max(1);
-            let data = detached(py, || {
-                let mut data = vec![0; rows * bytes];
-                self.inner.encode_logits(slice, width, &mut data)?;
-                Ok(data)
-            })?;
-            two_dimensional(py, data, rows, bytes)
-        })
+    /// Encodes the k most probable ids of dense logits into `out` (rows, `bytes_per_row`).
+    fn encode_logits(&self, py: Python<'_>, logits: Logits<'_>, bfloat16: bool, mut out: PyReadwriteArray2<'_, u8>) -> PyResult<()> {
+        let out = contiguous_mut("out", &mut out)?;
+        with_logits!(logits, bfloat16, |slice, width| detached(py, || self.inner.encode_logits(slice, width, out)))
     }
 }
 

@@ -176,7 +176,7 @@ impl Codec {
     /// and [`CodecError::Corrupt`] on ids outside the vocabulary, values that are not finite and unused bits that are set.
     pub fn decode(&self, data: &[u8], ids: &mut [i64], logprobs: &mut [f32]) -> Result<()> {
         let (k, bytes) = (self.k(), self.bytes_per_row());
-        if data.len() % bytes != 0 {
+        if !data.len().is_multiple_of(bytes) {
             let expected = data.len().div_ceil(bytes) * bytes;
             return Err(CodecError::Truncated { what: format!("rows of {bytes} bytes"), found: data.len(), expected });
         }
@@ -239,7 +239,7 @@ struct DenseScratch {
 }
 
 fn rows_of(name: &str, len: usize, row: usize) -> Result<usize> {
-    if len % row == 0 {
+    if len.is_multiple_of(row) {
         return Ok(len / row);
     }
     Err(CodecError::Input(format!("{len} {name} are no whole number of rows of {row}")))

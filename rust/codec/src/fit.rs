@@ -137,7 +137,7 @@ impl Basis {
     }
 }
 
-/// Overwrites the lower half of an r × r matrix with its Cholesky factor L, with 1 / L_ii on the diagonal; false when the matrix is not
+/// Overwrites the lower half of an r × r matrix with its Cholesky factor L, with the inverse of L's diagonal in place of it; false when the matrix is not
 /// safely positive definite.
 #[inline(always)]
 pub(crate) fn cholesky(a: &mut [f64], r: usize) -> bool {
@@ -214,7 +214,7 @@ impl Columns {
         Self { count: columns.len(), tiles }
     }
 
-    /// out[i] = Σ_t w[t]·column_i[t], for each row.
+    /// Σ w·column for each column and row.
     #[inline(always)]
     fn sums(&self, w: &[Lanes], out: &mut [Lanes]) {
         for (tile, out) in self.tiles.iter().zip(out[..self.count].chunks_mut(TILE)) {
@@ -229,7 +229,7 @@ impl Columns {
         }
     }
 
-    /// out[t] += Σ_i c[i]·column_i[t], for each row.
+    /// Adds Σ c·column, over the columns, to each rank and row.
     #[inline(always)]
     fn add_combination(&self, c: &[Lanes], out: &mut [Lanes]) {
         for (tile, c) in self.tiles.iter().zip(c[..self.count].chunks(TILE)) {
@@ -320,7 +320,7 @@ pub(crate) struct Fit {
     /// The orthonormal columns in float32, column by column and in tiles.
     q32: Vec<Vec<f32>>,
     columns_q: Columns,
-    /// The products q_i·q_j, i ≥ j, row by row of the lower half.
+    /// The products of two columns, row by row of the lower half.
     products: Columns,
 }
 

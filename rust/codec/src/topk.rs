@@ -1,17 +1,20 @@
 //! One row of dense logits → its k most probable ids and their log-probabilities under the full softmax, in one pass over the logits.
 //!
-//! The row is taken in blocks that stay in the first-level cache: a block's maximum, its share of Σ exp relative to the highest logit so far
-//! (what was summed up before is scaled when that rises), and the logits that pass the rising threshold of the best k.
+//! The row is taken in blocks that stay in the first-level cache: a block's maximum, its share of Σ exp relative to a reference (the highest
+//! logit of the first block; what was summed up is scaled to a new one where later logits are far above it), and, where the maximum passes
+//! the rising threshold of the best k, the logits that do.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::error::{CodecError, Result};
-use crate::lanes::{LANES, exp, one_step};
+use crate::lanes::{LANES, Lanes, exp, one_step};
 use crate::simd::{Isa, multiversion};
 
-/// Logits of a block: 4 KB of float32. One float32 sum never has more parts.
-const BLOCK: usize = 1024;
+/// Logits of a block: 2 KB of float32.
+const BLOCK: usize = 512;
+/// Logits this far (nats) above the reference are still added up relative to it.
+const FARTHEST: f32 = 60.0;
 
 /// A type that logits come in.
 pub trait Logit: Copy + Sync {
@@ -84,22 +87,35 @@ fn topk_row_body<I: Isa, L: Logit>(_isa: I, logits: &[L], ids: &mut [i64], logpr
     let TopkScratch { block: buffer, best } = scratch;
     buffer.resize(BLOCK, 0.0);
     best.clear();
-    let (mut highest, mut sum, mut threshold) = (f32::NEG_INFINITY, 0.0f64, f32::NEG_INFINITY);
+    let (mut reference, mut threshold) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+    let mut sums = [0.0f64; LANES];
     for (first, block) in logits.chunks(BLOCK).enumerate() {
         let block = L::widen(block, &mut buffer[..block.len()]);
-        let most = maximum(block);
-        if most > highest {
-            // The first block's factor is exp(−∞) = 0 on a sum of 0; a row that starts with −∞ alone has a sum of 0, too.
-            sum *= f64::from(exp(highest - most));
-            highest = most;
+        let (mut most, mut parts) = if reference.is_finite() { maximum_and_sums(block, reference) } else { (maximum(block), Lanes::ZERO) };
+        if most > reference + FARTHEST || !reference.is_finite() {
+            let factor = if reference.is_finite() { f64::from(exp(reference - most)) } else { 0.0 };
+            for sum in &mut sums {
+                *sum *= factor;
+            }
+            reference = most;
+            if !most.is_finite() {
+                if most == f32::NEG_INFINITY && !block.iter().any(|logit| logit.is_nan()) {
+                    continue;
+                }
+                return Err(CodecError::Input("the row has logits that are NaN or infinite".into()));
+            }
+            (most, parts) = maximum_and_sums(block, reference);
         }
-        sum += sum_exp(block, if highest == f32::NEG_INFINITY { 0.0 } else { highest });
+        for (sum, part) in sums.iter_mut().zip(parts.0) {
+            *sum += f64::from(part);
+        }
         if most >= threshold {
             threshold = select(block, first * BLOCK, ids.len(), threshold, best);
         }
     }
-    if !highest.is_finite() || !sum.is_finite() {
-        let what = if highest == f32::NEG_INFINITY && !sum.is_nan() { "no finite logit" } else { "logits that are NaN or infinite" };
+    let sum: f64 = sums.iter().sum();
+    if !reference.is_finite() || !sum.is_finite() {
+        let what = if sum.is_nan() { "logits that are NaN or infinite" } else { "no finite logit" };
         return Err(CodecError::Input(format!("the row has {what}")));
     }
     thin_out(best, ids.len());
@@ -111,54 +127,58 @@ fn topk_row_body<I: Isa, L: Logit>(_isa: I, logits: &[L], ids: &mut [i64], logpr
     for ((id, logprob), &(logit, index)) in ids.iter_mut().zip(logprobs).zip(best.iter()) {
         *id = i64::from(index);
         // Finite logits have finite log-probabilities, however far apart they are.
-        *logprob = ((f64::from(logit) - f64::from(highest) - log_sum) as f32).max(f32::MIN);
+        *logprob = ((f64::from(logit) - f64::from(reference) - log_sum) as f32).max(f32::MIN);
     }
-    Ok(f64::from(highest) + log_sum)
+    Ok(f64::from(reference) + log_sum)
 }
 
-/// The largest logit; NaN is passed over here and found in [`sum_exp`].
-#[inline(always)]
+/// The largest logit; NaN is passed over.
 fn maximum(block: &[f32]) -> f32 {
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let chunks = block.chunks_exact(LANES);
-    let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, larger);
-    for chunk in chunks {
-        one_step();
-        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
-            *lane = larger(*lane, logit);
-        }
-    }
-    lanes.into_iter().fold(rest, larger)
+    block.iter().copied().fold(f32::NEG_INFINITY, larger)
 }
 
-/// Σ exp(logit − highest), NaN if a logit is.
 #[inline(always)]
-fn sum_exp(block: &[f32], highest: f32) -> f64 {
-    let mut lanes = [0.0f32; LANES];
-    let chunks = block.chunks_exact(LANES);
-    let rest: f32 = chunks.remainder().iter().map(|logit| exp(logit - highest)).sum();
-    for chunk in chunks {
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+/// The largest logit (NaN is passed over), and Σ exp(logit − reference) in parts, of which one is NaN if a logit is.
+#[inline(always)]
+fn maximum_and_sums(block: &[f32], reference: f32) -> (f32, Lanes) {
+    let reference = Lanes::splat(reference);
+    let lowest = Lanes::splat(f32::NEG_INFINITY);
+    let (mut most, mut sums) = (lowest, Lanes::ZERO);
+    let (vectors, rest) = block.as_chunks::<LANES>();
+    for vector in vectors {
         one_step();
-        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
-            *lane += exp(logit - highest);
-        }
+        let logits = Lanes(*vector);
+        most = logits.max(most);
+        sums += (logits - reference).exp();
     }
-    lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>() + f64::from(rest)
+    if !rest.is_empty() {
+        let mut logits = lowest;
+        logits.0[..rest.len()].copy_from_slice(rest);
+        most = logits.max(most);
+        sums += (logits - reference).exp();
+    }
+    one_step();
+    (most.0.into_iter().fold(f32::NEG_INFINITY, larger), sums)
 }
 
 /// Keeps what passes the threshold in a buffer of a few k, which is thinned out to k whenever it is full; returns the new threshold.
 #[inline(always)]
 fn select(block: &[f32], first: usize, k: usize, mut threshold: f32, best: &mut Vec<(f32, u32)>) -> f32 {
-    let room = (4 * k).max(256);
+    let room = (3 * k).max(256);
     for (chunk, logits) in block.chunks(LANES).enumerate() {
+        one_step();
         if !logits.iter().fold(false, |any, &logit| any | (logit >= threshold)) {
             continue;
         }
-        for (i, &logit) in logits.iter().enumerate() {
-            if logit >= threshold {
-                best.push((logit, (first + chunk * LANES + i) as u32));
-            }
+        let mut passing = logits.iter().enumerate().fold(0u32, |bits, (i, &logit)| bits | (u32::from(logit >= threshold) << i));
+        while passing != 0 {
+            let i = passing.trailing_zeros() as usize;
+            passing &= passing - 1;
+            best.push((logits[i], (first + chunk * LANES + i) as u32));
         }
         if best.len() >= room {
             thin_out(best, k);

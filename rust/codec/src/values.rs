@@ -405,10 +405,10 @@ impl Values {
         if self.layout.delta_encoding {
             exact32.extend_from_slice(approximate32);
             let mut sum = 0.0;
-            exact32.iter_mut().for_each(|value| {
+            for value in exact32.iter_mut() {
                 sum += *value;
                 *value = sum;
-            });
+            }
             return self.lower_all(row, &mut all[exact], sum_exp(exact32));
         }
         let decoded = sum_exp(exact32) + sum_exp(approximate32);

@@ -360,17 +360,24 @@ impl Values {
 
     /// Writes exact values, coefficients and residuals.
     #[inline(always)]
-    fn write(&self, row: &[f32], exact: Range<usize>, base: f64, scratch: &mut RowScratch, mut out: &mut [u8]) {
-        let RowScratch { exact: all, coefficients, approximate, residuals, .. } = scratch;
-        for &value in &all[exact] {
-            out = self.layout.exact_dtype.write(value, out);
+    fn write(&self, row: &[f32], exact: Range<usize>, base: f64, scratch: &mut RowScratch, out: &mut [u8]) {
+        let layout = &self.layout;
+        let (mut head, bins) = out.split_at_mut(layout.exact_k * layout.exact_dtype.size() + self.m * layout.coefficient_dtype.size());
+        if !layout.residual_bins.is_empty() {
+            self.write_bins(row, base, scratch, bins);
+            self.limit_mass_with_bins(row, exact.clone(), scratch, bins);
         }
-        for &c in coefficients.iter() {
-            out = self.layout.coefficient_dtype.write(c, out);
+        for &value in &scratch.exact[exact] {
+            head = layout.exact_dtype.write(value, head);
         }
-        if self.layout.residual_bins.is_empty() {
-            return;
+        for &c in &scratch.coefficients {
+            head = layout.coefficient_dtype.write(c, head);
         }
+    }
+
+    #[inline(always)]
+    fn write_bins(&self, row: &[f32], base: f64, scratch: &mut RowScratch, mut out: &mut [u8]) {
+        let RowScratch { approximate, residuals, .. } = scratch;
         // What the bins should say: the values, or with differences the steps, less what the polynomial says.
         let y = &row[self.layout.exact_k..];
         let deep = |j: usize| f64::from(y[j].max(DEEPEST));
@@ -396,9 +403,34 @@ impl Values {
     /// one's, which a low-precision teacher may have a little too large), the cheapest ones first. Returns what is left of the excess.
     #[inline(always)]
     fn limit_mass(&self, row: &[f32], exact: Range<usize>, scratch: &mut RowScratch) -> f64 {
-        if !self.layout.residual_bins.is_empty() {
-            return 0.0;
+        // With residuals it is known only when they are written.
+        if self.layout.residual_bins.is_empty() { self.limit_decoded_mass(row, exact, scratch) } else { 0.0 }
+    }
+
+    /// The same for a row with residuals, which are written already; what is left is taken from the constant term.
+    #[inline(always)]
+    fn limit_mass_with_bins(&self, row: &[f32], exact: Range<usize>, scratch: &mut RowScratch, mut bins: &[u8]) {
+        if self.layout.delta_encoding {
+            return;
         }
+        let mut at = 0;
+        for bin in &self.layout.residual_bins {
+            let (approximate, approximate32) = (&scratch.approximate, &mut scratch.approximate32);
+            let taken = |j: usize, residual| approximate32[at + j] = self.add_residual(approximate[at + j], residual) as f32;
+            // These bytes were just written: their padding is right, which is all that a bin can be refused for.
+            let Ok(rest) = decode_bin(bin, bins, taken) else { return };
+            bins = rest;
+            at += bin.num_elements;
+        }
+        let excess = self.limit_decoded_mass(row, exact, scratch);
+        if excess > MASS_ROUNDING {
+            let mass = sum_exp(&scratch.approximate32);
+            self.lower(-libm::log(1.0 - (excess / mass).min(0.5)), scratch);
+        }
+    }
+
+    #[inline(always)]
+    fn limit_decoded_mass(&self, row: &[f32], exact: Range<usize>, scratch: &mut RowScratch) -> f64 {
         let RowScratch { exact: all, exact32, approximate32, .. } = scratch;
         exact32.clear();
         exact32.extend(all[exact.clone()].iter().map(|&value| value as f32));

@@ -1,6 +1,6 @@
 //! What must hold for every valid configuration and every input, through the public interface alone.
 
-#![expect(clippy::panic, clippy::unwrap_used, clippy::float_cmp, reason = "tests: a failure panics, and exact means exact")]
+#![expect(clippy::panic, clippy::unwrap_used, reason = "tests: a failure panics, and exact means exact")]
 
 use distillkit_codec::bits::{max_value, pack, packed_len, unpack};
 use distillkit_codec::{Codec, CodecError, Config, FloatType, Logit, bf16, f16, topk};

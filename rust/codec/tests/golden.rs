@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::PathBuf;
 
-use distillkit_codec::{Codec, Config, FloatType, bits, f16};
+use distillkit_codec::{Backend, Codec, Config, FloatType, bits, f16};
 use npyz::{Deserialize, npz::NpzArchive};
 use serde_json::Value;
 
@@ -124,4 +124,45 @@ fn decoding() {
             assert!((found - expected).abs() <= allowed, "{name}, row {}, rank {}: {found} {expected}", i / k, i % k);
         }
     }
+}
+
+/// FNV-1a.
+fn hash(data: &[u8]) -> u64 {
+    data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// The bytes that the recorded rows encode to, on every instruction set of this machine, are those recorded here: they depend on no
+/// machine. What is encoded is in order and has a total probability of at most 1 wherever coefficients are float32 and alone.
+#[test]
+fn encoding() {
+    const RECORDED: u64 = 0x9cbc_eb3d_b69d_7bd8;
+    let cases: Value = serde_json::from_reader(File::open(golden().join("cases.json")).expect("cases.json")).expect("JSON");
+    let mut all = Vec::new();
+    for (name, case) in cases.as_object().expect("an object of cases") {
+        let format = if case["format"] == "legacy" { "legacy" } else { "quantized" };
+        let config = Config::from_json(format, &case["config"].to_string()).expect("a valid configuration");
+        let mut recorded = Recorded::open(name);
+        let ids: Vec<i64> = recorded.array::<i32>("in_ids").0.into_iter().map(i64::from).collect();
+        let (logprobs, k) = recorded.array::<f32>("in_logprobs");
+        let encoded = |backend| {
+            let codec = Codec::with_backend(config.clone(), backend).expect("a valid configuration");
+            let mut data = vec![0; ids.len() / k * codec.bytes_per_row()];
+            codec.encode(&ids, &logprobs, &mut data).expect("encodes");
+            (codec, data)
+        };
+        let (codec, data) = encoded(Backend::Portable);
+        for backend in Backend::available() {
+            assert!(encoded(backend).1 == data, "{name}: {} writes other bytes than portable", backend.name());
+        }
+        if matches!(&config, Config::Quantized(config) if config.residual_bins.is_empty() && config.term_dtype == FloatType::Float32) {
+            let (mut back_ids, mut back) = (vec![0; ids.len()], vec![0.0f32; ids.len()]);
+            codec.decode(&data, &mut back_ids, &mut back).expect("decodes");
+            for (row, values) in back.chunks(k).enumerate() {
+                assert!(values.is_sorted_by(|a, b| a >= b), "{name}, row {row}: {values:?}");
+                assert!(values.iter().map(|&value| f64::from(value).exp()).sum::<f64>() < 1.0 + 1e-5, "{name}, row {row}");
+            }
+        }
+        all.extend(data);
+    }
+    assert_eq!(hash(&all), RECORDED, "the encoder writes other bytes than it did: if that was meant, record {:#018x}", hash(&all));
 }

@@ -66,7 +66,7 @@ def native_logits(logits: Array) -> tuple[npt.NDArray[Any], bool]:
     array = np.asarray(logits)
     if array.dtype not in (np.float16, np.float32):
         raise InputError(f"logits must be float32, float16 or bfloat16, got {array.dtype}")
-    rows = np.require(array, requirements="CA").reshape(-1, array.shape[-1])
+    rows = np.require(array, requirements=["C", "A"]).reshape(-1, array.shape[-1])
     return (rows.view(np.uint16) if rows.dtype == np.float16 else rows), False
 
 

@@ -266,8 +266,8 @@ def _check_dense(codec: Codec, logits_NV: torch.Tensor) -> None:
     ids, logprobs = codec.decode_torch(codec.encode_logits(logits_NV))
     exact_NV = torch.log_softmax(logits_NV.double(), -1)
     top_Nk = exact_NV.topk(codec.k).values
-    # Ties among bfloat16 logits may come in another order: the chosen ones are compared by their values. Exact values are
-    # a neighbour in bfloat16, not always the nearest one.
+    # Ties among bfloat16 logits may come in another order: the chosen ones are compared by their values. Exact values
+    # are a neighbour in bfloat16, not always the nearest one.
     found = torch.equal(exact_NV.gather(-1, ids), top_Nk)
     exact_k = codec.config.exact_k
     if not found or not torch.allclose(logprobs[:, :exact_k].double(), top_Nk[:, :exact_k], rtol=2**-7, atol=1e-5):

@@ -140,8 +140,8 @@ class Codec:
         # A float64 beyond float32's range becomes infinite here and is refused by its row below.
         with np.errstate(over="ignore"):
             self._native.encode(
-                np.require(ids, np.int64, "CA").reshape(-1, self.k),
-                np.require(logprobs, np.float32, "CA").reshape(-1, self.k),
+                np.require(ids, np.int64, ["C", "A"]).reshape(-1, self.k),
+                np.require(logprobs, np.float32, ["C", "A"]).reshape(-1, self.k),
                 data.reshape(-1, self.bytes_per_token),
             )
         return data
@@ -231,7 +231,7 @@ class Codec:
             out: (..., bytes_per_token) uint8 to write to, C-contiguous, of the same kind as the logits (on the CPU).
 
         Returns:
-            (..., bytes_per_token) uint8, numpy or torch (on the logits' device) as the logits are: `out` if it is given.
+            (..., bytes_per_token) uint8, numpy or torch (on their device) as the logits are: `out` if it is given.
 
         Raises:
             InputError: another V or dtype, NaN or +∞, fewer than k finite logits in a row.

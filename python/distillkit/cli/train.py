@@ -56,12 +56,22 @@ def train(config: Path, verbose: int, as_json: bool) -> None:
     # Their bars for loading and saving run into ours.
     disable_progress_bar()
     summary = train_student(run)
+    _leave_process_group()
     if not first:
         return
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
         output().print(summary_table(summary))
+
+
+def _leave_process_group() -> None:
+    """Let go of the other processes together: one that exits first would take connections from those still in use."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

@@ -61,7 +61,6 @@ lint: setup ## Formatting, lints and types
 
 bench: setup ## Speed of the codec and the read path, into benches/results/
 	cargo bench --package distillkit-codec
-	@test -f benches/.cache/sample.npz || $(BIN)/python benches/sample.py
 	$(BIN)/python benches/bench.py
 
 wheel: setup ## Build the wheel into dist/

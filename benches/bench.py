@@ -21,12 +21,11 @@ from sample import benchmark_sample
 
 from distillkit import __version__
 from distillkit.bench.fidelity import measure_fidelity
-from distillkit.bench.speed import PACKED_ROWS, SpeedRow, machine, measure_speed
+from distillkit.bench.speed import DENSE_VOCABULARY, PACKED_ROWS, SpeedRow, machine, measure_speed
 from distillkit.bench.tables import fidelity_markdown, fidelity_table, speed_markdown, speed_table, write_csv
 from distillkit.codec import PRESETS, CodecConfig, codec_config, preset
 
 ROOT = Path(__file__).resolve().parent.parent
-DENSE_VOCABULARY = 151_936
 
 RATIOS = {
     ("encode recommended", PACKED_ROWS): 30,

@@ -88,8 +88,7 @@ def measure(sample: Sample, fields: Fields) -> Measured | None:
         return None
     ids, original = sample.top(codec.k, sample.vocab_size)
     decoded = codec.decode(codec.encode(ids, original))[1]
-    id_bytes = -(-codec.k * (sample.vocab_size - 1).bit_length() // 8)
-    return Measured(fields, codec.bytes_per_token - id_bytes, figures(original, decoded))
+    return Measured(fields, codec.value_bytes, figures(original, decoded))
 
 
 # -- neighbours --------------------------------------------------------------------------------------------------------

@@ -21,15 +21,10 @@ from distillkit.codec import Codec
 from distillkit.errors import DistillKitError
 from distillkit.shards import Dataset
 
-__all__ = ["best", "best_of", "one_core_reading", "peak_memory"]
+__all__ = ["best_of", "one_core_reading", "peak_memory"]
 
 _WARM_ROWS = 64
 _TURNS = 3
-
-
-def best(work: Callable[[], Any], seconds: float) -> float:
-    """Shortest time of one call, seconds; see `best_of`."""
-    return best_of([work], seconds)[0]
 
 
 def best_of(works: Sequence[Callable[[], Any]], seconds: float) -> list[float]:

@@ -29,12 +29,14 @@ from distillkit.errors import DistillKitError
 from distillkit.shards import Dataset, Header, ShardWriter
 from distillkit.types import SparseLogprobs
 
-__all__ = ["SpeedRow", "cores", "machine", "measure_speed"]
+__all__ = ["DENSE_VOCABULARY", "SpeedRow", "cores", "machine", "measure_speed"]
 
 PACKED_ROWS = 8192
 """Rows of a call: a packed sequence of the published datasets."""
 DOCUMENT_ROWS = 512
 """Rows of a call: one document of modest length. Here the baseline's tensors fit into the caches."""
+DENSE_VOCABULARY = 151_936
+"""Width of the dense logits where nothing else is asked for: Qwen's vocabulary."""
 _DOCUMENTS, _COLLATED = 64, 16
 _COPYING = "copying as many bytes"
 

@@ -30,7 +30,6 @@ _CONFIG = click.option(
 )
 _SPLIT = click.option("--split", help="Split of a published dataset that has splits.")
 _QUICK_ROWS = 256
-_DENSE_VOCABULARY = 151_936
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 
@@ -361,14 +360,14 @@ def bench(sample: str | None, vocab_size: int | None, quick: bool, as_json: bool
     """
     from distillkit.bench.fidelity import measure_fidelity
     from distillkit.bench.sample import bundled_sample, load_sample
-    from distillkit.bench.speed import machine, measure_speed
+    from distillkit.bench.speed import DENSE_VOCABULARY, machine, measure_speed
     from distillkit.bench.tables import fidelity_table, speed_table
 
     rows = bundled_sample() if sample is None else load_sample(sample)
     if quick:
         rows = rows.first(_QUICK_ROWS)
     codec_size = vocab_size or rows.vocab_size
-    dense_size = vocab_size or (_DENSE_VOCABULARY if sample is None else rows.vocab_size)
+    dense_size = vocab_size or (DENSE_VOCABULARY if sample is None else rows.vocab_size)
     configs = {name: preset(name, vocab_size=codec_size) for name in PRESETS}
     with progress_bar("measuring fidelity") as progress:
         fidelity = list(measure_fidelity(rows, configs, progress))

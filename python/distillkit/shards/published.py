@@ -297,10 +297,11 @@ class _PublishedFile:
     def blocks(self) -> Iterator[Block]:
         documents: list[Document] = []
         first = rows = 0
+        total = sum(self.groups)
         for number, document in enumerate(self, start=1):
             documents.append(document)
             rows += document.num_rows
-            if rows >= _BLOCK_ROWS or number == sum(self.groups):
+            if rows >= _BLOCK_ROWS or number == total:
                 data = bytearray().join(document.teacher for document in documents)
                 yield make_block(documents, data, self._codec, self.path, first)
                 documents, first, rows = [], number, 0

@@ -91,8 +91,8 @@ multiversion! {
 }
 
 multiversion! {
-    /// [`unpack_values`] for token ids, which the caller checks by the returned maximum.
-    #[allow(dead_code, reason = "the row codec takes it next")]
+    /// [`unpack_ids_body`] by itself.
+    #[cfg(test)]
     pub(crate) fn unpack_ids(data: &[u8], width: u32, out: &mut [i64]) -> u64 = unpack_ids_body;
 }
 
@@ -103,8 +103,8 @@ multiversion! {
 }
 
 multiversion! {
-    /// [`pack_values`] for token ids that are already checked.
-    #[allow(dead_code, reason = "the row codec takes it next")]
+    /// [`pack_ids_body`] by itself.
+    #[cfg(test)]
     pub(crate) fn pack_ids(ids: &[i64], width: u32, out: &mut [u8]) -> u64 = pack_ids_body;
 }
 
@@ -163,7 +163,7 @@ pub(crate) fn unpack_values_body<I: Packing>(isa: I, data: &[u8], width: u32, ou
     isa.unpack(data, width, out)
 }
 
-/// The body of [`unpack_ids`], for use in other bodies.
+/// [`unpack_values_body`] for token ids, which the caller checks by the returned maximum.
 #[inline(always)]
 pub(crate) fn unpack_ids_body<I: Packing>(isa: I, data: &[u8], width: u32, out: &mut [i64]) -> u64 {
     // SAFETY: i64 and u64 have the same size and alignment, and every bit pattern is valid for both.
@@ -178,7 +178,7 @@ pub(crate) fn pack_values_body<I: Packing>(isa: I, values: &[u64], width: u32, o
     isa.pack(values, width, out)
 }
 
-/// The body of [`pack_ids`], for use in other bodies.
+/// [`pack_values_body`] for token ids that are already checked.
 #[inline(always)]
 pub(crate) fn pack_ids_body<I: Packing>(isa: I, ids: &[i64], width: u32, out: &mut [u8]) -> u64 {
     // SAFETY: i64 and u64 have the same size and alignment, and every bit pattern is valid for both.

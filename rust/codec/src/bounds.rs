@@ -13,7 +13,7 @@
 
 use crate::config::MAX_TERMS;
 use crate::fit::{Basis, Fit, FitRow, FitScratch, Fitted, Limits, cholesky, solve_lower, solve_upper};
-use crate::lanes::{LANES, one_step};
+use crate::lanes::{LANES, larger, one_step};
 
 /// Bounds taken up before giving up: several times what real rows need.
 const MOST_ROUNDS: usize = 24;
@@ -133,7 +133,6 @@ impl<'a> Bounds<'a> {
 /// The largest of `of(a[t], b[t])`, over the shorter of the two, and the first t where it is; −∞ where there is none.
 #[inline(always)]
 fn largest(a: &[f32], b: &[f32], of: impl Fn(f32, f32) -> f32) -> (f32, usize) {
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
     let count = a.len().min(b.len());
     let (a, b) = (&a[..count], &b[..count]);
     let mut lanes = [f32::NEG_INFINITY; LANES];

@@ -309,7 +309,7 @@ pub(crate) struct Limits {
 /// Fits rows of one configuration.
 #[derive(Debug, Clone)]
 pub(crate) struct Fit {
-    pub(crate) columns: Vec<Vec<f64>>,
+    columns: Vec<Vec<f64>>,
     stored: FloatType,
     /// Ranks with a residual of their own; they come first.
     covered: usize,
@@ -571,8 +571,8 @@ fn lower(r: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..r).flat_map(|i| (0..=i).map(move |j| (i, j)))
 }
 
-/// Fills `target` with y − base (neither below [`DEEPEST`]), `f` with zeros and makes room in the rest; returns the target of the first rank, which probabilities are
-/// relative to. Unused lanes repeat the first row.
+/// Fills `target` with y − base (neither below [`DEEPEST`]), `f` with zeros and makes room in the rest; returns the target of the first
+/// rank, which probabilities are relative to. Unused lanes repeat the first row.
 #[inline(always)]
 fn load(rows: &[FitRow], scratch: &mut FitScratch) -> Lanes {
     let n = rows[0].y.len();

@@ -91,7 +91,7 @@ pub(crate) fn one_step() {
 }
 
 macro_rules! operator {
-    ($($trait:ident $method:ident $assign:ident $assign_method:ident $op:tt),*) => {$(
+    ($($trait:ident $method:ident $op:tt),*) => {$(
         impl $trait for Lanes {
             type Output = Self;
             #[inline(always)]
@@ -101,7 +101,7 @@ macro_rules! operator {
         }
     )*};
 }
-operator!(Add add AddAssign add_assign +, Sub sub SubAssign sub_assign -, Mul mul MulAssign mul_assign *, Div div DivAssign div_assign /);
+operator!(Add add +, Sub sub -, Mul mul *, Div div /);
 
 impl AddAssign for Lanes {
     #[inline(always)]
@@ -133,6 +133,12 @@ pub(crate) fn exp(x: f32) -> f32 {
     let sum = ((1.326_696_8e-3 * f + 9.675_462e-3) * square + (5.550_742_6e-2 * f + 0.240_221_22)) * square + (0.693_146_95 * f + 1.0);
     let power = f32::from_bits(shifted.to_bits().wrapping_add(127).wrapping_shl(23));
     sum * power
+}
+
+/// The larger one; `a` where `b` is NaN.
+#[inline(always)]
+pub(crate) fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
 }
 
 /// Whether no value is infinite or NaN.

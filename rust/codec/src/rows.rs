@@ -18,6 +18,12 @@ pub(crate) struct Scratch {
     values: ValuesScratch,
     ids: Vec<i64>,
     logprobs: Vec<f32>,
+    checks: IdChecks,
+}
+
+/// Buffers of [`check_ids`] and of sorting.
+#[derive(Debug, Default)]
+struct IdChecks {
     order: Vec<usize>,
     /// A bit for every value of the low bits of an id; all zero between rows.
     seen: Vec<u64>,
@@ -53,19 +59,18 @@ pub(crate) fn encode_rows_body<I: Packing, F: RowFormat>(
     for (group, ((ids, logprobs), out)) in groups.enumerate() {
         let at_row = |(row, error)| (group * LANES + row, error);
         if logprobs.chunks(k).all(is_sorted) {
-            encode_group(isa, format, ids, logprobs, out, &mut scratch.values, &mut scratch.seen, &mut scratch.order).map_err(at_row)?;
+            encode_group(isa, format, ids, logprobs, out, &mut scratch.values, &mut scratch.checks).map_err(at_row)?;
         } else {
             // NaN is never in order, so it is found here; a bad row is not sorted but refused below.
             sort_rows(ids, logprobs, k, scratch);
-            let Scratch { values, ids, logprobs, order, seen } = scratch;
-            encode_group(isa, format, ids, logprobs, out, values, seen, order).map_err(at_row)?;
+            let Scratch { values, ids, logprobs, checks } = scratch;
+            encode_group(isa, format, ids, logprobs, out, values, checks).map_err(at_row)?;
         }
     }
     Ok(())
 }
 
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "the parts of one scratch")]
 fn encode_group<I: Packing, F: RowFormat>(
     isa: I,
     format: &F,
@@ -73,8 +78,7 @@ fn encode_group<I: Packing, F: RowFormat>(
     logprobs: &[f32],
     out: &mut [u8],
     values: &mut ValuesScratch,
-    seen: &mut Vec<u64>,
-    order: &mut Vec<usize>,
+    checks: &mut IdChecks,
 ) -> RowResult {
     let (k, value_bytes) = (format.k(), format.value_bytes());
     let bytes = value_bytes + format.id_bytes();
@@ -82,7 +86,7 @@ fn encode_group<I: Packing, F: RowFormat>(
         if let Err(error) = check_logprobs(logprobs) {
             return Err((row, error));
         }
-        if let Err(error) = check_ids(ids, format.vocab_size(), seen, order) {
+        if let Err(error) = check_ids(ids, format.vocab_size(), checks) {
             return Err((row, error));
         }
         format.write_ids(isa, ids, &mut out[value_bytes..]);
@@ -118,7 +122,7 @@ fn is_sorted(logprobs: &[f32]) -> bool {
 /// Copies the rows into the scratch, each sorted by descending log-probability (stable).
 #[cold]
 fn sort_rows(ids: &[i64], logprobs: &[f32], k: usize, scratch: &mut Scratch) {
-    let Scratch { ids: sorted_ids, logprobs: sorted, order, .. } = scratch;
+    let Scratch { ids: sorted_ids, logprobs: sorted, checks: IdChecks { order, .. }, .. } = scratch;
     sorted_ids.clear();
     sorted.clear();
     for (ids, logprobs) in ids.chunks(k).zip(logprobs.chunks(k)) {
@@ -161,7 +165,7 @@ fn not_logprobs(logprobs: &[f32]) -> CodecError {
 
 /// Refuses ids outside the vocabulary and repeated ids.
 #[inline(always)]
-fn check_ids(ids: &[i64], vocab_size: u64, seen: &mut Vec<u64>, order: &mut Vec<usize>) -> Result<()> {
+fn check_ids(ids: &[i64], vocab_size: u64, IdChecks { order, seen }: &mut IdChecks) -> Result<()> {
     // A negative id is a large unsigned one.
     if ids.iter().fold(0, |largest: u64, &id| largest.max(id as u64)) >= vocab_size {
         return Err(outside(ids, vocab_size));

@@ -132,8 +132,8 @@ impl FromStr for Backend {
 ///
 /// Only [`multiversion!`] makes tokens other than [`Portable`], so whoever holds one may call functions that need the instructions.
 pub(crate) trait Isa: Copy {
-    /// The backend that the token belongs to: `match I::BACKEND` in a body is decided at compile time.
-    #[allow(dead_code, reason = "for bodies that choose a block size or an order of loops")]
+    /// The backend that the token belongs to.
+    #[cfg(test)]
     const BACKEND: Backend;
 }
 
@@ -155,6 +155,7 @@ macro_rules! tokens {
 
         $(#[$attribute])*
         impl Isa for $name {
+            #[cfg(test)]
             const BACKEND: Backend = Backend::$name;
         }
     )+};
@@ -174,6 +175,7 @@ tokens!(
 pub(crate) struct Portable;
 
 impl Isa for Portable {
+    #[cfg(test)]
     const BACKEND: Backend = Backend::Portable;
 }
 

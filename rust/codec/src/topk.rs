@@ -8,7 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::error::{CodecError, Result};
-use crate::lanes::{LANES, Lanes, exp, one_step};
+use crate::lanes::{LANES, Lanes, exp, larger, one_step};
 use crate::simd::{Isa, multiversion};
 
 /// Logits of a block: 2 KB of float32.
@@ -135,11 +135,6 @@ fn topk_row_body<I: Isa, L: Logit>(_isa: I, logits: &[L], ids: &mut [i64], logpr
 /// The largest logit; NaN is passed over.
 fn maximum(block: &[f32]) -> f32 {
     block.iter().copied().fold(f32::NEG_INFINITY, larger)
-}
-
-#[inline(always)]
-fn larger(a: f32, b: f32) -> f32 {
-    if b > a { b } else { a }
 }
 
 /// The largest logit (NaN is passed over), and Σ exp(logit − reference) in parts, of which one is NaN if a logit is.

@@ -46,6 +46,8 @@ pub(crate) struct Values {
     layout: Layout,
     /// Ranks that are not exact.
     n: usize,
+    /// Those of them with a residual of their own; they come first.
+    covered: usize,
     /// m rows of n: the terms as the decoder evaluates them.
     terms: Vec<f64>,
     terms32: Vec<f32>,
@@ -85,7 +87,7 @@ impl Values {
         });
         let constant = (m * n > 0).then(|| terms.chunks(n).position(|row| row.iter().all(|&value| value == 1.0))).flatten();
         let terms32 = terms.iter().map(|&value| value as f32).collect();
-        Self { layout, n, terms, terms32, m, fit, constant }
+        Self { layout, n, covered, terms, terms32, m, fit, constant }
     }
 
     /// The terms at the approximated ranks, m rows of n.
@@ -225,12 +227,11 @@ impl Values {
     #[inline(always)]
     #[expect(clippy::too_many_arguments, reason = "what bounds are made of")]
     fn keep_bounds(&self, fit: &Fit, y: &[f32], base: f64, ceiling: f64, margin: f64, fitted: &mut Fitted, scratch: &mut BoundsScratch) {
-        let covered = self.covered();
-        let (likely, ceiling) = if covered == 0 { (y.partition_point(|&value| value > LIKELY), ceiling) } else { (0, f64::INFINITY) };
+        let (likely, ceiling) = if self.covered == 0 { (y.partition_point(|&value| value > LIKELY), ceiling) } else { (0, f64::INFINITY) };
         let allowed = f64::from(fitted.plain_error).max(self.allowed_error());
         for relaxed in RELAXED {
             let likely = if relaxed.is_finite() { &y[..likely] } else { &[] };
-            let bounds = Bounds { from: covered, ceiling, margin, likely, base, error: allowed * relaxed };
+            let bounds = Bounds { from: self.covered, ceiling, margin, likely, base, error: allowed * relaxed };
             if enforce(&bounds, fit, fitted, None, scratch) {
                 return;
             }
@@ -289,7 +290,7 @@ impl Values {
     /// Lifts the last exact value where the first approximated one is above it.
     #[inline(always)]
     fn lift_last_exact(&self, exact: Range<usize>, scratch: &mut RowScratch) {
-        if self.layout.delta_encoding || exact.is_empty() || self.covered() > 0 {
+        if self.layout.delta_encoding || exact.is_empty() || self.covered > 0 {
             return;
         }
         if f64::from(scratch.approximate32[0]) > scratch.exact[exact.end - 1] {
@@ -298,20 +299,18 @@ impl Values {
         }
     }
 
-    fn covered(&self) -> usize {
-        self.layout.residual_bins.iter().map(|bin| bin.num_elements).sum()
-    }
-
     /// Whether the decoded values are finite and do not increase from the first rank without a residual on.
     #[inline(always)]
     fn is_good(&self, ceiling: f64, scratch: &RowScratch) -> bool {
-        let values = &scratch.approximate32[self.covered()..];
-        let Some(&first) = values.first() else { return all_finite(&scratch.approximate32) };
-        if self.layout.delta_encoding {
-            return all_finite(&scratch.approximate32) && values.iter().fold(true, |ordered, &step| ordered & (step <= 0.0));
+        let values = &scratch.approximate32[self.covered..];
+        if !all_finite(&scratch.approximate32) {
+            return false;
         }
-        let ordered = values[1..].iter().zip(values).fold(true, |ordered, (next, this)| ordered & (next <= this));
-        ordered && all_finite(&scratch.approximate32) && (self.covered() > 0 || f64::from(first) <= ceiling)
+        if self.layout.delta_encoding {
+            return values.iter().fold(true, |ordered, &step| ordered & (step <= 0.0));
+        }
+        let below_exact = self.covered > 0 || values.first().is_none_or(|&first| f64::from(first) <= ceiling);
+        below_exact && values.iter().zip(values.iter().skip(1)).fold(true, |ordered, (this, next)| ordered & (next <= this))
     }
 
     /// Whether decoding needs more than exact values and float32 terms.

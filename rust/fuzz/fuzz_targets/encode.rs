@@ -3,7 +3,7 @@
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use distillkit_codec::CodecError;
-use distillkit_fuzz::{Fields, decode};
+use distillkit_fuzz::{Fields, corpus, decode};
 use libfuzzer_sys::{Corpus, fuzz_target};
 
 /// A row's values: any floats, or log-probabilities of k steps, which are likely to be valid.
@@ -47,10 +47,4 @@ fn run(input: &[u8]) -> Result<()> {
     Ok(())
 }
 
-fuzz_target!(|input: &[u8]| -> Corpus {
-    match run(input) {
-        Ok(()) => Corpus::Keep,
-        // Too few bytes for the fields.
-        Err(_) => Corpus::Reject,
-    }
-});
+fuzz_target!(|input: &[u8]| -> Corpus { corpus(run(input)) });

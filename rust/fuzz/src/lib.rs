@@ -5,6 +5,7 @@
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use distillkit_codec::{Codec, CodecError, Config};
+use libfuzzer_sys::Corpus;
 use serde_json::{Value, json};
 
 /// The fields of either configuration.
@@ -112,6 +113,20 @@ pub fn decode(codec: &Codec, data: &[u8]) -> distillkit_codec::Result<(Vec<i64>,
             Err(error)
         }
     }
+}
+
+/// What a target makes of an input: kept, unless it had too few bytes for the fields.
+pub fn corpus(result: Result<()>) -> Corpus {
+    if result.is_ok() { Corpus::Keep } else { Corpus::Reject }
+}
+
+/// Takes the fields of a configuration, and decodes what is left of the input as its rows.
+pub fn decode_any(input: &[u8], fields: impl FnOnce(&mut Unstructured) -> Result<Fields>) -> Result<()> {
+    let mut u = Unstructured::new(input);
+    if let Some(codec) = fields(&mut u)?.codec() {
+        let _ = decode(&codec, &rows(&codec, u.take_rest()));
+    }
+    Ok(())
 }
 
 /// Arbitrary bytes, cut or repeated to a whole number of rows unless the first of them says otherwise.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import json
 import logging
 import os
@@ -66,11 +67,16 @@ def train(config: Path, verbose: int, as_json: bool) -> None:
 
 
 def _leave_process_group() -> None:
-    """Let go of the other processes together: one that exits first would take connections from those still in use."""
+    """Let go of the other processes together: one that exits first would take connections from those still in use.
+
+    The wrapped student holds the group, in reference cycles. Were it left to the interpreter's end, the group's threads
+    could ask for Python after it is gone, which aborts the process.
+    """
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
+        gc.collect()
         distributed.destroy_process_group()
 
 

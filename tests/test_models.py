@@ -15,8 +15,8 @@ from distillkit.config import RunConfig
 from distillkit.errors import ConfigError
 from distillkit.losses.config import LossConfig
 from distillkit.losses.fused import Objective
-from distillkit.losses.sparse import StudentLogits, kl
-from distillkit.losses.table import Targets
+from distillkit.losses.positions import Positions, Targets
+from distillkit.losses.table import loss
 from distillkit.models import (
     DistillationInputs,
     attach_losses,
@@ -54,7 +54,8 @@ def test_the_losses_are_those_of_the_models_own_logits(tied: bool) -> None:
     model.train()
     output = model(input_ids=ids, position_ids=torch.arange(6).expand(2, -1), distill=distill)
     output.loss.backward()
-    expected = kl(StudentLogits(plain(ids).logits.flatten(0, 1)[rows]), teacher)
+    targets = Targets(ids.flatten()[rows + 1], teacher)
+    expected = loss("kl")(Positions(plain(ids).logits.flatten(0, 1)[rows], targets))
     expected.backward()
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):

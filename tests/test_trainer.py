@@ -124,7 +124,7 @@ def test_evaluation_is_the_mean_over_all_held_out_positions(parts: dict[str, str
         with torch.no_grad():
             logits = student(torch.from_numpy(document).long()[None]).logits[0].double().numpy()
         for t, (ids, logprobs) in enumerate(zip(rows.ids.tolist(), rows.logprobs.tolist(), strict=True)):
-            kl += reference.kl_at(logits[t], ids, logprobs, 1.0, "zero")
+            kl += reference.measure_of("kl", *reference.outcomes_at(logits[t], ids, logprobs, 0, 1.0, "zero"))
             entropy += reference.cross_entropy_at(logits[t], int(document[t + 1]))
             agreement += int(logits[t].argmax() == ids[0])
             mass += float(np.exp(logprobs).sum())

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from distillkit.codec import Codec
 from distillkit.errors import ConfigError
-from distillkit.losses.config import LATER_LOSSES, LATER_MISSING, LOSS_NAMES, LossConfig
+from distillkit.losses.config import HIDDEN_LOSSES, LossConfig
 
 __all__ = ["DatasetSource", "DatasetTeacher", "HfTeacher", "RunConfig", "load_config", "parse_config"]
 
@@ -80,13 +80,50 @@ class DatasetSection(_Model):
     prepacked: bool = False
 
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def _one_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Call `dtype` what older configurations call `torch_dtype`, and check its value."""
+    if "torch_dtype" in arguments and "dtype" in arguments:
+        raise ValueError(
+            f"dtype: {arguments['dtype']!r} and torch_dtype: {arguments['torch_dtype']!r} are one setting; give dtype"
+        )
+    arguments = {("dtype" if key == "torch_dtype" else key): value for key, value in arguments.items()}
+    dtype = arguments.get("dtype")
+    if isinstance(dtype, str):
+        dtype = arguments["dtype"] = dtype.removeprefix("torch.")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed: {', '.join(_DTYPES)}")
+    return arguments
+
+
 class HfTeacher(_Model):
-    """A live teacher (`kind: hf`); not supported yet."""
+    """A live teacher (`kind: hf`), run beside the student.
+
+    Attributes:
+        path: a folder or a hub id. The student's own base model together with `peft` means: the student without its
+            adapters, which takes no memory of its own.
+        kwargs: passed on when it is loaded (`dtype`, `device_map`, `attn_implementation`, …; `torch_dtype` is taken for
+            `dtype`). Without a `dtype` it has its checkpoint's.
+        top_k: train from its k most probable ids only, as if they had been captured; from its whole distribution if not
+            given.
+    """
 
     kind: Literal["hf"]
-    path: str
-    kwargs: dict[str, Any] | None = None
+    path: str = Field(min_length=1)
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     top_k: int | None = Field(default=None, ge=1)
+
+    @field_validator("kwargs", mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: object) -> object:
+        return {} if value is None else value
+
+    @field_validator("kwargs")
+    @classmethod
+    def _dtype_has_one_name(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _one_dtype(value)
 
 
 class DatasetTeacher(_Model):
@@ -152,7 +189,10 @@ class RunConfig(_Model):
         resize_embeddings_to_multiple_of: widen embeddings and head to a multiple of this; they never shrink.
         functionary_packing: the published switch for keeping packed documents apart. They always are, so it changes
             nothing.
-        layer_mapping, force_hidden_state_projection, model_auto_class: not supported yet.
+        layer_mapping: which hidden states of student and teacher are compared, for hs_mse and hs_cosine: pairs of
+            [student layer, teacher layer], or `all`. 0 is the embeddings' output, n the n-th layer's, −1 the last.
+        force_hidden_state_projection: project the student's hidden states also where their size is the teacher's.
+        model_auto_class: not supported yet.
     """
 
     project_name: str = "distillkit"
@@ -196,13 +236,7 @@ class RunConfig(_Model):
     @field_validator("model_kwargs")
     @classmethod
     def _dtype_has_one_name(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if "torch_dtype" in value:
-            if "dtype" in value:
-                raise ValueError(
-                    f"dtype: {value['dtype']!r} and torch_dtype: {value['torch_dtype']!r} are one setting; give dtype"
-                )
-            value = {("dtype" if key == "torch_dtype" else key): item for key, item in value.items()}
-        return value
+        return _one_dtype(value)
 
     @property
     def source(self) -> str:
@@ -255,6 +289,8 @@ def parse_config(content: object, *, source: str = "config") -> RunConfig:
     except ValidationError as error:
         problems += [_problem(item) for item in error.errors()]
     problems += _not_yet(content)
+    if config is not None:
+        problems += _disagreements(config)
     arguments = content.get("training_args")
     if isinstance(arguments, Mapping):
         from distillkit.training_args import argument_problems
@@ -326,15 +362,6 @@ def _not_yet(content: Mapping[Any, Any]) -> list[str]:
     def refuse(path: str, why: str) -> None:
         found.append(f"{path}: not supported yet ({why})")
 
-    teacher = content.get("teacher")
-    if isinstance(teacher, Mapping) and teacher.get("kind") == "hf":
-        refuse(
-            "teacher.kind", "'hf', a live teacher; capture it with `distillkit capture` and train with kind: dataset"
-        )
-    if content.get("layer_mapping") is not None:
-        refuse("layer_mapping", "hidden-state losses")
-    if content.get("force_hidden_state_projection"):
-        refuse("force_hidden_state_projection", "hidden-state losses")
     if content.get("model_auto_class") not in (None, "AutoModelForCausalLM"):
         refuse("model_auto_class", f"{content['model_auto_class']!r}; AutoModelForCausalLM is")
     dataset = content.get("dataset")
@@ -342,19 +369,31 @@ def _not_yet(content: Mapping[Any, Any]) -> list[str]:
         if isinstance(dataset, Mapping) and dataset.get(key) is not None:
             refuse(f"dataset.{key}", f"{dataset[key]!r}")
     losses = content.get("loss_functions")
-    for i, loss in enumerate(losses if isinstance(losses, list) else []):
-        if not isinstance(loss, Mapping):
-            continue
-        if loss.get("function") in LATER_LOSSES:
-            refuse(f"loss_functions.{i}.function", f"{loss['function']!r}; {', '.join(LOSS_NAMES)} are")
-        if loss.get("missing_probability_handling") in LATER_MISSING:
-            refuse(
-                f"loss_functions.{i}.missing_probability_handling",
-                f"{loss['missing_probability_handling']!r}; zero and uniform are",
-            )
     weights = [loss.get("weight") for loss in losses if isinstance(loss, Mapping)] if isinstance(losses, list) else []
     if weights and all(isinstance(weight, (int, float)) and weight == 0 for weight in weights):
         found.append("loss_functions: all weights are 0; at least one must be positive")
+    return found
+
+
+def _disagreements(config: RunConfig) -> list[str]:
+    """Describe sections that contradict each other."""
+    found: list[str] = []
+    hidden = [loss.function for loss in config.loss_functions if loss.function in HIDDEN_LOSSES]
+    if hidden and config.layer_mapping is None:
+        found.append(
+            f"layer_mapping: is missing, and {hidden[0]} needs it: 'all', or pairs of [student layer, teacher layer]"
+        )
+    if hidden and config.teacher.kind != "hf":
+        found.append(
+            f"loss_functions: {hidden[0]} compares hidden states, which a dataset of stored distributions does not "
+            "have; use a live teacher (teacher.kind: hf)"
+        )
+    if not hidden and config.layer_mapping is not None:
+        found.append(f"layer_mapping: only {' and '.join(HIDDEN_LOSSES)} use it, and loss_functions has neither")
+    if not hidden and config.force_hidden_state_projection:
+        found.append(
+            f"force_hidden_state_projection: only {' and '.join(HIDDEN_LOSSES)} use it, and loss_functions has neither"
+        )
     return found
 
 

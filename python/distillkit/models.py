@@ -14,9 +14,10 @@ import torch
 from transformers.utils import ModelOutput
 
 from distillkit.errors import ConfigError
-from distillkit.lm_head import LMHead, backbone_hidden, check_lm_head
+from distillkit.layers import LayerMatching
+from distillkit.lm_head import LMHead, backbone_layers, check_lm_head
 from distillkit.losses.fused import Objective
-from distillkit.losses.table import Targets
+from distillkit.losses.positions import Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _FLASH = "flash_attention_2"
-_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,15 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
     statistics: torch.Tensor = None  # type: ignore[assignment]
 
 
-def attach_losses(model: PreTrainedModel) -> LMHead:
+def attach_losses(model: PreTrainedModel, matching: LayerMatching | None = None) -> LMHead:
     """Let `model(**inputs, distill=DistillationInputs(…))` return losses. Without `distill` the model is as before.
 
     Done on the bare model before anything wraps it. Whatever wrapper is called then (DDP, FSDP, autocast), hidden
     states and head are at hand inside it, its hooks run, and no logits of a whole batch leave the forward.
+
+    Args:
+        model: the bare student.
+        matching: which of its hidden states are compared with the teacher's, if any are.
 
     Returns:
         The model's head, as checked against its logits.
@@ -82,14 +86,17 @@ def attach_losses(model: PreTrainedModel) -> LMHead:
     """
     head = check_lm_head(model)
     original = model.forward
+    wanted = () if matching is None else matching.student_layers
 
     # The signature stays: generate() and the Trainer read it.
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, distill: DistillationInputs | None = None, **inputs: Any) -> Any:
         if distill is None:
             return original(*args, **inputs)
-        hidden = backbone_hidden(self, *args, **inputs)
-        result = distill.objective(head, hidden.flatten(0, 1)[distill.rows], distill.targets)
+        hidden, states = backbone_layers(self, wanted, **inputs)
+        counted = [each.flatten(0, 1)[distill.rows] for each in (hidden, *states)]
+        layers = () if matching is None else zip(matching.project(counted[1:]), distill.targets.hidden, strict=True)
+        result = distill.objective(head, counted[0], distill.targets, tuple(layers))
         return DistillationOutput(loss=result.loss, statistics=result.statistics)
 
     model.forward = types.MethodType(forward, model)
@@ -119,13 +126,6 @@ def load_student(config: RunConfig, vocab_size: int) -> PreTrainedModel:
     if attention is not None:
         arguments["attn_implementation"] = attention
     arguments.setdefault("dtype", "bfloat16" if attention == _FLASH else "float32")
-    if isinstance(arguments["dtype"], str):
-        arguments["dtype"] = arguments["dtype"].removeprefix("torch.")
-        if arguments["dtype"] not in _DTYPES:
-            raise ConfigError(
-                f"{config.source}: model_kwargs.dtype: {arguments['dtype']!r} is not allowed; allowed: "
-                f"{', '.join(_DTYPES)}"
-            )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             config.model, trust_remote_code=config.trust_remote_code, **arguments

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from distillkit import tokenizer as tokenizers
+from distillkit.config import DatasetTeacher, HfTeacher
 from distillkit.data import (
     Collator,
     DistillationDataset,
@@ -28,18 +29,26 @@ from distillkit.data import (
     open_dataset,
 )
 from distillkit.errors import ConfigError, DistillKitError
+from distillkit.layers import (
+    LayerMatching,
+    exported,
+    load_projections,
+    match_layers,
+    save_projections,
+    without_projections,
+)
 from distillkit.losses.fused import Objective
-from distillkit.losses.table import Targets
 from distillkit.memory import peak_memory
 from distillkit.models import DistillationInputs, DistillationOutput, attach_losses, load_student
 from distillkit.progress import ConsoleProgress, MetricsFile
 from distillkit.signals.offline import OfflineSignal
+from distillkit.signals.online import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training_args import training_arguments
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from distillkit.config import DatasetTeacher, RunConfig
+    from distillkit.config import RunConfig
     from distillkit.shards import Dataset as StoredDataset
 
 __all__ = ["DistillationTrainer", "train"]
@@ -64,6 +73,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         args: see `training_arguments`.
         objective: the losses.
         train_dataset, eval_dataset: documents with their teacher's signal.
+        matching: which of the student's hidden states are compared with the teacher's, if any are.
         processing_class: the tokenizer, saved beside each checkpoint.
         callbacks: as transformers takes them.
 
@@ -82,6 +92,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         objective: Objective,
         train_dataset: DistillationDataset,
         eval_dataset: DistillationDataset | None = None,
+        matching: LayerMatching | None = None,
         processing_class: Any = None,
         callbacks: list[transformers.TrainerCallback] | None = None,
     ) -> None:
@@ -91,7 +102,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"--nproc_per_node {args.n_gpu} -m distillkit CONFIG.yaml` (or accelerate launch), or choose one "
                 "with CUDA_VISIBLE_DEVICES"
             )
-        attach_losses(model)
+        attach_losses(model, matching)
         use_cache = model.config.use_cache
         pad_id = getattr(processing_class, "pad_token_id", None)
         super().__init__(
@@ -172,7 +183,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     def _forward(self, model: Any, inputs: Mapping[str, Any], objective: Objective, dataset: Any) -> DistillationOutput:
         rows = inputs["rows"]
         labels = inputs["labels"].flatten()[rows + 1]
-        targets = Targets(labels, dataset.signal.targets(inputs))
+        targets = dataset.signal.targets(inputs, labels)
         model_inputs = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
         output = model(**model_inputs, distill=DistillationInputs(rows, targets, objective))
         return output  # type: ignore[no-any-return]
@@ -277,9 +288,27 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             )
         return averages
 
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._window.paused():
             super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the student without projections of hidden states; into a checkpoint, those beside it."""
+        with without_projections(self.model):
+            super()._save(output_dir, None if state_dict is None else exported(state_dict))
+        if output_dir is not None and PREFIX_CHECKPOINT_DIR in Path(output_dir).name and self.args.should_save:
+            save_projections(self.model, output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            # The sharded checkpoint has them in it.
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with without_projections(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_projections(self.model, resume_from_checkpoint)
 
 
 class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
@@ -366,7 +395,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     with arguments.main_process_first(desc="opening the datasets"):
         sources = _open_sources(config, tokenizer)
     model = load_student(config, tokenizers.vocab_size(tokenizer))
-    datasets = {key: _dataset(config, key, source, model, arguments) for key, source in sources.items()}
+    teacher, matching = _live_teacher(config, model, arguments.device)
+    datasets = {key: _dataset(config, key, source, model, arguments, teacher) for key, source in sources.items()}
     metrics, progress = MetricsFile(Path(config.output_path)), ConsoleProgress()
     trainer = DistillationTrainer(
         model,
@@ -374,6 +404,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         objective=Objective.training(config.loss_functions),
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
+        matching=matching,
         processing_class=tokenizer,
         callbacks=[metrics] if arguments.disable_tqdm else [metrics, progress],
     )
@@ -402,7 +433,9 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def _open_sources(config: RunConfig, tokenizer: Any) -> dict[str, StoredDataset]:
     """Open training and evaluation data, and refuse them early where the tokenizer already says so."""
-    teacher: DatasetTeacher = config.teacher  # type: ignore[assignment]
+    if config.teacher.kind == "hf":
+        check_teacher_tokenizer(config, tokenizer)
+    teacher = config.teacher if isinstance(config.teacher, DatasetTeacher) else DatasetTeacher(kind="dataset")
     sources = {"train": open_dataset(config.dataset.train_dataset, teacher, "dataset.train_dataset")}
     if config.dataset.eval_dataset is not None:
         sources["eval"] = open_dataset(config.dataset.eval_dataset, teacher, "dataset.eval_dataset")
@@ -411,15 +444,36 @@ def _open_sources(config: RunConfig, tokenizer: Any) -> dict[str, StoredDataset]
     return sources
 
 
+def _live_teacher(
+    config: RunConfig, model: transformers.PreTrainedModel, device: torch.device
+) -> tuple[OnlineSignal | None, LayerMatching | None]:
+    """Load the live teacher, if the configuration has one, and match its layers with the student's."""
+    if not isinstance(config.teacher, HfTeacher):
+        return None, None
+    teacher = load_teacher(config, device)
+    matching = None
+    if config.layer_mapping is not None:
+        force = config.force_hidden_state_projection
+        matching = match_layers(config.layer_mapping, model, teacher, force_projection=force)
+    layers = () if matching is None else matching.teacher_layers
+    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers), matching
+
+
 def _dataset(
-    config: RunConfig, key: str, source: StoredDataset, model: transformers.PreTrainedModel, arguments: SFTConfig
+    config: RunConfig,
+    key: str,
+    source: StoredDataset,
+    model: transformers.PreTrainedModel,
+    arguments: SFTConfig,
+    teacher: OnlineSignal | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and make training examples of it."""
     head_size = model.get_output_embeddings().weight.shape[0]
     check_dataset(source, head_size, f"dataset.{key}_dataset")
     option = "num_samples" if key == "train" else "num_eval_samples"
     chosen = choose_documents(len(source), getattr(config.dataset, option), config.dataset.seed, f"dataset.{option}")
-    signal = OfflineSignal(source.codec, head_size, on_device=arguments.device.type == "cuda")
+    on_device = arguments.device.type == "cuda"
+    signal = OfflineSignal(source.codec, head_size, on_device=on_device) if teacher is None else teacher
     return DistillationDataset(source, signal, config.sequence_length, chosen)
 
 

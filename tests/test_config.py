@@ -249,12 +249,12 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         load_config(path)
     first, *problems = str(caught.value).splitlines()
     assert first == f"{path}: 4 problems"
-    assert [line.split(":")[0].strip() for line in problems] == [
+    assert {line.split(":")[0].strip() for line in problems} == {
         "modle",
         "sequence_length",
         "training_args.learnin_rate",
         "training_args.packing",
-    ]
+    }
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ go wrong."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from distillkit.errors import ConfigError
 from distillkit.lm_head import LMHead, lm_head_of
 from distillkit.losses.config import LOSS_NAMES, LossConfig
 from distillkit.losses.fused import Objective
-from distillkit.losses.positions import DenseTeacher, Positions, Targets
+from distillkit.losses.positions import Positions, Targets, TeacherLogits
 from distillkit.losses.table import HIDDEN, LOSSES, loss
 from distillkit.topk import sparse_from_logits
 from distillkit.types import SparseLogprobs
@@ -41,14 +43,6 @@ def some_labels(positions: int, vocabulary: int) -> torch.Tensor:
     return torch.randint(vocabulary, (positions,), generator=torch.Generator().manual_seed(3))
 
 
-def dense_teacher(logits: torch.Tensor) -> DenseTeacher:
-    """A teacher whose logits are these: its hidden states, and the identity as its head."""
-    head = LMHead.__new__(LMHead)
-    object.__setattr__(head, "scale", 1.0)
-    object.__setattr__(head, "softcap", None)
-    return DenseTeacher(logits, head, (torch.eye(logits.shape[-1]), None))
-
-
 def value_of(name: str, logits: torch.Tensor, targets: Targets, **settings: Any) -> torch.Tensor:
     return loss(name, **settings)(Positions(logits, targets))
 
@@ -59,8 +53,8 @@ def oracle(
     """The loss as a function of the logits; weights that carry no gradient are those of the logits `at`."""
 
     def rows(logits: np.ndarray) -> list[tuple[reference.Outcomes, tuple[float, float] | None]]:
-        if isinstance(targets.teacher, DenseTeacher):
-            pairs = zip(logits, targets.teacher.hidden.double().numpy(), strict=True)
+        if isinstance(targets.teacher, TeacherLogits):
+            pairs = zip(logits, targets.teacher.logits.double().numpy(), strict=True)
             return [reference.dense_outcomes_at(row, teacher, temperature) for row, teacher in pairs]
         stored = (targets.teacher.ids.tolist(), targets.teacher.logprobs.tolist(), targets.labels.tolist())
         return [
@@ -126,7 +120,7 @@ def test_the_label_takes_what_is_missing_wherever_it_is(name: str, inside: bool)
 @pytest.mark.parametrize("name", [*DIVERGENCES, *RANKING])
 def test_a_dense_teacher(name: str, temperature: float, widths: tuple[int, int]) -> None:
     student, teacher = (student_logits(3, width, seed) for width, seed in zip(widths, (1, 2), strict=True))
-    targets = Targets(some_labels(3, min(widths)), dense_teacher(teacher))
+    targets = Targets(some_labels(3, min(widths)), TeacherLogits(teacher))
     if name in RANKING:
         # Over its first ids: those of a sparse teacher with as many.
         value = value_of(name, student, targets, top_k=5, temperature=temperature)
@@ -151,7 +145,7 @@ def test_storing_every_id_is_the_dense_loss(name: str, temperature: float, missi
     teacher, student, labels = student_logits(6, 23, seed=5), student_logits(6, 23, seed=6), some_labels(6, 23)
     stored = Targets(labels, sparse_from_logits(teacher, 23))
     values, gradients = [], []
-    for targets in (stored, Targets(labels, dense_teacher(teacher))):
+    for targets in (stored, Targets(labels, TeacherLogits(teacher))):
         logits = student.clone().requires_grad_()
         value = value_of(name, logits, targets, temperature=temperature, missing_probability_handling=missing)
         value.backward()
@@ -462,6 +456,20 @@ def test_no_array_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(LMHead, "product", recorded)
     objective(chunk=16)(head, torch.randn(40, 16), targets)
     assert sizes == [14, 14, 12]
+
+
+def test_what_a_pass_needs_is_freed_at_once() -> None:
+    """Not when the garbage is next collected: the logits would pile up."""
+    gc.disable()
+    try:
+        positions = Positions(student_logits(5, 30), Targets(some_labels(5, 30), teacher_rows(5, 30, 4)))
+        for name in [*DIVERGENCES, *RANKING]:
+            loss(name, missing_probability_handling="uniform")(positions)
+        alive = weakref.ref(positions)
+        del positions
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_weights_that_sum_to_zero_are_refused() -> None:

@@ -48,8 +48,8 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 # A weight of lower precision is widened for a float32 product in blocks of about this many bytes, never whole.
 _WIDENED_BLOCK_BYTES = 64 * 2**20
 
-# One chunk's logits take at most this many float32, and at least so many that the head's weight isn't read too often.
-# About six arrays of that size are alive at a time; together they get this share of the device's memory.
+# A chunk's logits are at most this many, and at least so many that the head's weight isn't read too often; as float32
+# they get this share of the device's memory.
 _MOST_ELEMENTS, _LEAST_ELEMENTS = 2**26, 2**22
 _MEMORY_SHARE = 1 / 64
 
@@ -109,14 +109,27 @@ class LMHead:
             return self.finish(_float32_product(hidden.to(weight.device), weight, bias))
         return self.finish(self.product(hidden, (weight, bias)))
 
-    def product(self, hidden: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
-        """Compute the raw logits (..., V), float32: hidden (..., H) times the weight, in the weight's precision."""
+    def product(
+        self,
+        hidden: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor | None],
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Multiply by the weight: raw logits (..., V) in the weight's precision, of hidden (..., H).
+
+        Args:
+            hidden, weights: as above.
+            out: (N, V) where to put those of (N, H), without a gradient.
+        """
         weight, bias = weights
-        return F.linear(hidden.to(weight.device, weight.dtype), weight, bias).float()
+        hidden = hidden.to(weight.device, weight.dtype)
+        if out is None:
+            return F.linear(hidden, weight, bias)
+        return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
 
     def finish(self, raw: torch.Tensor) -> torch.Tensor:
-        """Turn raw logits into those that the model returns: apply its scale and soft cap, if it has any."""
-        logits = raw if self.scale == 1.0 else raw * self.scale
+        """Turn raw logits into those that the model returns, in float32: apply its scale and soft cap, if any."""
+        logits = raw.float() if self.scale == 1.0 else raw.float() * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
@@ -145,7 +158,7 @@ def logit_chunks(
 @cache
 def _chunk_elements(device: torch.device) -> int:
     """Logits of a chunk on a device, a power of two."""
-    wanted = int(total_memory(device) * _MEMORY_SHARE) // (6 * 4)
+    wanted = int(total_memory(device) * _MEMORY_SHARE) // 4
     return max(_LEAST_ELEMENTS, min(_MOST_ELEMENTS, 1 << (wanted.bit_length() - 1)))
 
 

@@ -4,7 +4,11 @@ a time.
 Logits of a whole batch, [B, S, V], never exist: each chunk's logits are made from its hidden states, every loss is
 taken from them, and the chunk's gradients are computed before the next chunk begins. So the pass holds one chunk of
 logits, and multiplies by the head three times (forward, gradient of the hidden states, gradient of the weight) like a
-plain forward and backward, not four times like a recomputing one. The gradient of the weight is summed in place.
+plain forward and backward, not four times like a recomputing one.
+
+Products want chunks of hundreds of positions, so that the weight isn't read too often; everything else wants few
+positions, which stay in a cache. So a chunk is gone through in blocks, each of which is replaced by its gradient: one
+[chunk, V] array is all there is, and the gradient of the weight is summed in place.
 
 Shape legend: N counted positions, H hidden size, V width of the head, k stored ids a position, M statistics.
 """
@@ -19,7 +23,7 @@ import torch
 
 from distillkit.lm_head import LMHead, logit_chunks
 from distillkit.losses.config import LossConfig
-from distillkit.losses.positions import DenseTeacher, Positions, Targets
+from distillkit.losses.positions import Positions, Targets, TeacherLogits
 from distillkit.losses.table import HiddenTerm, Term, hidden_terms_of, loss, terms_of
 
 __all__ = ["LossResult", "Objective"]
@@ -106,7 +110,8 @@ class Objective:
         """Sum the chunks' losses and statistics, without gradients."""
         total, statistics = self._totals(hidden)
         for start, stop in logit_chunks(len(targets), weights[0].shape[0], hidden.device, self.chunk_length):
-            part = self._chunk(head(hidden[start:stop], weights), targets.rows(start, stop))
+            raw = head.product(hidden[start:stop], weights)
+            part = self._in_blocks(head, raw, targets.rows(start, stop))
             total += part.loss.to(total.device)
             statistics += part.statistics.to(total.device)
         return LossResult(total, statistics)
@@ -120,13 +125,32 @@ class Objective:
             statistics.append(value.detach().unsqueeze(0))
         return LossResult(total, torch.cat(statistics))
 
+    def _in_blocks(self, head: LMHead, raw: torch.Tensor, targets: Targets, *, replace: bool = False) -> LossResult:
+        """Take losses and statistics from a chunk's raw logits (n, V).
+
+        Args:
+            replace: put the gradient of the loss in the place of the logits.
+        """
+        total, statistics = self._totals(raw)
+        length = max(1, _block_elements(raw.device) // raw.shape[-1])
+        for start in range(0, len(targets), length):
+            block = raw[start : start + length]
+            with torch.set_grad_enabled(replace):
+                leaf = block.detach().requires_grad_(replace)
+                part = self._losses(head.finish(leaf), targets.rows(start, start + length))
+            if replace:
+                block.copy_(torch.autograd.grad(part.loss, leaf)[0])
+            total += part.loss.detach()
+            statistics += part.statistics
+        return LossResult(total, statistics)
+
     def _totals(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Zeros to sum the loss and the statistics of logits in, float32."""
         count = len(self.names) - len(self.hidden_terms)
         return torch.zeros((), device=hidden.device), torch.zeros(count, device=hidden.device)
 
-    def _chunk(self, logits: torch.Tensor, targets: Targets) -> LossResult:
-        """Take every loss and statistic from one chunk's logits."""
+    def _losses(self, logits: torch.Tensor, targets: Targets) -> LossResult:
+        """Take every loss and statistic from the logits of some positions."""
         positions = Positions(logits, targets)
         terms = (*self.extra, *self.terms)
         values = [term.function(positions) for term in terms]
@@ -135,6 +159,11 @@ class Objective:
         with torch.no_grad():
             statistics = torch.stack([*_common_statistics(positions), *(value.detach() for value in values)])
         return LossResult(total, statistics)
+
+
+def _block_elements(device: torch.device) -> int:
+    """Logits of a block: as many as a CPU's cache holds, or as keep a GPU busy."""
+    return 2**21 if device.type == "cpu" else 2**25
 
 
 def _common_statistics(positions: Positions) -> list[torch.Tensor]:
@@ -154,7 +183,7 @@ def _common_statistics(positions: Positions) -> list[torch.Tensor]:
     overlap = torch.logical_and(at_ids >= top.values[:, -1:], stored).float().mean(-1).sum()
     count = torch.full((), len(positions.targets), dtype=torch.float32, device=at_ids.device)
     agreement = torch.eq(top.indices[:, 0], ids[:, 0]).float().sum()
-    if isinstance(positions.targets.teacher, DenseTeacher):
+    if isinstance(positions.targets.teacher, TeacherLogits):
         return [count, count, count, agreement, overlap]
     student_mass = ((at_ids - student.normaliser().unsqueeze(-1)).exp() * stored).sum()
     return [count, logprobs.exp().sum(), student_mass, agreement, overlap]
@@ -177,24 +206,19 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted = ctx.needs_input_grad[3:]
-        sums = _Gradients(hidden, weight, bias, wanted)
+        sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad[3:])
         total, statistics = objective._totals(hidden)
-        # Mixed precision is settled here, once, and not operation by operation.
+        chunks = logit_chunks(len(targets), weight.shape[0], weight.device, objective.chunk_length)
+        buffer = weight.new_empty(chunks[0][1], weight.shape[0], dtype=sums.dtype)
+        # Mixed precision is settled by `sums`, once, and not operation by operation.
         with torch.autocast(hidden.device.type, enabled=False):
-            chunks = logit_chunks(len(targets), weight.shape[0], hidden.device, objective.chunk_length)
             for start, stop in chunks:
                 rows = hidden[start:stop].to(weight.device, sums.dtype)
-                raw = head.product(rows, sums.weights)
-                with torch.enable_grad():
-                    leaf = raw.requires_grad_(any(wanted))
-                    part = objective._chunk(head.finish(leaf), targets.rows(start, stop))
-                    gradient = torch.autograd.grad(part.loss, leaf)[0] if leaf.requires_grad else None
-                total += part.loss.detach().to(total.device)
+                logits = head.product(rows, sums.weights, out=buffer[: stop - start])
+                part = objective._in_blocks(head, logits, targets.rows(start, stop), replace=True)
+                total += part.loss.to(total.device)
                 statistics += part.statistics.to(total.device)
-                del part, leaf, raw
-                if gradient is not None:
-                    sums.add(slice(start, stop), rows, gradient)
+                sums.add(slice(start, stop), rows, logits)
         ctx.save_for_backward(sums.hidden, sums.weight, sums.bias)
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias))
         ctx.mark_non_differentiable(statistics)
@@ -240,8 +264,7 @@ class _Gradients:
     def add(self, where: slice, rows: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add one chunk's: its hidden states (n, H) and the gradient of its raw logits (n, V)."""
         if self.bias is not None:
-            self.bias += gradient.sum(0)
-        gradient = gradient.to(self.dtype)
+            self.bias += gradient.sum(0, dtype=torch.float32)
         if self.hidden is not None:
             self.hidden[where] = (gradient @ self.weights[0]).to(self.hidden.device)
         if self.weight is None:

@@ -1,8 +1,8 @@
 """What is compared at a position: the student's distribution and the teacher's, over the same outcomes.
 
-A teacher gives log-probabilities of its k most probable ids (`SparseLogprobs`) or of all ids (`DenseTeacher`). Either
-is turned into a `Comparison`: outcomes one by one, and one more for all other ids together, the rest R. Divergences
-(`divergences`) and ranking losses (`ranking`) are written once, for comparisons.
+A teacher gives log-probabilities of its k most probable ids (`SparseLogprobs`) or logits of all ids (`TeacherLogits`).
+Either is turned into a `Comparison`: outcomes one by one, and one more for all other ids together, the rest R.
+Divergences (`divergences`) and ranking losses (`ranking`) are written once, for comparisons.
 
 What is not among the k ids is the missing mass m = max(0, 1 − Σ_K p), where K are the stored ids with p > 0. With
 temperature T, and Z the sum that makes the target a distribution:
@@ -33,7 +33,7 @@ from distillkit.losses.student import StudentLogits
 from distillkit.topk import sparse_from_logits
 from distillkit.types import SparseLogprobs
 
-__all__ = ["Comparison", "DenseTeacher", "Missing", "Positions", "Targets", "Teacher"]
+__all__ = ["Comparison", "DenseTeacher", "Missing", "Positions", "Targets", "Teacher", "TeacherLogits"]
 
 Missing = Literal["zero", "uniform", "label"]
 
@@ -45,8 +45,19 @@ _FIRST = 10
 
 
 @dataclass(frozen=True)
+class TeacherLogits:
+    """A teacher's distributions over all ids.
+
+    Attributes:
+        logits: (N, V of the teacher) float32, without gradient.
+    """
+
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
 class DenseTeacher:
-    """A live teacher's distributions over all ids, as hidden states: logits are made a chunk at a time.
+    """The same as hidden states, of which logits are made a chunk at a time.
 
     Attributes:
         hidden: (N, H) the teacher's hidden states after the final norm, H its hidden size.
@@ -58,17 +69,13 @@ class DenseTeacher:
     head: LMHead
     weights: tuple[torch.Tensor, torch.Tensor | None]
 
-    def rows(self, start: int, stop: int) -> DenseTeacher:
-        """Return positions start … stop − 1."""
-        return DenseTeacher(self.hidden[start:stop], self.head, self.weights)
-
     @torch.no_grad()
-    def logits(self) -> torch.Tensor:
-        """(N, V of the teacher) float32."""
-        return self.head(self.hidden, self.weights)
+    def logits(self, start: int, stop: int) -> TeacherLogits:
+        """Make the logits of positions start … stop − 1."""
+        return TeacherLogits(self.head(self.hidden[start:stop], self.weights))
 
 
-Teacher = SparseLogprobs | DenseTeacher
+Teacher = SparseLogprobs | TeacherLogits | DenseTeacher
 
 
 @dataclass(frozen=True)
@@ -90,12 +97,14 @@ class Targets:
         return int(self.labels.shape[0])
 
     def rows(self, start: int, stop: int) -> Targets:
-        """Return positions start … stop − 1, without the hidden states."""
-        teacher: Teacher
-        if isinstance(self.teacher, SparseLogprobs):
-            teacher = SparseLogprobs(self.teacher.ids[start:stop], self.teacher.logprobs[start:stop])
+        """Return positions start … stop − 1, with a dense teacher's logits made, and without hidden states."""
+        teacher = self.teacher
+        if isinstance(teacher, SparseLogprobs):
+            teacher = SparseLogprobs(teacher.ids[start:stop], teacher.logprobs[start:stop])
+        elif isinstance(teacher, TeacherLogits):
+            teacher = TeacherLogits(teacher.logits[start:stop])
         else:
-            teacher = self.teacher.rows(start, stop)
+            teacher = teacher.logits(start, stop)
         return Targets(self.labels[start:stop], teacher)
 
 
@@ -133,7 +142,7 @@ class Positions:
 
     Args:
         logits: (N, V) of the student, any float dtype.
-        targets: of the same positions.
+        targets: of the same positions, as `Targets.rows` gives them.
     """
 
     def __init__(self, logits: torch.Tensor, targets: Targets) -> None:
@@ -151,10 +160,11 @@ class Positions:
 
         Heads of one tokenizer may be padded to different widths.
         """
-        if isinstance(self.targets.teacher, SparseLogprobs):
+        teacher = self.targets.teacher
+        if isinstance(teacher, SparseLogprobs):
             return None
-        logits = self.targets.teacher.logits()[:, : self.student.size]
-        return logits.to(self.student.logits.device)
+        assert isinstance(teacher, TeacherLogits)
+        return teacher.logits[:, : self.student.size].to(self.student.logits.device)
 
     def first(self, k: int = _FIRST) -> SparseLogprobs:
         """Return the stored ids; of a teacher that gives all ids, its k most probable ones."""
@@ -197,7 +207,8 @@ class Positions:
         log_p = target[0].clamp_min(NEVER)
         log_q = self.student.logprobs(temperature).clamp_min(NEVER).where(outcomes, NEVER)
         everything = everything and bool(outcomes[:, :-1].all())
-        rest = None if everything else lambda: self.student.logprob_outside(outcomes, temperature)
+        student = self.student  # not `self`, which would hold itself, and the logits, until the garbage is collected
+        rest = None if everything else lambda: student.logprob_outside(outcomes, temperature)
         log_p_rest = None if target[1] is None else target[1].clamp_min(NEVER)
         return Comparison(log_p, log_q, outcomes, log_p_rest, rest)
 

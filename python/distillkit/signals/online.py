@@ -81,7 +81,7 @@ class OnlineSignal:
         assert self.top_k is not None
         parts: list[SparseLogprobs] = []
         for start, stop in logit_chunks(len(dense.hidden), self.head.size, dense.hidden.device):
-            parts.append(sparse_from_logits(dense.rows(start, stop).logits(), self.top_k))
+            parts.append(sparse_from_logits(dense.logits(start, stop).logits, self.top_k))
         if not parts:
             empty = torch.empty(0, self.top_k, device=device)
             return SparseLogprobs(empty.long(), empty)

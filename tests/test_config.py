@@ -194,7 +194,6 @@ def test_a_mistake_is_named_by_its_path(path: str, value: Any, says: str) -> Non
 
 
 NOT_YET = [
-    ("model_auto_class", "AutoModelForImageTextToText", "model_auto_class"),
     ("dataset.eos_label_token_ids", [3], "dataset.eos_label_token_ids"),
     ("dataset.prepared_dataset_path", "cache", "dataset.prepared_dataset_path"),
     ("training_args.packing", True, "training_args.packing"),

@@ -12,7 +12,7 @@ vocabulary).
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ __all__ = [
     "check_lm_head",
     "lm_head_of",
     "logit_chunks",
+    "rows_of",
 ]
 
 # Config attributes that multiply the logits, and those that divide them. Which families use them: Cohere `logit_scale`,
@@ -71,7 +72,7 @@ class LMHead:
     @property
     def size(self) -> int:
         """V, the number of logits a position."""
-        return int(_head_module(self.model).weight.shape[0])
+        return rows_of(_head_module(self.model).weight)
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Look up the head's (V, H) weight and (V,) bias, whole on this process and differentiable.
@@ -231,9 +232,23 @@ def backbone_layers(model: Any, layers: Sequence[int], **inputs: Any) -> tuple[t
     return hidden, [states[index] for index in layers] if states else []
 
 
+def rows_of(weight: torch.Tensor) -> int:
+    """Return the number of rows of an embedding or head, sharded or not."""
+    return int(_shape(weight)[0])
+
+
+def _shape(parameter: torch.Tensor) -> Sequence[int]:
+    """Return a parameter's shape; DeepSpeed's ZeRO-3 keeps it apart from the empty tensor that it leaves."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 @torch.no_grad()
-def check_lm_head(model: Any) -> LMHead:
+def check_lm_head(model: Any, forward: Callable[..., Any] | None = None) -> LMHead:
     """Compare the head as `LMHead` computes it with the model's own logits, on eight token ids.
+
+    Args:
+        model: a causal LM, bare or inside a PEFT wrapper.
+        forward: what to call for its own logits, if not the model itself.
 
     Returns:
         The head, safe to use.
@@ -244,14 +259,14 @@ def check_lm_head(model: Any) -> LMHead:
     """
     head = lm_head_of(model)
     bare = head.model
-    vocabulary = bare.get_input_embeddings().weight.shape[0]
+    vocabulary = rows_of(bare.get_input_embeddings().weight)
     ids = torch.linspace(0, vocabulary - 1, 8, device=bare.device).round().long().unsqueeze(0)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     training = bare.training
     bare.eval()
     try:
         ours = head(backbone_hidden(bare, **inputs))
-        theirs = bare(**inputs, use_cache=False).logits.float().to(ours.device)
+        theirs = (forward or bare)(**inputs, use_cache=False).logits.float().to(ours.device)
     finally:
         bare.train(training)
     if ours.shape != theirs.shape:
@@ -297,7 +312,11 @@ def _head_module(bare: PreTrainedModel) -> torch.nn.Linear:
         if isinstance(module, ModulesToSaveWrapper):
             trained = module.active_adapters and not module.disable_adapters
             module = module.modules_to_save[module.active_adapters[0]] if trained else module.original_module
-    if not isinstance(module, torch.nn.Linear) or not module.weight.is_floating_point() or module.weight.ndim != 2:
+    if (
+        not isinstance(module, torch.nn.Linear)
+        or not module.weight.is_floating_point()
+        or len(_shape(module.weight)) != 2
+    ):
         weight = getattr(module, "weight", None)
         found = (
             type(module).__name__

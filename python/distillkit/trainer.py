@@ -37,10 +37,12 @@ from distillkit.layers import (
     save_projections,
     without_projections,
 )
+from distillkit.lm_head import rows_of
 from distillkit.losses.fused import Objective
 from distillkit.memory import peak_memory
-from distillkit.models import DistillationInputs, DistillationOutput, attach_losses, load_student
+from distillkit.models import DistillationInputs, DistillationOutput, attach_losses, check_student, load_student
 from distillkit.progress import ConsoleProgress, MetricsFile
+from distillkit.saving import save_student
 from distillkit.signals.offline import OfflineSignal
 from distillkit.signals.online import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training_args import training_arguments
@@ -103,7 +105,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 "with CUDA_VISIBLE_DEVICES"
             )
         attach_losses(model, matching)
-        use_cache = model.config.use_cache
+        use_cache = getattr(model.config, "use_cache", None)
         pad_id = getattr(processing_class, "pad_token_id", None)
         super().__init__(
             model=model,
@@ -120,7 +122,10 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         )
         # The Trainer switches the cache off in the config, which would be saved with the student and make its
         # generation slow. The losses' forward passes use_cache=False itself.
-        model.config.use_cache = use_cache
+        if use_cache is None:  # a vision-language model's config has it for its text part only
+            del model.config.use_cache
+        else:
+            model.config.use_cache = use_cache
         # Progress and metrics have their own callbacks.
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(transformers.ProgressCallback)
@@ -179,6 +184,13 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         replicas = self.accelerator.num_processes // self.get_tp_size()
         loss = output.loss / torch.as_tensor(num_items_in_batch).clamp_min(1) * replicas
         return (loss, output) if return_outputs else loss
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Move a part of a batch to the device. Under DeepSpeed, the Trainer's own would also round the teacher's
+        log-probs to the model's precision."""
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def _forward(self, model: Any, inputs: Mapping[str, Any], objective: Objective, dataset: Any) -> DistillationOutput:
         rows = inputs["rows"]
@@ -389,12 +401,14 @@ def train(config: RunConfig) -> dict[str, Any]:
     started = time.perf_counter()
     if "project_name" in config.model_fields_set or "WANDB_PROJECT" not in os.environ:
         os.environ["WANDB_PROJECT"] = config.project_name
+    # Before the arguments: they would make DeepSpeed's ZeRO-3 shard this outline of the student already.
+    check_student(config)
     arguments = training_arguments(config)
     transformers.set_seed(arguments.seed)
     tokenizer = tokenizers.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     with arguments.main_process_first(desc="opening the datasets"):
         sources = _open_sources(config, tokenizer)
-    model = load_student(config, tokenizers.vocab_size(tokenizer))
+    model = load_student(config, tokenizers.vocab_size(tokenizer), checkpointing=arguments.activation_checkpointing)
     teacher, matching = _live_teacher(config, model, arguments.device)
     datasets = {key: _dataset(config, key, source, model, arguments, teacher) for key, source in sources.items()}
     metrics, progress = MetricsFile(Path(config.output_path)), ConsoleProgress()
@@ -414,7 +428,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         result = trainer.train(resume_from_checkpoint=_checkpoint(config))
     finally:
         progress.close()
-    trainer.save_model()
+    save_student(trainer, config)
     summary = {
         "output_path": config.output_path,
         "steps": result.global_step,
@@ -450,7 +464,8 @@ def _live_teacher(
     """Load the live teacher, if the configuration has one, and match its layers with the student's."""
     if not isinstance(config.teacher, HfTeacher):
         return None, None
-    teacher = load_teacher(config, device)
+    # A student with adapters is its own teacher where that is its base model, as it is.
+    teacher = model if config.teaches_itself else load_teacher(config, device)
     matching = None
     if config.layer_mapping is not None:
         force = config.force_hidden_state_projection
@@ -468,7 +483,7 @@ def _dataset(
     teacher: OnlineSignal | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and make training examples of it."""
-    head_size = model.get_output_embeddings().weight.shape[0]
+    head_size = rows_of(model.get_output_embeddings().weight)
     check_dataset(source, head_size, f"dataset.{key}_dataset")
     option = "num_samples" if key == "train" else "num_eval_samples"
     chosen = choose_documents(len(source), getattr(config.dataset, option), config.dataset.seed, f"dataset.{option}")

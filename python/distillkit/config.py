@@ -29,11 +29,13 @@ class _Model(BaseModel):
 
 
 class DatasetSource(_Model):
-    """Where a captured dataset lies: a hub repository or a folder.
+    """Where a dataset lies: a hub repository, or a folder or file.
 
     Attributes:
         repo_id, revision, config_name: a dataset on the Hugging Face hub, and what to take of it.
-        disk_path: a folder of shards, or a published dataset (Parquet files, or written by `save_to_disk`).
+        disk_path: a folder of shards, or a published dataset (Parquet files, or written by `save_to_disk`). For a live
+            teacher also text, chat or token ids: `.parquet`, `.json`, `.jsonl` or `.txt` files, or a `save_to_disk`
+            folder.
         split: of a dataset that has splits.
     """
 
@@ -65,9 +67,11 @@ class DatasetSection(_Model):
         seed: of the choice of samples and of their order; null takes the first samples, and orders by
             `training_args.seed`.
         num_samples, num_eval_samples: how many documents to take; all if not given.
-        prepacked: the documents are packed rows. Datasets say so themselves (numbered attention masks, segment
-            lengths), so this changes nothing.
-        eos_label_token_ids, prepared_dataset_path: not supported yet.
+        prepacked: the documents are packed rows, and stay as they are whatever `training_args.packing` says. Where one
+            of their documents ends, datasets say themselves (numbered attention masks, segment lengths).
+        eos_label_token_ids: these ids become the tokenizer's end of sequence in the labels, and nowhere else.
+        prepared_dataset_path: folder for what is made of text once and used again by every run with the same data,
+            tokenizer and settings; the cache of the datasets library if not given. Captured datasets need no preparing.
     """
 
     train_dataset: DatasetSource
@@ -75,8 +79,8 @@ class DatasetSection(_Model):
     seed: int | None = Field(default=42, ge=0)
     num_samples: int | None = Field(default=None, ge=1)
     num_eval_samples: int | None = Field(default=None, ge=1)
-    eos_label_token_ids: list[int] | None = None
-    prepared_dataset_path: str | None = None
+    eos_label_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    prepared_dataset_path: str | None = Field(default=None, min_length=1)
     prepacked: bool = False
 
 
@@ -150,8 +154,8 @@ class RunConfig(_Model):
         frozen_modules: exact names of modules that are not trained.
         frozen_res: regular expressions; parameters whose names they match anywhere are not trained.
         resize_embeddings_to_multiple_of: widen embeddings and head to a multiple of this; they never shrink.
-        functionary_packing: the published switch for keeping packed documents apart. They always are, so it changes
-            nothing.
+        functionary_packing: the published switch for packing with documents kept apart. They always are, so it means
+            `training_args.packing: true`.
         layer_mapping, force_hidden_state_projection, model_auto_class: not supported yet.
     """
 
@@ -337,10 +341,6 @@ def _not_yet(content: Mapping[Any, Any]) -> list[str]:
         refuse("force_hidden_state_projection", "hidden-state losses")
     if content.get("model_auto_class") not in (None, "AutoModelForCausalLM"):
         refuse("model_auto_class", f"{content['model_auto_class']!r}; AutoModelForCausalLM is")
-    dataset = content.get("dataset")
-    for key in ("eos_label_token_ids", "prepared_dataset_path"):
-        if isinstance(dataset, Mapping) and dataset.get(key) is not None:
-            refuse(f"dataset.{key}", f"{dataset[key]!r}")
     losses = content.get("loss_functions")
     for i, loss in enumerate(losses if isinstance(losses, list) else []):
         if not isinstance(loss, Mapping):

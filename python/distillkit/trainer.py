@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,20 +18,20 @@ import transformers
 from transformers.trainer_utils import EvalLoopOutput
 
 from distillkit import tokenizer as tokenizers
-from distillkit.data import (
-    Collator,
-    DistillationDataset,
-    DocumentOrder,
-    check_dataset,
-    check_tokenizer,
-    choose_documents,
-    open_dataset,
-)
+from distillkit.data import Collator, DistillationDataset, DocumentOrder, DocumentSource, check_dataset
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.losses.fused import Objective
 from distillkit.losses.table import Targets
 from distillkit.memory import peak_memory
 from distillkit.models import DistillationInputs, DistillationOutput, attach_losses, load_student
+from distillkit.prepare import (
+    Part,
+    check_eos_labels,
+    configure_model,
+    configure_tokenizer,
+    open_documents,
+    training_dataset,
+)
 from distillkit.progress import ConsoleProgress, MetricsFile
 from distillkit.signals.offline import OfflineSignal
 from distillkit.training_args import training_arguments
@@ -39,8 +39,7 @@ from distillkit.training_args import training_arguments
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from distillkit.config import DatasetTeacher, RunConfig
-    from distillkit.shards import Dataset as StoredDataset
+    from distillkit.config import RunConfig
 
 __all__ = ["DistillationTrainer", "train"]
 
@@ -65,6 +64,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         objective: the losses.
         train_dataset, eval_dataset: documents with their teacher's signal.
         processing_class: the tokenizer, saved beside each checkpoint.
+        eos_labels: token ids that become the tokenizer's end of sequence in the labels.
         callbacks: as transformers takes them.
 
     Raises:
@@ -83,6 +83,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         train_dataset: DistillationDataset,
         eval_dataset: DistillationDataset | None = None,
         processing_class: Any = None,
+        eos_labels: Sequence[int] = (),
         callbacks: list[transformers.TrainerCallback] | None = None,
     ) -> None:
         if args.n_gpu > 1:
@@ -101,6 +102,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 pad_id=0 if pad_id is None else pad_id,
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 flash_attention=str(model.config._attn_implementation).startswith("flash"),
+                eos_labels=eos_labels,
+                eos_id=getattr(processing_class, "eos_token_id", None),
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -363,9 +366,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     arguments = training_arguments(config)
     transformers.set_seed(arguments.seed)
     tokenizer = tokenizers.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    configure_tokenizer(tokenizer, arguments)
+    eos_labels = check_eos_labels(config, tokenizer)
     with arguments.main_process_first(desc="opening the datasets"):
-        sources = _open_sources(config, tokenizer)
+        sources = _open_sources(config, tokenizer, arguments)
     model = load_student(config, tokenizers.vocab_size(tokenizer))
+    configure_model(model, tokenizer, arguments)
     datasets = {key: _dataset(config, key, source, model, arguments) for key, source in sources.items()}
     metrics, progress = MetricsFile(Path(config.output_path)), ConsoleProgress()
     trainer = DistillationTrainer(
@@ -375,6 +381,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
         processing_class=tokenizer,
+        eos_labels=eos_labels,
         callbacks=[metrics] if arguments.disable_tqdm else [metrics, progress],
     )
     if trainer.is_world_process_zero():
@@ -400,27 +407,21 @@ def train(config: RunConfig) -> dict[str, Any]:
     return summary
 
 
-def _open_sources(config: RunConfig, tokenizer: Any) -> dict[str, StoredDataset]:
+def _open_sources(config: RunConfig, tokenizer: Any, arguments: SFTConfig) -> dict[Part, DocumentSource]:
     """Open training and evaluation data, and refuse them early where the tokenizer already says so."""
-    teacher: DatasetTeacher = config.teacher  # type: ignore[assignment]
-    sources = {"train": open_dataset(config.dataset.train_dataset, teacher, "dataset.train_dataset")}
-    if config.dataset.eval_dataset is not None:
-        sources["eval"] = open_dataset(config.dataset.eval_dataset, teacher, "dataset.eval_dataset")
-    for key, source in sources.items():
-        check_tokenizer(source, tokenizer, config.model, f"dataset.{key}_dataset")
-    return sources
+    parts: tuple[Part, ...] = ("train", "eval")
+    opened = {part: open_documents(config, part, tokenizer, arguments) for part in parts}
+    return {part: source for part, source in opened.items() if source is not None}
 
 
 def _dataset(
-    config: RunConfig, key: str, source: StoredDataset, model: transformers.PreTrainedModel, arguments: SFTConfig
+    config: RunConfig, part: Part, source: Any, model: transformers.PreTrainedModel, arguments: SFTConfig
 ) -> DistillationDataset:
     """Check a dataset against the student, and make training examples of it."""
     head_size = model.get_output_embeddings().weight.shape[0]
-    check_dataset(source, head_size, f"dataset.{key}_dataset")
-    option = "num_samples" if key == "train" else "num_eval_samples"
-    chosen = choose_documents(len(source), getattr(config.dataset, option), config.dataset.seed, f"dataset.{option}")
+    check_dataset(source, head_size, f"dataset.{part}_dataset")
     signal = OfflineSignal(source.codec, head_size, on_device=arguments.device.type == "cuda")
-    return DistillationDataset(source, signal, config.sequence_length, chosen)
+    return training_dataset(config, part, source, signal, arguments)
 
 
 def _checkpoint(config: RunConfig) -> str | None:

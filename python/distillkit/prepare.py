@@ -119,6 +119,7 @@ def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFT
             key=key,
             samples=_wanted(config, part),
             seed=config.dataset.seed,
+            samples_key=f"dataset.{_SAMPLES[part]}",
             processes=arguments.dataset_num_proc or 1,
         )
     if is_packed(config, arguments, part):
@@ -351,6 +352,7 @@ def prepare(
     key: str,
     samples: int | None = None,
     seed: int | None = None,
+    samples_key: str = "dataset.num_samples",
     processes: int = 1,
 ) -> PreparedDataset:
     """Make documents of rows, or take those that were made before from the same rows in the same way.
@@ -362,7 +364,7 @@ def prepare(
         tokenize: makes tokens of them.
         cache: the folder for prepared data; each has a folder of its own there.
         key: dotted path of the dataset in the configuration, for messages.
-        samples, seed: how many rows to take, and which; see `choose_documents`.
+        samples, seed, samples_key: how many rows to take, and which; see `choose_documents`.
         processes: how many processes work on it.
 
     Raises:
@@ -379,9 +381,7 @@ def prepare(
             dataset = PreparedDataset(folder)
             logger.info("%s: %s documents, prepared before in %s", key, f"{len(dataset):,}", folder)
             return dataset
-        chosen = choose_documents(
-            rows.num_rows, samples, seed, f"dataset.{'num_eval_samples' if 'eval' in key else 'num_samples'}"
-        )
+        chosen = choose_documents(rows.num_rows, samples, seed, samples_key)
         temporary = cache / f"{TEMPORARY_PREFIX}{folder.name}"
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was interrupted: the lock is ours
         try:

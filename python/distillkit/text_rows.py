@@ -181,7 +181,10 @@ class RowTokenizer:
                     f"training_args: the loss is wanted on a part of the tokens, but {where} has neither labels nor "
                     f"{name}"
                 )
-        return np.asarray(np.all([column(name) != 0 for name in names], axis=0)) if names else None
+        if not names:
+            return None
+        counts: npt.NDArray[np.bool_] = np.all([column(name) != 0 for name in names], axis=0)
+        return counts
 
     def _completion(self, row: Mapping[str, Any], where: str) -> Tokens | None:
         """Make tokens of a prompt and its completion, both text or both lists of messages."""
@@ -251,7 +254,7 @@ class RowTokenizer:
     def _assistant_mask(self, rendered: Mapping[str, Any], where: str) -> npt.NDArray[np.bool_] | None:
         if not self.options.assistant_only:
             return None
-        mask = np.asarray(rendered["assistant_masks"]) != 0
+        mask: npt.NDArray[np.bool_] = np.asarray(rendered["assistant_masks"], dtype=bool)
         if not mask.any():
             raise InputError(
                 f"{where}: the chat template marks none of this row's tokens as the assistant's "

@@ -160,8 +160,9 @@ def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callabl
     if field == "dataset_kwargs" and value is not None:
         return _dataset_kwargs_problem(value)
     if field == "packing_strategy" and value != "bfd":
-        why = _PACKING_STRATEGIES.get(str(value))
-        return f"{value!r} is not supported ({why})" if why else f"{value!r} is not allowed; allowed: 'bfd'"
+        if value in _PACKING_STRATEGIES:
+            return f"{value!r} is not supported ({_PACKING_STRATEGIES[value]})"
+        return f"{value!r} is not allowed; allowed: 'bfd'"
     try:
         _converted(field, value)
     except ValueError as error:

@@ -384,6 +384,17 @@ def test_bf16_autocast_and_workers(parts: dict[str, str], tmp_path: Path) -> Non
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+def test_reading_processes_change_nothing(parts: dict[str, str], tmp_path: Path) -> None:
+    """They are forked after the codec's threads have worked here, and read packed rows ahead."""
+    losses = []
+    for workers in (0, 2):
+        arguments = {"packing": True, "per_device_train_batch_size": 1, "dataloader_num_workers": workers}
+        config = run_config(parts["student"], tmp_path / str(workers), parts["train"], training_args=arguments)
+        train(config)
+        losses.append(losses_of(tmp_path / str(workers)))
+    assert losses[0] == losses[1]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(parts: dict[str, str], tmp_path: Path) -> None:
     arguments = {"optim": "sgd", "learning_rate": 1e30, "max_grad_norm": 0.0}
     with pytest.raises(DistillKitError, match=r"the training loss is (nan|inf) at step 2: lower the learning rate"):

@@ -36,6 +36,7 @@ __all__ = [
     "DocumentSource",
     "Example",
     "check_dataset",
+    "check_ids",
     "check_tokenizer",
     "choose_documents",
     "counted_positions",
@@ -426,11 +427,7 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
         )
     sample = list(_sample(dataset))
     for index, document in sample:
-        largest = int(document.input_ids.max(initial=0))
-        if largest >= head_size:
-            raise MismatchError(
-                f"{key}: document {index} contains token id {largest:,}, the student's head has {head_size:,} rows"
-            )
+        _check_largest(index, document, head_size, key)
     rates = shift_rates((document for _, document in sample), dataset.codec)
     shift = rates.shifted()
     if shift is not None:
@@ -441,7 +438,34 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
     logger.info("%s: %s documents; the true next token is the teacher's first: %s", key, f"{len(dataset):,}", rates)
 
 
-def _sample(dataset: StoredDataset) -> Iterator[tuple[int, Document]]:
+def check_ids(documents: DocumentSource, head_size: int, key: str) -> None:
+    """Refuse documents for a live teacher that are none, or whose token ids the student's head does not have.
+
+    Args:
+        documents: some of them are read.
+        head_size: width of the student's head.
+        key: dotted path of the dataset in the configuration, for messages.
+
+    Raises:
+        ConfigError: there are no documents.
+        MismatchError: with both values.
+    """
+    if len(documents) == 0:
+        raise ConfigError(f"{key}: the dataset has no documents")
+    for index, document in _sample(documents):
+        _check_largest(index, document, head_size, key)
+    logger.info("%s: %s documents", key, f"{len(documents):,}")
+
+
+def _check_largest(index: int, document: Document, head_size: int, key: str) -> None:
+    largest = int(document.input_ids.max(initial=0))
+    if largest >= head_size:
+        raise MismatchError(
+            f"{key}: document {index} contains token id {largest:,}, the student's head has {head_size:,} rows"
+        )
+
+
+def _sample(dataset: DocumentSource) -> Iterator[tuple[int, Document]]:
     """Read documents evenly spread over the dataset, up to a number of documents and tokens."""
     count = min(len(dataset), _SAMPLE_DOCUMENTS)
     tokens = 0

@@ -15,15 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from distillkit import tokenizer as tokenizers
-from distillkit.data import Collator, DistillationDataset, DocumentOrder, DocumentSource, check_dataset
+from distillkit.config import HfTeacher
+from distillkit.data import Collator, DistillationDataset, DocumentOrder, DocumentSource, check_dataset, check_ids
 from distillkit.errors import ConfigError, DistillKitError
+from distillkit.layers import (
+    LayerMatching,
+    exported,
+    load_projections,
+    match_layers,
+    save_projections,
+    without_projections,
+)
+from distillkit.lm_head import rows_of
 from distillkit.losses.fused import Objective
-from distillkit.losses.table import Targets
 from distillkit.memory import peak_memory
-from distillkit.models import DistillationInputs, DistillationOutput, attach_losses, load_student
+from distillkit.models import DistillationInputs, DistillationOutput, attach_losses, check_student, load_student
 from distillkit.prepare import (
     Part,
     check_eos_labels,
@@ -33,7 +42,10 @@ from distillkit.prepare import (
     training_dataset,
 )
 from distillkit.progress import ConsoleProgress, MetricsFile
+from distillkit.saving import save_student
+from distillkit.shards import Dataset as StoredDataset
 from distillkit.signals.offline import OfflineSignal
+from distillkit.signals.online import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training_args import training_arguments
 
 if TYPE_CHECKING:
@@ -63,6 +75,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         args: see `training_arguments`.
         objective: the losses.
         train_dataset, eval_dataset: documents with their teacher's signal.
+        matching: which of the student's hidden states are compared with the teacher's, if any are.
         processing_class: the tokenizer, saved beside each checkpoint.
         eos_labels: token ids that become the tokenizer's end of sequence in the labels.
         callbacks: as transformers takes them.
@@ -82,6 +95,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         objective: Objective,
         train_dataset: DistillationDataset,
         eval_dataset: DistillationDataset | None = None,
+        matching: LayerMatching | None = None,
         processing_class: Any = None,
         eos_labels: Sequence[int] = (),
         callbacks: list[transformers.TrainerCallback] | None = None,
@@ -92,8 +106,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"--nproc_per_node {args.n_gpu} -m distillkit CONFIG.yaml` (or accelerate launch), or choose one "
                 "with CUDA_VISIBLE_DEVICES"
             )
-        attach_losses(model)
-        use_cache = model.config.use_cache
+        attach_losses(model, matching)
+        use_cache = getattr(model.config, "use_cache", None)
         pad_id = getattr(processing_class, "pad_token_id", None)
         super().__init__(
             model=model,
@@ -112,7 +126,10 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         )
         # The Trainer switches the cache off in the config, which would be saved with the student and make its
         # generation slow. The losses' forward passes use_cache=False itself.
-        model.config.use_cache = use_cache
+        if use_cache is None:  # a vision-language model's config has it for its text part only
+            del model.config.use_cache
+        else:
+            model.config.use_cache = use_cache
         # Progress and metrics have their own callbacks.
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(transformers.ProgressCallback)
@@ -172,10 +189,17 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         loss = output.loss / torch.as_tensor(num_items_in_batch).clamp_min(1) * replicas
         return (loss, output) if return_outputs else loss
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Move a part of a batch to the device. Under DeepSpeed, the Trainer's own would also round the teacher's
+        log-probs to the model's precision."""
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
     def _forward(self, model: Any, inputs: Mapping[str, Any], objective: Objective, dataset: Any) -> DistillationOutput:
         rows = inputs["rows"]
         labels = inputs["labels"].flatten()[rows + 1]
-        targets = Targets(labels, dataset.signal.targets(inputs))
+        targets = dataset.signal.targets(inputs, labels)
         model_inputs = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
         output = model(**model_inputs, distill=DistillationInputs(rows, targets, objective))
         return output  # type: ignore[no-any-return]
@@ -280,9 +304,27 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             )
         return averages
 
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._window.paused():
             super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the student without projections of hidden states; into a checkpoint, those beside it."""
+        with without_projections(self.model):
+            super()._save(output_dir, None if state_dict is None else exported(state_dict))
+        if output_dir is not None and PREFIX_CHECKPOINT_DIR in Path(output_dir).name and self.args.should_save:
+            save_projections(self.model, output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            # The sharded checkpoint has them in it.
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with without_projections(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_projections(self.model, resume_from_checkpoint)
 
 
 class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
@@ -363,6 +405,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     started = time.perf_counter()
     if "project_name" in config.model_fields_set or "WANDB_PROJECT" not in os.environ:
         os.environ["WANDB_PROJECT"] = config.project_name
+    # Before the arguments: they would make DeepSpeed's ZeRO-3 shard this outline of the student already.
+    check_student(config)
     arguments = training_arguments(config)
     transformers.set_seed(arguments.seed)
     tokenizer = tokenizers.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
@@ -370,9 +414,10 @@ def train(config: RunConfig) -> dict[str, Any]:
     eos_labels = check_eos_labels(config, tokenizer)
     with arguments.main_process_first(desc="opening the datasets"):
         sources = _open_sources(config, tokenizer, arguments)
-    model = load_student(config, tokenizers.vocab_size(tokenizer))
+    model = load_student(config, tokenizers.vocab_size(tokenizer), checkpointing=arguments.activation_checkpointing)
     configure_model(model, tokenizer, arguments)
-    datasets = {key: _dataset(config, key, source, model, arguments) for key, source in sources.items()}
+    teacher, matching = _live_teacher(config, model, arguments.device)
+    datasets = {part: _dataset(config, part, source, model, arguments, teacher) for part, source in sources.items()}
     metrics, progress = MetricsFile(Path(config.output_path)), ConsoleProgress()
     trainer = DistillationTrainer(
         model,
@@ -380,6 +425,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         objective=Objective.training(config.loss_functions),
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
+        matching=matching,
         processing_class=tokenizer,
         eos_labels=eos_labels,
         callbacks=[metrics] if arguments.disable_tqdm else [metrics, progress],
@@ -390,7 +436,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         result = trainer.train(resume_from_checkpoint=_checkpoint(config))
     finally:
         progress.close()
-    trainer.save_model()
+    save_student(trainer, config)
     summary = {
         "output_path": config.output_path,
         "steps": result.global_step,
@@ -409,17 +455,44 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def _open_sources(config: RunConfig, tokenizer: Any, arguments: SFTConfig) -> dict[Part, DocumentSource]:
     """Open training and evaluation data, and refuse them early where the tokenizer already says so."""
+    if config.teacher.kind == "hf":
+        check_teacher_tokenizer(config, tokenizer)
     parts: tuple[Part, ...] = ("train", "eval")
     opened = {part: open_documents(config, part, tokenizer, arguments) for part in parts}
     return {part: source for part, source in opened.items() if source is not None}
 
 
+def _live_teacher(
+    config: RunConfig, model: transformers.PreTrainedModel, device: torch.device
+) -> tuple[OnlineSignal | None, LayerMatching | None]:
+    """Load the live teacher, if the configuration has one, and match its layers with the student's."""
+    if not isinstance(config.teacher, HfTeacher):
+        return None, None
+    # A student with adapters is its own teacher where that is its base model, as it is.
+    teacher = model if config.teaches_itself else load_teacher(config, device)
+    matching = None
+    if config.layer_mapping is not None:
+        force = config.force_hidden_state_projection
+        matching = match_layers(config.layer_mapping, model, teacher, force_projection=force)
+    layers = () if matching is None else matching.teacher_layers
+    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers), matching
+
+
 def _dataset(
-    config: RunConfig, part: Part, source: Any, model: transformers.PreTrainedModel, arguments: SFTConfig
+    config: RunConfig,
+    part: Part,
+    source: DocumentSource,
+    model: transformers.PreTrainedModel,
+    arguments: SFTConfig,
+    teacher: OnlineSignal | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and make training examples of it."""
-    head_size = model.get_output_embeddings().weight.shape[0]
-    check_dataset(source, head_size, f"dataset.{part}_dataset")
+    head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
+    if teacher is not None:
+        check_ids(source, head_size, key)
+        return training_dataset(config, part, source, teacher, arguments)
+    assert isinstance(source, StoredDataset)
+    check_dataset(source, head_size, key)
     signal = OfflineSignal(source.codec, head_size, on_device=arguments.device.type == "cuda")
     return training_dataset(config, part, source, signal, arguments)
 

@@ -32,8 +32,9 @@ from distillkit.prepare import (
 )
 from distillkit.shards import Dataset
 from distillkit.text_rows import RowTokenizer, TextOptions
+from distillkit.trainer import train
 from distillkit.training_args import training_arguments
-from training import random_documents, tiny_model, tiny_tokenizer, write_dataset
+from training import random_documents, run_config, tiny_model, tiny_tokenizer, write_dataset
 
 WORDS = ["<unk>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>", "<end>", *"abcdefgh"]
 TEMPLATE = (
@@ -274,9 +275,8 @@ def test_tokenizers_that_lack_something(tmp_path: Path, tokenizer: Any) -> None:
 # -- from a configuration ----------------------------------------------------------------------------------------------
 
 
-def live_config(tmp_path: Path, train: Path | str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> RunConfig:
+def live_config(tmp_path: Path, train: Path | str, **settings: Any) -> RunConfig:
     """A configuration with a live teacher."""
-    monkeypatch.setattr("distillkit.config._not_yet", lambda content: [])
     dataset = {"train_dataset": {"disk_path": str(train)}, "prepared_dataset_path": str(tmp_path / "cache")}
     return parse_config(
         {
@@ -302,9 +302,7 @@ class NoTeacher:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet folder", "save_to_disk"])
-def test_a_configuration_finds_prepares_and_packs_text(
-    kind: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_configuration_finds_prepares_and_packs_text(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"text": " ".join("abcdefgh"[: 1 + i % 4])} for i in range(20)]
     path = tmp_path / "data"
     if kind == "jsonl":
@@ -316,7 +314,7 @@ def test_a_configuration_finds_prepares_and_packs_text(
         datasets.Dataset.from_list(rows).to_parquet(path / "train-00000.parquet")
         datasets.Dataset.from_list(rows[:1]).to_parquet(path / "test-00000.parquet")
     config = live_config(
-        tmp_path, path, monkeypatch, dataset={"num_samples": 15}, training_args={"packing": True, "dataset_num_proc": 1}
+        tmp_path, path, dataset={"num_samples": 15}, training_args={"packing": True, "dataset_num_proc": 1}
     )
     arguments = training_arguments(config)
     documents = open_documents(config, "train", tokenizer, arguments)
@@ -330,9 +328,9 @@ def test_a_configuration_finds_prepares_and_packs_text(
     assert open_documents(config, "eval", tokenizer, arguments) is None
 
 
-def test_captured_data_serve_a_live_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_data_serve_a_live_teacher(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "captured", random_documents(5))
-    config = live_config(tmp_path, path, monkeypatch)
+    config = live_config(tmp_path, path)
     arguments = training_arguments(config)
     documents = open_documents(config, "train", tiny_tokenizer(), arguments)
     assert isinstance(documents, Dataset)
@@ -346,7 +344,7 @@ def test_published_data_serve_a_live_teacher_without_their_distributions(
 ) -> None:
     golden = Path(__file__).parent / "golden" / "upstream_v1"
     monkeypatch.setattr("distillkit.text_rows.vocab_size", lambda tokenizer: 49152)
-    config = live_config(tmp_path, golden, monkeypatch)
+    config = live_config(tmp_path, golden)
     documents = open_documents(config, "train", tiny_tokenizer(), training_arguments(config))
     assert isinstance(documents, PreparedDataset)
     assert documents.lengths().tolist() == [len(document.input_ids) for document in Dataset.open(str(golden))]
@@ -366,12 +364,53 @@ def test_data_that_are_not_there(
     data = datasets.Dataset.from_list([{"text": "a"}])
     datasets.DatasetDict({"a": data, "b": data}).save_to_disk(tmp_path / "splits")
     monkeypatch.chdir(tmp_path)
-    config = live_config(tmp_path, "unused", monkeypatch, dataset={"train_dataset": source, "eval_dataset": source})
+    config = live_config(tmp_path, "unused", dataset={"train_dataset": source, "eval_dataset": source})
     with pytest.raises(ConfigError, match=says):
         open_documents(config, "train", tokenizer, training_arguments(config))
     if source == {"disk_path": "splits"}:
         with pytest.raises(ConfigError, match="it has the splits a, b; say which with split"):
             open_documents(config, "eval", tokenizer, training_arguments(config))
+
+
+def test_text_trains_beside_a_live_teacher_packed_or_padded_and_resumes(tmp_path: Path, tokenizer: Any) -> None:
+    """Steps over everything have one loss and gradient; a run that goes on takes the prepared data and the rest."""
+    for name, seed in (("student", 1), ("teacher", 7)):
+        tiny_model(seed, vocabulary=len(WORDS)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    generator = np.random.default_rng(0)
+
+    def said() -> str:
+        return " ".join(generator.choice(list("abcdefgh"), generator.integers(1, 9)))
+
+    rows = [
+        {"messages": [{"role": "user", "content": said()}, {"role": "assistant", "content": said()}]} for _ in range(24)
+    ]
+    data = str(write_rows(tmp_path / "rows.jsonl", rows))
+
+    def run(output: str, **arguments: Any) -> dict[int, float]:
+        train(
+            run_config(
+                str(tmp_path / "student"),
+                tmp_path / output,
+                data,
+                sequence_length=64,
+                teacher={"kind": "hf", "path": str(tmp_path / "teacher")},
+                dataset={"prepared_dataset_path": str(tmp_path / "cache")},
+                training_args={"assistant_only_loss": True, "optim": "sgd", **arguments},
+            )
+        )
+        logs = map(json.loads, (tmp_path / output / "metrics.jsonl").read_text().splitlines())
+        return {entry["step"]: entry["loss"] for entry in logs if "loss" in entry}
+
+    padded = run("padded", max_steps=2, per_device_train_batch_size=24)
+    rows_needed = -(-sum(PreparedDataset(next((tmp_path / "cache").glob("prepared-*[0-9a-f]"))).lengths()) // 64)
+    packed = run("packed", max_steps=2, per_device_train_batch_size=int(rows_needed), packing=True)
+    assert packed == pytest.approx(padded, rel=1e-6)
+
+    small = {"packing": True, "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 3}
+    whole = run("whole", max_steps=8, **small)
+    resumed = run("resumed", max_steps=8, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"), **small)
+    assert resumed == {step: loss for step, loss in whole.items() if step > 3}
 
 
 # -- the tokenizer's settings ------------------------------------------------------------------------------------------
@@ -414,6 +453,6 @@ def test_settings_the_tokenizer_can_not_follow(settings: dict[str, Any], says: s
         configure_tokenizer(tiny_tokenizer(), arguments)  # type: ignore[arg-type]
 
 
-def test_where_prepared_data_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = live_config(tmp_path, "data", monkeypatch, dataset={"prepared_dataset_path": None})
+def test_where_prepared_data_are_kept(tmp_path: Path) -> None:
+    config = live_config(tmp_path, "data", dataset={"prepared_dataset_path": None})
     assert preparing.cache_folder(config).name == "distillkit"

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,8 @@ import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from distillkit import tokenizer as tokenizers
-from distillkit.config import DatasetTeacher, HfTeacher
-from distillkit.data import (
-    Collator,
-    DistillationDataset,
-    DocumentOrder,
-    check_dataset,
-    check_tokenizer,
-    choose_documents,
-    open_dataset,
-)
+from distillkit.config import HfTeacher
+from distillkit.data import Collator, DistillationDataset, DocumentOrder, DocumentSource, check_dataset, check_ids
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.layers import (
     LayerMatching,
@@ -41,8 +33,17 @@ from distillkit.lm_head import rows_of
 from distillkit.losses.fused import Objective
 from distillkit.memory import peak_memory
 from distillkit.models import DistillationInputs, DistillationOutput, attach_losses, check_student, load_student
+from distillkit.prepare import (
+    Part,
+    check_eos_labels,
+    configure_model,
+    configure_tokenizer,
+    open_documents,
+    training_dataset,
+)
 from distillkit.progress import ConsoleProgress, MetricsFile
 from distillkit.saving import save_student
+from distillkit.shards import Dataset as StoredDataset
 from distillkit.signals.offline import OfflineSignal
 from distillkit.signals.online import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training_args import training_arguments
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from distillkit.config import RunConfig
-    from distillkit.shards import Dataset as StoredDataset
 
 __all__ = ["DistillationTrainer", "train"]
 
@@ -77,6 +77,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         train_dataset, eval_dataset: documents with their teacher's signal.
         matching: which of the student's hidden states are compared with the teacher's, if any are.
         processing_class: the tokenizer, saved beside each checkpoint.
+        eos_labels: token ids that become the tokenizer's end of sequence in the labels.
         callbacks: as transformers takes them.
 
     Raises:
@@ -96,6 +97,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         eval_dataset: DistillationDataset | None = None,
         matching: LayerMatching | None = None,
         processing_class: Any = None,
+        eos_labels: Sequence[int] = (),
         callbacks: list[transformers.TrainerCallback] | None = None,
     ) -> None:
         if args.n_gpu > 1:
@@ -114,6 +116,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 pad_id=0 if pad_id is None else pad_id,
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 flash_attention=str(model.config._attn_implementation).startswith("flash"),
+                eos_labels=eos_labels,
+                eos_id=getattr(processing_class, "eos_token_id", None),
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -406,11 +410,14 @@ def train(config: RunConfig) -> dict[str, Any]:
     arguments = training_arguments(config)
     transformers.set_seed(arguments.seed)
     tokenizer = tokenizers.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    configure_tokenizer(tokenizer, arguments)
+    eos_labels = check_eos_labels(config, tokenizer)
     with arguments.main_process_first(desc="opening the datasets"):
-        sources = _open_sources(config, tokenizer)
+        sources = _open_sources(config, tokenizer, arguments)
     model = load_student(config, tokenizers.vocab_size(tokenizer), checkpointing=arguments.activation_checkpointing)
+    configure_model(model, tokenizer, arguments)
     teacher, matching = _live_teacher(config, model, arguments.device)
-    datasets = {key: _dataset(config, key, source, model, arguments, teacher) for key, source in sources.items()}
+    datasets = {part: _dataset(config, part, source, model, arguments, teacher) for part, source in sources.items()}
     metrics, progress = MetricsFile(Path(config.output_path)), ConsoleProgress()
     trainer = DistillationTrainer(
         model,
@@ -420,6 +427,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         eval_dataset=datasets.get("eval"),
         matching=matching,
         processing_class=tokenizer,
+        eos_labels=eos_labels,
         callbacks=[metrics] if arguments.disable_tqdm else [metrics, progress],
     )
     if trainer.is_world_process_zero():
@@ -445,17 +453,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     return summary
 
 
-def _open_sources(config: RunConfig, tokenizer: Any) -> dict[str, StoredDataset]:
+def _open_sources(config: RunConfig, tokenizer: Any, arguments: SFTConfig) -> dict[Part, DocumentSource]:
     """Open training and evaluation data, and refuse them early where the tokenizer already says so."""
     if config.teacher.kind == "hf":
         check_teacher_tokenizer(config, tokenizer)
-    teacher = config.teacher if isinstance(config.teacher, DatasetTeacher) else DatasetTeacher(kind="dataset")
-    sources = {"train": open_dataset(config.dataset.train_dataset, teacher, "dataset.train_dataset")}
-    if config.dataset.eval_dataset is not None:
-        sources["eval"] = open_dataset(config.dataset.eval_dataset, teacher, "dataset.eval_dataset")
-    for key, source in sources.items():
-        check_tokenizer(source, tokenizer, config.model, f"dataset.{key}_dataset")
-    return sources
+    parts: tuple[Part, ...] = ("train", "eval")
+    opened = {part: open_documents(config, part, tokenizer, arguments) for part in parts}
+    return {part: source for part, source in opened.items() if source is not None}
 
 
 def _live_teacher(
@@ -476,20 +480,21 @@ def _live_teacher(
 
 def _dataset(
     config: RunConfig,
-    key: str,
-    source: StoredDataset,
+    part: Part,
+    source: DocumentSource,
     model: transformers.PreTrainedModel,
     arguments: SFTConfig,
     teacher: OnlineSignal | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and make training examples of it."""
-    head_size = rows_of(model.get_output_embeddings().weight)
-    check_dataset(source, head_size, f"dataset.{key}_dataset")
-    option = "num_samples" if key == "train" else "num_eval_samples"
-    chosen = choose_documents(len(source), getattr(config.dataset, option), config.dataset.seed, f"dataset.{option}")
-    on_device = arguments.device.type == "cuda"
-    signal = OfflineSignal(source.codec, head_size, on_device=on_device) if teacher is None else teacher
-    return DistillationDataset(source, signal, config.sequence_length, chosen)
+    head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
+    if teacher is not None:
+        check_ids(source, head_size, key)
+        return training_dataset(config, part, source, teacher, arguments)
+    assert isinstance(source, StoredDataset)
+    check_dataset(source, head_size, key)
+    signal = OfflineSignal(source.codec, head_size, on_device=arguments.device.type == "cuda")
+    return training_dataset(config, part, source, signal, arguments)
 
 
 def _checkpoint(config: RunConfig) -> str | None:

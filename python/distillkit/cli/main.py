@@ -1,4 +1,4 @@
-"""`distillkit`: train (the default command) and capture. Each command's code is imported when it is used."""
+"""`distillkit`: train (the default command), capture and pack. Each command's code is imported when it is used."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "train": ("distillkit.cli.train", "train"),
     "capture": ("distillkit.cli.capture", "capture"),
+    "pack": ("distillkit.cli.pack", "pack"),
 }
 
 
@@ -45,6 +46,7 @@ def cli() -> None:
     \b
     distillkit config.yaml           train as the configuration says (the same as: distillkit train config.yaml)
     distillkit capture --model …     run a teacher over text once, and store its distributions
+    distillkit pack DATA OUTPUT …    its documents in full rows, on disk (training packs by itself)
     distillkit-codec inspect DATA    look at what was captured
     """
 

@@ -1,4 +1,4 @@
-"""`distillkit`: train (the default command) and capture. Each command's code is imported when it is used."""
+"""`distillkit`: train (the default command), capture and report. Each command's code is imported when it is used."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "train": ("distillkit.cli.train", "train"),
     "capture": ("distillkit.cli.capture", "capture"),
+    "report": ("distillkit.cli.report", "report"),
 }
 
 
@@ -43,9 +44,11 @@ def cli() -> None:
     """Train small language models on the stored distributions of large ones.
 
     \b
-    distillkit config.yaml           train as the configuration says (the same as: distillkit train config.yaml)
-    distillkit capture --model …     run a teacher over text once, and store its distributions
-    distillkit-codec inspect DATA    look at what was captured
+    distillkit config.yaml            train as the configuration says (the same as: distillkit train config.yaml)
+    distillkit config.yaml --dry-run  check everything that training would need, and train nothing
+    distillkit capture --model …      run a teacher over text once, and store its distributions
+    distillkit report TRAINED         what a training run brought; several runs: side by side
+    distillkit-codec inspect DATA     look at what was captured
     """
 
 

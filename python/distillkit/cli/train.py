@@ -36,7 +36,8 @@ _MEASURES = (
 def train(config: Path, verbose: int, as_json: bool) -> None:
     """Train a student as the YAML file CONFIG says.
 
-    Checkpoints, metrics.jsonl, summary.json and the trained student go to the configuration's output_path.
+    Checkpoints, metrics.jsonl, summary.json, report.md with its plots, and the trained student go to the
+    configuration's output_path.
     """
     if not config.is_file():
         near = difflib.get_close_matches(str(config), ["train", "capture"], n=1)
@@ -90,10 +91,12 @@ def summary_table(summary: dict[str, Any]) -> Table:
     if summary["cut_documents"]:
         table.add_row("cut", f"{summary['cut_documents']:,} documents, {summary['cut_tokens']:,} tokens")
     table.add_row("time", f"{summary['seconds']:,.1f} s")
+    table.add_row("waiting for data", f"{summary['data_wait']:.1%} of the training time")
     table.add_row("peak memory", f"{filesize.decimal(summary['peak_rss_bytes'])}{cuda}")
     first, last = summary["eval_first"], summary["eval_last"]
     for name, label, form in _MEASURES if last is not None else ():
         value = form.format(last[name])
         before = f"{form.format(first[name])} (step {first['step']}) → " if first["step"] != last["step"] else ""
         table.add_row(label, f"{before}{value}")
+    table.add_row("report", str(Path(summary["output_path"]) / "report.md"))
     return table

@@ -1,0 +1,117 @@
+"""What a run is, in words and numbers for its report: student, teacher, data, losses, settings."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from distillkit import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl import SFTConfig
+
+    from distillkit.config import DatasetSource, RunConfig
+    from distillkit.losses.config import LossConfig
+
+__all__ = ["describe"]
+
+_PACKAGES = ("torch", "transformers", "trl", "accelerate")
+
+
+def describe(
+    config: RunConfig, arguments: SFTConfig, model: PreTrainedModel, datasets: dict[str, Any]
+) -> dict[str, Any]:
+    """Describe a run whose parts are loaded.
+
+    Args:
+        config: the run.
+        arguments: the trainer's.
+        model: the student.
+        datasets: `train` and perhaps `eval`; of one with a `source`, its tokens and recorded teacher are taken.
+
+    Returns:
+        JSON objects by name: `student`, `teacher`, `data`, `losses` (weights summing to 1), `settings`, `versions`; and
+        `project`, `began`.
+    """
+    return {
+        "project": config.project_name,
+        "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "student": _student(config, model),
+        "teacher": _teacher(config, datasets["train"]),
+        "data": {
+            key: _data(getattr(config.dataset, f"{key}_dataset"), dataset)
+            for key, dataset in datasets.items()
+            if dataset is not None
+        },
+        "losses": _losses(config.loss_functions),
+        "settings": _settings(config, arguments),
+        "versions": {"distillkit": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+    }
+
+
+def _student(config: RunConfig, model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "path": config.model,
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+    }
+
+
+def _teacher(config: RunConfig, dataset: Any) -> dict[str, Any]:
+    if config.teacher.kind == "hf":
+        return {"kind": "hf", "name": config.teacher.path, "k": config.teacher.top_k}
+    source = getattr(dataset, "source", None)
+    recorded = (None if source is None else source.header.teacher) or {}
+    return {"kind": "dataset", "name": recorded.get("name"), "k": None if source is None else source.codec.k}
+
+
+def _data(where: DatasetSource, dataset: Any) -> dict[str, Any]:
+    source = getattr(dataset, "source", None)
+    return {
+        "path": where.repo_id or where.disk_path,
+        "documents": len(dataset),
+        # Of all documents that are there, also where fewer are taken.
+        "tokens": None if source is None or len(dataset) != len(source) else source.num_tokens,
+    }
+
+
+def _losses(configs: list[LossConfig]) -> list[dict[str, Any]]:
+    """Name the losses as they are logged: a number from the second of a kind on."""
+    total, seen, named = sum(config.weight for config in configs), Counter[str](), []
+    for config in configs:
+        seen[config.function] += 1
+        nth = seen[config.function]
+        settings = config.model_dump(mode="json", exclude_none=True, exclude={"function", "weight"})
+        name = config.function if nth == 1 else f"{config.function}@{nth}"
+        named.append({"name": name, "weight": config.weight / total, **settings})
+    return named
+
+
+def _settings(config: RunConfig, arguments: SFTConfig) -> dict[str, Any]:
+    precision = "bf16 mixed precision" if arguments.bf16 else "fp16 mixed precision" if arguments.fp16 else "as loaded"
+    return {
+        "sequence_length": config.sequence_length,
+        "batch": arguments.per_device_train_batch_size,
+        "accumulation": arguments.gradient_accumulation_steps,
+        "processes": arguments.world_size,
+        "device": arguments.device.type,
+        "precision": precision,
+        "optimizer": _value(arguments.optim),
+        "learning_rate": arguments.learning_rate,
+        "schedule": _value(arguments.lr_scheduler_type),
+        "warmup_steps": arguments.warmup_steps,
+        "weight_decay": arguments.weight_decay,
+        "activation_checkpointing": bool(arguments.activation_checkpointing),
+        "workers": arguments.dataloader_num_workers,
+        "seed": arguments.seed,
+    }
+
+
+def _value(setting: Any) -> Any:
+    return getattr(setting, "value", setting)

@@ -37,6 +37,7 @@ from distillkit.models import DistillationInputs, DistillationOutput, attach_los
 from distillkit.progress import ConsoleProgress, MetricsFile, loss_parts
 from distillkit.report import ReportFiles
 from distillkit.signals.offline import OfflineSignal
+from distillkit.trackers import TrackedDescription, tracking
 from distillkit.training_args import training_arguments
 
 if TYPE_CHECKING:
@@ -456,9 +457,14 @@ class Run:
         return Objective.training(self.config.loss_functions)
 
     @cached_property
+    def description(self) -> dict[str, Any]:
+        """What is trained, for those who read about it later."""
+        return describe(self.config, self.arguments, self.model, self.datasets)
+
+    @cached_property
     def metrics(self) -> MetricsFile:
         """The file of metrics, which begins with what is trained."""
-        return MetricsFile(self.folder, describe(self.config, self.arguments, self.model, self.datasets))
+        return MetricsFile(self.folder, self.description)
 
     @cached_property
     def trainer(self) -> DistillationTrainer:
@@ -471,7 +477,11 @@ class Run:
             train_dataset=self.datasets["train"],
             eval_dataset=self.datasets.get("eval"),
             processing_class=self.tokenizer,
-            callbacks=[self.metrics] if self.arguments.disable_tqdm else [self.metrics, self.progress],
+            callbacks=[
+                TrackedDescription(self.description),
+                self.metrics,
+                *([] if self.arguments.disable_tqdm else [self.progress]),
+            ],
         )
         # Last, so that it finds the log of the evaluation in the file.
         trainer.add_callback(_Reports(trainer, ReportFiles(self.folder)))
@@ -493,16 +503,15 @@ def train(config: RunConfig) -> dict[str, Any]:
         MismatchError: tokenizer, vocabulary, codec or alignment of the data don't fit the student.
     """
     started = time.perf_counter()
-    if "project_name" in config.model_fields_set or "WANDB_PROJECT" not in os.environ:
-        os.environ["WANDB_PROJECT"] = config.project_name
     run = Run(config)
     trainer = run.trainer
     if trainer.is_world_process_zero():
         _write_config(config)
-    try:
-        result = trainer.train(resume_from_checkpoint=_checkpoint(config))
-    finally:
-        run.progress.close()
+    with tracking(config):
+        try:
+            result = trainer.train(resume_from_checkpoint=_checkpoint(config))
+        finally:
+            run.progress.close()
     trainer.save_model()
     summary = {
         "output_path": config.output_path,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gc
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,9 @@ def train(config: Path, verbose: int, as_json: bool) -> None:
 
     # Their bars for loading and saving run into ours.
     disable_progress_bar()
-    summary = train_student(run)
+    # Trackers print to stdout; the summary is to be alone there.
+    with contextlib.redirect_stdout(sys.stderr):
+        summary = train_student(run)
     _leave_process_group()
     if not first:
         return

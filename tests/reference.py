@@ -119,17 +119,107 @@ def softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> npt.NDArray[np.f
     return weights / weights.sum()
 
 
-def kl_at(logits: npt.ArrayLike, ids: list[int], logprobs: list[float], temperature: float, missing: str) -> float:
-    """T²·KL(target ‖ student) of one position; the vocabulary is split into the stored ids and the rest."""
+Outcomes = list[tuple[float, float]]
+"""(teacher, student) probabilities of disjoint outcomes, which sum to one."""
+
+
+def outcomes_at(
+    logits: npt.ArrayLike, ids: list[int], logprobs: list[float], label: int, temperature: float, missing: str
+) -> tuple[Outcomes, tuple[float, float] | None]:
+    """One position's outcomes one by one, and the pair of all other ids together (None if there is no other id)."""
     student = softmax(logits, temperature)
-    stored = [math.exp(value) for value in logprobs]
-    target = [p ** (1 / temperature) for p in stored]
-    outcomes = list(zip(target, [student[i] for i in ids], strict=True))
-    if missing == "uniform" and len(ids) < len(student):
-        rest = max(0.0, 1.0 - math.fsum(stored)) ** (1 / temperature)
-        outcomes.append((rest, math.fsum(student[i] for i in range(len(student)) if i not in set(ids))))
-    total = math.fsum(p for p, _ in outcomes)
-    return temperature**2 * math.fsum(p / total * math.log(p / total / q) for p, q in outcomes if p > 0)
+    stored = {i: math.exp(value) for i, value in zip(ids, logprobs, strict=True) if value > -math.inf}
+    rest = 0.0
+    left = max(0.0, 1.0 - math.fsum(stored.values())) if len(stored) < len(student) else 0.0
+    if missing == "label" and left > 0:
+        stored[label] = stored.get(label, 0.0) + left
+    if missing == "uniform":
+        rest = left ** (1 / temperature)
+    softened = {i: p ** (1 / temperature) for i, p in stored.items()}
+    total = math.fsum([*softened.values(), rest])
+    if total == 0:
+        return [], None
+    outcomes = [(p / total, float(student[i])) for i, p in softened.items()]
+    others = [float(student[i]) for i in range(len(student)) if i not in stored]
+    return outcomes, (rest / total, math.fsum(others)) if others else None
+
+
+def dense_outcomes_at(
+    logits: npt.ArrayLike, teacher: npt.ArrayLike, temperature: float
+) -> tuple[Outcomes, tuple[float, float] | None]:
+    """The same for a teacher's logits of all ids; heads of one vocabulary may be padded to different widths."""
+    student = softmax(logits, temperature)
+    width = min(len(student), len(np.asarray(teacher)))
+    p = softmax(np.asarray(teacher)[:width], temperature)
+    rest = None if width == len(student) else (0.0, math.fsum(student[width:]))
+    return list(zip(p.tolist(), student[:width].tolist(), strict=True)), rest
+
+
+def measure_of(
+    name: str, outcomes: Outcomes, rest: tuple[float, float] | None, share: float | None = None, **settings: Any
+) -> float:
+    """A loss of one position by its definition, at T² = 1; `share` holds the weight of `adaptive_kl` still."""
+    if not outcomes and rest is None:
+        return 0.0
+    pairs = outcomes if rest is None else [*outcomes, rest]
+
+    def divergence(of: Callable[[float, float], float], by: Callable[[float, float], float]) -> float:
+        """KL of one mixture of (p, q) from another."""
+        return math.fsum(of(p, q) * math.log(of(p, q) / by(p, q)) for p, q in pairs if of(p, q) > 0)
+
+    def teacher(p: float, q: float) -> float:
+        return p
+
+    def student(p: float, q: float) -> float:
+        return q
+
+    if name == "kl":
+        return divergence(teacher, student)
+    if name == "reverse_kl":
+        if rest is None or rest[0] > 0:
+            return divergence(student, teacher)
+        mass = math.fsum(q for _, q in outcomes)
+        return math.fsum(q / mass * math.log(q / mass / p) for p, q in outcomes if q > 0) - math.log(mass)
+    if name == "jsd":
+        middle = lambda p, q: (p + q) / 2  # noqa: E731
+        return 0.5 * divergence(teacher, middle) + 0.5 * divergence(student, middle)
+    if name == "tvd":
+        return 0.5 * math.fsum(abs(p - q) for p, q in pairs)
+    if name in ("skewed_kl", "skewed_reverse_kl"):
+        a = settings.get("alpha", 0.1)
+        if name == "skewed_kl":
+            return divergence(teacher, lambda p, q: a * p + (1 - a) * q)
+        return divergence(student, lambda p, q: a * q + (1 - a) * p)
+    if name == "adaptive_kl":
+        share = adaptive_share(outcomes, rest) if share is None else share
+        return share * measure_of("kl", outcomes, rest) + (1 - share) * measure_of("reverse_kl", outcomes, rest)
+    preferred = [(i, j) for i in range(len(outcomes)) for j in range(len(outcomes)) if outcomes[i][0] > outcomes[j][0]]
+    if name == "hinge":
+        margin = settings.get("margin")
+        terms = [
+            max(
+                0.0, (outcomes[i][0] - outcomes[j][0] if margin is None else margin) - (outcomes[i][1] - outcomes[j][1])
+            )
+            for i, j in preferred
+        ]
+    else:
+        assert name == "logistic_ranking"
+        terms = [math.log1p(math.exp(-math.log(outcomes[i][1] / outcomes[j][1]))) for i, j in preferred]
+    return math.fsum(terms) / len(terms) if terms else 0.0
+
+
+def adaptive_share(outcomes: Outcomes, rest: tuple[float, float] | None) -> float:
+    """The weight of KL(p ‖ q) in `adaptive_kl`: the share of Σ|p − q| that lies in the teacher's head, its most
+    probable outcomes up to one half."""
+    head = tail = before = 0.0
+    for p, q in sorted(outcomes, key=lambda pair: -pair[0]):
+        if before < 0.5:
+            head += abs(p - q)
+        else:
+            tail += abs(p - q)
+        before += p
+    tail += 0.0 if rest is None else abs(rest[0] - rest[1])
+    return head / (head + tail) if head + tail > 0 else 0.5
 
 
 def cross_entropy_at(logits: npt.ArrayLike, label: int) -> float:

@@ -129,7 +129,8 @@ def test_bytes_decoded_on_the_device_are_the_same_targets() -> None:
     batches = [Collator()([dataset_of(document, on_device=on_device)[0]]) for on_device in (False, True)]
     assert batches[1]["teacher_bytes"].dtype == torch.uint8
     signals = [OfflineSignal(exact_codec(), VOCABULARY, on_device=on_device) for on_device in (False, True)]
-    decoded, raw = (signal.targets(batch) for signal, batch in zip(signals, batches, strict=True))
+    labels = torch.zeros(len(batches[0]["rows"]), dtype=torch.int64)
+    decoded, raw = (signal.targets(batch, labels).teacher for signal, batch in zip(signals, batches, strict=True))
     assert torch.equal(decoded.ids, raw.ids)
     assert torch.equal(decoded.logprobs, raw.logprobs)
 
@@ -138,7 +139,8 @@ def test_ids_beyond_a_narrower_head_become_missing_mass() -> None:
     signal = OfflineSignal(exact_codec(), head_size=5)
     ids = torch.tensor([[1, 7, 2, 4, 60, 0, 3, 9], [8, 1, 2, 3, 4, 0, 6, 5]])
     logprobs = torch.log(torch.linspace(0.3, 0.01, 8)).repeat(2, 1)
-    targets = signal.targets({"teacher_ids": ids, "teacher_logprobs": logprobs})
+    batch = {"teacher_ids": ids, "teacher_logprobs": logprobs}
+    targets = signal.targets(batch, torch.zeros(2, dtype=torch.int64)).teacher
     assert targets.ids.tolist() == [[1, 1, 2, 4, 1, 0, 3, 1], [1, 1, 2, 3, 4, 0, 1, 1]]
     assert torch.isinf(targets.logprobs).tolist() == (ids >= 5).tolist()
 

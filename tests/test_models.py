@@ -15,8 +15,8 @@ from distillkit.config import RunConfig
 from distillkit.errors import ConfigError
 from distillkit.losses.config import LossConfig
 from distillkit.losses.fused import Objective
-from distillkit.losses.sparse import StudentLogits, kl
-from distillkit.losses.table import Targets
+from distillkit.losses.positions import Positions, Targets
+from distillkit.losses.table import loss
 from distillkit.models import (
     DistillationInputs,
     attach_losses,
@@ -54,7 +54,8 @@ def test_the_losses_are_those_of_the_models_own_logits(tied: bool) -> None:
     model.train()
     output = model(input_ids=ids, position_ids=torch.arange(6).expand(2, -1), distill=distill)
     output.loss.backward()
-    expected = kl(StudentLogits(plain(ids).logits.flatten(0, 1)[rows]), teacher)
+    targets = Targets(ids.flatten()[rows + 1], teacher)
+    expected = loss("kl")(Positions(plain(ids).logits.flatten(0, 1)[rows], targets))
     expected.backward()
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
@@ -79,11 +80,10 @@ def test_flash_attention_is_never_replaced_in_silence(student: str, caplog: pyte
         ConfigError, match=r"use_flash_attention: true, but there is no CUDA GPU.*set use_flash_attention: false"
     ):
         load_student(config(student, use_flash_attention=True), VOCABULARY)
+    said = "FlashAttention is not used (there is no CUDA GPU): PyTorch's scaled dot-product attention (sdpa) instead"
     with caplog.at_level(logging.INFO, logger="distillkit"):
-        assert attention_implementation(config(student)) == "sdpa"
-    assert [record.message for record in caplog.records] == [
-        "FlashAttention is not used (there is no CUDA GPU): PyTorch's scaled dot-product attention (sdpa) instead"
-    ]
+        assert load_student(config(student), VOCABULARY).config._attn_implementation == "sdpa"
+    assert [record.message for record in caplog.records].count(said) == 1
     caplog.clear()
     assert attention_implementation(config(student, use_flash_attention=False)) == "sdpa"
     assert attention_implementation(config(student, model_kwargs={"attn_implementation": "eager"})) is None
@@ -127,10 +127,11 @@ def test_settings_that_do_not_fit_the_student(student: str, settings: dict[str, 
 
 def test_what_is_frozen_is_exactly_what_was_named() -> None:
     model = tiny_model()
-    freeze(model, ["model.layers.0"], [r"layers\.1\.self_attn\.[qk]_proj", "norm"])
+    named = freeze(model, ["model.layers.0"], [r"layers\.1\.self_attn\.[qk]_proj", "norm"])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     everything = {name for name, _ in model.named_parameters()}
-    assert everything - trained == {
+    assert named == everything - trained
+    assert named == {
         name
         for name in everything
         if ".layers.0." in name or "norm" in name or ".1.self_attn.q" in name or ".1.self_attn.k" in name

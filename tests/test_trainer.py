@@ -5,10 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,7 @@ from training import (
     VOCABULARY,
     exact_codec,
     header_for,
+    launch,
     random_documents,
     run_config,
     save_student,
@@ -124,7 +121,7 @@ def test_evaluation_is_the_mean_over_all_held_out_positions(parts: dict[str, str
         with torch.no_grad():
             logits = student(torch.from_numpy(document).long()[None]).logits[0].double().numpy()
         for t, (ids, logprobs) in enumerate(zip(rows.ids.tolist(), rows.logprobs.tolist(), strict=True)):
-            kl += reference.kl_at(logits[t], ids, logprobs, 1.0, "zero")
+            kl += reference.measure_of("kl", *reference.outcomes_at(logits[t], ids, logprobs, 0, 1.0, "zero"))
             entropy += reference.cross_entropy_at(logits[t], int(document[t + 1]))
             agreement += int(logits[t].argmax() == ids[0])
             mass += float(np.exp(logprobs).sum())
@@ -422,25 +419,6 @@ def test_published_datasets_train(tmp_path: Path, name: str, vocabulary: int, ke
 
 
 # -- several processes -------------------------------------------------------------------------------------------------
-
-
-def launch(config: RunConfig, tmp_path: Path, processes: int = 2) -> None:
-    """Run `distillkit CONFIG` under torchrun on the CPU."""
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    result = subprocess.run(
-        [*command, "-m", "distillkit", str(path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
 
 
 @pytest.mark.slow

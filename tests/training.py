@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -137,3 +142,41 @@ def run_config(student: str, output: Path, train: str, evaluate: str | None = No
             **settings,
         }
     )
+
+
+def save_vision_student(folder: Path, seed: int = 1) -> str:
+    """A vision-language student's folder: a Llava whose vision tower and text model are tiny, random weights."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(vision_config=vision, text_config=tiny_model().config, image_token_index=VOCABULARY - 1)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def launch(config: RunConfig, tmp_path: Path, *script: str, processes: int = 2) -> str:
+    """Run `distillkit CONFIG` under torchrun on the CPU, or another script in its place.
+
+    Returns:
+        What it wrote to stderr.
+    """
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    result = subprocess.run(
+        [*command, *(script or ("-m", "distillkit")), str(path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-8000:]
+    return result.stderr

@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal, Union
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from distillkit.adapters import LoraSection
 from distillkit.codec import Codec
 from distillkit.errors import ConfigError
-from distillkit.losses.config import LATER_LOSSES, LATER_MISSING, LOSS_NAMES, LossConfig
+from distillkit.losses.config import HIDDEN_LOSSES, LossConfig
 
 __all__ = ["DatasetSource", "DatasetTeacher", "HfTeacher", "RunConfig", "load_config", "parse_config"]
 
@@ -80,13 +81,50 @@ class DatasetSection(_Model):
     prepacked: bool = False
 
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def _one_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Call `dtype` what older configurations call `torch_dtype`, and check its value."""
+    if "torch_dtype" in arguments and "dtype" in arguments:
+        raise ValueError(
+            f"dtype: {arguments['dtype']!r} and torch_dtype: {arguments['torch_dtype']!r} are one setting; give dtype"
+        )
+    arguments = {("dtype" if key == "torch_dtype" else key): value for key, value in arguments.items()}
+    dtype = arguments.get("dtype")
+    if isinstance(dtype, str):
+        dtype = arguments["dtype"] = dtype.removeprefix("torch.")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed: {', '.join(_DTYPES)}")
+    return arguments
+
+
 class HfTeacher(_Model):
-    """A live teacher (`kind: hf`); not supported yet."""
+    """A live teacher (`kind: hf`), run beside the student.
+
+    Attributes:
+        path: a folder or a hub id. The student's own base model together with `peft` means: the student without its
+            adapters, which takes no memory of its own.
+        kwargs: passed on when it is loaded (`dtype`, `device_map`, `attn_implementation`, …; `torch_dtype` is taken for
+            `dtype`). Without a `dtype` it has its checkpoint's.
+        top_k: train from its k most probable ids only, as if they had been captured; from its whole distribution if not
+            given.
+    """
 
     kind: Literal["hf"]
-    path: str
-    kwargs: dict[str, Any] | None = None
+    path: str = Field(min_length=1)
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     top_k: int | None = Field(default=None, ge=1)
+
+    @field_validator("kwargs", mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: object) -> object:
+        return {} if value is None else value
+
+    @field_validator("kwargs")
+    @classmethod
+    def _dtype_has_one_name(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _one_dtype(value)
 
 
 class DatasetTeacher(_Model):
@@ -144,15 +182,21 @@ class RunConfig(_Model):
         dataset, teacher, loss_functions: see their classes.
         training_args: arguments of `trl.SFTConfig`; see `distillkit.training_args`.
         use_flash_attention: true demands FlashAttention, false never uses it, unset uses it where it can run.
+        model_auto_class: the transformers class that loads it, one with a language-model head; for example
+            `AutoModelForImageTextToText` for a vision-language model.
         model_kwargs: passed on when the student is loaded (`dtype`, `attn_implementation`, …; `torch_dtype` is taken
-            for `dtype`).
+            for `dtype`). `quantization_config`, or `load_in_4bit` and `load_in_8bit` with the settings of
+            `transformers.BitsAndBytesConfig`, load it quantised.
+        peft: train LoRA adapters instead of the student's weights; see `distillkit.adapters.LoraSection`.
         trust_remote_code: run the code in the student's repository.
         frozen_modules: exact names of modules that are not trained.
         frozen_res: regular expressions; parameters whose names they match anywhere are not trained.
         resize_embeddings_to_multiple_of: widen embeddings and head to a multiple of this; they never shrink.
         functionary_packing: the published switch for keeping packed documents apart. They always are, so it changes
             nothing.
-        layer_mapping, force_hidden_state_projection, model_auto_class: not supported yet.
+        layer_mapping: which hidden states of student and teacher are compared, for hs_mse and hs_cosine: pairs of
+            [student layer, teacher layer], or `all`. 0 is the embeddings' output, n the n-th layer's, −1 the last.
+        force_hidden_state_projection: project the student's hidden states also where their size is the teacher's.
     """
 
     project_name: str = "distillkit"
@@ -168,10 +212,11 @@ class RunConfig(_Model):
     use_flash_attention: bool | None = None
     functionary_packing: bool = False
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    model_auto_class: str | None = "AutoModelForCausalLM"
+    model_auto_class: str = "AutoModelForCausalLM"
     trust_remote_code: bool = False
     frozen_modules: list[str] = Field(default_factory=list)
     frozen_res: list[str] = Field(default_factory=list)
+    peft: LoraSection | None = None
     training_args: dict[str, Any] = Field(default_factory=dict)
 
     _source: str = PrivateAttr(default="config")
@@ -181,6 +226,32 @@ class RunConfig(_Model):
     def _null_is_empty(cls, value: object, info: Any) -> object:
         if value is None:
             return [] if info.field_name.startswith("frozen") else {}
+        return value
+
+    @field_validator("model_kwargs")
+    @classmethod
+    def _one_quantisation(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "trust_remote_code" in value:
+            raise ValueError("trust_remote_code: put it at the top level")
+        if value.get("quantization_config") is not None and not isinstance(value["quantization_config"], dict):
+            raise ValueError(f"quantization_config: a mapping is expected, found {value['quantization_config']!r}")
+        given = [name for name in ("quantization_config", "load_in_4bit", "load_in_8bit") if value.get(name)]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]}: and {given[1]} are two ways to quantise; give one")
+        return value
+
+    @field_validator("model_auto_class", mode="before")
+    @classmethod
+    def _auto_class(cls, value: object) -> object:
+        if value is None or value == "AutoModelForCausalLM":
+            return "AutoModelForCausalLM"
+        if not isinstance(value, str):
+            return value
+        import transformers
+
+        known = [name for name in dir(transformers) if name.startswith("AutoModel")]
+        if value not in known:
+            raise ValueError(f"transformers has no auto class {value!r}{nearest(value, known)}")
         return value
 
     @field_validator("frozen_res")
@@ -196,13 +267,24 @@ class RunConfig(_Model):
     @field_validator("model_kwargs")
     @classmethod
     def _dtype_has_one_name(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if "torch_dtype" in value:
-            if "dtype" in value:
-                raise ValueError(
-                    f"dtype: {value['dtype']!r} and torch_dtype: {value['torch_dtype']!r} are one setting; give dtype"
-                )
-            value = {("dtype" if key == "torch_dtype" else key): item for key, item in value.items()}
-        return value
+        return _one_dtype(value)
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the live teacher is the student without its adapters: the same model, with no settings of its own."""
+        teacher = self.teacher
+        return (
+            self.peft is not None
+            and isinstance(teacher, HfTeacher)
+            and teacher.path == self.model
+            and not teacher.kwargs
+        )
+
+    @property
+    def quantised(self) -> str | None:
+        """Return the key of `model_kwargs` that asks for quantised weights, if one does."""
+        keys = ("quantization_config", "load_in_4bit", "load_in_8bit")
+        return next((key for key in keys if self.model_kwargs.get(key)), None)
 
     @property
     def source(self) -> str:
@@ -255,6 +337,8 @@ def parse_config(content: object, *, source: str = "config") -> RunConfig:
     except ValidationError as error:
         problems += [_problem(item) for item in error.errors()]
     problems += _not_yet(content)
+    if config is not None:
+        problems += _disagreements(config) + _student_problems(config)
     arguments = content.get("training_args")
     if isinstance(arguments, Mapping):
         from distillkit.training_args import argument_problems
@@ -285,6 +369,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "dataset.train_dataset": DatasetSource,
     "dataset.eval_dataset": DatasetSource,
     "loss_functions": LossConfig,
+    "peft": LoraSection,
 }
 _TEACHERS: dict[str, type[BaseModel]] = {"hf": HfTeacher, "dataset": DatasetTeacher}
 
@@ -326,35 +411,65 @@ def _not_yet(content: Mapping[Any, Any]) -> list[str]:
     def refuse(path: str, why: str) -> None:
         found.append(f"{path}: not supported yet ({why})")
 
-    teacher = content.get("teacher")
-    if isinstance(teacher, Mapping) and teacher.get("kind") == "hf":
-        refuse(
-            "teacher.kind", "'hf', a live teacher; capture it with `distillkit capture` and train with kind: dataset"
-        )
-    if content.get("layer_mapping") is not None:
-        refuse("layer_mapping", "hidden-state losses")
-    if content.get("force_hidden_state_projection"):
-        refuse("force_hidden_state_projection", "hidden-state losses")
-    if content.get("model_auto_class") not in (None, "AutoModelForCausalLM"):
-        refuse("model_auto_class", f"{content['model_auto_class']!r}; AutoModelForCausalLM is")
     dataset = content.get("dataset")
     for key in ("eos_label_token_ids", "prepared_dataset_path"):
         if isinstance(dataset, Mapping) and dataset.get(key) is not None:
             refuse(f"dataset.{key}", f"{dataset[key]!r}")
     losses = content.get("loss_functions")
-    for i, loss in enumerate(losses if isinstance(losses, list) else []):
-        if not isinstance(loss, Mapping):
-            continue
-        if loss.get("function") in LATER_LOSSES:
-            refuse(f"loss_functions.{i}.function", f"{loss['function']!r}; {', '.join(LOSS_NAMES)} are")
-        if loss.get("missing_probability_handling") in LATER_MISSING:
-            refuse(
-                f"loss_functions.{i}.missing_probability_handling",
-                f"{loss['missing_probability_handling']!r}; zero and uniform are",
-            )
     weights = [loss.get("weight") for loss in losses if isinstance(loss, Mapping)] if isinstance(losses, list) else []
     if weights and all(isinstance(weight, (int, float)) and weight == 0 for weight in weights):
         found.append("loss_functions: all weights are 0; at least one must be positive")
+    return found
+
+
+def _disagreements(config: RunConfig) -> list[str]:
+    """Describe sections that contradict each other."""
+    found: list[str] = []
+    hidden = [loss.function for loss in config.loss_functions if loss.function in HIDDEN_LOSSES]
+    if hidden and config.layer_mapping is None:
+        found.append(
+            f"layer_mapping: is missing, and {hidden[0]} needs it: 'all', or pairs of [student layer, teacher layer]"
+        )
+    if hidden and config.teacher.kind != "hf":
+        found.append(
+            f"loss_functions: {hidden[0]} compares hidden states, which a dataset of stored distributions does not "
+            "have; use a live teacher (teacher.kind: hf)"
+        )
+    if not hidden and config.layer_mapping is not None:
+        found.append(f"layer_mapping: only {' and '.join(HIDDEN_LOSSES)} use it, and loss_functions has neither")
+    if not hidden and config.force_hidden_state_projection:
+        found.append(
+            f"force_hidden_state_projection: only {' and '.join(HIDDEN_LOSSES)} use it, and loss_functions has neither"
+        )
+    return found
+
+
+def _student_problems(config: RunConfig) -> list[str]:
+    """Describe settings of the student that contradict each other."""
+    found: list[str] = []
+    sharding = [name for name in ("fsdp", "deepspeed") if config.training_args.get(name)]
+    own = "teacher.path: is the student itself, which teaches with its adapters switched off"
+    remedy = "give teacher.kwargs (a dtype, say) to load the teacher apart from it"
+    if config.teaches_itself and config.peft is not None and config.peft.changes_base_weights:
+        found.append(f"{own}, but peft.bias or peft.init_lora_weights change its own weights too; {remedy}")
+    if config.teaches_itself and sharding:
+        found.append(f"{own}; it can't under training_args.{sharding[0]}; {remedy}")
+    if config.quantised is not None and config.peft is None:
+        found.append(
+            f"model_kwargs.{config.quantised}: quantised weights are not trained themselves; add a peft section to "
+            "train LoRA adapters on them (QLoRA)"
+        )
+    if config.peft is not None and config.peft.merge_on_save:
+        if config.quantised is not None:
+            found.append(
+                f"peft.merge_on_save: merging into quantised weights (model_kwargs.{config.quantised}) would round the "
+                "adapters away; save them as they are and merge into the unquantised model"
+            )
+        if sharding:
+            found.append(
+                f"peft.merge_on_save: no process holds whole weights under training_args.{sharding[0]}; save the "
+                "adapters and merge them afterwards"
+            )
     return found
 
 

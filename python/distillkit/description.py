@@ -8,8 +8,10 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from distillkit import __version__
+from distillkit.lm_head import bare_model
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
     from trl import SFTConfig
 
@@ -22,7 +24,7 @@ _PACKAGES = ("torch", "transformers", "trl", "accelerate")
 
 
 def describe(
-    config: RunConfig, arguments: SFTConfig, model: PreTrainedModel, datasets: dict[str, Any]
+    config: RunConfig, arguments: SFTConfig, model: PreTrainedModel | PeftModel, datasets: dict[str, Any]
 ) -> dict[str, Any]:
     """Describe a run whose parts are loaded.
 
@@ -52,14 +54,18 @@ def describe(
     }
 
 
-def _student(config: RunConfig, model: PreTrainedModel) -> dict[str, Any]:
+def _student(config: RunConfig, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    bare = bare_model(model)
+    # DeepSpeed's ZeRO-3 leaves a part of each parameter here, and says how large the whole is.
+    sizes = [(int(getattr(part, "ds_numel", part.numel())), part.requires_grad) for part in bare.parameters()]
     return {
         "path": config.model,
-        "class": type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
+        "class": type(bare).__name__,
+        "parameters": sum(size for size, _ in sizes),
+        "trained": sum(size for size, trained in sizes if trained),
+        "adapters": config.peft is not None,
+        "dtype": str(bare.dtype).removeprefix("torch."),
+        "attention": bare.config._attn_implementation,
     }
 
 

@@ -12,18 +12,30 @@ vocabulary).
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from distillkit.errors import DistillKitError
+from distillkit.memory import total_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LMHead", "backbone_hidden", "bare_model", "check_lm_head", "lm_head_of"]
+__all__ = [
+    "LMHead",
+    "backbone_hidden",
+    "backbone_layers",
+    "bare_model",
+    "check_lm_head",
+    "lm_head_of",
+    "logit_chunks",
+    "rows_of",
+]
 
 # Config attributes that multiply the logits, and those that divide them. Which families use them: Cohere `logit_scale`,
 # Muse `output_multiplier`, Falcon-H1 `lm_head_multiplier`, Granite and MiniCPM3 `logits_scaling`.
@@ -36,6 +48,11 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 
 # A weight of lower precision is widened for a float32 product in blocks of about this many bytes, never whole.
 _WIDENED_BLOCK_BYTES = 64 * 2**20
+
+# A chunk's logits are at most this many, and at least so many that the head's weight isn't read too often; as float32
+# they get this share of the device's memory.
+_MOST_ELEMENTS, _LEAST_ELEMENTS = 2**26, 2**22
+_MEMORY_SHARE = 1 / 64
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,7 @@ class LMHead:
     @property
     def size(self) -> int:
         """V, the number of logits a position."""
-        return int(_head_module(self.model).weight.shape[0])
+        return rows_of(_head_module(self.model).weight)
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Look up the head's (V, H) weight and (V,) bias, whole on this process and differentiable.
@@ -89,16 +106,61 @@ class LMHead:
             (..., V) float32 logits, as the model's own forward would return them.
         """
         weight, bias = self.weights() if weights is None else weights
-        hidden = hidden.to(weight.device)
         if float32_product and weight.dtype != torch.float32:
-            logits = _float32_product(hidden, weight, bias)
-        else:
-            logits = F.linear(hidden.to(weight.dtype), weight, bias).float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
+            return self.finish(_float32_product(hidden.to(weight.device), weight, bias))
+        return self.finish(self.product(hidden, (weight, bias)))
+
+    def product(
+        self,
+        hidden: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor | None],
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Multiply by the weight: raw logits (..., V) in the weight's precision, of hidden (..., H).
+
+        Args:
+            hidden, weights: as above.
+            out: (N, V) where to put those of (N, H), without a gradient.
+        """
+        weight, bias = weights
+        hidden = hidden.to(weight.device, weight.dtype)
+        if out is None:
+            return F.linear(hidden, weight, bias)
+        return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
+
+    def finish(self, raw: torch.Tensor) -> torch.Tensor:
+        """Turn raw logits into those that the model returns, in float32: apply its scale and soft cap, if any."""
+        logits = raw.float() if self.scale == 1.0 else raw.float() * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+
+def logit_chunks(
+    positions: int, vocabulary: int, device: torch.device, most: int | None = None
+) -> list[tuple[int, int]]:
+    """Divide positions into chunks whose logits may exist at a time.
+
+    Args:
+        positions: N.
+        vocabulary: V.
+        device: where the logits will be; its memory decides, the same way in every run on the machine.
+        most: at most this many positions, instead.
+
+    Returns:
+        (start, stop) of each chunk; they are of one size, since a small last one would cost as many passes over the
+        weight as a full one.
+    """
+    most = most or max(1, _chunk_elements(device) // vocabulary)
+    length = -(-positions // max(1, -(-positions // most)))
+    return [(start, min(start + length, positions)) for start in range(0, positions, max(1, length))]
+
+
+@cache
+def _chunk_elements(device: torch.device) -> int:
+    """Logits of a chunk on a device, a power of two."""
+    wanted = int(total_memory(device) * _MEMORY_SHARE) // 4
+    return max(_LEAST_ELEMENTS, min(_MOST_ELEMENTS, 1 << (wanted.bit_length() - 1)))
 
 
 def bare_model(model: Any) -> PreTrainedModel:
@@ -136,6 +198,23 @@ def backbone_hidden(model: Any, **inputs: Any) -> torch.Tensor:
     Raises:
         DistillKitError: the model's backbone can't be told from the model, or gives no `last_hidden_state`.
     """
+    return backbone_layers(model, (), **inputs)[0]
+
+
+def backbone_layers(model: Any, layers: Sequence[int], **inputs: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run the model without its head, and keep the hidden states of some layers.
+
+    Args:
+        model, **inputs: as `backbone_hidden`.
+        layers: indices into the hidden states as transformers numbers them: 0 the embeddings' output, n the n-th
+            layer's, the last after the final norm.
+
+    Returns:
+        (B, S, H) of the last layer, and (B, S, H) of each that was asked for.
+
+    Raises:
+        DistillKitError: as `backbone_hidden`, or the backbone gives no hidden states of layers.
+    """
     bare = bare_model(model)
     backbone = bare.base_model
     if backbone is bare:
@@ -143,17 +222,33 @@ def backbone_hidden(model: Any, **inputs: Any) -> torch.Tensor:
             f"{type(bare).__name__} has no backbone apart from itself (base_model_prefix={bare.base_model_prefix!r}); "
             "load a model class with a language-model head, for example through AutoModelForCausalLM"
         )
-    hidden = getattr(backbone(**inputs, use_cache=False), "last_hidden_state", None)
-    if hidden is None:
-        raise DistillKitError(
-            f"{type(backbone).__name__}, the backbone of {type(bare).__name__}, returns no last_hidden_state"
-        )
-    return hidden  # type: ignore[no-any-return]
+    if layers:
+        inputs["output_hidden_states"] = True
+    output = backbone(**inputs, use_cache=False)
+    hidden, states = getattr(output, "last_hidden_state", None), getattr(output, "hidden_states", None)
+    if hidden is None or (layers and states is None):
+        missing = "last_hidden_state" if hidden is None else "hidden_states of its layers"
+        raise DistillKitError(f"{type(backbone).__name__}, the backbone of {type(bare).__name__}, returns no {missing}")
+    return hidden, [states[index] for index in layers] if states else []
+
+
+def rows_of(weight: torch.Tensor) -> int:
+    """Return the number of rows of an embedding or head, sharded or not."""
+    return int(_shape(weight)[0])
+
+
+def _shape(parameter: torch.Tensor) -> Sequence[int]:
+    """Return a parameter's shape; DeepSpeed's ZeRO-3 keeps it apart from the empty tensor that it leaves."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @torch.no_grad()
-def check_lm_head(model: Any) -> LMHead:
+def check_lm_head(model: Any, forward: Callable[..., Any] | None = None) -> LMHead:
     """Compare the head as `LMHead` computes it with the model's own logits, on eight token ids.
+
+    Args:
+        model: a causal LM, bare or inside a PEFT wrapper.
+        forward: what to call for its own logits, if not the model itself.
 
     Returns:
         The head, safe to use.
@@ -164,14 +259,14 @@ def check_lm_head(model: Any) -> LMHead:
     """
     head = lm_head_of(model)
     bare = head.model
-    vocabulary = bare.get_input_embeddings().weight.shape[0]
+    vocabulary = rows_of(bare.get_input_embeddings().weight)
     ids = torch.linspace(0, vocabulary - 1, 8, device=bare.device).round().long().unsqueeze(0)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     training = bare.training
     bare.eval()
     try:
         ours = head(backbone_hidden(bare, **inputs))
-        theirs = bare(**inputs, use_cache=False).logits.float().to(ours.device)
+        theirs = (forward or bare)(**inputs, use_cache=False).logits.float().to(ours.device)
     finally:
         bare.train(training)
     if ours.shape != theirs.shape:
@@ -217,7 +312,11 @@ def _head_module(bare: PreTrainedModel) -> torch.nn.Linear:
         if isinstance(module, ModulesToSaveWrapper):
             trained = module.active_adapters and not module.disable_adapters
             module = module.modules_to_save[module.active_adapters[0]] if trained else module.original_module
-    if not isinstance(module, torch.nn.Linear) or not module.weight.is_floating_point() or module.weight.ndim != 2:
+    if (
+        not isinstance(module, torch.nn.Linear)
+        or not module.weight.is_floating_point()
+        or len(_shape(module.weight)) != 2
+    ):
         weight = getattr(module, "weight", None)
         found = (
             type(module).__name__

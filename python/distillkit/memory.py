@@ -1,11 +1,20 @@
-"""How much memory this process has taken at most."""
+"""How much memory there is, and how much this process has taken at most."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["peak_memory"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["peak_memory", "total_memory"]
+
+# A container's limit, where there is one.
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def peak_memory() -> dict[str, int]:
@@ -17,3 +26,14 @@ def peak_memory() -> dict[str, int]:
         "peak_rss_bytes": rss if sys.platform == "darwin" else rss * 1024,
         "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else 0,
     }
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory that a device has: a GPU's own, or what this machine or container may use."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
+    return min(total, int(limit)) if limit.isdecimal() else total

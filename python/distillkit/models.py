@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import logging
+import os
 import re
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import ModelOutput
 
-from distillkit.errors import ConfigError
-from distillkit.lm_head import LMHead, backbone_hidden, check_lm_head
+from distillkit.adapters import add_adapters
+from distillkit.errors import ConfigError, DistillKitError
+from distillkit.layers import LayerMatching
+from distillkit.lm_head import LMHead, backbone_layers, bare_model, check_lm_head, lm_head_of, rows_of
 from distillkit.losses.fused import Objective
-from distillkit.losses.table import Targets
+from distillkit.losses.positions import Targets
+from distillkit.training_args import bitsandbytes_problem
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from distillkit.config import RunConfig
@@ -28,20 +36,23 @@ __all__ = [
     "DistillationOutput",
     "attach_losses",
     "attention_implementation",
+    "check_student",
     "freeze",
     "load_student",
+    "student_outline",
     "widen_embeddings",
 ]
 
 logger = logging.getLogger(__name__)
 
 _FLASH = "flash_attention_2"
-_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
-@dataclass(frozen=True)
 class DistillationInputs:
     """What the student's forward needs to compute losses instead of logits.
+
+    Not a dataclass: under mixed precision FSDP2 casts every tensor that it finds among a forward's arguments, in
+    dataclasses too, and would round the teacher's log-probs to bfloat16.
 
     Attributes:
         rows: (N,) int64, counted positions of the flattened batch.
@@ -49,9 +60,10 @@ class DistillationInputs:
         objective: the losses.
     """
 
-    rows: torch.Tensor
-    targets: Targets
-    objective: Objective
+    def __init__(self, rows: torch.Tensor, targets: Targets, objective: Objective) -> None:
+        self.rows = rows
+        self.targets = targets
+        self.objective = objective
 
 
 @dataclass
@@ -68,11 +80,16 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
     statistics: torch.Tensor = None  # type: ignore[assignment]
 
 
-def attach_losses(model: PreTrainedModel) -> LMHead:
+def attach_losses(model: PreTrainedModel | PeftModel, matching: LayerMatching | None = None) -> LMHead:
     """Let `model(**inputs, distill=DistillationInputs(…))` return losses. Without `distill` the model is as before.
 
-    Done on the bare model before anything wraps it. Whatever wrapper is called then (DDP, FSDP, autocast), hidden
-    states and head are at hand inside it, its hooks run, and no logits of a whole batch leave the forward.
+    Done on the bare model, inside PEFT's wrapper too, before anything else wraps it. Whatever wrapper is called then
+    (DDP, FSDP, autocast), hidden states and head are at hand inside it, its hooks run, and no logits of a whole batch
+    leave the forward.
+
+    Args:
+        model: the bare student.
+        matching: which of its hidden states are compared with the teacher's, if any are.
 
     Returns:
         The model's head, as checked against its logits.
@@ -80,87 +97,239 @@ def attach_losses(model: PreTrainedModel) -> LMHead:
     Raises:
         DistillKitError: the head can't be applied apart from the model.
     """
-    head = check_lm_head(model)
+    model = bare_model(model)
     original = model.forward
+    # ZeRO-3 has sharded the weights while they were loaded: they can be compared when a forward gathers them.
+    checked = not _shard_head(model)
+    head = check_lm_head(model) if checked else lm_head_of(model)
+    wanted = () if matching is None else matching.student_layers
 
     # The signature stays: generate() and the Trainer read it.
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, distill: DistillationInputs | None = None, **inputs: Any) -> Any:
+        nonlocal checked
         if distill is None:
             return original(*args, **inputs)
-        hidden = backbone_hidden(self, *args, **inputs)
-        result = distill.objective(head, hidden.flatten(0, 1)[distill.rows], distill.targets)
+        if not checked:
+            check_lm_head(self, original)
+            checked = True
+        hidden, states = backbone_layers(self, wanted, **inputs)
+        counted = [each.flatten(0, 1)[distill.rows] for each in (hidden, *states)]
+        layers = () if matching is None else zip(matching.project(counted[1:]), distill.targets.hidden, strict=True)
+        result = distill.objective(head, counted[0], distill.targets, tuple(layers))
         return DistillationOutput(loss=result.loss, statistics=result.statistics)
 
     model.forward = types.MethodType(forward, model)
     return head
 
 
-def load_student(config: RunConfig, vocab_size: int) -> PreTrainedModel:
+def _shard_head(model: PreTrainedModel) -> bool:
+    """Say whether DeepSpeed's ZeRO-3 has sharded the model; if so, have the head's parameters gathered for the forward
+    and backward of the whole model, which uses them outside of the head's own."""
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(head.weight, "ds_id"):
+        return False
+    import deepspeed
+
+    for parameter in head.parameters():
+        deepspeed.zero.register_external_parameter(model, parameter)
+    return True
+
+
+def check_student(config: RunConfig) -> None:
+    """Check everything about the student that can be checked without its weights.
+
+    The student is built from its config without memory for weights, and what is frozen and where adapters go is tried
+    out on that.
+
+    Raises:
+        ConfigError: a setting can't be followed here, or does not fit the student.
+    """
+    _load_arguments(config)
+    outline = student_outline(config)
+    with torch.device("meta"):
+        _prepared(outline, config)
+
+
+def student_outline(config: RunConfig) -> PreTrainedModel:
+    """Build the student without weights: every parameter is there with its name and shape, on the meta device.
+
+    Raises:
+        ConfigError: there is no such model, or the auto class has none for it.
+    """
+    import transformers
+
+    with _loading(config, "its config"):
+        outline_config = transformers.AutoConfig.from_pretrained(
+            config.model, trust_remote_code=config.trust_remote_code
+        )
+        with torch.device("meta"):
+            return _auto_class(config).from_config(outline_config, trust_remote_code=config.trust_remote_code)
+
+
+def load_student(config: RunConfig, vocab_size: int, *, checkpointing: bool = False) -> PreTrainedModel | PeftModel:
     """Load the student as the configuration says.
 
     Weights are float32 unless `model_kwargs.dtype` says otherwise, or bfloat16 with FlashAttention, which needs 16
-    bits.
+    bits, and for the unquantised parts of a quantised student.
 
     Args:
         config: the run.
         vocab_size: ids the tokenizer can produce.
+        checkpointing: activations will be recomputed in the backward pass.
 
     Returns:
-        The model, with `requires_grad` set on what is trained.
+        The model, with `requires_grad` set on what is trained; inside a `PeftModel` if there is a `peft` section.
 
     Raises:
         ConfigError: it can't be loaded, or a setting does not fit it.
     """
-    from transformers import AutoModelForCausalLM
-
-    arguments = dict(config.model_kwargs)
-    attention = attention_implementation(config)
-    if attention is not None:
-        arguments["attn_implementation"] = attention
-    arguments.setdefault("dtype", "bfloat16" if attention == _FLASH else "float32")
-    if isinstance(arguments["dtype"], str):
-        arguments["dtype"] = arguments["dtype"].removeprefix("torch.")
-        if arguments["dtype"] not in _DTYPES:
-            raise ConfigError(
-                f"{config.source}: model_kwargs.dtype: {arguments['dtype']!r} is not allowed; allowed: "
-                f"{', '.join(_DTYPES)}"
-            )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    arguments = _load_arguments(config)
+    if config.use_flash_attention is None and arguments.get("attn_implementation") == "sdpa":
+        reason = _why_no_flash_attention() or "model_kwargs.attn_implementation says so"
+        logger.info("FlashAttention is not used (%s): PyTorch's scaled dot-product attention (sdpa) instead", reason)
+    with _loading(config, arguments):
+        bare = _auto_class(config).from_pretrained(
             config.model, trust_remote_code=config.trust_remote_code, **arguments
         )
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise ConfigError(
-            f"{config.source}: model: {config.model!r} can not be loaded with {arguments}: {error}"
-        ) from error
+    before = rows_of(bare.get_input_embeddings().weight)
     if config.resize_embeddings_to_multiple_of is not None:
-        widen_embeddings(model, vocab_size, config.resize_embeddings_to_multiple_of)
-    rows = model.get_input_embeddings().weight.shape[0]
+        widen_embeddings(bare, vocab_size, config.resize_embeddings_to_multiple_of)
+    rows = rows_of(bare.get_input_embeddings().weight)
     if rows < vocab_size:
         raise ConfigError(
             f"{config.source}: model: {config.model} has embeddings for {rows:,} ids, its tokenizer makes "
             f"{vocab_size:,}; set resize_embeddings_to_multiple_of to widen them"
         )
-    freeze(model, config.frozen_modules, config.frozen_res)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if not trained:
+    if config.peft is not None and not config.peft.merge_on_save and rows != before:
+        raise ConfigError(
+            f"{config.source}: resize_embeddings_to_multiple_of: the embeddings grow from {before:,} to {rows:,} rows, "
+            "and adapters alone would not load on the base model then; set peft.merge_on_save: true"
+        )
+    model = _prepared(bare, config)
+    if checkpointing and not bare.get_input_embeddings().weight.requires_grad:
+        # Reentrant checkpointing gives no gradients to a layer none of whose inputs wants one.
+        bare.enable_input_require_grads()
+    _describe(bare, config)
+    return model
+
+
+def _prepared(bare: PreTrainedModel, config: RunConfig) -> PreTrainedModel | PeftModel:
+    """Freeze what is to be frozen, and add adapters if there is a `peft` section; see that the head can be used."""
+    try:
+        frozen = freeze(bare, config.frozen_modules, config.frozen_res)
+        if config.peft is None and getattr(bare, "quantization_method", None) is not None:
+            raise ConfigError(
+                f"model: the weights of {config.model} are quantised ({bare.quantization_method}), and such are not "
+                "trained themselves; add a peft section to train LoRA adapters on them"
+            )
+        model = bare if config.peft is None else add_adapters(bare, config.peft, frozen)
+        lm_head_of(model)
+    except DistillKitError as error:
+        raise ConfigError(f"{config.source}: {error}") from error
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"{config.source}: frozen_modules and frozen_res leave nothing to train")
+    return model
+
+
+def _describe(bare: PreTrainedModel, config: RunConfig) -> None:
+    """Log what the student is, and what may surprise."""
+    counts = [(_elements(parameter), parameter.requires_grad) for parameter in bare.parameters()]
     logger.info(
-        "student %s: %s, %s parameters (%s trained), %s, %s attention",
+        "student %s: %s, %s parameters (%s trained%s), %s, %s attention",
         config.model,
-        type(model).__name__,
-        f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        f"{trained:,}",
-        str(model.dtype).removeprefix("torch."),
-        model.config._attn_implementation,
+        type(bare).__name__,
+        f"{sum(count for count, _ in counts):,}",
+        f"{sum(count for count, trained in counts if trained):,}",
+        "" if config.peft is None else " in LoRA adapters",
+        str(bare.dtype).removeprefix("torch."),
+        bare.config._attn_implementation,
     )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(bare.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.sequence_length > longest:
         logger.warning(
             "sequence_length %s is more than the student's max_position_embeddings, %s", config.sequence_length, longest
         )
-    return model
+
+
+def _elements(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _auto_class(config: RunConfig) -> Any:
+    import transformers
+
+    return getattr(transformers, config.model_auto_class)
+
+
+@contextmanager
+def _loading(config: RunConfig, what: object) -> Iterator[None]:
+    """Turn what transformers raises while it loads into one message."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"{config.source}: model: {config.model!r} can not be loaded by {config.model_auto_class} with {what}: "
+            f"{error}"
+        ) from error
+
+
+def _load_arguments(config: RunConfig) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained`, checked as far as that goes without the model.
+
+    Raises:
+        ConfigError: a value is not allowed, or what it asks for is not there.
+    """
+    arguments = dict(config.model_kwargs)
+    attention = attention_implementation(config)
+    if attention is not None:
+        arguments["attn_implementation"] = attention
+    quantisation = _quantisation(config, arguments)
+    if quantisation is not None:
+        arguments["quantization_config"] = quantisation
+        if torch.cuda.is_available():
+            arguments.setdefault("device_map", {"": int(os.environ.get("LOCAL_RANK", "0"))})
+    arguments.setdefault("dtype", "bfloat16" if attention == _FLASH or quantisation is not None else "float32")
+    return arguments
+
+
+def _quantisation(config: RunConfig, arguments: dict[str, Any]) -> Any:
+    """Take the settings of quantised weights out of the arguments, and make transformers' object of them.
+
+    Raises:
+        ConfigError: an unknown setting, or no package for it.
+    """
+    import transformers
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    from distillkit.config import nearest
+
+    if config.quantised is None:
+        return None
+    allowed = [name for name in inspect.signature(transformers.BitsAndBytesConfig).parameters if name != "kwargs"]
+    nested = config.quantised == "quantization_config"
+    path = f"{config.source}: model_kwargs" + (".quantization_config" if nested else "")
+    settings = arguments.pop("quantization_config", None) or {
+        name: arguments.pop(name) for name in allowed if name in arguments
+    }
+    method = settings.get("quant_method", "bitsandbytes")
+    try:
+        if method != "bitsandbytes":
+            return AutoQuantizationConfig.from_dict(settings)
+        unknown = next((name for name in settings if name not in (*allowed, "quant_method")), None)
+        if unknown is not None:
+            raise ConfigError(f"{path}.{unknown}: unknown key{nearest(unknown, allowed)}")
+        if not settings.get("load_in_4bit") and not settings.get("load_in_8bit"):
+            raise ConfigError(f"{path}: load_in_4bit: true or load_in_8bit: true is missing")
+        problem = bitsandbytes_problem()
+        if problem is not None:
+            key = "load_in_4bit" if settings.get("load_in_4bit") else "load_in_8bit"
+            raise ConfigError(f"{path}.{key}: weights can't be quantised: {problem}")
+        return transformers.BitsAndBytesConfig(**{k: v for k, v in settings.items() if k != "quant_method"})
+    except (ValueError, TypeError, ImportError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def attention_implementation(config: RunConfig) -> str | None:
@@ -191,7 +360,6 @@ def attention_implementation(config: RunConfig) -> str | None:
             "--no-build-isolation`, on a machine with a CUDA GPU), or set use_flash_attention: false to use "
             "PyTorch's scaled dot-product attention"
         )
-    logger.info("FlashAttention is not used (%s): PyTorch's scaled dot-product attention (sdpa) instead", missing)
     return "sdpa"
 
 
@@ -209,19 +377,22 @@ def widen_embeddings(model: PreTrainedModel, vocab_size: int, multiple: int) -> 
     The tokenizer's vocabulary is often smaller than the checkpoint's padded head, and a teacher may have put
     probability on those rows.
     """
-    size = model.get_input_embeddings().weight.shape[0]
+    size = rows_of(model.get_input_embeddings().weight)
     wanted = -(-max(size, vocab_size) // multiple) * multiple
     if wanted != size:
         model.resize_token_embeddings(wanted)
         logger.info("embeddings and head widened from %s to %s rows", f"{size:,}", f"{wanted:,}")
 
 
-def freeze(model: torch.nn.Module, modules: list[str], expressions: list[str]) -> None:
+def freeze(model: torch.nn.Module, modules: list[str], expressions: list[str]) -> set[str]:
     """Stop some parameters from being trained.
 
     Args:
         modules: exact names of modules, as `named_modules` has them.
         expressions: regular expressions, searched in the names of parameters.
+
+    Returns:
+        Names of the parameters that are frozen now; of a tied one, both.
 
     Raises:
         ConfigError: there is no such module, or an expression matches nothing.
@@ -229,14 +400,20 @@ def freeze(model: torch.nn.Module, modules: list[str], expressions: list[str]) -
     from distillkit.config import nearest
 
     known = dict(model.named_modules())
+    # Tied parameters have two names, and named_parameters would give the first only.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    chosen: list[torch.nn.Parameter] = []
     for name in modules:
         if name not in known or not name:
             raise ConfigError(f"frozen_modules: the student has no module {name!r}{nearest(name, known)}")
-        known[name].requires_grad_(False)
+        chosen += known[name].parameters()
     for expression in expressions:
-        matched = [parameter for name, parameter in model.named_parameters() if re.search(expression, name)]
+        matched = [parameter for name, parameter in parameters.items() if re.search(expression, name)]
         if not matched:
-            example = next((name for name, _ in model.named_parameters()), "none")
+            example = next(iter(parameters), "none")
             raise ConfigError(f"frozen_res: {expression!r} matches no parameter's name (they look like {example!r})")
-        for parameter in matched:
-            parameter.requires_grad_(False)
+        chosen += matched
+    for parameter in chosen:
+        parameter.requires_grad_(False)
+    identities = {id(parameter) for parameter in chosen}
+    return {name for name, parameter in parameters.items() if id(parameter) in identities}

@@ -358,11 +358,12 @@ def _facts(run: RunRecord) -> dict[str, str]:
         return {}
     student, settings = d["student"], d["settings"]
     trained = "" if student["trained"] == student["parameters"] else f", {student['trained']:,} trained"
+    adapters = " in LoRA adapters" if student["adapters"] else ""
     batch = settings["batch"] * settings["accumulation"] * settings["processes"]
     cut = f"{settings['batch']} at a time × {settings['accumulation']} accumulated × processes: {settings['processes']}"
     facts = {
-        "student": f"{_text(student['path'])}: {student['class']}, {student['parameters']:,} parameters{trained}, "
-        f"{student['dtype']}, {student['attention']} attention",
+        "student": f"{_text(student['path'])}: {student['class']}, {student['parameters']:,} parameters{trained}"
+        f"{adapters}, {student['dtype']}, {student['attention']} attention",
         "teacher": _teacher(d["teacher"]),
         "losses": " + ".join(_loss(loss) for loss in d["losses"]),
     }

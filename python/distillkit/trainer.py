@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from distillkit import tokenizer as tokenizers
+from distillkit.config import DatasetTeacher, HfTeacher
 from distillkit.data import (
     Collator,
     DistillationDataset,
@@ -30,20 +31,30 @@ from distillkit.data import (
 )
 from distillkit.description import describe
 from distillkit.errors import ConfigError, DistillKitError
+from distillkit.layers import (
+    LayerMatching,
+    exported,
+    load_projections,
+    match_layers,
+    save_projections,
+    without_projections,
+)
+from distillkit.lm_head import rows_of
 from distillkit.losses.fused import Objective
-from distillkit.losses.table import Targets
 from distillkit.memory import peak_memory
-from distillkit.models import DistillationInputs, DistillationOutput, attach_losses, load_student
+from distillkit.models import DistillationInputs, DistillationOutput, attach_losses, check_student, load_student
 from distillkit.progress import ConsoleProgress, MetricsFile, loss_parts
 from distillkit.report import ReportFiles
+from distillkit.saving import save_student
 from distillkit.signals.offline import OfflineSignal
+from distillkit.signals.online import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.trackers import TrackedDescription, tracking
 from distillkit.training_args import training_arguments
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from distillkit.config import DatasetTeacher, RunConfig
+    from distillkit.config import RunConfig
     from distillkit.shards import Dataset as StoredDataset
 
 __all__ = ["DistillationTrainer", "Run", "train"]
@@ -68,6 +79,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         args: see `training_arguments`.
         objective: the losses.
         train_dataset, eval_dataset: documents with their teacher's signal.
+        matching: which of the student's hidden states are compared with the teacher's, if any are.
         processing_class: the tokenizer, saved beside each checkpoint.
         callbacks: as transformers takes them.
 
@@ -86,6 +98,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         objective: Objective,
         train_dataset: DistillationDataset,
         eval_dataset: DistillationDataset | None = None,
+        matching: LayerMatching | None = None,
         processing_class: Any = None,
         callbacks: list[transformers.TrainerCallback] | None = None,
     ) -> None:
@@ -95,8 +108,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"--nproc_per_node {args.n_gpu} -m distillkit CONFIG.yaml` (or accelerate launch), or choose one "
                 "with CUDA_VISIBLE_DEVICES"
             )
-        attach_losses(model)
-        use_cache = model.config.use_cache
+        attach_losses(model, matching)
+        use_cache = getattr(model.config, "use_cache", None)
         pad_id = getattr(processing_class, "pad_token_id", None)
         super().__init__(
             model=model,
@@ -113,7 +126,10 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         )
         # The Trainer switches the cache off in the config, which would be saved with the student and make its
         # generation slow. The losses' forward passes use_cache=False itself.
-        model.config.use_cache = use_cache
+        if use_cache is None:  # a vision-language model's config has it for its text part only
+            del model.config.use_cache
+        else:
+            model.config.use_cache = use_cache
         # Progress and metrics have their own callbacks.
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(transformers.ProgressCallback)
@@ -182,10 +198,17 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         loss = output.loss / torch.as_tensor(num_items_in_batch).clamp_min(1) * replicas
         return (loss, output) if return_outputs else loss
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Move a part of a batch to the device. Under DeepSpeed, the Trainer's own would also round the teacher's
+        log-probs to the model's precision."""
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
     def _forward(self, model: Any, inputs: Mapping[str, Any], objective: Objective, dataset: Any) -> DistillationOutput:
         rows = inputs["rows"]
         labels = inputs["labels"].flatten()[rows + 1]
-        targets = Targets(labels, dataset.signal.targets(inputs))
+        targets = dataset.signal.targets(inputs, labels)
         model_inputs = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
         output = model(**model_inputs, distill=DistillationInputs(rows, targets, objective))
         return output  # type: ignore[no-any-return]
@@ -291,6 +314,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             )
         return averages
 
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._window.paused():
             super()._save_checkpoint(model, trial)
@@ -300,6 +325,22 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         """Leave the time in here out of the throughput and of the waiting."""
         with self._window.paused():
             yield
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the student without projections of hidden states; into a checkpoint, those beside it."""
+        with without_projections(self.model):
+            super()._save(output_dir, None if state_dict is None else exported(state_dict))
+        if output_dir is not None and PREFIX_CHECKPOINT_DIR in Path(output_dir).name and self.args.should_save:
+            save_projections(self.model, output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            # The sharded checkpoint has them in it.
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with without_projections(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_projections(self.model, resume_from_checkpoint)
 
 
 class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
@@ -423,6 +464,8 @@ class Run:
     @cached_property
     def arguments(self) -> SFTConfig:
         """The trainer's arguments."""
+        # Before the arguments: they would make DeepSpeed's ZeRO-3 shard this outline of the student already.
+        check_student(self.config)
         return training_arguments(self.config)
 
     @cached_property
@@ -442,13 +485,24 @@ class Run:
         assert self.sources
         # Embeddings that are widened begin with random values.
         transformers.set_seed(self.arguments.seed)
-        return load_student(self.config, tokenizers.vocab_size(self.tokenizer))
+        return load_student(
+            self.config,
+            tokenizers.vocab_size(self.tokenizer),
+            checkpointing=self.arguments.activation_checkpointing,
+        )
+
+    @cached_property
+    def teacher(self) -> tuple[OnlineSignal | None, LayerMatching | None]:
+        """The live teacher and the layers matched with it, if the configuration has them."""
+        return _live_teacher(self.config, self.model, self.arguments.device)
 
     @cached_property
     def datasets(self) -> dict[str, DistillationDataset]:
         """Training and evaluation examples, checked against the student."""
+        live, _ = self.teacher
         return {
-            key: _dataset(self.config, key, source, self.model, self.arguments) for key, source in self.sources.items()
+            key: _dataset(self.config, key, source, self.model, self.arguments, live)
+            for key, source in self.sources.items()
         }
 
     @cached_property
@@ -476,6 +530,7 @@ class Run:
             objective=self.objective,
             train_dataset=self.datasets["train"],
             eval_dataset=self.datasets.get("eval"),
+            matching=self.teacher[1],
             processing_class=self.tokenizer,
             callbacks=[
                 TrackedDescription(self.description),
@@ -503,16 +558,17 @@ def train(config: RunConfig) -> dict[str, Any]:
         MismatchError: tokenizer, vocabulary, codec or alignment of the data don't fit the student.
     """
     started = time.perf_counter()
+    checkpoint = _checkpoint(config)
     run = Run(config)
     trainer = run.trainer
     if trainer.is_world_process_zero():
         _write_config(config)
     with tracking(config):
         try:
-            result = trainer.train(resume_from_checkpoint=_checkpoint(config))
+            result = trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             run.progress.close()
-    trainer.save_model()
+    save_student(trainer, config)
     summary = {
         "output_path": config.output_path,
         "steps": result.global_step,
@@ -533,7 +589,9 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def _open_sources(config: RunConfig, tokenizer: Any) -> dict[str, StoredDataset]:
     """Open training and evaluation data, and refuse them early where the tokenizer already says so."""
-    teacher: DatasetTeacher = config.teacher  # type: ignore[assignment]
+    if config.teacher.kind == "hf":
+        check_teacher_tokenizer(config, tokenizer)
+    teacher = config.teacher if isinstance(config.teacher, DatasetTeacher) else DatasetTeacher(kind="dataset")
     sources = {"train": open_dataset(config.dataset.train_dataset, teacher, "dataset.train_dataset")}
     if config.dataset.eval_dataset is not None:
         sources["eval"] = open_dataset(config.dataset.eval_dataset, teacher, "dataset.eval_dataset")
@@ -542,15 +600,37 @@ def _open_sources(config: RunConfig, tokenizer: Any) -> dict[str, StoredDataset]
     return sources
 
 
+def _live_teacher(
+    config: RunConfig, model: transformers.PreTrainedModel, device: torch.device
+) -> tuple[OnlineSignal | None, LayerMatching | None]:
+    """Load the live teacher, if the configuration has one, and match its layers with the student's."""
+    if not isinstance(config.teacher, HfTeacher):
+        return None, None
+    # A student with adapters is its own teacher where that is its base model, as it is.
+    teacher = model if config.teaches_itself else load_teacher(config, device)
+    matching = None
+    if config.layer_mapping is not None:
+        force = config.force_hidden_state_projection
+        matching = match_layers(config.layer_mapping, model, teacher, force_projection=force)
+    layers = () if matching is None else matching.teacher_layers
+    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers), matching
+
+
 def _dataset(
-    config: RunConfig, key: str, source: StoredDataset, model: transformers.PreTrainedModel, arguments: SFTConfig
+    config: RunConfig,
+    key: str,
+    source: StoredDataset,
+    model: transformers.PreTrainedModel,
+    arguments: SFTConfig,
+    teacher: OnlineSignal | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and make training examples of it."""
-    head_size = model.get_output_embeddings().weight.shape[0]
+    head_size = rows_of(model.get_output_embeddings().weight)
     check_dataset(source, head_size, f"dataset.{key}_dataset")
     option = "num_samples" if key == "train" else "num_eval_samples"
     chosen = choose_documents(len(source), getattr(config.dataset, option), config.dataset.seed, f"dataset.{option}")
-    signal = OfflineSignal(source.codec, head_size, on_device=arguments.device.type == "cuda")
+    on_device = arguments.device.type == "cuda"
+    signal = OfflineSignal(source.codec, head_size, on_device=on_device) if teacher is None else teacher
     return DistillationDataset(source, signal, config.sequence_length, chosen)
 
 

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-__all__ = ["LATER_LOSSES", "LATER_MISSING", "LOSS_NAMES", "LossConfig"]
+__all__ = ["HIDDEN_LOSSES", "LOSS_NAMES", "LossConfig"]
 
-# What `distillkit.losses.table` implements, and the published names that it does not implement yet.
-LOSS_NAMES = ("cross_entropy", "kl")
-LATER_LOSSES = ("jsd", "tvd", "hinge", "logistic_ranking", "hs_mse", "hs_cosine")
-LATER_MISSING = ("label",)
+Function = Literal[
+    "cross_entropy",
+    "kl",
+    "reverse_kl",
+    "jsd",
+    "tvd",
+    "skewed_kl",
+    "skewed_reverse_kl",
+    "adaptive_kl",
+    "hinge",
+    "logistic_ranking",
+    "hs_mse",
+    "hs_cosine",
+]
+
+LOSS_NAMES: tuple[str, ...] = get_args(Function)
+HIDDEN_LOSSES = ("hs_mse", "hs_cosine")
+
+_SKEWED = ("skewed_kl", "skewed_reverse_kl")
+_RANKING = ("hinge", "logistic_ranking")
+# Which settings have a meaning for which losses; `weight` and `sparse_chunk_length` are for all.
+_TAKES: dict[str, tuple[str, ...]] = {
+    "temperature": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
+    "missing_probability_handling": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
+    "margin": ("hinge",),
+    "alpha": _SKEWED,
+    "top_k": _RANKING,
+}
+# Published configurations give every loss a temperature and a handling; these values change nothing anywhere.
+_HARMLESS = {"temperature": 1.0, "missing_probability_handling": "zero"}
 
 # Published configurations spell the bucket for missing probability in two ways.
 _SYNONYMS = {"symmetric_uniform": "uniform"}
@@ -23,23 +49,28 @@ class LossConfig(BaseModel):
     Attributes:
         function: its name in the table of losses.
         weight: finite and ≥ 0; with 0 the loss is computed and logged, and trains nothing.
-        temperature: T > 0 of a divergence: both distributions are taken at p^(1/T), and the loss is multiplied by T².
+        temperature: T > 0: both distributions are taken at p^(1/T), and the loss is multiplied by T².
         missing_probability_handling: what becomes of the teacher's probability outside the stored ids: `zero` drops it
             and renormalises the rest, `uniform` (also spelt `symmetric_uniform`) keeps it as one bucket, for the
-            student too.
-        sparse_chunk_length: most positions whose logits exist at one time; chosen from the vocabulary's size if not
+            student too, `label` gives it to the true next token.
+        sparse_chunk_length: most positions whose logits exist at one time; chosen from the vocabulary's size and the
+            memory if not given.
+        margin: of `hinge`, in probability; the teacher's own difference if not given.
+        alpha: of the skewed divergences, 0 < α < 1; 0.1 if not given.
+        top_k: of a ranking loss with a teacher that gives all ids: how many of its first ones are ranked; 128 if not
             given.
-        margin: of a ranking loss.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    function: Literal["cross_entropy", "kl", "jsd", "tvd", "hinge", "logistic_ranking", "hs_mse", "hs_cosine"]
+    function: Function
     weight: float = Field(ge=0, allow_inf_nan=False)
     temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     missing_probability_handling: Literal["zero", "uniform", "label"] | None = None
     sparse_chunk_length: int | None = Field(default=None, ge=1)
     margin: float | None = Field(default=None, allow_inf_nan=False)
+    alpha: float | None = Field(default=None, gt=0, lt=1)
+    top_k: int | None = Field(default=None, ge=2)
 
     @field_validator("missing_probability_handling", mode="before")
     @classmethod
@@ -48,16 +79,12 @@ class LossConfig(BaseModel):
 
     @model_validator(mode="after")
     def _only_what_it_takes(self) -> LossConfig:
-        if self.margin is not None and self.function != "hinge":
-            raise ValueError(f"margin: {self.margin} has no meaning for {self.function}; only hinge takes one")
-        if self.function == "cross_entropy":
-            if self.temperature not in (None, 1.0):
-                raise ValueError(
-                    f"temperature: {self.temperature} has no meaning for cross_entropy; only a divergence takes one"
-                )
-            if self.missing_probability_handling is not None:
-                raise ValueError(
-                    f"missing_probability_handling: {self.missing_probability_handling!r} has no meaning for "
-                    "cross_entropy, which does not look at the teacher"
-                )
+        for name, functions in _TAKES.items():
+            value = getattr(self, name)
+            if value in (None, _HARMLESS.get(name)) or self.function in functions:
+                continue
+            raise ValueError(
+                f"{name}: {value!r} has no meaning for {self.function}; {', '.join(functions)} take"
+                f"{'s' if len(functions) == 1 else ''} one"
+            )
         return self

@@ -6,6 +6,10 @@ taken from them, and the chunk's gradients are computed before the next chunk be
 logits, and multiplies by the head three times (forward, gradient of the hidden states, gradient of the weight) like a
 plain forward and backward, not four times like a recomputing one.
 
+Products want chunks of hundreds of positions, so that the weight isn't read too often; everything else wants few
+positions, which stay in a cache. So a chunk is gone through in blocks, each of which is replaced by its gradient: one
+[chunk, V] array is all there is, and the gradient of the weight is summed in place.
+
 Shape legend: N counted positions, H hidden size, V width of the head, k stored ids a position, M statistics.
 """
 
@@ -17,20 +21,18 @@ from typing import Any
 
 import torch
 
-from distillkit.lm_head import LMHead
+from distillkit.lm_head import LMHead, logit_chunks
 from distillkit.losses.config import LossConfig
-from distillkit.losses.sparse import StudentLogits, cross_entropy, kl, tensors_of
-from distillkit.losses.table import Targets, Term, terms_of
+from distillkit.losses.positions import Positions, Targets, TeacherLogits
+from distillkit.losses.table import HiddenTerm, Term, hidden_terms_of, loss, terms_of
 
 __all__ = ["LossResult", "Objective"]
-
-# One chunk's logits take this many float32 at most; a few arrays of that size are alive at a time.
-_CHUNK_ELEMENTS = 2**24
 
 # What is summed over positions besides the losses, in this order.
 _COMMON_STATISTICS = ("positions", "teacher_mass", "student_mass", "top1_agreement", "topk_overlap")
 
-Weights = tuple[torch.Tensor, "torch.Tensor | None"]
+Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Hidden states (N, H) of the student, projected, and of the teacher, for each pair of matched layers."""
 
 
 @dataclass(frozen=True)
@@ -51,100 +53,140 @@ class Objective:
     """The losses of a run, and what is measured beside them.
 
     Attributes:
-        terms: the losses and their weights.
+        terms: the losses of logits and their weights.
+        hidden_terms: those of hidden states.
         extra: measured and summed, but not part of the loss; they come first in `names`.
-        chunk_length: most positions whose logits exist at a time; chosen from the head's width if None.
+        chunk_length: most positions whose logits exist at a time; chosen from the head's width and the memory if None.
     """
 
     terms: tuple[Term, ...]
+    hidden_terms: tuple[HiddenTerm, ...] = ()
     extra: tuple[Term, ...] = ()
     chunk_length: int | None = None
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = (*_COMMON_STATISTICS, *(term.name for term in (*self.extra, *self.terms)))
-        object.__setattr__(self, "names", names)
+        names = [term.name for terms in (self.extra, self.terms, self.hidden_terms) for term in terms]
+        object.__setattr__(self, "names", (*_COMMON_STATISTICS, *names))
 
     @classmethod
     def training(cls, configs: Sequence[LossConfig]) -> Objective:
         """Build what a training step minimises and logs."""
         lengths = [config.sparse_chunk_length for config in configs if config.sparse_chunk_length is not None]
-        return cls(terms_of(configs), chunk_length=min(lengths) if lengths else None)
+        return cls(terms_of(configs), hidden_terms_of(configs), chunk_length=min(lengths) if lengths else None)
 
     def evaluation(self) -> Objective:
         """Build the same objective with two fixed yardsticks beside it, that do not depend on the configured losses.
 
         `eval:cross_entropy`, and `eval:kl`, the divergence at temperature 1 from the renormalised stored probabilities.
         """
-        yardsticks = (
-            Term("eval:cross_entropy", 0.0, lambda student, targets: cross_entropy(student, targets.labels)),
-            Term("eval:kl", 0.0, lambda student, targets: kl(student, targets.teacher)),
-        )
-        return Objective(self.terms, yardsticks, self.chunk_length)
+        yardsticks = (Term("eval:cross_entropy", 0.0, loss("cross_entropy")), Term("eval:kl", 0.0, loss("kl")))
+        return Objective(self.terms, self.hidden_terms, yardsticks, self.chunk_length)
 
-    def __call__(self, head: LMHead, hidden: torch.Tensor, targets: Targets) -> LossResult:
+    def __call__(self, head: LMHead, hidden: torch.Tensor, targets: Targets, layers: Layers = ()) -> LossResult:
         """Compute losses and statistics of N positions.
 
         Args:
             head: the student's head.
             hidden: (N, H) hidden states of the counted positions, after the final norm.
             targets: of those positions.
+            layers: matched hidden states of those positions, if there are hidden terms.
         """
         weight, bias = head.weights()
         if len(targets) == 0:
             # Every process must reach every parameter, or the others wait for its gradients.
-            zero = sum((part.sum() * 0.0).float() for part in (hidden, weight, bias) if part is not None)
-            assert isinstance(zero, torch.Tensor)
-            return LossResult(zero, self._no_statistics(hidden))
+            parts = [hidden, weight, bias, *(student for student, _ in layers)]
+            zero = torch.stack([(part.sum() * 0.0).float() for part in parts if part is not None]).sum()
+            return LossResult(zero, torch.zeros(len(self.names), device=hidden.device))
         if torch.is_grad_enabled():
-            loss, statistics = _ChunkedLoss.apply(self, head, targets, hidden, weight, bias)
-            return LossResult(loss, statistics)
-        loss = torch.zeros((), device=hidden.device)
-        statistics = self._no_statistics(hidden)
-        for start, stop in self._chunks(len(targets), head.size):
-            part = self._chunk(head, hidden[start:stop], (weight, bias), targets.rows(start, stop))
-            loss, statistics = loss + part.loss, statistics + part.statistics
-        return LossResult(loss, statistics)
+            result = LossResult(*_ChunkedLoss.apply(self, head, targets, hidden, weight, bias))
+        else:
+            result = self._measured(head, hidden, (weight, bias), targets)
+        return self._with_hidden(result, layers)
 
-    def _chunks(self, positions: int, vocabulary: int) -> list[tuple[int, int]]:
-        most = self.chunk_length or max(1, _CHUNK_ELEMENTS // vocabulary)
-        # Chunks of one size: a small last one would cost as many passes over the weight as a full one.
-        length = -(-positions // -(-positions // most))
-        return [(start, min(start + length, positions)) for start in range(0, positions, length)]
+    def _measured(
+        self, head: LMHead, hidden: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor | None], targets: Targets
+    ) -> LossResult:
+        """Sum the chunks' losses and statistics, without gradients."""
+        total, statistics = self._totals(hidden)
+        for start, stop in logit_chunks(len(targets), weights[0].shape[0], hidden.device, self.chunk_length):
+            raw = head.product(hidden[start:stop], weights)
+            part = self._in_blocks(head, raw, targets.rows(start, stop))
+            total += part.loss.to(total.device)
+            statistics += part.statistics.to(total.device)
+        return LossResult(total, statistics)
 
-    def _no_statistics(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(self.names), dtype=torch.float32, device=hidden.device)
+    def _with_hidden(self, result: LossResult, layers: Layers) -> LossResult:
+        """Add the losses of hidden states."""
+        total, statistics = result.loss, [result.statistics]
+        for term in self.hidden_terms:
+            value = term.total(layers).to(total.device)
+            total = total + term.weight * value
+            statistics.append(value.detach().unsqueeze(0))
+        return LossResult(total, torch.cat(statistics))
 
-    def _chunk(self, head: LMHead, hidden: torch.Tensor, weights: Weights, targets: Targets) -> LossResult:
-        """Take every loss and statistic from one chunk's logits."""
-        student = StudentLogits(head(hidden, weights))
+    def _in_blocks(self, head: LMHead, raw: torch.Tensor, targets: Targets, *, replace: bool = False) -> LossResult:
+        """Take losses and statistics from a chunk's raw logits (n, V).
+
+        Args:
+            replace: put the gradient of the loss in the place of the logits.
+        """
+        total, statistics = self._totals(raw)
+        length = max(1, _block_elements(raw.device) // raw.shape[-1])
+        for start in range(0, len(targets), length):
+            block = raw[start : start + length]
+            with torch.set_grad_enabled(replace):
+                leaf = block.detach().requires_grad_(replace)
+                part = self._losses(head.finish(leaf), targets.rows(start, start + length))
+            if replace:
+                block.copy_(torch.autograd.grad(part.loss, leaf)[0])
+            total += part.loss.detach()
+            statistics += part.statistics
+        return LossResult(total, statistics)
+
+    def _totals(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros to sum the loss and the statistics of logits in, float32."""
+        count = len(self.names) - len(self.hidden_terms)
+        return torch.zeros((), device=hidden.device), torch.zeros(count, device=hidden.device)
+
+    def _losses(self, logits: torch.Tensor, targets: Targets) -> LossResult:
+        """Take every loss and statistic from the logits of some positions."""
+        positions = Positions(logits, targets)
         terms = (*self.extra, *self.terms)
-        values = [term.function(student, targets) for term in terms]
+        values = [term.function(positions) for term in terms]
         weighted = [term.weight * value for term, value in zip(terms, values, strict=True) if term.weight]
+        total = torch.stack(weighted).sum() if weighted else logits.sum() * 0.0
         with torch.no_grad():
-            statistics = torch.stack([*_common_statistics(student, targets), *(value.detach() for value in values)])
-        return LossResult(torch.stack(weighted).sum(), statistics)
+            statistics = torch.stack([*_common_statistics(positions), *(value.detach() for value in values)])
+        return LossResult(total, statistics)
 
 
-def _common_statistics(student: StudentLogits, targets: Targets) -> list[torch.Tensor]:
+def _block_elements(device: torch.device) -> int:
+    """Logits of a block: as many as a CPU's cache holds, or as keep a GPU busy."""
+    return 2**21 if device.type == "cpu" else 2**25
+
+
+def _common_statistics(positions: Positions) -> list[torch.Tensor]:
     """Sums over positions, in the order of `_COMMON_STATISTICS`.
 
-    The overlap is the share of the stored ids that are among the student's own k most probable ones.
+    The overlap is the share of the teacher's first ids (the stored ones) that are among the student's own k most
+    probable ones.
     """
-    ids, logprobs = tensors_of(targets.teacher)
+    student, first = positions.student, positions.first()
+    ids, logprobs = first.ids, first.logprobs
+    assert isinstance(ids, torch.Tensor)
+    assert isinstance(logprobs, torch.Tensor)
     # An id of probability 0 may stand for one outside the student's head: it is nowhere in these counts.
     stored = torch.isfinite(logprobs)
     at_ids = student.logits.gather(-1, ids)
-    student_probability = (at_ids - student.normaliser().unsqueeze(-1)).exp() * stored
     top = student.logits.topk(ids.shape[-1], dim=-1)
-    overlap = torch.logical_and(at_ids >= top.values[:, -1:], stored).float().mean(-1)
-    return [
-        torch.full((), len(targets), dtype=torch.float32, device=at_ids.device),
-        logprobs.exp().sum(),
-        student_probability.sum(),
-        torch.eq(top.indices[:, 0], ids[:, 0]).float().sum(),
-        overlap.sum(),
-    ]
+    overlap = torch.logical_and(at_ids >= top.values[:, -1:], stored).float().mean(-1).sum()
+    count = torch.full((), len(positions.targets), dtype=torch.float32, device=at_ids.device)
+    agreement = torch.eq(top.indices[:, 0], ids[:, 0]).float().sum()
+    if isinstance(positions.targets.teacher, TeacherLogits):
+        return [count, count, count, agreement, overlap]
+    student_mass = ((at_ids - student.normaliser().unsqueeze(-1)).exp() * stored).sum()
+    return [count, logprobs.exp().sum(), student_mass, agreement, overlap]
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -164,45 +206,70 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted = ctx.needs_input_grad[3:]
-        weights = (
-            weight.detach().requires_grad_(wanted[1]),
-            None if bias is None else bias.detach().requires_grad_(wanted[2]),
-        )
-        loss = torch.zeros((), device=hidden.device)
-        statistics = objective._no_statistics(hidden)
-        # Kept in float32: chunk after chunk, a bfloat16 sum would lose the small contributions, and the backward's
-        # factor would be rounded.
-        hidden_gradient = torch.empty_like(hidden, dtype=torch.float32) if wanted[0] else None
-        sums = [
-            torch.zeros_like(leaf, dtype=torch.float32) if leaf is not None and leaf.requires_grad else None
-            for leaf in weights
-        ]
-        for start, stop in objective._chunks(len(targets), weight.shape[0]):
-            with torch.enable_grad():
-                rows = hidden[start:stop].detach().requires_grad_(wanted[0])
-                part = objective._chunk(head, rows, weights, targets.rows(start, stop))
-                inputs = [leaf for leaf in (rows, *weights) if leaf is not None and leaf.requires_grad]
-                gradients = iter(torch.autograd.grad(part.loss, inputs)) if inputs else iter(())
-            if hidden_gradient is not None:
-                hidden_gradient[start:stop] = next(gradients)
-            for total in sums:
-                if total is not None:
-                    total += next(gradients)
-            loss += part.loss.detach()
-            statistics += part.statistics
-            del part
-        ctx.save_for_backward(hidden_gradient, *sums)
+        sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad[3:])
+        total, statistics = objective._totals(hidden)
+        chunks = logit_chunks(len(targets), weight.shape[0], weight.device, objective.chunk_length)
+        buffer = weight.new_empty(chunks[0][1], weight.shape[0], dtype=sums.dtype)
+        # Mixed precision is settled by `sums`, once, and not operation by operation.
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start, stop in chunks:
+                rows = hidden[start:stop].to(weight.device, sums.dtype)
+                logits = head.product(rows, sums.weights, out=buffer[: stop - start])
+                part = objective._in_blocks(head, logits, targets.rows(start, stop), replace=True)
+                total += part.loss.to(total.device)
+                statistics += part.statistics.to(total.device)
+                sums.add(slice(start, stop), rows, logits)
+        ctx.save_for_backward(sums.hidden, sums.weight, sums.bias)
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias))
         ctx.mark_non_differentiable(statistics)
-        return loss, statistics
+        return total, statistics
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # In place: a second [V, H] array would be the largest of the step. (A second backward through the same graph is
         # an error.)
         scaled = (
-            None if saved is None else saved.mul_(gradients[0]).to(dtype)
+            None if saved is None else saved.mul_(gradients[0].to(saved.device)).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (None, None, None, *scaled)
+
+
+class _Gradients:
+    """Gradients of a linear head's inputs, summed over chunks.
+
+    Kept in float32: chunk after chunk, a bfloat16 sum would lose the small contributions, and the backward's factor
+    would be rounded.
+
+    Args:
+        hidden, weight, bias: what the gradients are of.
+        wanted: which of the three.
+    """
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: Sequence[bool]
+    ) -> None:
+        kind = weight.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        self.dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
+        """The products' precision: autocast's, or the weight's."""
+        self.weights = (
+            weight.detach().to(self.dtype),
+            None if bias is None else bias.detach().to(self.dtype),
+        )
+        self.hidden = torch.empty_like(hidden, dtype=torch.float32) if wanted[0] else None
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
+
+    def add(self, where: slice, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add one chunk's: its hidden states (n, H) and the gradient of its raw logits (n, V)."""
+        if self.bias is not None:
+            self.bias += gradient.sum(0, dtype=torch.float32)
+        if self.hidden is not None:
+            self.hidden[where] = (gradient @ self.weights[0]).to(self.hidden.device)
+        if self.weight is None:
+            return
+        if self.dtype == torch.float32:
+            self.weight.addmm_(gradient.T, rows)
+        else:
+            self.weight += gradient.T @ rows

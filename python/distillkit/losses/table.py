@@ -1,58 +1,87 @@
-"""Name → loss. A new loss is a function and a line in `LOSSES`."""
+"""Name → loss. A new loss is a function and a line in one of the tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from distillkit.errors import ConfigError
+from distillkit.losses import divergences, hidden, ranking
 from distillkit.losses.config import LossConfig
-from distillkit.losses.sparse import Missing, StudentLogits, cross_entropy, kl
-from distillkit.types import SparseLogprobs
+from distillkit.losses.positions import Comparison, Positions
 
-__all__ = ["LOSSES", "Targets", "Term", "terms_of"]
+__all__ = ["HIDDEN", "LOSSES", "HiddenTerm", "Term", "hidden_terms_of", "loss", "terms_of"]
 
-
-@dataclass(frozen=True)
-class Targets:
-    """What the counted positions should predict.
-
-    Attributes:
-        labels: (N,) int64, the true next token.
-        teacher: (N, k) torch tensors, the teacher's distribution over it.
-    """
-
-    labels: torch.Tensor
-    teacher: SparseLogprobs
-
-    def __len__(self) -> int:
-        return int(self.labels.shape[0])
-
-    def rows(self, start: int, stop: int) -> Targets:
-        """Return positions start … stop − 1."""
-        teacher = SparseLogprobs(self.teacher.ids[start:stop], self.teacher.logprobs[start:stop])
-        return Targets(self.labels[start:stop], teacher)
-
-
-LossFunction = Callable[[StudentLogits, Targets], torch.Tensor]
+LossFunction = Callable[[Positions], torch.Tensor]
 """Sum of a loss over N positions, float32, differentiable in the student's logits."""
 
-
-def _cross_entropy(config: LossConfig) -> LossFunction:
-    return lambda student, targets: cross_entropy(student, targets.labels)
-
-
-def _kl(config: LossConfig) -> LossFunction:
-    temperature = config.temperature or 1.0
-    # `label` has been refused by then.
-    missing: Missing = "uniform" if config.missing_probability_handling == "uniform" else "zero"
-    return lambda student, targets: kl(student, targets.teacher, temperature=temperature, missing=missing)
+_ALPHA = 0.1
+_RANKED = 128
 
 
-LOSSES: dict[str, Callable[[LossConfig], LossFunction]] = {"cross_entropy": _cross_entropy, "kl": _kl}
-"""From a loss's configuration to the loss."""
+def _cross_entropy(positions: Positions) -> torch.Tensor:
+    """Negative log-likelihood of the true next tokens, −Σ_n log softmax(z_n)[label_n]."""
+    return -positions.label_logprobs().sum()
+
+
+def _divergence(config: LossConfig, measure: Callable[[Comparison], torch.Tensor]) -> LossFunction:
+    """Make a loss of a measure (N,) of comparisons: T² · Σ_n measure_n at the configured temperature."""
+    temperature, missing = config.temperature or 1.0, config.missing_probability_handling or "zero"
+
+    def total(positions: Positions) -> torch.Tensor:
+        between = positions.comparison(temperature, missing)
+        return _sum_of_known(measure(between), between) * temperature**2
+
+    return total
+
+
+def _ranking(config: LossConfig, measure: Callable[[Comparison], torch.Tensor]) -> LossFunction:
+    temperature, missing = config.temperature or 1.0, config.missing_probability_handling or "zero"
+
+    def total(positions: Positions) -> torch.Tensor:
+        between = positions.comparison_of_first(temperature, missing, config.top_k or _RANKED)
+        return _sum_of_known(measure(between), between) * temperature**2
+
+    return total
+
+
+def _sum_of_known(values: torch.Tensor, between: Comparison) -> torch.Tensor:
+    """Σ over the positions where the teacher says anything."""
+    return values.where(between.known(), 0.0).sum()
+
+
+def _alpha(config: LossConfig) -> float:
+    return _ALPHA if config.alpha is None else config.alpha
+
+
+LOSSES: dict[str, Callable[[LossConfig], LossFunction]] = {
+    "cross_entropy": lambda config: _cross_entropy,
+    "kl": lambda config: _divergence(config, divergences.kl),
+    "reverse_kl": lambda config: _divergence(config, divergences.reverse_kl),
+    "jsd": lambda config: _divergence(config, divergences.jsd),
+    "tvd": lambda config: _divergence(config, divergences.tvd),
+    "skewed_kl": lambda config: _divergence(config, lambda c: divergences.skewed_kl(c, _alpha(config))),
+    "skewed_reverse_kl": lambda config: _divergence(config, lambda c: divergences.skewed_reverse_kl(c, _alpha(config))),
+    "adaptive_kl": lambda config: _divergence(config, divergences.adaptive_kl),
+    "hinge": lambda config: _ranking(config, lambda c: ranking.hinge(c, config.margin)),
+    "logistic_ranking": lambda config: _ranking(config, ranking.logistic_ranking),
+}
+"""From a loss's configuration to the loss of logits."""
+
+
+def loss(function: str, **settings: Any) -> LossFunction:
+    """Return one of the losses of logits by its name, with the settings of a `LossConfig`."""
+    return LOSSES[function](LossConfig(function=function, weight=1.0, **settings))  # type: ignore[arg-type]
+
+
+HIDDEN: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "hs_mse": hidden.hs_mse,
+    "hs_cosine": hidden.hs_cosine,
+}
+"""Losses of hidden states: (N,) of a student's (N, H) and a teacher's (N, H)."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +99,52 @@ class Term:
     function: LossFunction
 
 
+@dataclass(frozen=True)
+class HiddenTerm:
+    """One loss of hidden states in a weighted sum: `Term` for them."""
+
+    name: str
+    weight: float
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def total(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Sum over positions of the mean over pairs of layers."""
+        return torch.stack([self.function(student, teacher).sum() for student, teacher in pairs]).mean()
+
+
 def terms_of(configs: Sequence[LossConfig]) -> tuple[Term, ...]:
-    """Build the terms of Σ weight·loss / Σ weight.
+    """Build the terms of Σ weight·loss / Σ weight that are losses of logits.
 
     Raises:
-        ConfigError: a loss is not implemented, or the weights sum to 0.
+        ConfigError: the weights sum to 0.
     """
+    return tuple(
+        Term(name, weight, LOSSES[config.function](config))
+        for name, weight, config in _weighted(configs)
+        if config.function in LOSSES
+    )
+
+
+def hidden_terms_of(configs: Sequence[LossConfig]) -> tuple[HiddenTerm, ...]:
+    """Build those that are losses of hidden states.
+
+    Raises:
+        ConfigError: the weights sum to 0.
+    """
+    return tuple(
+        HiddenTerm(name, weight, HIDDEN[config.function])
+        for name, weight, config in _weighted(configs)
+        if config.function in HIDDEN
+    )
+
+
+def _weighted(configs: Sequence[LossConfig]) -> list[tuple[str, float, LossConfig]]:
     total = sum(config.weight for config in configs)
     if not total > 0:
         raise ConfigError(f"loss_functions: the weights sum to {total:g}; at least one must be positive")
-    terms: list[Term] = []
+    named: list[tuple[str, float, LossConfig]] = []
     for config in configs:
-        if config.function not in LOSSES:
-            raise ConfigError(f"loss_functions: {config.function} is not supported yet; there are {', '.join(LOSSES)}")
-        nth = 1 + sum(term.name.split("@")[0] == config.function for term in terms)
+        nth = 1 + sum(name.split("@")[0] == config.function for name, _, _ in named)
         name = config.function if nth == 1 else f"{config.function}@{nth}"
-        terms.append(Term(name, config.weight / total, LOSSES[config.function](config)))
-    return tuple(terms)
+        named.append((name, config.weight / total, config))
+    return named

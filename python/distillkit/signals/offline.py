@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from distillkit.codec import Codec
+from distillkit.losses.positions import Targets
 from distillkit.types import Document, SparseLogprobs
 
 __all__ = ["OfflineSignal"]
@@ -52,7 +53,7 @@ class OfflineSignal:
             "logprobs": np.empty((0, self.codec.k), dtype=np.float32),
         }
 
-    def targets(self, batch: Mapping[str, torch.Tensor]) -> SparseLogprobs:
+    def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
         """Make the targets (N, k) from `teacher_bytes`, or `teacher_ids` and `teacher_logprobs`."""
         if self.on_device:
             ids, logprobs = self.codec.decode_torch(batch["teacher_bytes"])
@@ -60,7 +61,7 @@ class OfflineSignal:
             ids, logprobs = batch["teacher_ids"], batch["teacher_logprobs"]
         if self.codec.vocab_size > self.head_size and ids.numel():
             ids, logprobs = _within(ids, logprobs, self.head_size)
-        return SparseLogprobs(ids, logprobs)
+        return Targets(labels, SparseLogprobs(ids, logprobs))
 
 
 def _within(ids: torch.Tensor, logprobs: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import torch
 
-from distillkit.types import Document, SparseLogprobs
+from distillkit.losses.positions import Targets
+from distillkit.types import Document
 
 __all__ = ["TeacherSignal"]
 
@@ -28,7 +29,14 @@ class TeacherSignal(Protocol):
         """Return the same arrays for no position, (0, …)."""
         ...
 
-    def targets(self, batch: Mapping[str, torch.Tensor]) -> SparseLogprobs:
-        """Make the targets (N, k) of a batch from its `teacher_<name>` tensors, the concatenated arrays of `take`, on
-        their device."""
+    def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
+        """Make the targets of a batch.
+
+        Args:
+            batch: as collated: its `teacher_<name>` tensors are the concatenated arrays of `take`.
+            labels: (N,) the true next tokens, on the training device.
+
+        Returns:
+            N positions, on the same device.
+        """
         ...

@@ -1,0 +1,228 @@
+"""A live teacher: the same training as from its captured distributions, its whole distribution, its hidden states."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from distillkit.config import RunConfig, parse_config
+from distillkit.errors import ConfigError, MismatchError
+from distillkit.trainer import train
+from training import (
+    VOCABULARY,
+    random_documents,
+    run_config,
+    save_student,
+    tiny_model,
+    tiny_tokenizer,
+    write_dataset,
+)
+
+HIDDEN = [
+    {"function": "hs_mse", "weight": 1.0},
+    {"function": "hs_cosine", "weight": 2.0},
+    {"function": "kl", "weight": 1.0},
+]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A student, the teacher of the captured documents, one with a padded head, and the documents."""
+    folder = tmp_path_factory.mktemp("live")
+    return {
+        "student": save_student(folder / "student"),
+        "teacher": save_student(folder / "teacher", seed=7),
+        "wide": save_student(folder / "wide", seed=7, hidden_size=48, num_hidden_layers=3),
+        "train": write_dataset(folder / "train", random_documents(24)),
+        "eval": write_dataset(folder / "eval", random_documents(7, seed=1)),
+    }
+
+
+def live(parts: dict[str, str], output: Path, which: str = "teacher", **settings: Any) -> RunConfig:
+    teacher = {"kind": "hf", "path": parts[which], **settings.pop("teacher", {})}
+    return run_config(parts["student"], output, parts["train"], parts["eval"], teacher=teacher, **settings)
+
+
+def losses_of(output: Path) -> list[float]:
+    entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def test_the_first_k_of_a_live_teacher_train_as_the_captured_ones(parts: dict[str, str], tmp_path: Path) -> None:
+    arguments = {"eval_on_start": True}
+    stored = run_config(parts["student"], tmp_path / "stored", parts["train"], parts["eval"], training_args=arguments)
+    results = [train(stored), train(live(parts, tmp_path / "live", teacher={"top_k": 8}, training_args=arguments))]
+    assert losses_of(tmp_path / "live") == pytest.approx(losses_of(tmp_path / "stored"), rel=1e-5)
+    for name in ("eval_kl", "eval_teacher_mass", "eval_student_mass", "eval_top1_agreement", "eval_topk_overlap"):
+        assert results[1]["eval_first"][name] == pytest.approx(results[0]["eval_first"][name], rel=1e-5), name
+
+
+def test_a_dense_teacher_is_compared_with_over_every_id(parts: dict[str, str], tmp_path: Path) -> None:
+    config = live(parts, tmp_path, training_args={"max_steps": 1, "eval_on_start": True})
+    measured = train(config)["eval_first"]
+    student = AutoModelForCausalLM.from_pretrained(parts["student"]).eval()
+    teacher = tiny_model(7)
+    total, agreed, positions = 0.0, 0, 0
+    for document in random_documents(7, seed=1):
+        ids = torch.from_numpy(document).long().unsqueeze(0)
+        with torch.no_grad():
+            q, p = (model(ids, use_cache=False).logits[0, :-1].double().log_softmax(-1) for model in (student, teacher))
+        total += (p.exp() * (p - q)).sum().item()
+        agreed += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        positions += len(p)
+    assert measured["eval_positions"] == positions
+    assert measured["eval_kl"] == pytest.approx(total / positions, rel=1e-5)
+    assert measured["eval_top1_agreement"] == pytest.approx(agreed / positions)
+    assert measured["eval_teacher_mass"] == 1.0
+
+
+@pytest.mark.parametrize("top_k", [None, 6])
+def test_loss_and_gradient_do_not_depend_on_how_a_step_is_cut(
+    parts: dict[str, str], tmp_path: Path, top_k: int | None
+) -> None:
+    results = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        arguments = {
+            "max_steps": 1,
+            "optim": "sgd",
+            "learning_rate": 1.0,
+            "max_grad_norm": 0.0,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_checkpointing": batch == 2,
+        }
+        output = tmp_path / str(batch)
+        settings = {"loss_functions": HIDDEN, "layer_mapping": [[0, 0], [1, 2], [-1, -1]], "training_args": arguments}
+        train(live(parts, output, "wide", teacher={"top_k": top_k}, **settings))
+        weights = AutoModelForCausalLM.from_pretrained(output).state_dict()
+        results.append((losses_of(output)[0], torch.cat([value.double().flatten() for value in weights.values()])))
+    before = AutoModelForCausalLM.from_pretrained(parts["student"]).state_dict()
+    start = torch.cat([value.double().flatten() for value in before.values()])
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-6)
+    whole, cut = (end - start for _, end in results)
+    assert ((cut - whole).norm() / whole.norm()).item() < 1e-6
+
+
+def test_hidden_losses_are_means_over_positions_and_pairs(parts: dict[str, str], tmp_path: Path) -> None:
+    functions = [{"function": "hs_mse", "weight": 1.0}, {"function": "hs_cosine", "weight": 1.0}]
+    arguments = {"max_steps": 1, "eval_on_start": True}
+    config = live(parts, tmp_path, loss_functions=functions, layer_mapping="all", training_args=arguments)
+    measured = train(config)["eval_first"]
+    models = (AutoModelForCausalLM.from_pretrained(parts["student"]).eval(), tiny_model(7))
+    squares, cosines, positions = [], [], 0
+    for document in random_documents(7, seed=1):
+        ids = torch.from_numpy(document).long().unsqueeze(0)
+        with torch.no_grad():
+            states = [model(ids, output_hidden_states=True, use_cache=False).hidden_states for model in models]
+        for a, b in zip(*states, strict=True):
+            a, b = (each[0, :-1].double() for each in (a, b))
+            squares.append((a - b).square().mean(-1).sum().item())
+            cosines.append((1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).sum().item())
+        positions += len(document) - 1
+    assert measured["eval_hs_mse"] == pytest.approx(np.sum(squares) / 3 / positions, rel=1e-5)
+    assert measured["eval_hs_cosine"] == pytest.approx(np.sum(cosines) / 3 / positions, rel=1e-5)
+    assert measured["eval_loss"] == pytest.approx((measured["eval_hs_mse"] + measured["eval_hs_cosine"]) / 2, rel=1e-5)
+
+
+def test_projections_are_trained_saved_reloaded_and_not_exported(parts: dict[str, str], tmp_path: Path) -> None:
+    def config(output: Path, **arguments: Any) -> RunConfig:
+        steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **arguments}
+        return live(parts, output, "wide", loss_functions=HIDDEN, layer_mapping=[[1, 1], [2, 3]], training_args=steps)
+
+    train(config(tmp_path / "whole"))
+    saved = [
+        load_file(tmp_path / "whole" / f"checkpoint-{step}" / "distillkit_projections.safetensors") for step in (2, 4)
+    ]
+    assert [tuple(weight.shape) for weight in saved[0].values()] == [(48, 32), (48, 32)]
+    assert all(not torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    for folder in (tmp_path / "whole", tmp_path / "whole" / "checkpoint-2"):
+        assert not [name for name in load_file(folder / "model.safetensors") if "projection" in name]
+    assert not (tmp_path / "whole" / "distillkit_projections.safetensors").exists()
+
+    train(config(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")))
+    assert losses_of(tmp_path / "resumed") == losses_of(tmp_path / "whole")[2:]
+    again = load_file(tmp_path / "resumed" / "checkpoint-4" / "distillkit_projections.safetensors")
+    assert all(torch.equal(again[name], saved[1][name]) for name in again)
+
+
+def test_a_projection_between_equal_sizes_may_be_forced(parts: dict[str, str], tmp_path: Path) -> None:
+    settings = {"loss_functions": HIDDEN, "layer_mapping": [[1, 1]], "force_hidden_state_projection": True}
+    train(live(parts, tmp_path, training_args={"save_strategy": "steps", "save_steps": 4}, **settings))
+    (weight,) = load_file(tmp_path / "checkpoint-4" / "distillkit_projections.safetensors").values()
+    assert tuple(weight.shape) == (32, 32)
+
+
+def test_a_padded_head_is_no_other_vocabulary(parts: dict[str, str], tmp_path: Path) -> None:
+    """Heads of one tokenizer are padded to different widths: the teacher's wider, then narrower."""
+    model = tiny_model(7)
+    model.resize_token_embeddings(VOCABULARY + 32)
+    model.save_pretrained(tmp_path / "padded")
+    tiny_tokenizer().save_pretrained(tmp_path / "padded")
+    padded = {**parts, "padded": str(tmp_path / "padded")}
+    for top_k in (None, 8):
+        train(live(padded, tmp_path / "wide-teacher", "padded", teacher={"top_k": top_k}))
+        wider = {**padded, "student": padded["padded"]}
+        train(live(wider, tmp_path / "wide-student", "teacher", teacher={"top_k": top_k}))
+        assert np.isfinite(losses_of(tmp_path / "wide-teacher")).all()
+        assert np.isfinite(losses_of(tmp_path / "wide-student")).all()
+
+
+def test_another_tokenizer_is_refused_with_both_fingerprints(parts: dict[str, str], tmp_path: Path) -> None:
+    tiny_model(7).save_pretrained(tmp_path / "other")
+    tiny_tokenizer(prefix="other").save_pretrained(tmp_path / "other")
+    with pytest.raises(MismatchError, match=r"teacher\.path: .*another tokenizer.*xxh3-128:.*xxh3-128:"):
+        train(live({**parts, "other": str(tmp_path / "other")}, tmp_path / "out", "other"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"teacher": {"top_k": 65}}, r"teacher\.top_k: 65 ids are wanted, the teacher has 64"),
+        ({"loss_functions": HIDDEN, "layer_mapping": [[3, 1]]}, "the student has no hidden state 3"),
+        ({"loss_functions": HIDDEN, "layer_mapping": [[1, 5]]}, "the teacher has no hidden state 5"),
+    ],
+)
+def test_settings_that_do_not_fit_the_teacher(
+    parts: dict[str, str], tmp_path: Path, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        train(live(parts, tmp_path, **settings))
+
+
+def test_all_layers_need_models_of_equal_depth(parts: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the student has 2 layers, the teacher 3"):
+        train(live(parts, tmp_path, "wide", loss_functions=HIDDEN, layer_mapping="all"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"loss_functions": HIDDEN}, "layer_mapping: is missing, and hs_mse needs it"),
+        ({"teacher": {"kind": "hf", "path": "t", "kwargs": {"dtype": "int8"}}}, "teacher.kwargs.dtype: 'int8'"),
+        ({"layer_mapping": "all"}, "layer_mapping: only hs_mse and hs_cosine use it"),
+        ({"force_hidden_state_projection": True}, "force_hidden_state_projection: only hs_mse and hs_cosine use it"),
+        (
+            {"loss_functions": HIDDEN, "layer_mapping": "all", "teacher": {"kind": "dataset"}},
+            "loss_functions: hs_mse compares hidden states, which a dataset",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, Any], says: str) -> None:
+    content = {
+        "model": "student",
+        "output_path": "out",
+        "sequence_length": 64,
+        "dataset": {"train_dataset": {"disk_path": "data"}},
+        "teacher": {"kind": "hf", "path": "teacher"},
+        **settings,
+    }
+    with pytest.raises(ConfigError) as caught:
+        parse_config(content)
+    assert says in str(caught.value)

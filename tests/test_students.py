@@ -1,0 +1,403 @@
+"""Students of every kind: adapters, quantised weights, vision-language models; and what is refused before one loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from distillkit.adapters import LoraSection, add_adapters
+from distillkit.config import RunConfig
+from distillkit.errors import ConfigError, DistillKitError
+from distillkit.losses.config import LossConfig
+from distillkit.losses.fused import Objective
+from distillkit.losses.positions import Targets
+from distillkit.models import DistillationInputs, attach_losses, check_student, load_student
+from distillkit.trainer import train
+from distillkit.training_args import training_arguments
+from distillkit.types import SparseLogprobs
+from training import (
+    VOCABULARY,
+    random_documents,
+    run_config,
+    save_student,
+    save_vision_student,
+    teacher_rows,
+    tiny_model,
+    write_dataset,
+)
+
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 16}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("students")
+    return {
+        "student": save_student(folder / "student"),
+        "tied": save_student(folder / "tied", tie_word_embeddings=True),
+        "vision": save_vision_student(folder / "vision"),
+        "train": write_dataset(folder / "train", random_documents(24)),
+        "eval": write_dataset(folder / "eval", random_documents(7, seed=1)),
+    }
+
+
+def run(parts: dict[str, str], output: Path, student: str = "student", **settings: Any) -> RunConfig:
+    arguments = {
+        "max_steps": 8,
+        "eval_on_start": True,
+        "eval_strategy": "steps",
+        "eval_steps": 8,
+        **settings.pop("training_args", {}),
+    }
+    return run_config(parts[student], output, parts["train"], parts["eval"], training_args=arguments, **settings)
+
+
+def losses_of(output: Path) -> dict[int, float]:
+    entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(torch.arange(12)[None], use_cache=False).logits
+    return result
+
+
+# -- LoRA --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_loss_and_gradients_of_adapters_are_those_of_merged_weights(settings: dict[str, Any]) -> None:
+    """The same function of the adapters, computed through plain logits of weights with the adapters added in."""
+    torch.manual_seed(0)
+    section = LoraSection(init_lora_weights=False, **LORA, **settings)
+    model, plain = (add_adapters(tiny_model(3), section, set()) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    ids = torch.arange(12).reshape(2, 6)
+    rows = torch.tensor([0, 1, 4, 6, 9])
+    sparse = teacher_rows(tiny_model(7), ids.flatten().numpy(), rows=12)
+    teacher = SparseLogprobs(torch.from_numpy(sparse.ids)[rows], torch.from_numpy(sparse.logprobs)[rows])
+    attach_losses(model)
+    model.train()
+    objective = Objective.training([LossConfig(function="kl", weight=1)])
+    distill = DistillationInputs(rows, Targets(ids.flatten()[rows + 1], teacher), objective)
+    loss = model(input_ids=ids, distill=distill).loss
+    loss.backward()
+
+    # KL from the definition: renormalised stored ids against the whole softmax.
+    p = teacher.logprobs - teacher.logprobs.logsumexp(-1, keepdim=True)
+    q = plain(ids).logits.flatten(0, 1)[rows].log_softmax(-1).gather(-1, teacher.ids)
+    expected = (p.exp() * (p - q)).sum()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    checked = 0
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert ours.requires_grad == ("lora_" in name)
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+            checked += 1
+    assert checked >= 28
+
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits_of(merged), logits_of(plain), rtol=1e-4, atol=1e-4)
+    after = merged(input_ids=ids, distill=distill).loss
+    assert after.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT, when it loads
+@pytest.mark.parametrize("checkpointing", [False, True, "reentrant"])
+def test_adapters_learn_and_load_on_the_base_model(
+    parts: dict[str, str], tmp_path: Path, checkpointing: bool | str
+) -> None:
+    arguments: dict[str, Any] = {"gradient_checkpointing": bool(checkpointing)}
+    if checkpointing == "reentrant":
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
+    summary = train(run(parts, tmp_path, peft=LORA, training_args=arguments))
+    assert summary["eval_last"]["eval_kl"] < 0.95 * summary["eval_first"]["eval_kl"]
+    assert not (tmp_path / "model.safetensors").exists(), "the base weights are not saved again"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(parts["student"])
+    applied = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits_of(loaded), logits_of(applied))
+    with applied.disable_adapter():
+        assert (logits_of(applied) - logits_of(loaded)).abs().max() > 0.01
+
+
+def test_checkpointing_does_not_change_what_adapters_learn(parts: dict[str, str], tmp_path: Path) -> None:
+    losses = []
+    for name, arguments in (
+        ("plain", {}),
+        ("recomputed", {"gradient_checkpointing": True}),
+        ("reentrant", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+    ):
+        train(run(parts, tmp_path / name, peft=LORA, training_args=arguments))
+        losses.append(list(losses_of(tmp_path / name).values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_merged_students_are_whole_models(parts: dict[str, str], tmp_path: Path) -> None:
+    """With adapters of an earlier run in the folder, which must not be applied on top."""
+    train(run(parts, tmp_path, peft=LORA))
+    adapted = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path))
+    train(run(parts, tmp_path, peft={**LORA, "merge_on_save": True}, training_args={"save_strategy": "steps"}))
+    assert not (tmp_path / "adapter_config.json").exists()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any("lora" in name for name in merged.state_dict())
+    torch.testing.assert_close(logits_of(merged), adapted, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "checkpoint-8" / "adapter_model.safetensors").exists(), "checkpoints hold adapters"
+
+
+def test_adapters_are_resumed(parts: dict[str, str], tmp_path: Path) -> None:
+    steps = {"save_strategy": "steps", "save_steps": 4, "eval_steps": 4}
+    train(run(parts, tmp_path / "whole", peft=LORA, training_args=steps))
+    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
+    resumed = {**steps, "resume_from_checkpoint": checkpoint}
+    train(run(parts, tmp_path / "resumed", peft=LORA, training_args=resumed))
+    whole = losses_of(tmp_path / "whole")
+    assert losses_of(tmp_path / "resumed") == {step: loss for step, loss in whole.items() if step > 4}
+    ends = [logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / name)) for name in ("whole", "resumed")]
+    assert torch.equal(*ends)
+
+
+def test_what_is_frozen_gets_no_adapter(parts: dict[str, str]) -> None:
+    config = run(
+        parts,
+        Path("out"),
+        frozen_modules=["model.layers.0.mlp"],
+        frozen_res=[r"layers\.1\.self_attn\.[qk]_proj"],
+        peft={**LORA, "exclude_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
+    )
+    model = load_student(config, VOCABULARY)
+    trained = {name.split(".lora_")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.removeprefix("base_model.model.") for name in trained} == {
+        *[f"model.layers.0.self_attn.{name}_proj" for name in "qkv"],
+        "model.layers.1.self_attn.v_proj",
+        *[f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")],
+        "lm_head.modules_to_save.default.weight",
+    }
+
+
+def test_a_tied_head_is_trained_as_one(parts: dict[str, str], tmp_path: Path) -> None:
+    """Embedding and head are one matrix in the trained and merged student too."""
+    section = {**LORA, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True, "merge_on_save": True}
+    summary = train(run(parts, tmp_path, "tied", peft=section))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    again = train(run({**parts, "tied": str(tmp_path)}, tmp_path / "again", "tied", training_args={"max_steps": 1}))
+    assert again["eval_first"]["eval_kl"] == pytest.approx(summary["eval_last"]["eval_kl"], rel=1e-5)
+
+
+def test_widened_embeddings_need_a_whole_model(parts: dict[str, str], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "resize_embeddings_to_multiple_of": 48,
+        "training_args": {"max_steps": 2, "eval_steps": 2},
+    }
+    with pytest.raises(ConfigError, match=r"grow from 64 to 96 rows.*set peft.merge_on_save: true"):
+        load_student(run(parts, tmp_path, peft=LORA, **settings), VOCABULARY)
+    settings = {"resize_embeddings_to_multiple_of": 48, "training_args": {"max_steps": 2, "eval_steps": 2}}
+    train(run(parts, tmp_path, peft={**LORA, "merge_on_save": True}, **settings))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).get_output_embeddings().weight.shape[0] == 96
+
+
+def test_a_student_with_adapters_teaches_itself(parts: dict[str, str], tmp_path: Path) -> None:
+    """Adapters off, it's its own teacher: where training starts, the two agree."""
+    config = run(parts, tmp_path, teacher={"kind": "hf", "path": parts["student"]}, peft=LORA)
+    summary = train(config)
+    assert summary["eval_first"]["eval_kl"] == pytest.approx(0, abs=1e-6)
+    assert summary["eval_last"]["eval_kl"] > 1e-4, "cross-entropy moves the adapters"
+
+
+# -- other models ------------------------------------------------------------------------------------------------------
+
+VISION: dict[str, Any] = {
+    "model_auto_class": "AutoModelForImageTextToText",
+    "frozen_modules": ["model.vision_tower"],
+    "frozen_res": ["multi_modal_projector"],
+}
+
+
+@pytest.mark.parametrize("peft", [None, {**LORA, "merge_on_save": True}])
+def test_a_vision_language_student_trains_from_text(
+    parts: dict[str, str], tmp_path: Path, peft: dict[str, Any] | None
+) -> None:
+    processor = '{"image_processor_type": "CLIPImageProcessor"}'
+    (Path(parts["vision"]) / "preprocessor_config.json").write_text(processor)
+    summary = train(run(parts, tmp_path, "vision", **VISION, peft=peft))
+    assert summary["eval_last"]["eval_kl"] < summary["eval_first"]["eval_kl"]
+    before, after = (
+        dict(AutoModelForImageTextToText.from_pretrained(folder).state_dict()) for folder in (parts["vision"], tmp_path)
+    )
+    assert before.keys() == after.keys()
+    frozen = {name for name in before if "vision_tower" in name or "multi_modal_projector" in name}
+    assert len(frozen) > 20
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    assert unchanged >= frozen
+    assert any("language_model.layers.0.self_attn.q_proj" in name for name in before.keys() - unchanged)
+    assert (tmp_path / "preprocessor_config.json").read_text() == processor, "it still takes images"
+    assert "use_cache" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+def test_adapters_train_on_quantised_weights(parts: dict[str, str], tmp_path: Path, settings: dict[str, Any]) -> None:
+    student = save_student(tmp_path / "student", hidden_size=64, intermediate_size=64)
+    summary = train(run({**parts, "student": student}, tmp_path / "out", model_kwargs=settings, peft=LORA))
+    assert summary["eval_last"]["eval_kl"] < summary["eval_first"]["eval_kl"]
+
+
+# -- refused before any weights are loaded -----------------------------------------------------------------------------
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"model_auto_class": "AutoModelForImageTextToTxt"}, "model_auto_class: transformers has no auto class"),
+    ({"model_auto_class": "AutoModelForImageTextToTxt"}, "did you mean 'AutoModelForImageTextToText'"),
+    ({"model_auto_class": "AutoModelForImageTextToText"}, "can not be loaded by AutoModelForImageTextToText"),
+    ({"model_auto_class": "AutoModel"}, "LlamaModel has no output head"),
+    ({"model": "/no/such/folder"}, "model: '/no/such/folder' can not be loaded"),
+    ({"frozen_modules": ["model.embed_token"]}, "did you mean 'model.embed_tokens'"),
+    ({"frozen_res": ["vision"]}, "frozen_res: 'vision' matches no parameter's name"),
+    ({"frozen_res": ["."]}, "leave nothing to train"),
+    ({"frozen_res": ["."], "peft": LORA}, "peft: these settings do not fit LlamaForCausalLM"),
+    ({"peft": {"rank": 8}}, "peft.rank: unknown key"),
+    ({"peft": {"lora_alpa": 8}}, "peft.lora_alpa: unknown key; did you mean 'lora_alpha'"),
+    ({"peft": {"r": 0}}, "peft.r: Input should be greater than or equal to 1"),
+    ({"peft": {"lora_dropout": 1.0}}, "peft.lora_dropout"),
+    ({"peft": {"bias": "some"}}, "peft.bias: 'some' is not allowed; allowed: 'none', 'all' or 'lora_only'"),
+    ({"peft": {"init_lora_weights": "gausian"}}, "peft.init_lora_weights: 'gausian' is not allowed"),
+    ({"peft": {"target_modules": []}}, "peft.target_modules: a list of names or a regular expression is expected"),
+    ({"peft": {"target_modules": ["query"]}}, "peft: these settings do not fit LlamaForCausalLM"),
+    ({"peft": {"target_modules": "(q_proj"}}, "is not a regular expression"),
+    ({"peft": {"layers_to_transform": [-1]}}, "peft.layers_to_transform: a layer's number"),
+    ({"peft": {"layers_pattern": "layers"}}, "peft.layers_pattern: has no meaning without layers_to_transform"),
+    ({"peft": {"modules_to_save": ["lm_heads"]}}, "no module 'lm_heads'; did you mean 'lm_head'"),
+    (
+        {"peft": {"modules_to_save": ["lm_head"]}, "frozen_modules": ["lm_head"]},
+        "peft.modules_to_save: 'lm_head' is frozen",
+    ),
+    ({"peft": {"target_modules": ["q_proj", "lm_head"]}}, "carries a Linear adapter of PEFT"),
+    (
+        {"model_kwargs": {"load_in_4bit": True}},
+        "model_kwargs.load_in_4bit: quantised weights are not trained themselves",
+    ),
+    ({"model_kwargs": {"load_in_4bit": True, "load_in_8bit": True}, "peft": LORA}, "two ways to quantise; give one"),
+    ({"model_kwargs": {"quantization_config": "4bit"}, "peft": LORA}, "quantization_config: a mapping is expected"),
+    (
+        {"model_kwargs": {"quantization_config": {"load_in_4bits": True}}, "peft": LORA},
+        "quantization_config.load_in_4bits: unknown key; did you mean 'load_in_4bit'",
+    ),
+    (
+        {"model_kwargs": {"quantization_config": {"quant_method": "nothing"}}, "peft": LORA},
+        "Unknown quantization type, got nothing",
+    ),
+    (
+        {"model_kwargs": {"load_in_8bit": True}, "peft": {**LORA, "merge_on_save": True}},
+        "peft.merge_on_save: merging into quantised weights",
+    ),
+    ({"model_kwargs": {"trust_remote_code": True}}, "trust_remote_code: put it at the top level"),
+    (
+        {"peft": {**LORA, "merge_on_save": True}, "training_args": {"fsdp": True}},
+        "peft.merge_on_save: no process holds",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "says"), MISTAKES, ids=[says[:40] for _, says in MISTAKES])
+def test_a_mistake_is_one_message_before_weights_are_loaded(
+    parts: dict[str, str], tmp_path: Path, settings: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", load)
+    settings = dict(settings)
+    model = settings.pop("model", parts["student"])
+    with pytest.raises(DistillKitError) as caught:
+        check_student(run({**parts, "student": model}, tmp_path, **settings))
+    assert says in str(caught.value)
+
+
+def test_a_tied_head_does_not_come_apart(parts: dict[str, str], tmp_path: Path) -> None:
+    for name in ("lm_head", "embed_tokens"):
+        with pytest.raises(ConfigError, match=r"embedding and head in one matrix.*peft.ensure_weight_tying: true"):
+            check_student(run(parts, tmp_path, "tied", peft={**LORA, "modules_to_save": [name]}))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")
+def test_without_bitsandbytes_there_is_nothing_quantised(parts: dict[str, str], tmp_path: Path) -> None:
+    missing = "the package bitsandbytes is not installed: pip install bitsandbytes"
+    for kwargs in ({"load_in_4bit": True}, {"quantization_config": {"load_in_4bit": True}}):
+        with pytest.raises(ConfigError, match=rf"load_in_4bit: weights can't be quantised: {missing}"):
+            check_student(run(parts, tmp_path, model_kwargs=kwargs, peft=LORA))
+    for optimiser in ("paged_adamw_8bit", "adamw_bnb_8bit", "lion_32bit"):
+        with pytest.raises(ConfigError, match=rf"training_args.optim: '{optimiser}' can't be used: {missing}"):
+            training_arguments(run(parts, tmp_path, training_args={"optim": optimiser}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        ({"fsdp": True}, {}, r"training_args.fsdp: shards over processes, and this is a single one"),
+        ({"fsdp": True}, {"WORLD_SIZE": "2"}, r"training_args.fsdp: FSDP does not run on cpu"),
+        ({"fsdp_config": {"version": 2}}, {}, r"fsdp_config: has no effect without training_args.fsdp: true"),
+        ({"fsdp": True, "deepspeed": {"a": 1}}, {}, r"two ways to shard; give one"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, {}, r"training_args.deepspeed: shards over processes"),
+        (
+            {},
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            r"accelerate launch: fsdp_cpu_ram_efficient_loading loads weights in the first process alone",
+        ),
+        ({"optim": "schedule_free_adamw"}, {}, r"the package schedulefree is not installed: pip install schedulefree"),
+    ],
+)
+def test_sharding_that_can_not_be_done(
+    parts: dict[str, str],
+    tmp_path: Path,
+    arguments: dict[str, Any],
+    environment: dict[str, str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=says):
+        training_arguments(run(parts, tmp_path, training_args=arguments))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"cpu_offlod": True}, r"fsdp_config.cpu_offlod: unknown setting of FSDP2; did you mean 'cpu_offload'"),
+        ({"fsdp_version": 1}, r"fsdp_config.fsdp_version: 1 is not supported; 2 is"),
+        ({"use_orig_params": True}, r"fsdp_config.use_orig_params: unknown setting of FSDP2"),
+        ("nowhere.json", r"fsdp_config: nowhere.json: the file can not be read: No such file"),
+    ],
+)
+def test_settings_of_fsdp_are_known(
+    parts: dict[str, str], tmp_path: Path, settings: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("distillkit.training_args.WITHOUT_FSDP", ())
+    with pytest.raises(ConfigError, match=says):
+        training_arguments(run(parts, tmp_path, training_args={"fsdp": True, "fsdp_config": settings}))
+
+
+def test_deepspeed_is_passed_through(parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    zero = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
+    if importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(ConfigError, match=r"training_args.deepspeed: the package deepspeed is not installed"):
+            training_arguments(run(parts, tmp_path, training_args={"deepspeed": zero}))
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("distillkit.training_args._missing_package", lambda *_: None)
+    monkeypatch.setattr("trl.SFTConfig.__init__", lambda self, **arguments: given.update(arguments))
+    training_arguments(run(parts, tmp_path, training_args={"deepspeed": zero}))
+    assert given["deepspeed"] == zero

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from distillkit.config import DatasetSource, RunConfig
     from distillkit.losses.config import LossConfig
 
-__all__ = ["describe"]
+__all__ = ["describe", "describe_student"]
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate")
 
@@ -41,7 +41,7 @@ def describe(
     return {
         "project": config.project_name,
         "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "student": _student(config, model),
+        "student": describe_student(config, model),
         "teacher": _teacher(config, datasets["train"]),
         "data": {
             key: _data(getattr(config.dataset, f"{key}_dataset"), dataset)
@@ -54,7 +54,8 @@ def describe(
     }
 
 
-def _student(config: RunConfig, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+def describe_student(config: RunConfig, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """Describe the student: `path`, `class`, `parameters`, `trained`, `adapters`, `dtype`, `attention`."""
     bare = bare_model(model)
     # DeepSpeed's ZeRO-3 leaves a part of each parameter here, and says how large the whole is.
     sizes = [(int(getattr(part, "ds_numel", part.numel())), part.requires_grad) for part in bare.parameters()]

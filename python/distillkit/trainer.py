@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from distillkit.config import RunConfig
     from distillkit.shards import Dataset as StoredDataset
 
-__all__ = ["DistillationTrainer", "Run", "train"]
+__all__ = ["DistillationTrainer", "Run", "checkpoint_of", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -481,8 +481,7 @@ class Run:
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
-        """The student; loaded after the data has been opened, which may be refused sooner."""
-        assert self.sources
+        """The student."""
         # Embeddings that are widened begin with random values.
         transformers.set_seed(self.arguments.seed)
         return load_student(
@@ -523,6 +522,8 @@ class Run:
     @cached_property
     def trainer(self) -> DistillationTrainer:
         """The trainer, with everything of before in it."""
+        # Data that does not belong to the student is refused before anything large is loaded.
+        assert self.sources
         self.progress.parts = loss_parts(self.objective.names)
         trainer = DistillationTrainer(
             self.model,
@@ -558,7 +559,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         MismatchError: tokenizer, vocabulary, codec or alignment of the data don't fit the student.
     """
     started = time.perf_counter()
-    checkpoint = _checkpoint(config)
+    checkpoint = checkpoint_of(config)
     run = Run(config)
     trainer = run.trainer
     if trainer.is_world_process_zero():
@@ -634,7 +635,7 @@ def _dataset(
     return DistillationDataset(source, signal, config.sequence_length, chosen)
 
 
-def _checkpoint(config: RunConfig) -> str | None:
+def checkpoint_of(config: RunConfig) -> str | None:
     """Return the checkpoint to resume from, if one is asked for."""
     from transformers.trainer_utils import get_last_checkpoint
 

@@ -116,6 +116,7 @@ def test_the_table_has_what_there_is() -> None:
         "seconds": 1.5,
         "train_tokens": 1000,
         "tokens_per_second": 500.0,
+        "data_wait": 0.02,
         "cut_documents": 2,
         "cut_tokens": 30,
         "peak_rss_bytes": 10**9,
@@ -125,4 +126,5 @@ def test_the_table_has_what_there_is() -> None:
         "train_last": None,
     }
     table = summary_table(summary)
-    assert list(table.columns[0].cells) == ["steps", "tokens", "cut", "time", "peak memory"]
+    labels = ["steps", "tokens", "cut", "time", "waiting for data", "peak memory", "report"]
+    assert list(table.columns[0].cells) == labels

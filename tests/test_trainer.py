@@ -283,7 +283,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     train(resumable(parts, tmp_path / "whole", **settings))
     expected = metrics_of(tmp_path / "whole")
-    timing = ("tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    timing = (
+        "tokens_per_second",
+        "data_wait",
+        "peak_memory_gb",
+        "eval_runtime",
+        "eval_samples_per_second",
+        "eval_steps_per_second",
+    )
 
     def comparable(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kept = [entry for entry in entries if "loss" in entry or "eval_loss" in entry]

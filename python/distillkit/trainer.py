@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from distillkit import tokenizer as tokenizers
 from distillkit.config import HfTeacher
 from distillkit.data import Collator, DistillationDataset, DocumentOrder, DocumentSource, check_dataset, check_ids
+from distillkit.description import describe
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.layers import (
     LayerMatching,
@@ -41,11 +43,13 @@ from distillkit.prepare import (
     open_documents,
     training_dataset,
 )
-from distillkit.progress import ConsoleProgress, MetricsFile
+from distillkit.progress import ConsoleProgress, MetricsFile, loss_parts
+from distillkit.report import ReportFiles
 from distillkit.saving import save_student
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.signals.offline import OfflineSignal
 from distillkit.signals.online import OnlineSignal, check_teacher_tokenizer, load_teacher
+from distillkit.trackers import TrackedDescription, tracking
 from distillkit.training_args import training_arguments
 
 if TYPE_CHECKING:
@@ -53,7 +57,7 @@ if TYPE_CHECKING:
 
     from distillkit.config import RunConfig
 
-__all__ = ["DistillationTrainer", "train"]
+__all__ = ["DistillationTrainer", "Run", "checkpoint_of", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +142,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         self.loss_is_scaled_for_ga = True
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.training_seconds = 0.0
+        self.waiting_seconds = 0.0
         self._window = _Window(objective, args.device)
         self._order: DocumentOrder | None = None
         self.add_callback(_Epochs(self))
@@ -170,6 +175,14 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         """
         if self._order is not None:
             self._order.set_epoch(epoch)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Fetch the micro-batches of a step, and measure how long that takes.
+
+        What is counted is waiting for the batches alone: reading, decoding and collating that has not been done ahead,
+        and the copy to the device; not the count of their tokens, which waits for the other processes.
+        """
+        return super().get_batch_samples(self._window.waiting(epoch_iterator), num_batches, device)
 
     # -- loss ----------------------------------------------------------------------------------------------------------
 
@@ -277,7 +290,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             DistillKitError: the loss is not finite.
         """
         if "loss" in logs:
-            logs |= self._finish_window()
+            logs |= self._finish_window() | {"peak_memory_gb": _peak_memory_gb()}
             if not math.isfinite(logs["loss"]):
                 raise DistillKitError(
                     f"the training loss is {logs['loss']} at step {self.state.global_step}: lower the learning rate, "
@@ -291,6 +304,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     def _finish_window(self) -> dict[str, float]:
         averages, counts, seconds = self._window.finish(self.accelerator)
         self.training_seconds += seconds
+        self.waiting_seconds += averages["data_wait"] * seconds
         before = self.counts["cut_documents"]
         for name in _COUNTS:
             self.counts[name] += counts[name]
@@ -309,6 +323,12 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._window.paused():
             super()._save_checkpoint(model, trial)
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Leave the time in here out of the throughput and of the waiting."""
+        with self._window.paused():
+            yield
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the student without projections of hidden states; into a checkpoint, those beside it."""
@@ -338,6 +358,29 @@ class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
         self.trainer.start_epoch(int(state.epoch or 0))
 
 
+class _Reports(transformers.TrainerCallback):  # type: ignore[misc]
+    """Writes the report anew after each evaluation and checkpoint, so that a run which is killed has one."""
+
+    def __init__(self, trainer: DistillationTrainer, files: ReportFiles) -> None:
+        self.trainer = trainer
+        self.files = files
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.files.clear()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(state)
+
+    def _write(self, state: Any) -> None:
+        if state.is_world_process_zero:
+            with self.trainer.untimed():
+                self.files.update()
+
+
 class _Window:
     """Sums of what was trained since the last log, on the device: asking for their values every step would stall it."""
 
@@ -350,6 +393,17 @@ class _Window:
         self.statistics = _sums(len(self.objective.names), self.device)
         self.counts = torch.zeros(len(_COUNTS), dtype=torch.int64, device=self.device)
         self.began = time.perf_counter()
+        self.waited = 0.0
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield the batches, counting the time until each is there."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def add(self, statistics: torch.Tensor, counts: torch.Tensor) -> None:
         self.statistics += statistics
@@ -368,17 +422,26 @@ class _Window:
         """Average over all processes and begin anew. Every process must call it.
 
         Returns:
-            Means over counted positions by name, with tokens_per_second; the counts; the seconds.
+            Means over counted positions by name, with tokens_per_second and data_wait, the mean over processes of the
+            share of the time that each has waited for batches; the counts; the seconds.
         """
         statistics = accelerator.reduce(self.statistics, reduction="sum").tolist()
         counts = dict(zip(_COUNTS, accelerator.reduce(self.counts, reduction="sum").tolist(), strict=True))
         seconds = time.perf_counter() - self.began
+        share = torch.tensor([self.waited / max(seconds, 1e-9)], device=self.device)
         sums = dict(zip(self.objective.names, statistics, strict=True))
         positions = max(sums.pop("positions"), 1.0)
         averages = {name: value / positions for name, value in sums.items()}
         averages["tokens_per_second"] = counts["tokens"] / max(seconds, 1e-9)
+        averages["data_wait"] = accelerator.reduce(share, reduction="mean").item()
         self._restart()
         return averages, counts, seconds
+
+
+def _peak_memory_gb() -> float:
+    """Peak memory of this process so far, in 10⁹ bytes: on its GPU if it has one, else resident."""
+    peak = peak_memory()
+    return round((peak["peak_cuda_bytes"] or peak["peak_rss_bytes"]) / 1e9, 3)
 
 
 def _sums(count: int, device: torch.device) -> torch.Tensor:
@@ -389,53 +452,133 @@ def _sums(count: int, device: torch.device) -> torch.Tensor:
 # -- a whole run -------------------------------------------------------------------------------------------------------
 
 
+class Run:
+    """The parts of a run. Each is loaded and checked when it is first asked for, after those it depends on: training
+    asks for all of them, a dry run for one after the other.
+
+    Args:
+        config: the run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.folder = Path(config.output_path)
+        self.progress = ConsoleProgress()
+
+    @cached_property
+    def arguments(self) -> SFTConfig:
+        """The trainer's arguments."""
+        # Before the arguments: they would make DeepSpeed's ZeRO-3 shard this outline of the student already.
+        check_student(self.config)
+        return training_arguments(self.config)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer."""
+        tokenizer = tokenizers.load_tokenizer(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        configure_tokenizer(tokenizer, self.arguments)
+        return tokenizer
+
+    @cached_property
+    def sources(self) -> dict[Part, DocumentSource]:
+        """Training and evaluation data, opened."""
+        with self.arguments.main_process_first(desc="opening the datasets"):
+            return _open_sources(self.config, self.tokenizer, self.arguments)
+
+    @cached_property
+    def model(self) -> transformers.PreTrainedModel:
+        """The student."""
+        # Embeddings that are widened begin with random values.
+        transformers.set_seed(self.arguments.seed)
+        model = load_student(
+            self.config,
+            tokenizers.vocab_size(self.tokenizer),
+            checkpointing=self.arguments.activation_checkpointing,
+        )
+        configure_model(model, self.tokenizer, self.arguments)
+        return model
+
+    @cached_property
+    def teacher(self) -> tuple[OnlineSignal | None, LayerMatching | None]:
+        """The live teacher and the layers matched with it, if the configuration has them."""
+        return _live_teacher(self.config, self.model, self.arguments.device)
+
+    @cached_property
+    def datasets(self) -> dict[Part, DistillationDataset]:
+        """Training and evaluation examples, checked against the student."""
+        live, _ = self.teacher
+        return {
+            part: _dataset(self.config, part, source, self.model, self.arguments, live)
+            for part, source in self.sources.items()
+        }
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The losses."""
+        return Objective.training(self.config.loss_functions)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What is trained, for those who read about it later."""
+        return describe(self.config, self.arguments, self.model, self.datasets)
+
+    @cached_property
+    def metrics(self) -> MetricsFile:
+        """The file of metrics, which begins with what is trained."""
+        return MetricsFile(self.folder, self.description)
+
+    @cached_property
+    def trainer(self) -> DistillationTrainer:
+        """The trainer, with everything of before in it."""
+        # Data that does not belong to the student is refused before anything large is loaded.
+        assert self.sources
+        eos_labels = check_eos_labels(self.config, self.tokenizer)
+        self.progress.parts = loss_parts(self.objective.names)
+        trainer = DistillationTrainer(
+            self.model,
+            self.arguments,
+            objective=self.objective,
+            train_dataset=self.datasets["train"],
+            eval_dataset=self.datasets.get("eval"),
+            matching=self.teacher[1],
+            processing_class=self.tokenizer,
+            eos_labels=eos_labels,
+            callbacks=[
+                TrackedDescription(self.description),
+                self.metrics,
+                *([] if self.arguments.disable_tqdm else [self.progress]),
+            ],
+        )
+        # Last, so that it finds the log of the evaluation in the file.
+        trainer.add_callback(_Reports(trainer, ReportFiles(self.folder)))
+        return trainer
+
+
 def train(config: RunConfig) -> dict[str, Any]:
     """Train a student as a configuration says: load and check everything, train, evaluate, save.
 
     In `config.output_path` it leaves the trained student with its tokenizer, checkpoints, `metrics.jsonl` (a JSON
-    object a log), `distillkit_config.yaml` and `summary.json`.
+    object a log), `distillkit_config.yaml`, `summary.json` and `report.md` with its plots.
 
     Returns:
-        The summary: steps, seconds, tokens, peak memory, the first and last evaluation and the last training metrics.
+        The summary: steps, seconds, tokens, share of the time spent waiting for data, peak memory, the first and last
+        evaluation and the last training metrics.
 
     Raises:
         ConfigError: a setting can't be followed.
         MismatchError: tokenizer, vocabulary, codec or alignment of the data don't fit the student.
     """
     started = time.perf_counter()
-    if "project_name" in config.model_fields_set or "WANDB_PROJECT" not in os.environ:
-        os.environ["WANDB_PROJECT"] = config.project_name
-    # Before the arguments: they would make DeepSpeed's ZeRO-3 shard this outline of the student already.
-    check_student(config)
-    arguments = training_arguments(config)
-    transformers.set_seed(arguments.seed)
-    tokenizer = tokenizers.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    configure_tokenizer(tokenizer, arguments)
-    eos_labels = check_eos_labels(config, tokenizer)
-    with arguments.main_process_first(desc="opening the datasets"):
-        sources = _open_sources(config, tokenizer, arguments)
-    model = load_student(config, tokenizers.vocab_size(tokenizer), checkpointing=arguments.activation_checkpointing)
-    configure_model(model, tokenizer, arguments)
-    teacher, matching = _live_teacher(config, model, arguments.device)
-    datasets = {part: _dataset(config, part, source, model, arguments, teacher) for part, source in sources.items()}
-    metrics, progress = MetricsFile(Path(config.output_path)), ConsoleProgress()
-    trainer = DistillationTrainer(
-        model,
-        arguments,
-        objective=Objective.training(config.loss_functions),
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("eval"),
-        matching=matching,
-        processing_class=tokenizer,
-        eos_labels=eos_labels,
-        callbacks=[metrics] if arguments.disable_tqdm else [metrics, progress],
-    )
+    checkpoint = checkpoint_of(config)
+    run = Run(config)
+    trainer = run.trainer
     if trainer.is_world_process_zero():
         _write_config(config)
-    try:
-        result = trainer.train(resume_from_checkpoint=_checkpoint(config))
-    finally:
-        progress.close()
+    with tracking(config):
+        try:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            run.progress.close()
     save_student(trainer, config)
     summary = {
         "output_path": config.output_path,
@@ -443,13 +586,15 @@ def train(config: RunConfig) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "train_tokens": trainer.counts["tokens"],
         "tokens_per_second": trainer.counts["tokens"] / max(trainer.training_seconds, 1e-9),
+        "data_wait": trainer.waiting_seconds / max(trainer.training_seconds, 1e-9),
         "cut_documents": trainer.counts["cut_documents"],
         "cut_tokens": trainer.counts["cut_tokens"],
         **peak_memory(),
-        **metrics.ends(),
+        **run.metrics.ends(),
     }
     if trainer.is_world_process_zero():
-        (Path(config.output_path) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        ReportFiles(run.folder).finish()
     return summary
 
 
@@ -497,7 +642,7 @@ def _dataset(
     return training_dataset(config, part, source, signal, arguments)
 
 
-def _checkpoint(config: RunConfig) -> str | None:
+def checkpoint_of(config: RunConfig) -> str | None:
     """Return the checkpoint to resume from, if one is asked for."""
     from transformers.trainer_utils import get_last_checkpoint
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gc
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 from rich import filesize
+from rich.markup import escape
 from rich.table import Table
 
-from distillkit.cli.common import output
+from distillkit.cli.common import output, show
+from distillkit.dry_run import DryRun, dry_run
 from distillkit.errors import ConfigError
 
 __all__ = ["summary_table", "train"]
@@ -31,22 +35,41 @@ _MEASURES = (
 
 @click.command(short_help="Train a student (the default command).")
 @click.argument("config", type=click.Path(path_type=Path))
+@click.option("--dry-run", "checks_only", is_flag=True, help="Check everything, the first batch too; train nothing.")
 @click.option("-v", "--verbose", count=True, help="More of the libraries' own logging: -v for INFO, -vv for DEBUG.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def train(config: Path, verbose: int, as_json: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the summary, or what was checked, as JSON.")
+@click.pass_context
+def train(context: click.Context, config: Path, checks_only: bool, verbose: int, as_json: bool) -> None:
     """Train a student as the YAML file CONFIG says.
 
-    Checkpoints, metrics.jsonl, summary.json and the trained student go to the configuration's output_path.
+    Checkpoints, metrics.jsonl, summary.json, report.md with its plots, and the trained student go to the
+    configuration's output_path. With --dry-run nothing is written, and the exit status is 1 where training would fail.
     """
     if not config.is_file():
-        near = difflib.get_close_matches(str(config), ["train", "capture"], n=1)
+        near = difflib.get_close_matches(str(config), ["train", "capture", "report"], n=1)
         hint = f"; did you mean the command '{near[0]}'?" if near else ""
         raise ConfigError(f"{config}: there is no such configuration file{hint}")
     first = os.environ.get("RANK", "0") == "0"
     if verbose:
         logging.getLogger().setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
-    if not first:
+    if not first or (checks_only and not verbose):
         logging.getLogger("distillkit").setLevel(logging.WARNING)
+    # Libraries and trackers print to stdout; the result is to be alone there.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = _check(config) if checks_only else _train(config)
+        _leave_process_group()
+    content = result.to_dict() if isinstance(result, DryRun) else result
+    if first and as_json:
+        click.echo(json.dumps(content, indent=2))
+    elif first and isinstance(result, DryRun):
+        _show_checks(config, result)
+    elif first:
+        output().print(summary_table(content))
+    if isinstance(result, DryRun) and not result.ok:
+        context.exit(1)
+
+
+def _train(config: Path) -> dict[str, Any]:
     from distillkit.config import load_config
 
     run = load_config(config)
@@ -56,14 +79,42 @@ def train(config: Path, verbose: int, as_json: bool) -> None:
 
     # Their bars for loading and saving run into ours.
     disable_progress_bar()
-    summary = train_student(run)
-    _leave_process_group()
-    if not first:
+    return train_student(run)
+
+
+def _check(config: Path) -> DryRun:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return dry_run(config)
+
+
+_MARKS = {"passed": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[bold red]✗[/]", "not checked": "[dim]·[/]"}
+_PLAIN_MARKS = {"passed": "ok", "warning": "!", "failed": "FAILED", "not checked": "-"}
+
+
+def _show_checks(config: Path, result: DryRun) -> None:
+    """Print a dry run for a person: a mark and a line a check, and what training would write."""
+    try:
+        "✓✗·".encode(sys.stdout.encoding or "ascii")
+        marks = _MARKS
+    except UnicodeEncodeError:
+        marks = _PLAIN_MARKS
+    table = Table(title=f"dry run: {config}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in result.checks:
+        table.add_row(marks[check.status], check.name, escape(check.detail))
+    show(table)
+    failed = [check.name for check in result.checks if check.status == "failed"]
+    if failed:
+        click.echo(f"training would not run: {', '.join(failed)}")
         return
-    if as_json:
-        click.echo(json.dumps(summary, indent=2))
-    else:
-        output().print(summary_table(summary))
+    click.echo("everything is there; nothing was trained or written. Training would write:")
+    width = max(len(path) for path, _ in result.would_write)
+    for path, what in result.would_write:
+        click.echo(f"  {path:<{width}}  {what}")
 
 
 def _leave_process_group() -> None:
@@ -90,10 +141,12 @@ def summary_table(summary: dict[str, Any]) -> Table:
     if summary["cut_documents"]:
         table.add_row("cut", f"{summary['cut_documents']:,} documents, {summary['cut_tokens']:,} tokens")
     table.add_row("time", f"{summary['seconds']:,.1f} s")
+    table.add_row("waiting for data", f"{summary['data_wait']:.1%} of the training time")
     table.add_row("peak memory", f"{filesize.decimal(summary['peak_rss_bytes'])}{cuda}")
     first, last = summary["eval_first"], summary["eval_last"]
     for name, label, form in _MEASURES if last is not None else ():
         value = form.format(last[name])
         before = f"{form.format(first[name])} (step {first['step']}) → " if first["step"] != last["step"] else ""
         table.add_row(label, f"{before}{value}")
+    table.add_row("report", str(Path(summary["output_path"]) / "report.md"))
     return table

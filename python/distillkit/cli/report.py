@@ -1,0 +1,51 @@
+"""`distillkit report`: what training runs brought, from the files they left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from distillkit.cli.common import show
+
+__all__ = ["report"]
+
+
+@click.command(short_help="Write a run's report again, or compare several runs.")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", "folder", type=click.Path(path_type=Path), help="Draw the comparison into this folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+def report(runs: tuple[Path, ...], folder: Path | None, as_json: bool) -> None:
+    """Write report.md and its plots into the output folder of the training run RUNS, also of one that was killed.
+
+    Several RUNS are printed side by side, and nothing is written into their folders; with --output, comparison.md and
+    comparison.png are written there.
+    """
+    from distillkit.report import comparison, names_of, read_run, write_comparison, write_report
+
+    records = [read_run(run) for run in runs]
+    if folder is not None and len(records) == 1:
+        raise click.UsageError("--output is for comparing several runs; one run's report goes into its own folder")
+    if len(records) == 1:
+        written = write_report(records[0])
+    else:
+        written = [] if folder is None else write_comparison(records, folder)
+    rows, names = comparison(records), names_of(records)
+    if as_json:
+        content = {
+            name: {"path": str(record.folder), "finished": record.summary is not None, **record.figures()}
+            for name, record in zip(names, records, strict=True)
+        }
+        click.echo(json.dumps(content, indent=2))
+        return
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("", *names):
+        table.add_column(escape(column), justify="right" if column else "left", overflow="fold")
+    for label, values in rows:
+        table.add_row(label, *(escape(value.replace("`", "")) for value in values))
+    show(table)
+    for path in written:
+        click.echo(f"written: {path}")

@@ -1,0 +1,125 @@
+"""What a run is, in words and numbers for its report: student, teacher, data, losses, settings."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from distillkit import __version__
+from distillkit.lm_head import bare_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+    from trl import SFTConfig
+
+    from distillkit.config import DatasetSource, RunConfig
+    from distillkit.losses.config import LossConfig
+
+__all__ = ["describe", "describe_student"]
+
+_PACKAGES = ("torch", "transformers", "trl", "accelerate")
+
+
+def describe(
+    config: RunConfig, arguments: SFTConfig, model: PreTrainedModel | PeftModel, datasets: Mapping[Any, Any]
+) -> dict[str, Any]:
+    """Describe a run whose parts are loaded.
+
+    Args:
+        config: the run.
+        arguments: the trainer's.
+        model: the student.
+        datasets: `train` and perhaps `eval`; of one with a `source`, its tokens and recorded teacher are taken.
+
+    Returns:
+        JSON objects by name: `student`, `teacher`, `data`, `losses` (weights summing to 1), `settings`, `versions`; and
+        `project`, `began`.
+    """
+    return {
+        "project": config.project_name,
+        "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "student": describe_student(config, model),
+        "teacher": _teacher(config, datasets["train"]),
+        "data": {
+            key: _data(getattr(config.dataset, f"{key}_dataset"), dataset)
+            for key, dataset in datasets.items()
+            if dataset is not None
+        },
+        "losses": _losses(config.loss_functions),
+        "settings": _settings(config, arguments),
+        "versions": {"distillkit": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+    }
+
+
+def describe_student(config: RunConfig, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """Describe the student: `path`, `class`, `parameters`, `trained`, `adapters`, `dtype`, `attention`."""
+    bare = bare_model(model)
+    # DeepSpeed's ZeRO-3 leaves a part of each parameter here, and says how large the whole is.
+    sizes = [(int(getattr(part, "ds_numel", part.numel())), part.requires_grad) for part in bare.parameters()]
+    return {
+        "path": config.model,
+        "class": type(bare).__name__,
+        "parameters": sum(size for size, _ in sizes),
+        "trained": sum(size for size, trained in sizes if trained),
+        "adapters": config.peft is not None,
+        "dtype": str(bare.dtype).removeprefix("torch."),
+        "attention": bare.config._attn_implementation,
+    }
+
+
+def _teacher(config: RunConfig, dataset: Any) -> dict[str, Any]:
+    if config.teacher.kind == "hf":
+        return {"kind": "hf", "name": config.teacher.path, "k": config.teacher.top_k}
+    source = getattr(dataset, "source", None)
+    recorded = (None if source is None else source.header.teacher) or {}
+    return {"kind": "dataset", "name": recorded.get("name"), "k": None if source is None else source.codec.k}
+
+
+def _data(where: DatasetSource, dataset: Any) -> dict[str, Any]:
+    source = getattr(dataset, "source", None)
+    return {
+        "path": where.repo_id or where.disk_path,
+        "documents": len(dataset) if source is None else len(dataset.indices),
+        # Unknown without reading them where not all documents are taken.
+        "tokens": None if source is None or len(dataset.indices) != len(source) else source.num_tokens,
+    }
+
+
+def _losses(configs: list[LossConfig]) -> list[dict[str, Any]]:
+    """Name the losses as they are logged: a number from the second of a kind on."""
+    total, seen, named = sum(config.weight for config in configs), Counter[str](), []
+    for config in configs:
+        seen[config.function] += 1
+        nth = seen[config.function]
+        settings = config.model_dump(mode="json", exclude_none=True, exclude={"function", "weight"})
+        name = config.function if nth == 1 else f"{config.function}@{nth}"
+        named.append({"name": name, "weight": config.weight / total, **settings})
+    return named
+
+
+def _settings(config: RunConfig, arguments: SFTConfig) -> dict[str, Any]:
+    precision = "bf16 mixed precision" if arguments.bf16 else "fp16 mixed precision" if arguments.fp16 else "as loaded"
+    return {
+        "sequence_length": config.sequence_length,
+        "batch": arguments.per_device_train_batch_size,
+        "accumulation": arguments.gradient_accumulation_steps,
+        "processes": arguments.world_size,
+        "device": arguments.device.type,
+        "precision": precision,
+        "optimizer": _value(arguments.optim),
+        "learning_rate": arguments.learning_rate,
+        "schedule": _value(arguments.lr_scheduler_type),
+        "warmup_steps": arguments.warmup_steps,
+        "weight_decay": arguments.weight_decay,
+        "activation_checkpointing": bool(arguments.activation_checkpointing),
+        "workers": arguments.dataloader_num_workers,
+        "seed": arguments.seed,
+    }
+
+
+def _value(setting: Any) -> Any:
+    return getattr(setting, "value", setting)

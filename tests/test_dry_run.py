@@ -1,0 +1,215 @@
+"""`distillkit config.yaml --dry-run`: what it finds, that it trains and leaves nothing, and that its estimates are
+near the truth."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from click.testing import CliRunner
+
+from distillkit import estimate
+from distillkit.cli.main import cli
+from distillkit.config import RunConfig
+from distillkit.dry_run import DryRun, dry_run
+from distillkit.estimate import optimizer_bytes
+from distillkit.report import read_metrics
+from distillkit.trainer import Run, train
+from training import random_documents, run_config, save_student, tiny_model, tiny_tokenizer, write_dataset
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("parts")
+    other = folder / "other"
+    tiny_model(1).save_pretrained(other)
+    tiny_tokenizer(prefix="other").save_pretrained(other)
+    return {
+        "student": save_student(folder / "student"),
+        "other": str(other),
+        "teacher": save_student(folder / "teacher", seed=7),
+        "train": write_dataset(folder / "train", random_documents(24)),
+        "eval": write_dataset(folder / "eval", random_documents(5, seed=1)),
+    }
+
+
+def config_for(parts: dict[str, str], output: Path, **settings: Any) -> RunConfig:
+    arguments = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 2, **settings.pop("arguments", {})}
+    train_data = settings.pop("train", parts["train"])
+    return run_config(
+        settings.pop("student", parts["student"]),
+        output,
+        train_data,
+        parts["eval"],
+        training_args=arguments,
+        **settings,
+    )
+
+
+def written(config: RunConfig, folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    return path
+
+
+def figures(result: DryRun, name: str) -> dict[str, Any]:
+    return next(check.figures for check in result.checks if check.name == name)
+
+
+def test_all_is_well_and_nothing_is_left(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even a repository on the hub, which the trainer would make at once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda *_, **__: pytest.fail("it asks the hub"))
+    config = written(config_for(parts, tmp_path / "out", arguments={"push_to_hub": True}), tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(cli, [str(config), "--dry-run"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("✓") == 14
+    assert "everything is there; nothing was trained or written" in result.stdout
+    assert f"{tmp_path / 'out' / 'report.md'}" in result.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_first_batch_is_the_first_of_training(parts: dict[str, str], tmp_path: Path) -> None:
+    losses = [{"function": "cross_entropy", "weight": 1}, {"function": "kl", "weight": 1, "temperature": 2.0}]
+    config = config_for(parts, tmp_path / "out", loss_functions=losses, arguments={"gradient_checkpointing": True})
+    result = CliRunner().invoke(cli, [str(written(config, tmp_path)), "--dry-run", "--json"], catch_exceptions=False)
+    content = json.loads(result.stdout)
+    assert content["ok"]
+    checks = {check["name"]: check for check in content["checks"]}
+    train(config)
+    trained = next(entry for entry in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in entry)
+    for name in ("cross_entropy", "kl", "top1_agreement"):
+        assert checks["first batch"][name] == pytest.approx(trained[name], rel=1e-6), name
+    assert checks["steps"]["steps"] == 4
+    # Two checkpoints, at steps 2 and 4, and the student, each with its weights; and twice as much for AdamW's state.
+    weights = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert checks["disk"]["checkpoints"] == len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
+    assert checks["disk"]["needed_bytes"] == pytest.approx((1 + 2 * 3) * weights, rel=0.1)
+    # Another run into the same folder, and one that goes on.
+    assert [c.status for c in dry_run(tmp_path / "config.yaml").checks if c.name == "output folder"] == ["warning"]
+    config = config_for(parts, tmp_path / "out", arguments={"resume_from_checkpoint": True, "max_steps": 6})
+    resumed = dry_run(written(config, tmp_path))
+    assert figures(resumed, "output folder")["resumes_from"].endswith("checkpoint-4")
+
+
+FAILURES: list[tuple[dict[str, Any], str, str, set[str]]] = [
+    ({"student": "nowhere/at/all"}, "student's settings", "can not be loaded", {"tokenizer", "student", "data"}),
+    ({"train": "nowhere"}, "data", "no such file or folder", {"data fits student", "first batch"}),
+    ({"student": "other"}, "data", "captured with another tokenizer", {"data fits student", "memory"}),
+    ({"arguments": {"report_to": "mlflow"}}, "training arguments", "'mlflow' is not installed", {"tokenizer"}),
+    ({"dataset": {"num_samples": 1000}}, "data fits student", "1,000 documents are wanted", {"steps"}),
+    ({"frozen_res": ["nothing"]}, "student's settings", "matches no parameter's name", {"student"}),
+    ({"arguments": {"resume_from_checkpoint": True}}, "output folder", "there is no checkpoint in", {"disk"}),
+]
+
+
+@pytest.mark.parametrize(("settings", "failing", "says", "unchecked"), FAILURES, ids=[row[1] for row in FAILURES])
+def test_what_fails_is_named_and_the_rest_is_checked(
+    parts: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    failing: str,
+    says: str,
+    unchecked: set[str],
+) -> None:
+    # Whether the tracker is installed depends on the machine.
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: [])
+    settings = {key: parts.get(value, value) if isinstance(value, str) else value for key, value in settings.items()}
+    config = written(config_for(parts, tmp_path / "out", **settings), tmp_path)
+    result = CliRunner().invoke(cli, [str(config), "--dry-run", "--json"], catch_exceptions=False)
+    assert result.exit_code == 1
+    checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert [name for name, check in checks.items() if check["status"] == "failed"] == [failing]
+    assert says in checks[failing]["detail"]
+    assert unchecked <= {name for name, check in checks.items() if check["status"] == "not checked"}
+    assert checks["configuration"]["status"] == "passed"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_with_mistakes_is_all_that_is_said(parts: dict[str, str], tmp_path: Path) -> None:
+    path = written(config_for(parts, tmp_path / "out"), tmp_path)
+    path.write_text(path.read_text().replace("sequence_length", "sequence_lenght"))
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["--dry-run", str(path)], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "✗" in result.stdout
+    assert "did you mean 'sequence_length'?" in result.stdout
+    assert "training would not run: configuration" in result.stdout
+
+
+def test_too_little_memory_and_disk(parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(config_for(parts, tmp_path / "out"), tmp_path)
+    weights = figures(dry_run(path), "memory")["gradients_bytes"]
+
+    def checked(free: int) -> dict[str, str]:
+        monkeypatch.setattr(estimate, "memory_at_hand", lambda device: free)
+        return {check.name: check.status for check in dry_run(path).checks}
+
+    # Gradients and AdamW's state are three times the weights, which are there already.
+    assert checked(3 * weights - 1)["memory"] == "failed"
+    assert checked(3 * weights - 1)["first batch"] == "not checked"
+    assert checked(3 * weights)["memory"] == "warning"
+    assert checked(10**12)["memory"] == "passed"
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**6, 10**6, 7 * weights - 1))
+    failed = [check for check in dry_run(path).checks if check.status == "failed"]
+    assert [check.name for check in failed] == ["disk"]
+    assert "set training_args.save_total_limit, or save less often" in failed[0].detail
+
+
+def test_a_live_teacher_and_adapters(parts: dict[str, str], tmp_path: Path) -> None:
+    teacher = {"kind": "hf", "path": parts["teacher"], "top_k": 4}
+    config = config_for(parts, tmp_path / "out", teacher=teacher, peft={"r": 2}, arguments={"save_steps": 1})
+    result = dry_run(written(config, tmp_path))
+    assert result.ok, result
+    memory, student = figures(result, "memory"), figures(result, "student")
+    assert memory["teacher_bytes"] == pytest.approx(memory["weights_bytes"], rel=0.3)
+    assert memory["gradients_bytes"] == 4 * student["trained"]
+    assert figures(result, "disk")["needed_bytes"] == 4 * student["trained"] * (1 + 4 * 3)
+
+
+# -- estimates ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop"])
+def test_an_optimisers_state_is_as_large_as_estimated(parts: dict[str, str], tmp_path: Path, optimizer: str) -> None:
+    config = config_for(parts, tmp_path, arguments={"optim": optimizer, "max_steps": 1, "save_strategy": "no"})
+    trainer = Run(config).trainer
+    trainer.train()
+    state = trainer.optimizer.optimizer.state_dict()["state"]
+    tensors = [value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
+    real = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    estimated = optimizer_bytes(list(trainer.model.parameters()), optimizer)
+    # Step counters and the like are left out.
+    assert estimated == pytest.approx(real, rel=0.02, abs=200)
+
+
+def test_an_unknown_optimisers_state_is_not_made_up() -> None:
+    assert optimizer_bytes(list(tiny_model().parameters()), "galore_adamw") is None
+    assert optimizer_bytes([torch.nn.Parameter(torch.zeros(1000))], "adamw_8bit") == pytest.approx(2000, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_measured(parts: dict[str, str], tmp_path: Path, checkpointing: bool) -> None:
+    """Two short forwards tell what a long one keeps."""
+    student = save_student(tmp_path / "student", num_hidden_layers=6, max_position_embeddings=512)
+    config = config_for(parts, tmp_path / "out", student=student, arguments={"gradient_checkpointing": checkpointing})
+    run = Run(config)
+    model, arguments = run.trainer.model, run.arguments
+    estimated = estimate._activations(model, arguments, 400)
+    with estimate._checkpointing(model, arguments, checkpointing):
+        real = estimate._kept(model, arguments, 400)
+    whole = estimate._kept(model, arguments, 400)
+    # Recomputing keeps the inputs of the layers, and for a while all of one layer.
+    expected = real + whole / 6 if checkpointing else real
+    assert estimated == pytest.approx(expected, rel=0.1)
+    assert (estimated < whole / 2) is checkpointing

@@ -1,0 +1,317 @@
+"""What is seen of a training run: the console, waiting for data, report.md and its plots, runs side by side."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from distillkit import training_plots
+from distillkit.cli.main import cli
+from distillkit.data import DistillationDataset
+from distillkit.errors import CorruptDataError
+from distillkit.progress import ConsoleProgress, duration
+from distillkit.report import RunRecord, comparison, markdown, read_metrics, read_run, write_report
+from distillkit.trainer import DistillationTrainer, Run, train
+from training import random_documents, run_config, save_student, write_dataset
+
+PNG = b"\x89PNG"
+LOSSES = [
+    {"function": "cross_entropy", "weight": 1},
+    {"function": "kl", "weight": 2},
+    {"function": "kl", "weight": 1, "temperature": 2.0},
+]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("parts")
+    return {
+        "student": save_student(folder / "student"),
+        "train": write_dataset(folder / "train", random_documents(24)),
+        "eval": write_dataset(folder / "eval", random_documents(5, seed=1)),
+    }
+
+
+def config_for(parts: dict[str, str], output: Path, **arguments: Any) -> Any:
+    merged = {
+        "max_steps": 6,
+        "eval_on_start": True,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        **arguments,
+    }
+    return run_config(
+        parts["student"], output, parts["train"], parts["eval"], loss_functions=LOSSES, training_args=merged
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with evaluations and checkpoints."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    train(config_for(parts, output))
+    return output
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def test_the_metrics_say_what_was_trained(parts: dict[str, str], trained: Path) -> None:
+    first = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0
+    run = first["run"]
+    assert run["student"]["path"] == parts["student"]
+    assert run["data"]["train"] == {
+        "path": parts["train"],
+        "documents": 24,
+        "tokens": sum(len(document) for document in random_documents(24)),
+    }
+    assert [(loss["name"], loss["weight"]) for loss in run["losses"]] == [
+        ("cross_entropy", 0.25),
+        ("kl", 0.5),
+        ("kl@2", 0.25),
+    ]
+    assert (run["max_steps"], run["settings"]["batch"], run["teacher"]["k"]) == (6, 4, 8)
+    logs = [entry for entry in read_metrics(trained / "metrics.jsonl") if "loss" in entry]
+    for log in logs:
+        # The names above are those of the logs, and the weights make the loss of its parts.
+        total = sum(loss["weight"] * log[loss["name"]] for loss in run["losses"])
+        assert log["loss"] == pytest.approx(total, rel=1e-5)
+        assert 0.0 <= log["data_wait"] <= 1.0
+        assert log["peak_memory_gb"] > 0.1
+
+
+def test_the_report_has_the_figures_and_its_links_lead_somewhere(trained: Path) -> None:
+    text = (trained / "report.md").read_text(encoding="utf-8")
+    summary = json.loads((trained / "summary.json").read_text())
+    first, last = summary["eval_first"], summary["eval_last"]
+    change = last["eval_kl"] / first["eval_kl"] - 1
+    row = f"| KL(teacher ‖ student), nats | {first['eval_kl']:.4f} | {last['eval_kl']:.4f} | {change:+.1%} |"
+    assert row in text
+    assert "Finished: 6 of 6 steps" in text
+    assert "0.25 cross_entropy + 0.5 kl + 0.25 kl@2 (temperature 2.0)" in text
+    assert f"| time spent waiting for data | {summary['data_wait']:.1%} |" in text
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert {"report-quality.png", "report-speed.png", "metrics.jsonl", "summary.json", "checkpoint-3"} <= set(links)
+    assert all((trained / link).exists() for link in links)
+    for name in ("report-quality.png", "report-speed.png"):
+        assert (trained / name).read_bytes().startswith(PNG)
+
+
+def test_what_a_killed_run_left_is_enough(trained: Path, tmp_path: Path) -> None:
+    """No summary, and the last line of the metrics half written."""
+    folder = tmp_path / "killed"
+    shutil.copytree(trained, folder)
+    (folder / "summary.json").unlink()
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text + '{"step": 6, "lo')
+    (folder / "report.md").unlink()
+    result = CliRunner().invoke(cli, ["report", str(folder)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert "Not finished when this was written: 6 of 6 steps" in report
+    record = read_run(folder)
+    assert record.tokens_per_second is not None
+    assert record.peak_memory is not None
+    (folder / "metrics.jsonl").write_text('{"loss"\n' + text)
+    with pytest.raises(CorruptDataError, match=r"metrics.jsonl: line 1 is not JSON"):
+        read_run(folder)
+
+
+def test_a_run_that_is_interrupted_has_its_report(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of an earlier run in the folder is left to be taken for this one's."""
+    for name in ("summary.json", "report-speed.png"):
+        (tmp_path / name).write_text("{}")
+    step = DistillationTrainer.training_step
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
+    monkeypatch.setattr("distillkit.report._PATIENCE", 0)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_for(parts, tmp_path))
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "Not finished when this was written: 3 of 6 steps" in report
+    assert "| step 0 | step 3 |" in report
+    assert not (tmp_path / "summary.json").exists()
+    assert (tmp_path / "report-speed.png").read_bytes().startswith(PNG)
+
+
+def test_a_picture_never_ends_a_run(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(training_plots, "plot_quality", broken)
+    with caplog.at_level(logging.WARNING, logger="distillkit"):
+        assert train(config_for(parts, tmp_path, save_strategy="no"))["steps"] == 6
+    assert any("could not be written: no ink" in record.message for record in caplog.records)
+
+
+def test_without_matplotlib_the_report_says_so(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(trained / "metrics.jsonl", tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert [path.name for path in write_report(read_run(tmp_path))] == ["report.md"]
+    assert "matplotlib is not installed" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_runs_without_evaluations_or_description(tmp_path: Path) -> None:
+    """As an earlier release has written them."""
+    logs = [{"step": step, "loss": 9.0 / step, "kl": 8.0 / step, "grad_norm": float("nan")} for step in range(1, 100)]
+    record = RunRecord(tmp_path, {}, logs, [], None)
+    assert list(record.parts) == ["kl"]
+    assert record.series("grad_norm") == ([], [])
+    training_plots.plot_quality(record, tmp_path / "quality.png")
+    training_plots.plot_speed(record, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
+    text = markdown(record, [])
+    assert "99 steps" in text
+    assert "held-out" not in text
+
+
+def test_runs_side_by_side(parts: dict[str, str], trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    train(config_for(parts, other, max_steps=3, learning_rate=1e-3))
+    rows = dict(comparison([read_run(trained), read_run(other)]))
+    assert rows["steps"] == ["6", "3"]
+    assert "learning rate 0.001" in rows["optimiser"][1]
+    assert "student" not in rows, "what is the same is left out"
+    output = tmp_path / "both"
+    arguments = ["report", str(trained), str(other), "-o", str(output)]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(cli, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "KL(teacher ‖ student), nats" in result.output
+    assert (output / "comparison.png").read_bytes().startswith(PNG)
+    assert "| steps | 6 | 3 |" in (output / "comparison.md").read_text(encoding="utf-8")
+
+    result = CliRunner().invoke(cli, ["report", "--json", str(trained), str(other)], catch_exceptions=False)
+    figures = json.loads(result.stdout)
+    assert figures["other"]["step"] == 3
+    assert figures["run"]["eval_last"]["eval_kl"] < figures["run"]["eval_first"]["eval_kl"]
+
+
+def test_the_command_needs_no_torch_and_refuses_other_folders(tmp_path: Path) -> None:
+    code = (
+        "import sys; from distillkit.cli.main import main; sys.argv = ['distillkit', 'report', sys.argv[1]]\n"
+        "try: main()\nfinally: assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 1
+    assert "there is no metrics.jsonl here" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+# -- waiting for data --------------------------------------------------------------------------------------------------
+
+
+def test_waiting_for_data_is_measured(parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading that takes 25 ms a document is seen, whole; evaluation and its reading are left out."""
+    read, slept = DistillationDataset.__getitem__, []
+
+    def slow(self: DistillationDataset, index: int) -> Any:
+        if len(self) == 24:
+            time.sleep(0.025)
+            slept.append(0.025)
+        else:
+            time.sleep(0.1)
+        return read(self, index)
+
+    quick = Run(config_for(parts, tmp_path / "quick", save_strategy="no")).trainer
+    quick.train()
+    monkeypatch.setattr(DistillationDataset, "__getitem__", slow)
+    waiting = Run(config_for(parts, tmp_path / "slow", save_strategy="no")).trainer
+    waiting.train()
+    # The last batch that was read ahead may not have been waited for.
+    assert sum(slept) * 0.8 < waiting.waiting_seconds < waiting.training_seconds
+    assert waiting.waiting_seconds < sum(slept) * 1.5
+    share = waiting.waiting_seconds / waiting.training_seconds
+    assert share > 0.5 > quick.waiting_seconds / quick.training_seconds
+    shares = [entry["data_wait"] for entry in read_metrics(tmp_path / "slow" / "metrics.jsonl") if "loss" in entry]
+    assert sorted(shares)[3] > 0.5
+
+
+# -- the console -------------------------------------------------------------------------------------------------------
+
+
+def shown(console: Console, *, terminal_steps: int = 0) -> str:
+    """What a run of 400 steps, at its 100th, shows: the file of the console."""
+    progress = ConsoleProgress(("cross_entropy", "kl", "kl@2"), console)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=400)
+    progress.on_train_begin(None, state, None)
+    progress._began = (0, time.monotonic() - 50.0)
+    state.global_step = 100
+    progress.on_step_end(None, state, None)
+    log = {
+        "loss": 3.25,
+        "cross_entropy": 4.0,
+        "kl": 3.0,
+        "kl@2": 2.0,
+        "top1_agreement": 0.271,
+        "learning_rate": 1e-4,
+        "tokens_per_second": 1234.5,
+        "data_wait": 0.021,
+    }
+    progress.on_log(None, state, None, log)
+    progress.on_log(None, state, None, {"eval_loss": 3.5, "eval_kl": 3.1, "eval_cross_entropy": 4.2})
+    progress.on_log(None, state, None, {"train_runtime": 12.0})
+    if progress.progress is not None:
+        progress.progress.refresh()
+    progress.close()
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_log_file_gets_one_plain_line_a_log() -> None:
+    assert shown(Console(file=io.StringIO(), width=80)).splitlines() == [
+        "    step 100/400  loss 3.2500 (CE 4.0000, KL 3.0000, kl@2 2.0000)  top-1 27.1%  lr 1.00e-04  tokens/s 1,234  "
+        "data wait 2%  2:30 left",
+        "held out 100/400  loss 3.5000  KL 3.1000  CE 4.2000  2:30 left",
+    ]
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left_and_no_colour_where_none_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for wanted in (True, False):
+        if not wanted:
+            monkeypatch.setenv("NO_COLOR", "1")
+        text = shown(Console(file=io.StringIO(), width=120, force_terminal=True, color_system="standard"))
+        coloured = re.search(r"\x1b\[[0-9;]*3[0-7][0-9;]*m", text) is not None
+        assert coloured is wanted
+        plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+        assert re.search(r"training .*100/400 .*2:30 left", plain)
+
+
+def test_times_are_readable() -> None:
+    assert [duration(seconds) for seconds in (0, 7.4, 725, 11_045, 360_000)] == [
+        "0:00",
+        "0:07",
+        "12:05",
+        "3:04:05",
+        "100:00:00",
+    ]

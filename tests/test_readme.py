@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -11,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from distillkit.config import parse_config
 from training import random_documents, save_student
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +55,7 @@ def test_commands_and_snippets_run(place: Path) -> None:
             )
             assert result.returncode == 0, f"{command}: {result.stderr}"
             ran += 1
-    assert ran == 11
+    assert ran == 14
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(place / "trained").config.vocab_size == 160
@@ -70,6 +73,27 @@ def test_the_demo_runs_to_its_end_and_again(tmp_path: Path) -> None:
         assert all(word in result.stdout for word in words), result.stdout
     for name in ("codec.png", "training.png", "distilled/model.safetensors"):
         assert (tmp_path / "demo" / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_settings_in_the_documents_are_valid(path: Path) -> None:
+    """Each YAML block, put into a small configuration."""
+    content = path.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", content, flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in map(yaml.safe_load, blocks):
+        if "deepspeed" in block.get("training_args", {}) and importlib.util.find_spec("deepspeed") is None:
+            continue
+        base = {
+            "model": "student",
+            "output_path": "trained",
+            "sequence_length": 1024,
+            "dataset": {"train_dataset": {"disk_path": "captured"}},
+            "teacher": {"kind": "dataset"},
+        }
+        parse_config({**base, **block}, source=path.name)
+    for target in re.findall(r"\]\(([^)#]+)\)", content):
+        assert target.startswith("http") or (path.parent / target).exists(), target
 
 
 def test_make_targets_exist() -> None:

@@ -358,7 +358,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
         return {}
     student, settings = d["student"], d["settings"]
     trained = "" if student["trained"] == student["parameters"] else f", {student['trained']:,} trained"
-    adapters = " in LoRA adapters" if student["adapters"] else ""
+    adapters = " in LoRA adapters" if student.get("adapters") else ""
     batch = settings["batch"] * settings["accumulation"] * settings["processes"]
     cut = f"{settings['batch']} at a time × {settings['accumulation']} accumulated × processes: {settings['processes']}"
     facts = {

@@ -136,7 +136,7 @@ def test_packed_and_padded_ids_are_taken_apart(tmp_path: Path, tokenizer: Any) -
             InputError,
             r"conversations\[0\]: the role 'robot' is not known",
         ),
-        ({"input_ids": [8, 13]}, InputError, "line 3: input_ids has 13; the teacher knows ids 0…12"),
+        ({"input_ids": [8, 13]}, InputError, "line 3: input_ids has 13; the model knows ids 0…12"),
         (
             {"input_ids": [8, 9], "attention_mask": [1]},
             InputError,

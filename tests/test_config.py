@@ -11,7 +11,7 @@ import yaml
 
 from distillkit.config import RunConfig, load_config, parse_config
 from distillkit.errors import ConfigError
-from distillkit.training_args import training_arguments
+from distillkit.training_args import argument_problems, training_arguments
 
 # Every key of the published configuration that is supported, with the spellings it is used in.
 PUBLISHED = """
@@ -129,6 +129,7 @@ def test_defaults_are_the_published_ones_and_run_on_a_cpu() -> None:
     assert (config.project_name, config.dataset.seed, config.use_flash_attention) == ("distillkit", 42, None)
     arguments = training_arguments(config)
     assert (arguments.use_cpu, arguments.bf16, arguments.dataloader_pin_memory) == (True, False, False)
+    assert arguments.dataloader_num_workers == 0, "beside an accelerator there are some"
     assert (arguments.data_seed, arguments.activation_checkpointing, arguments.learning_rate) == (42, True, 2e-5)
 
 
@@ -172,7 +173,20 @@ MISTAKES = [
     ("training_args.eval_on_start", True, "dataset.eval_dataset"),
     ("training_args.average_tokens_across_devices", False, "all processes"),
     ("training_args.train_sampling_strategy", "group_by_length", "'sequential'"),
-    ("training_args.dataset_text_field", "text", "token ids already"),
+    ("training_args.dataset_text_field", "content", "token ids already"),
+    ("training_args.chat_template_path", "chat.jinja", "token ids already"),
+    ("training_args.assistant_only_loss", True, "loss mask decides"),
+    ("training_args.completion_only_loss", True, "loss mask decides"),
+    ("training_args.dataset_kwargs", {"add_special_tokens": False}, "allowed: 'skip_prepare_dataset'"),
+    ("training_args.dataset_kwargs", "skip", "a mapping is expected"),
+    ("training_args.dataset_num_proc", 0, "at least 1"),
+    ("training_args.packing", "some", "'some'"),
+    ("training_args.packing_strategy", "wrapped", "see each other"),
+    ("training_args.packing_strategy", "bfd_split", "cuts documents that are longer than sequence_length"),
+    ("training_args.packing_strategy", "ffd", "allowed"),
+    ("dataset.eos_label_token_ids", [3, -1], "greater than or equal to 0"),
+    ("dataset.eos_label_token_ids", 3, "list"),
+    ("dataset.prepared_dataset_path", "", "at least 1 character"),
     ("training_args.model_init_kwargs", {"dtype": "auto"}, "model_kwargs"),
     ("training_args.trust_remote_code", True, "top level"),
     ("training_args.resume_from_checkpoint", 3, "checkpoint's folder"),
@@ -194,9 +208,6 @@ def test_a_mistake_is_named_by_its_path(path: str, value: Any, says: str) -> Non
 
 
 NOT_YET = [
-    ("dataset.eos_label_token_ids", [3], "dataset.eos_label_token_ids"),
-    ("dataset.prepared_dataset_path", "cache", "dataset.prepared_dataset_path"),
-    ("training_args.packing", True, "training_args.packing"),
     ("training_args.use_liger_kernel", True, "training_args.use_liger_kernel"),
     ("training_args.label_smoothing_factor", 0.1, "training_args.label_smoothing_factor"),
     ("training_args.torch_compile", True, "training_args.torch_compile"),
@@ -241,8 +252,26 @@ def test_a_loss_takes_only_what_it_means(entry: dict[str, Any], says: str) -> No
     assert says in str(caught.value)
 
 
+def test_a_live_teacher_takes_what_prepares_text() -> None:
+    arguments = {
+        "assistant_only_loss": True,
+        "completion_only_loss": False,
+        "chat_template_path": "chat.jinja",
+        "dataset_text_field": "content",
+        "dataset_num_proc": 96,
+        "packing": True,
+        "packing_strategy": "bfd",
+    }
+    assert argument_problems({**MINIMAL, "teacher": {"kind": "hf"}, "training_args": arguments}) == []
+
+
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
-    content = {**MINIMAL, "modle": 1, "sequence_length": 1, "training_args": {"learnin_rate": 1, "packing": True}}
+    content = {
+        **MINIMAL,
+        "modle": 1,
+        "sequence_length": 1,
+        "training_args": {"learnin_rate": 1, "padding_free": True},
+    }
     path = written(tmp_path, yaml.safe_dump(content))
     with pytest.raises(ConfigError) as caught:
         load_config(path)
@@ -252,7 +281,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         "modle",
         "sequence_length",
         "training_args.learnin_rate",
-        "training_args.packing",
+        "training_args.padding_free",
     }
 
 

@@ -219,6 +219,45 @@ def test_loss_and_gradient_do_not_depend_on_how_a_step_is_cut(
         assert ((gradient - whole_gradient).norm() / whole_gradient.norm()).item() < 1e-6
 
 
+def test_packing_changes_neither_loss_nor_gradient(parts: dict[str, str], tmp_path: Path) -> None:
+    """All 24 documents in one step: one a row, packed in full rows, and packed in rows of several micro-batches."""
+    train(one_step(parts, tmp_path / "padded", parts["train"], 24, 1))
+    loss, gradient = losses_of(tmp_path / "padded")[1], gradient_of(parts, tmp_path / "padded")
+    tokens = sum(len(document) for document in random_documents(24))
+    rows = -(-tokens // 128)
+    for batch, accumulation in ((rows, 1), (1, rows)):
+        output = tmp_path / f"packed-{batch}"
+        train(one_step(parts, output, parts["train"], batch, accumulation, packing=True))
+        assert json.loads((output / "summary.json").read_text())["train_tokens"] == tokens
+        assert losses_of(output)[1] == pytest.approx(loss, rel=1e-6)
+        packed_gradient = gradient_of(parts, output)
+        assert ((packed_gradient - gradient).norm() / gradient.norm()).item() < 1e-6
+
+
+def test_labels_of_named_ids_become_the_end_of_sequence(parts: dict[str, str], tmp_path: Path) -> None:
+    """The same loss as data whose predicted ids were changed; what the student reads stays as it is."""
+    documents = random_documents(4, seed=8)
+    config = one_step(parts, tmp_path / "out", write_dataset(tmp_path / "data", documents), 4, 1)
+    named = config.dataset.model_copy(update={"eos_label_token_ids": [5, 9]})
+    summary = train(config.model_copy(update={"dataset": named, "loss_functions": config.loss_functions[:1]}))
+    student = AutoModelForCausalLM.from_pretrained(parts["student"])
+    entropy, positions = 0.0, 0
+    for document in documents:
+        with torch.no_grad():
+            logits = student(torch.from_numpy(document).long()[None]).logits[0].double().numpy()
+        for t, token in enumerate(document[1:].tolist()):
+            entropy += reference.cross_entropy_at(logits[t], 1 if token in (5, 9) else token)
+            positions += 1
+    assert summary["steps"] == 1
+    assert losses_of(tmp_path / "out")[1] == pytest.approx(entropy / positions, rel=1e-5)
+
+
+def test_a_label_id_that_is_no_token_is_refused(parts: dict[str, str], tmp_path: Path) -> None:
+    config = run_config(parts["student"], tmp_path, parts["train"], dataset={"eos_label_token_ids": [3, 64]})
+    with pytest.raises(ConfigError, match=r"dataset.eos_label_token_ids: 64 is no token of the student's"):
+        train(config)
+
+
 def resumable(parts: dict[str, str], output: Path, **arguments: Any) -> RunConfig:
     """8 steps over 24 documents, 8 a step: the checkpoints are in the middle of the second epoch, and at its end."""
     return run_config(
@@ -238,8 +277,11 @@ def resumable(parts: dict[str, str], output: Path, **arguments: Any) -> RunConfi
     )
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(parts: dict[str, str], tmp_path: Path) -> None:
-    train(resumable(parts, tmp_path / "whole"))
+@pytest.mark.parametrize("settings", [{}, {"packing": True, "per_device_train_batch_size": 1}], ids=["", "packed"])
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    parts: dict[str, str], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    train(resumable(parts, tmp_path / "whole", **settings))
     expected = metrics_of(tmp_path / "whole")
     timing = (
         "tokens_per_second",
@@ -257,13 +299,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(parts: dict[str, str], tmp_p
     for step in (4, 6):
         checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
         output = tmp_path / f"resumed-{step}"
-        train(resumable(parts, output, resume_from_checkpoint=checkpoint))
+        train(resumable(parts, output, resume_from_checkpoint=checkpoint, **settings))
         assert comparable(metrics_of(output)) == [entry for entry in comparable(expected) if entry["step"] > step]
         whole = weights_of(tmp_path / "whole")
         assert all(torch.equal(value, whole[name]) for name, value in weights_of(output).items())
 
     # In its own folder, from the newest checkpoint: the file of metrics goes on where it was.
-    train(resumable(parts, tmp_path / "whole", resume_from_checkpoint=True, max_steps=10))
+    train(resumable(parts, tmp_path / "whole", resume_from_checkpoint=True, max_steps=10, **settings))
     continued = comparable(metrics_of(tmp_path / "whole"))
     assert continued[: len(comparable(expected))] == comparable(expected)
     assert [entry["step"] for entry in continued if "loss" in entry] == list(range(1, 11))
@@ -344,6 +386,17 @@ def test_bf16_autocast_and_workers(parts: dict[str, str], tmp_path: Path) -> Non
         )
         losses.append(list(losses_of(tmp_path / name).values()))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_reading_processes_change_nothing(parts: dict[str, str], tmp_path: Path) -> None:
+    """They are forked after the codec's threads have worked here, and read packed rows ahead."""
+    losses = []
+    for workers in (0, 2):
+        arguments = {"packing": True, "per_device_train_batch_size": 1, "dataloader_num_workers": workers}
+        config = run_config(parts["student"], tmp_path / str(workers), parts["train"], training_args=arguments)
+        train(config)
+        losses.append(losses_of(tmp_path / str(workers)))
+    assert losses[0] == losses[1]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(parts: dict[str, str], tmp_path: Path) -> None:

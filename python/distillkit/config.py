@@ -30,11 +30,13 @@ class _Model(BaseModel):
 
 
 class DatasetSource(_Model):
-    """Where a captured dataset lies: a hub repository or a folder.
+    """Where a dataset lies: a hub repository, or a folder or file.
 
     Attributes:
         repo_id, revision, config_name: a dataset on the Hugging Face hub, and what to take of it.
-        disk_path: a folder of shards, or a published dataset (Parquet files, or written by `save_to_disk`).
+        disk_path: a folder of shards, or a published dataset (Parquet files, or written by `save_to_disk`). For a live
+            teacher also text, chat or token ids: `.parquet`, `.json`, `.jsonl` or `.txt` files, or a `save_to_disk`
+            folder.
         split: of a dataset that has splits.
     """
 
@@ -66,9 +68,11 @@ class DatasetSection(_Model):
         seed: of the choice of samples and of their order; null takes the first samples, and orders by
             `training_args.seed`.
         num_samples, num_eval_samples: how many documents to take; all if not given.
-        prepacked: the documents are packed rows. Datasets say so themselves (numbered attention masks, segment
-            lengths), so this changes nothing.
-        eos_label_token_ids, prepared_dataset_path: not supported yet.
+        prepacked: the documents are packed rows, and stay as they are whatever `training_args.packing` says. Where one
+            of their documents ends, datasets say themselves (numbered attention masks, segment lengths).
+        eos_label_token_ids: these ids become the tokenizer's end of sequence in the labels, and nowhere else.
+        prepared_dataset_path: folder for what is made of text once and used again by every run with the same data,
+            tokenizer and settings; the cache of the datasets library if not given. Captured datasets need no preparing.
     """
 
     train_dataset: DatasetSource
@@ -76,8 +80,8 @@ class DatasetSection(_Model):
     seed: int | None = Field(default=42, ge=0)
     num_samples: int | None = Field(default=None, ge=1)
     num_eval_samples: int | None = Field(default=None, ge=1)
-    eos_label_token_ids: list[int] | None = None
-    prepared_dataset_path: str | None = None
+    eos_label_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    prepared_dataset_path: str | None = Field(default=None, min_length=1)
     prepacked: bool = False
 
 
@@ -192,8 +196,8 @@ class RunConfig(_Model):
         frozen_modules: exact names of modules that are not trained.
         frozen_res: regular expressions; parameters whose names they match anywhere are not trained.
         resize_embeddings_to_multiple_of: widen embeddings and head to a multiple of this; they never shrink.
-        functionary_packing: the published switch for keeping packed documents apart. They always are, so it changes
-            nothing.
+        functionary_packing: the published switch for packing with documents kept apart. They always are, so it means
+            `training_args.packing: true`.
         layer_mapping: which hidden states of student and teacher are compared, for hs_mse and hs_cosine: pairs of
             [student layer, teacher layer], or `all`. 0 is the embeddings' output, n the n-th layer's, −1 the last.
         force_hidden_state_projection: project the student's hidden states also where their size is the teacher's.
@@ -411,10 +415,6 @@ def _not_yet(content: Mapping[Any, Any]) -> list[str]:
     def refuse(path: str, why: str) -> None:
         found.append(f"{path}: not supported yet ({why})")
 
-    dataset = content.get("dataset")
-    for key in ("eos_label_token_ids", "prepared_dataset_path"):
-        if isinstance(dataset, Mapping) and dataset.get(key) is not None:
-            refuse(f"dataset.{key}", f"{dataset[key]!r}")
     losses = content.get("loss_functions")
     weights = [loss.get("weight") for loss in losses if isinstance(loss, Mapping)] if isinstance(losses, list) else []
     if weights and all(isinstance(weight, (int, float)) and weight == 0 for weight in weights):

@@ -1,4 +1,4 @@
-"""From stored documents to batches: which positions count, cutting, padding, order; and whether a dataset fits a
+"""From documents to batches: which positions count, cutting, packing, padding, order; and whether a dataset fits a
 student at all.
 
 Shape legend: L tokens of a document, P its counted positions, B rows of a batch, S their common length, N counted
@@ -11,14 +11,15 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from distillkit import tokenizer as tokenizers
-from distillkit.errors import ConfigError, MismatchError
+from distillkit.errors import ConfigError, CorruptDataError, MismatchError
+from distillkit.packing import Packing
 from distillkit.signals.alignment import counted_positions, shift_rates
 from distillkit.signals.types import TeacherSignal
 from distillkit.types import Document
@@ -32,11 +33,14 @@ __all__ = [
     "Collator",
     "DistillationDataset",
     "DocumentOrder",
+    "DocumentSource",
     "Example",
     "check_dataset",
+    "check_ids",
     "check_tokenizer",
     "choose_documents",
     "counted_positions",
+    "joined",
     "open_dataset",
 ]
 
@@ -72,40 +76,65 @@ class Example:
     cut_tokens: int = 0
 
 
+class DocumentSource(Protocol):
+    """Documents by index: a stored dataset, or text that was prepared."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Document: ...
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens of each document (D,), without reading any of them whole."""
+        ...
+
+
 class DistillationDataset(torch.utils.data.Dataset[Example]):
-    """Stored documents, cut to the sequence length together with their teacher rows; map-style.
+    """Documents, cut to the sequence length together with their teacher rows; map-style.
 
     Args:
-        source: the stored documents.
+        source: the documents.
         signal: takes what is needed of the teacher.
         sequence_length: L at most.
         indices: which documents of the source; all if None.
+        packing: which of these documents share an example; one each if None. An index is then that of a row.
     """
 
     def __init__(
         self,
-        source: StoredDataset,
+        source: DocumentSource,
         signal: TeacherSignal,
         sequence_length: int,
         indices: npt.NDArray[np.int64] | None = None,
+        *,
+        packing: Packing | None = None,
     ) -> None:
         self.source = source
         self.signal = signal
         self.sequence_length = sequence_length
         self.indices = np.arange(len(source), dtype=np.int64) if indices is None else indices
+        self.packing = packing
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.indices) if self.packing is None else len(self.packing)
 
     def __getitem__(self, index: int) -> Example:
-        """Read a document; `BLANK` gives one without tokens.
+        """Read a document, or the documents of a row; `BLANK` gives an example without tokens.
 
         Raises:
-            CorruptDataError: the stored document is damaged.
+            CorruptDataError: a stored document is damaged.
         """
         if index == BLANK:
             return Example(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.int64), self.signal.nothing())
-        return self.cut(self.source[int(self.indices[index])])
+        if self.packing is None:
+            return self.cut(self.source[int(self.indices[index])])
+        documents = self.indices[self.packing[index]].tolist()
+        example = joined([self.cut(self.source[document]) for document in documents])
+        if len(example.input_ids) > self.sequence_length:
+            raise CorruptDataError(
+                f"the documents {documents} have {len(example.input_ids):,} tokens where {self.sequence_length:,} at "
+                "most were packed: the data have changed since their lengths were read"
+            )
+        return example
 
     def cut(self, document: Document) -> Example:
         """Cut a document to the sequence length and take its counted positions' teacher rows."""
@@ -117,6 +146,21 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
         positions = counted_positions(lengths, loss_mask)
         teacher = self.signal.take(document, positions)
         return Example(document.input_ids[:length], lengths, positions, teacher, len(document.input_ids) - length)
+
+
+def joined(examples: Sequence[Example]) -> Example:
+    """Put examples one behind the other into one; each stays a document of its own."""
+    if len(examples) == 1:
+        return examples[0]
+    lengths = np.array([len(example.input_ids) for example in examples])
+    starts = (np.cumsum(lengths) - lengths).tolist()
+    return Example(
+        np.concatenate([example.input_ids for example in examples]),
+        np.concatenate([example.segment_lengths for example in examples]),
+        np.concatenate([start + example.positions for start, example in zip(starts, examples, strict=True)]),
+        {name: np.concatenate([example.teacher[name] for example in examples]) for name in examples[0].teacher},
+        sum(example.cut_tokens for example in examples),
+    )
 
 
 class Collator:
@@ -131,14 +175,24 @@ class Collator:
         pad_to_multiple_of: of the common length S.
         flash_attention: also give the document boundaries of the flattened batch, which FlashAttention needs for packed
             rows.
+        eos_labels: token ids that become `eos_id` in the labels.
+        eos_id: the tokenizer's end of sequence.
     """
 
     def __init__(
-        self, pad_id: int = 0, *, pad_to_multiple_of: int | None = None, flash_attention: bool = False
+        self,
+        pad_id: int = 0,
+        *,
+        pad_to_multiple_of: int | None = None,
+        flash_attention: bool = False,
+        eos_labels: Sequence[int] = (),
+        eos_id: int | None = None,
     ) -> None:
         self.pad_id = pad_id
         self.multiple = pad_to_multiple_of or 1
         self.flash_attention = flash_attention
+        self.eos_labels = np.array(sorted(eos_labels), dtype=np.int64)
+        self.eos_id = eos_id
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Collate B examples.
@@ -163,6 +217,8 @@ class Collator:
             # Each position minus the start of its document; the last document takes the padding.
             position_ids[row] = np.arange(length) - np.repeat(starts, np.diff(starts, append=length))
             labels[row, example.positions + 1] = example.input_ids[example.positions + 1]
+        if len(self.eos_labels) and self.eos_id is not None:
+            labels[np.isin(labels, self.eos_labels)] = self.eos_id
         rows = np.concatenate([row * length + example.positions for row, example in enumerate(examples)])
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(input_ids),
@@ -371,11 +427,7 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
         )
     sample = list(_sample(dataset))
     for index, document in sample:
-        largest = int(document.input_ids.max(initial=0))
-        if largest >= head_size:
-            raise MismatchError(
-                f"{key}: document {index} contains token id {largest:,}, the student's head has {head_size:,} rows"
-            )
+        _check_largest(index, document, head_size, key)
     rates = shift_rates((document for _, document in sample), dataset.codec)
     shift = rates.shifted()
     if shift is not None:
@@ -386,7 +438,34 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
     logger.info("%s: %s documents; the true next token is the teacher's first: %s", key, f"{len(dataset):,}", rates)
 
 
-def _sample(dataset: StoredDataset) -> Iterator[tuple[int, Document]]:
+def check_ids(documents: DocumentSource, head_size: int, key: str) -> None:
+    """Refuse documents for a live teacher that are none, or whose token ids the student's head does not have.
+
+    Args:
+        documents: some of them are read.
+        head_size: width of the student's head.
+        key: dotted path of the dataset in the configuration, for messages.
+
+    Raises:
+        ConfigError: there are no documents.
+        MismatchError: with both values.
+    """
+    if len(documents) == 0:
+        raise ConfigError(f"{key}: the dataset has no documents")
+    for index, document in _sample(documents):
+        _check_largest(index, document, head_size, key)
+    logger.info("%s: %s documents", key, f"{len(documents):,}")
+
+
+def _check_largest(index: int, document: Document, head_size: int, key: str) -> None:
+    largest = int(document.input_ids.max(initial=0))
+    if largest >= head_size:
+        raise MismatchError(
+            f"{key}: document {index} contains token id {largest:,}, the student's head has {head_size:,} rows"
+        )
+
+
+def _sample(dataset: DocumentSource) -> Iterator[tuple[int, Document]]:
     """Read documents evenly spread over the dataset, up to a number of documents and tokens."""
     count = min(len(dataset), _SAMPLE_DOCUMENTS)
     tokens = 0

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -19,16 +19,8 @@ import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from distillkit import tokenizer as tokenizers
-from distillkit.config import DatasetTeacher, HfTeacher
-from distillkit.data import (
-    Collator,
-    DistillationDataset,
-    DocumentOrder,
-    check_dataset,
-    check_tokenizer,
-    choose_documents,
-    open_dataset,
-)
+from distillkit.config import HfTeacher
+from distillkit.data import Collator, DistillationDataset, DocumentOrder, DocumentSource, check_dataset, check_ids
 from distillkit.description import describe
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.layers import (
@@ -43,9 +35,18 @@ from distillkit.lm_head import rows_of
 from distillkit.losses.fused import Objective
 from distillkit.memory import peak_memory
 from distillkit.models import DistillationInputs, DistillationOutput, attach_losses, check_student, load_student
+from distillkit.prepare import (
+    Part,
+    check_eos_labels,
+    configure_model,
+    configure_tokenizer,
+    open_documents,
+    training_dataset,
+)
 from distillkit.progress import ConsoleProgress, MetricsFile, loss_parts
 from distillkit.report import ReportFiles
 from distillkit.saving import save_student
+from distillkit.shards import Dataset as StoredDataset
 from distillkit.signals.offline import OfflineSignal
 from distillkit.signals.online import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.trackers import TrackedDescription, tracking
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from distillkit.config import RunConfig
-    from distillkit.shards import Dataset as StoredDataset
 
 __all__ = ["DistillationTrainer", "Run", "checkpoint_of", "train"]
 
@@ -81,6 +81,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         train_dataset, eval_dataset: documents with their teacher's signal.
         matching: which of the student's hidden states are compared with the teacher's, if any are.
         processing_class: the tokenizer, saved beside each checkpoint.
+        eos_labels: token ids that become the tokenizer's end of sequence in the labels.
         callbacks: as transformers takes them.
 
     Raises:
@@ -100,6 +101,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         eval_dataset: DistillationDataset | None = None,
         matching: LayerMatching | None = None,
         processing_class: Any = None,
+        eos_labels: Sequence[int] = (),
         callbacks: list[transformers.TrainerCallback] | None = None,
     ) -> None:
         if args.n_gpu > 1:
@@ -118,6 +120,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 pad_id=0 if pad_id is None else pad_id,
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 flash_attention=str(model.config._attn_implementation).startswith("flash"),
+                eos_labels=eos_labels,
+                eos_id=getattr(processing_class, "eos_token_id", None),
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -471,24 +475,34 @@ class Run:
     @cached_property
     def tokenizer(self) -> Any:
         """The student's tokenizer."""
-        return tokenizers.load_tokenizer(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        arguments = self.arguments  # refused, if they are wrong, before anything is loaded
+        tokenizer = tokenizers.load_tokenizer(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        configure_tokenizer(tokenizer, arguments)
+        return tokenizer
 
     @cached_property
-    def sources(self) -> dict[str, StoredDataset]:
+    def eos_labels(self) -> list[int]:
+        """Token ids that end a document; see `check_eos_labels`."""
+        return check_eos_labels(self.config, self.tokenizer)
+
+    @cached_property
+    def sources(self) -> dict[Part, DocumentSource]:
         """Training and evaluation data, opened."""
         with self.arguments.main_process_first(desc="opening the datasets"):
-            return _open_sources(self.config, self.tokenizer)
+            return _open_sources(self.config, self.tokenizer, self.arguments)
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
         """The student."""
         # Embeddings that are widened begin with random values.
         transformers.set_seed(self.arguments.seed)
-        return load_student(
+        model = load_student(
             self.config,
             tokenizers.vocab_size(self.tokenizer),
             checkpointing=self.arguments.activation_checkpointing,
         )
+        configure_model(model, self.tokenizer, self.arguments)
+        return model
 
     @cached_property
     def teacher(self) -> tuple[OnlineSignal | None, LayerMatching | None]:
@@ -496,12 +510,12 @@ class Run:
         return _live_teacher(self.config, self.model, self.arguments.device)
 
     @cached_property
-    def datasets(self) -> dict[str, DistillationDataset]:
+    def datasets(self) -> dict[Part, DistillationDataset]:
         """Training and evaluation examples, checked against the student."""
         live, _ = self.teacher
         return {
-            key: _dataset(self.config, key, source, self.model, self.arguments, live)
-            for key, source in self.sources.items()
+            part: _dataset(self.config, part, source, self.model, self.arguments, live)
+            for part, source in self.sources.items()
         }
 
     @cached_property
@@ -523,7 +537,7 @@ class Run:
     def trainer(self) -> DistillationTrainer:
         """The trainer, with everything of before in it."""
         # Data that does not belong to the student is refused before anything large is loaded.
-        assert self.sources
+        eos_labels, _ = self.eos_labels, self.sources
         self.progress.parts = loss_parts(self.objective.names)
         trainer = DistillationTrainer(
             self.model,
@@ -533,6 +547,7 @@ class Run:
             eval_dataset=self.datasets.get("eval"),
             matching=self.teacher[1],
             processing_class=self.tokenizer,
+            eos_labels=eos_labels,
             callbacks=[
                 TrackedDescription(self.description),
                 self.metrics,
@@ -588,17 +603,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     return summary
 
 
-def _open_sources(config: RunConfig, tokenizer: Any) -> dict[str, StoredDataset]:
+def _open_sources(config: RunConfig, tokenizer: Any, arguments: SFTConfig) -> dict[Part, DocumentSource]:
     """Open training and evaluation data, and refuse them early where the tokenizer already says so."""
     if config.teacher.kind == "hf":
         check_teacher_tokenizer(config, tokenizer)
-    teacher = config.teacher if isinstance(config.teacher, DatasetTeacher) else DatasetTeacher(kind="dataset")
-    sources = {"train": open_dataset(config.dataset.train_dataset, teacher, "dataset.train_dataset")}
-    if config.dataset.eval_dataset is not None:
-        sources["eval"] = open_dataset(config.dataset.eval_dataset, teacher, "dataset.eval_dataset")
-    for key, source in sources.items():
-        check_tokenizer(source, tokenizer, config.model, f"dataset.{key}_dataset")
-    return sources
+    parts: tuple[Part, ...] = ("train", "eval")
+    opened = {part: open_documents(config, part, tokenizer, arguments) for part in parts}
+    return {part: source for part, source in opened.items() if source is not None}
 
 
 def _live_teacher(
@@ -619,20 +630,21 @@ def _live_teacher(
 
 def _dataset(
     config: RunConfig,
-    key: str,
-    source: StoredDataset,
+    part: Part,
+    source: DocumentSource,
     model: transformers.PreTrainedModel,
     arguments: SFTConfig,
     teacher: OnlineSignal | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and make training examples of it."""
-    head_size = rows_of(model.get_output_embeddings().weight)
-    check_dataset(source, head_size, f"dataset.{key}_dataset")
-    option = "num_samples" if key == "train" else "num_eval_samples"
-    chosen = choose_documents(len(source), getattr(config.dataset, option), config.dataset.seed, f"dataset.{option}")
-    on_device = arguments.device.type == "cuda"
-    signal = OfflineSignal(source.codec, head_size, on_device=on_device) if teacher is None else teacher
-    return DistillationDataset(source, signal, config.sequence_length, chosen)
+    head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
+    if teacher is not None:
+        check_ids(source, head_size, key)
+        return training_dataset(config, part, source, teacher, arguments)
+    assert isinstance(source, StoredDataset)
+    check_dataset(source, head_size, key)
+    signal = OfflineSignal(source.codec, head_size, on_device=arguments.device.type == "cuda")
+    return training_dataset(config, part, source, signal, arguments)
 
 
 def checkpoint_of(config: RunConfig) -> str | None:

@@ -46,13 +46,9 @@ _GONE: dict[str, tuple[object, str]] = {
     "save_safetensors": (True, "models are always saved as safetensors"),
 }
 
-_PREPARES_TEXT = "it prepares text, and captured documents are token ids already; leave it out"
+_PREPARES_TEXT = "it prepares text for a live teacher, and captured documents are token ids already; leave it out"
+_LOSS_MASK = "it is for a live teacher; the captured documents' loss mask decides: leave it out"
 _NO_PREDICTIONS = "evaluation keeps no predictions; leave it out"
-_PACKS = (
-    "captured documents are not packed while training; set dataset.prepacked: true if the dataset is packed already, "
-    "or leave it out"
-)
-
 # Arguments that would be ignored here: which values are harmless, and why the others are refused.
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "accelerator_config": (
@@ -60,18 +56,15 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "each process reads its own batches; leave split_batches and dispatch_batches out",
     ),
     "activation_offloading": (lambda value: not value, "not supported yet"),
-    "assistant_only_loss": (lambda value: not value, "the captured documents' loss mask decides; leave it out"),
     "average_tokens_across_devices": (
         lambda value: value is True,
         "the loss is always divided by the tokens of all processes; leave it out",
     ),
     "batch_eval_metrics": (lambda value: not value, _NO_PREDICTIONS),
-    "chat_template_path": (lambda value: value is None, _PREPARES_TEXT),
-    "completion_only_loss": (lambda value: not value, "the captured documents' loss mask decides; leave it out"),
-    "dataset_kwargs": (lambda value: value in (None, {}, {"skip_prepare_dataset": True}), _PREPARES_TEXT),
-    "dataset_num_proc": (lambda value: value is None, _PREPARES_TEXT),
-    "dataset_text_field": (lambda value: value is None, _PREPARES_TEXT),
-    "eos_token": (lambda value: value is None, _PREPARES_TEXT),
+    "dataset_num_proc": (
+        lambda value: value is None or (isinstance(value, int) and value >= 1),
+        "a number of processes is expected, at least 1",
+    ),
     "eval_accumulation_steps": (lambda value: value is None, _NO_PREDICTIONS),
     "eval_do_concat_batches": (lambda value: value is True, _NO_PREDICTIONS),
     "eval_use_gather_object": (lambda value: not value, _NO_PREDICTIONS),
@@ -81,8 +74,6 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "liger_kernel_config": (lambda value: value is None, "not supported yet"),
     "loss_type": (lambda value: value in ("nll", "chunked_nll"), "loss_functions decide; leave it out"),
     "model_init_kwargs": (lambda value: not value, "put these under model_kwargs"),
-    "packing_strategy": (lambda value: value is None, _PACKS),
-    "pad_token": (lambda value: value is None, _PREPARES_TEXT),
     "padding_free": (lambda value: not value, "not supported yet"),
     "parallelism_config": (lambda value: value is None, "not supported yet"),
     "prediction_loss_only": (lambda value: value is True, _NO_PREDICTIONS),
@@ -102,6 +93,20 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_liger_kernel": (lambda value: not value, "not supported yet"),
 }
 
+# Arguments that make token ids of text: with stored distributions there is no text, and only harmless values pass.
+_FOR_TEXT: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "assistant_only_loss": (lambda value: not value, _LOSS_MASK),
+    "chat_template_path": (lambda value: value is None, _PREPARES_TEXT),
+    "completion_only_loss": (lambda value: not value, _LOSS_MASK),
+    "dataset_text_field": (lambda value: value == "text", _PREPARES_TEXT),
+}
+
+_PACKING_STRATEGIES = {
+    "bfd_split": "the pieces of a cut document would be without the text before them that the teacher read; allowed: "
+    "'bfd', which cuts documents that are longer than sequence_length",
+    "wrapped": "it would cut documents anywhere and let them see each other; allowed: 'bfd'",
+}
+
 
 def argument_problems(content: Mapping[Any, Any]) -> list[str]:
     """Describe everything that is wrong with the `training_args` of a configuration.
@@ -114,8 +119,9 @@ def argument_problems(content: Mapping[Any, Any]) -> list[str]:
     """
     arguments: Mapping[Any, Any] = content["training_args"]
     problems: list[str] = []
+    refused = _REFUSED if _has_live_teacher(content) else {**_REFUSED, **_FOR_TEXT}
     for name, value in arguments.items():
-        problem = _argument_problem(name, value)
+        problem = _argument_problem(name, value, refused)
         if problem is not None:
             problems.append(f"training_args.{name}: {problem}")
     for old, new in _RENAMED.items():
@@ -127,7 +133,12 @@ def argument_problems(content: Mapping[Any, Any]) -> list[str]:
     return problems + _disagreements(content, arguments)
 
 
-def _argument_problem(name: Any, value: Any) -> str | None:
+def _has_live_teacher(content: Mapping[Any, Any]) -> bool:
+    teacher = content.get("teacher")
+    return isinstance(teacher, Mapping) and teacher.get("kind") == "hf"
+
+
+def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callable[[Any], bool], str]]) -> str | None:
     """Say what is wrong with one argument by itself."""
     from distillkit.config import nearest
 
@@ -141,20 +152,33 @@ def _argument_problem(name: Any, value: Any) -> str | None:
     hints = _hints()
     if field not in hints:
         return f"unknown training argument{nearest(name, [*hints, *_RENAMED])}"
-    if name in ("packing", "eval_packing"):
-        return None  # depends on dataset.prepacked
-    if field in _REFUSED:
-        harmless_value, why = _REFUSED[field]
+    if field in refused:
+        harmless_value, why = refused[field]
         if not harmless_value(value):
             return (
                 f"{value!r} is not supported ({why})"
                 if why != "not supported yet"
                 else f"not supported yet (found {value!r})"
             )
+    if field == "dataset_kwargs" and value is not None:
+        return _dataset_kwargs_problem(value)
+    if field == "packing_strategy" and value != "bfd":
+        if value in _PACKING_STRATEGIES:
+            return f"{value!r} is not supported ({_PACKING_STRATEGIES[value]})"
+        return f"{value!r} is not allowed; allowed: 'bfd'"
     try:
         _converted(field, value)
     except ValueError as error:
         return str(error)
+    return None
+
+
+def _dataset_kwargs_problem(value: Any) -> str | None:
+    if not isinstance(value, Mapping):
+        return f"a mapping is expected (found {value!r})"
+    unknown = [key for key in value if key != "skip_prepare_dataset"]
+    if unknown:
+        return f"unknown key {unknown[0]!r}; allowed: 'skip_prepare_dataset'"
     return None
 
 
@@ -173,9 +197,6 @@ def _disagreements(content: Mapping[Any, Any], arguments: Mapping[Any, Any]) -> 
                 f"training_args.{name}: {arguments[name]!r} disagrees with {section}: {content.get(section)!r}; give "
                 f"{section} alone"
             )
-    if dataset.get("prepacked") is not True:
-        packing = [name for name in ("packing", "eval_packing") if arguments.get(name)]
-        problems += [f"training_args.{name}: not supported yet ({_PACKS})" for name in packing]
     if dataset.get("eval_dataset") is None:
         evaluating = ("eval_strategy", "evaluation_strategy", "eval_on_start")
         wanted = {name: arguments[name] for name in evaluating if arguments.get(name) not in (None, False, "no")}
@@ -257,6 +278,7 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     accelerated = torch.accelerator.is_available() and not arguments.get("use_cpu")
     arguments.setdefault("use_cpu", not accelerated)
     arguments.setdefault("dataloader_pin_memory", accelerated)
+    arguments.setdefault("dataloader_num_workers", _reading_processes(accelerated))
     if not arguments.get("fp16"):
         arguments.setdefault("bf16", accelerated and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     if isinstance(arguments.get("fsdp_config"), str):
@@ -288,6 +310,19 @@ def training_arguments(config: RunConfig) -> SFTConfig:
         return SFTConfig(**arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{config.source}: training_args: {error}") from error
+
+
+def _reading_processes(accelerated: bool) -> int:
+    """Return how many processes read documents ahead, if the configuration does not say.
+
+    Beside an accelerator two: one reads and decodes some hundred thousand tokens a second, more than a student is
+    trained on; the second keeps the queue full while the first waits for a disk. Fewer where this process has no
+    processors to spare. On a CPU none: they would take their time from the step itself.
+    """
+    if not accelerated:
+        return 0
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(2, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 # Which package an optimiser needs, by a part of its name. The first that fits counts.

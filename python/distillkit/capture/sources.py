@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from distillkit.errors import ConfigError, InputError
 
-__all__ = ["Row", "Source", "open_source"]
+__all__ = ["Row", "Source", "open_hub", "open_local", "open_source"]
 
 Row = tuple[str, Mapping[str, Any]]
 """(where the row is, for messages; its columns)"""
@@ -34,6 +34,12 @@ _SPLIT_WORDS = {
 }
 _PARQUET_BATCH_ROWS = 256
 
+# Columns of captured and published datasets that hold distributions: no text, and most of the bytes.
+_TEACHER_COLUMNS = (
+    *("teacher", "compressed_logprobs", "bytepacked_indices", "packed_indices", "exact_values", "coeffs"),
+    *("token_ids", "top_values"),
+)
+
 
 class Source(Protocol):
     """Rows in a fixed order."""
@@ -41,6 +47,10 @@ class Source(Protocol):
     @property
     def description(self) -> dict[str, Any]:
         """What identifies the source, JSON-able and free of machine paths: it goes in the header of a capture."""
+
+    @property
+    def identity(self) -> Any:
+        """JSON-able; differs where the content does."""
 
     @property
     def num_rows(self) -> int:
@@ -64,20 +74,44 @@ def open_source(dataset: str, *, configuration: str | None = None, split: str = 
         ConfigError: there is no such file, dataset or split; it names what there is.
     """
     path = Path(dataset).expanduser()
+    if path.exists() or dataset.startswith(("/", ".", "~")) or path.suffix in _FORMATS:
+        return open_local(dataset, split=split)
+    return open_hub(dataset, configuration=configuration, split=split)
+
+
+def open_local(dataset: str, *, split: str | None = None) -> Source:
+    """Open files as `open_source`; without a split there must not be several.
+
+    Raises:
+        ConfigError: as `open_source`.
+    """
+    path = Path(dataset).expanduser()
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
         return _saved(path, split)
     if path.is_dir():
         return _Files(path, _files_of_split(path, split))
-    if path.is_file():
-        if path.suffix not in _FORMATS:
-            raise ConfigError(
-                f"{path}: files of {', '.join(_FORMATS)} are understood, not "
-                f"{path.suffix or 'files without a suffix'!r}"
-            )
-        return _Files(path, [path])
-    if dataset.startswith(("/", ".", "~")) or path.suffix in _FORMATS:
+    if not path.is_file():
         raise ConfigError(f"dataset: there is no file or folder {dataset}")
-    return _hub(dataset, configuration, split)
+    if path.suffix not in _FORMATS:
+        raise ConfigError(
+            f"{path}: files of {', '.join(_FORMATS)} are understood, not {path.suffix or 'files without a suffix'!r}"
+        )
+    return _Files(path, [path])
+
+
+def _the_split(wanted: str | None, there: Sequence[str], where: Path | str) -> str:
+    """Return the split that is asked for, or the only one.
+
+    Raises:
+        ConfigError: there is no such split, or none is asked for where there are several.
+    """
+    if wanted is None and len(there) == 1:
+        return there[0]
+    if wanted is None:
+        raise ConfigError(f"{where}: it has the splits {', '.join(there)}; say which with split")
+    if wanted not in there:
+        raise ConfigError(f"{where}: it has no split {wanted!r}, but {', '.join(there)}")
+    return wanted
 
 
 # -- local files -------------------------------------------------------------------------------------------------------
@@ -100,6 +134,11 @@ class _Files:
         }
 
     @property
+    def identity(self) -> Any:
+        stats = [(file, file.stat()) for file in self._files]
+        return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+    @property
     def num_rows(self) -> int:
         if self._num_rows is None:
             self._num_rows = sum(_FORMATS[file.suffix].count(file) for file in self._files)
@@ -115,7 +154,7 @@ class _Files:
                 yield where, row
 
 
-def _files_of_split(folder: Path, split: str) -> list[Path]:
+def _files_of_split(folder: Path, split: str | None) -> list[Path]:
     """Return the folder's data files, sorted; those of `split` where names tell splits apart.
 
     Among such, a file whose name tells none counts as train.
@@ -135,6 +174,8 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     found = {name for name in named.values() if name is not None}
     if not found:
         return files
+    if split is None:
+        split = _the_split(None, sorted({name or "train" for name in named.values()}), folder)
     wanted = _SPLIT_WORDS.get(split.lower(), split)
     chosen = [file for file, name in named.items() if (name or "train") == wanted]
     if not chosen:
@@ -220,7 +261,8 @@ def _count_parquet(file: Path) -> int:
 def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
     with _open_parquet(file) as parquet:
         index = 0
-        for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+        columns = [name for name in parquet.schema_arrow.names if name not in _TEACHER_COLUMNS]
+        for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=columns):
             for row in batch.to_pylist():
                 yield f"row {index}", row
                 index += 1
@@ -241,12 +283,17 @@ class _Loaded:
     """A dataset of the `datasets` library."""
 
     def __init__(self, dataset: Any, description: dict[str, Any]) -> None:
-        self._dataset = dataset
+        self._dataset = dataset.remove_columns([name for name in dataset.column_names if name in _TEACHER_COLUMNS])
         self._description = {**description, "rows": len(dataset)}
+        self._fingerprint = str(dataset._fingerprint)
 
     @property
     def description(self) -> dict[str, Any]:
         return self._description
+
+    @property
+    def identity(self) -> Any:
+        return [self._description, self._fingerprint]
 
     @property
     def num_rows(self) -> int:
@@ -257,25 +304,34 @@ class _Loaded:
             yield f"{self._description['name']}, row {index}", row
 
 
-def _saved(folder: Path, split: str) -> Source:
+def _saved(folder: Path, split: str | None) -> Source:
     import datasets
 
     loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise ConfigError(f"{folder}: it has no split {split!r}, but {', '.join(loaded)}")
+        split = _the_split(split, list(loaded), folder)
         return _Loaded(loaded[split], {"name": folder.name, "split": split})
     return _Loaded(loaded, {"name": folder.name})
 
 
-def _hub(name: str, configuration: str | None, split: str) -> Source:
+def open_hub(
+    name: str, *, configuration: str | None = None, split: str | None = None, revision: str | None = None
+) -> Source:
+    """Open a dataset of the hub; without a split there must not be several.
+
+    Raises:
+        ConfigError: it can not be loaded, or has no such split.
+    """
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, name=configuration, split=split)
+        loaded = datasets.load_dataset(name, name=configuration, split=split, revision=revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"dataset: {name!r} is no local file or folder, and loading it from the hub (configuration "
             f"{configuration}, split {split}) failed: {error}"
         ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        split = _the_split(None, list(loaded), name)
+        loaded = loaded[split]
     return _Loaded(loaded, {"name": name, "configuration": configuration, "split": split})

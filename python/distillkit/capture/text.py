@@ -14,7 +14,17 @@ import numpy.typing as npt
 from distillkit.capture.sources import Row, Source
 from distillkit.errors import ConfigError, InputError
 
-__all__ = ["DocumentReader", "TokenDocument", "chunks"]
+__all__ = [
+    "DocumentReader",
+    "TokenDocument",
+    "chat_messages",
+    "chunks",
+    "find_layout",
+    "given_ids",
+    "read_messages",
+    "read_text",
+    "read_tools",
+]
 
 # What rows are understood, by the columns they need; the first that fits a row is taken.
 _LAYOUTS = (
@@ -128,14 +138,14 @@ class DocumentReader:
         # Text gets the tokenizer's own special tokens; a rendered chat has them in its text already.
         texts: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
         for index, (where, row) in enumerate(rows):
-            columns = _layout(row, where)
+            columns = find_layout(row, where)
             if columns is None:
                 continue
             if columns == ("input_ids",):
-                result[index] = self._given_ids(row, where)
+                result[index] = given_ids(row, where, self.id_limit)
                 continue
             is_text = columns == ("text",)
-            text = _string(row["text"], where, "text") if is_text else self._render_chat(row, columns, where)
+            text = read_text(row["text"], where, "text") if is_text else self._render_chat(row, columns, where)
             if text.strip():
                 texts[is_text].append((index, text))
         for special_tokens, entries in texts.items():
@@ -146,30 +156,6 @@ class DocumentReader:
                 for (index, _), ids in zip(entries, encoded["input_ids"], strict=True):
                     result[index] = [np.asarray(ids, dtype=np.int32)]
         return result
-
-    def _given_ids(self, row: Mapping[str, Any], where: str) -> list[npt.NDArray[np.int32]]:
-        """Return a tokenised row's sequences.
-
-        By its attention_mask, padding (0) is left out and packed documents (1, 1, 2, 2, …) are separated.
-        """
-        ids = np.asarray(row["input_ids"])
-        if ids.size == 0:
-            return []
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise InputError(f"{where}: input_ids must be a list of integers, found {ids.dtype} of shape {ids.shape}")
-        if ids.min() < 0 or ids.max() >= self.id_limit:
-            wrong = int(ids[(ids < 0) | (ids >= self.id_limit)][0])
-            raise InputError(f"{where}: input_ids has {wrong}; the teacher knows ids 0…{self.id_limit - 1}")
-        ids = ids.astype(np.int32)
-        if row.get("attention_mask") is None:
-            return [ids]
-        mask = np.asarray(row["attention_mask"])
-        if mask.shape != ids.shape:
-            raise InputError(f"{where}: attention_mask has shape {mask.shape}, input_ids {ids.shape}")
-        borders = np.flatnonzero(np.diff(mask)) + 1
-        return [
-            part for part, number in zip(np.split(ids, borders), mask[np.r_[0, borders]], strict=True) if number != 0
-        ]
 
     def _render_chat(self, row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> str:
         """Render a chat row as text."""
@@ -185,7 +171,7 @@ class DocumentReader:
             )
         from jinja2 import TemplateError
 
-        messages, tools = _messages(row, columns, where)
+        messages, tools = chat_messages(row, columns, where)
         if not messages:
             return ""
         try:
@@ -205,37 +191,86 @@ def chunks(length: int, limit: int) -> list[tuple[int, int]]:
     return list(pairwise(borders))
 
 
-def _layout(row: Mapping[str, Any], where: str) -> tuple[str, ...] | None:
-    """Return the columns to read a row by; None if it has some that are understood, all without a value."""
-    known = [columns for columns in _LAYOUTS if all(column in row for column in columns)]
+def given_ids(row: Mapping[str, Any], where: str, id_limit: int) -> list[npt.NDArray[np.int32]]:
+    """Return a tokenised row's sequences.
+
+    By its attention_mask, padding (0) is left out and packed documents (1, 1, 2, 2, …) are separated.
+
+    Args:
+        row: with `input_ids`, perhaps `attention_mask`.
+        where: it is, for messages.
+        id_limit: ids must be below this.
+
+    Raises:
+        InputError: they are no such ids, or the mask does not fit them.
+    """
+    ids = np.asarray(row["input_ids"])
+    if ids.size == 0:
+        return []
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InputError(f"{where}: input_ids must be a list of integers, found {ids.dtype} of shape {ids.shape}")
+    if ids.min() < 0 or ids.max() >= id_limit:
+        wrong = int(ids[(ids < 0) | (ids >= id_limit)][0])
+        raise InputError(f"{where}: input_ids has {wrong}; the model knows ids 0…{id_limit - 1}")
+    ids = ids.astype(np.int32)
+    if row.get("attention_mask") is None:
+        return [ids]
+    mask = np.asarray(row["attention_mask"])
+    if mask.shape != ids.shape:
+        raise InputError(f"{where}: attention_mask has shape {mask.shape}, input_ids {ids.shape}")
+    borders = np.flatnonzero(np.diff(mask)) + 1
+    return [part for part, number in zip(np.split(ids, borders), mask[np.r_[0, borders]], strict=True) if number != 0]
+
+
+def find_layout(
+    row: Mapping[str, Any],
+    where: str,
+    layouts: Sequence[tuple[str, ...]] = _LAYOUTS,
+    understood: str = _UNDERSTOOD,
+) -> tuple[str, ...] | None:
+    """Return the columns to read a row by: the first of `layouts` whose columns all have values.
+
+    None if the row has the columns of one, but all of them without a value.
+
+    Raises:
+        InputError: it has the columns of none.
+    """
+    known = [columns for columns in layouts if all(column in row for column in columns)]
     if not known:
         raise InputError(
-            f"{where}: found the columns {', '.join(map(str, row)) or '(none)'}; understood are {_UNDERSTOOD}"
+            f"{where}: found the columns {', '.join(map(str, row)) or '(none)'}; understood are {understood}"
         )
     return next((columns for columns in known if all(row[column] is not None for column in columns)), None)
 
 
-def _messages(
+def chat_messages(
     row: Mapping[str, Any], columns: tuple[str, ...], where: str
 ) -> tuple[list[dict[str, Any]], list[Any] | None]:
-    """Return a chat row's messages (role, content, …) and its tool definitions."""
-    if columns in (("messages",), ("conversations",)):
-        turns = _list(row[columns[0]], where, columns[0])
+    """Return a chat row's messages (role, content, …) and its tool definitions.
+
+    Raises:
+        InputError: they are not understood.
+    """
+    if len(columns) == 1 or columns == ("tools", "turns"):
         tools = row.get("tools")
-        return [_message(turn, f"{where}: {columns[0]}[{index}]") for index, turn in enumerate(turns)], _tools(
-            tools, where
-        ) if tools else None
-    if columns == ("tools", "turns"):
-        turns = _list(row["turns"], where, "turns")
-        return [_message(turn, f"{where}: turns[{index}]") for index, turn in enumerate(turns)], _tools(
-            row["tools"], where
-        )
-    question, answer = (_string(row[column], where, column) for column in columns)
+        given = read_tools(tools, where) if tools or len(columns) > 1 else None
+        return read_messages(row[columns[-1]], where, columns[-1]), given
+    question, answer = (read_text(row[column], where, column) for column in columns)
     if columns == ("instruction", "output") and row.get("input"):
-        question = f"{question}\n\n{_string(row['input'], where, 'input')}"
+        question = f"{question}\n\n{read_text(row['input'], where, 'input')}"
     if not question.strip() and not answer.strip():
         return [], None
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], None
+
+
+def read_messages(turns: Any, where: str, column: str) -> list[dict[str, Any]]:
+    """Return the messages (role, content, …) of a column.
+
+    Raises:
+        InputError: it is no list of messages.
+    """
+    turns = _list(turns, where, column)
+    return [_message(turn, f"{where}: {column}[{index}]") for index, turn in enumerate(turns)]
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
@@ -268,8 +303,12 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     }
 
 
-def _tools(tools: Any, where: str) -> list[Any]:
-    """Return tool definitions, parsed where they are JSON text."""
+def read_tools(tools: Any, where: str) -> list[Any]:
+    """Return tool definitions, parsed where they are JSON text.
+
+    Raises:
+        InputError: they are no list, or not JSON.
+    """
     if isinstance(tools, str):
         tools = _json(tools, f"{where}: tools")
     return [_json(tool, f"{where}: tools") if isinstance(tool, str) else tool for tool in _list(tools, where, "tools")]
@@ -282,7 +321,12 @@ def _json(text: str, what: str) -> Any:
         raise InputError(f"{what} is not JSON: {error}") from error
 
 
-def _string(value: Any, where: str, column: str) -> str:
+def read_text(value: Any, where: str, column: str) -> str:
+    """Return a column's text.
+
+    Raises:
+        InputError: it is something else.
+    """
     if not isinstance(value, str):
         raise InputError(f"{where}: {column} must be text, found {type(value).__name__}")
     return value

@@ -1,4 +1,5 @@
-"""`distillkit`: train (the default command), capture and report. Each command's code is imported when it is used."""
+"""`distillkit`: train (the default command), capture, pack and report. Each command's code is imported when it is
+used."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "train": ("distillkit.cli.train", "train"),
     "capture": ("distillkit.cli.capture", "capture"),
+    "pack": ("distillkit.cli.pack", "pack"),
     "report": ("distillkit.cli.report", "report"),
 }
 
@@ -47,6 +49,7 @@ def cli() -> None:
     distillkit config.yaml            train as the configuration says (the same as: distillkit train config.yaml)
     distillkit config.yaml --dry-run  check everything that training would need, and train nothing
     distillkit capture --model …      run a teacher over text once, and store its distributions
+    distillkit pack DATA OUTPUT …     its documents in full rows, on disk (training packs by itself)
     distillkit report TRAINED         what a training run brought; several runs: side by side
     distillkit-codec inspect DATA     look at what was captured
     """

@@ -308,16 +308,20 @@ class _PublishedFile:
 
     def info(self) -> ShardInfo:
         """Counts from the token columns alone."""
-        documents = tokens = rows = 0
+        lengths = self.lengths().tolist()
+        rows = sum(self.header.rows_of(length) for length in lengths)
+        filesystem, inner = fsspec.core.url_to_fs(self.path)
+        return ShardInfo(self.path.rsplit("/", 1)[-1], len(lengths), sum(lengths), rows, filesystem.size(inner), "")
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(D,) tokens of each document, without padding."""
+        lengths: list[int] = []
         for group in range(len(self.groups)):
             columns = self._table.load(group, _TOKEN_COLUMNS)
             for index in range(len(columns["input_ids"])):
-                where = f"{self.path}, document {documents}"
-                ids, mask = _tokens(columns, index, where)
-                length = len(ids) if mask is None else int((mask != 0).sum())
-                documents, tokens, rows = documents + 1, tokens + length, rows + self.header.rows_of(length)
-        filesystem, inner = fsspec.core.url_to_fs(self.path)
-        return ShardInfo(self.path.rsplit("/", 1)[-1], documents, tokens, rows, filesystem.size(inner), "")
+                ids, mask = _tokens(columns, index, f"{self.path}, document {len(lengths)}")
+                lengths.append(len(ids) if mask is None else int((mask != 0).sum()))
+        return np.array(lengths, dtype=np.int64)
 
 
 class _PublishedRows(Documents):

@@ -7,12 +7,14 @@ import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,7 +26,7 @@ from distillkit.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manif
 from distillkit.shards.table import SCHEMA, Block, Documents, GroupDigest, ShardRows
 from distillkit.types import Document, SparseLogprobs
 
-__all__ = ["Dataset", "DocumentFile", "ShardFile", "check_codec"]
+__all__ = ["Dataset", "DocumentFile", "ShardFile", "check_codec", "is_captured"]
 
 _CACHED_GROUPS = {"distillkit": 8, "published": 1}
 """Row groups kept in memory: ours are about 1 MB, published ones can be a thousand times larger."""
@@ -54,6 +56,9 @@ class DocumentFile(Protocol):
 
     def info(self) -> ShardInfo:
         """What the file holds."""
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document, without reading the teacher's bytes."""
 
 
 class ShardFile:
@@ -131,13 +136,18 @@ class ShardFile:
 
     def info(self) -> ShardInfo:
         """Counts by the lengths of `input_ids`."""
-        with open_parquet(self.path, self._metadata) as parquet:
-            column = parquet.read(columns=["input_ids"]).column("input_ids")
-            lengths = [int(length) for chunk in column.chunks for length in np.diff(chunk.offsets.to_numpy())]
+        lengths = self.lengths().tolist()
         rows = sum(self.header.rows_of(length) for length in lengths)
         filesystem, inner = fsspec.core.url_to_fs(self.path)
         name = self.path.rsplit("/", 1)[-1]
         return ShardInfo(name, self.documents, sum(lengths), rows, filesystem.size(inner), "")
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(D,) tokens of each document."""
+        with open_parquet(self.path, self._metadata) as parquet:
+            column = parquet.read(columns=["input_ids"], use_threads=False).column("input_ids")
+        parts = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
+        return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
 
 @contextmanager
@@ -260,6 +270,15 @@ class Dataset(Documents):
         """Rows of all documents."""
         return sum(shard.rows for shard in self.shards)
 
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(D,) tokens of each document, read from the column of token ids alone, some files at a time.
+
+        Raises:
+            CorruptDataError: a file can not be read.
+        """
+        with ThreadPoolExecutor() as pool:
+            return np.concatenate([np.empty(0, np.int64), *pool.map(lambda file: file.lengths(), self._files)])
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
@@ -312,6 +331,18 @@ class Dataset(Documents):
     def files(self) -> Sequence[DocumentFile]:
         """The files behind `shards`."""
         return self._files
+
+
+def is_captured(path: str | os.PathLike[str]) -> bool:
+    """Whether something that exists is a captured dataset, or one of its shards.
+
+    Raises:
+        InputError: it is the folder of an unfinished capture.
+        CorruptDataError: its manifest is damaged.
+    """
+    name = str(os.fspath(path)).rstrip("/")
+    filesystem, inner = fsspec.core.url_to_fs(name)
+    return (filesystem.isdir(inner) and read_manifest(name) is not None) or _is_shard(name)
 
 
 def _is_shard(name: str) -> bool:

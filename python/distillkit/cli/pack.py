@@ -1,0 +1,78 @@
+"""`distillkit pack`: a captured or published dataset in packed rows, on disk."""
+
+from __future__ import annotations
+
+import json
+
+import click
+from rich.table import Table
+
+from distillkit.cli.common import progress_bar, show
+from distillkit.shards.pack import PackReport, pack_dataset
+from distillkit.shards.reader import Dataset
+
+__all__ = ["pack", "run_pack"]
+
+WINDOW = 10_000
+
+
+@click.command(short_help="Pack a dataset's documents in full rows, on disk.")
+@click.argument("source")
+@click.argument("output")
+@click.option("--max-len", required=True, type=click.IntRange(min=2), help="Tokens of a row; longer documents are cut.")
+@click.option("--split", help="Split of a published dataset that has splits.")
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False),
+    help="YAML with the codec of a published dataset, if there is no compression_config.yaml beside it.",
+)
+@click.option("--shuffle-seed", type=click.IntRange(min=0), help="Shuffle the documents before packing.")
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    default=WINDOW,
+    show_default=True,
+    help="Documents packed together; they are in memory at a time.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def pack(
+    source: str,
+    output: str,
+    max_len: int,
+    split: str | None,
+    config: str | None,
+    shuffle_seed: int | None,
+    window: int,
+    as_json: bool,
+) -> None:
+    """Pack the documents of the dataset SOURCE in rows of at most --max-len tokens, as shards in OUTPUT.
+
+    Training packs by itself with `packing: true` in its training_args; this is for those who want the rows on disk.
+    Documents stay apart within a row, the teacher's bytes are not encoded again, and everything is read back and
+    compared at the end. An interrupted run goes on after its last whole shard.
+    """
+    dataset = Dataset.open(source, config=config, split=split)
+    run_pack(dataset, output, max_len, shuffle_seed, window, as_json=as_json)
+
+
+def run_pack(dataset: Dataset, output: str, max_len: int, seed: int | None, window: int, *, as_json: bool) -> None:
+    """Pack with a progress bar, and print what came of it."""
+    with progress_bar("packing") as progress:
+        report = pack_dataset(dataset, output, max_len, seed=seed, window=window, progress=progress)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        show(_table(report))
+
+
+def _table(report: PackReport) -> Table:
+    table = Table(title=f"packed: {report.output}", show_header=False, title_justify="left")
+    left_out = f"  ({report.left_out:,} of one token left out)" if report.left_out else ""
+    resumed = f"  ({report.resumed_rows:,} from an earlier run)" if report.resumed_rows else ""
+    table.add_row("documents", f"{report.documents:,}{left_out}")
+    if report.cut_documents:
+        table.add_row("cut", f"{report.cut_documents:,} documents, {report.cut_tokens:,} tokens")
+    table.add_row("rows", f"{report.rows:,}{resumed}")
+    table.add_row("tokens", f"{report.tokens:,}  (rows {report.fill:.1%} full)")
+    table.add_row("time", f"{report.seconds:,.1f} s, with every document read back and compared")
+    return table

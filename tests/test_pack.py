@@ -1,0 +1,152 @@
+"""Packed datasets on disk: every document is there with its own rows, however the run went."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from distillkit import pack_logits
+from distillkit.cli.main import cli
+from distillkit.data import DistillationDataset
+from distillkit.errors import CorruptDataError, InputError, MismatchError
+from distillkit.shards import Dataset, ShardWriter, verify_dataset
+from distillkit.shards.pack import pack_dataset
+from distillkit.signals.offline import OfflineSignal
+from training import VOCABULARY, exact_codec, header_for, random_documents, teacher_rows, tiny_model
+
+MAX_LEN = 32
+DOCUMENTS = [*random_documents(40, seed=2), np.array([5], dtype=np.int32)]
+
+
+def write(folder: Path, rows: str) -> Dataset:
+    """Documents with masks, some longer than a row, one of a single token, one that is packed already."""
+    teacher, generator = tiny_model(7), np.random.default_rng(0)
+    header = header_for(exact_codec(), alignment={"row": "t predicts t+1", "rows": rows})
+    with ShardWriter(folder, header) as writer:
+        for number, ids in enumerate(DOCUMENTS):
+            mask = generator.random(len(ids)) < 0.6 if number % 4 == 0 else None
+            segments = [1, len(ids) - 1] if number == 3 else None
+            taught = teacher_rows(teacher, ids, rows=len(ids) if rows == "L" else None)
+            writer.write(ids, taught, loss_mask=mask, segment_lengths=None if segments is None else np.array(segments))
+    return Dataset.open(folder)
+
+
+def examples(dataset: Dataset) -> list[tuple[Any, ...]]:
+    """What is trained on, position by position: the context, the token to predict, the teacher's ids and values."""
+    signal = OfflineSignal(exact_codec(), VOCABULARY)
+    data = DistillationDataset(dataset, signal, MAX_LEN)
+    found = []
+    for index in range(len(data)):
+        example = data[index]
+        starts = np.repeat(
+            np.cumsum(example.segment_lengths) - example.segment_lengths, example.segment_lengths
+        ).tolist()
+        for place, t in enumerate(example.positions.tolist()):
+            tokens = tuple(example.input_ids[starts[t] : t + 2].tolist())
+            found.append((tokens, *(example.teacher[name][place].tobytes() for name in ("ids", "logprobs"))))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.parametrize("rows", ["L-1", "L"])
+def test_everything_that_is_trained_on_is_in_the_packed_rows(rows: str, seed: int | None, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", rows)
+    progress: list[tuple[int, int]] = []
+    report = pack_dataset(
+        source, tmp_path / "packed", MAX_LEN, seed=seed, window=15, progress=lambda *state: progress.append(state)
+    )
+    packed = Dataset.open(tmp_path / "packed")
+    assert examples(packed) == examples(source)
+    assert verify_dataset(tmp_path / "packed").ok
+    assert packed.header.alignment == source.header.alignment
+    assert packed.header.capture["packed"]["max_len"] == MAX_LEN
+    kept = [len(ids) for ids in DOCUMENTS if len(ids) > 1]
+    assert (report.documents, report.left_out, report.rows) == (len(kept), 1, len(packed))
+    assert report.cut_tokens == sum(max(0, length - MAX_LEN) for length in kept)
+    assert report.tokens == sum(min(length, MAX_LEN) for length in kept) == packed.num_tokens
+    assert report.fill > 0.85
+    assert progress[-1] == (2 * len(kept), 2 * len(kept))
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "L-1")
+
+    def run(folder: Path, interrupt: Callable[[int, int], None] = lambda *_: None) -> Any:
+        return pack_dataset(source, folder, MAX_LEN, window=9, shard_tokens=100, progress=interrupt)
+
+    def after_some(done: int, total: int) -> None:
+        if done > 20:
+            raise KeyboardInterrupt
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "packed", after_some)
+    assert not (tmp_path / "packed" / "manifest.json").exists()
+    report = run(tmp_path / "packed")
+    assert 0 < report.resumed_rows < report.rows == whole.rows
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "packed").iterdir())
+    assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "packed" / name).read_bytes() for name in names)
+    with pytest.raises(InputError, match="holds a finished dataset"):
+        run(tmp_path / "packed")
+
+
+def test_another_packing_is_not_mixed_in(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "L-1")
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_dataset(source, tmp_path / "packed", MAX_LEN, shard_tokens=100, progress=stop)
+    with pytest.raises(MismatchError, match=r"capture.packed.max_len is 32 there, expected 16"):
+        pack_dataset(source, tmp_path / "packed", 16)
+
+
+def test_what_was_not_written_as_it_was_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "source", "L-1")
+    honest = ShardWriter.write
+
+    def careless(self: ShardWriter, input_ids: Any, teacher: Any, **rest: Any) -> None:
+        honest(self, input_ids, bytes(teacher[-64:]) + bytes(teacher[:-64]), **rest)
+
+    monkeypatch.setattr(ShardWriter, "write", careless)
+    with pytest.raises(CorruptDataError, match=r"document \d+ of .*source reads back differently"):
+        pack_dataset(source, tmp_path / "packed", MAX_LEN)
+
+
+def test_nothing_to_pack(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "source", header_for(exact_codec())) as writer:
+        writer.write(np.array([5]), b"")
+    source = Dataset.open(tmp_path / "source")
+    with pytest.raises(InputError, match="none of its 1 documents has two tokens"):
+        pack_dataset(source, tmp_path / "packed", 8)
+    with pytest.raises(InputError, match="room for at least 2 tokens"):
+        pack_dataset(source, tmp_path / "packed", 1)
+
+
+GOLDEN = Path(__file__).parent / "golden" / "upstream_v1"
+
+
+def test_the_command_and_its_published_name_do_the_same(tmp_path: Path) -> None:
+    runner = CliRunner()
+    ours = runner.invoke(cli, ["pack", str(GOLDEN), str(tmp_path / "a"), "--max-len", "64", "--json"])
+    assert ours.exit_code == 0, ours.output
+    assert json.loads(ours.stdout)["documents"] == 8
+    options = "--max-len 64 --num-proc 2 --max-iters 10 --batch-size 10000 --remove-columns text"
+    theirs = runner.invoke(
+        pack_logits.main, ["--dataset", str(GOLDEN), "--output", str(tmp_path / "b"), *options.split()]
+    )
+    assert theirs.exit_code == 0, theirs.output
+    assert "with every document read back and compared" in theirs.stdout
+    for name in ("manifest.json", "data-00000.parquet"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    shuffled = ["--dataset", str(GOLDEN), "--output", str(tmp_path / "c"), "--max-len", "64", "--shuffle-seed", "1"]
+    assert runner.invoke(pack_logits.main, shuffled).exit_code == 0
+    assert sorted(Dataset.open(tmp_path / "c").lengths()) != []

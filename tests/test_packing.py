@@ -1,0 +1,238 @@
+"""Packing: nothing is lost, no row is too long, tokens keep their teacher rows, and training does not notice."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import skip_first_batches
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distillkit.config import RunConfig
+from distillkit.data import BLANK, Collator, DistillationDataset, DocumentOrder, Example
+from distillkit.errors import CorruptDataError
+from distillkit.packing import pack
+from distillkit.prepare import document_lengths, is_packed
+from distillkit.shards import Dataset
+from distillkit.signals.offline import OfflineSignal
+from distillkit.training_args import training_arguments
+from distillkit.types import Document, SparseLogprobs
+from training import VOCABULARY, exact_codec, random_documents, run_config, write_dataset
+
+
+@given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 30), st.none() | st.integers(0, 3))
+def test_packing_loses_nothing_and_keeps_to_the_length(sizes: list[int], capacity: int, seed: int | None) -> None:
+    lengths = np.array(sizes, dtype=np.int64)
+    packing = pack(lengths, capacity, seed=seed)
+    rows = [packing[row].tolist() for row in range(len(packing))]
+    assert sorted(index for row in rows for index in row) == np.flatnonzero(lengths).tolist()
+    assert all(row == sorted(row) for row in rows)
+    assert rows == sorted(rows, key=lambda row: row[0])
+    filled = [int(np.minimum(lengths[row], capacity).sum()) for row in rows]
+    assert all(0 < tokens <= capacity for tokens in filled)
+    assert packing.tokens == sum(filled)
+    # Best fit: no document of a row would have fitted beside another row's.
+    if len(filled) > 1:
+        assert sum(sorted(filled)[:2]) > capacity
+
+
+def realistic_lengths(count: int) -> np.ndarray:
+    """Lengths of documents as web text has them: log-normal, a median of 330 tokens, a mean of 540."""
+    return np.random.default_rng(0).lognormal(5.8, 1.0, count).astype(np.int64) + 2
+
+
+@pytest.mark.parametrize("capacity", [1024, 8192, 16384])
+def test_rows_are_full(capacity: int) -> None:
+    assert pack(realistic_lengths(5_000), capacity, seed=1).fill > 0.98
+
+
+def test_a_million_documents_take_seconds_and_the_seed_decides() -> None:
+    lengths = realistic_lengths(1_000_000)
+    started = time.perf_counter()
+    packing = pack(lengths, 8192, seed=1)
+    assert time.perf_counter() - started < 5
+    assert packing.fill > 0.999
+    again, other = pack(lengths, 8192, seed=1), pack(lengths, 8192, seed=2)
+    assert np.array_equal(again.documents, packing.documents)
+    assert np.array_equal(again.ends, packing.ends)
+    assert not np.array_equal(other.documents, packing.documents)
+
+
+class Sources:
+    """Documents in memory."""
+
+    def __init__(self, documents: list[Document]) -> None:
+        self.documents = documents
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> Document:
+        return self.documents[index]
+
+    def lengths(self) -> np.ndarray:
+        return np.array([len(document.input_ids) for document in self.documents])
+
+
+def some_documents(rows: str) -> list[Document]:
+    """Documents with masks, packed ones among them, some longer than a row of 24; first ids tell rows apart."""
+    generator, codec = np.random.default_rng(3), exact_codec()
+    documents = []
+    for number in range(40):
+        length = int(generator.integers(1, 34))
+        count = length if rows == "L" else length - 1
+        first = (np.arange(count) + number) % VOCABULARY
+        ids = (first[:, None] + np.arange(codec.k)) % VOCABULARY
+        logprobs = np.tile(np.log(np.linspace(0.2, 0.01, codec.k)), (count, 1)).astype(np.float32)
+        teacher = codec.encode_document(SparseLogprobs(ids.astype(np.int64), logprobs)) if count else b""
+        mask = generator.random(length) < 0.7 if number % 3 == 0 else None
+        segments = np.array([2, length - 2], dtype=np.int32) if number % 5 == 0 and length > 2 else None
+        tokens = generator.integers(0, VOCABULARY, length).astype(np.int32)
+        documents.append(Document(str(number), tokens, teacher, count, mask, segments))
+    return documents
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("rows", ["L", "L-1"])
+def test_documents_keep_their_tokens_and_teacher_rows(rows: str, on_device: bool) -> None:
+    source = Sources(some_documents(rows))
+    indices = np.arange(1, 40)
+    signal = OfflineSignal(exact_codec(), VOCABULARY, on_device=on_device)
+    alone = DistillationDataset(source, signal, 24, indices)
+    packing = pack(source.lengths()[indices], 24, seed=0)
+    packed = DistillationDataset(source, signal, 24, indices, packing=packing)
+    assert len(packed) < len(alone)
+    for row in range(len(packed)):
+        example, start = packed[row], 0
+        apart = [alone[int(document)] for document in packing[row]]
+        assert example.segment_lengths.tolist() == [length for part in apart for length in part.segment_lengths]
+        assert example.cut_tokens == sum(part.cut_tokens for part in apart)
+        for part in apart:
+            stop = start + len(part.input_ids)
+            assert example.input_ids[start:stop].tolist() == part.input_ids.tolist()
+            inside = (example.positions >= start) & (example.positions < stop)
+            assert (example.positions[inside] - start).tolist() == part.positions.tolist()
+            for name, values in part.teacher.items():
+                assert np.array_equal(example.teacher[name][inside], values)
+            start = stop
+    assert len(packed[BLANK].input_ids) == 0
+
+
+def test_position_ids_restart_and_flash_attention_gets_the_bounds() -> None:
+    def example(*lengths: int) -> Example:
+        total = sum(lengths)
+        return Example(np.zeros(total, np.int32), np.array(lengths), np.empty(0, np.int64), {})
+
+    batch = Collator(flash_attention=True)([example(3, 1, 2), example(2, 2)])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 0, 1, 2, 3]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 4, 6, 8, 12]
+    assert batch["max_length_q"] == 4
+
+
+def test_data_that_changed_under_a_packing_are_refused() -> None:
+    source = Sources(some_documents("L"))
+    packing = pack(np.ones(40, np.int64), 24)
+    data = DistillationDataset(source, OfflineSignal(exact_codec(), VOCABULARY), 24, packing=packing)
+    with pytest.raises(CorruptDataError, match="have changed since their lengths were read"):
+        data[0]
+
+
+# -- lengths -----------------------------------------------------------------------------------------------------------
+
+
+def test_lengths_are_read_from_the_token_column_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = random_documents(30)
+    dataset = Dataset.open(write_dataset(tmp_path / "data", documents))
+    monkeypatch.setattr(Dataset, "__getitem__", lambda *_: pytest.fail("no document is read"))
+    assert document_lengths(dataset, tmp_path / "cache").tolist() == [len(document) for document in documents]
+    assert not (tmp_path / "cache").exists(), "that was quick"
+    monkeypatch.setattr("distillkit.prepare._SLOW_SECONDS", 0.0)
+    kept = document_lengths(dataset, tmp_path / "cache")
+    monkeypatch.setattr(Dataset, "lengths", lambda *_: pytest.fail("they are kept"))
+    assert np.array_equal(document_lengths(dataset, tmp_path / "cache"), kept)
+
+
+@pytest.mark.parametrize("name", ["upstream_v1", "upstream_legacy"])
+def test_lengths_of_published_datasets(name: str) -> None:
+    dataset = Dataset.open(str(Path(__file__).parent / "golden" / name))
+    assert dataset.lengths().tolist() == [len(document.input_ids) for document in dataset]
+
+
+# -- what a configuration asks for -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "train", "evaluate"),
+    [
+        ({}, False, False),
+        ({"training_args": {"packing": True}}, True, True),
+        ({"training_args": {"packing": True, "eval_packing": False}}, True, False),
+        ({"training_args": {"eval_packing": True}}, False, True),
+        ({"functionary_packing": True}, True, True),
+        ({"functionary_packing": True, "dataset": {"prepacked": True}}, False, False),
+        ({"training_args": {"packing": True}, "dataset": {"prepacked": True}}, False, False),
+    ],
+)
+def test_who_is_packed(settings: dict[str, Any], train: bool, evaluate: bool, tmp_path: Path) -> None:
+    config: RunConfig = run_config("student", tmp_path, "data", "held out", **settings)
+    arguments = training_arguments(config)
+    assert (is_packed(config, arguments, "train"), is_packed(config, arguments, "eval")) == (train, evaluate)
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+class Untouched(Sources):
+    """A million documents, which remember who was read."""
+
+    def __init__(self) -> None:
+        self.sizes = realistic_lengths(1_000_000)
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> Document:
+        self.read.append(index)
+        length = int(self.sizes[index])
+        return Document("", np.full(length, index % 64, np.int32), b"", length - 1)
+
+    def lengths(self) -> np.ndarray:
+        return self.sizes
+
+
+class NoTeacher:
+    """A signal that takes nothing of a document, as a live teacher's."""
+
+    def take(self, document: Document, positions: np.ndarray) -> dict[str, np.ndarray]:
+        return {}
+
+    def nothing(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def targets(self, batch: Any) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_million_documents_are_skipped_without_reading_one(packed: bool) -> None:
+    """What a resumed run does: the plan, the order of the epoch, and batches skipped by accelerate."""
+    source = Untouched()
+    started = time.perf_counter()
+    packing = pack(source.lengths(), 4096, seed=42) if packed else None
+    data = DistillationDataset(source, NoTeacher(), 4096, packing=packing)
+    order = DocumentOrder(len(data), seed=42)
+    order.set_epoch(3)
+    done = len(data) // 4 - 1
+    loader = torch.utils.data.DataLoader(data, batch_size=4, sampler=order, collate_fn=Collator())
+    batch = next(iter(skip_first_batches(loader, done)))
+    assert time.perf_counter() - started < 5
+    expected = np.array(list(order))[done * 4 : (done + 1) * 4]
+    documents = expected if packing is None else np.concatenate([packing[row] for row in expected])
+    assert source.read == documents.tolist()
+    assert batch["counts"][0] == np.minimum(source.sizes[documents], 4096).sum()

@@ -80,6 +80,7 @@ def test_the_metrics_say_what_was_trained(parts: dict[str, str], trained: Path) 
         "path": parts["train"],
         "documents": 24,
         "tokens": sum(len(document) for document in random_documents(24)),
+        "rows": None,
     }
     assert [(loss["name"], loss["weight"]) for loss in run["losses"]] == [
         ("cross_entropy", 0.25),

@@ -83,11 +83,6 @@ class DocumentSource(Protocol):
 
     def __getitem__(self, index: int) -> Document: ...
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents."""
-        ...
-
     def lengths(self) -> npt.NDArray[np.int64]:
         """Return the tokens of each document (D,), without reading any of them whole."""
         ...

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillkit import __version__
 from distillkit.lm_head import bare_model
+from distillkit.shards import Dataset as StoredDataset
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,15 +18,20 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from distillkit.config import DatasetSource, RunConfig
+    from distillkit.data import DistillationDataset, DocumentSource
     from distillkit.losses.config import LossConfig
+    from distillkit.prepare import Part
 
-__all__ = ["describe", "describe_student"]
+__all__ = ["describe", "describe_student", "tokens_of"]
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate")
 
 
 def describe(
-    config: RunConfig, arguments: SFTConfig, model: PreTrainedModel | PeftModel, datasets: Mapping[Any, Any]
+    config: RunConfig,
+    arguments: SFTConfig,
+    model: PreTrainedModel | PeftModel,
+    datasets: Mapping[Part, DistillationDataset],
 ) -> dict[str, Any]:
     """Describe a run whose parts are loaded.
 
@@ -33,7 +39,7 @@ def describe(
         config: the run.
         arguments: the trainer's.
         model: the student.
-        datasets: `train` and perhaps `eval`; of one with a `source`, its tokens and recorded teacher are taken.
+        datasets: `train` and perhaps `eval`.
 
     Returns:
         JSON objects by name: `student`, `teacher`, `data`, `losses` (weights summing to 1), `settings`, `versions`; and
@@ -44,11 +50,7 @@ def describe(
         "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "student": describe_student(config, model),
         "teacher": _teacher(config, datasets["train"]),
-        "data": {
-            key: _data(getattr(config.dataset, f"{key}_dataset"), dataset)
-            for key, dataset in datasets.items()
-            if dataset is not None
-        },
+        "data": {key: _data(getattr(config.dataset, f"{key}_dataset"), dataset) for key, dataset in datasets.items()},
         "losses": _losses(config.loss_functions),
         "settings": _settings(config, arguments),
         "versions": {"distillkit": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
@@ -71,22 +73,28 @@ def describe_student(config: RunConfig, model: PreTrainedModel | PeftModel) -> d
     }
 
 
-def _teacher(config: RunConfig, dataset: Any) -> dict[str, Any]:
+def _teacher(config: RunConfig, dataset: DistillationDataset) -> dict[str, Any]:
     if config.teacher.kind == "hf":
         return {"kind": "hf", "name": config.teacher.path, "k": config.teacher.top_k}
-    source = getattr(dataset, "source", None)
-    recorded = (None if source is None else source.header.teacher) or {}
-    return {"kind": "dataset", "name": recorded.get("name"), "k": None if source is None else source.codec.k}
+    assert isinstance(dataset.source, StoredDataset)
+    recorded = dataset.source.header.teacher or {}
+    return {"kind": "dataset", "name": recorded.get("name"), "k": dataset.source.codec.k}
 
 
-def _data(where: DatasetSource, dataset: Any) -> dict[str, Any]:
-    source = getattr(dataset, "source", None)
+def _data(where: DatasetSource, dataset: DistillationDataset) -> dict[str, Any]:
+    whole = len(dataset.indices) == len(dataset.source)
     return {
         "path": where.repo_id or where.disk_path,
-        "documents": len(dataset) if source is None else len(dataset.indices),
-        # Unknown without reading them where not all documents are taken.
-        "tokens": None if source is None or len(dataset.indices) != len(source) else source.num_tokens,
+        "documents": len(dataset.indices),
+        # Of a part of the documents they would have to be counted.
+        "tokens": tokens_of(dataset.source) if whole else None,
+        "rows": None if dataset.packing is None else len(dataset),
     }
+
+
+def tokens_of(source: DocumentSource) -> int:
+    """Return the tokens of all documents."""
+    return source.num_tokens if isinstance(source, StoredDataset) else int(source.lengths().sum())
 
 
 def _losses(configs: list[LossConfig]) -> list[dict[str, Any]]:

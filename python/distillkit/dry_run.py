@@ -198,11 +198,17 @@ def _tokenizer(state: _State) -> tuple[str, dict[str, Any]]:
 
 
 def _data(state: _State) -> tuple[str, dict[str, Any]]:
+    from distillkit.description import tokens_of
+    from distillkit.prepare import PreparedDataset
+
     lines: list[str] = []
     figures: dict[str, Any] = {}
+    assert state.run.eos_labels is not None
     for key, source in state.run.sources.items():
-        lines.append(f"{key}: {len(source):,} documents, {source.num_tokens:,} tokens")
-        figures[key] = {"documents": len(source), "tokens": source.num_tokens}
+        tokens = tokens_of(source)
+        kept = f" (prepared, and kept for training in {source.folder})" if isinstance(source, PreparedDataset) else ""
+        lines.append(f"{key}: {len(source):,} documents, {tokens:,} tokens{kept}")
+        figures[key] = {"documents": len(source), "tokens": tokens}
     return "; ".join(lines), figures
 
 
@@ -247,8 +253,8 @@ def _plan(state: _State) -> tuple[str, dict[str, Any]]:
     if per_epoch < 1 or steps < 1:
         raise ConfigError("dataset.train_dataset: there is not one whole batch in it")
     state.steps = steps
-    detail = f"{steps:,} steps of {batch:,} documents; {per_epoch:,} steps are one pass over the data"
-    return detail, {"steps": steps, "documents_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}
+    detail = f"{steps:,} steps, rows a step: {batch:,}; one pass over the data takes {per_epoch:,}"
+    return detail, {"steps": steps, "rows_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}
 
 
 def _memory(state: _State) -> Check:

@@ -586,11 +586,6 @@ class PreparedDataset:
     def __len__(self) -> int:
         return int(self.description["documents"])
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents."""
-        return int(self.lengths().sum())
-
     def lengths(self) -> npt.NDArray[np.int64]:
         """Return the tokens of each document (D,)."""
         return np.diff(self._arrays["offsets"]).astype(np.int64)

@@ -358,7 +358,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
         return {}
     student, settings = d["student"], d["settings"]
     trained = "" if student["trained"] == student["parameters"] else f", {student['trained']:,} trained"
-    adapters = " in LoRA adapters" if student["adapters"] else ""
+    adapters = " in LoRA adapters" if student.get("adapters") else ""
     batch = settings["batch"] * settings["accumulation"] * settings["processes"]
     cut = f"{settings['batch']} at a time × {settings['accumulation']} accumulated × processes: {settings['processes']}"
     facts = {
@@ -372,7 +372,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
             facts[label] = _data(d["data"][key])
     return facts | {
         "steps": f"{d['max_steps']:,} (epochs begun: {d['epochs']:,})" if "max_steps" in d else "",
-        "documents a step": f"{batch:,} ({cut}), {settings['sequence_length']:,} tokens at most",
+        "rows a step": f"{batch:,} ({cut}), {settings['sequence_length']:,} tokens at most",
         "optimiser": f"{settings['optimizer']}, learning rate {settings['learning_rate']:g} ({settings['schedule']}, "
         f"warm-up {settings['warmup_steps']:g}), weight decay {settings['weight_decay']:g}",
         "precision": f"{settings['precision']}, "
@@ -398,7 +398,8 @@ def _loss(loss: dict[str, Any]) -> str:
 
 def _data(data: dict[str, Any]) -> str:
     tokens = "" if data["tokens"] is None else f", {data['tokens']:,} tokens"
-    return f"{_text(data['path'])}: {data['documents']:,} documents{tokens}"
+    rows = f", packed in {data['rows']:,} rows" if data.get("rows") else ""
+    return f"{_text(data['path'])}: {data['documents']:,} documents{tokens}{rows}"
 
 
 def _cost(run: RunRecord) -> list[tuple[str, str]]:

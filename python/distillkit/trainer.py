@@ -475,9 +475,15 @@ class Run:
     @cached_property
     def tokenizer(self) -> Any:
         """The student's tokenizer."""
+        arguments = self.arguments  # refused, if they are wrong, before anything is loaded
         tokenizer = tokenizers.load_tokenizer(self.config.model, trust_remote_code=self.config.trust_remote_code)
-        configure_tokenizer(tokenizer, self.arguments)
+        configure_tokenizer(tokenizer, arguments)
         return tokenizer
+
+    @cached_property
+    def eos_labels(self) -> list[int]:
+        """Token ids that end a document; see `check_eos_labels`."""
+        return check_eos_labels(self.config, self.tokenizer)
 
     @cached_property
     def sources(self) -> dict[Part, DocumentSource]:
@@ -531,8 +537,7 @@ class Run:
     def trainer(self) -> DistillationTrainer:
         """The trainer, with everything of before in it."""
         # Data that does not belong to the student is refused before anything large is loaded.
-        assert self.sources
-        eos_labels = check_eos_labels(self.config, self.tokenizer)
+        eos_labels, _ = self.eos_labels, self.sources
         self.progress.parts = loss_parts(self.objective.names)
         trainer = DistillationTrainer(
             self.model,

@@ -57,7 +57,7 @@ def plot_speed(run: RunRecord, path: Path) -> None:
     for place, name, title, form in (
         ((0, 0), "tokens_per_second", "Tokens a second", "{:,.0f}"),
         ((0, 1), "data_wait", "Share of the time spent waiting for data", "{:.0%}"),
-        ((1, 0), "learning_rate", "Learning rate", "{:.1e}"),
+        ((1, 0), "learning_rate", "Learning rate", "{:.3g}"),
         ((1, 1), "grad_norm", "Norm of the gradient", "{:.3g}"),
     ):
         panel = axes[place]
@@ -145,7 +145,8 @@ def _divergence(axes: Any, run: RunRecord) -> None:
             _line(axes, steps, values, number, label, marked=held_out)
             everything += values
             if held_out:
-                _label_ends(axes, steps, values, "{:.3g}")
+                # KL is the lower of the two.
+                _label_last(axes, steps, values, "{:.3g}", above=number > 0)
     if everything:
         _wide_axis(axes, everything)
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
@@ -196,7 +197,7 @@ def _save(figure: Any, path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for panel in figure.axes:
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     # Whole or not at all: whoever looks at the picture of a running training never sees half of it.
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, format="png")
@@ -233,18 +234,10 @@ def _running_mean(values: list[float]) -> npt.NDArray[np.float64]:
     return means
 
 
-def _label_ends(axes: Any, steps: list[int], values: list[float], form: str) -> None:
-    """Write the first and last value above their points."""
-    for index in sorted({0, len(values) - 1}):
-        axes.annotate(
-            form.format(values[index]),
-            (steps[index], values[index]),
-            (0, 8),
-            textcoords="offset points",
-            ha="left" if index == 0 and len(values) > 1 else "right",
-            fontsize=9,
-            color=INK,
-        )
+def _label_last(axes: Any, steps: list[int], values: list[float], form: str, *, above: bool) -> None:
+    """Write the last value beside its point."""
+    place = {"xytext": (0, 8 if above else -15), "textcoords": "offset points", "ha": "right"}
+    axes.annotate(form.format(values[-1]), (steps[-1], values[-1]), fontsize=9, color=INK, **place)
 
 
 def _wide_axis(axes: Any, values: list[float]) -> None:

@@ -1,4 +1,5 @@
-"""`distillkit`: train (the default command), capture, pack and report. Each command's code is imported when used."""
+"""`distillkit`: train (the default command), capture, pack and report. Each command's code is imported when it is
+used."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distillkit.config import RunConfig
-from distillkit.trainer import train
+from distillkit.run import train
 from training import launch, random_documents, run_config, save_student, write_dataset
 
 FSDP = str(Path(__file__).parent / "launch_fsdp.py")

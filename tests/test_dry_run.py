@@ -20,7 +20,7 @@ from distillkit.config import RunConfig
 from distillkit.dry_run import DryRun, dry_run
 from distillkit.estimate import optimizer_bytes
 from distillkit.report import read_metrics
-from distillkit.trainer import Run, train
+from distillkit.run import Run, train
 from training import random_documents, run_config, save_student, tiny_model, tiny_tokenizer, write_dataset
 
 

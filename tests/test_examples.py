@@ -16,7 +16,7 @@ import yaml
 
 from distillkit.codec import Codec, codec_config
 from distillkit.config import load_config, parse_config
-from distillkit.trainer import train
+from distillkit.run import train
 from training import (
     VOCABULARY,
     random_documents,

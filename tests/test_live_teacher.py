@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from distillkit.config import RunConfig, parse_config
 from distillkit.errors import ConfigError, MismatchError
-from distillkit.trainer import train
+from distillkit.run import train
 from training import (
     VOCABULARY,
     random_documents,

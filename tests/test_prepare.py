@@ -30,9 +30,9 @@ from distillkit.prepare import (
     prepare,
     training_dataset,
 )
+from distillkit.run import train
 from distillkit.shards import Dataset
 from distillkit.text_rows import RowTokenizer, TextOptions
-from distillkit.trainer import train
 from distillkit.training_args import training_arguments
 from training import random_documents, run_config, tiny_model, tiny_tokenizer, write_dataset
 

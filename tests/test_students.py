@@ -19,7 +19,7 @@ from distillkit.losses.config import LossConfig
 from distillkit.losses.fused import Objective
 from distillkit.losses.positions import Targets
 from distillkit.models import DistillationInputs, attach_losses, check_student, load_student
-from distillkit.trainer import train
+from distillkit.run import train
 from distillkit.training_args import training_arguments
 from distillkit.types import SparseLogprobs
 from training import (

@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 from distillkit.errors import ConfigError, DistillKitError
+from distillkit.run import train
 from distillkit.trackers import tracking
-from distillkit.trainer import train
 from training import random_documents, run_config, save_student, write_dataset
 
 LOSSES = [{"function": "cross_entropy", "weight": 1}, {"function": "kl", "weight": 1}, {"function": "kl", "weight": 1}]

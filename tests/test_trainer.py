@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import reference
 from distillkit.config import RunConfig
 from distillkit.errors import ConfigError, DistillKitError, MismatchError
+from distillkit.run import train
 from distillkit.shards import ShardWriter
 from distillkit.tokenizer import fingerprint
-from distillkit.trainer import train
 from distillkit.types import SparseLogprobs
 from training import (
     VOCABULARY,

@@ -17,7 +17,7 @@ from distillkit.errors import ConfigError, DistillKitError
 if TYPE_CHECKING:
     from distillkit.config import RunConfig
     from distillkit.estimate import MemoryEstimate
-    from distillkit.trainer import Run
+    from distillkit.run import Run
 
 __all__ = ["Check", "DryRun", "dry_run"]
 
@@ -115,7 +115,7 @@ class _State:
     """
 
     def __init__(self, config: RunConfig, harmless: RunConfig) -> None:
-        from distillkit.trainer import Run
+        from distillkit.run import Run
 
         self.config = config
         self.run: Run = Run(harmless)
@@ -172,7 +172,7 @@ def _arguments(state: _State) -> tuple[str, dict[str, Any]]:
 
 
 def _output(state: _State) -> Check | tuple[str, dict[str, Any]]:
-    from distillkit.trainer import checkpoint_of
+    from distillkit.run import checkpoint_of
 
     folder = Path(state.config.output_path)
     existing = _existing(folder)

@@ -75,7 +75,7 @@ def _train(config: Path) -> dict[str, Any]:
     run = load_config(config)
     from transformers.utils.logging import disable_progress_bar
 
-    from distillkit.trainer import train as train_student
+    from distillkit.run import train as train_student
 
     # Their bars for loading and saving run into ours.
     disable_progress_bar()

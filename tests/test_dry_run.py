@@ -73,7 +73,7 @@ def test_all_is_well_and_nothing_is_left(
     result = CliRunner(env={"COLUMNS": "200"}).invoke(cli, [str(config), "--dry-run"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("✓") == 14
-    assert "everything is there; nothing was trained or written" in result.stdout
+    assert "everything is there. Nothing was trained or written" in result.stdout
     assert f"{tmp_path / 'out' / 'report.md'}" in result.stdout
     assert sorted(tmp_path.rglob("*")) == before
 

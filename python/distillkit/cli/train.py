@@ -111,7 +111,7 @@ def _show_checks(config: Path, result: DryRun) -> None:
     if failed:
         click.echo(f"training would not run: {', '.join(failed)}")
         return
-    click.echo("everything is there; nothing was trained or written. Training would write:")
+    click.echo("everything is there. Nothing was trained or written in the output folder; training would write:")
     width = max(len(path) for path, _ in result.would_write)
     for path, what in result.would_write:
         click.echo(f"  {path:<{width}}  {what}")

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from distillkit.codec import Codec, DistributionQuantizationConfig, preset
+from distillkit.codec import Codec, DistributionQuantizationConfig
 from distillkit.shards import Dataset, ShardWriter
 from distillkit.types import SparseLogprobs
 
@@ -85,9 +85,11 @@ def shortened(source: Path, k: int, target: Path) -> Path:
     if k == WHOLE or target.exists():
         return source if k == WHOLE else target
     dataset = Dataset.open(str(source))
-    whole = preset("recommended", vocab_size=dataset.codec.vocab_size)
-    assert isinstance(whole, DistributionQuantizationConfig)
-    codec = Codec(replace(whole, k=k, exact_k=k, polynomial_terms=None))
+    codec = Codec(
+        DistributionQuantizationConfig(
+            d=dataset.codec.vocab_size, k=k, exact_k=k, exact_dtype="bfloat16", residual_bins=[], delta_encoding=False
+        )
+    )
     unfinished = target.with_name(f".{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     with ShardWriter(unfinished, replace(dataset.header, codec=codec.to_dict())) as writer:

@@ -92,7 +92,7 @@ def shortened(source: Path, k: int, target: Path) -> Path:
     )
     unfinished = target.with_name(f".{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    with ShardWriter(unfinished, replace(dataset.header, codec=codec.to_dict())) as writer:
+    with ShardWriter(unfinished, replace(dataset.header, codec=codec.to_dict(), fidelity=None)) as writer:
         for number in range(len(dataset)):
             document = dataset[number]
             rows = dataset.codec.decode_document(document.teacher, document.num_rows)

@@ -3,7 +3,7 @@
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use distillkit_codec::CodecError;
-use distillkit_fuzz::{Fields, corpus, decode};
+use distillkit_fuzz::{Fields, corpus, decode, encode};
 use libfuzzer_sys::{Corpus, fuzz_target};
 
 /// A row's values: any floats, or log-probabilities of k steps, which are likely to be valid.
@@ -30,15 +30,15 @@ fn ids(u: &mut Unstructured, k: usize, vocab_size: u64) -> Result<Vec<i64>> {
 fn run(input: &[u8]) -> Result<()> {
     let mut u = Unstructured::new(input);
     let fields = Fields::arbitrary(&mut u)?;
-    let Some(codec) = fields.codec() else { return Ok(()) };
-    let (ids, logprobs) = (ids(&mut u, codec.k(), codec.vocab_size())?, logprobs(&mut u, codec.k())?);
-    let mut data = vec![0xAA; codec.bytes_per_row()];
-    match codec.encode(&ids, &logprobs, &mut data) {
-        Ok(()) => {
+    let Some(codecs) = fields.codecs() else { return Ok(()) };
+    let (k, vocab_size) = (codecs[0].k(), codecs[0].vocab_size());
+    let (ids, logprobs) = (ids(&mut u, k, vocab_size)?, logprobs(&mut u, k)?);
+    match encode(&codecs, &ids, &logprobs) {
+        Ok(data) => {
             let mut order: Vec<usize> = (0..ids.len()).collect();
             order.sort_by(|&a, &b| logprobs[b].partial_cmp(&logprobs[a]).expect("no NaN is encoded"));
             let sorted: Vec<i64> = order.iter().map(|&i| ids[i]).collect();
-            let decoded = decode(&codec, &data).map(|(ids, _)| ids);
+            let decoded = decode(&codecs, &data).map(|(ids, _)| ids);
             assert_eq!(decoded, Ok(sorted), "log-probabilities {logprobs:?}, {fields:?}");
         }
         Err(CodecError::Input(message)) => assert!(message.starts_with("row 0: "), "{message}"),

@@ -1,8 +1,9 @@
-//! Any dense logits: refused as input, or their top-k is what sorting them says.
+//! Any dense logits: refused as input, or their top-k is what sorting them says, on every backend.
 #![no_main]
 
-use distillkit_codec::{CodecError, Logit, bf16, f16, topk};
+use distillkit_codec::{Backend, Codec, CodecError, Config, Logit, bf16, f16, topk};
 use libfuzzer_sys::fuzz_target;
+use serde_json::json;
 
 fn check<L: Logit>(logits: &[L], k: usize) {
     let width = logits.len();
@@ -18,9 +19,30 @@ fn check<L: Logit>(logits: &[L], k: usize) {
             assert_eq!(ids, order[..k]);
             assert!(logprobs.iter().all(|value| value.is_finite() && *value <= 1e-5), "{logprobs:?}");
             assert!(logprobs.is_sorted_by(|a, b| a >= b));
+            same_on_every_backend(logits, &ids, &logprobs);
         }
         Err(CodecError::Input(message)) => assert!(bad || finite < k, "{message}"),
         Err(other) => panic!("logits are refused with {other:?}"),
+    }
+}
+
+/// Stores the whole top-k as it is, on every backend: a row of as many bytes as one has, and the same.
+fn same_on_every_backend<L: Logit>(logits: &[L], ids: &[i64], logprobs: &[f32]) {
+    let (width, k) = (logits.len(), ids.len());
+    if width < 2 {
+        return;
+    }
+    let config = json!({"d": width, "k": k, "exact_k": k, "exact_dtype": "float32", "polynomial_terms": [0], "residual_bins": [], "delta_encoding": false});
+    let config = Config::from_json("quantized", &config.to_string()).expect("a valid configuration");
+    for backend in Backend::available() {
+        let codec = Codec::with_backend(config.clone(), backend).expect("a valid configuration makes a codec");
+        let mut data = vec![0; codec.bytes_per_row()];
+        codec.encode_logits(logits, width, &mut data).expect("log-probabilities of logits encode");
+        let (mut back, mut values) = (vec![-1; k], vec![f32::NAN; k]);
+        codec.decode(&data, &mut back, &mut values).expect("encoded rows decode");
+        assert_eq!(back, ids, "{backend:?}");
+        let apart = values.iter().zip(logprobs).any(|(value, logprob)| (value - logprob).abs() > 1e-3);
+        assert!(!apart, "{backend:?}: {values:?}, {logprobs:?}");
     }
 }
 

@@ -1,10 +1,10 @@
 //! What the fuzz targets share: configurations from arbitrary bytes, and what must hold of anything that decodes.
 //!
 //! Configurations go through their JSON, as they do in use, and are often not valid: fields are drawn from a little more than their range.
-//! k is kept small, so that an input takes microseconds.
+//! k is mostly small: an input's time and the bytes that it needs for a row grow with it.
 
 use arbitrary::{Arbitrary, Result, Unstructured};
-use distillkit_codec::{Codec, CodecError, Config};
+use distillkit_codec::{Backend, Codec, CodecError, Config};
 use libfuzzer_sys::Corpus;
 use serde_json::{Value, json};
 
@@ -24,6 +24,11 @@ fn vocab(u: &mut Unstructured) -> Result<u64> {
     if d == 0 { u.arbitrary() } else { Ok(d) }
 }
 
+fn ranks(u: &mut Unstructured) -> Result<usize> {
+    let most = if u.ratio(7, 8)? { 24 } else { 200 };
+    u.int_in_range(1..=most)
+}
+
 fn term(u: &mut Unstructured) -> Result<Value> {
     Ok(match u.int_in_range(0..=9u8)? {
         0 => json!("sqrt"),
@@ -36,7 +41,7 @@ fn term(u: &mut Unstructured) -> Result<Value> {
 impl Fields {
     /// Fields of `logprob_compressor`.
     pub fn quantized(u: &mut Unstructured) -> Result<Self> {
-        let k: usize = u.int_in_range(1..=200)?;
+        let k = ranks(u)?;
         let exact_k = u.int_in_range(0..=k)?;
         let mut left = k - exact_k;
         let mut bins = Vec::new();
@@ -63,7 +68,7 @@ impl Fields {
 
     /// Fields of `legacy_logit_compression`.
     pub fn legacy(u: &mut Unstructured) -> Result<Self> {
-        let k: usize = u.int_in_range(1..=200)?;
+        let k = ranks(u)?;
         let json = json!({
             "vocab_size": vocab(u)?,
             "k": k,
@@ -76,13 +81,15 @@ impl Fields {
         Ok(Self { format: "legacy", json })
     }
 
-    /// The codec, or nothing for fields that were refused as a configuration.
-    pub fn codec(&self) -> Option<Codec> {
-        match Config::from_json(self.format, &self.json.to_string()) {
-            Ok(config) => Some(Codec::new(config).expect("a valid configuration makes a codec")),
-            Err(CodecError::Config { .. }) => None,
+    /// The codec on every backend of this CPU, the portable one first, or nothing for fields that were refused as a configuration.
+    pub fn codecs(&self) -> Option<Vec<Codec>> {
+        let config = match Config::from_json(self.format, &self.json.to_string()) {
+            Ok(config) => config,
+            Err(CodecError::Config { .. }) => return None,
             Err(other) => panic!("{} is refused with {other:?}", self.json),
-        }
+        };
+        let codec = |backend| Codec::with_backend(config.clone(), backend).expect("a valid configuration makes a codec");
+        Some(Backend::available().into_iter().map(codec).collect())
     }
 }
 
@@ -92,8 +99,19 @@ impl Arbitrary<'_> for Fields {
     }
 }
 
-/// Decodes any bytes: they are refused as truncated or corrupt, or the answer is one.
-pub fn decode(codec: &Codec, data: &[u8]) -> distillkit_codec::Result<(Vec<i64>, Vec<f32>)> {
+/// Decodes any bytes: they are refused as truncated or corrupt, or the answer is one, and the same on every backend.
+pub fn decode(codecs: &[Codec], data: &[u8]) -> distillkit_codec::Result<(Vec<i64>, Vec<f32>)> {
+    let decoded = decode_on(&codecs[0], data);
+    for codec in &codecs[1..] {
+        let (here, first) = (decode_on(codec, data), codecs[0].backend());
+        // Bits, as 0 and −0 are not the same.
+        let bits = |(ids, logprobs): &(Vec<i64>, Vec<f32>)| (ids.clone(), logprobs.iter().map(|value| value.to_bits()).collect::<Vec<_>>());
+        assert_eq!(here.as_ref().map(bits), decoded.as_ref().map(bits), "{:?}, {first:?}", codec.backend());
+    }
+    decoded
+}
+
+fn decode_on(codec: &Codec, data: &[u8]) -> distillkit_codec::Result<(Vec<i64>, Vec<f32>)> {
     let rows = data.len() / codec.bytes_per_row();
     let (mut ids, mut logprobs) = (vec![-1; rows * codec.k()], vec![f32::NAN; rows * codec.k()]);
     let whole = data.len() == rows * codec.bytes_per_row();
@@ -115,6 +133,19 @@ pub fn decode(codec: &Codec, data: &[u8]) -> distillkit_codec::Result<(Vec<i64>,
     }
 }
 
+/// Encodes a row: the bytes, or why it is refused, and the same on every backend.
+pub fn encode(codecs: &[Codec], ids: &[i64], logprobs: &[f32]) -> distillkit_codec::Result<Vec<u8>> {
+    let encode_on = |codec: &Codec| {
+        let mut data = vec![0xAA; codec.bytes_per_row()];
+        codec.encode(ids, logprobs, &mut data).map(|()| data)
+    };
+    let encoded = encode_on(&codecs[0]);
+    for codec in &codecs[1..] {
+        assert_eq!(encode_on(codec), encoded, "{:?}, {:?}", codec.backend(), codecs[0].backend());
+    }
+    encoded
+}
+
 /// What a target makes of an input: kept, unless it had too few bytes for the fields.
 pub fn corpus(result: Result<()>) -> Corpus {
     if result.is_ok() { Corpus::Keep } else { Corpus::Reject }
@@ -123,8 +154,8 @@ pub fn corpus(result: Result<()>) -> Corpus {
 /// Takes the fields of a configuration, and decodes what is left of the input as its rows.
 pub fn decode_any(input: &[u8], fields: impl FnOnce(&mut Unstructured) -> Result<Fields>) -> Result<()> {
     let mut u = Unstructured::new(input);
-    if let Some(codec) = fields(&mut u)?.codec() {
-        let _ = decode(&codec, &rows(&codec, u.take_rest()));
+    if let Some(codecs) = fields(&mut u)?.codecs() {
+        let _ = decode(&codecs, &rows(&codecs[0], u.take_rest()));
     }
     Ok(())
 }

@@ -123,9 +123,10 @@ def test_the_published_configuration_is_understood(tmp_path: Path) -> None:
     assert (arguments.output_dir, arguments.max_length) == ("./output", 8192)
 
 
-def test_defaults_are_the_published_ones_and_run_on_a_cpu() -> None:
+def test_defaults_run_on_a_cpu_and_are_the_published_ones_but_for_the_loss() -> None:
     config = parse_config(MINIMAL)
-    assert [(loss.function, loss.weight) for loss in config.loss_functions] == [("cross_entropy", 0.5), ("kl", 0.5)]
+    assert [(loss.function, loss.weight) for loss in config.loss_functions] == [("cross_entropy", 0.1), ("kl", 0.9)]
+    assert config.loss_functions[1].missing_probability_handling == "uniform"
     assert (config.project_name, config.dataset.seed, config.use_flash_attention) == ("distillkit", 42, None)
     arguments = training_arguments(config)
     assert (arguments.use_cpu, arguments.bf16, arguments.dataloader_pin_memory) == (True, False, False)

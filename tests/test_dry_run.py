@@ -21,7 +21,13 @@ from distillkit.dry_run import DryRun, dry_run
 from distillkit.estimate import optimizer_bytes
 from distillkit.report import read_metrics
 from distillkit.run import Run, train
-from training import random_documents, run_config, save_student, tiny_model, tiny_tokenizer, write_dataset
+from training import (
+    captured_parts,
+    run_config,
+    save_student,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +37,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tiny_model(1).save_pretrained(other)
     tiny_tokenizer(prefix="other").save_pretrained(other)
     return {
-        "student": save_student(folder / "student"),
+        **captured_parts(folder, held_out=5),
         "other": str(other),
         "teacher": save_student(folder / "teacher", seed=7),
-        "train": write_dataset(folder / "train", random_documents(24)),
-        "eval": write_dataset(folder / "eval", random_documents(5, seed=1)),
     }
 
 
@@ -206,7 +210,7 @@ def test_activations_are_measured(parts: dict[str, str], tmp_path: Path, checkpo
     run = Run(config)
     model, arguments = run.trainer.model, run.arguments
     estimated = estimate._activations(model, arguments, 400)
-    with estimate._checkpointing(model, arguments, checkpointing):
+    with estimate.checkpointing(model, arguments, wanted=checkpointing):
         real = estimate._kept(model, arguments, 400)
     whole = estimate._kept(model, arguments, 400)
     # Recomputing keeps the inputs of the layers, and for a while all of one layer.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ from distillkit.errors import ConfigError, MismatchError
 from distillkit.run import train
 from training import (
     VOCABULARY,
+    captured_parts,
+    losses_of,
     random_documents,
     run_config,
     save_student,
     tiny_model,
     tiny_tokenizer,
-    write_dataset,
 )
 
 HIDDEN = [
@@ -34,14 +34,12 @@ HIDDEN = [
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A student, the teacher of the captured documents, one with a padded head, and the documents."""
+    """A student, the teacher of the captured documents, a larger one, and the documents."""
     folder = tmp_path_factory.mktemp("live")
     return {
-        "student": save_student(folder / "student"),
+        **captured_parts(folder),
         "teacher": save_student(folder / "teacher", seed=7),
         "wide": save_student(folder / "wide", seed=7, hidden_size=48, num_hidden_layers=3),
-        "train": write_dataset(folder / "train", random_documents(24)),
-        "eval": write_dataset(folder / "eval", random_documents(7, seed=1)),
     }
 
 
@@ -50,16 +48,16 @@ def live(parts: dict[str, str], output: Path, which: str = "teacher", **settings
     return run_config(parts["student"], output, parts["train"], parts["eval"], teacher=teacher, **settings)
 
 
-def losses_of(output: Path) -> list[float]:
-    entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [entry["loss"] for entry in entries if "loss" in entry]
+def losses(output: Path) -> list[float]:
+    """The training losses in order."""
+    return list(losses_of(output).values())
 
 
 def test_the_first_k_of_a_live_teacher_train_as_the_captured_ones(parts: dict[str, str], tmp_path: Path) -> None:
     arguments = {"eval_on_start": True}
     stored = run_config(parts["student"], tmp_path / "stored", parts["train"], parts["eval"], training_args=arguments)
     results = [train(stored), train(live(parts, tmp_path / "live", teacher={"top_k": 8}, training_args=arguments))]
-    assert losses_of(tmp_path / "live") == pytest.approx(losses_of(tmp_path / "stored"), rel=1e-5)
+    assert losses(tmp_path / "live") == pytest.approx(losses(tmp_path / "stored"), rel=1e-5)
     for name in ("eval_kl", "eval_teacher_mass", "eval_student_mass", "eval_top1_agreement", "eval_topk_overlap"):
         assert results[1]["eval_first"][name] == pytest.approx(results[0]["eval_first"][name], rel=1e-5), name
 
@@ -102,7 +100,7 @@ def test_loss_and_gradient_do_not_depend_on_how_a_step_is_cut(
         settings = {"loss_functions": HIDDEN, "layer_mapping": [[0, 0], [1, 2], [-1, -1]], "training_args": arguments}
         train(live(parts, output, "wide", teacher={"top_k": top_k}, **settings))
         weights = AutoModelForCausalLM.from_pretrained(output).state_dict()
-        results.append((losses_of(output)[0], torch.cat([value.double().flatten() for value in weights.values()])))
+        results.append((losses(output)[0], torch.cat([value.double().flatten() for value in weights.values()])))
     before = AutoModelForCausalLM.from_pretrained(parts["student"]).state_dict()
     start = torch.cat([value.double().flatten() for value in before.values()])
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-6)
@@ -147,7 +145,7 @@ def test_projections_are_trained_saved_reloaded_and_not_exported(parts: dict[str
     assert not (tmp_path / "whole" / "distillkit_projections.safetensors").exists()
 
     train(config(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")))
-    assert losses_of(tmp_path / "resumed") == losses_of(tmp_path / "whole")[2:]
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[2:]
     again = load_file(tmp_path / "resumed" / "checkpoint-4" / "distillkit_projections.safetensors")
     assert all(torch.equal(again[name], saved[1][name]) for name in again)
 
@@ -170,8 +168,8 @@ def test_a_padded_head_is_no_other_vocabulary(parts: dict[str, str], tmp_path: P
         train(live(padded, tmp_path / "wide-teacher", "padded", teacher={"top_k": top_k}))
         wider = {**padded, "student": padded["padded"]}
         train(live(wider, tmp_path / "wide-student", "teacher", teacher={"top_k": top_k}))
-        assert np.isfinite(losses_of(tmp_path / "wide-teacher")).all()
-        assert np.isfinite(losses_of(tmp_path / "wide-student")).all()
+        assert np.isfinite(losses(tmp_path / "wide-teacher")).all()
+        assert np.isfinite(losses(tmp_path / "wide-student")).all()
 
 
 def test_another_tokenizer_is_refused_with_both_fingerprints(parts: dict[str, str], tmp_path: Path) -> None:

@@ -26,7 +26,11 @@ from distillkit.progress import ConsoleProgress, duration
 from distillkit.report import RunRecord, comparison, markdown, read_metrics, read_run, write_report
 from distillkit.run import Run, train
 from distillkit.trainer import DistillationTrainer
-from training import random_documents, run_config, save_student, write_dataset
+from training import (
+    captured_parts,
+    random_documents,
+    run_config,
+)
 
 PNG = b"\x89PNG"
 LOSSES = [
@@ -38,12 +42,7 @@ LOSSES = [
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("parts")
-    return {
-        "student": save_student(folder / "student"),
-        "train": write_dataset(folder / "train", random_documents(24)),
-        "eval": write_dataset(folder / "eval", random_documents(5, seed=1)),
-    }
+    return captured_parts(tmp_path_factory.mktemp("parts"), held_out=5)
 
 
 def config_for(parts: dict[str, str], output: Path, **arguments: Any) -> Any:

@@ -24,13 +24,13 @@ from distillkit.training_args import training_arguments
 from distillkit.types import SparseLogprobs
 from training import (
     VOCABULARY,
-    random_documents,
+    captured_parts,
+    losses_of,
     run_config,
     save_student,
     save_vision_student,
     teacher_rows,
     tiny_model,
-    write_dataset,
 )
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 16}
@@ -40,11 +40,9 @@ LORA: dict[str, Any] = {"r": 4, "lora_alpha": 16}
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("students")
     return {
-        "student": save_student(folder / "student"),
+        **captured_parts(folder),
         "tied": save_student(folder / "tied", tie_word_embeddings=True),
         "vision": save_vision_student(folder / "vision"),
-        "train": write_dataset(folder / "train", random_documents(24)),
-        "eval": write_dataset(folder / "eval", random_documents(7, seed=1)),
     }
 
 
@@ -57,11 +55,6 @@ def run(parts: dict[str, str], output: Path, student: str = "student", **setting
         **settings.pop("training_args", {}),
     }
     return run_config(parts[student], output, parts["train"], parts["eval"], training_args=arguments, **settings)
-
-
-def losses_of(output: Path) -> dict[int, float]:
-    entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
 
 
 def logits_of(model: Any) -> torch.Tensor:

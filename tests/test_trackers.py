@@ -20,19 +20,17 @@ import yaml
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.run import train
 from distillkit.trackers import tracking
-from training import random_documents, run_config, save_student, write_dataset
+from training import (
+    captured_parts,
+    run_config,
+)
 
 LOSSES = [{"function": "cross_entropy", "weight": 1}, {"function": "kl", "weight": 1}, {"function": "kl", "weight": 1}]
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("parts")
-    return {
-        "student": save_student(folder / "student"),
-        "train": write_dataset(folder / "train", random_documents(16)),
-        "eval": write_dataset(folder / "eval", random_documents(3, seed=1)),
-    }
+    return captured_parts(tmp_path_factory.mktemp("parts"), train=16, held_out=3)
 
 
 def config_for(parts: dict[str, str], output: Path, **arguments: Any) -> Any:

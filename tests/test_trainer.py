@@ -24,9 +24,12 @@ from distillkit.tokenizer import fingerprint
 from distillkit.types import SparseLogprobs
 from training import (
     VOCABULARY,
+    captured_parts,
     exact_codec,
     header_for,
     launch,
+    losses_of,
+    metrics_of,
     random_documents,
     run_config,
     save_student,
@@ -42,20 +45,7 @@ GOLDEN = Path(__file__).parent / "golden"
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A student, and captured documents of a random teacher: some to train on, some held out."""
-    folder = tmp_path_factory.mktemp("parts")
-    return {
-        "student": save_student(folder / "student"),
-        "train": write_dataset(folder / "train", random_documents(24)),
-        "eval": write_dataset(folder / "eval", random_documents(7, seed=1)),
-    }
-
-
-def metrics_of(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses_of(output: Path) -> dict[int, float]:
-    return {entry["step"]: entry["loss"] for entry in metrics_of(output) if "loss" in entry}
+    return captured_parts(tmp_path_factory.mktemp("parts"))
 
 
 def weights_of(folder: Path | str) -> dict[str, torch.Tensor]:

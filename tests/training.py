@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -111,6 +112,25 @@ def write_dataset(
             order = np.clip(np.arange(len(rows.ids)) - shift, 0, len(rows.ids) - 1)
             writer.write(input_ids, SparseLogprobs(rows.ids[order], rows.logprobs[order]))
     return str(folder)
+
+
+def captured_parts(folder: Path, *, train: int = 24, held_out: int = 7) -> dict[str, str]:
+    """A student, and captured documents of a random teacher: some to train on, some held out."""
+    return {
+        "student": save_student(folder / "student"),
+        "train": write_dataset(folder / "train", random_documents(train)),
+        "eval": write_dataset(folder / "eval", random_documents(held_out, seed=1)),
+    }
+
+
+def metrics_of(output: Path) -> list[dict[str, Any]]:
+    """Every log of a run."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(output: Path) -> dict[int, float]:
+    """The training loss by step."""
+    return {entry["step"]: entry["loss"] for entry in metrics_of(output) if "loss" in entry}
 
 
 def run_config(student: str, output: Path, train: str, evaluate: str | None = None, **settings: Any) -> RunConfig:

@@ -260,6 +260,13 @@ class RunConfig(_Model):
             raise ValueError(f"transformers has no auto class {value!r}{nearest(value, known)}")
         return value
 
+    @field_validator("loss_functions")
+    @classmethod
+    def _some_weight(cls, value: list[LossConfig]) -> list[LossConfig]:
+        if not any(loss.weight for loss in value):
+            raise ValueError("all weights are 0; at least one must be positive")
+        return value
+
     @field_validator("frozen_res")
     @classmethod
     def _expressions(cls, value: list[str]) -> list[str]:
@@ -342,7 +349,6 @@ def parse_config(content: object, *, source: str = "config") -> RunConfig:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
         problems += [_problem(item) for item in error.errors()]
-    problems += _not_yet(content)
     if config is not None:
         problems += _disagreements(config) + _student_problems(config)
     arguments = content.get("training_args")
@@ -407,21 +413,6 @@ def _problem(error: Any) -> str:
         # A message of ours begins with the key below this path, if it is about one.
         return f"{path}.{cause}" if re.match(r"[\w.]+: ", str(cause)) else f"{path}: {cause}"
     return f"{path}: {error['msg'].removeprefix('Value error, ')} (found {found!r})"
-
-
-def _not_yet(content: Mapping[Any, Any]) -> list[str]:
-    """Name every setting that asks for a feature which does not exist yet. Works on raw content, beside all other
-    problems."""
-    found: list[str] = []
-
-    def refuse(path: str, why: str) -> None:
-        found.append(f"{path}: not supported yet ({why})")
-
-    losses = content.get("loss_functions")
-    weights = [loss.get("weight") for loss in losses if isinstance(loss, Mapping)] if isinstance(losses, list) else []
-    if weights and all(isinstance(weight, (int, float)) and weight == 0 for weight in weights):
-        found.append("loss_functions: all weights are 0; at least one must be positive")
-    return found
 
 
 def _disagreements(config: RunConfig) -> list[str]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLANK",
+    "MODEL_INPUTS",
     "Collator",
     "DistillationDataset",
     "DocumentOrder",
@@ -45,6 +46,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What of a batch a model is given, student or teacher; the rest of it becomes the targets."""
 
 IGNORED = -100
 """The label of tokens that no loss is taken on, as everywhere in PyTorch."""
@@ -139,9 +143,7 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
     def cut(self, document: Document) -> Example:
         """Cut a document to the sequence length and take its counted positions' teacher rows."""
         length = min(len(document.input_ids), self.sequence_length)
-        ends = np.minimum(np.cumsum(document.segments()), length)
-        lengths = np.diff(ends, prepend=0)
-        lengths = lengths[lengths > 0]
+        lengths = document.segments(length)
         loss_mask = None if document.loss_mask is None else document.loss_mask[:length]
         positions = counted_positions(lengths, loss_mask)
         teacher = self.signal.take(document, positions)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distillkit import __version__
-from distillkit.lm_head import bare_model
+from distillkit.lm_head import bare_model, elements_of
+from distillkit.losses.config import LossConfig, named_losses
 from distillkit.shards import Dataset as StoredDataset
+from distillkit.training_args import plain
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from distillkit.config import DatasetSource, RunConfig
     from distillkit.data import DistillationDataset, DocumentSource
-    from distillkit.losses.config import LossConfig
     from distillkit.prepare import Part
 
 __all__ = ["describe", "describe_student", "tokens_of"]
@@ -60,8 +60,7 @@ def describe(
 def describe_student(config: RunConfig, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """Describe the student: `path`, `class`, `parameters`, `trained`, `adapters`, `dtype`, `attention`."""
     bare = bare_model(model)
-    # DeepSpeed's ZeRO-3 leaves a part of each parameter here, and says how large the whole is.
-    sizes = [(int(getattr(part, "ds_numel", part.numel())), part.requires_grad) for part in bare.parameters()]
+    sizes = [(elements_of(part), part.requires_grad) for part in bare.parameters()]
     return {
         "path": config.model,
         "class": type(bare).__name__,
@@ -98,15 +97,14 @@ def tokens_of(source: DocumentSource) -> int:
 
 
 def _losses(configs: list[LossConfig]) -> list[dict[str, Any]]:
-    """Name the losses as they are logged: a number from the second of a kind on."""
-    total, seen, named = sum(config.weight for config in configs), Counter[str](), []
-    for config in configs:
-        seen[config.function] += 1
-        nth = seen[config.function]
-        settings = config.model_dump(mode="json", exclude_none=True, exclude={"function", "weight"})
-        name = config.function if nth == 1 else f"{config.function}@{nth}"
-        named.append({"name": name, "weight": config.weight / total, **settings})
-    return named
+    return [
+        {
+            "name": name,
+            "weight": share,
+            **config.model_dump(mode="json", exclude_none=True, exclude={"function", "weight"}),
+        }
+        for name, share, config in named_losses(configs)
+    ]
 
 
 def _settings(config: RunConfig, arguments: SFTConfig) -> dict[str, Any]:
@@ -118,16 +116,12 @@ def _settings(config: RunConfig, arguments: SFTConfig) -> dict[str, Any]:
         "processes": arguments.world_size,
         "device": arguments.device.type,
         "precision": precision,
-        "optimizer": _value(arguments.optim),
+        "optimizer": plain(arguments.optim),
         "learning_rate": arguments.learning_rate,
-        "schedule": _value(arguments.lr_scheduler_type),
+        "schedule": plain(arguments.lr_scheduler_type),
         "warmup_steps": arguments.warmup_steps,
         "weight_decay": arguments.weight_decay,
         "activation_checkpointing": bool(arguments.activation_checkpointing),
         "workers": arguments.dataloader_num_workers,
         "seed": arguments.seed,
     }
-
-
-def _value(setting: Any) -> Any:
-    return getattr(setting, "value", setting)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distillkit.cli.common import human_bytes
 from distillkit.errors import ConfigError, DistillKitError
+from distillkit.training_args import plain
 
 if TYPE_CHECKING:
     from distillkit.config import RunConfig
@@ -111,7 +112,7 @@ class _State:
     Attributes:
         config: the run as asked for.
         run: its parts, with the harmless output folder.
-        memory, steps, optimizer: found by earlier checks.
+        memory, steps, steps_an_epoch, checkpoints, saved: found by earlier checks.
     """
 
     def __init__(self, config: RunConfig, harmless: RunConfig) -> None:
@@ -121,6 +122,7 @@ class _State:
         self.run: Run = Run(harmless)
         self.memory: MemoryEstimate | None = None
         self.steps: int | None = None
+        self.steps_an_epoch: int | None = None
         self.checkpoints: tuple[int, int] | None = None
         self.saved: int | None = None
 
@@ -153,9 +155,7 @@ def _outcome(step: _Step, state: _State) -> Check:
 
 
 def _outline(state: _State) -> tuple[str, dict[str, Any]]:
-    from distillkit.models import check_student
-
-    check_student(state.config)
+    assert state.run.outline is not None
     return f"{state.config.model}: its config, frozen parts and adapters, without weights", {}
 
 
@@ -252,7 +252,7 @@ def _plan(state: _State) -> tuple[str, dict[str, Any]]:
     )
     if per_epoch < 1 or steps < 1:
         raise ConfigError("dataset.train_dataset: there is not one whole batch in it")
-    state.steps = steps
+    state.steps, state.steps_an_epoch = steps, per_epoch
     detail = f"{steps:,} steps, rows a step: {batch:,}; one pass over the data takes {per_epoch:,}"
     return detail, {"steps": steps, "rows_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}
 
@@ -277,7 +277,7 @@ def _memory(state: _State) -> Check:
         "weights": found.weights,
         "teacher": found.teacher,
         "gradients": found.gradients,
-        f"optimiser ({_name(arguments.optim)})": found.optimizer,
+        f"optimiser ({plain(arguments.optim)})": found.optimizer,
         "activations of the longest batch": found.activations,
         "logits and losses": found.losses,
     }
@@ -308,6 +308,8 @@ def _batch(state: _State) -> Check | tuple[str, dict[str, Any]]:
     """Fetch a step's batches as training does, and take the first of them forward and backward."""
     import torch
 
+    from distillkit.estimate import checkpointing
+
     trainer, arguments = state.run.trainer, state.run.arguments
     trainer.start_epoch(0)
     batches, count = trainer.get_batch_samples(
@@ -319,14 +321,11 @@ def _batch(state: _State) -> Check | tuple[str, dict[str, Any]]:
     if state.sharded:
         return f"{shape}; not run: the student is sharded when training begins", {"rows": rows, "length": length}
     model = trainer.model
-    model.train()
-    if arguments.activation_checkpointing:
-        given = dict(arguments.activation_checkpointing_kwargs or {})
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=given or None)
-    # As accelerate does in the wrapped model's forward.
-    with trainer.accelerator.autocast():
-        loss = trainer.compute_loss(model, trainer._prepare_inputs(first), num_items_in_batch=count)
-    loss.backward()
+    with checkpointing(model, arguments, wanted=arguments.activation_checkpointing):
+        # As accelerate does in the wrapped model's forward.
+        with trainer.accelerator.autocast():
+            loss = trainer.compute_loss(model, trainer._prepare_inputs(first), num_items_in_batch=count)
+        loss.backward()
     finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
     model.zero_grad(set_to_none=True)
     averages, _, _ = trainer._window.finish(trainer.accelerator)
@@ -364,15 +363,14 @@ def _disk(state: _State) -> tuple[str, dict[str, Any]]:
 
 def _checkpoints(state: _State) -> int:
     """Count the checkpoints that training will save in all."""
-    arguments, steps = state.run.arguments, state.steps
+    arguments, steps, per_epoch = state.run.arguments, state.steps, state.steps_an_epoch
     assert steps is not None
-    strategy = str(_name(arguments.save_strategy))
+    assert per_epoch is not None
+    strategy = str(plain(arguments.save_strategy))
     if strategy == "no":
         return 0
     if strategy == "epoch":
-        trainer = state.run.trainer
-        _, per_epoch, *_ = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())
-        return -(-steps // int(per_epoch))
+        return -(-steps // per_epoch)
     if strategy == "best":
         return 2  # the best so far, and the next one while it is written
     every = arguments.save_steps if arguments.save_steps >= 1 else arguments.save_steps * steps
@@ -422,7 +420,3 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-def _name(setting: Any) -> Any:
-    return getattr(setting, "value", setting)

@@ -3,22 +3,31 @@ the settings, before anything is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from distillkit.lm_head import backbone_hidden, bare_model, logit_chunks, rows_of
+from distillkit.lm_head import backbone_hidden, bare_model, elements_of, logit_chunks, rows_of
 from distillkit.memory import total_memory
+from distillkit.training_args import plain
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
     from distillkit.losses.fused import Objective
 
-__all__ = ["MemoryEstimate", "checkpoint_bytes", "estimate_memory", "memory_at_hand", "optimizer_bytes"]
+__all__ = [
+    "MemoryEstimate",
+    "checkpoint_bytes",
+    "checkpointing",
+    "estimate_memory",
+    "memory_at_hand",
+    "optimizer_bytes",
+]
 
 # Values that an optimiser keeps for each trained one, in the parameter's own dtype.
 _LIKE_PARAMETERS = {
@@ -112,7 +121,7 @@ def estimate_memory(
         weights=weights,
         teacher=taught,
         gradients=sum(map(_size, trained)),
-        optimizer=optimizer_bytes(trained, str(getattr(arguments.optim, "value", arguments.optim))),
+        optimizer=optimizer_bytes(trained, str(plain(arguments.optim))),
         activations=None if sharded else _activations(model, arguments, tokens),
         losses=4 * (_CHUNK_ARRAYS * chunk * vocabulary + tokens * hidden + head_gradient),
         # What is loaded already is not free any more.
@@ -173,7 +182,7 @@ def _bytes(model: Any) -> int:
 
 def _size(tensor: torch.Tensor) -> int:
     """Bytes of a tensor; of the whole one where DeepSpeed's ZeRO-3 has left a part of it here."""
-    return int(getattr(tensor, "ds_numel", tensor.numel())) * tensor.element_size()
+    return elements_of(tensor) * tensor.element_size()
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
@@ -185,39 +194,41 @@ def _activations(model: Any, arguments: SFTConfig, tokens: int) -> int:
     Two short forwards are measured and continued in a line: what attention keeps of every pair of positions, where it
     does (eager attention, packed rows without FlashAttention), is not in it.
     """
-    whole = _line(model, arguments, tokens, checkpointing=False)
+    whole = _line(model, arguments, tokens, recomputed=False)
     if not arguments.activation_checkpointing:
         return whole
     layers = getattr(bare_model(model).config.get_text_config(), "num_hidden_layers", 1) or 1
     # The inputs of all layers, and all of the one that is computed again.
-    return _line(model, arguments, tokens, checkpointing=True) + whole // layers
+    return _line(model, arguments, tokens, recomputed=True) + whole // layers
 
 
-def _line(model: Any, arguments: SFTConfig, tokens: int, *, checkpointing: bool) -> int:
-    with _checkpointing(model, arguments, checkpointing):
+def _line(model: Any, arguments: SFTConfig, tokens: int, *, recomputed: bool) -> int:
+    with checkpointing(model, arguments, wanted=recomputed):
         short, long = (_kept(model, arguments, length) for length in _PROBES)
     slope = (long - short) / (_PROBES[1] - _PROBES[0])
     return round(max(short - slope * _PROBES[0], 0.0) + slope * tokens)
 
 
-class _checkpointing:  # noqa: N801 - a context manager, used like a function
-    """Switches recomputing of activations on or off for a while, as the trainer does."""
+@contextmanager
+def checkpointing(model: Any, arguments: SFTConfig, *, wanted: bool) -> Iterator[None]:
+    """Put a model in training mode for a while, with activations recomputed as the trainer does or kept.
 
-    def __init__(self, model: Any, arguments: SFTConfig, wanted: bool) -> None:
-        self.model, self.arguments, self.wanted = model, arguments, wanted
-
-    def __enter__(self) -> None:
-        self.training = self.model.training
-        # Layers recompute in training mode only.
-        self.model.train()
-        if self.wanted:
-            given = dict(self.arguments.activation_checkpointing_kwargs or {})
-            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=given or None)
-
-    def __exit__(self, *_: object) -> None:
-        if self.wanted:
-            self.model.activation_checkpointing_disable()
-        self.model.train(self.training)
+    Args:
+        model: the student; layers recompute in training mode only.
+        arguments: the trainer's.
+        wanted: whether activations are recomputed.
+    """
+    training = model.training
+    model.train()
+    if wanted:
+        given = dict(arguments.activation_checkpointing_kwargs or {})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=given or None)
+    try:
+        yield
+    finally:
+        if wanted:
+            model.activation_checkpointing_disable()
+        model.train(training)
 
 
 def _kept(model: Any, arguments: SFTConfig, length: int) -> int:

@@ -32,6 +32,7 @@ __all__ = [
     "backbone_layers",
     "bare_model",
     "check_lm_head",
+    "elements_of",
     "lm_head_of",
     "logit_chunks",
     "rows_of",
@@ -235,6 +236,11 @@ def backbone_layers(model: Any, layers: Sequence[int], **inputs: Any) -> tuple[t
 def rows_of(weight: torch.Tensor) -> int:
     """Return the number of rows of an embedding or head, sharded or not."""
     return int(_shape(weight)[0])
+
+
+def elements_of(tensor: torch.Tensor) -> int:
+    """Return the number of values of a parameter or buffer, sharded or not."""
+    return int(getattr(tensor, "ds_numel", tensor.numel()))
 
 
 def _shape(parameter: torch.Tensor) -> Sequence[int]:

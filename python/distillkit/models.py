@@ -18,6 +18,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from distillkit.adapters import add_adapters
+from distillkit.description import describe_student
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.layers import LayerMatching
 from distillkit.lm_head import LMHead, backbone_layers, bare_model, check_lm_head, lm_head_of, rows_of
@@ -136,11 +137,14 @@ def _shard_head(model: PreTrainedModel) -> bool:
     return True
 
 
-def check_student(config: RunConfig) -> None:
+def check_student(config: RunConfig) -> PreTrainedModel | PeftModel:
     """Check everything about the student that can be checked without its weights.
 
     The student is built from its config without memory for weights, and what is frozen and where adapters go is tried
     out on that.
+
+    Returns:
+        The student without weights, with frozen parts and adapters as it will have them.
 
     Raises:
         ConfigError: a setting can't be followed here, or does not fit the student.
@@ -148,7 +152,7 @@ def check_student(config: RunConfig) -> None:
     _load_arguments(config)
     outline = student_outline(config)
     with torch.device("meta"):
-        _prepared(outline, config)
+        return _prepared(outline, config)
 
 
 def student_outline(config: RunConfig) -> PreTrainedModel:
@@ -210,7 +214,7 @@ def load_student(config: RunConfig, vocab_size: int, *, checkpointing: bool = Fa
     if checkpointing and not bare.get_input_embeddings().weight.requires_grad:
         # Reentrant checkpointing gives no gradients to a layer none of whose inputs wants one.
         bare.enable_input_require_grads()
-    _describe(bare, config)
+    _describe(model, config)
     return model
 
 
@@ -232,28 +236,24 @@ def _prepared(bare: PreTrainedModel, config: RunConfig) -> PreTrainedModel | Pef
     return model
 
 
-def _describe(bare: PreTrainedModel, config: RunConfig) -> None:
+def _describe(model: PreTrainedModel | PeftModel, config: RunConfig) -> None:
     """Log what the student is, and what may surprise."""
-    counts = [(_elements(parameter), parameter.requires_grad) for parameter in bare.parameters()]
+    student = describe_student(config, model)
     logger.info(
         "student %s: %s, %s parameters (%s trained%s), %s, %s attention",
-        config.model,
-        type(bare).__name__,
-        f"{sum(count for count, _ in counts):,}",
-        f"{sum(count for count, trained in counts if trained):,}",
-        "" if config.peft is None else " in LoRA adapters",
-        str(bare.dtype).removeprefix("torch."),
-        bare.config._attn_implementation,
+        student["path"],
+        student["class"],
+        f"{student['parameters']:,}",
+        f"{student['trained']:,}",
+        " in LoRA adapters" if student["adapters"] else "",
+        student["dtype"],
+        student["attention"],
     )
-    longest = getattr(bare.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(bare_model(model).config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.sequence_length > longest:
         logger.warning(
             "sequence_length %s is more than the student's max_position_embeddings, %s", config.sequence_length, longest
         )
-
-
-def _elements(parameter: torch.nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _auto_class(config: RunConfig) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from distillkit.cli.common import run_cli
-from distillkit.cli.pack import WINDOW, run_pack
+from distillkit.cli.common import SPLIT, run_cli
+from distillkit.cli.pack import MAX_LEN, SHUFFLE_SEED, run_pack, window_option
 from distillkit.shards.reader import Dataset
 
 __all__ = ["main"]
@@ -19,17 +19,11 @@ logger = logging.getLogger("distillkit")
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--dataset", required=True, help="A captured or published dataset: a folder, or a hub id.")
-@click.option("--split", help="Split of a published dataset that has splits.")
-@click.option("--max-len", required=True, type=click.IntRange(min=2), help="Tokens of a row; longer documents are cut.")
+@SPLIT
+@MAX_LEN
 @click.option("--output", required=True, help="Folder for the packed dataset.")
-@click.option("--shuffle-seed", type=click.IntRange(min=0), help="Shuffle the documents before packing.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=WINDOW,
-    show_default=True,
-    help="Documents packed together; they are in memory at a time.",
-)
+@SHUFFLE_SEED
+@window_option("--batch-size")
 @click.option("--num-proc", type=click.IntRange(min=1), help="Taken and not needed: bytes are moved, not encoded.")
 @click.option("--max-iters", type=click.IntRange(min=1), help="Taken and not needed: one pass fills the rows.")
 @click.option("--remove-columns", multiple=True, help="Taken and not needed: shards have only the columns they need.")

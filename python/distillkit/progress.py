@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from distillkit.report import METRICS, read_metrics
 
-__all__ = ["ConsoleProgress", "MetricsFile", "duration", "loss_parts"]
-
-# What of a step's sums is measured beside the losses.
-_STATISTICS = ("positions", "teacher_mass", "student_mass", "top1_agreement", "topk_overlap")
+__all__ = ["ConsoleProgress", "MetricsFile", "duration"]
 
 # How metrics are shown on a line, in this order: name, label, format.
 _SHOWN = (
@@ -32,11 +28,6 @@ _SHOWN = (
     ("data_wait", "data wait", "{:.0%}"),
 )
 _LABELS = {name: label for name, label, _ in _SHOWN}
-
-
-def loss_parts(names: Sequence[str]) -> tuple[str, ...]:
-    """Take from what a training step sums (`Objective.names`) the losses."""
-    return tuple(name for name in names if name not in _STATISTICS)
 
 
 def duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ from distillkit.prepare import (
     open_documents,
     training_dataset,
 )
-from distillkit.progress import ConsoleProgress, MetricsFile, loss_parts
+from distillkit.progress import ConsoleProgress, MetricsFile
 from distillkit.report import ReportFiles
 from distillkit.saving import save_student
 from distillkit.shards import Dataset as StoredDataset
@@ -62,10 +62,15 @@ class Run:
         self.progress = ConsoleProgress()
 
     @cached_property
+    def outline(self) -> transformers.PreTrainedModel:
+        """The student without weights, on which its settings were tried out; see `check_student`."""
+        return check_student(self.config)
+
+    @cached_property
     def arguments(self) -> SFTConfig:
         """The trainer's arguments."""
-        # Before the arguments: they would make DeepSpeed's ZeRO-3 shard this outline of the student already.
-        check_student(self.config)
+        # They would make DeepSpeed's ZeRO-3 shard the outline of the student already.
+        assert self.outline is not None
         return training_arguments(self.config)
 
     @cached_property
@@ -134,7 +139,7 @@ class Run:
         """The trainer, with everything of before in it."""
         # Data that does not belong to the student is refused before anything large is loaded.
         eos_labels, _ = self.eos_labels, self.sources
-        self.progress.parts = loss_parts(self.objective.names)
+        self.progress.parts = self.objective.losses
         trainer = DistillationTrainer(
             self.model,
             self.arguments,

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from distillkit.data import Collator, DistillationDataset, DocumentOrder
+from distillkit.data import MODEL_INPUTS, Collator, DistillationDataset, DocumentOrder
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.layers import (
     LayerMatching,
@@ -36,8 +36,6 @@ __all__ = ["DistillationTrainer", "ReportWriter"]
 
 logger = logging.getLogger(__name__)
 
-# What of a batch goes to the model; the rest of it becomes the targets.
-_MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _COUNTS = ("tokens", "cut_documents", "cut_tokens")
 
 
@@ -188,7 +186,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         rows = inputs["rows"]
         labels = inputs["labels"].flatten()[rows + 1]
         targets = dataset.signal.targets(inputs, labels)
-        model_inputs = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
+        model_inputs = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         output = model(**model_inputs, distill=DistillationInputs(rows, targets, objective))
         return output  # type: ignore[no-any-return]
 
@@ -293,17 +291,17 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             )
         return averages
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self._window.paused():
-            super()._save_checkpoint(model, trial)
-
     @contextmanager
     def untimed(self) -> Iterator[None]:
         """Leave the time in here out of the throughput and of the waiting."""
         with self._window.paused():
             yield
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.untimed():
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the student without projections of hidden states; into a checkpoint, those beside it."""

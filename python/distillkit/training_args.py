@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from distillkit.config import RunConfig
 
-__all__ = ["WITHOUT_FSDP", "argument_problems", "bitsandbytes_problem", "training_arguments"]
+__all__ = ["WITHOUT_FSDP", "argument_problems", "bitsandbytes_problem", "plain", "training_arguments"]
 
 # Published configurations use names that transformers and TRL have replaced since; the values keep their meaning.
 _RENAMED = {
@@ -470,6 +470,11 @@ def _read_json(path: str, where: str) -> Any:
         raise ConfigError(f"{where}: {path}: the file can not be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{where}: {path}: not valid JSON: {error}") from error
+
+
+def plain(setting: Any) -> Any:
+    """Return an argument's value as YAML has it: transformers makes enumerations of some."""
+    return getattr(setting, "value", setting)
 
 
 def _check_reporters(report_to: str | list[str]) -> None:

@@ -88,7 +88,11 @@ class Document:
     loss_mask: npt.NDArray[np.bool_] | None = None
     segment_lengths: npt.NDArray[np.int32] | None = None
 
-    def segments(self) -> npt.NDArray[np.int64]:
-        """(S,) lengths of the packed documents; of a single one, its own."""
+    def segments(self, most: int | None = None) -> npt.NDArray[np.int64]:
+        """(S,) lengths of the packed documents; of a single one, its own. Of the first `most` tokens only, if given."""
         lengths = [len(self.input_ids)] if self.segment_lengths is None else self.segment_lengths
-        return np.asarray(lengths, dtype=np.int64)
+        whole = np.asarray(lengths, dtype=np.int64)
+        if most is None:
+            return whole
+        kept = np.diff(np.minimum(np.cumsum(whole), most), prepend=0)
+        return kept[kept > 0]

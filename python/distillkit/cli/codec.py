@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distillkit import __version__
-from distillkit.cli.common import human_bytes, output, progress_bar, run_cli, show
+from distillkit.cli.common import CONFIG, SPLIT, human_bytes, output, progress_bar, run_cli, show
 from distillkit.codec import PRESETS, preset
 from distillkit.errors import DistillKitError
 from distillkit.inspect import Inspection, inspect_dataset, recompute_fidelity
@@ -23,12 +23,6 @@ from distillkit.signals.alignment import SHIFTS
 
 __all__ = ["cli", "main"]
 
-_CONFIG = click.option(
-    "--config",
-    type=click.Path(dir_okay=False),
-    help="YAML with the codec of a published dataset, if there is no compression_config.yaml beside it.",
-)
-_SPLIT = click.option("--split", help="Split of a published dataset that has splits.")
 _QUICK_ROWS = 256
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
@@ -44,8 +38,8 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("path")
-@_CONFIG
-@_SPLIT
+@CONFIG
+@SPLIT
 @click.option(
     "--sample", type=click.IntRange(min=1), help="Look at this many documents, evenly spread, instead of all."
 )
@@ -248,8 +242,8 @@ def _fidelity(inspection: Inspection) -> _Section:
 
 @cli.command()
 @click.argument("path")
-@_CONFIG
-@_SPLIT
+@CONFIG
+@SPLIT
 @_JSON
 def verify(path: str, config: str | None, split: str | None, as_json: bool) -> None:
     """Check the dataset at PATH: manifest against files, every hash and checksum, every row decoded.
@@ -273,8 +267,8 @@ def verify(path: str, config: str | None, split: str | None, as_json: bool) -> N
 @cli.command("convert")
 @click.argument("source")
 @click.argument("destination", type=click.Path(file_okay=False))
-@_CONFIG
-@_SPLIT
+@CONFIG
+@SPLIT
 @click.option(
     "--shard-tokens", type=click.IntRange(min=1), default=262_144, show_default=True, help="Tokens of a shard."
 )

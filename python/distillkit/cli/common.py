@@ -17,7 +17,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from distillkit.errors import DistillKitError
 
-__all__ = ["human_bytes", "output", "progress_bar", "progress_console", "run_cli", "show"]
+__all__ = [
+    "CONFIG",
+    "SPLIT",
+    "human_bytes",
+    "output",
+    "progress_bar",
+    "progress_console",
+    "run_cli",
+    "show",
+]
+
+# Options of all commands that read a published dataset.
+CONFIG = click.option(
+    "--config",
+    type=click.Path(dir_okay=False),
+    help="YAML with the codec of a published dataset, if there is no compression_config.yaml beside it.",
+)
+SPLIT = click.option("--split", help="Split of a published dataset that has splits.")
 
 _EXTRAS = {
     "torch": "capture",

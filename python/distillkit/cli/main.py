@@ -10,9 +10,9 @@ import click
 from distillkit import __version__
 from distillkit.cli.common import run_cli
 
-__all__ = ["cli", "main"]
+__all__ = ["COMMANDS", "cli", "main"]
 
-_COMMANDS = {
+COMMANDS = {
     "train": ("distillkit.cli.train", "train"),
     "capture": ("distillkit.cli.capture", "capture"),
     "pack": ("distillkit.cli.pack", "pack"),
@@ -24,18 +24,18 @@ class _TrainsByDefault(click.Group):
     """A group whose first argument may also be a configuration: `distillkit config.yaml` trains."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in COMMANDS:
             return None
-        module, name = _COMMANDS[cmd_name]
+        module, name = COMMANDS[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         first = next((arg for arg in args if not arg.startswith("-")), None)
-        if first is not None and first not in _COMMANDS:
+        if first is not None and first not in COMMANDS:
             args = ["train", *args]
         return super().parse_args(ctx, args)
 

@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import click
 from rich.table import Table
 
-from distillkit.cli.common import progress_bar, show
+from distillkit.cli.common import CONFIG, SPLIT, progress_bar, show
 from distillkit.shards.pack import PackReport, pack_dataset
 from distillkit.shards.reader import Dataset
 
-__all__ = ["pack", "run_pack"]
+__all__ = ["MAX_LEN", "SHUFFLE_SEED", "pack", "run_pack", "window_option"]
 
-WINDOW = 10_000
+# Options of both spellings of the command: see distillkit.pack_logits.
+MAX_LEN = click.option(
+    "--max-len", required=True, type=click.IntRange(min=2), help="Tokens of a row; longer documents are cut."
+)
+SHUFFLE_SEED = click.option("--shuffle-seed", type=click.IntRange(min=0), help="Shuffle the documents before packing.")
+
+
+def window_option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option of how many documents are packed together, by its name."""
+    return click.option(
+        name,
+        type=click.IntRange(min=1),
+        default=10_000,
+        show_default=True,
+        help="Documents packed together; they are in memory at a time.",
+    )
 
 
 @click.command(short_help="Pack a dataset's documents in full rows, on disk.")
 @click.argument("source")
 @click.argument("output")
-@click.option("--max-len", required=True, type=click.IntRange(min=2), help="Tokens of a row; longer documents are cut.")
-@click.option("--split", help="Split of a published dataset that has splits.")
-@click.option(
-    "--config",
-    type=click.Path(dir_okay=False),
-    help="YAML with the codec of a published dataset, if there is no compression_config.yaml beside it.",
-)
-@click.option("--shuffle-seed", type=click.IntRange(min=0), help="Shuffle the documents before packing.")
-@click.option(
-    "--window",
-    type=click.IntRange(min=1),
-    default=WINDOW,
-    show_default=True,
-    help="Documents packed together; they are in memory at a time.",
-)
+@MAX_LEN
+@SPLIT
+@CONFIG
+@SHUFFLE_SEED
+@window_option("--window")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def pack(
     source: str,

@@ -46,7 +46,9 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
     configuration's output_path. With --dry-run nothing is written, and the exit status is 1 where training would fail.
     """
     if not config.is_file():
-        near = difflib.get_close_matches(str(config), ["train", "capture", "report"], n=1)
+        from distillkit.cli.main import COMMANDS
+
+        near = difflib.get_close_matches(str(config), COMMANDS, n=1)
         hint = f"; did you mean the command '{near[0]}'?" if near else ""
         raise ConfigError(f"{config}: there is no such configuration file{hint}")
     first = os.environ.get("RANK", "0") == "0"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-__all__ = ["HIDDEN_LOSSES", "LOSS_NAMES", "LossConfig"]
+from distillkit.errors import ConfigError
+
+__all__ = ["HIDDEN_LOSSES", "LOSS_NAMES", "LossConfig", "named_losses"]
 
 Function = Literal[
     "cross_entropy",
@@ -88,3 +92,22 @@ class LossConfig(BaseModel):
                 f"{'s' if len(functions) == 1 else ''} one"
             )
         return self
+
+
+def named_losses(configs: Sequence[LossConfig]) -> list[tuple[str, float, LossConfig]]:
+    """Name losses as they are logged, a number from the second of a kind on (`kl`, `kl@2`), with their shares of the
+    total, which sum to one.
+
+    Raises:
+        ConfigError: the weights sum to 0.
+    """
+    total, seen = sum(config.weight for config in configs), Counter[str]()
+    if not total > 0:
+        raise ConfigError(f"loss_functions: the weights sum to {total:g}; at least one must be positive")
+    named: list[tuple[str, float, LossConfig]] = []
+    for config in configs:
+        seen[config.function] += 1
+        nth = seen[config.function]
+        name = config.function if nth == 1 else f"{config.function}@{nth}"
+        named.append((name, config.weight / total, config))
+    return named

@@ -66,8 +66,13 @@ class Objective:
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = [term.name for terms in (self.extra, self.terms, self.hidden_terms) for term in terms]
-        object.__setattr__(self, "names", (*_COMMON_STATISTICS, *names))
+        extra = (term.name for term in self.extra)
+        object.__setattr__(self, "names", (*_COMMON_STATISTICS, *extra, *self.losses))
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of what is trained."""
+        return tuple(term.name for terms in (self.terms, self.hidden_terms) for term in terms)
 
     @classmethod
     def training(cls, configs: Sequence[LossConfig]) -> Objective:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from distillkit.errors import ConfigError
 from distillkit.losses import divergences, hidden, ranking
-from distillkit.losses.config import LossConfig
+from distillkit.losses.config import LossConfig, named_losses
 from distillkit.losses.positions import Comparison, Positions
 
 __all__ = ["HIDDEN", "LOSSES", "HiddenTerm", "Term", "hidden_terms_of", "loss", "terms_of"]
@@ -27,30 +26,25 @@ def _cross_entropy(positions: Positions) -> torch.Tensor:
     return -positions.label_logprobs().sum()
 
 
-def _divergence(config: LossConfig, measure: Callable[[Comparison], torch.Tensor]) -> LossFunction:
-    """Make a loss of a measure (N,) of comparisons: T² · Σ_n measure_n at the configured temperature."""
+def _compared(
+    config: LossConfig, measure: Callable[[Comparison], torch.Tensor], first: int | None = None
+) -> LossFunction:
+    """Make a loss of a measure (N,) of comparisons: T² · Σ_n measure_n at the configured temperature, over the
+    positions where the teacher says anything; over the teacher's `first` ids only, if that is given."""
     temperature, missing = config.temperature or 1.0, config.missing_probability_handling or "zero"
 
     def total(positions: Positions) -> torch.Tensor:
-        between = positions.comparison(temperature, missing)
-        return _sum_of_known(measure(between), between) * temperature**2
+        if first is None:
+            between = positions.comparison(temperature, missing)
+        else:
+            between = positions.comparison_of_first(temperature, missing, first)
+        return measure(between).where(between.known(), 0.0).sum() * temperature**2
 
     return total
 
 
 def _ranking(config: LossConfig, measure: Callable[[Comparison], torch.Tensor]) -> LossFunction:
-    temperature, missing = config.temperature or 1.0, config.missing_probability_handling or "zero"
-
-    def total(positions: Positions) -> torch.Tensor:
-        between = positions.comparison_of_first(temperature, missing, config.top_k or _RANKED)
-        return _sum_of_known(measure(between), between) * temperature**2
-
-    return total
-
-
-def _sum_of_known(values: torch.Tensor, between: Comparison) -> torch.Tensor:
-    """Σ over the positions where the teacher says anything."""
-    return values.where(between.known(), 0.0).sum()
+    return _compared(config, measure, config.top_k or _RANKED)
 
 
 def _alpha(config: LossConfig) -> float:
@@ -59,13 +53,13 @@ def _alpha(config: LossConfig) -> float:
 
 LOSSES: dict[str, Callable[[LossConfig], LossFunction]] = {
     "cross_entropy": lambda config: _cross_entropy,
-    "kl": lambda config: _divergence(config, divergences.kl),
-    "reverse_kl": lambda config: _divergence(config, divergences.reverse_kl),
-    "jsd": lambda config: _divergence(config, divergences.jsd),
-    "tvd": lambda config: _divergence(config, divergences.tvd),
-    "skewed_kl": lambda config: _divergence(config, lambda c: divergences.skewed_kl(c, _alpha(config))),
-    "skewed_reverse_kl": lambda config: _divergence(config, lambda c: divergences.skewed_reverse_kl(c, _alpha(config))),
-    "adaptive_kl": lambda config: _divergence(config, divergences.adaptive_kl),
+    "kl": lambda config: _compared(config, divergences.kl),
+    "reverse_kl": lambda config: _compared(config, divergences.reverse_kl),
+    "jsd": lambda config: _compared(config, divergences.jsd),
+    "tvd": lambda config: _compared(config, divergences.tvd),
+    "skewed_kl": lambda config: _compared(config, lambda c: divergences.skewed_kl(c, _alpha(config))),
+    "skewed_reverse_kl": lambda config: _compared(config, lambda c: divergences.skewed_reverse_kl(c, _alpha(config))),
+    "adaptive_kl": lambda config: _compared(config, divergences.adaptive_kl),
     "hinge": lambda config: _ranking(config, lambda c: ranking.hinge(c, config.margin)),
     "logistic_ranking": lambda config: _ranking(config, ranking.logistic_ranking),
 }
@@ -89,7 +83,7 @@ class Term:
     """One loss of a weighted sum.
 
     Attributes:
-        name: how it is logged; the function's name, with a number from the second of its kind on (`kl`, `kl@2`).
+        name: how it is logged; see `named_losses`.
         weight: its share of the total; the weights of all terms sum to one.
         function: the loss.
     """
@@ -120,7 +114,7 @@ def terms_of(configs: Sequence[LossConfig]) -> tuple[Term, ...]:
     """
     return tuple(
         Term(name, weight, LOSSES[config.function](config))
-        for name, weight, config in _weighted(configs)
+        for name, weight, config in named_losses(configs)
         if config.function in LOSSES
     )
 
@@ -133,18 +127,6 @@ def hidden_terms_of(configs: Sequence[LossConfig]) -> tuple[HiddenTerm, ...]:
     """
     return tuple(
         HiddenTerm(name, weight, HIDDEN[config.function])
-        for name, weight, config in _weighted(configs)
+        for name, weight, config in named_losses(configs)
         if config.function in HIDDEN
     )
-
-
-def _weighted(configs: Sequence[LossConfig]) -> list[tuple[str, float, LossConfig]]:
-    total = sum(config.weight for config in configs)
-    if not total > 0:
-        raise ConfigError(f"loss_functions: the weights sum to {total:g}; at least one must be positive")
-    named: list[tuple[str, float, LossConfig]] = []
-    for config in configs:
-        nth = 1 + sum(name.split("@")[0] == config.function for name, _, _ in named)
-        name = config.function if nth == 1 else f"{config.function}@{nth}"
-        named.append((name, config.weight / total, config))
-    return named

@@ -166,17 +166,12 @@ def join(documents: Sequence[Document], header: Header, source: Dataset, max_len
         rows.append(stored if len(stored) == length else np.concatenate([stored, stored[-1:]]))
         ids.append(document.input_ids[:length])
         masks.append(np.ones(length, bool) if document.loss_mask is None else document.loss_mask[:length])
-        segments.append(_cut_segments(document, length))
+        segments.append(document.segments(length))
     tokens = np.concatenate(ids)
     mask = None if all(document.loss_mask is None for document in documents) else np.concatenate(masks)
     lengths = np.concatenate(segments).astype(np.int32)
     count = header.rows_of(len(tokens))
     return Document("", tokens, np.concatenate(rows)[:count].tobytes(), count, mask, lengths)
-
-
-def _cut_segments(document: Document, length: int) -> npt.NDArray[np.int64]:
-    lengths = np.diff(np.minimum(np.cumsum(document.segments()), length), prepend=0)
-    return lengths[lengths > 0]
 
 
 def _compare(source: Dataset, folder: str, plan: _Plan, max_len: int, progress: Callable[[int], None]) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from distillkit import tokenizer as tokenizers
+from distillkit.data import MODEL_INPUTS
 from distillkit.errors import ConfigError, MismatchError
 from distillkit.lm_head import backbone_layers, bare_model, check_lm_head, logit_chunks
 from distillkit.losses.positions import DenseTeacher, Targets
@@ -67,7 +68,7 @@ class OnlineSignal:
     def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
         """Run the teacher on a batch: see `TeacherSignal.targets`."""
         with _as_teacher(self.model) as bare:
-            inputs = {name: _moved(value, bare.device) for name, value in batch.items() if name in _INPUTS}
+            inputs = {name: _moved(value, bare.device) for name, value in batch.items() if name in MODEL_INPUTS}
             last, layers = backbone_layers(bare, self.layers, **inputs)
             weights = self.head.weights()
         rows = batch["rows"]
@@ -87,10 +88,6 @@ class OnlineSignal:
             return SparseLogprobs(empty.long(), empty)
         ids, logprobs = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logprobs"))
         return SparseLogprobs(ids.to(device), logprobs.to(device))
-
-
-# What of a batch the teacher is given.
-_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -335,7 +335,7 @@ def test_logits_that_are_no_distribution(teacher: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr("distillkit.capture.engines.hf.backbone_hidden", overflowing)
     with pytest.raises(
-        CaptureError, match=r"rows.jsonl, line 2: after token 5 of 7 \(id 9\) the teacher gives 0 finite"
+        CaptureError, match=r"rows.jsonl, line 2: after token 5 of 7 \(id 9\) the teacher gives NaN"
     ):
         run(teacher, rows, tmp_path / "out", head_rows=3)
     assert files(tmp_path / "out") == {}

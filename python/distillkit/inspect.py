@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillkit.codec import PRESETS, preset
-from distillkit.errors import ConfigError, DistillKitError, InputError, MismatchError
+from distillkit.errors import CaptureError, ConfigError, DistillKitError, InputError, MismatchError
 from distillkit.fidelity import FidelityStats
 from distillkit.shards import Dataset
 from distillkit.signals.alignment import SHIFTS, ShiftRates, counted_positions, document_shifts
@@ -405,13 +405,16 @@ def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
 
 def _scored(engine: HFTeacher, dataset: Dataset, document: Document) -> SparseLogprobs:
     """The teacher's rows of a document, computed now, with twice as many ids as are stored."""
+    from distillkit.capture.engines import Refused, Wanted
     from distillkit.capture.text import TokenDocument
 
     if document.segment_lengths is not None:
         raise InputError(f"{dataset.path}: document {document.doc_id} is packed; a teacher would read it as one")
     wide = min(2 * dataset.codec.k, engine.head_size)
-    [(_, rows)] = engine.score([TokenDocument(document.input_ids, dataset.path, 0.0)], wide)
-    return rows
+    [scored] = engine.score([TokenDocument(document.input_ids, dataset.path, 0.0)], Wanted(wide))
+    if isinstance(scored, Refused):
+        raise CaptureError(scored.reason)
+    return scored.rows
 
 
 def _same_ids(now: SparseLogprobs, stored: SparseLogprobs) -> tuple[SparseLogprobs, SparseLogprobs]:

@@ -20,7 +20,7 @@ from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from distillkit.capture.engines import Teacher
+from distillkit.capture.engines import Refused, Teacher, Wanted
 from distillkit.capture.engines.hf import HFTeacher, load_config, resolve_device, resolve_dtype
 from distillkit.capture.settings import CaptureReport, CaptureSettings
 from distillkit.capture.sources import Source, open_source
@@ -198,9 +198,11 @@ class _Run:
         # Where in the source the window begins is where the one before it ended; unknown for the first of a run.
         begin = window[0].progress if self._progress is None else self._progress
         done = 0
-        for index, rows in teacher.score(window, k):
-            scored[index] = rows
-            done += len(window[index].input_ids)
+        for result in teacher.score(window, Wanted(k)):
+            if isinstance(result, Refused):
+                raise CaptureError(result.reason)
+            scored[result.index] = result.rows
+            done += len(window[result.index].input_ids)
             if self._bar is not None:
                 fraction = begin + (window[-1].progress - begin) * done / window_tokens
                 self._bar.update(fraction, self.new_tokens + done, self.seconds)

@@ -57,11 +57,15 @@ class TokenDocument:
         input_ids: (L,) int32, L ≥ 2.
         source: where it comes from, for messages.
         progress: fraction of the source that is read once this document is done.
+        loss_mask: (L,) bool, which tokens count in a loss; None: all.
+        columns: of the source's row, kept as they are in the dataset.
     """
 
     input_ids: npt.NDArray[np.int32]
     source: str
     progress: float
+    loss_mask: npt.NDArray[np.bool_] | None = None
+    columns: Mapping[str, Any] | None = None
 
 
 @dataclass

@@ -7,16 +7,20 @@ width of the head, k kept ids.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 
+from distillkit.capture.engines import Refused, Scored, Wanted, keep_ids, refusal
 from distillkit.capture.text import TokenDocument
-from distillkit.errors import CaptureError, ConfigError, InputError
+from distillkit.errors import CaptureError, ConfigError
 from distillkit.lm_head import backbone_hidden, check_lm_head
 from distillkit.topk import sparse_from_logits
 from distillkit.types import SparseLogprobs
@@ -115,34 +119,80 @@ class HFTeacher:
         return f"sample-xxh3-64:{digest.hexdigest()}"
 
     @torch.inference_mode()
-    def score(self, documents: Sequence[TokenDocument], k: int) -> Iterator[tuple[int, SparseLogprobs]]:
-        """Yield (index, rows (L − 1, k)) for every document; see `Teacher.score`."""
-        weights = self._head.weights()
-        for batch in length_batches([len(document.input_ids) for document in documents], self._batch_tokens):
-            members = [documents[index] for index in batch]
-            try:
-                hidden_NH = self._hidden(members)
-                parts = [
-                    self._slice(hidden_NH, weights, k, start, members)
-                    for start in range(0, hidden_NH.shape[0], self._head_rows)
-                ]
-            except torch.OutOfMemoryError as error:
-                raise CaptureError(
-                    f"out of memory in a batch of {len(members)} documents × {len(members[0].input_ids)} tokens with "
-                    f"{self._head_rows} × "
-                    f"{self.head_size} logits at a time: lower --batch-tokens (now {self._batch_tokens}) or "
-                    f"--head-rows (now {self._head_rows}). {error}"
-                ) from error
-            ids = np.concatenate([part.ids for part in parts])
-            logprobs = np.concatenate([part.logprobs for part in parts])
-            start = 0
-            for index, document in zip(batch, members, strict=True):
-                stop = start + len(document.input_ids) - 1
-                yield index, SparseLogprobs(ids[start:stop], logprobs[start:stop])
-                start = stop
+    def score(self, documents: Sequence[TokenDocument], wanted: Wanted) -> Iterator[Scored | Refused]:
+        """Yield every document's distributions; see `Teacher.score`.
 
-    def _hidden(self, documents: Sequence[TokenDocument]) -> torch.Tensor:
-        """Run the backbone on a batch: (N, H) states of the positions that have a next token, document by document."""
+        Where a batch does not fit in memory it is halved, and the ones after it are no larger.
+        """
+        weights = self._head.weights()
+        lengths = [len(document.input_ids) for document in documents]
+        batches = deque(length_batches(lengths, self._batch_tokens))
+        while batches:
+            batch = batches.popleft()
+            try:
+                scored = self._score_batch([documents[index] for index in batch], weights, wanted)
+            except torch.OutOfMemoryError as error:
+                batches.extendleft(reversed(self._smaller(batch, lengths, error)))
+                continue
+            for index, rows in zip(batch, scored, strict=True):
+                yield replace(rows, index=index)
+
+    def _smaller(self, batch: list[int], lengths: Sequence[int], error: torch.OutOfMemoryError) -> list[list[int]]:
+        """Cut a batch that ran out of memory: fewer documents, then fewer positions under the head at a time.
+
+        Raises:
+            CaptureError: it is one document and one position already.
+        """
+        tokens = len(batch) * max(lengths[index] for index in batch)
+        if len(batch) > 1:
+            self._batch_tokens = max(tokens // 2, 1)
+            middle = len(batch) // 2
+            pieces = [batch[:middle], batch[middle:]]
+        elif self._head_rows > 1:
+            self._head_rows //= 2
+            pieces = [batch]
+        else:
+            raise CaptureError(
+                f"out of memory with a single document of {tokens} tokens and one position × {self.head_size} logits "
+                f"at a time: a shorter --max-seq-len, a smaller dtype or more devices would do. {error}"
+            ) from error
+        torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory in a batch of %d documents × %d tokens: going on with %d tokens and %d positions under the "
+            "head at a time (--batch-tokens, --head-rows)",
+            len(batch),
+            tokens // len(batch),
+            self._batch_tokens,
+            self._head_rows,
+        )
+        return pieces
+
+    def _score_batch(
+        self,
+        documents: Sequence[TokenDocument],
+        weights: tuple[torch.Tensor, torch.Tensor | None],
+        wanted: Wanted,
+    ) -> list[Scored | Refused]:
+        """Score the documents of one forward; indices count in it."""
+        counts = [len(document.input_ids) - (not wanted.last_row) for document in documents]
+        hidden_NH = self._hidden(documents, counts)
+        labels_N = torch.from_numpy(np.concatenate([_labels(document, wanted) for document in documents]))
+        slices = [
+            self._slice(hidden_NH[start:stop], labels_N[start:stop], weights, wanted)
+            for start, stop in _slices(hidden_NH.shape[0], self._head_rows)
+        ]
+        ids, logprobs, label_logprobs = (np.concatenate(parts) for parts in zip(*slices, strict=True))
+        scored: list[Scored | Refused] = []
+        for index, (document, stop) in enumerate(zip(documents, np.cumsum(counts).tolist(), strict=True)):
+            start = stop - counts[index]
+            rows = SparseLogprobs(ids[start:stop], logprobs[start:stop])
+            labels = label_logprobs[start : start + len(document.input_ids) - 1] if wanted.label_logprobs else None
+            reason = refusal(document, rows)
+            scored.append(Scored(index, rows, labels) if reason is None else Refused(index, reason))
+        return scored
+
+    def _hidden(self, documents: Sequence[TokenDocument], counts: Sequence[int]) -> torch.Tensor:
+        """Run the backbone on a batch: (N, H) states of the first `counts` positions, document by document."""
         lengths = torch.tensor([len(document.input_ids) for document in documents])
         # Padding stands on the right: the positions before it are the same with or without.
         ids_BS = torch.zeros(len(documents), int(lengths.max()), dtype=torch.long)
@@ -152,45 +202,53 @@ class HFTeacher:
         mask_BS = (positions < lengths[:, None]).long()
         device = self._model.get_input_embeddings().weight.device
         hidden_BSH = backbone_hidden(self._model, input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device))
-        return hidden_BSH[(positions < lengths[:, None] - 1).to(hidden_BSH.device)]
+        return hidden_BSH[(positions < torch.tensor(counts)[:, None]).to(hidden_BSH.device)]
 
     def _slice(
         self,
-        hidden_NH: torch.Tensor,
+        hidden_nH: torch.Tensor,
+        labels_n: torch.Tensor,
         weights: tuple[torch.Tensor, torch.Tensor | None],
-        k: int,
-        start: int,
-        documents: Sequence[TokenDocument],
-    ) -> SparseLogprobs:
-        """Head and top-k of the positions from `start`, as numpy."""
-        logits_nV = self._head(hidden_NH[start : start + self._head_rows], weights, float32_product=self._float32_head)
-        try:
-            sparse = sparse_from_logits(logits_nV, k)
-        except InputError as error:
-            raise CaptureError(self._name_bad_position(logits_nV, k, start, documents)) from error
-        ids, logprobs = (torch.as_tensor(array).cpu().numpy() for array in (sparse.ids, sparse.logprobs))
-        return SparseLogprobs(ids, logprobs)
+        wanted: Wanted,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Head and top-k of some positions: ids (n, k), log-probs (n, k), those of the labels (n,), as numpy.
 
-    def _name_bad_position(
-        self, logits_nV: torch.Tensor, k: int, start: int, documents: Sequence[TokenDocument]
-    ) -> str:
-        """Say which document and position has logits that are no distribution over k ids."""
-        finite = torch.isfinite(logits_nV).sum(-1)
-        bad = torch.isnan(logits_nV).any(-1) | torch.isposinf(logits_nV).any(-1) | (finite < k)
-        row = int(bad.nonzero()[0, 0]) if bad.any() else 0
-        position = start + row
-        for document in documents:
-            rows = len(document.input_ids) - 1
-            if position < rows:
-                break
-            position -= rows
-        dtype = self.identity["dtype"]
-        advice = "float16 overflows easily: try --dtype bfloat16" if dtype == "float16" else "is the checkpoint whole?"
-        return (
-            f"{document.source}: after token {position} of {len(document.input_ids)} (id "
-            f"{document.input_ids[position]}) the "
-            f"teacher gives {int(finite[row])} finite logits of {self.head_size} in {dtype} (k = {k}); {advice}"
-        )
+        Positions whose logits are no distribution over k ids have NaN.
+        """
+        logits_nV = self._head(hidden_nH, weights, float32_product=self._float32_head)
+        finite_nV = torch.isfinite(logits_nV)
+        bad_n = (torch.isnan(logits_nV) | torch.isposinf(logits_nV)).any(-1) | (finite_nV.sum(-1) < wanted.k)
+        if bad_n.any():
+            logits_nV = torch.where(bad_n[:, None], torch.zeros_like(logits_nV), logits_nV)
+        rows = sparse_from_logits(logits_nV, wanted.k)
+        ids_nk, logprobs_nk = torch.as_tensor(rows.ids), torch.as_tensor(rows.logprobs)
+        # log p(id) = logit − logsumexp, the latter by the most probable id's logit and log-prob.
+        first_n1 = logits_nV.gather(1, ids_nk[:, :1]).float() - logprobs_nk[:, :1]
+
+        def logprobs_of(ids: torch.Tensor) -> npt.NDArray[np.float32]:
+            values: npt.NDArray[np.float32] = (
+                (logits_nV.gather(1, ids.to(logits_nV.device)).float() - first_n1).cpu().numpy()
+            )
+            return values
+
+        sparse = SparseLogprobs(ids_nk.cpu().numpy(), logprobs_nk.cpu().numpy())
+        if wanted.keep_ids:
+            kept = np.asarray(wanted.keep_ids, dtype=np.int64)
+            sparse = keep_ids(sparse, kept, logprobs_of(torch.from_numpy(kept).expand(len(logits_nV), -1)))
+        bad = bad_n.cpu().numpy()
+        logprobs = np.where(bad[:, None], np.float32(np.nan), sparse.logprobs)
+        label_logprobs = np.where(bad, np.float32(np.nan), logprobs_of(labels_n[:, None])[:, 0])
+        return np.asarray(sparse.ids), logprobs, label_logprobs
+
+
+def _labels(document: TokenDocument, wanted: Wanted) -> npt.NDArray[np.int64]:
+    """The next token of each scored position; after the last one, whose next is not known, any."""
+    labels = document.input_ids[1:].astype(np.int64)
+    return np.append(labels, labels[-1]) if wanted.last_row else labels
+
+
+def _slices(length: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + size, length)) for start in range(0, length, size))
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

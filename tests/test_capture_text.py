@@ -97,7 +97,7 @@ def test_layouts(layout: str, tmp_path: Path, tokenizer: Any) -> None:
     (document,) = reader(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer)
     assert words(document.input_ids) == expected
     assert document.input_ids.dtype == np.int32
-    assert (document.source, document.progress) == ("rows.jsonl, line 1", 1.0)
+    assert document.source == "rows.jsonl, line 1"
 
 
 def test_tool_calls_reach_the_template(tmp_path: Path, tokenizer: Any) -> None:
@@ -200,7 +200,6 @@ def test_long_documents_are_cut(tmp_path: Path, tokenizer: Any) -> None:
         ", tokens 4…7",
         ", tokens 8…9",
     ]
-    assert [document.progress for document in documents] == [0.5, 0.7, 0.9, 1.0]
 
 
 def test_samples(tmp_path: Path, tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from distillkit.capture.sources import Row, Source
 from distillkit.errors import ConfigError, InputError
@@ -56,14 +57,12 @@ class TokenDocument:
     Attributes:
         input_ids: (L,) int32, L ≥ 2.
         source: where it comes from, for messages.
-        progress: fraction of the source that is read once this document is done.
         loss_mask: (L,) bool, which tokens count in a loss; None: all.
         columns: of the source's row, kept as they are in the dataset.
     """
 
     input_ids: npt.NDArray[np.int32]
     source: str
-    progress: float
     loss_mask: npt.NDArray[np.bool_] | None = None
     columns: Mapping[str, Any] | None = None
 
@@ -95,6 +94,16 @@ class DocumentReader:
     empty: int = field(default=0, init=False)
     short: int = field(default=0, init=False)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows read so far, and what of them is in no document."""
+        return {"rows": self.rows, "empty_rows": self.empty, "documents_of_one_token": self.short}
+
+    @property
+    def kept(self) -> pa.Schema:
+        """Columns of the source that documents bring with them."""
+        return pa.schema([])
+
     def __iter__(self) -> Iterator[TokenDocument]:
         """Yield the documents.
 
@@ -103,14 +112,13 @@ class DocumentReader:
             ConfigError: chat rows, and the tokenizer has no chat template or chat is switched off.
         """
         self.rows = self.empty = self.short = 0
-        total = self.source.num_rows if self.samples is None else min(self.samples, self.source.num_rows)
         pending: list[Row] = []
         for row in self._sampled_rows():
             pending.append(row)
             if len(pending) == _TOKENIZE_ROWS:
-                yield from self._documents(pending, total)
+                yield from self._documents(pending)
                 pending = []
-        yield from self._documents(pending, total)
+        yield from self._documents(pending)
 
     def _sampled_rows(self) -> Iterator[Row]:
         rows = self.source.rows()
@@ -120,7 +128,7 @@ class DocumentReader:
         wanted = set(chosen.tolist())
         return (row for index, row in enumerate(rows) if index in wanted)
 
-    def _documents(self, rows: Sequence[Row], total: int) -> Iterator[TokenDocument]:
+    def _documents(self, rows: Sequence[Row]) -> Iterator[TokenDocument]:
         """Tokenise some rows and split them."""
         for (where, _), sequences in zip(rows, self._tokenize(rows), strict=True):
             self.rows += 1
@@ -133,8 +141,7 @@ class DocumentReader:
                     continue
                 for start, stop in chunks(len(ids), self.max_tokens):
                     place = where if stop - start == len(ids) else f"{where}, tokens {start}…{stop - 1}"
-                    progress = (self.rows - 1 + stop / len(ids)) / max(total, 1)
-                    yield TokenDocument(ids[start:stop], place, progress)
+                    yield TokenDocument(ids[start:stop], place)
 
     def _tokenize(self, rows: Sequence[Row]) -> list[list[npt.NDArray[np.int32]]]:
         """Return the token sequences of each row: one, several (packed ids), or none (an empty row)."""

@@ -6,10 +6,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import random
 import signal
 import subprocess
-import sys
 import time
 from itertools import chain
 from pathlib import Path
@@ -22,75 +20,16 @@ import yaml
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from distillkit.capture import CaptureReport, CaptureSettings, capture
+from capturing import COMMAND, EXACT, HEAD, files, run
+from distillkit.capture import CaptureSettings
 from distillkit.capture.engines.hf import length_batches, resolve_dtype
 from distillkit.cli.capture import capture as capture_command
 from distillkit.errors import CaptureError, ConfigError, InputError, MismatchError
 from distillkit.lm_head import LMHead, backbone_hidden
 from distillkit.shards import Dataset, verify_dataset, whole_shards
 from distillkit.tokenizer import fingerprint, load_tokenizer
-
-HEAD = 128
-SENTENCE = "the cat sat on a mat and saw one dog run far from its old red house while rain fell"
-WORDS = SENTENCE.split()
-TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-# All k values stored as they are: what is read is what the teacher said.
-EXACT = {"d": HEAD, "k": 8, "exact_k": 8, "exact_dtype": "float32", "residual_bins": [], "delta_encoding": False}
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama whose head is wider than its tokenizer's vocabulary."""
-    folder = tmp_path_factory.mktemp("teacher")
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=["<unk>", "<eos>"], show_progress=False)
-    backend.train_from_iterator([SENTENCE, "user assistant"], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", chat_template=TEMPLATE
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=HEAD,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=1,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 documents of 2 to 100 words."""
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
-    rows = [{"text": " ".join(rng.choices(WORDS, k=rng.randint(2, 100)))} for _ in range(120)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def run(teacher: Path, dataset: Path, output: Path, **options: Any) -> CaptureReport:
-    settings = {"max_seq_len": 64, "batch_tokens": 256, "head_rows": 50, "shard_tokens": 700, "progress": False}
-    if "preset" not in options:
-        settings["compression_config"] = EXACT
-    return capture(model=str(teacher), dataset=str(dataset), output=output, **{**settings, **options})
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """The files of a dataset by name, without the plan of an unfinished one."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".capture"}
-
 
 # -- what is captured --------------------------------------------------------------------------------------------------
 
@@ -208,8 +147,6 @@ def test_batches_hold_every_document_once_and_keep_to_their_tokens(lengths: list
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
-
-COMMAND = [sys.executable, "-c", "from distillkit.cli.capture import capture; capture()"]
 
 
 def test_killed_and_started_again_it_writes_the_same_bytes(teacher: Path, text: Path, tmp_path: Path) -> None:

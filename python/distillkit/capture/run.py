@@ -54,7 +54,7 @@ def run_capture(settings: CaptureSettings, *, progress: bool = True) -> CaptureR
     if numbers:
         times = _capture(inputs, plan, done, numbers, progress)
     resumed = sum(receipt.info.documents for receipt in done.values())
-    return _finish(plan, times, resumed)
+    return _finish(plan, times, resumed, settings.skip_bad_documents)
 
 
 def _capture(
@@ -62,14 +62,20 @@ def _capture(
 ) -> StageTimes:
     """Load the teacher and capture some shards."""
     settings = inputs.settings
-    teacher = inputs.teacher()
-    header = inputs.complete_header(plan, teacher, done)
-    _log_memory(teacher, header.make_codec(), settings)
     if done:
         logger.info("%s: %d of %d shards are whole: going on with the others", plan.folder, len(done), len(plan.shards))
     tokens = sum(plan.shards[number].tokens for number in numbers)
     before = sum(plan.shards[number].tokens for number in done)
-    with CaptureProgress(before + tokens, len(done) + len(numbers), before, len(done), shown=progress) as bar:
+    bar = CaptureProgress(before + tokens, len(done) + len(numbers), before, len(done), shown=progress)
+    if settings.workers == "ray":
+        from distillkit.capture.ray_workers import capture_with_ray
+
+        with bar:
+            return capture_with_ray(settings, plan, numbers, bar)
+    teacher = inputs.teacher()
+    header = inputs.complete_header(plan, teacher, done)
+    _log_memory(teacher, header.make_codec(), settings)
+    with bar:
         return capture_shards(
             teacher, plan, header, numbers, inputs.wanted, skip_bad=settings.skip_bad_documents, progress=bar
         )
@@ -279,10 +285,13 @@ def check_room(plan: Plan, codec: Codec, numbers: Sequence[int]) -> None:
         )
 
 
-def _finish(plan: Plan, times: StageTimes, resumed: int) -> CaptureReport:
+def _finish(plan: Plan, times: StageTimes, resumed: int, skip_bad: int) -> CaptureReport:
     """Write the manifest if all shards are whole, and report.
 
     A run that was to do a part only leaves the rest to others; whoever comes last writes the manifest.
+
+    Raises:
+        CaptureError: more than `skip_bad` documents were left out.
     """
     receipts = plan.receipts()
     if len(receipts) < len(plan.shards):
@@ -294,6 +303,12 @@ def _finish(plan: Plan, times: StageTimes, resumed: int) -> CaptureReport:
         )
         return _report(
             plan.folder, _manifest(plan, receipts), times, resumed, unfinished=len(plan.shards) - len(receipts)
+        )
+    skipped = sum(len(receipt.skipped) for receipt in receipts.values())
+    if skipped > skip_bad:
+        raise CaptureError(
+            f"{plan.folder}: {skipped} documents were left out by all workers together, allowed are {skip_bad} "
+            "(--skip-bad-documents)"
         )
     manifest = _manifest(plan, receipts)
     plan.folder.remove_leftovers()

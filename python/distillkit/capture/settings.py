@@ -52,6 +52,9 @@ class CaptureSettings:
         shard_range: capture only the shards FIRST:END of the plan (END not included), for jobs that share the work;
             None: all.
         skip_bad_documents: leave out up to this many documents that the teacher gives no distributions for.
+        workers: "ray" shares the shards out over a Ray cluster; None: this process does all.
+        num_workers: how many Ray workers; None: as many as the cluster's GPUs hold, without GPUs one a node.
+        worker_cpus: CPUs of a Ray worker.
 
     Raises:
         ConfigError: a value is not allowed; the message names it.
@@ -78,6 +81,9 @@ class CaptureSettings:
     shard_tokens: int = 262_144
     shard_range: str | None = None
     skip_bad_documents: int = 0
+    workers: str | None = None
+    num_workers: int | None = None
+    worker_cpus: int = 1
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.compression_config is not None:
@@ -96,6 +102,8 @@ class CaptureSettings:
             ("samples", 1),
             ("seed", 0),
             ("skip_bad_documents", 0),
+            ("num_workers", 1),
+            ("worker_cpus", 1),
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
@@ -103,6 +111,14 @@ class CaptureSettings:
 
         if self.shard_range is not None and not _RANGE.fullmatch(self.shard_range):
             raise ConfigError(f"shard_range: must be FIRST:END, such as 0:8, found {self.shard_range!r}")
+
+        if self.workers not in (None, "ray"):
+            raise ConfigError(f"workers: must be ray, or not given, found {self.workers!r}")
+
+    @property
+    def gpus_per_worker(self) -> int:
+        """GPUs that one engine runs on, where there are any."""
+        return 1
 
     def shard_numbers(self, shards: int) -> range:
         """Return which of a plan's shards to capture.

@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from distillkit.capture.settings import CaptureReport, CaptureSettings, default_of
-from distillkit.cli.common import human_bytes, show
+from distillkit.cli.common import human_bytes, show, stopping_on_sigterm
 from distillkit.codec import PRESETS
 
 __all__ = ["capture"]
@@ -58,6 +58,9 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., 
 @_option("--shard-tokens", "Tokens of a shard; an interrupted capture goes on after the last whole one.", type=int)
 @_option("--shard-range", "Capture only these shards of the plan, FIRST:END, END not included.", metavar="FIRST:END")
 @_option("--skip-bad-documents", "Leave out up to so many documents that the teacher can't score.", type=int)
+@_option("--workers", "ray: share the shards out over a Ray cluster.", type=click.Choice(["ray"]))
+@_option("--num-workers", "Ray workers, each with its own engine.  [default: as the GPUs allow; one a node]", type=int)
+@_option("--worker-cpus", "CPUs of a Ray worker.", type=int)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar (on stderr).")
 def capture(as_json: bool, progress: bool, **options: Any) -> None:
@@ -77,7 +80,8 @@ def capture(as_json: bool, progress: bool, **options: Any) -> None:
 
     # Their bar for loading weights runs into ours.
     disable_progress_bar()
-    report = run_capture(settings, progress=progress)
+    with stopping_on_sigterm():
+        report = run_capture(settings, progress=progress)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=1))
     else:

@@ -127,7 +127,7 @@ class DocumentReader:
             response, else all; "all": all, whatever rows say; "assistant": the assistant's turns; "completion": the
             response.
         keep_columns: names of the source's columns that documents bring with them, "all", or "none".
-        drop_duplicates: leave out documents whose ids and mask were there before; takes about 120 bytes a document.
+        drop_duplicates: leave out documents whose ids and mask were there before; about 120 bytes of memory a document.
             None: not if columns are kept, so that what comes out are the rows that went in.
         rows, empty, short: counted while iterating: rows read, rows without content, and documents of one token (no
             next token to predict).

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.dataset
 import pytest
 import torch
 import yaml
@@ -90,7 +91,8 @@ def run(teacher: Path, dataset: Path, output: Path, **options: Any) -> CaptureRe
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The files of a dataset by name, without the plan of an unfinished one."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".capture"}
 
 
 # -- what is captured --------------------------------------------------------------------------------------------------
@@ -201,7 +203,8 @@ def test_chat_and_token_ids(teacher: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(teacher))
     found = [document.input_ids.tolist() for document in Dataset.open(tmp_path / "out")]
     assert found == [tokenizer("user the cat assistant sat", add_special_tokens=False)["input_ids"], [HEAD - 1, 5, 6]]
-    assert (report.documents, report.empty_rows, report.short_documents) == (2, 1, 1)
+    assert report.documents == 2
+    assert report.passed_over == {"rows": 4, "empty_rows": 1, "documents_of_one_token": 1}
 
 
 @given(st.lists(st.integers(2, 40), max_size=30), st.integers(1, 100))
@@ -210,6 +213,45 @@ def test_batches_hold_every_document_once_and_keep_to_their_tokens(lengths: list
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= batch_tokens
+
+
+def test_responses_one_has_already(teacher: Path, tmp_path: Path) -> None:
+    """The same rows out, in their order, with their columns, the teacher's rows, and a loss on the answers."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": " ".join(WORDS[: index % 5 + 1])},
+                {"role": "assistant", "content": "one dog" if index % 2 else " ".join(WORDS * 2)},
+            ],
+            "id": f"row {index}",
+            "score": index / 2,
+        }
+        for index in range(12)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options: dict[str, Any] = {"keep_columns": "id,score", "loss_on": "assistant", "max_seq_len": 32}
+    run(teacher, path, tmp_path / "out", **options, keep_ids="<eos>,7", label_logprobs=True, last_row=True)
+    dataset, tokenizer = Dataset.open(tmp_path / "out"), load_tokenizer(str(teacher))
+    table = pyarrow.dataset.dataset(tmp_path / "out", format="parquet", exclude_invalid_files=True).to_table(
+        columns=["id", "score"]
+    )
+    counted: dict[str, list[int]] = {}
+    for document, kept in zip(dataset, table.to_pylist(), strict=True):
+        assert document.num_rows == len(document.input_ids)
+        decoded = dataset.codec.decode_document(document.teacher, document.num_rows)
+        assert all({7, tokenizer.eos_token_id} <= set(ids) for ids in np.asarray(decoded.ids).tolist())
+        labels = document.label_logprobs
+        assert labels is not None
+        next_ids = document.input_ids[1:, None]
+        there = np.asarray(decoded.ids)[:-1] == next_ids
+        np.testing.assert_allclose(labels[there.any(1)], np.asarray(decoded.logprobs)[:-1][there], atol=1e-5)
+        mask = np.ones(len(document.input_ids), bool) if document.loss_mask is None else document.loss_mask
+        counted.setdefault(kept["id"], []).extend(document.input_ids[mask].tolist())
+        assert rows[int(kept["id"].split()[1])]["score"] == kept["score"]
+    assert list(counted) == [row["id"] for row in rows]
+    for row, ids in zip(rows, counted.values(), strict=True):
+        assert ids == tokenizer(row["messages"][1]["content"] + " ")["input_ids"]
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
@@ -237,7 +279,8 @@ def test_killed_and_started_again_it_writes_the_same_bytes(teacher: Path, text: 
     assert not (killed / "manifest.json").exists()
 
     report = run(teacher, text, killed, **settings)
-    assert report.resumed_documents == sum(info.documents for info, _ in left)
+    # A shard whose receipt was not written yet is done again.
+    assert report.resumed_documents in [sum(info.documents for info, _ in part) for part in (left, left[:-1])]
     assert 0 < report.new_tokens < report.tokens
     assert files(killed) == files(uninterrupted)
 
@@ -271,7 +314,7 @@ def test_a_finished_capture_is_left_alone(
     first = run(teacher, text, tmp_path / "out", samples=20)
     before = files(tmp_path / "out")
     # Not even the weights are loaded.
-    monkeypatch.setattr("distillkit.capture.pipeline.HFTeacher", None)
+    monkeypatch.setattr("distillkit.capture.run.HFTeacher", None)
     again = run(teacher, text, tmp_path / "out", samples=20)
     assert again.already_complete
     assert (again.documents, again.tokens, again.kl_mean) == (first.documents, first.tokens, first.kl_mean)
@@ -293,10 +336,9 @@ def test_other_settings_in_the_same_folder_are_refused(
     setting: str, finished: bool, teacher: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    run(teacher, text, out, samples=20)
-    if not finished:
-        (out / "manifest.json").unlink()
+    run(teacher, text, out, samples=20, shard_range=None if finished else "0:1")
     before = files(out)
+    assert ("manifest.json" in before) == finished
     changed, message = OTHER_SETTINGS[setting]
     with pytest.raises(MismatchError, match=message) as caught:
         run(teacher, text, out, **{"samples": 20, **changed})
@@ -307,12 +349,11 @@ def test_other_settings_in_the_same_folder_are_refused(
 def test_another_teacher_or_text_is_refused(teacher: Path, text: Path, tmp_path: Path) -> None:
     out, rows = tmp_path / "out", tmp_path / "rows.jsonl"
     rows.write_bytes(text.read_bytes())
-    run(teacher, rows, out)
-    (out / "manifest.json").unlink()
+    run(teacher, rows, out, shard_range="0:2")
 
-    # The same name, size and number of rows, one word changed: the documents tell.
+    # The same name, size and number of rows, one word changed.
     rows.write_bytes(text.read_bytes().replace(b" cat ", b" dog ", 1))
-    with pytest.raises(MismatchError, match=r"data-00000.parquet, document \d+: the dataset has another at rows.jsonl"):
+    with pytest.raises(MismatchError, match=r"content is \w{32} there, expected \w{32}: it has changed"):
         run(teacher, rows, out)
     rows.write_bytes(text.read_bytes())
 
@@ -410,7 +451,9 @@ def test_a_tokenizer_that_knows_more_than_the_teacher(teacher: Path, text: Path,
 
 def test_text_without_documents(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": ""}\n{"input_ids": [5]}\n')
-    with pytest.raises(CaptureError, match=r"no document of at least 2 tokens in 2 rows \(1 empty, 1 documents of one"):
+    with pytest.raises(
+        CaptureError, match=r"no document of at least 2 tokens .*2 rows, 1 empty rows, 1 documents of one"
+    ):
         run(teacher, tmp_path / "rows.jsonl", tmp_path / "out")
 
 
@@ -444,7 +487,7 @@ def test_command(teacher: Path, text: Path, tmp_path: Path) -> None:
 
 def test_options_are_the_settings_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[CaptureSettings] = []
-    monkeypatch.setattr("distillkit.capture.pipeline.run_capture", lambda settings, **_: found.append(settings))
+    monkeypatch.setattr("distillkit.capture.run.run_capture", lambda settings, **_: found.append(settings))
     monkeypatch.setattr("distillkit.cli.capture._table", lambda report: "")
     given = {"model": "m", "dataset": "d", "output": "o"}
     arguments = [argument for name, value in given.items() for argument in (f"--{name}", value)]

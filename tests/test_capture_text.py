@@ -103,7 +103,7 @@ def test_layouts(layout: str, tmp_path: Path, tokenizer: Any) -> None:
     (document,) = reader(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer)
     assert words(document.input_ids) == expected
     assert document.input_ids.dtype == np.int32
-    assert (document.source, document.progress) == ("rows.jsonl, line 1", 1.0)
+    assert document.source == "rows.jsonl, line 1"
 
 
 def test_tool_calls_reach_the_template(tmp_path: Path, tokenizer: Any) -> None:
@@ -268,7 +268,6 @@ def test_long_documents(tmp_path: Path, tokenizer: Any) -> None:
     ]
     masks = [None if document.loss_mask is None else document.loss_mask.tolist() for document in documents]
     assert masks == [None, None, *[[False, False, True, True]] * 3]
-    assert [document.progress for document in documents] == [0.5, 0.7, 0.8, 0.9, 1.0]
 
 
 # -- which tokens count ------------------------------------------------------------------------------------------------

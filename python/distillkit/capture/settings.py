@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import yaml
 
@@ -17,6 +18,7 @@ from distillkit.errors import ConfigError, MismatchError
 __all__ = ["CaptureReport", "CaptureSettings", "load_captures"]
 
 DEFAULT_PRESET = "recommended"
+_RANGE = re.compile(r"\d+:\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,9 @@ class CaptureSettings:
         head_rows: positions whose logits exist at a time.
         shard_tokens: a shard is finished once it has this many tokens; a capture that was interrupted starts again
             after the last whole one.
+        shard_range: capture only the shards FIRST:END of the plan (END not included), for jobs that share the work;
+            None: all.
+        skip_bad_documents: leave out up to this many documents that the teacher gives no distributions for.
 
     Raises:
         ConfigError: a value is not allowed; the message names it.
@@ -100,6 +105,8 @@ class CaptureSettings:
     batch_tokens: int = 4096
     head_rows: int = 512
     shard_tokens: int = 262_144
+    shard_range: str | None = None
+    skip_bad_documents: int = 0
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.compression_config is not None:
@@ -117,6 +124,8 @@ class CaptureSettings:
         for name in ("apply_chat_template", "trust_remote_code", "shuffle", "label_logprobs", "last_row"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: must be true or false, found {getattr(self, name)!r}")
+        if self.shard_range is not None and not _RANGE.fullmatch(self.shard_range):
+            raise ConfigError(f"shard_range: must be FIRST:END, such as 0:8, found {self.shard_range!r}")
         self._check_lengths()
         for name in _LISTS:
             object.__setattr__(self, name, _list_setting(name, getattr(self, name)))
@@ -171,6 +180,19 @@ class CaptureSettings:
         if len(ids) >= k:
             raise ConfigError(f"keep_ids: {len(ids)} ids, but a row has k = {k}: give fewer than that")
         return tuple(sorted(ids))
+
+    def shard_numbers(self, shards: int) -> range:
+        """Return which of a plan's shards to capture.
+
+        Raises:
+            ConfigError: the range begins after the last one.
+        """
+        if self.shard_range is None:
+            return range(shards)
+        first, end = map(int, self.shard_range.split(":"))
+        if first > shards or end < first:
+            raise ConfigError(f"shard_range: {self.shard_range} of {shards} shards, numbered from 0")
+        return range(first, min(end, shards))
 
     @classmethod
     def of(cls, **options: Any) -> CaptureSettings:
@@ -233,17 +255,26 @@ class CaptureReport:
 
     Attributes:
         output: the dataset's folder.
-        documents, tokens, rows, shards: its size; a document of L tokens has L − 1 rows.
+        documents, tokens, rows, shards: its size; a document of L tokens has L − 1 rows, or L with the last one.
+        unfinished_shards: shards that this run was not to do, and nobody has done yet; without them no manifest.
         bytes_per_token: the codec's bytes a row, ids and values.
         disk_bytes: size of the shards.
         kl_mean, kl_p99: KL(teacher's top k ‖ decoded) in nats a row, as measured while writing; None if there are no
             rows.
+        mass_mean: mean probability of the stored ids of a row; None if it is not known.
+        mass_quantiles: that probability, not exceeded by this share of the rows.
+        next_token_rates: how often the teacher's first id is the next token, with rows at their place ("0") and one
+            off; at its place it should be far more often.
+        shifted: −1 or +1 if rows fit the tokens better one off, beyond chance; else None.
         resumed_documents: how many documents an earlier run had written.
-        already_complete: the whole dataset was there, nothing was done.
-        empty_rows: rows of the source without content; None if nothing was read.
-        short_documents: documents of one token, which have no next token to predict; None if nothing was read.
+        already_complete: the whole dataset was there, nothing was captured.
+        passed_over: rows of the source, and what of it is not in the dataset, by reason.
+        skipped: documents that the teacher gave no distributions for: where they are from, and why.
         seconds: time of this run's scoring and writing, without loading.
         new_tokens, tokens_per_second: tokens this run captured, and how fast.
+        teacher_seconds, blocked_seconds: this run's time waiting for the teacher, and that the teacher waited for the
+            encoder.
+        encode_seconds, write_seconds: of the encoder's thread, beside the teacher.
         peak_rss_bytes: largest resident memory of the process so far.
         peak_cuda_bytes: largest memory on the first CUDA device; 0 without one.
     """
@@ -253,21 +284,30 @@ class CaptureReport:
     tokens: int
     rows: int
     shards: int
+    unfinished_shards: int
     bytes_per_token: float
     disk_bytes: int
     kl_mean: float | None
     kl_p99: float | None
+    mass_mean: float | None
+    mass_quantiles: dict[str, float | None]
+    next_token_rates: dict[str, float]
+    shifted: int | None
     resumed_documents: int
     already_complete: bool
-    empty_rows: int | None
-    short_documents: int | None
+    passed_over: dict[str, int]
+    skipped: list[list[str]]
     seconds: float
     new_tokens: int
     tokens_per_second: float
+    teacher_seconds: float
+    blocked_seconds: float
+    encode_seconds: float
+    write_seconds: float
     peak_rss_bytes: int
     peak_cuda_bytes: int
 
-    def to_dict(self) -> dict[str, Union[str, int, float, None]]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-able mapping."""
         return asdict(self)
 
@@ -285,6 +325,7 @@ _LEAST = {
     "shard_tokens": 1,
     "samples": 1,
     "seed": 0,
+    "skip_bad_documents": 0,
     "min_tokens": 1,
     "max_tokens": 2,
     "overlap": 0,

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from distillkit.errors import ConfigError, InputError
 
@@ -60,6 +61,10 @@ class Source(Protocol):
     @property
     def identity(self) -> Any:
         """JSON-able; differs where the content does."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the content: another place or date of the same files does not change it."""
 
     @property
     def num_rows(self) -> int:
@@ -198,6 +203,16 @@ class _Files:
     def identity(self) -> Any:
         stats = [(file, file.stat()) for file in self._files]
         return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+    @property
+    def fingerprint(self) -> str:
+        state = xxhash.xxh3_128()
+        for file in self._files:
+            state.update(f"{file.relative_to(self._root)}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as data:
+                while block := data.read(1 << 20):
+                    state.update(block)
+        return str(state.hexdigest())
 
     @property
     def num_rows(self) -> int:
@@ -462,6 +477,10 @@ class _Loaded:
     @property
     def identity(self) -> Any:
         return [self._description, self._fingerprint]
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
     @property
     def num_rows(self) -> int:

@@ -76,14 +76,12 @@ class TokenDocument:
     Attributes:
         input_ids: (L,) int32, L ≥ 2.
         source: where it comes from, for messages.
-        progress: fraction of the source that is read once this document is done.
         loss_mask: (L,) bool, which tokens count in a loss; None: all.
         columns: of the source's row, kept as they are in the dataset.
     """
 
     input_ids: npt.NDArray[np.int32]
     source: str
-    progress: float
     loss_mask: npt.NDArray[np.bool_] | None = None
     columns: Mapping[str, Any] | None = None
 
@@ -220,14 +218,13 @@ class DocumentReader:
         self._counts[what] = self._counts.get(what, 0) + 1
 
     def _read(self) -> Iterator[TokenDocument]:
-        total = self.source.num_rows if self.samples is None else min(self.samples, self.source.num_rows)
         pending: list[Row] = []
         for row in self._matching_rows():
             pending.append(row)
             if len(pending) == _TOKENIZE_ROWS:
-                yield from self._documents(pending, total)
+                yield from self._documents(pending)
                 pending = []
-        yield from self._documents(pending, total)
+        yield from self._documents(pending)
 
     def _matching_rows(self) -> Iterator[Row]:
         unseen = {column for column, _ in self.where}
@@ -253,7 +250,7 @@ class DocumentReader:
         wanted = set(order.tolist())
         return (row for index, row in enumerate(self.source.rows()) if index in wanted)
 
-    def _documents(self, rows: Sequence[Row], total: int) -> Iterator[TokenDocument]:
+    def _documents(self, rows: Sequence[Row]) -> Iterator[TokenDocument]:
         """Tokenise some rows and split them."""
         names = self.kept.names
         for (where, row), documents in zip(rows, self._tokenize(rows), strict=True):
@@ -266,8 +263,7 @@ class DocumentReader:
                 length = len(document.ids)
                 for start, stop, mask in self._pieces(document):
                     place = where if stop - start == length else f"{where}, tokens {start}…{stop - 1}"
-                    progress = (self.rows - 1 + stop / length) / max(total, 1)
-                    yield TokenDocument(document.ids[start:stop], place, progress, mask, columns)
+                    yield TokenDocument(document.ids[start:stop], place, mask, columns)
 
     def _pieces(self, document: _Tokens) -> Iterator[tuple[int, int, npt.NDArray[np.bool_] | None]]:
         """Yield first token, end and mask of what is captured of a document: nothing, all of it, or several pieces.

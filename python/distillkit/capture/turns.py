@@ -115,14 +115,16 @@ class _Turn:
     where: str
 
     def start(self) -> int:
-        prompt = self.render(self.messages[: self.index], add_generation_prompt=True)
-        if self.text.startswith(prompt):
+        before = self.messages[: self.index]
+        prompt = self.render(before, add_generation_prompt=True)
+        opens = prompt != self.render(before)  # not every template knows how an answer is opened
+        if opens and self.text.startswith(prompt):
             return len(prompt)
-        # The template opens a new answer with more than it writes before one that is given, such as "<think>".
         header = self._before_content(self.index)
-        if header and prompt.startswith(header):
+        # One that does may open a new answer with more than it writes before one that is given, such as "<think>".
+        if header is not None and (prompt.startswith(header) or not opens):
             return len(header)
-        return opening(self.messages[: self.index], self.text, self.render, self.where)
+        return opening(before, self.text, self.render, self.where)
 
     def stop(self, start: int, special_tokens: Collection[str]) -> int:
         closed = self.render(self.messages[: self.index + 1])
@@ -137,7 +139,7 @@ class _Turn:
         if self.index + 1 == len(self.messages) or not endings or not closed.startswith(self.text[:start]):
             raise _unclear(self.where, "the chat template ends this turn in another way where it is rendered by itself")
         ending = closed[max(endings) :]
-        before_next = self._before_content(self.index + 1)
+        before_next = self._before_content(self.index + 1) or ""
         if before_next.count(ending, start) != 1:
             raise _unclear(
                 self.where,
@@ -146,11 +148,11 @@ class _Turn:
             )
         return before_next.index(ending, start) + len(ending)
 
-    def _before_content(self, index: int) -> str:
-        """Return the text before a message's content; nothing if that can't be told."""
+    def _before_content(self, index: int) -> str | None:
+        """Return the text before a message's content; None if that can't be told."""
         replaced = {**self.messages[index], "content": _PLACEHOLDER}
         parts = self.render([*self.messages[:index], replaced, *self.messages[index + 1 :]]).split(_PLACEHOLDER)
-        return parts[0] if len(parts) == 2 and self.text.startswith(parts[0]) else ""
+        return parts[0] if len(parts) == 2 and self.text.startswith(parts[0]) else None
 
 
 def _without_last(text: str, tokens: Collection[str]) -> str:

@@ -102,6 +102,8 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., 
 @_option("--batch-tokens", "Tokens of one forward, padding included.", type=int)
 @_option("--head-rows", "Positions whose logits exist at a time: each takes 4 bytes × vocabulary.", type=int)
 @_option("--shard-tokens", "Tokens of a shard; an interrupted capture goes on after the last whole one.", type=int)
+@_option("--shard-range", "Capture only these shards of the plan, FIRST:END, END not included.", metavar="FIRST:END")
+@_option("--skip-bad-documents", "Leave out up to so many documents that the teacher can't score.", type=int)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar (on stderr).")
 @click.pass_context
@@ -122,7 +124,7 @@ def capture(context: click.Context, /, config: Path | None, as_json: bool, progr
     captures = _captures(context, config, options)
     from transformers.utils.logging import disable_progress_bar
 
-    from distillkit.capture.pipeline import run_capture
+    from distillkit.capture.run import run_capture
 
     # Their bar for loading weights runs into ours.
     disable_progress_bar()
@@ -156,17 +158,48 @@ def _table(report: CaptureReport) -> Table:
     table = Table(title=f"captured: {report.output}", show_header=False, title_justify="left")
     table.add_row("documents", _documents(report))
     table.add_row("tokens", f"{report.tokens:,}  ({report.rows:,} distributions in {report.shards} shards)")
+    if report.unfinished_shards:
+        table.add_row(
+            "unfinished", f"{report.unfinished_shards:,} shards are left to do; the manifest comes with the last"
+        )
     table.add_row("bytes a token", f"{report.bytes_per_token:g}  ({human_bytes(report.disk_bytes)} on disk)")
     if report.kl_mean is not None and report.kl_p99 is not None:
         table.add_row("fidelity", f"KL mean {report.kl_mean:.2e}, p99 {report.kl_p99:.2e} nats (top k ‖ decoded)")
+    if report.mass_mean is not None:
+        shares = ", ".join(
+            f"{float(share):.0%} of rows ≤ {mass:.3f}"
+            for share, mass in report.mass_quantiles.items()
+            if mass is not None
+        )
+        table.add_row("stored mass", f"mean {report.mass_mean:.4f}; {shares}")
+        table.add_row("alignment", _alignment(report))
     if report.already_complete:
         table.add_row("this run", "nothing to do: it was complete")
     else:
         speed = f"{report.new_tokens:,} tokens in {report.seconds:,.1f} s: {report.tokens_per_second:,.0f} tokens/s"
         table.add_row("this run", speed)
+        table.add_row("stages", _stages(report))
         cuda = f", {human_bytes(report.peak_cuda_bytes)} on the GPU" if report.peak_cuda_bytes else ""
         table.add_row("peak memory", f"{human_bytes(report.peak_rss_bytes)}{cuda}")
     return table
+
+
+def _alignment(report: CaptureReport) -> str:
+    """Say where the next token is the teacher's first id."""
+    rates = ", ".join(f"{rate:.1%} at {shift}" for shift, rate in report.next_token_rates.items())
+    verdict = "" if report.shifted is None else f". Rows fit the tokens at {report.shifted:+d}: THEY ARE SHIFTED"
+    return f"the next token is the teacher's first id: {rates}{verdict}"
+
+
+def _stages(report: CaptureReport) -> str:
+    """Say how fast each stage was while it worked."""
+    stages = {
+        "teacher": report.teacher_seconds,
+        "encode": report.encode_seconds,
+        "write": report.write_seconds,
+    }
+    rates = ", ".join(f"{name} {report.new_tokens / seconds:,.0f}" for name, seconds in stages.items() if seconds > 0)
+    return f"{rates} tokens/s; the teacher waited {report.blocked_seconds:,.1f} s for the others"
 
 
 def _documents(report: CaptureReport) -> str:
@@ -174,8 +207,9 @@ def _documents(report: CaptureReport) -> str:
     notes = []
     if report.resumed_documents and not report.already_complete:
         notes.append(f"{report.resumed_documents:,} from an earlier run")
-    if report.empty_rows:
-        notes.append(f"{report.empty_rows:,} empty rows passed over")
-    if report.short_documents:
-        notes.append(f"{report.short_documents:,} of one token passed over")
+    if report.skipped:
+        notes.append(f"{len(report.skipped):,} that the teacher can't score left out")
+    for name, count in report.passed_over.items():
+        if name != "rows" and count:
+            notes.append(f"{count:,} {name.replace('_', ' ')} passed over")
     return f"{report.documents:,}" + (f"  ({', '.join(notes)})" if notes else "")

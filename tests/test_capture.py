@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
 import signal
 import subprocess
 import time
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.dataset
 import pytest
 import torch
 import yaml
@@ -22,9 +23,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from capturing import COMMAND, EXACT, HEAD, files, run
+from capturing import COMMAND, EXACT, HEAD, WORDS, files, run
 from distillkit.capture import CaptureSettings
 from distillkit.capture.engines.hf import length_batches, resolve_dtype
+from distillkit.capture.settings import load_captures
+from distillkit.capture.text import windows
 from distillkit.cli.capture import capture as capture_command
 from distillkit.errors import CaptureError, ConfigError, InputError, MismatchError
 from distillkit.lm_head import LMHead, backbone_hidden
@@ -52,7 +55,8 @@ def test_rows_are_the_teachers_own_distributions(teacher: Path, text: Path, tmp_
         read.append(document.input_ids.tolist())
 
     whole = [tokenizer(json.loads(line)["text"])["input_ids"] for line in text.read_text().splitlines()]
-    assert list(chain(*read)) == list(chain(*whole)), "all tokens, in the text's order"
+    pieces = [ids[start:stop] for ids in whole for start, stop in windows(len(ids), 64, 8)]
+    assert read == pieces, "all tokens, in the text's order"
     assert (report.documents, report.tokens) == (len(read), sum(map(len, read)))
     assert report.rows == report.tokens - report.documents == dataset.num_rows
     assert report.documents > 120, "documents of more than 64 tokens were split"
@@ -75,6 +79,10 @@ def test_the_header_says_what_was_captured(teacher: Path, text: Path, tmp_path: 
     assert header.alignment == {"row": "t predicts t+1", "rows": "L-1"}
     assert header.capture == {
         "max_seq_len": 64,
+        "overflow": "window",
+        "overlap": 8,
+        "loss_on": "auto",
+        "drop_duplicates": True,
         "apply_chat_template": True,
         "head_dtype": "float32",
         "batch_tokens": 256,
@@ -144,6 +152,45 @@ def test_batches_hold_every_document_once_and_keep_to_their_tokens(lengths: list
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= batch_tokens
+
+
+def test_responses_one_has_already(teacher: Path, tmp_path: Path) -> None:
+    """The same rows out, in their order, with their columns, the teacher's rows, and a loss on the answers."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": " ".join(WORDS[: index % 5 + 1])},
+                {"role": "assistant", "content": "one dog" if index % 2 else " ".join(WORDS * 2)},
+            ],
+            "id": f"row {index}",
+            "score": index / 2,
+        }
+        for index in range(12)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options: dict[str, Any] = {"keep_columns": "id,score", "loss_on": "assistant", "max_seq_len": 32}
+    run(teacher, path, tmp_path / "out", **options, keep_ids="<eos>,7", label_logprobs=True, last_row=True)
+    dataset, tokenizer = Dataset.open(tmp_path / "out"), load_tokenizer(str(teacher))
+    table = pyarrow.dataset.dataset(tmp_path / "out", format="parquet", exclude_invalid_files=True).to_table(
+        columns=["id", "score"]
+    )
+    counted: dict[str, list[int]] = {}
+    for document, kept in zip(dataset, table.to_pylist(), strict=True):
+        assert document.num_rows == len(document.input_ids)
+        decoded = dataset.codec.decode_document(document.teacher, document.num_rows)
+        assert all({7, tokenizer.eos_token_id} <= set(ids) for ids in np.asarray(decoded.ids).tolist())
+        labels = document.label_logprobs
+        assert labels is not None
+        next_ids = document.input_ids[1:, None]
+        there = np.asarray(decoded.ids)[:-1] == next_ids
+        np.testing.assert_allclose(labels[there.any(1)], np.asarray(decoded.logprobs)[:-1][there], atol=1e-5)
+        mask = np.ones(len(document.input_ids), bool) if document.loss_mask is None else document.loss_mask
+        counted.setdefault(kept["id"], []).extend(document.input_ids[mask].tolist())
+        assert rows[int(kept["id"].split()[1])]["score"] == kept["score"]
+    assert list(counted) == [row["id"] for row in rows]
+    for row, ids in zip(rows, counted.values(), strict=True):
+        assert ids == tokenizer(row["messages"][1]["content"] + " ")["input_ids"]
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
@@ -302,13 +349,22 @@ def test_codec_configurations(teacher: Path, text: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_seq_len": 2}, "max_seq_len: must be a whole number of at least 3, found 2"),
+        ({"max_seq_len": 1}, "max_seq_len: must be a whole number of at least 2, found 1"),
         ({"max_seq_len": 513}, r"max_seq_len: 513 tokens are more than the 512 positions that .* was made for"),
         ({"samples": 0}, "samples: must be a whole number of at least 1, found 0"),
         ({"preset": "budget", "compression_config": {}}, "preset and compression_config: give one of the two"),
         ({"max_sequence_len": 3}, "capture has no setting 'max_sequence_len'; did you mean max_seq_len"),
         ({"dtype": "int8"}, "dtype: 'int8' is not known; auto, float32"),
         ({"device": "tpu7"}, "device: 'tpu7' is none"),
+        ({"overflow": "cut"}, "overflow: must be window, truncate or skip, found 'cut'"),
+        ({"overlap": 33}, r"overlap: must be 1…32, half of max_seq_len, found 33"),
+        ({"overlap": 0}, r"overlap: must be 1…32, .* the token at a border would have no distribution"),
+        ({"overlap": 3, "overflow": "skip"}, "overlap: belongs to overflow window; it is skip"),
+        ({"loss_on": "user"}, "loss_on: must be auto, all, assistant or completion, found 'user'"),
+        ({"shuffle": "yes"}, "shuffle: must be true or false, found 'yes'"),
+        ({"where": "a"}, "where: must be column=value, found 'a'"),
+        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens and max_tokens: no document has at least 9 and at most 3"),
+        ({"keep_ids": 5}, "keep_ids: must be a list, or text with commas between, found 5"),
         ({"head_dtype": "half"}, "head_dtype: must be float32 or auto"),
         ({"tokenizer": "./nowhere"}, "no tokenizer could be loaded from './nowhere'"),
         ({"teacher": "./nowhere"}, "model: no model config could be loaded from './nowhere'"),
@@ -366,13 +422,111 @@ def test_command(teacher: Path, text: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(capture_command, ["--model", "x"]).exit_code == 2
 
 
+def test_options_are_the_settings_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[CaptureSettings] = []
+    monkeypatch.setattr("distillkit.capture.run.run_capture", lambda settings, **_: found.append(settings))
+    monkeypatch.setattr("distillkit.cli.capture._table", lambda report: "")
+    given = {"model": "m", "dataset": "d", "output": "o"}
+    arguments = [argument for name, value in given.items() for argument in (f"--{name}", value)]
+    for options in ([], ["--where", "a=b", "--where", "c=1", "--keep-ids", "<eos>,5", "--keep-columns", "x, y"]):
+        assert CliRunner().invoke(capture_command, [*arguments, *options, "--keep-duplicates"]).exit_code == 0
+    assert found[0] == CaptureSettings(**given, drop_duplicates=False)
+    assert found[1] == CaptureSettings(
+        **given, where=["a=b", "c=1"], keep_ids=["<eos>", 5], keep_columns=["x", "y"], drop_duplicates=False
+    )
+    assert found[1].conditions == (("a", "b"), ("c", "1"))
+
+
+def test_what_decides_the_bytes() -> None:
+    settings = CaptureSettings(model="m", dataset="d", output="o")
+    changed: dict[str, Any] = {
+        **{"overflow": "skip", "loss_on": "all", "samples": 3, "shuffle": True, "where": "a=b", "min_tokens": 3},
+        **{"max_tokens": 9, "keep_columns": "all", "drop_duplicates": False, "keep_ids": "5", "label_logprobs": True},
+        **{"last_row": True, "overlap": 3, "max_seq_len": 99, "apply_chat_template": False, "shard_tokens": 9},
+    }
+    before = settings.deciding()
+    for name, value in changed.items():
+        after = dataclasses.replace(settings, **{name: value}).deciding()
+        assert after != before, name
+        json.dumps(after)
+    assert dataclasses.replace(settings, seed=3).deciding() == before, "nothing is drawn"
+    assert dataclasses.replace(settings, overlap=128).deciding() == before, "as if it was not said"
+
+
+def test_kept_ids_by_name_and_number(teacher: Path) -> None:
+    tokenizer = load_tokenizer(str(teacher))
+    end = tokenizer.eos_token_id
+
+    def ids(keep: Any, k: int = 8) -> tuple[int, ...]:
+        return CaptureSettings(model="m", dataset="d", output="o", keep_ids=keep).token_ids(tokenizer, k)
+
+    assert ids("") == ids([]) == ()
+    assert ids(f"7,<eos>,{end}") == ids([7, "<eos>"]) == tuple(sorted({7, end}))
+    with pytest.raises(ConfigError, match="keep_ids: '<eoss>' is no token of the tokenizer's; there are '<eos>'"):
+        ids("<eoss>")
+    with pytest.raises(ConfigError, match=r"keep_ids: 100000 is no id of the tokenizer's, whose ids are 0…\d+"):
+        ids("100000")
+    with pytest.raises(ConfigError, match="keep_ids: 2 ids, but a row has k = 2: give fewer than that"):
+        ids("1,2", k=2)
+
+
+FILE = """
+dataset: text.jsonl
+preset: budget
+captures:
+- {model: a, output: out/a}
+- {model: b, output: out/b, compression_config: codec.yaml, where: [x=1, "y=2"], keep_ids: [<eos>, 5]}
+"""
+
+
+def test_several_captures_in_one_file(tmp_path: Path, teacher: Path, text: Path) -> None:
+    path = tmp_path / "captures.yaml"
+
+    def load(content: str, **overrides: Any) -> list[CaptureSettings]:
+        path.write_text(content)
+        return load_captures(path, overrides)
+
+    first, second = load(FILE, samples=7)
+    assert first == CaptureSettings(model="a", dataset="text.jsonl", output="out/a", preset="budget", samples=7)
+    assert second == CaptureSettings(
+        **{"model": "b", "dataset": "text.jsonl", "output": "out/b", "compression_config": "codec.yaml"},
+        **{"where": ["x=1", "y=2"], "keep_ids": ["<eos>", 5], "samples": 7},
+    )
+    assert {settings.preset for settings in load(FILE, preset="compact")} == {"compact"}
+    assert len(load("{model: a, dataset: d, output: o}")) == 1
+    for content, message in (
+        (
+            FILE.replace("model: b", "modle: b"),
+            r"captures.yaml: captures\[1\].modle is no setting .* did you mean model",
+        ),
+        (FILE.replace("dataset:", "datasets:"), r"captures.yaml: datasets is no setting .* did you mean dataset"),
+        (FILE.replace("model: b,", ""), r"captures.yaml: captures\[1\] has no model"),
+        (FILE.replace("out/b", "out/a/"), r"captures\[0\] and captures\[1\] have one output, out/a"),
+        (FILE.replace("[x=1", "[x"), r"captures\[1\].where: must be column=value, found 'x'"),
+        (FILE + "  samples: 0\n", r"captures\[1\].samples|is not YAML"),
+        ("captures: 3", "captures must be a list of mappings, found 3"),
+        ("- a", r"must hold settings of captures \(key: value\), found list"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(content)
+
+    shared = {"dataset": str(text), "model": str(teacher), "preset": "budget", "max_seq_len": 64}
+    outputs = [str(tmp_path / name) for name in ("a", "b")]
+    path.write_text(yaml.safe_dump({**shared, "captures": [{"output": output} for output in outputs]}))
+    result = CliRunner().invoke(capture_command, [str(path), "--samples", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    assert [report["output"] for report in json.loads(result.stdout)] == outputs
+
+
 def test_every_setting_is_an_option() -> None:
     settings = set(inspect.signature(CaptureSettings).parameters)
     options = {parameter.name for parameter in capture_command.params}
-    assert settings | {"as_json", "progress"} == options
+    assert settings | {"as_json", "progress", "config"} == options
 
 
 def test_unknown_rows_name_file_and_columns(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
-    with pytest.raises(InputError, match=r"rows.jsonl, line 1: found the columns prompt; understood are text"):
+    with pytest.raises(
+        InputError, match=r"rows.jsonl, line 1: found the columns prompt; understood are text; messages"
+    ):
         run(teacher, tmp_path / "rows.jsonl", tmp_path / "out")

@@ -123,7 +123,8 @@ class CaptureInputs:
     @property
     def wanted(self) -> Wanted:
         """What is kept of the teacher's distributions."""
-        return Wanted(self.codec.k)
+        settings, k = self.settings, self.codec.k
+        return Wanted(k, settings.token_ids(self.tokenizer, k), settings.label_logprobs, settings.last_row)
 
     def source(self) -> Source:
         """Open the dataset."""
@@ -172,15 +173,7 @@ class CaptureInputs:
                 plan.check_same(header, content)
             return plan
         settings = self.settings
-        reader = DocumentReader(
-            source,
-            self.tokenizer,
-            max_tokens=settings.max_seq_len,
-            id_limit=self.head_size,
-            chat=settings.apply_chat_template,
-            samples=settings.samples,
-            seed=settings.seed,
-        )
+        reader = DocumentReader.of(settings, source, self.tokenizer, id_limit=self.head_size)
         plan = make_plan(
             folder,
             header,

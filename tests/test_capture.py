@@ -264,7 +264,7 @@ def test_a_finished_capture_is_left_alone(
     first = run(teacher, text, tmp_path / "out", samples=20)
     before = files(tmp_path / "out")
     # Not even the weights are loaded.
-    monkeypatch.setattr("distillkit.capture.pipeline.HFTeacher", None)
+    monkeypatch.setattr("distillkit.capture.pipeline.make_teacher", None)
     again = run(teacher, text, tmp_path / "out", samples=20)
     assert again.already_complete
     assert (again.documents, again.tokens, again.kl_mean) == (first.documents, first.tokens, first.kl_mean)
@@ -334,9 +334,7 @@ def test_logits_that_are_no_distribution(teacher: Path, tmp_path: Path, monkeypa
         return hidden.masked_fill((input_ids == 9)[..., None], float("nan"))
 
     monkeypatch.setattr("distillkit.capture.engines.hf.backbone_hidden", overflowing)
-    with pytest.raises(
-        CaptureError, match=r"rows.jsonl, line 2: after token 5 of 7 \(id 9\) the teacher gives NaN"
-    ):
+    with pytest.raises(CaptureError, match=r"rows.jsonl, line 2: after token 5 of 7 \(id 9\) the teacher gives NaN"):
         run(teacher, rows, tmp_path / "out", head_rows=3)
     assert files(tmp_path / "out") == {}
 

@@ -20,7 +20,7 @@ from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from distillkit.capture.engines import Refused, Teacher, Wanted
+from distillkit.capture.engines import Refused, Teacher, Wanted, make_teacher
 from distillkit.capture.engines.hf import HFTeacher, load_config, resolve_device, resolve_dtype
 from distillkit.capture.settings import CaptureReport, CaptureSettings
 from distillkit.capture.sources import Source, open_source
@@ -52,20 +52,13 @@ def run_capture(settings: CaptureSettings, *, progress: bool = True) -> CaptureR
         logger.info("%s is complete already, with these settings: nothing to do", folder)
         return _report(folder, finished, finished.header.make_codec(), _Run(resumed=finished.shards))
 
-    teacher = HFTeacher(
-        settings.model,
-        dtype=settings.dtype,
-        device=settings.device,
-        batch_tokens=settings.batch_tokens,
-        head_rows=settings.head_rows,
-        head_dtype=settings.head_dtype,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    teacher = make_teacher(settings)
     header = inputs.header(teacher.head_size, teacher.identity)
     codec = header.make_codec()
     for warning in codec.warnings:
         logger.warning("codec: %s", warning)
-    _log_memory(teacher, codec, settings)
+    if isinstance(teacher, HFTeacher):
+        _log_memory(teacher, codec, settings)
     reader = DocumentReader(
         inputs.source,
         inputs.tokenizer,
@@ -81,7 +74,7 @@ def run_capture(settings: CaptureSettings, *, progress: bool = True) -> CaptureR
         documents = iter(reader)
         _skip_stored(documents, folder, writer.resumed)
         run = _Run(resumed=writer.resumed, bar=bar)
-        for window in _windows(documents, settings.shard_tokens, _WINDOW_BATCHES * settings.batch_tokens):
+        for window in _windows(documents, settings.shard_tokens, _WINDOW_BATCHES * settings.forward_tokens):
             for document, rows in zip(window, run.score(teacher, window, codec.k), strict=True):
                 writer.write(document.input_ids, rows)
         if not run.new_tokens and not writer.resumed:
@@ -105,7 +98,7 @@ class _Inputs:
     @classmethod
     def load(cls, settings: CaptureSettings) -> _Inputs:
         trust = settings.trust_remote_code
-        config = load_config(settings.model, trust_remote_code=trust)
+        config = load_config(settings.config_source, trust_remote_code=trust)
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and settings.max_seq_len > longest:
             raise ConfigError(
@@ -113,7 +106,7 @@ class _Inputs:
                 f"{settings.model} was made for (max_position_embeddings): give at most those"
             )
         source = open_source(settings.dataset, configuration=settings.dataset_configuration, split=settings.split)
-        device = resolve_device(settings.device)
+        device = "server" if settings.engine == "openai" else resolve_device(settings.device)
         return cls(
             settings,
             load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=trust),
@@ -155,7 +148,11 @@ class _Inputs:
             MismatchError: names the setting and both values.
         """
         stored = finished.header.teacher or {}
-        teacher = {"name": _public_name(self.settings.model), "revision": stored.get("revision"), "dtype": self.dtype}
+        # A server tells no dtype, and may have another name for the model.
+        known = {} if self.settings.engine == "openai" else {"name": _public_name(self.settings.model)}
+        if "dtype" in stored:
+            known["dtype"] = self.dtype
+        teacher = {**stored, **known}
         with _saying_how_to_go_on(folder):
             self.header(finished.header.head_size, teacher).check_same(finished.header, where=str(folder))
 
@@ -290,7 +287,7 @@ class _ProgressBar:
 def _log_memory(teacher: HFTeacher, codec: Codec, settings: CaptureSettings) -> None:
     """Say what the run will take, with the arithmetic."""
     width, identity = teacher.head_size, teacher.identity
-    window = _WINDOW_BATCHES * settings.batch_tokens
+    window = _WINDOW_BATCHES * settings.forward_tokens
     logger.info(
         "teacher %s in %s: weights %s; logits %d positions × %s × 4 B = %s at a time; rows waiting to be written "
         "≤ %s tokens × k %d × 12 B = %s",

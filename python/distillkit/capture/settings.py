@@ -16,14 +16,33 @@ from distillkit.errors import ConfigError, MismatchError
 __all__ = ["CaptureReport", "CaptureSettings"]
 
 DEFAULT_PRESET = "recommended"
+DEFAULT_BATCH_TOKENS = 4096
+
+# Settings that only these engines know.
+_ENGINE_SETTINGS = {
+    **dict.fromkeys(("head_dtype", "device", "head_rows"), ("hf",)),
+    **dict.fromkeys(("dtype", "batch_tokens"), ("hf", "vllm")),
+    **dict.fromkeys(
+        (
+            "max_model_len",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "enable_expert_parallel",
+            "quantization",
+            "gpu_memory_utilization",
+        ),
+        ("vllm",),
+    ),
+    **dict.fromkeys(("base_url", "served_model", "concurrency", "max_retries", "request_timeout"), ("openai",)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureSettings:
-    """Everything a capture with transformers can be told. Names are those of the command's options.
+    """Everything a capture can be told. Names are those of the command's options.
 
     Attributes:
-        model: the teacher: a folder or a hub id.
+        model: the teacher: a folder or a hub id. For a server's: where its config and tokenizer are.
         dataset: text, chat or token ids: a `.jsonl`, `.json`, `.txt` or `.parquet` file, a folder of them, a
             `save_to_disk` folder or a hub id.
         output: the folder for the captured dataset.
@@ -43,13 +62,24 @@ class CaptureSettings:
         device: "auto" (the first CUDA device, else the CPU), a torch device, or "balanced" or "sequential" over all
             devices.
         trust_remote_code: run code that comes with the model or tokenizer.
-        batch_tokens: tokens of one forward, padding included.
+        batch_tokens: tokens of one forward, padding included; None: 4096, with vLLM as many as memory has room for.
         head_rows: positions whose logits exist at a time.
         shard_tokens: a shard is finished once it has this many tokens; a capture that was interrupted starts again
             after the last whole one.
+        engine: what runs the teacher: "hf" (transformers), "vllm", or "openai": a running server.
+        max_model_len: positions that vLLM plans with; None: `max_seq_len` + 1.
+        tensor_parallel_size, pipeline_parallel_size, enable_expert_parallel: how vLLM spreads the teacher over GPUs.
+        quantization: vLLM's; None: as the checkpoint says.
+        gpu_memory_utilization: share of a GPU's memory for vLLM; the log-probabilities of a batch need some beside it.
+        base_url: the server, with its `/v1`. Its key comes from the environment: `DISTILLKIT_API_KEY` or
+            `OPENAI_API_KEY`.
+        served_model: the server's name for the teacher; None: that of the only one it serves.
+        concurrency: requests to the server at a time.
+        max_retries: how often a failed request is tried again, with growing pauses.
+        request_timeout: seconds until a request has failed.
 
     Raises:
-        ConfigError: a value is not allowed; the message names it.
+        ConfigError: a value is not allowed, or not with this engine; the message names it.
     """
 
     model: str
@@ -68,9 +98,21 @@ class CaptureSettings:
     head_dtype: str = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
-    batch_tokens: int = 4096
+    batch_tokens: int | None = None
     head_rows: int = 512
     shard_tokens: int = 262_144
+    engine: str = "hf"
+    max_model_len: int | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    quantization: str | None = None
+    gpu_memory_utilization: float = 0.9
+    base_url: str | None = None
+    served_model: str | None = None
+    concurrency: int = 16
+    max_retries: int = 8
+    request_timeout: float = 600.0
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.compression_config is not None:
@@ -88,10 +130,50 @@ class CaptureSettings:
             ("shard_tokens", 1),
             ("samples", 1),
             ("seed", 0),
+            ("max_model_len", 1),
+            ("tensor_parallel_size", 1),
+            ("pipeline_parallel_size", 1),
+            ("concurrency", 1),
+            ("max_retries", 0),
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name}: must be a whole number of at least {least}, found {value!r}")
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """Refuse settings that the engine does not know or that it needs and has not.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        if self.engine not in ("hf", "vllm", "openai"):
+            raise ConfigError(f"engine: must be hf, vllm or openai, found {self.engine!r}")
+        for name, engines in _ENGINE_SETTINGS.items():
+            if self.engine not in engines and getattr(self, name) != default_of(name):
+                raise ConfigError(
+                    f"{name}: {getattr(self, name)!r} is given, but it is for the engine {' or '.join(engines)}, and "
+                    f"this capture is with {self.engine}"
+                )
+        if not 0 < self.gpu_memory_utilization < 1:
+            raise ConfigError(
+                f"gpu_memory_utilization: must be above 0 and below 1 (the log-probabilities of a batch need memory "
+                f"beside it), found {self.gpu_memory_utilization!r}"
+            )
+        if self.request_timeout <= 0:
+            raise ConfigError(f"request_timeout: must be above 0, found {self.request_timeout!r}")
+        if self.engine == "openai" and self.base_url is None:
+            raise ConfigError("base_url: the engine openai needs the server's, such as http://localhost:8000/v1")
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens of one forward of transformers."""
+        return self.batch_tokens or DEFAULT_BATCH_TOKENS
+
+    @property
+    def config_source(self) -> str:
+        """Where the teacher's config is: a server's may have another name than any folder, the tokenizer's has one."""
+        return self.tokenizer or self.model if self.engine == "openai" else self.model
 
     @classmethod
     def of(cls, **options: Any) -> CaptureSettings:
@@ -133,9 +215,19 @@ class CaptureSettings:
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that decide the bytes besides teacher, tokenizer, codec and dataset, for the header."""
-        names = ("max_seq_len", "apply_chat_template", "head_dtype", "batch_tokens", "head_rows", "shard_tokens")
-        sample = {} if self.samples is None else {"samples": self.samples, "seed": self.seed}
-        return {**{name: getattr(self, name) for name in names}, **sample}
+        names: tuple[str, ...] = ("max_seq_len", "apply_chat_template", "shard_tokens")
+        options = {name: getattr(self, name) for name in names}
+        if self.engine == "hf":
+            # Which documents share a forward, and how its products are summed, changes last bits.
+            options |= {"head_dtype": self.head_dtype, "batch_tokens": self.forward_tokens, "head_rows": self.head_rows}
+        else:
+            # These batch by themselves; what they give is the same within their noise only.
+            options |= {"engine": self.engine}
+        if self.quantization is not None:
+            options |= {"quantization": self.quantization}
+        if self.samples is not None:
+            options |= {"samples": self.samples, "seed": self.seed}
+        return options
 
 
 @dataclass(frozen=True, kw_only=True)

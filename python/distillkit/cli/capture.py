@@ -23,7 +23,11 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., 
 
 
 @click.command(short_help="Run a teacher over text and store its distributions.")
-@click.option("--model", required=True, help="The teacher: a folder or a hub id.")
+@click.option(
+    "--model",
+    required=True,
+    help="The teacher: a folder or a hub id. For a server's: where its config and tokenizer are.",
+)
 @click.option(
     "--dataset",
     required=True,
@@ -53,9 +57,37 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., 
 )
 @_option("--device", "auto, cpu, cuda, cuda:1, …; balanced or sequential: over all CUDA devices.")
 @_option("--trust-remote-code/--no-trust-remote-code", "Run code that comes with the model.")
-@_option("--batch-tokens", "Tokens of one forward, padding included.", type=int)
+@_option(
+    "--batch-tokens",
+    "Tokens of one forward, padding included; 4096 if not given, with vLLM as many as memory has room for.",
+    type=int,
+)
 @_option("--head-rows", "Positions whose logits exist at a time: each takes 4 bytes × vocabulary.", type=int)
 @_option("--shard-tokens", "Tokens of a shard; an interrupted capture goes on after the last whole one.", type=int)
+@_option(
+    "--engine",
+    "What runs the teacher: hf is transformers; openai is a running server, see --base-url.",
+    type=click.Choice(["hf", "vllm", "openai"]),
+)
+@_option("--max-model-len", "vLLM: positions it plans with; if not given, --max-seq-len and one more.", type=int)
+@_option("--tensor-parallel-size", "vLLM: GPUs that each layer is spread over.", type=int)
+@_option("--pipeline-parallel-size", "vLLM: groups of GPUs that the layers are spread over.", type=int)
+@_option("--enable-expert-parallel/--no-enable-expert-parallel", "vLLM: spread experts whole instead of in pieces.")
+@_option("--quantization", "vLLM: its name for it, if not as the checkpoint says.")
+@_option(
+    "--gpu-memory-utilization",
+    "vLLM: share of a GPU's memory that it plans with; a batch's log-probabilities need some beside it.",
+    type=float,
+)
+@_option(
+    "--base-url",
+    "Server: its URL, such as http://localhost:8000/v1; its key from DISTILLKIT_API_KEY or OPENAI_API_KEY.",
+    metavar="URL",
+)
+@_option("--served-model", "Server: its name for the teacher, if it serves several.")
+@_option("--concurrency", "Server: requests at a time.", type=int)
+@_option("--max-retries", "Server: how often a failed request is tried again, with growing pauses.", type=int)
+@_option("--request-timeout", "Server: seconds until a request has failed.", type=float)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar (on stderr).")
 def capture(as_json: bool, progress: bool, **options: Any) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -22,8 +21,7 @@ import yaml
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distillkit.capture import CaptureReport, CaptureSettings, capture
 from distillkit.capture.engines.hf import length_batches, resolve_dtype
@@ -32,51 +30,22 @@ from distillkit.errors import CaptureError, ConfigError, InputError, MismatchErr
 from distillkit.lm_head import LMHead, backbone_hidden
 from distillkit.shards import Dataset, verify_dataset, whole_shards
 from distillkit.tokenizer import fingerprint, load_tokenizer
-
-HEAD = 128
-SENTENCE = "the cat sat on a mat and saw one dog run far from its old red house while rain fell"
-WORDS = SENTENCE.split()
-TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-# All k values stored as they are: what is read is what the teacher said.
-EXACT = {"d": HEAD, "k": 8, "exact_k": 8, "exact_dtype": "float32", "residual_bins": [], "delta_encoding": False}
+from teachers import EXACT, HEAD, write_llama, write_text
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama whose head is wider than its tokenizer's vocabulary."""
     folder = tmp_path_factory.mktemp("teacher")
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=["<unk>", "<eos>"], show_progress=False)
-    backend.train_from_iterator([SENTENCE, "user assistant"], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", chat_template=TEMPLATE
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=HEAD,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=1,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    write_llama(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 documents of 2 to 100 words."""
-    rng = random.Random(0)
     path = tmp_path_factory.mktemp("text") / "rows.jsonl"
-    rows = [{"text": " ".join(rng.choices(WORDS, k=rng.randint(2, 100)))} for _ in range(120)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, 120)
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any, Union
 
 import yaml
 
-from distillkit.codec import Codec, CodecConfig, preset
+from distillkit.codec import Codec, CodecConfig, codec_config, preset
 from distillkit.errors import ConfigError, MismatchError
 
 __all__ = ["CaptureReport", "CaptureSettings"]
@@ -190,6 +190,15 @@ class CaptureSettings:
                 raise ConfigError(f"capture has no setting {name!r}{hint}")
         return cls(**options)
 
+    def read_compression_config(self) -> CodecConfig:
+        """Read `compression_config`, which must be given.
+
+        Raises:
+            ConfigError: there is no such file, or its content is no codec configuration.
+        """
+        config: Any = self.compression_config
+        return codec_config(_read_yaml(Path(config)) if isinstance(config, (str, Path)) else config)
+
     def codec(self, head_size: int) -> Codec:
         """Make the codec for a teacher whose logits are `head_size` wide.
 
@@ -199,12 +208,10 @@ class CaptureSettings:
         """
         if self.compression_config is None:
             return Codec(preset(self.preset or DEFAULT_PRESET, vocab_size=head_size))
-        where = "compression_config"
-        config: Any = self.compression_config
-        if isinstance(config, (str, Path)):
-            where, config = str(config), _read_yaml(Path(config))
-        codec = Codec(config)
+        codec = Codec(self.read_compression_config())
         if codec.vocab_size != head_size:
+            given = self.compression_config
+            where = str(given) if isinstance(given, (str, Path)) else "compression_config"
             field = "d" if codec.format == "quantized" else "vocab_size"
             raise MismatchError(
                 f"{where}: {field} is {codec.vocab_size}, the teacher's logits are {head_size} wide (the tokenizer may "

@@ -13,7 +13,7 @@ from distillkit.capture.settings import CaptureReport, CaptureSettings, default_
 from distillkit.cli.common import human_bytes, show
 from distillkit.codec import PRESETS
 
-__all__ = ["capture"]
+__all__ = ["capture", "show_report"]
 
 
 def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -100,7 +100,11 @@ def capture(as_json: bool, progress: bool, **options: Any) -> None:
     Example:
       distillkit capture --model teacher/ --dataset text.jsonl --output captured/
     """
-    settings = CaptureSettings.of(**options)
+    show_report(CaptureSettings.of(**options), as_json=as_json, progress=progress)
+
+
+def show_report(settings: CaptureSettings, *, as_json: bool = False, progress: bool = True) -> None:
+    """Capture, and print what came of it."""
     from transformers.utils.logging import disable_progress_bar
 
     from distillkit.capture.pipeline import run_capture

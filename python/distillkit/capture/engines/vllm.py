@@ -314,8 +314,8 @@ def batch_tokens_that_fit(free: int, head_size: int, logit_bytes: int = 2, *, wh
         raise ConfigError(
             f"memory: the log-probabilities of a batch of {_LEAST_BATCH_TOKENS} tokens take {_LEAST_BATCH_TOKENS} × "
             f"{head_size:,} logits × {logit_bytes + 4} B = {filesize.decimal(_LEAST_BATCH_TOKENS * token_bytes)}; "
-            f"there are {filesize.decimal(max(free, 0))} ({where}). {remedy} would do, or --batch-tokens for as few as you "
-            "dare"
+            f"there are {filesize.decimal(max(free, 0))} ({where}). {remedy} would do, or fewer "
+            "--batch-tokens"
         )
     return min(tokens, _MOST_BATCH_TOKENS)
 

@@ -9,15 +9,19 @@ import pytest
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama, see `capturing.make_teacher`."""
-    from capturing import make_teacher
+    """A small random Llama, see `teachers.write_llama`."""
+    from teachers import write_llama
 
-    return make_teacher(tmp_path_factory.mktemp("teacher"))
+    folder = tmp_path_factory.mktemp("teacher")
+    write_llama(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of text for it, see `capturing.write_text`."""
-    from capturing import write_text
+    """120 documents of text for it, see `teachers.write_text`."""
+    from teachers import write_text
 
-    return write_text(tmp_path_factory.mktemp("text") / "rows.jsonl")
+    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    write_text(path, 120)
+    return path

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from capturing import COMMAND, EXACT, HEAD, WORDS, files, run
+from capturing import COMMAND, files, run
 from distillkit.capture import CaptureSettings
 from distillkit.capture.engines.hf import length_batches, resolve_dtype
 from distillkit.capture.settings import load_captures
@@ -33,6 +33,7 @@ from distillkit.errors import CaptureError, ConfigError, InputError, MismatchErr
 from distillkit.lm_head import LMHead, backbone_hidden
 from distillkit.shards import Dataset, verify_dataset, whole_shards
 from distillkit.tokenizer import fingerprint, load_tokenizer
+from teachers import EXACT, HEAD, WORDS
 
 # -- what is captured --------------------------------------------------------------------------------------------------
 
@@ -251,7 +252,7 @@ def test_a_finished_capture_is_left_alone(
     first = run(teacher, text, tmp_path / "out", samples=20)
     before = files(tmp_path / "out")
     # Not even the weights are loaded.
-    monkeypatch.setattr("distillkit.capture.run.HFTeacher", None)
+    monkeypatch.setattr("distillkit.capture.run.make_teacher", None)
     again = run(teacher, text, tmp_path / "out", samples=20)
     assert again.already_complete
     assert (again.documents, again.tokens, again.kl_mean) == (first.documents, first.tokens, first.kl_mean)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich import filesize
 
-from distillkit.capture.engines import Teacher, Wanted
+from distillkit.capture.engines import Teacher, Wanted, make_teacher
 from distillkit.capture.engines.hf import HFTeacher, load_config, resolve_device, resolve_dtype
 from distillkit.capture.pipeline import StageTimes, capture_shards
 from distillkit.capture.plan import Plan, Receipt, make_plan, read_plan
@@ -99,14 +99,14 @@ class CaptureInputs:
             ConfigError: one is not there, or the settings do not fit the teacher.
         """
         trust = settings.trust_remote_code
-        config = load_config(settings.model, trust_remote_code=trust)
+        config = load_config(settings.config_source, trust_remote_code=trust)
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and settings.max_seq_len > longest:
             raise ConfigError(
                 f"max_seq_len: {settings.max_seq_len} tokens are more than the {longest} positions that "
                 f"{settings.model} was made for (max_position_embeddings): give at most those"
             )
-        device = resolve_device(settings.device)
+        device = "server" if settings.engine == "openai" else resolve_device(settings.device)
         return cls(
             settings,
             load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=trust),
@@ -199,16 +199,7 @@ class CaptureInputs:
 
     def teacher(self) -> Teacher:
         """Load the teacher."""
-        settings = self.settings
-        return HFTeacher(
-            settings.model,
-            dtype=settings.dtype,
-            device=settings.device,
-            batch_tokens=settings.batch_tokens,
-            head_rows=settings.head_rows,
-            head_dtype=settings.head_dtype,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        return make_teacher(self.settings)
 
     def complete_header(self, plan: Plan, teacher: Teacher, done: Mapping[int, Receipt]) -> Header:
         """The plan's header with its teacher.
@@ -233,7 +224,11 @@ class CaptureInputs:
             MismatchError: names the setting and both values.
         """
         stored = finished.header.teacher or {}
-        teacher = {**stored, "name": _public_name(self.settings.model), "dtype": self.dtype}
+        # A server tells no dtype, and may have another name for the model.
+        known = {} if self.settings.engine == "openai" else {"name": _public_name(self.settings.model)}
+        if "dtype" in stored:
+            known["dtype"] = self.dtype
+        teacher = {**stored, **known}
         with _saying_how_to_go_on(folder):
             header = replace(self.header(self.source()), teacher=teacher)
             header.check_same(finished.header, where=str(folder))

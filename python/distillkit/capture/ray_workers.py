@@ -7,7 +7,7 @@ a worker that is lost are done again by another.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distillkit.capture.pipeline import StageTimes, capture_shards
@@ -62,13 +62,15 @@ def capture_with_ray(
     times = StageTimes()
     try:
         for result in results.iter_rows():
-            number = int(result.pop("number"))
+            number, problem = int(result.pop("number")), result.pop("problem")
+            if problem:
+                raise CaptureError(f"a worker stopped: {problem}")
             for name, value in result.items():
                 setattr(times, name, getattr(times, name) + value)
             progress.scored(plan.shards[number].tokens, 0, 0)
             progress.finished_shard()
     except ray.exceptions.RayError as error:
-        raise _of_worker(error) from error
+        raise CaptureError(f"the Ray workers stopped: {error}") from error
     return times
 
 
@@ -91,45 +93,45 @@ def _gpus(settings: CaptureSettings, cluster: Mapping[str, float]) -> int:
     return settings.gpus_per_worker if cluster.get("GPU") else 0
 
 
-def _of_worker(error: Exception) -> Exception:
-    """The worker's own error, where it is one that we raise on purpose or of the file system."""
-    cause: BaseException | None = error
-    while cause is not None:
-        inner = getattr(cause, "cause", None)
-        if isinstance(inner, (DistillKitError, OSError)):
-            return CaptureError(f"a worker stopped: {inner}")
-        cause = inner if isinstance(inner, BaseException) else cause.__cause__
-    return CaptureError(f"the workers stopped: {error}")
-
-
 class _ShardWorker:
-    """Lives in an actor, with its engine."""
+    """Lives in an actor, with its engine, which is loaded with the first shard."""
 
     def __init__(self, settings: CaptureSettings) -> None:
+        self._settings = settings
+        self._capture: Callable[[int], StageTimes] | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Capture a shard. Errors raised on purpose are told as they are, without Ray's frames around them."""
+        (number,) = batch["number"].tolist()
+        times, problem = StageTimes(), ""
+        try:
+            if self._capture is None:
+                self._capture = self._load()
+            times = self._capture(number)
+        except (DistillKitError, OSError) as error:
+            problem = str(error)
+        return {"number": [number], "problem": [problem], **{name: [value] for name, value in vars(times).items()}}
+
+    def _load(self) -> Callable[[int], StageTimes]:
+        """Load the plan and the engine."""
         from distillkit.capture.run import CaptureInputs
 
-        inputs = CaptureInputs.load(settings)
+        settings = self._settings
         plan = read_plan(Folder(settings.output))
         if plan is None:
             raise CaptureError(
                 f"{settings.output}: the plan of the capture is not there on this node: the output must be storage "
                 "that all nodes reach, such as s3:// or a shared folder"
             )
-        self._plan, self._settings, self._wanted = plan, settings, inputs.wanted
-        self._teacher = inputs.teacher()
-        self._header = inputs.complete_header(plan, self._teacher, plan.receipts())
+        inputs = CaptureInputs.load(settings)
+        teacher = inputs.teacher()
+        header = inputs.complete_header(plan, teacher, plan.receipts())
+        wanted, skip_bad = inputs.wanted, settings.skip_bad_documents
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[float]]:
-        """Capture a shard; one that a lost worker had finished is left as it is."""
-        (number,) = batch["number"].tolist()
-        times = StageTimes()
-        if not self._plan.is_done(number):
-            times = capture_shards(
-                self._teacher,
-                self._plan,
-                self._header,
-                [number],
-                self._wanted,
-                skip_bad=self._settings.skip_bad_documents,
-            )
-        return {"number": [number], **{name: [value] for name, value in vars(times).items()}}
+        def capture(number: int) -> StageTimes:
+            # A worker that is lost may have finished its last shard.
+            if plan.is_done(number):
+                return StageTimes()
+            return capture_shards(teacher, plan, header, [number], wanted, skip_bad=skip_bad)
+
+        return capture

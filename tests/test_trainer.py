@@ -125,6 +125,41 @@ def test_evaluation_is_the_mean_over_all_held_out_positions(parts: dict[str, str
     assert measured["eval_teacher_mass"] == pytest.approx(mass / positions, rel=1e-5)
 
 
+def test_stored_log_probs_of_next_tokens_reach_the_loss(parts: dict[str, str], tmp_path: Path) -> None:
+    """Checked against whole logits and the float64 oracle; in some documents they are missing."""
+    teacher, codec = tiny_model(7), exact_codec()
+    header = header_for(codec, tiny_tokenizer(), capture={"label_logprobs": True})
+    documents = random_documents(7, seed=1)
+    known = []
+    with ShardWriter(tmp_path / "eval", header) as writer:
+        for index, document in enumerate(documents):
+            ids = torch.from_numpy(document).long()
+            with torch.no_grad():
+                logprobs = teacher(ids[None]).logits[0, :-1].log_softmax(-1)
+            labels = logprobs.gather(1, ids[1:, None])[:, 0].numpy()
+            known.append(np.full_like(labels, np.nan) if index == 3 else labels)
+            writer.write(document, teacher_rows(teacher, document), label_logprobs=None if index == 3 else labels)
+    config = run_config(
+        parts["student"],
+        tmp_path / "out",
+        parts["train"],
+        str(tmp_path / "eval"),
+        loss_functions=[{"function": "kl", "weight": 1.0, "missing_probability_handling": "uniform"}],
+        training_args={"max_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 3},
+    )
+    measured = train(config)["eval_first"]["eval_loss"]
+    student, total, positions = AutoModelForCausalLM.from_pretrained(parts["student"]), 0.0, 0
+    for document, labels in zip(documents, known, strict=True):
+        rows = teacher_rows(teacher, document)
+        with torch.no_grad():
+            logits = student(torch.from_numpy(document).long()[None]).logits[0].double().numpy()
+        for t, label in enumerate(labels.tolist()):
+            row = (rows.ids[t].tolist(), rows.logprobs[t].tolist(), int(document[t + 1]))
+            total += reference.measure_of("kl", *reference.outcomes_at(logits[t], *row, 1.0, "uniform", label))
+            positions += 1
+    assert measured == pytest.approx(total / positions, rel=1e-5)
+
+
 def packed(documents: Sequence[np.ndarray], folder: Path) -> str:
     """The same documents, three packed into each row, as published: with as many rows as tokens."""
     teacher = tiny_model(7)

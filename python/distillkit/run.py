@@ -244,7 +244,12 @@ def _dataset(
         return training_dataset(config, part, source, teacher, arguments)
     assert isinstance(source, StoredDataset)
     check_dataset(source, head_size, key)
-    signal = OfflineSignal(source.codec, head_size, on_device=arguments.device.type == "cuda")
+    signal = OfflineSignal(
+        source.codec,
+        head_size,
+        on_device=arguments.device.type == "cuda",
+        label_logprobs=bool((source.header.capture or {}).get("label_logprobs")),
+    )
     return training_dataset(config, part, source, signal, arguments)
 
 

@@ -128,7 +128,7 @@ def test_what_vllm_can_not_do(teacher: VLLMTeacher) -> None:
         next(teacher.score(DOCUMENTS, Wanted(8, keep_ids=(3,))))
     with pytest.raises(ConfigError, match="k: 9 ids a row are wanted, the engine was started for 8"):
         next(teacher.score(DOCUMENTS, Wanted(9)))
-    with pytest.raises(CaptureError, match="long: vLLM does not take this document: .*longer than the maximum"):
+    with pytest.raises(CaptureError, match=r"long: vLLM does not take this document: .*longer than the maximum"):
         list(teacher.score([TokenDocument(np.full(600, 5, dtype=np.int32), "long", 0.0)], Wanted(8)))
     # Left in the middle, it begins anew with the next.
     next(teacher.score(DOCUMENTS, WANTED))
@@ -249,7 +249,7 @@ def test_what_a_server_does_not_give(
     results = served.score(DOCUMENTS[2:4] * 200, WANTED)
     next(results)
     process.terminate()
-    with pytest.raises(CaptureError, match="fails, also after 1 retries: .*goes on after the last whole shard"):
+    with pytest.raises(CaptureError, match=r"fails, also after 1 retries: .*goes on after the last whole shard"):
         list(results)
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
 import os
+import queue
+import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,8 +38,13 @@ _MOST_SEQUENCES = 256
 _BATCHES_IN_FLIGHT = 3
 # Of a CPU's free memory keys and values have a quarter, at most so much; logits half of what then is left.
 _MOST_CPU_KV_BYTES = 4 << 30
+_WATCH_SECONDS = 1.0
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _SAMPLES, _SAMPLE_BYTES = 256, 1024
+
+
+class _EngineKilledError(Exception):
+    """A process of the engine is gone, and vLLM has not noticed."""
 
 
 class VLLMTeacher:
@@ -89,6 +98,8 @@ class VLLMTeacher:
         self._commit = getattr(config, "_commit_hash", None)
         self._k = k
         self._engine: Any = None
+        self._processes: list[Any] = []
+        self._shut_down: weakref.finalize[Any, Any] | None = None
         self._engine_args: dict[str, Any] = {
             "model": model,
             "tokenizer": tokenizer or model,
@@ -157,7 +168,7 @@ class VLLMTeacher:
             while waiting or running:
                 try:
                     self._feed(documents, waiting, running, params)
-                    outputs = self._engine.step()
+                    outputs = self._step()
                 except fatal as error:
                     waiting.extendleft(sorted(running.values(), reverse=True))
                     running.clear()
@@ -173,10 +184,9 @@ class VLLMTeacher:
 
     def close(self) -> None:
         """Stop the engine and its processes."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.engine_core.shutdown()
-            del engine
+        self._engine = None
+        if self._shut_down is not None:
+            self._shut_down()
             gc.collect()
 
     def _feed(
@@ -196,6 +206,38 @@ class VLLMTeacher:
             except ValueError as error:
                 raise CaptureError(f"{documents[index].source}: vLLM does not take this document: {error}") from error
             tokens += len(documents[index].input_ids)
+
+    def _step(self) -> list[Any]:
+        """What the engine has finished next; blocks until there is something.
+
+        Where an engine's process is killed (as the system does when memory is out) vLLM waits for ever: it is waited
+        for in a thread, and watched.
+
+        Raises:
+            one of `_fatal_errors`.
+        """
+        if not self._processes:
+            return list(self._engine.step())
+        answer: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
+
+        def step(engine: Any = self._engine) -> None:
+            try:
+                answer.put(list(engine.step()))
+            except Exception as error:  # noqa: BLE001  # raised below, where it is waited for
+                answer.put(error)
+
+        threading.Thread(target=step, name="distillkit-vllm-step", daemon=True).start()
+        while True:
+            try:
+                outputs = answer.get(timeout=_WATCH_SECONDS)
+            except queue.Empty:
+                killed = [process for process in self._processes if not process.is_alive()]
+                if killed:
+                    raise _EngineKilledError(f"{killed[0].name} has exit status {killed[0].exitcode}") from None
+                continue
+            if isinstance(outputs, Exception):
+                raise outputs
+            return outputs
 
     def _scored(self, index: int, document: TokenDocument, output: Any, wanted: Wanted) -> Scored | Refused:
         if not output.prompt_logprobs:
@@ -256,6 +298,7 @@ class VLLMTeacher:
             "max_num_batched_tokens": self._batch_tokens,
             "max_num_seqs": min(_MOST_SEQUENCES, self._batch_tokens),
         }
+        others = multiprocessing.active_children()
         with _one_position_more(self._longest, self._engine_args["max_model_len"]):
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**self._engine_args, **sizes))
@@ -266,6 +309,9 @@ class VLLMTeacher:
                     f"vLLM does not start: {error} (its own log above says why). If memory was short: fewer "
                     "--batch-tokens, a smaller --gpu-memory-utilization, more --tensor-parallel-size"
                 ) from error
+        # Also when this object, or the program, ends without `close`.
+        self._shut_down = weakref.finalize(self, self._engine.engine_core.shutdown)
+        self._processes = [child for child in multiprocessing.active_children() if child not in others]
 
     def _restart_smaller(self, error: Exception) -> None:
         """Start the engine anew with half the batch, because it died; out of memory is what it dies of.
@@ -281,9 +327,10 @@ class VLLMTeacher:
                 f"smaller --dtype or more --tensor-parallel-size would do. {error}"
             ) from error
         logger.warning(
-            "vLLM's engine died (%s), most likely out of memory; its own log above says more. It starts anew with "
+            "vLLM's engine died (%s: %s), most likely out of memory; its own log above says more. It starts anew with "
             "batches of %d tokens instead of %d (--batch-tokens), and goes on with the documents it had in hand",
             type(error).__name__,
+            error,
             halved,
             self._batch_tokens,
         )
@@ -389,7 +436,7 @@ def _fatal_errors() -> tuple[type[Exception], ...]:
     import torch
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    return EngineDeadError, torch.OutOfMemoryError
+    return EngineDeadError, torch.OutOfMemoryError, _EngineKilledError
 
 
 def _model_length(max_model_len: int | None, max_seq_len: int) -> int:

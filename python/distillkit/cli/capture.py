@@ -30,7 +30,8 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., 
 @click.option("--model", help="The teacher: a folder or a hub id.")
 @click.option(
     "--dataset",
-    help="What it reads: a .jsonl, .json, .txt or .parquet file, a folder of them, a save_to_disk folder, or a hub id. "
+    help="What it reads: a .jsonl, .json, .txt or .parquet file, a folder of them, a save_to_disk folder, a URL of "
+    "these, or a hub id. "
     "Rows have text; messages; conversations; instruction (+ input) + output; inputs + targets; tools + turns; "
     "prompt + response or completion; or input_ids.",
 )

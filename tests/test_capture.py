@@ -7,10 +7,8 @@ import dataclasses
 import inspect
 import json
 import os
-import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,10 @@ import yaml
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from distillkit.capture import CaptureReport, CaptureSettings, capture
+from capturing import COMMAND, files, run
+from distillkit.capture import CaptureSettings
 from distillkit.capture.engines.hf import length_batches, resolve_dtype
 from distillkit.capture.settings import load_captures
 from distillkit.capture.text import windows
@@ -35,65 +33,7 @@ from distillkit.errors import CaptureError, ConfigError, InputError, MismatchErr
 from distillkit.lm_head import LMHead, backbone_hidden
 from distillkit.shards import Dataset, verify_dataset, whole_shards
 from distillkit.tokenizer import fingerprint, load_tokenizer
-
-HEAD = 128
-SENTENCE = "the cat sat on a mat and saw one dog run far from its old red house while rain fell"
-WORDS = SENTENCE.split()
-TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-# All k values stored as they are: what is read is what the teacher said.
-EXACT = {"d": HEAD, "k": 8, "exact_k": 8, "exact_dtype": "float32", "residual_bins": [], "delta_encoding": False}
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama whose head is wider than its tokenizer's vocabulary."""
-    folder = tmp_path_factory.mktemp("teacher")
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=["<unk>", "<eos>"], show_progress=False)
-    backend.train_from_iterator([SENTENCE, "user assistant"], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", chat_template=TEMPLATE
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=HEAD,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=1,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 documents of 2 to 100 words."""
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
-    rows = [{"text": " ".join(rng.choices(WORDS, k=rng.randint(2, 100)))} for _ in range(120)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def run(teacher: Path, dataset: Path, output: Path, **options: Any) -> CaptureReport:
-    settings = {"max_seq_len": 64, "batch_tokens": 256, "head_rows": 50, "shard_tokens": 700, "progress": False}
-    if "preset" not in options:
-        settings["compression_config"] = EXACT
-    return capture(model=str(teacher), dataset=str(dataset), output=output, **{**settings, **options})
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """The files of a dataset by name, without the plan of an unfinished one."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".capture"}
-
+from teachers import EXACT, HEAD, WORDS
 
 # -- what is captured --------------------------------------------------------------------------------------------------
 
@@ -207,6 +147,36 @@ def test_chat_and_token_ids(teacher: Path, tmp_path: Path) -> None:
     assert report.passed_over == {"rows": 4, "empty_rows": 1, "documents_of_one_token": 1}
 
 
+def test_kept_ids_labels_and_the_last_row(teacher: Path, text: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(teacher))
+    named = next(token for token, number in tokenizer.get_vocab().items() if number == 40)
+    options = {"keep_ids": [3, named], "label_logprobs": True, "last_row": True, "samples": 30}
+    run(teacher, text, tmp_path / "out", **options)
+    kept = [3, 40]
+    model = AutoModelForCausalLM.from_pretrained(teacher).eval().double()
+    dataset = Dataset.open(tmp_path / "out")
+    assert dataset.header.alignment["rows"] == "L"
+    assert verify_dataset(tmp_path / "out").ok
+    replaced = 0
+    for document, rows in dataset.decoded():
+        ids = torch.from_numpy(document.input_ids.astype(np.int64))
+        with torch.no_grad():
+            expected = model(ids[None], use_cache=False).logits[0].log_softmax(-1).numpy()
+        assert rows.ids.shape == (len(ids), 8)
+        np.testing.assert_allclose(rows.logprobs, np.take_along_axis(expected, rows.ids, 1), atol=2e-5)
+        assert (np.diff(rows.logprobs, axis=1) <= 0).all()
+        assert document.label_logprobs is not None
+        labels = np.take_along_axis(expected[:-1], ids.numpy()[1:, None], 1)[:, 0]
+        np.testing.assert_allclose(document.label_logprobs, labels, atol=2e-5)
+        best = np.argsort(-expected, axis=1, kind="stable")[:, :8]
+        for row, top in zip(rows.ids, best, strict=True):
+            missing = [token for token in kept if token not in top]
+            replaced += len(missing)
+            others = [token for token in top.tolist() if token not in kept][: 8 - len(kept)]
+            assert {*row.tolist()} == {*kept, *others}
+    assert replaced > 100
+
+
 @given(st.lists(st.integers(2, 40), max_size=30), st.integers(1, 100))
 def test_batches_hold_every_document_once_and_keep_to_their_tokens(lengths: list[int], batch_tokens: int) -> None:
     batches = length_batches(lengths, batch_tokens)
@@ -255,8 +225,6 @@ def test_responses_one_has_already(teacher: Path, tmp_path: Path) -> None:
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
-
-COMMAND = [sys.executable, "-c", "from distillkit.cli.capture import capture; capture()"]
 
 
 def test_killed_and_started_again_it_writes_the_same_bytes(teacher: Path, text: Path, tmp_path: Path) -> None:
@@ -314,7 +282,7 @@ def test_a_finished_capture_is_left_alone(
     first = run(teacher, text, tmp_path / "out", samples=20)
     before = files(tmp_path / "out")
     # Not even the weights are loaded.
-    monkeypatch.setattr("distillkit.capture.run.HFTeacher", None)
+    monkeypatch.setattr("distillkit.capture.run.make_teacher", None)
     again = run(teacher, text, tmp_path / "out", samples=20)
     assert again.already_complete
     assert (again.documents, again.tokens, again.kl_mean) == (first.documents, first.tokens, first.kl_mean)

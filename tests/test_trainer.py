@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
+from disks import fill, mounted
 from distillkit.config import RunConfig
 from distillkit.errors import ConfigError, DistillKitError, MismatchError
 from distillkit.run import train
 from distillkit.shards import ShardWriter
 from distillkit.tokenizer import fingerprint
+from distillkit.trainer import DistillationTrainer
 from distillkit.types import SparseLogprobs
 from training import (
     VOCABULARY,
@@ -341,6 +344,43 @@ def test_every_checkpoint_loads_with_its_tokenizer(parts: dict[str, str], tmp_pa
     folder = tmp_path / "checkpoint-2"
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == VOCABULARY
     assert fingerprint(AutoTokenizer.from_pretrained(folder)) == fingerprint(tiny_tokenizer())
+
+
+def test_a_full_disk_leaves_whole_checkpoints(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(resumable(parts, tmp_path / "expected"))
+    honest = DistillationTrainer._save_checkpoint
+
+    def filling(self: DistillationTrainer, *arguments: Any) -> None:
+        """The second checkpoint finds half the room it needs."""
+        if self.state.global_step == 4:
+            size = sum(file.stat().st_size for file in (output / "checkpoint-2").iterdir())
+            fill(output.parent / "filler")
+            with (output.parent / "filler").open("r+b") as file:
+                file.truncate((output.parent / "filler").stat().st_size - size // 2)
+        honest(self, *arguments)
+
+    with mounted(tmp_path / "disk", "size=20m"):
+        output = tmp_path / "disk" / "student"
+        with monkeypatch.context() as patch:
+            patch.setattr(DistillationTrainer, "_save_checkpoint", filling)
+            with pytest.raises(OSError, match="No space left on device; this checkpoint is removed") as full:
+                train(resumable(parts, output))
+        assert full.value.filename == str(output / "checkpoint-4")
+        assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+
+        (tmp_path / "disk" / "filler").unlink()
+        # What a run that was killed while it saved leaves.
+        shutil.copytree(output / "checkpoint-2", output / "checkpoint-6")
+        (output / "checkpoint-6" / "trainer_state.json").unlink()
+        train(resumable(parts, output, resume_from_checkpoint=True))
+        assert "checkpoint-6 is not whole" in caplog.text
+        assert losses_of(output) == losses_of(tmp_path / "expected")
+
+        fill(tmp_path / "disk" / "filler")
+        with pytest.raises(OSError, match="No space left on device"):
+            train(resumable(parts, output, resume_from_checkpoint=True))
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,10 @@ class Plan:
         names = {number: _receipt_name(number) for number in range(len(self.shards))}
         return {number: self._receipt(number) for number, name in names.items() if name in there}
 
+    def is_done(self, number: int) -> bool:
+        """Whether a shard is whole."""
+        return self._inside.size(_receipt_name(number)) is not None
+
     def _receipt(self, number: int) -> Receipt:
         place = self._inside.of(_receipt_name(number))
         content = _read_json(self._inside, _receipt_name(number))

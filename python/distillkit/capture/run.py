@@ -11,7 +11,7 @@ from typing import Any
 
 from rich import filesize
 
-from distillkit.capture.engines import Teacher, Wanted
+from distillkit.capture.engines import Teacher, Wanted, make_teacher
 from distillkit.capture.engines.hf import HFTeacher, load_config, resolve_device, resolve_dtype
 from distillkit.capture.pipeline import StageTimes, capture_shards
 from distillkit.capture.plan import Plan, Receipt, make_plan, read_plan
@@ -54,7 +54,7 @@ def run_capture(settings: CaptureSettings, *, progress: bool = True) -> CaptureR
     if numbers:
         times = _capture(inputs, plan, done, numbers, progress)
     resumed = sum(receipt.info.documents for receipt in done.values())
-    return _finish(plan, times, resumed)
+    return _finish(plan, times, resumed, settings.skip_bad_documents)
 
 
 def _capture(
@@ -62,14 +62,20 @@ def _capture(
 ) -> StageTimes:
     """Load the teacher and capture some shards."""
     settings = inputs.settings
-    teacher = inputs.teacher()
-    header = inputs.complete_header(plan, teacher, done)
-    _log_memory(teacher, header.make_codec(), settings)
     if done:
         logger.info("%s: %d of %d shards are whole: going on with the others", plan.folder, len(done), len(plan.shards))
     tokens = sum(plan.shards[number].tokens for number in numbers)
     before = sum(plan.shards[number].tokens for number in done)
-    with CaptureProgress(before + tokens, len(done) + len(numbers), before, len(done), shown=progress) as bar:
+    bar = CaptureProgress(before + tokens, len(done) + len(numbers), before, len(done), shown=progress)
+    if settings.workers == "ray":
+        from distillkit.capture.ray_workers import capture_with_ray
+
+        with bar:
+            return capture_with_ray(settings, plan, numbers, bar)
+    teacher = inputs.teacher()
+    header = inputs.complete_header(plan, teacher, done)
+    _log_memory(teacher, header.make_codec(), settings)
+    with bar:
         return capture_shards(
             teacher, plan, header, numbers, inputs.wanted, skip_bad=settings.skip_bad_documents, progress=bar
         )
@@ -93,14 +99,14 @@ class CaptureInputs:
             ConfigError: one is not there, or the settings do not fit the teacher.
         """
         trust = settings.trust_remote_code
-        config = load_config(settings.model, trust_remote_code=trust)
+        config = load_config(settings.config_source, trust_remote_code=trust)
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and settings.max_seq_len > longest:
             raise ConfigError(
                 f"max_seq_len: {settings.max_seq_len} tokens are more than the {longest} positions that "
                 f"{settings.model} was made for (max_position_embeddings): give at most those"
             )
-        device = resolve_device(settings.device)
+        device = "server" if settings.engine == "openai" else resolve_device(settings.device)
         return cls(
             settings,
             load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=trust),
@@ -193,16 +199,7 @@ class CaptureInputs:
 
     def teacher(self) -> Teacher:
         """Load the teacher."""
-        settings = self.settings
-        return HFTeacher(
-            settings.model,
-            dtype=settings.dtype,
-            device=settings.device,
-            batch_tokens=settings.batch_tokens,
-            head_rows=settings.head_rows,
-            head_dtype=settings.head_dtype,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        return make_teacher(self.settings)
 
     def complete_header(self, plan: Plan, teacher: Teacher, done: Mapping[int, Receipt]) -> Header:
         """The plan's header with its teacher.
@@ -227,7 +224,11 @@ class CaptureInputs:
             MismatchError: names the setting and both values.
         """
         stored = finished.header.teacher or {}
-        teacher = {**stored, "name": _public_name(self.settings.model), "dtype": self.dtype}
+        # A server tells no dtype, and may have another name for the model.
+        known = {} if self.settings.engine == "openai" else {"name": _public_name(self.settings.model)}
+        if "dtype" in stored:
+            known["dtype"] = self.dtype
+        teacher = {**stored, **known}
         with _saying_how_to_go_on(folder):
             header = replace(self.header(self.source()), teacher=teacher)
             header.check_same(finished.header, where=str(folder))
@@ -272,10 +273,13 @@ def check_room(plan: Plan, codec: Codec, numbers: Sequence[int]) -> None:
         )
 
 
-def _finish(plan: Plan, times: StageTimes, resumed: int) -> CaptureReport:
+def _finish(plan: Plan, times: StageTimes, resumed: int, skip_bad: int) -> CaptureReport:
     """Write the manifest if all shards are whole, and report.
 
     A run that was to do a part only leaves the rest to others; whoever comes last writes the manifest.
+
+    Raises:
+        CaptureError: more than `skip_bad` documents were left out.
     """
     receipts = plan.receipts()
     if len(receipts) < len(plan.shards):
@@ -287,6 +291,12 @@ def _finish(plan: Plan, times: StageTimes, resumed: int) -> CaptureReport:
         )
         return _report(
             plan.folder, _manifest(plan, receipts), times, resumed, unfinished=len(plan.shards) - len(receipts)
+        )
+    skipped = sum(len(receipt.skipped) for receipt in receipts.values())
+    if skipped > skip_bad:
+        raise CaptureError(
+            f"{plan.folder}: {skipped} documents were left out by all workers together, allowed are {skip_bad} "
+            "(--skip-bad-documents)"
         )
     manifest = _manifest(plan, receipts)
     plan.folder.remove_leftovers()

@@ -12,21 +12,40 @@ from typing import Any
 import yaml
 
 from distillkit.capture.text import LOSS_ON, OVERFLOWS, default_overlap
-from distillkit.codec import Codec, CodecConfig, preset
+from distillkit.codec import Codec, CodecConfig, codec_config, preset
 from distillkit.errors import ConfigError, MismatchError
 
 __all__ = ["CaptureReport", "CaptureSettings", "load_captures"]
 
 DEFAULT_PRESET = "recommended"
 _RANGE = re.compile(r"\d+:\d+")
+DEFAULT_BATCH_TOKENS = 4096
+
+# Settings that only these engines know.
+_ENGINE_SETTINGS = {
+    **dict.fromkeys(("head_dtype", "device", "head_rows"), ("hf",)),
+    **dict.fromkeys(("dtype", "batch_tokens"), ("hf", "vllm")),
+    **dict.fromkeys(
+        (
+            "max_model_len",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "enable_expert_parallel",
+            "quantization",
+            "gpu_memory_utilization",
+        ),
+        ("vllm",),
+    ),
+    **dict.fromkeys(("base_url", "served_model", "concurrency", "max_retries", "request_timeout"), ("openai",)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureSettings:
-    """Everything a capture with transformers can be told. Names are those of the command's options.
+    """Everything a capture can be told. Names are those of the command's options.
 
     Attributes:
-        model: the teacher: a folder or a hub id.
+        model: the teacher: a folder or a hub id. For a server's: where its config and tokenizer are.
         dataset: text, chat or token ids: a `.jsonl`, `.json`, `.txt` or `.parquet` file, a folder of them, a
             `save_to_disk` folder or a hub id.
         output: the folder for the captured dataset.
@@ -62,16 +81,30 @@ class CaptureSettings:
         device: "auto" (the first CUDA device, else the CPU), a torch device, or "balanced" or "sequential" over all
             devices.
         trust_remote_code: run code that comes with the model or tokenizer.
-        batch_tokens: tokens of one forward, padding included.
+        batch_tokens: tokens of one forward, padding included; None: 4096, with vLLM as many as memory has room for.
         head_rows: positions whose logits exist at a time.
         shard_tokens: a shard is finished once it has this many tokens; a capture that was interrupted starts again
             after the last whole one.
         shard_range: capture only the shards FIRST:END of the plan (END not included), for jobs that share the work;
             None: all.
         skip_bad_documents: leave out up to this many documents that the teacher gives no distributions for.
+        workers: "ray" shares the shards out over a Ray cluster; None: this process does all.
+        num_workers: how many Ray workers; None: as many as the cluster's GPUs hold, without GPUs one a node.
+        worker_cpus: CPUs of a Ray worker.
+        engine: what runs the teacher: "hf" (transformers), "vllm", or "openai": a running server.
+        max_model_len: positions that vLLM plans with; None: `max_seq_len` + 1.
+        tensor_parallel_size, pipeline_parallel_size, enable_expert_parallel: how vLLM spreads the teacher over GPUs.
+        quantization: vLLM's; None: as the checkpoint says.
+        gpu_memory_utilization: share of a GPU's memory for vLLM; the log-probabilities of a batch need some beside it.
+        base_url: the server, with its `/v1`. Its key comes from the environment: `DISTILLKIT_API_KEY` or
+            `OPENAI_API_KEY`.
+        served_model: the server's name for the teacher; None: that of the only one it serves.
+        concurrency: requests to the server at a time.
+        max_retries: how often a failed request is tried again, with growing pauses.
+        request_timeout: seconds until a request has failed.
 
     Raises:
-        ConfigError: a value is not allowed; the message names it.
+        ConfigError: a value is not allowed, or not with this engine; the message names it.
     """
 
     model: str
@@ -102,11 +135,26 @@ class CaptureSettings:
     head_dtype: str = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
-    batch_tokens: int = 4096
+    batch_tokens: int | None = None
     head_rows: int = 512
     shard_tokens: int = 262_144
     shard_range: str | None = None
     skip_bad_documents: int = 0
+    workers: str | None = None
+    num_workers: int | None = None
+    worker_cpus: int = 1
+    engine: str = "hf"
+    max_model_len: int | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    quantization: str | None = None
+    gpu_memory_utilization: float = 0.9
+    base_url: str | None = None
+    served_model: str | None = None
+    concurrency: int = 16
+    max_retries: int = 8
+    request_timeout: float = 600.0
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.compression_config is not None:
@@ -132,6 +180,7 @@ class CaptureSettings:
         for condition in self.where:
             if not isinstance(condition, str) or "=" not in condition:
                 raise ConfigError(f"where: must be column=value, found {condition!r}")
+        self._check_engine()
 
     def _check_lengths(self) -> None:
         if self.overlap is not None and self.overflow != "window":
@@ -181,6 +230,11 @@ class CaptureSettings:
             raise ConfigError(f"keep_ids: {len(ids)} ids, but a row has k = {k}: give fewer than that")
         return tuple(sorted(ids))
 
+    @property
+    def gpus_per_worker(self) -> int:
+        """GPUs that one engine runs on, where there are any."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
     def shard_numbers(self, shards: int) -> range:
         """Return which of a plan's shards to capture.
 
@@ -193,6 +247,38 @@ class CaptureSettings:
         if first > shards or end < first:
             raise ConfigError(f"shard_range: {self.shard_range} of {shards} shards, numbered from 0")
         return range(first, min(end, shards))
+
+    def _check_engine(self) -> None:
+        """Refuse settings that the engine does not know or that it needs and has not.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        for name, engines in _ENGINE_SETTINGS.items():
+            if self.engine not in engines and getattr(self, name) != default_of(name):
+                raise ConfigError(
+                    f"{name}: {getattr(self, name)!r} is given, but it is for the engine {' or '.join(engines)}, and "
+                    f"this capture is with {self.engine}"
+                )
+        if not 0 < self.gpu_memory_utilization < 1:
+            raise ConfigError(
+                f"gpu_memory_utilization: must be above 0 and below 1 (the log-probabilities of a batch need memory "
+                f"beside it), found {self.gpu_memory_utilization!r}"
+            )
+        if self.request_timeout <= 0:
+            raise ConfigError(f"request_timeout: must be above 0, found {self.request_timeout!r}")
+        if self.engine == "openai" and self.base_url is None:
+            raise ConfigError("base_url: the engine openai needs the server's, such as http://localhost:8000/v1")
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens of one forward of transformers."""
+        return self.batch_tokens or DEFAULT_BATCH_TOKENS
+
+    @property
+    def config_source(self) -> str:
+        """Where the teacher's config is: a server's may have another name than any folder, the tokenizer's has one."""
+        return self.tokenizer or self.model if self.engine == "openai" else self.model
 
     @classmethod
     def of(cls, **options: Any) -> CaptureSettings:
@@ -209,6 +295,15 @@ class CaptureSettings:
                 raise ConfigError(f"capture has no setting {name!r}{hint}")
         return cls(**options)
 
+    def read_compression_config(self) -> CodecConfig:
+        """Read `compression_config`, which must be given.
+
+        Raises:
+            ConfigError: there is no such file, or its content is no codec configuration.
+        """
+        config: Any = self.compression_config
+        return codec_config(_read_yaml(Path(config)) if isinstance(config, (str, Path)) else config)
+
     def codec(self, head_size: int) -> Codec:
         """Make the codec for a teacher whose logits are `head_size` wide.
 
@@ -218,12 +313,10 @@ class CaptureSettings:
         """
         if self.compression_config is None:
             return Codec(preset(self.preset or DEFAULT_PRESET, vocab_size=head_size))
-        where = "compression_config"
-        config: Any = self.compression_config
-        if isinstance(config, (str, Path)):
-            where, config = str(config), _read_yaml(Path(config))
-        codec = Codec(config)
+        codec = Codec(self.read_compression_config())
         if codec.vocab_size != head_size:
+            given = self.compression_config
+            where = str(given) if isinstance(given, (str, Path)) else "compression_config"
             field = "d" if codec.format == "quantized" else "vocab_size"
             raise MismatchError(
                 f"{where}: {field} is {codec.vocab_size}, the teacher's logits are {head_size} wide (the tokenizer may "
@@ -234,8 +327,14 @@ class CaptureSettings:
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that decide the bytes besides teacher, tokenizer, codec and dataset, for the header."""
-        names = ("max_seq_len", "apply_chat_template", "head_dtype", "batch_tokens", "head_rows", "shard_tokens")
-        deciding = {name: getattr(self, name) for name in (*names, "overflow", "loss_on")}
+        deciding = {name: getattr(self, name) for name in _DECIDING}
+        if self.engine == "hf":
+            # Which documents share a forward, and how its products are summed, changes last bits.
+            deciding |= {name: getattr(self, name) for name in ("head_dtype", "head_rows")}
+            deciding["batch_tokens"] = self.forward_tokens
+        else:
+            # These batch by themselves; what they give is the same within their noise only.
+            deciding["engine"] = self.engine
         if self.overflow == "window":
             deciding["overlap"] = self.overlap or default_overlap(self.max_seq_len)
         if self.samples is not None or self.shuffle:
@@ -313,6 +412,8 @@ class CaptureReport:
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
+    "workers": ("ray", None),
+    "engine": ("hf", "vllm", "openai"),
     "overflow": OVERFLOWS,
     "loss_on": LOSS_ON,
     "head_dtype": ("float32", "auto"),
@@ -329,11 +430,19 @@ _LEAST = {
     "min_tokens": 1,
     "max_tokens": 2,
     "overlap": 0,
+    "num_workers": 1,
+    "worker_cpus": 1,
+    "max_model_len": 1,
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "concurrency": 1,
+    "max_retries": 0,
 }
 _LISTS = ("where", "keep_ids", "keep_columns")
+_DECIDING = ("max_seq_len", "apply_chat_template", "shard_tokens", "overflow", "loss_on")
 _DECIDING_IF_SET = (
     *("samples", "shuffle", "where", "min_tokens", "max_tokens", "drop_duplicates", "keep_columns", "keep_ids"),
-    *("label_logprobs", "last_row"),
+    *("label_logprobs", "last_row", "quantization"),
 )
 
 
@@ -342,7 +451,7 @@ def _one_of(values: Sequence[Any]) -> str:
     names = [
         "true" if value is True else "false" if value is False else str(value) for value in values if value is not None
     ]
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _list_setting(name: str, value: Any) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from rich.table import Table
 
 from distillkit.capture.settings import CaptureReport, CaptureSettings, default_of, load_captures
 from distillkit.capture.text import LOSS_ON, OVERFLOWS
-from distillkit.cli.common import human_bytes, show
+from distillkit.cli.common import human_bytes, show, stopping_on_sigterm
 from distillkit.codec import PRESETS
 
-__all__ = ["capture"]
+__all__ = ["capture", "show_reports"]
 
 
 def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -27,7 +27,7 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., 
 
 @click.command(short_help="Run a teacher over text and store its distributions.")
 @click.argument("config", required=False, metavar="[FILE.yaml]", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--model", help="The teacher: a folder or a hub id.")
+@click.option("--model", help="The teacher: a folder or a hub id. For a server's: where its config and tokenizer are.")
 @click.option(
     "--dataset",
     help="What it reads: a .jsonl, .json, .txt or .parquet file, a folder of them, a save_to_disk folder, a URL of "
@@ -100,11 +100,42 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., 
 )
 @_option("--device", "auto, cpu, cuda, cuda:1, …; balanced or sequential: over all CUDA devices.")
 @_option("--trust-remote-code/--no-trust-remote-code", "Run code that comes with the model.")
-@_option("--batch-tokens", "Tokens of one forward, padding included.", type=int)
+@_option(
+    "--batch-tokens",
+    "Tokens of one forward, padding included; 4096 if not given, with vLLM as many as memory has room for.",
+    type=int,
+)
 @_option("--head-rows", "Positions whose logits exist at a time: each takes 4 bytes × vocabulary.", type=int)
 @_option("--shard-tokens", "Tokens of a shard; an interrupted capture goes on after the last whole one.", type=int)
 @_option("--shard-range", "Capture only these shards of the plan, FIRST:END, END not included.", metavar="FIRST:END")
 @_option("--skip-bad-documents", "Leave out up to so many documents that the teacher can't score.", type=int)
+@_option("--workers", "ray: share the shards out over a Ray cluster.", type=click.Choice(["ray"]))
+@_option("--num-workers", "Ray workers, each with its own engine.  [default: as the GPUs allow; one a node]", type=int)
+@_option("--worker-cpus", "CPUs of a Ray worker.", type=int)
+@_option(
+    "--engine",
+    "What runs the teacher: hf is transformers; openai is a running server, see --base-url.",
+    type=click.Choice(["hf", "vllm", "openai"]),
+)
+@_option("--max-model-len", "vLLM: positions it plans with; if not given, --max-seq-len and one more.", type=int)
+@_option("--tensor-parallel-size", "vLLM: GPUs that each layer is spread over.", type=int)
+@_option("--pipeline-parallel-size", "vLLM: groups of GPUs that the layers are spread over.", type=int)
+@_option("--enable-expert-parallel/--no-enable-expert-parallel", "vLLM: spread experts whole instead of in pieces.")
+@_option("--quantization", "vLLM: its name for it, if not as the checkpoint says.")
+@_option(
+    "--gpu-memory-utilization",
+    "vLLM: share of a GPU's memory that it plans with; a batch's log-probabilities need some beside it.",
+    type=float,
+)
+@_option(
+    "--base-url",
+    "Server: its URL, such as http://localhost:8000/v1; its key from DISTILLKIT_API_KEY or OPENAI_API_KEY.",
+    metavar="URL",
+)
+@_option("--served-model", "Server: its name for the teacher, if it serves several.")
+@_option("--concurrency", "Server: requests at a time.", type=int)
+@_option("--max-retries", "Server: how often a failed request is tried again, with growing pauses.", type=int)
+@_option("--request-timeout", "Server: seconds until a request has failed.", type=float)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar (on stderr).")
 @click.pass_context
@@ -123,6 +154,11 @@ def capture(context: click.Context, /, config: Path | None, as_json: bool, progr
       distillkit capture teachers.yaml --samples 1000
     """
     captures = _captures(context, config, options)
+    show_reports(captures, as_json=as_json, progress=progress)
+
+
+def show_reports(captures: Sequence[CaptureSettings], *, as_json: bool = False, progress: bool = True) -> None:
+    """Capture one after the other, and print what came of it."""
     from transformers.utils.logging import disable_progress_bar
 
     from distillkit.capture.run import run_capture
@@ -130,10 +166,11 @@ def capture(context: click.Context, /, config: Path | None, as_json: bool, progr
     # Their bar for loading weights runs into ours.
     disable_progress_bar()
     reports = []
-    for settings in captures:
-        reports.append(run_capture(settings, progress=progress))
-        if not as_json:
-            show(_table(reports[-1]))
+    with stopping_on_sigterm():
+        for settings in captures:
+            reports.append(run_capture(settings, progress=progress))
+            if not as_json:
+                show(_table(reports[-1]))
     if as_json:
         found = [report.to_dict() for report in reports]
         click.echo(json.dumps(found[0] if len(found) == 1 else found, indent=1))

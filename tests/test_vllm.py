@@ -1,0 +1,320 @@
+"""The real vLLM against transformers, in process and as a server: `make test-vllm`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import yaml
+
+from distillkit.capture import CaptureSettings, capture
+from distillkit.capture.engines import Scored, Teacher, Wanted, make_teacher
+from distillkit.capture.engines.openai import OpenAITeacher
+from distillkit.capture.engines.vllm import VLLMTeacher
+from distillkit.capture.text import TokenDocument
+from distillkit.errors import CaptureError, ConfigError
+from distillkit.shards import Dataset, verify_dataset
+from distillkit.tokenizer import load_tokenizer
+from teachers import EXACT, HEAD, write_llama, write_text
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+ROOT = Path(__file__).resolve().parent.parent
+WANTED = Wanted(8, label_logprobs=True, last_row=True)
+# Both engines compute in float32, in another order: logits of ±20 agree to about 3e-4.
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment() -> Iterator[None]:
+    """Whole models on two cores: no more threads than that, and a small cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher whose heads are wide enough for vLLM's kernels."""
+    folder = tmp_path_factory.mktemp("teacher") / "tiny-llama"
+    write_llama(folder, hidden_size=128)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    write_text(path, 40)
+    return path
+
+
+def settings(folder: Path, **options: Any) -> CaptureSettings:
+    given: dict[str, Any] = {"max_seq_len": 512, "compression_config": EXACT}
+    return CaptureSettings.of(model=str(folder), dataset="-", output="-", **{**given, **options})
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> Iterator[VLLMTeacher]:
+    running = make_teacher(settings(folder, engine="vllm", batch_tokens=512))
+    assert isinstance(running, VLLMTeacher)
+    yield running
+    running.close()
+
+
+def documents(*lengths: int) -> list[TokenDocument]:
+    rng = np.random.default_rng(0)
+    return [
+        TokenDocument(rng.integers(2, 100, length).astype(np.int32), f"document {index}")
+        for index, length in enumerate(lengths)
+    ]
+
+
+# The longest has as many tokens as the model has positions.
+DOCUMENTS = documents(2, 512, 30, 3, 511, 64, 100, 257, 256, 5, 17, 300)
+
+
+def scores(teacher: Teacher, given: list[TokenDocument], wanted: Wanted) -> list[Scored]:
+    found = {}
+    for result in teacher.score(given, wanted):
+        assert isinstance(result, Scored), result
+        assert result.index not in found, "each document once"
+        found[result.index] = result
+    return [found[index] for index in range(len(given))]
+
+
+def check_same(found: list[Scored], expected: list[Scored], tolerance: float, *, apart: float = 0.0) -> None:
+    """Rows agree: the first ids but for those closer together than `apart`, and the log-probabilities by rank."""
+    for one, other in zip(found, expected, strict=True):
+        ids, logprobs = np.asarray(one.rows.ids), np.asarray(one.rows.logprobs)
+        assert ids.shape == np.asarray(other.rows.ids).shape
+        np.testing.assert_allclose(logprobs, other.rows.logprobs, atol=tolerance)
+        clear = logprobs[:, 0] - logprobs[:, 1] > apart
+        np.testing.assert_array_equal(ids[clear, 0], np.asarray(other.rows.ids)[clear, 0])
+        if other.label_logprobs is not None:
+            np.testing.assert_allclose(one.label_logprobs, other.label_logprobs, atol=tolerance)
+
+
+def test_vllm_and_transformers_agree(teacher: VLLMTeacher, folder: Path) -> None:
+    reference = make_teacher(settings(folder))
+    assert teacher.head_size == reference.head_size == HEAD
+    assert teacher.identity["dtype"] == reference.identity["dtype"] == "float32"
+    assert teacher.identity["name"] == "tiny-llama"
+    assert re.fullmatch(r"vllm \d+\.\d+.*", teacher.identity["engine"])
+    expected = scores(reference, DOCUMENTS, WANTED)
+    check_same(scores(teacher, DOCUMENTS, WANTED), expected, TOLERANCE, apart=TOLERANCE)
+    assert [len(one.rows.ids) for one in expected] == [len(document.input_ids) for document in DOCUMENTS]
+
+    without = scores(teacher, DOCUMENTS, Wanted(5))
+    assert [one.rows.ids.shape for one in without] == [(len(document.input_ids) - 1, 5) for document in DOCUMENTS]
+    assert all(one.label_logprobs is None for one in without)
+
+
+def test_what_vllm_can_not_do(teacher: VLLMTeacher) -> None:
+    with pytest.raises(ConfigError, match="keep_ids: vLLM gives the top k only"):
+        next(teacher.score(DOCUMENTS, Wanted(8, keep_ids=(3,))))
+    with pytest.raises(ConfigError, match="k: 9 ids a row are wanted, the engine was started for 8"):
+        next(teacher.score(DOCUMENTS, Wanted(9)))
+    with pytest.raises(CaptureError, match=r"long: vLLM does not take this document: .*longer than the maximum"):
+        list(teacher.score([TokenDocument(np.full(600, 5, dtype=np.int32), "long")], Wanted(8)))
+    # Left in the middle, it begins anew with the next.
+    next(teacher.score(DOCUMENTS, WANTED))
+    assert len(scores(teacher, DOCUMENTS, WANTED)) == len(DOCUMENTS)
+
+
+def test_capture_under_its_published_name(folder: Path, text: Path, tmp_path: Path) -> None:
+    config = tmp_path / "compression_config.yaml"
+    config.write_text(yaml.safe_dump({**EXACT, "d": 100}))
+    options = ["--model", folder, "--dataset", text, "--output", tmp_path / "vllm", "--compression-config", config]
+    command = [sys.executable, "-m", "distillkit.sample_logits_vllm", *options, "--max-seq-len", "64"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("captured:"), "vLLM's log is on stderr"
+    assert "d is 100 there, taken as 128" in done.stderr
+    assert re.search(r"vLLM computes 8192 tokens at a time: × 128 logits × 8 B", " ".join(done.stderr.split()))
+
+    shared: dict[str, Any] = {"max_seq_len": 64, "compression_config": EXACT, "progress": False}
+    capture(model=str(folder), dataset=str(text), output=tmp_path / "hf", **shared)
+    found, expected = Dataset.open(tmp_path / "vllm"), Dataset.open(tmp_path / "hf")
+    assert verify_dataset(tmp_path / "vllm")
+    assert len(found) == len(expected) >= 40
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.input_ids, other.input_ids)
+        rows, reference = (
+            dataset.codec.decode_document(d.teacher, d.num_rows) for dataset, d in ((found, one), (expected, other))
+        )
+        np.testing.assert_allclose(rows.logprobs, reference.logprobs, atol=TOLERANCE)
+    assert found.header.capture is not None
+    assert found.header.teacher is not None
+    assert found.header.capture["engine"] == "vllm"
+    assert found.header.teacher["engine"].startswith("vllm ")
+
+    # Finished: the engine is not even started.
+    again = capture(model=str(folder), dataset=str(text), output=tmp_path / "vllm", engine="vllm", **shared)
+    assert again.already_complete
+
+
+# -- a server ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """vLLM's server on loopback, which gives at most 8 log-probabilities."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = f"--host 127.0.0.1 --port {port} --served-model-name tiny --max-logprobs 8 --max-model-len 257"
+    command = f"-m vllm.entrypoints.openai.api_server {options} --dtype float32 --enforce-eager --api-key secret"
+    log = tmp_path_factory.mktemp("server") / "log"
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command.split(), "--model", str(folder)], stdout=file, stderr=file, env=environment
+        )
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()
+            try:
+                with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except (URLError, OSError):
+                time.sleep(0.5)
+        else:
+            pytest.fail(log.read_text())
+        yield f"http://127.0.0.1:{port}/v1", process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_a_server_and_transformers_agree(
+    server: tuple[str, Any], folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = server
+    options: dict[str, Any] = {"engine": "openai", "base_url": url, "max_seq_len": 256}
+    with pytest.raises(ConfigError, match=r"does not let us in.*DISTILLKIT_API_KEY or OPENAI_API_KEY"):
+        make_teacher(settings(folder, **options))
+    monkeypatch.setenv("DISTILLKIT_API_KEY", "secret")
+    served = make_teacher(settings(folder, **options))
+    assert served.identity == {"name": "tiny", "revision": None, "engine": "openai"}
+    short = [document for document in DOCUMENTS if len(document.input_ids) <= 256]
+    expected = scores(make_teacher(settings(folder)), short, WANTED)
+    check_same(scores(served, short, WANTED), expected, TOLERANCE, apart=TOLERANCE)
+    assert isinstance(served, OpenAITeacher)
+    served._echoes = True
+    check_same(scores(served, short, WANTED), expected, TOLERANCE, apart=TOLERANCE)
+
+    capture(
+        model=str(folder),
+        dataset=str(text),
+        output=tmp_path / "out",
+        compression_config=EXACT,
+        progress=False,
+        **options,
+    )
+    assert verify_dataset(tmp_path / "out")
+    for path in (tmp_path / "out").iterdir():
+        assert b"secret" not in path.read_bytes()
+        assert b"127.0.0.1" not in path.read_bytes()
+
+
+def test_what_a_server_does_not_give(
+    server: tuple[str, Any], folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, process = server
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    options: dict[str, Any] = {"engine": "openai", "base_url": url, "max_seq_len": 256, "max_retries": 1}
+    more = {**EXACT, "k": 16, "exact_k": 16}
+    with pytest.raises(ConfigError, match=r"gives at most 8 .* --max-logprobs 16, or take a codec with k ≤ 8"):
+        make_teacher(settings(folder, **options, compression_config=more))
+    with pytest.raises(ConfigError, match=r"more than the 257 .* give --max-seq-len 256 at most"):
+        make_teacher(settings(folder, **{**options, "max_seq_len": 257}))
+    with pytest.raises(ConfigError, match="serves tiny, not 'large'"):
+        make_teacher(settings(folder, **options, served_model="large"))
+
+    served = make_teacher(settings(folder, **options))
+    results = served.score(DOCUMENTS[2:4] * 200, WANTED)
+    next(results)
+    process.terminate()
+    with pytest.raises(CaptureError, match=r"fails, also after 1 retries: .*goes on after the last whole shard"):
+        list(results)
+
+
+# -- a real model ------------------------------------------------------------------------------------------------------
+
+
+def test_smollm2_at_k_128(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    folder = tmp_path / "smollm2"
+    demo.make_teacher(folder)
+    tokenizer = load_tokenizer(str(folder))
+    words = (ROOT / "README.md").read_text(encoding="utf-8")
+    ids = np.array(tokenizer(words)["input_ids"][:900], dtype=np.int32)
+    given = [TokenDocument(part, "README.md") for part in np.split(ids, [100, 200, 500])]
+    options: dict[str, Any] = {"max_seq_len": 512, "compression_config": None, "preset": "recommended"}
+    wanted = Wanted(128, label_logprobs=True, last_row=True)
+    expected = scores(make_teacher(settings(folder, **options)), given, wanted)
+    teacher = make_teacher(settings(folder, engine="vllm", **options))
+    assert isinstance(teacher, VLLMTeacher)
+    found = scores(teacher, given, wanted)
+    teacher.close()
+    check_same(found, expected, 1e-3, apart=1e-3)
+    worst = max(
+        np.abs(one.rows.logprobs - other.rows.logprobs).max() for one, other in zip(found, expected, strict=True)
+    )
+    same = np.mean([np.mean(one.rows.ids == other.rows.ids) for one, other in zip(found, expected, strict=True)])
+    print(json.dumps({"worst": float(worst), "same ids": float(same)}))
+    assert same > 0.99
+
+
+# -- an engine that dies, last: it takes the others' teacher with it ---------------------------------------------------
+
+
+def kill_engine() -> None:
+    """End the engine's process, as the system does when memory is out."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        if "EngineCore" in process.name() + " ".join(process.cmdline()):
+            process.kill()
+            return
+    pytest.fail("no engine is running")
+
+
+def test_an_engine_that_dies_starts_anew_with_half_the_batch(
+    teacher: VLLMTeacher, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = scores(teacher, DOCUMENTS, WANTED)
+    results = teacher.score(DOCUMENTS, WANTED)
+    found = [next(results)]
+    kill_engine()
+    found += list(results)
+    assert all(isinstance(result, Scored) for result in found)
+    assert sorted(result.index for result in found) == list(range(len(DOCUMENTS)))
+    in_order = [result for result in sorted(found, key=lambda result: result.index) if isinstance(result, Scored)]
+    check_same(in_order, before, TOLERANCE, apart=TOLERANCE)
+    assert teacher.batch_tokens == 256
+    assert "batches of 256 tokens instead of 512 (--batch-tokens)" in caplog.text
+
+    results = teacher.score(DOCUMENTS, WANTED)
+    next(results)
+    kill_engine()
+    with pytest.raises(CaptureError, match="engine died with batches of only 256 tokens"):
+        list(results)

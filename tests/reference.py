@@ -124,11 +124,22 @@ Outcomes = list[tuple[float, float]]
 
 
 def outcomes_at(
-    logits: npt.ArrayLike, ids: list[int], logprobs: list[float], label: int, temperature: float, missing: str
+    logits: npt.ArrayLike,
+    ids: list[int],
+    logprobs: list[float],
+    label: int,
+    temperature: float,
+    missing: str,
+    label_logprob: float = math.nan,
 ) -> tuple[Outcomes, tuple[float, float] | None]:
-    """One position's outcomes one by one, and the pair of all other ids together (None if there is no other id)."""
+    """One position's outcomes one by one, and the pair of all other ids together (None if there is no other id).
+
+    `label_logprob` is the teacher's of the label, NaN if it was not kept.
+    """
     student = softmax(logits, temperature)
     stored = {i: math.exp(value) for i, value in zip(ids, logprobs, strict=True) if value > -math.inf}
+    if missing != "zero" and not math.isnan(label_logprob):
+        stored.setdefault(label, math.exp(label_logprob))
     rest = 0.0
     left = max(0.0, 1.0 - math.fsum(stored.values())) if len(stored) < len(student) else 0.0
     if missing == "label" and left > 0:

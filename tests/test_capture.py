@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.dataset
 import pytest
 import torch
 import yaml
@@ -23,42 +23,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from distillkit.capture import CaptureReport, CaptureSettings, capture
+from capturing import COMMAND, files, run
+from distillkit.capture import CaptureSettings
 from distillkit.capture.engines.hf import length_batches, resolve_dtype
+from distillkit.capture.settings import load_captures
+from distillkit.capture.text import windows
 from distillkit.cli.capture import capture as capture_command
 from distillkit.errors import CaptureError, ConfigError, InputError, MismatchError
 from distillkit.lm_head import LMHead, backbone_hidden
 from distillkit.shards import Dataset, verify_dataset, whole_shards
 from distillkit.tokenizer import fingerprint, load_tokenizer
-from teachers import EXACT, HEAD, write_llama, write_text
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama whose head is wider than its tokenizer's vocabulary."""
-    folder = tmp_path_factory.mktemp("teacher")
-    write_llama(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 documents of 2 to 100 words."""
-    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
-    write_text(path, 120)
-    return path
-
-
-def run(teacher: Path, dataset: Path, output: Path, **options: Any) -> CaptureReport:
-    settings = {"max_seq_len": 64, "batch_tokens": 256, "head_rows": 50, "shard_tokens": 700, "progress": False}
-    if "preset" not in options:
-        settings["compression_config"] = EXACT
-    return capture(model=str(teacher), dataset=str(dataset), output=output, **{**settings, **options})
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
+from teachers import EXACT, HEAD, WORDS
 
 # -- what is captured --------------------------------------------------------------------------------------------------
 
@@ -81,7 +56,8 @@ def test_rows_are_the_teachers_own_distributions(teacher: Path, text: Path, tmp_
         read.append(document.input_ids.tolist())
 
     whole = [tokenizer(json.loads(line)["text"])["input_ids"] for line in text.read_text().splitlines()]
-    assert list(chain(*read)) == list(chain(*whole)), "all tokens, in the text's order"
+    pieces = [ids[start:stop] for ids in whole for start, stop in windows(len(ids), 64, 8)]
+    assert read == pieces, "all tokens, in the text's order"
     assert (report.documents, report.tokens) == (len(read), sum(map(len, read)))
     assert report.rows == report.tokens - report.documents == dataset.num_rows
     assert report.documents > 120, "documents of more than 64 tokens were split"
@@ -104,6 +80,10 @@ def test_the_header_says_what_was_captured(teacher: Path, text: Path, tmp_path: 
     assert header.alignment == {"row": "t predicts t+1", "rows": "L-1"}
     assert header.capture == {
         "max_seq_len": 64,
+        "overflow": "window",
+        "overlap": 8,
+        "loss_on": "auto",
+        "drop_duplicates": True,
         "apply_chat_template": True,
         "head_dtype": "float32",
         "batch_tokens": 256,
@@ -163,7 +143,38 @@ def test_chat_and_token_ids(teacher: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(teacher))
     found = [document.input_ids.tolist() for document in Dataset.open(tmp_path / "out")]
     assert found == [tokenizer("user the cat assistant sat", add_special_tokens=False)["input_ids"], [HEAD - 1, 5, 6]]
-    assert (report.documents, report.empty_rows, report.short_documents) == (2, 1, 1)
+    assert report.documents == 2
+    assert report.passed_over == {"rows": 4, "empty_rows": 1, "documents_of_one_token": 1}
+
+
+def test_kept_ids_labels_and_the_last_row(teacher: Path, text: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(teacher))
+    named = next(token for token, number in tokenizer.get_vocab().items() if number == 40)
+    options = {"keep_ids": [3, named], "label_logprobs": True, "last_row": True, "samples": 30}
+    run(teacher, text, tmp_path / "out", **options)
+    kept = [3, 40]
+    model = AutoModelForCausalLM.from_pretrained(teacher).eval().double()
+    dataset = Dataset.open(tmp_path / "out")
+    assert dataset.header.alignment["rows"] == "L"
+    assert verify_dataset(tmp_path / "out").ok
+    replaced = 0
+    for document, rows in dataset.decoded():
+        ids = torch.from_numpy(document.input_ids.astype(np.int64))
+        with torch.no_grad():
+            expected = model(ids[None], use_cache=False).logits[0].log_softmax(-1).numpy()
+        assert rows.ids.shape == (len(ids), 8)
+        np.testing.assert_allclose(rows.logprobs, np.take_along_axis(expected, rows.ids, 1), atol=2e-5)
+        assert (np.diff(rows.logprobs, axis=1) <= 0).all()
+        assert document.label_logprobs is not None
+        labels = np.take_along_axis(expected[:-1], ids.numpy()[1:, None], 1)[:, 0]
+        np.testing.assert_allclose(document.label_logprobs, labels, atol=2e-5)
+        best = np.argsort(-expected, axis=1, kind="stable")[:, :8]
+        for row, top in zip(rows.ids, best, strict=True):
+            missing = [token for token in kept if token not in top]
+            replaced += len(missing)
+            others = [token for token in top.tolist() if token not in kept][: 8 - len(kept)]
+            assert {*row.tolist()} == {*kept, *others}
+    assert replaced > 100
 
 
 @given(st.lists(st.integers(2, 40), max_size=30), st.integers(1, 100))
@@ -174,9 +185,46 @@ def test_batches_hold_every_document_once_and_keep_to_their_tokens(lengths: list
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= batch_tokens
 
 
-# -- interruptions -----------------------------------------------------------------------------------------------------
+def test_responses_one_has_already(teacher: Path, tmp_path: Path) -> None:
+    """The same rows out, in their order, with their columns, the teacher's rows, and a loss on the answers."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": " ".join(WORDS[: index % 5 + 1])},
+                {"role": "assistant", "content": "one dog" if index % 2 else " ".join(WORDS * 2)},
+            ],
+            "id": f"row {index}",
+            "score": index / 2,
+        }
+        for index in range(12)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options: dict[str, Any] = {"keep_columns": "id,score", "loss_on": "assistant", "max_seq_len": 32}
+    run(teacher, path, tmp_path / "out", **options, keep_ids="<eos>,7", label_logprobs=True, last_row=True)
+    dataset, tokenizer = Dataset.open(tmp_path / "out"), load_tokenizer(str(teacher))
+    table = pyarrow.dataset.dataset(tmp_path / "out", format="parquet", exclude_invalid_files=True).to_table(
+        columns=["id", "score"]
+    )
+    counted: dict[str, list[int]] = {}
+    for document, kept in zip(dataset, table.to_pylist(), strict=True):
+        assert document.num_rows == len(document.input_ids)
+        decoded = dataset.codec.decode_document(document.teacher, document.num_rows)
+        assert all({7, tokenizer.eos_token_id} <= set(ids) for ids in np.asarray(decoded.ids).tolist())
+        labels = document.label_logprobs
+        assert labels is not None
+        next_ids = document.input_ids[1:, None]
+        there = np.asarray(decoded.ids)[:-1] == next_ids
+        np.testing.assert_allclose(labels[there.any(1)], np.asarray(decoded.logprobs)[:-1][there], atol=1e-5)
+        mask = np.ones(len(document.input_ids), bool) if document.loss_mask is None else document.loss_mask
+        counted.setdefault(kept["id"], []).extend(document.input_ids[mask].tolist())
+        assert rows[int(kept["id"].split()[1])]["score"] == kept["score"]
+    assert list(counted) == [row["id"] for row in rows]
+    for row, ids in zip(rows, counted.values(), strict=True):
+        assert ids == tokenizer(row["messages"][1]["content"] + " ")["input_ids"]
 
-COMMAND = [sys.executable, "-c", "from distillkit.cli.capture import capture; capture()"]
+
+# -- interruptions -----------------------------------------------------------------------------------------------------
 
 
 def test_killed_and_started_again_it_writes_the_same_bytes(teacher: Path, text: Path, tmp_path: Path) -> None:
@@ -199,7 +247,8 @@ def test_killed_and_started_again_it_writes_the_same_bytes(teacher: Path, text: 
     assert not (killed / "manifest.json").exists()
 
     report = run(teacher, text, killed, **settings)
-    assert report.resumed_documents == sum(info.documents for info, _ in left)
+    # A shard whose receipt was not written yet is done again.
+    assert report.resumed_documents in [sum(info.documents for info, _ in part) for part in (left, left[:-1])]
     assert 0 < report.new_tokens < report.tokens
     assert files(killed) == files(uninterrupted)
 
@@ -233,7 +282,7 @@ def test_a_finished_capture_is_left_alone(
     first = run(teacher, text, tmp_path / "out", samples=20)
     before = files(tmp_path / "out")
     # Not even the weights are loaded.
-    monkeypatch.setattr("distillkit.capture.pipeline.make_teacher", None)
+    monkeypatch.setattr("distillkit.capture.run.make_teacher", None)
     again = run(teacher, text, tmp_path / "out", samples=20)
     assert again.already_complete
     assert (again.documents, again.tokens, again.kl_mean) == (first.documents, first.tokens, first.kl_mean)
@@ -255,10 +304,9 @@ def test_other_settings_in_the_same_folder_are_refused(
     setting: str, finished: bool, teacher: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    run(teacher, text, out, samples=20)
-    if not finished:
-        (out / "manifest.json").unlink()
+    run(teacher, text, out, samples=20, shard_range=None if finished else "0:1")
     before = files(out)
+    assert ("manifest.json" in before) == finished
     changed, message = OTHER_SETTINGS[setting]
     with pytest.raises(MismatchError, match=message) as caught:
         run(teacher, text, out, **{"samples": 20, **changed})
@@ -269,12 +317,11 @@ def test_other_settings_in_the_same_folder_are_refused(
 def test_another_teacher_or_text_is_refused(teacher: Path, text: Path, tmp_path: Path) -> None:
     out, rows = tmp_path / "out", tmp_path / "rows.jsonl"
     rows.write_bytes(text.read_bytes())
-    run(teacher, rows, out)
-    (out / "manifest.json").unlink()
+    run(teacher, rows, out, shard_range="0:2")
 
-    # The same name, size and number of rows, one word changed: the documents tell.
+    # The same name, size and number of rows, one word changed.
     rows.write_bytes(text.read_bytes().replace(b" cat ", b" dog ", 1))
-    with pytest.raises(MismatchError, match=r"data-00000.parquet, document \d+: the dataset has another at rows.jsonl"):
+    with pytest.raises(MismatchError, match=r"content is \w{32} there, expected \w{32}: it has changed"):
         run(teacher, rows, out)
     rows.write_bytes(text.read_bytes())
 
@@ -333,13 +380,22 @@ def test_codec_configurations(teacher: Path, text: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_seq_len": 2}, "max_seq_len: must be a whole number of at least 3, found 2"),
+        ({"max_seq_len": 1}, "max_seq_len: must be a whole number of at least 2, found 1"),
         ({"max_seq_len": 513}, r"max_seq_len: 513 tokens are more than the 512 positions that .* was made for"),
         ({"samples": 0}, "samples: must be a whole number of at least 1, found 0"),
         ({"preset": "budget", "compression_config": {}}, "preset and compression_config: give one of the two"),
         ({"max_sequence_len": 3}, "capture has no setting 'max_sequence_len'; did you mean max_seq_len"),
         ({"dtype": "int8"}, "dtype: 'int8' is not known; auto, float32"),
         ({"device": "tpu7"}, "device: 'tpu7' is none"),
+        ({"overflow": "cut"}, "overflow: must be window, truncate or skip, found 'cut'"),
+        ({"overlap": 33}, r"overlap: must be 1…32, half of max_seq_len, found 33"),
+        ({"overlap": 0}, r"overlap: must be 1…32, .* the token at a border would have no distribution"),
+        ({"overlap": 3, "overflow": "skip"}, "overlap: belongs to overflow window; it is skip"),
+        ({"loss_on": "user"}, "loss_on: must be auto, all, assistant or completion, found 'user'"),
+        ({"shuffle": "yes"}, "shuffle: must be true or false, found 'yes'"),
+        ({"where": "a"}, "where: must be column=value, found 'a'"),
+        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens and max_tokens: no document has at least 9 and at most 3"),
+        ({"keep_ids": 5}, "keep_ids: must be a list, or text with commas between, found 5"),
         ({"head_dtype": "half"}, "head_dtype: must be float32 or auto"),
         ({"tokenizer": "./nowhere"}, "no tokenizer could be loaded from './nowhere'"),
         ({"teacher": "./nowhere"}, "model: no model config could be loaded from './nowhere'"),
@@ -363,7 +419,9 @@ def test_a_tokenizer_that_knows_more_than_the_teacher(teacher: Path, text: Path,
 
 def test_text_without_documents(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": ""}\n{"input_ids": [5]}\n')
-    with pytest.raises(CaptureError, match=r"no document of at least 2 tokens in 2 rows \(1 empty, 1 documents of one"):
+    with pytest.raises(
+        CaptureError, match=r"no document of at least 2 tokens .*2 rows, 1 empty rows, 1 documents of one"
+    ):
         run(teacher, tmp_path / "rows.jsonl", tmp_path / "out")
 
 
@@ -395,13 +453,111 @@ def test_command(teacher: Path, text: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(capture_command, ["--model", "x"]).exit_code == 2
 
 
+def test_options_are_the_settings_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[CaptureSettings] = []
+    monkeypatch.setattr("distillkit.capture.run.run_capture", lambda settings, **_: found.append(settings))
+    monkeypatch.setattr("distillkit.cli.capture._table", lambda report: "")
+    given = {"model": "m", "dataset": "d", "output": "o"}
+    arguments = [argument for name, value in given.items() for argument in (f"--{name}", value)]
+    for options in ([], ["--where", "a=b", "--where", "c=1", "--keep-ids", "<eos>,5", "--keep-columns", "x, y"]):
+        assert CliRunner().invoke(capture_command, [*arguments, *options, "--keep-duplicates"]).exit_code == 0
+    assert found[0] == CaptureSettings(**given, drop_duplicates=False)
+    assert found[1] == CaptureSettings(
+        **given, where=["a=b", "c=1"], keep_ids=["<eos>", 5], keep_columns=["x", "y"], drop_duplicates=False
+    )
+    assert found[1].conditions == (("a", "b"), ("c", "1"))
+
+
+def test_what_decides_the_bytes() -> None:
+    settings = CaptureSettings(model="m", dataset="d", output="o")
+    changed: dict[str, Any] = {
+        **{"overflow": "skip", "loss_on": "all", "samples": 3, "shuffle": True, "where": "a=b", "min_tokens": 3},
+        **{"max_tokens": 9, "keep_columns": "all", "drop_duplicates": False, "keep_ids": "5", "label_logprobs": True},
+        **{"last_row": True, "overlap": 3, "max_seq_len": 99, "apply_chat_template": False, "shard_tokens": 9},
+    }
+    before = settings.deciding()
+    for name, value in changed.items():
+        after = dataclasses.replace(settings, **{name: value}).deciding()
+        assert after != before, name
+        json.dumps(after)
+    assert dataclasses.replace(settings, seed=3).deciding() == before, "nothing is drawn"
+    assert dataclasses.replace(settings, overlap=128).deciding() == before, "as if it was not said"
+
+
+def test_kept_ids_by_name_and_number(teacher: Path) -> None:
+    tokenizer = load_tokenizer(str(teacher))
+    end = tokenizer.eos_token_id
+
+    def ids(keep: Any, k: int = 8) -> tuple[int, ...]:
+        return CaptureSettings(model="m", dataset="d", output="o", keep_ids=keep).token_ids(tokenizer, k)
+
+    assert ids("") == ids([]) == ()
+    assert ids(f"7,<eos>,{end}") == ids([7, "<eos>"]) == tuple(sorted({7, end}))
+    with pytest.raises(ConfigError, match="keep_ids: '<eoss>' is no token of the tokenizer's; there are '<eos>'"):
+        ids("<eoss>")
+    with pytest.raises(ConfigError, match=r"keep_ids: 100000 is no id of the tokenizer's, whose ids are 0…\d+"):
+        ids("100000")
+    with pytest.raises(ConfigError, match="keep_ids: 2 ids, but a row has k = 2: give fewer than that"):
+        ids("1,2", k=2)
+
+
+FILE = """
+dataset: text.jsonl
+preset: budget
+captures:
+- {model: a, output: out/a}
+- {model: b, output: out/b, compression_config: codec.yaml, where: [x=1, "y=2"], keep_ids: [<eos>, 5]}
+"""
+
+
+def test_several_captures_in_one_file(tmp_path: Path, teacher: Path, text: Path) -> None:
+    path = tmp_path / "captures.yaml"
+
+    def load(content: str, **overrides: Any) -> list[CaptureSettings]:
+        path.write_text(content)
+        return load_captures(path, overrides)
+
+    first, second = load(FILE, samples=7)
+    assert first == CaptureSettings(model="a", dataset="text.jsonl", output="out/a", preset="budget", samples=7)
+    assert second == CaptureSettings(
+        **{"model": "b", "dataset": "text.jsonl", "output": "out/b", "compression_config": "codec.yaml"},
+        **{"where": ["x=1", "y=2"], "keep_ids": ["<eos>", 5], "samples": 7},
+    )
+    assert {settings.preset for settings in load(FILE, preset="compact")} == {"compact"}
+    assert len(load("{model: a, dataset: d, output: o}")) == 1
+    for content, message in (
+        (
+            FILE.replace("model: b", "modle: b"),
+            r"captures.yaml: captures\[1\].modle is no setting .* did you mean model",
+        ),
+        (FILE.replace("dataset:", "datasets:"), r"captures.yaml: datasets is no setting .* did you mean dataset"),
+        (FILE.replace("model: b,", ""), r"captures.yaml: captures\[1\] has no model"),
+        (FILE.replace("out/b", "out/a/"), r"captures\[0\] and captures\[1\] have one output, out/a"),
+        (FILE.replace("[x=1", "[x"), r"captures\[1\].where: must be column=value, found 'x'"),
+        (FILE + "  samples: 0\n", r"captures\[1\].samples|is not YAML"),
+        ("captures: 3", "captures must be a list of mappings, found 3"),
+        ("- a", r"must hold settings of captures \(key: value\), found list"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(content)
+
+    shared = {"dataset": str(text), "model": str(teacher), "preset": "budget", "max_seq_len": 64}
+    outputs = [str(tmp_path / name) for name in ("a", "b")]
+    path.write_text(yaml.safe_dump({**shared, "captures": [{"output": output} for output in outputs]}))
+    result = CliRunner().invoke(capture_command, [str(path), "--samples", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    assert [report["output"] for report in json.loads(result.stdout)] == outputs
+
+
 def test_every_setting_is_an_option() -> None:
     settings = set(inspect.signature(CaptureSettings).parameters)
     options = {parameter.name for parameter in capture_command.params}
-    assert settings | {"as_json", "progress"} == options
+    assert settings | {"as_json", "progress", "config"} == options
 
 
 def test_unknown_rows_name_file_and_columns(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
-    with pytest.raises(InputError, match=r"rows.jsonl, line 1: found the columns prompt; understood are text"):
+    with pytest.raises(
+        InputError, match=r"rows.jsonl, line 1: found the columns prompt; understood are text; messages"
+    ):
         run(teacher, tmp_path / "rows.jsonl", tmp_path / "out")

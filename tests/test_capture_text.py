@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distillkit.capture.sources import open_source
-from distillkit.capture.text import DocumentReader, chunks
+from distillkit.capture.sources import kept_schema, open_source
+from distillkit.capture.text import DocumentReader, default_overlap, windows
 from distillkit.errors import ConfigError, InputError
+from distillkit.text_rows import RowTokenizer, TextOptions
 
 WORDS = ["<unk>", "<bos>", "[", "]", "user", "assistant", "system", "tool", "a", "b", "c", "d", "e"]
 TEMPLATE = "<bos> {% for m in messages %}[ {{ m.role }} ] {{ m.content }} {% endfor %}"
@@ -97,7 +103,7 @@ def test_layouts(layout: str, tmp_path: Path, tokenizer: Any) -> None:
     (document,) = reader(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer)
     assert words(document.input_ids) == expected
     assert document.input_ids.dtype == np.int32
-    assert (document.source, document.progress) == ("rows.jsonl, line 1", 1.0)
+    assert document.source == "rows.jsonl, line 1"
 
 
 def test_tool_calls_reach_the_template(tmp_path: Path, tokenizer: Any) -> None:
@@ -181,26 +187,275 @@ def test_empty_rows_and_short_documents_are_counted(tmp_path: Path, tokenizer: A
         assert (documents.rows, documents.empty, documents.short) == (6, 4, 1)
 
 
-@pytest.mark.parametrize("length", range(2, 14))
-@pytest.mark.parametrize("limit", [3, 4, 5, 20])
-def test_chunks_hold_every_token_and_can_have_a_row(length: int, limit: int) -> None:
-    pieces = chunks(length, limit)
-    assert [token for start, stop in pieces for token in range(start, stop)] == list(range(length))
-    assert all(2 <= stop - start <= limit for start, stop in pieces)
-    assert len(pieces) == -(-length // limit)
+@given(st.data())
+def test_every_token_of_a_long_document_counts_once(data: st.DataObject) -> None:
+    """Cut in any way, each token but the first has one distribution that counts, and the context it was promised."""
+    limit = data.draw(st.integers(2, 20))
+    overlap = data.draw(st.none() | st.integers(1, max(1, limit // 2)))
+    lengths = data.draw(st.lists(st.integers(2, 70), min_size=1, max_size=4))
+    masks = [data.draw(st.none() | st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]
+    rows = [
+        {"input_ids": [row, *range(1, length)], "loss_mask": mask}
+        for row, (length, mask) in enumerate(zip(lengths, masks, strict=True))
+    ]
+    source = _Rows(rows)
+    documents = list(
+        DocumentReader(source, None, max_tokens=limit, id_limit=100, overlap=overlap, drop_duplicates=False)
+    )
+    counted: dict[tuple[int, int], int] = {}
+    for document in documents:
+        row, _, place = document.source.partition(", tokens ")
+        start = int(place.partition("…")[0] or 0)
+        assert 2 <= len(document.input_ids) <= limit
+        assert document.loss_mask is None or not document.loss_mask[1:].all()
+        for t in range(1, len(document.input_ids)):
+            if document.loss_mask is None or document.loss_mask[t]:
+                assert start == 0 or t >= (default_overlap(limit) if overlap is None else overlap)
+                key = (int(row), start + t)
+                counted[key] = counted.get(key, 0) + 1
+                assert document.input_ids[t] == start + t
+    expected = {
+        (row, t): 1
+        for row, (length, mask) in enumerate(zip(lengths, masks, strict=True))
+        for t in range(1, length)
+        if mask is None or mask[t]
+    }
+    assert counted == expected
 
 
-def test_long_documents_are_cut(tmp_path: Path, tokenizer: Any) -> None:
-    rows = [{"text": "a b"}, {"text": "a b c d e a b c d"}]
-    documents = list(reader(write_rows(tmp_path / "rows.jsonl", rows), tokenizer, max_tokens=4))
-    assert [words(document.input_ids) for document in documents] == ["<bos> a b", "<bos> a b c", "d e a b", "c d"]
+class _Rows:
+    """Rows in memory as a source."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+        self.num_rows = len(rows)
+
+    def schema(self, columns: Any = None) -> pyarrow.Schema:
+        return pyarrow.schema([])
+
+    def rows(self, order: Any = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        return ((str(index), row) for index, row in enumerate(self._rows))
+
+
+def test_windows() -> None:
+    assert windows(10, 10, 2) == [(0, 10)]
+    assert windows(11, 10, 2) == [(0, 10), (8, 11)]
+    assert windows(20, 8, 3) == [(0, 8), (5, 13), (10, 18), (15, 20)]
+
+
+def test_long_documents(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "a b"}, {"text": "a b c d e a b c d"}])
+
+    def read(**options: Any) -> tuple[list[str], dict[str, int]]:
+        documents = reader(path, tokenizer, max_tokens=4, **options)
+        return [words(document.input_ids) for document in documents], documents.counts
+
+    counts = {"rows": 2, "empty_rows": 0, "documents_of_one_token": 0}
+    assert read() == (
+        ["<bos> a b", "<bos> a b c", "c d e a", "a b c d"],
+        {**counts, "long_documents_in_windows": 1},
+    )
+    assert read(overflow="truncate") == (["<bos> a b", "<bos> a b c"], {**counts, "long_documents_truncated": 1})
+    assert read(overflow="skip") == (["<bos> a b"], {**counts, "long_documents_skipped": 1})
+
+    documents = list(reader(path, tokenizer, max_tokens=4, overlap=2))
     assert [document.source.partition(", line 3")[2] for document in documents] == [
         "",
         ", tokens 0…3",
+        ", tokens 2…5",
         ", tokens 4…7",
-        ", tokens 8…9",
+        ", tokens 6…9",
     ]
-    assert [document.progress for document in documents] == [0.5, 0.7, 0.9, 1.0]
+    masks = [None if document.loss_mask is None else document.loss_mask.tolist() for document in documents]
+    assert masks == [None, None, *[[False, False, True, True]] * 3]
+
+
+# -- which tokens count ------------------------------------------------------------------------------------------------
+
+
+TEMPLATES = files("trl") / "chat_templates"
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>", "<start_of_turn>", "<end_of_turn>"]
+SPECIAL += ["<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|eot_id|>", "<|start_header_id|>", "<|call|>"]
+SPECIAL += ["<|end_header_id|>", "<|begin_of_text|>", "<｜Assistant｜>", "<｜User｜>", "<｜end▁of▁sentence｜>"]
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CONVERSATION = [
+    {"role": "user", "content": "Hi thére"},
+    {"role": "assistant", "content": "Öne."},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "Two, three"},
+]
+TOOLS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "f", "content": "5"},
+    {"role": "assistant", "content": "Five"},
+]
+
+
+def byte_tokenizer(template: str) -> Any:
+    """Bytes, the special tokens of many chat templates, and a template of TRL's collection, which has the originals."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    backend.train_from_iterator(
+        ["Two, three, and one"] * 3,
+        trainers.BpeTrainer(
+            special_tokens=["<s>", "</s>", *SPECIAL],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    text = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=text)
+
+
+def counted_text(rows: list[Any], tokenizer: Any, **options: Any) -> list[str]:
+    """The text of all documents, with what counts in ‹›."""
+    found = []
+    for document in DocumentReader(_Rows(rows), tokenizer, max_tokens=4096, id_limit=1 << 20, **options):
+        mask = np.ones(len(document.input_ids), bool) if document.loss_mask is None else document.loss_mask
+        groups = groupby(zip(document.input_ids.tolist(), mask, strict=True), lambda pair: pair[1])
+        texts = [(counts, tokenizer.decode([token for token, _ in group])) for counts, group in groups]
+        found.append("".join(f"‹{text}›" if counts else text for counts, text in texts))
+    return found
+
+
+# Templates that do not mark the assistant's turns. Those of thinking models write a turn in another way once others
+# follow, phi3 ends the conversation with a token of its own, deepseek opens an answer with more than it keeps.
+TURNS = {
+    "qwen2_5": (
+        TOOLS,
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        '‹<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>\n›'
+        "<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n‹Five<|im_end|>\n›",
+    ),
+    "qwen3": (
+        CONVERSATION,
+        "<|im_start|>user\nHi thére<|im_end|>\n<|im_start|>assistant\n‹Öne.<|im_end|>\n›"
+        "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n‹<think>\n\n</think>\n\nTwo, three<|im_end|>\n›",
+    ),
+    "phi3": (
+        CONVERSATION,
+        "<|user|>\nHi thére<|end|>\n<|assistant|>\n‹Öne.<|end|>\n›<|user|>\nAnd?<|end|>\n<|assistant|>\n"
+        "‹Two, three<|end|>\n</s>›",
+    ),
+    "deepseek_r1_distill": (
+        CONVERSATION,
+        "<s><｜User｜>Hi thére<｜Assistant｜>‹Öne.<｜end▁of▁sentence｜>›<｜User｜>And?<｜Assistant｜>"
+        "‹Two, three<｜end▁of▁sentence｜>›",
+    ),
+}
+
+
+@pytest.mark.parametrize("template", TURNS)
+def test_the_assistants_turns_of_templates_without_marks(template: str) -> None:
+    messages, expected = TURNS[template]
+    assert counted_text([{"messages": messages}], byte_tokenizer(template), loss_on="assistant") == [expected]
+
+
+@pytest.mark.parametrize("messages", [CONVERSATION, TOOLS], ids=["turns", "tools"])
+@pytest.mark.parametrize("template", ["lfm2", "llama3", "qwen2_5_vl", "qwen3_instruct_2507"])
+def test_turns_are_what_a_marked_template_marks(template: str, messages: Any) -> None:
+    """TRL's variants of these templates mark the assistant's turns and render the same text."""
+    marked = byte_tokenizer(f"{template}_training")
+    expected = marked.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=False
+    )
+    for tokenizer in (byte_tokenizer(template), marked):
+        (document,) = DocumentReader(
+            _Rows([{"messages": messages}]), tokenizer, max_tokens=4096, id_limit=1 << 20, loss_on="assistant"
+        )
+        assert document.input_ids.tolist() == expected["input_ids"]
+        assert document.loss_mask is not None
+        assert document.loss_mask.astype(int).tolist() == expected["assistant_masks"]
+
+
+@pytest.mark.parametrize("columns", [("prompt", "response"), ("prompt", "completion")])
+def test_prompt_and_response(columns: tuple[str, str]) -> None:
+    """As the trainer tokenises them; the loss is on the response."""
+    tokenizer = byte_tokenizer("qwen3")
+    plain = dict(zip(columns, ("Two, thr", "ee, and Öne"), strict=True))
+    # A token that joins prompt and response counts: some of it is to be predicted.
+    assert counted_text([plain], tokenizer) == ["<s>Two,‹ three, and Öne</s>›"]
+
+    chat = dict(zip(columns, (CONVERSATION[:3], CONVERSATION[3:]), strict=True))
+    prompt, last = TURNS["qwen3"][1].split("‹")[1:]
+    first = TURNS["qwen3"][1].split("‹")[0]
+    assert counted_text([chat], tokenizer) == [first + prompt.replace("›", "") + "‹" + last]
+    assert counted_text([chat], tokenizer, loss_on="assistant") == [TURNS["qwen3"][1]]
+    assert "‹" not in counted_text([chat], tokenizer, loss_on="all")[0][1:]
+
+    rows = [{"prompt": row["prompt"], "completion": row[columns[1]]} for row in (plain, chat)]
+    trained = RowTokenizer(tokenizer, TextOptions())([(str(index), row) for index, row in enumerate(rows)])
+    captured = DocumentReader(_Rows([plain, chat]), tokenizer, max_tokens=4096, id_limit=1 << 20)
+    for document, tokens in zip(captured, trained, strict=True):
+        assert tokens is not None
+        np.testing.assert_array_equal(document.input_ids, tokens.input_ids)
+        np.testing.assert_array_equal(document.loss_mask, tokens.loss_mask)
+
+
+def test_masks_of_token_ids() -> None:
+    def masks(row: dict[str, Any], **options: Any) -> list[Any]:
+        documents = DocumentReader(_Rows([row]), None, max_tokens=100, id_limit=20, **options)
+        return [None if d.loss_mask is None else d.loss_mask.astype(int).tolist() for d in documents]
+
+    ids = {"input_ids": [8, 9, 10, 11]}
+    assert masks({**ids, "loss_mask": [0, 1, 0, 1]}) == [[0, 1, 0, 1]]
+    assert masks({**ids, "labels": [-100, 9, -100, 11]}) == [[0, 1, 0, 1]]
+    assert masks({**ids, "loss_mask": [0, 1, 1, 1]}) == [None], "the first token is predicted by nothing"
+    assert masks({**ids, "loss_mask": [0, 1, 0, 1]}, loss_on="all") == [None]
+    assert masks({**ids, "loss_mask": [1, 1, 1, 0], "assistant_masks": [1, 1, 0, 1]}) == [[1, 1, 0, 0]]
+    assert masks({**ids, "completion_mask": [0, 0, 1, 1], "labels": None}, loss_on="completion") == [[0, 0, 1, 1]]
+    packed = {"input_ids": [8, 9, 10, 11, 12, 0], "attention_mask": [1, 1, 2, 2, 2, 0]}
+    assert masks({**packed, "loss_mask": [0, 1, 1, 0, 1, 0]}) == [None, [1, 0, 1]]
+    assert masks({**ids, "loss_mask": [1, 0, 0, 0]}) == [], "nothing of it counts"
+
+    for wrong, message in (
+        ({"labels": [8, 9, 10, 12]}, "row 0: labels differ from input_ids"),
+        ({"loss_mask": [1]}, r"row 0: loss_mask has shape \(1,\), input_ids \(4,\)"),
+    ):
+        with pytest.raises(InputError, match=message.replace("row 0", "0")):
+            masks({**ids, **wrong})
+    with pytest.raises(ConfigError, match="loss_on: assistant is wanted, but 0 is a row of input_ids without"):
+        masks(ids, loss_on="assistant")
+
+
+def test_losses_that_rows_do_not_allow() -> None:
+    tokenizer = byte_tokenizer("gptoss")
+
+    def refused(row: Any, loss_on: str, message: str, error: type[Exception] = ConfigError, **options: Any) -> None:
+        with pytest.raises(error, match=message):
+            counted_text([row], options.get("tokenizer", tokenizer), loss_on=loss_on)
+
+    refused({"text": "a"}, "assistant", r"loss_on: assistant needs chat rows, 0 is a row of plain text \(text\)")
+    refused({"prompt": "a", "response": "b"}, "assistant", "assistant needs chat rows, 0 is a row of plain text")
+    refused(
+        {"messages": CONVERSATION}, "completion", "completion needs rows of prompt . response, 0 is a row of messages"
+    )
+    unclear = r"0, message 1: the end of this turn \('<\|return\|>'\) is not there exactly once before the next message"
+    refused({"messages": CONVERSATION}, "assistant", unclear, InputError)
+    nemotron = byte_tokenizer("nemotron_3_nano")
+    unclear = r"0, message 1: the prompt that the chat template renders for this answer is not .*--loss-on all"
+    refused({"messages": CONVERSATION}, "assistant", unclear, InputError, tokenizer=nemotron)
+
+    class Slow:
+        is_fast = False
+        chat_template = "x"
+
+    refused(
+        {"messages": CONVERSATION}, "assistant", "a loss on part of a text needs a fast tokenizer", tokenizer=Slow()
+    )
+    # Nobody's turn: nothing to learn.
+    reader = DocumentReader(
+        _Rows([{"messages": CONVERSATION[:1]}]), tokenizer, max_tokens=100, id_limit=999, loss_on="assistant"
+    )
+    assert list(reader) == []
+    assert reader.counts["documents_without_a_counted_token"] == 1
+
+
+# -- which rows, and what they bring -----------------------------------------------------------------------------------
 
 
 def test_samples(tmp_path: Path, tokenizer: Any) -> None:
@@ -215,6 +470,104 @@ def test_samples(tmp_path: Path, tokenizer: Any) -> None:
     assert drawn(samples=30) == first
     assert drawn(samples=30, seed=7) != first
     assert drawn(samples=1000) == list(range(100))
+
+
+NUMBERED = [{"input_ids": [8, 9 + i % 4, 8 + i], "number": i, "lang": "en" if i % 3 else "de"} for i in range(300)]
+
+
+def make_source(kind: str, folder: Path) -> Path:
+    if kind == "several":
+        for part in range(3):
+            write_rows(
+                folder / "several" / f"{part}.{'jsonl' if part else 'parquet'}", NUMBERED[part * 100 : part * 100 + 100]
+            )
+        return folder / "several"
+    if kind == "saved":
+        datasets.Dataset.from_list(NUMBERED).save_to_disk(folder / "saved")
+        return folder / "saved"
+    return write_rows(folder / f"rows.{kind}", NUMBERED)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "saved", "several"])
+def test_rows_in_a_random_order(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "several").mkdir()
+    source = open_source(str(make_source(kind, tmp_path)))
+
+    def read(**options: Any) -> list[tuple[int, str]]:
+        documents = DocumentReader(source, None, max_tokens=100, id_limit=1000, **options)
+        return [(int(document.input_ids[2]) - 8, document.source) for document in documents]
+
+    everything = read()
+    assert [number for number, _ in everything] == list(range(300))
+    shuffled = read(shuffle=True)
+    assert shuffled == read(shuffle=True) != everything
+    assert sorted(shuffled) == everything, "the same rows from the same places"
+    assert read(shuffle=True, seed=1) != shuffled
+    sample = read(shuffle=True, samples=20)
+    assert sample != sorted(sample)
+    assert sorted(sample) == read(samples=20)
+
+
+def test_filters_and_duplicates(tmp_path: Path) -> None:
+    rows = [
+        *({"input_ids": list(range(length)), "lang": "en", "good": True} for length in (2, 3, 4, 5, 4)),
+        {"input_ids": [0, 1, 2, 3], "loss_mask": [0, 0, 0, 1], "lang": "en", "good": True},
+        {"input_ids": [0, 1, 2, 3], "lang": "de", "good": True},
+        {"input_ids": [0, 1, 3, 2], "lang": "en", "good": None},
+        {"input_ids": [0, 1, 3, 2]},
+    ]
+
+    def read(**options: Any) -> tuple[list[int], dict[str, int]]:
+        found = DocumentReader(_Rows(rows), None, max_tokens=100, id_limit=1000, **options)
+        numbers = [int(document.source) for document in found]
+        return numbers, {name: count for name, count in found.counts.items() if count and name != "rows"}
+
+    assert read() == ([0, 1, 2, 3, 5, 7], {"duplicate_documents": 3})
+    assert read(drop_duplicates=False) == (list(range(9)), {})
+    assert read(shortest=3, longest=4, drop_duplicates=False)[0] == [1, 2, 4, 5, 6, 7, 8]
+    assert read(shortest=3, longest=4)[1] == {"documents_left_out_by_length": 2, "duplicate_documents": 3}
+    conditions = [("lang", "en"), ("good", "true")]
+    assert read(where=conditions, drop_duplicates=False) == ([0, 1, 2, 3, 4, 5], {"rows_left_out_by_where": 3})
+    assert read(where=[("good", "null")])[0] == [7]
+    with pytest.raises(ConfigError, match="where: no row of the dataset has a column langs"):
+        read(where=[("langs", "en")])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+def test_columns_that_are_kept(kind: str, tmp_path: Path) -> None:
+    source = open_source(str(make_source(kind, tmp_path)))
+
+    def kept(columns: Any) -> DocumentReader:
+        return DocumentReader(source, None, max_tokens=2, id_limit=1000, keep_columns=columns, overlap=1)
+
+    assert kept("none").kept == pyarrow.schema([])
+    assert all(document.columns is None for document in kept("none"))
+    assert kept("lang").kept == pyarrow.schema([("lang", pyarrow.string())])
+    both = pyarrow.schema([("number", pyarrow.int64()), ("lang", pyarrow.string())])
+    assert kept("all").kept == both, "the ids are there anyway"
+    # Every piece of a row brings the row's columns; rows that are equal stay.
+    documents = list(kept(("number", "lang")))
+    assert [d.columns for d in documents] == [
+        {"number": row["number"], "lang": row["lang"]} for row in NUMBERED for _ in range(2)
+    ]
+    with pytest.raises(ConfigError, match="has no column numbers; there are input_ids, number, lang"):
+        list(kept("lang,numbers"))
+    with pytest.raises(
+        ConfigError, match="keep_columns: input_ids can not be kept: captured datasets have columns doc_id"
+    ):
+        list(kept("input_ids"))
+
+
+def test_types_of_json_columns_are_those_of_all_rows(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": "a", "meta": {"a": 1}, "score": 1, "mixed": 1, "none": None}] * 2000
+    rows += [{"text": "b", "meta": {"b": ["x"]}, "score": 0.5, "mixed": "x", "late": True}]
+    source = open_source(str(write_rows(tmp_path / "rows.jsonl", rows)))
+    schema = kept_schema(source, "meta, score,none,late")
+    assert schema.names == ["meta", "score", "none", "late"]
+    meta = pyarrow.struct([("a", pyarrow.int64()), ("b", pyarrow.list_(pyarrow.string()))])
+    assert schema.types == [meta, pyarrow.float64(), pyarrow.null(), pyarrow.bool_()]
+    with pytest.raises(ConfigError, match=r"keep_columns: the values of mixed in rows.jsonl are of no one type"):
+        kept_schema(source, "all")
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------

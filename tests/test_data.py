@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,28 @@ def test_bytes_decoded_on_the_device_are_the_same_targets() -> None:
     decoded, raw = (signal.targets(batch, labels).teacher for signal, batch in zip(signals, batches, strict=True))
     assert torch.equal(decoded.ids, raw.ids)
     assert torch.equal(decoded.logprobs, raw.logprobs)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_label_logprobs_stay_beside_their_rows(on_device: bool) -> None:
+    known = -np.arange(1, 10, dtype=np.float32)
+    mask = np.ones(10, dtype=bool)
+    mask[[1, 4]] = False
+    documents = [
+        replace(stored(10, 9, mask=mask), label_logprobs=known),
+        stored(5, 4),  # has none
+        replace(stored(6, 5, np.array([2, 4], dtype=np.int32)), label_logprobs=known[:5]),
+    ]
+    signal = OfflineSignal(exact_codec(), VOCABULARY, on_device=on_device, label_logprobs=True)
+    data = DistillationDataset(documents, signal, 8)  # type: ignore[arg-type]
+    collator = Collator(eos_labels=[14], eos_id=3)  # the token at position 7 becomes another label
+    batch = collator([data[0], data[1], data[2], data[BLANK]])
+    labels = batch["labels"].flatten()[batch["rows"] + 1]
+    found = signal.targets(batch, labels).label_logprobs
+    assert found is not None
+    expected = [-2, -3, -5, -6, np.nan, *[np.nan] * 4, -1, -3, -4, -5]
+    np.testing.assert_array_equal(found.numpy(), np.array(expected, dtype=np.float32))
+    assert signal.targets(collator([data[BLANK]]), labels[:0]).label_logprobs.shape == (0,)  # type: ignore[union-attr]
 
 
 def test_ids_beyond_a_narrower_head_become_missing_mass() -> None:

@@ -38,7 +38,7 @@ def true_logprobs(ids: list[int]) -> np.ndarray:
 
 
 def document(ids: list[int]) -> TokenDocument:
-    return TokenDocument(np.array(ids, dtype=np.int32), "rows.jsonl, line 3", 0.0)
+    return TokenDocument(np.array(ids, dtype=np.int32), "rows.jsonl, line 3")
 
 
 def answer(ids: list[int], k: int = K, *, dense: np.ndarray | None = None, generated: int | None = None) -> Any:
@@ -255,7 +255,7 @@ def test_vllm_needs_room_for_a_token_more(teacher: Path, monkeypatch: pytest.Mon
 
 def test_published_options_are_understood(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[CaptureSettings] = []
-    monkeypatch.setattr("distillkit.sample_logits_vllm.show_report", taken.append)
+    monkeypatch.setattr("distillkit.sample_logits_vllm.show_reports", taken.extend)
     (tmp_path / "codec.yaml").write_text(json.dumps({**EXACT, "d": 100}))
     sizes = "--tensor-parallel-size 2 --pipeline-parallel-size 3 --max-model-len 600 --gpu-memory-utilization 0.8"
     others = (

@@ -57,8 +57,10 @@ def oracle(
             pairs = zip(logits, targets.teacher.logits.double().numpy(), strict=True)
             return [reference.dense_outcomes_at(row, teacher, temperature) for row, teacher in pairs]
         stored = (targets.teacher.ids.tolist(), targets.teacher.logprobs.tolist(), targets.labels.tolist())
+        known = [np.nan] * len(targets) if targets.label_logprobs is None else targets.label_logprobs.tolist()
         return [
-            reference.outcomes_at(row, *each, temperature, missing) for row, *each in zip(logits, *stored, strict=True)
+            reference.outcomes_at(row, *each, temperature, missing, label)
+            for row, label, *each in zip(logits, known, *stored, strict=True)
         ]
 
     shares = [reference.adaptive_share(*row) for row in rows(at)]
@@ -113,6 +115,73 @@ def test_the_label_takes_what_is_missing_wherever_it_is(name: str, inside: bool)
     others = torch.tensor([next(i for i in range(17) if i not in row) for row in teacher.ids.tolist()])
     labels = teacher.ids[:, 1] if inside else others
     check(name, student_logits(3, 17), Targets(labels, teacher), 1.7, "label")
+
+
+def with_label_logprobs(positions: int, vocabulary: int, k: int, seed: int = 0) -> tuple[Targets, torch.Tensor]:
+    """Targets whose labels' log-probabilities are known, labels inside and outside of the k in turn; and the logits."""
+    logits = student_logits(positions, vocabulary, seed)
+    stored = sparse_from_logits(logits, k)
+    order = logits.argsort(-1, descending=True)
+    ranks = torch.tensor([min(k + row, vocabulary - 1) if row % 2 else row % k for row in range(positions)])
+    labels = order.gather(1, ranks.unsqueeze(-1)).squeeze(-1)
+    known = logits.log_softmax(-1).gather(1, labels.unsqueeze(-1)).squeeze(-1)
+    return Targets(labels, stored, label_logprobs=known), logits
+
+
+@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize(
+    ("vocabulary", "k", "temperature"), [(23, 5, 1.0), (23, 5, 2.5), (11, 1, 0.5), (11, 10, 2.0), (7, 7, 1.0)]
+)
+@pytest.mark.parametrize("name", [*DIVERGENCES, *RANKING])
+def test_a_label_whose_probability_is_known_is_an_outcome_of_its_own(
+    name: str, vocabulary: int, k: int, temperature: float, missing: Any
+) -> None:
+    targets, _ = with_label_logprobs(4, vocabulary, k)
+    assert targets.label_logprobs is not None
+    unknown = targets.label_logprobs.clone()
+    unknown[3] = torch.nan
+    for known in (targets.label_logprobs, unknown):
+        changed = Targets(targets.labels, targets.teacher, label_logprobs=known)
+        check(name, student_logits(4, vocabulary), changed, temperature, missing)
+
+
+@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("name", [*DIVERGENCES, *RANKING])
+def test_a_label_among_the_stored_ids_or_zero_changes_nothing(name: str, missing: Any) -> None:
+    targets, _ = with_label_logprobs(6, 40, 5)
+    rows = slice(None) if missing == "zero" else slice(0, None, 2)
+    inside = Targets(targets.labels[rows], SparseLogprobs(targets.teacher.ids[rows], targets.teacher.logprobs[rows]))
+    assert targets.label_logprobs is not None
+    results = []
+    # Whatever was stored of it.
+    for known in (None, targets.label_logprobs[rows], targets.label_logprobs[rows] - 1, inside.labels * torch.nan):
+        logits = student_logits(len(inside), 40).requires_grad_()
+        changed = Targets(inside.labels, inside.teacher, label_logprobs=known)
+        value = value_of(name, logits, changed, temperature=1.7, missing_probability_handling=missing)
+        value.backward()
+        results.append((value.item(), logits.grad))
+    for value, gradient in results[1:]:
+        assert value == results[0][0]
+        assert torch.equal(gradient, results[0][1])
+
+
+@given(st.integers(0, 2**31), st.integers(2, 40), st.data())
+def test_known_labels_bring_kl_nearer_to_the_whole_teachers(seed: int, vocabulary: int, data: st.DataObject) -> None:
+    """What is compared apart can only add to a divergence: coarse ≤ with the label ≤ all ids."""
+    k = data.draw(st.integers(1, vocabulary // 2))  # of more, what is missing is little but rounding
+    targets, teacher = with_label_logprobs(5, vocabulary, k, seed)
+    student = student_logits(5, vocabulary, seed + 1)
+    for name in ("kl", "reverse_kl", "jsd", "tvd"):
+        coarse, fine, whole = (
+            value_of(name, student, goal, missing_probability_handling="uniform").item()
+            for goal in (
+                Targets(targets.labels, targets.teacher),
+                targets,
+                Targets(targets.labels, TeacherLogits(teacher)),
+            )
+        )
+        assert coarse <= fine * (1 + 1e-5) + 1e-5
+        assert fine <= whole * (1 + 1e-5) + 1e-5
 
 
 @pytest.mark.parametrize(("widths"), [(13, 13), (13, 11), (11, 13)], ids=["equal", "wider student", "wider teacher"])
@@ -354,7 +423,7 @@ def plain_loss(head: LMHead, hidden: torch.Tensor, targets: Targets) -> torch.Te
 @pytest.mark.parametrize("positions", [1, 4, 11])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_the_fused_pass_equals_losses_of_whole_logits(positions: int, softcap: float | None) -> None:
-    head, targets = tiny_head(softcap=softcap), problem(positions)
+    head, targets = tiny_head(softcap=softcap), with_label_logprobs(positions, 97, 7)[0]
     weight = head.model.lm_head.weight
     hidden = torch.randn(positions, 16, generator=torch.Generator().manual_seed(4)).requires_grad_()
     (plain_loss(head, hidden, targets) * 0.3).backward()

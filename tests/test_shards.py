@@ -22,6 +22,7 @@ import reference
 from distillkit.codec import Codec, DistributionQuantizationConfig
 from distillkit.errors import CorruptDataError, DistillKitError, InputError, MismatchError, TruncatedDataError
 from distillkit.shards import Dataset, Header, ShardWriter, read_manifest, verify_dataset, whole_shards
+from distillkit.shards.files import Folder
 from distillkit.types import SparseLogprobs
 
 VOCAB = 300
@@ -549,7 +550,7 @@ def test_verify_holds_the_manifest_against_the_files(folder: Path, change: dict[
     """A manifest that is sound by itself, of files that look right from outside."""
     manifest = read_manifest(folder)
     assert manifest is not None
-    replace(manifest, shards=(replace(manifest.shards[0], **change), *manifest.shards[1:])).write(folder)
+    replace(manifest, shards=(replace(manifest.shards[0], **change), *manifest.shards[1:])).write(Folder(folder))
     Dataset.open(folder)
     (problem,) = verify_dataset(folder).problems
     assert re.search(message, problem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
+from disks import fill, mounted
 from distillkit.config import RunConfig
 from distillkit.errors import ConfigError, DistillKitError, MismatchError
 from distillkit.run import train
 from distillkit.shards import ShardWriter
 from distillkit.tokenizer import fingerprint
+from distillkit.trainer import DistillationTrainer
 from distillkit.types import SparseLogprobs
 from training import (
     VOCABULARY,
@@ -123,6 +126,41 @@ def test_evaluation_is_the_mean_over_all_held_out_positions(parts: dict[str, str
     assert measured["eval_loss"] == pytest.approx((0.25 * entropy + 0.75 * kl) / positions, rel=1e-5)
     assert measured["eval_top1_agreement"] == pytest.approx(agreement / positions)
     assert measured["eval_teacher_mass"] == pytest.approx(mass / positions, rel=1e-5)
+
+
+def test_stored_log_probs_of_next_tokens_reach_the_loss(parts: dict[str, str], tmp_path: Path) -> None:
+    """Checked against whole logits and the float64 oracle; in some documents they are missing."""
+    teacher, codec = tiny_model(7), exact_codec()
+    header = header_for(codec, tiny_tokenizer(), capture={"label_logprobs": True})
+    documents = random_documents(7, seed=1)
+    known = []
+    with ShardWriter(tmp_path / "eval", header) as writer:
+        for index, document in enumerate(documents):
+            ids = torch.from_numpy(document).long()
+            with torch.no_grad():
+                logprobs = teacher(ids[None]).logits[0, :-1].log_softmax(-1)
+            labels = logprobs.gather(1, ids[1:, None])[:, 0].numpy()
+            known.append(np.full_like(labels, np.nan) if index == 3 else labels)
+            writer.write(document, teacher_rows(teacher, document), label_logprobs=None if index == 3 else labels)
+    config = run_config(
+        parts["student"],
+        tmp_path / "out",
+        parts["train"],
+        str(tmp_path / "eval"),
+        loss_functions=[{"function": "kl", "weight": 1.0, "missing_probability_handling": "uniform"}],
+        training_args={"max_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 3},
+    )
+    measured = train(config)["eval_first"]["eval_loss"]
+    student, total, positions = AutoModelForCausalLM.from_pretrained(parts["student"]), 0.0, 0
+    for document, labels in zip(documents, known, strict=True):
+        rows = teacher_rows(teacher, document)
+        with torch.no_grad():
+            logits = student(torch.from_numpy(document).long()[None]).logits[0].double().numpy()
+        for t, label in enumerate(labels.tolist()):
+            row = (rows.ids[t].tolist(), rows.logprobs[t].tolist(), int(document[t + 1]))
+            total += reference.measure_of("kl", *reference.outcomes_at(logits[t], *row, 1.0, "uniform", label))
+            positions += 1
+    assert measured == pytest.approx(total / positions, rel=1e-5)
 
 
 def packed(documents: Sequence[np.ndarray], folder: Path) -> str:
@@ -306,6 +344,43 @@ def test_every_checkpoint_loads_with_its_tokenizer(parts: dict[str, str], tmp_pa
     folder = tmp_path / "checkpoint-2"
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == VOCABULARY
     assert fingerprint(AutoTokenizer.from_pretrained(folder)) == fingerprint(tiny_tokenizer())
+
+
+def test_a_full_disk_leaves_whole_checkpoints(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(resumable(parts, tmp_path / "expected"))
+    honest = DistillationTrainer._save_checkpoint
+
+    def filling(self: DistillationTrainer, *arguments: Any) -> None:
+        """The second checkpoint finds half the room it needs."""
+        if self.state.global_step == 4:
+            size = sum(file.stat().st_size for file in (output / "checkpoint-2").iterdir())
+            fill(output.parent / "filler")
+            with (output.parent / "filler").open("r+b") as file:
+                file.truncate((output.parent / "filler").stat().st_size - size // 2)
+        honest(self, *arguments)
+
+    with mounted(tmp_path / "disk", "size=20m"):
+        output = tmp_path / "disk" / "student"
+        with monkeypatch.context() as patch:
+            patch.setattr(DistillationTrainer, "_save_checkpoint", filling)
+            with pytest.raises(OSError, match="No space left on device; this checkpoint is removed") as full:
+                train(resumable(parts, output))
+        assert full.value.filename == str(output / "checkpoint-4")
+        assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+
+        (tmp_path / "disk" / "filler").unlink()
+        # What a run that was killed while it saved leaves.
+        shutil.copytree(output / "checkpoint-2", output / "checkpoint-6")
+        (output / "checkpoint-6" / "trainer_state.json").unlink()
+        train(resumable(parts, output, resume_from_checkpoint=True))
+        assert "checkpoint-6 is not whole" in caplog.text
+        assert losses_of(output) == losses_of(tmp_path / "expected")
+
+        fill(tmp_path / "disk" / "filler")
+        with pytest.raises(OSError, match="No space left on device"):
+            train(resumable(parts, output, resume_from_checkpoint=True))
 
 
 @pytest.mark.parametrize(

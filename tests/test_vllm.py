@@ -86,7 +86,7 @@ def teacher(folder: Path) -> Iterator[VLLMTeacher]:
 def documents(*lengths: int) -> list[TokenDocument]:
     rng = np.random.default_rng(0)
     return [
-        TokenDocument(rng.integers(2, 100, length).astype(np.int32), f"document {index}", 0.0)
+        TokenDocument(rng.integers(2, 100, length).astype(np.int32), f"document {index}")
         for index, length in enumerate(lengths)
     ]
 
@@ -137,7 +137,7 @@ def test_what_vllm_can_not_do(teacher: VLLMTeacher) -> None:
     with pytest.raises(ConfigError, match="k: 9 ids a row are wanted, the engine was started for 8"):
         next(teacher.score(DOCUMENTS, Wanted(9)))
     with pytest.raises(CaptureError, match=r"long: vLLM does not take this document: .*longer than the maximum"):
-        list(teacher.score([TokenDocument(np.full(600, 5, dtype=np.int32), "long", 0.0)], Wanted(8)))
+        list(teacher.score([TokenDocument(np.full(600, 5, dtype=np.int32), "long")], Wanted(8)))
     # Left in the middle, it begins anew with the next.
     next(teacher.score(DOCUMENTS, WANTED))
     assert len(scores(teacher, DOCUMENTS, WANTED)) == len(DOCUMENTS)
@@ -285,7 +285,7 @@ def test_smollm2_at_k_128(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(folder))
     words = (ROOT / "README.md").read_text(encoding="utf-8")
     ids = np.array(tokenizer(words)["input_ids"][:900], dtype=np.int32)
-    given = [TokenDocument(part, "README.md", 0.0) for part in np.split(ids, [100, 200, 500])]
+    given = [TokenDocument(part, "README.md") for part in np.split(ids, [100, 200, 500])]
     options: dict[str, Any] = {"max_seq_len": 512, "compression_config": None, "preset": "recommended"}
     wanted = Wanted(128, label_logprobs=True, last_row=True)
     expected = scores(make_teacher(settings(folder, **options)), given, wanted)

@@ -411,7 +411,7 @@ def _scored(engine: HFTeacher, dataset: Dataset, document: Document) -> SparseLo
     if document.segment_lengths is not None:
         raise InputError(f"{dataset.path}: document {document.doc_id} is packed; a teacher would read it as one")
     wide = min(2 * dataset.codec.k, engine.head_size)
-    [scored] = engine.score([TokenDocument(document.input_ids, dataset.path, 0.0)], Wanted(wide))
+    [scored] = engine.score([TokenDocument(document.input_ids, dataset.path)], Wanted(wide))
     if isinstance(scored, Refused):
         raise CaptureError(scored.reason)
     return scored.rows

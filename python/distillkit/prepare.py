@@ -30,7 +30,7 @@ from distillkit.data import DistillationDataset, DocumentSource, check_tokenizer
 from distillkit.errors import ConfigError, CorruptDataError
 from distillkit.packing import pack
 from distillkit.shards import Dataset as StoredDataset
-from distillkit.shards.files import TEMPORARY_PREFIX, write_atomically
+from distillkit.shards.files import TEMPORARY_PREFIX, Folder
 from distillkit.shards.header import canonical_json
 from distillkit.shards.reader import is_captured
 from distillkit.shards.table import document_id
@@ -392,7 +392,7 @@ def prepare(
                     f"{key}: of its {rows.num_rows:,} rows none gives a document ({counts['empty']:,} empty, "
                     f"{counts['short']:,} of one token, {counts['masked']:,} without a token to predict)"
                 )
-            write_atomically(temporary / _DESCRIPTION, canonical_json({"identity": identity, **counts}).encode())
+            Folder(temporary).write(_DESCRIPTION, canonical_json({"identity": identity, **counts}).encode())
             os.replace(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

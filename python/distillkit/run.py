@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +31,7 @@ from distillkit.prepare import (
 )
 from distillkit.progress import ConsoleProgress, MetricsFile
 from distillkit.report import ReportFiles
-from distillkit.saving import save_student
+from distillkit.saving import save_student, whole_checkpoint
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.signals.offline import OfflineSignal
 from distillkit.signals.online import OnlineSignal, check_teacher_tokenizer, load_teacher
@@ -244,19 +243,22 @@ def _dataset(
         return training_dataset(config, part, source, teacher, arguments)
     assert isinstance(source, StoredDataset)
     check_dataset(source, head_size, key)
-    signal = OfflineSignal(source.codec, head_size, on_device=arguments.device.type == "cuda")
+    signal = OfflineSignal(
+        source.codec,
+        head_size,
+        on_device=arguments.device.type == "cuda",
+        label_logprobs=bool((source.header.capture or {}).get("label_logprobs")),
+    )
     return training_dataset(config, part, source, signal, arguments)
 
 
 def checkpoint_of(config: RunConfig) -> str | None:
     """Return the checkpoint to resume from, if one is asked for."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     wanted = config.training_args.get("resume_from_checkpoint")
     if not wanted:
         return None
     if wanted is True:
-        folder = get_last_checkpoint(config.output_path) if os.path.isdir(config.output_path) else None
+        folder = whole_checkpoint(Path(config.output_path))
         if folder is None:
             raise ConfigError(
                 f"{config.source}: training_args.resume_from_checkpoint: there is no checkpoint in "

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from distillkit.capture.settings import CaptureSettings
-from distillkit.cli.capture import show_report
+from distillkit.cli.capture import show_reports
 from distillkit.cli.common import run_cli
 from distillkit.codec.config import DistributionQuantizationConfig
 
@@ -69,7 +69,7 @@ def main(macrobatch_size: int, max_workers: int | None, auto_vocab_size: bool, *
     settings = CaptureSettings.of(engine="vllm", **options)
     if auto_vocab_size and settings.compression_config is not None:
         settings = _with_vocab_size(settings)
-    show_report(settings)
+    show_reports([settings])
 
 
 def _with_vocab_size(settings: CaptureSettings) -> CaptureSettings:

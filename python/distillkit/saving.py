@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +16,7 @@ if TYPE_CHECKING:
 
     from distillkit.config import RunConfig
 
-__all__ = ["save_student"]
+__all__ = ["save_student", "saving", "whole_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +25,78 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_m
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
+# Less than this is left of a disk that something could not be written to because it is full.
+_FULL_BYTES = 16 << 20
+
+
+@contextmanager
+def saving(folder: Path, *, checkpoint: bool) -> Iterator[None]:
+    """Turn what torch and safetensors raise over a full disk into one message; a checkpoint is whole or removed.
+
+    Args:
+        folder: where is saved.
+        checkpoint: whether that is a checkpoint's folder.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        # They raise errors of their own, without a number.
+        full = getattr(error, "errno", None) == errno.ENOSPC or _free_bytes(folder) < _FULL_BYTES
+        if checkpoint and not is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        if not full:
+            raise
+        resume = "training_args.resume_from_checkpoint: true"
+        if checkpoint:
+            rest = (
+                f"this checkpoint is removed, earlier ones are kept: make room, and go on with {resume} "
+                "(save_total_limit keeps fewer of them, save_only_model makes them smaller)"
+            )
+        else:
+            rest = f"the trained student is not whole: make room, and go on from the last checkpoint with {resume}"
+        raise OSError(errno.ENOSPC, f"No space left on device; {rest}", str(folder)) from error
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's folder has the trainer's state, which is written last."""
+    try:
+        return isinstance(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def whole_checkpoint(folder: Path) -> Path | None:
+    """Find the last whole checkpoint in an output folder; one that a killed run left half written is passed over."""
+    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*") if _numbered(path)]
+    for _, path in sorted(numbered, reverse=True):
+        if is_whole(path):
+            return path
+        logger.warning("%s is not whole (a run was stopped while it was saved): it is passed over", path)
+    return None
+
+
+def _numbered(path: Path) -> bool:
+    return path.is_dir() and path.name.rpartition("-")[2].isdecimal()
+
+
 def save_student(trainer: transformers.Trainer, config: RunConfig) -> None:
     """Save the trained student, its tokenizer and its processor in the output folder. Every process must call it.
 
     Args:
         trainer: after training; with `peft.merge_on_save` its model has no adapters any more then.
         config: the run.
+
+    Raises:
+        OSError: the disk is full.
     """
     if trainer.is_fsdp_enabled:
         # With sharded checkpoints, save_model would leave no model behind at all.
@@ -36,9 +106,10 @@ def save_student(trainer: transformers.Trainer, config: RunConfig) -> None:
         trainer.model = trainer.model.merge_and_unload(safe_merge=True)
         if first:
             _remove_adapters(Path(config.output_path))
-    if first:
-        _copy_processor(config)
-    trainer.save_model()
+    with saving(Path(config.output_path), checkpoint=False):
+        if first:
+            _copy_processor(config)
+        trainer.save_model()
 
 
 def _remove_adapters(folder: Path) -> None:

@@ -10,21 +10,22 @@ import numpy as np
 import numpy.typing as npt
 
 from distillkit.capture.sources import Row
-from distillkit.capture.text import chat_messages, find_layout, given_ids, read_messages, read_text, read_tools
+from distillkit.capture.text import (
+    CHATS,
+    chat_messages,
+    find_layout,
+    given_ids,
+    given_mask,
+    read_messages,
+    read_text,
+    read_tools,
+)
 from distillkit.errors import ConfigError, InputError
 from distillkit.tokenizer import vocab_size
 
 __all__ = ["RowTokenizer", "TextOptions", "Tokens"]
 
 _COMPLETION = ("prompt", "completion")
-# Where a row has the columns of several, TRL takes chat before text.
-_CHATS = (
-    ("messages",),
-    ("conversations",),
-    ("instruction", "output"),
-    ("inputs", "targets"),
-    ("tools", "turns"),
-)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class RowTokenizer:
         self.options = options
         text: tuple[str, ...] = (options.text_column,)
         first = [text] if options.text_column != "text" else []
-        self._layouts = [("input_ids",), *first, _COMPLETION, *_CHATS, text]
+        # Where a row has the columns of several, TRL takes chat before text.
+        self._layouts = [("input_ids",), *first, _COMPLETION, *CHATS, text]
         self._understood = "; ".join(" + ".join(columns) for columns in dict.fromkeys([text, *self._layouts]))
         self.template = _marked_template(tokenizer) if options.assistant_only else None
 
@@ -120,7 +122,7 @@ class RowTokenizer:
                 f"training_args.dataset_kwargs: skip_prepare_dataset is true, but {where} is a row of {found}, not of "
                 "input_ids: leave it out"
             )
-        if options.assistant_only and columns not in _CHATS and columns != _COMPLETION:
+        if options.assistant_only and columns not in CHATS and columns != _COMPLETION:
             raise ConfigError(
                 f"training_args.assistant_only_loss: needs chat rows, {where} is a row of {found}: leave it out"
             )
@@ -150,41 +152,27 @@ class RowTokenizer:
         if row.get("attention_mask") is not None:
             kept = np.asarray(row["attention_mask"]) != 0
         lengths = np.array([len(part) for part in parts], dtype=np.int32) if len(parts) > 1 else None
-        return Tokens(ids, self._given_mask(row, ids, kept, where), lengths)
+        return Tokens(ids, self._given_mask(row, kept, where), lengths)
 
     def _given_mask(
-        self, row: Mapping[str, Any], ids: npt.NDArray[np.int32], kept: npt.NDArray[np.bool_], where: str
+        self, row: Mapping[str, Any], kept: npt.NDArray[np.bool_], where: str
     ) -> npt.NDArray[np.bool_] | None:
-        def column(name: str) -> npt.NDArray[Any]:
-            values = np.asarray(row[name])
-            if values.shape != kept.shape:
-                raise InputError(f"{where}: {name} has shape {values.shape}, input_ids {kept.shape}")
-            return values[kept]
-
-        if row.get("labels") is not None:
-            labels = column("labels")
-            mask = labels != -100
-            if (labels[mask] != ids[mask]).any():
-                raise InputError(
-                    f"{where}: labels differ from input_ids; here they say which tokens count (the others −100)"
-                )
-            return np.asarray(mask)
-        names = ["assistant_masks"] if row.get("assistant_masks") is not None else []
+        names = ["loss_mask"] if row.get("loss_mask") is not None else []
+        if row.get("assistant_masks") is not None:
+            names.append("assistant_masks")
         if self.options.completion_only is not False and row.get("completion_mask") is not None:
             names.append("completion_mask")
         for wanted, name in (
             (self.options.assistant_only, "assistant_masks"),
             (self.options.completion_only, "completion_mask"),
         ):
-            if wanted and name not in names:
+            if wanted and name not in names and row.get("labels") is None:
                 raise ConfigError(
                     f"training_args: the loss is wanted on a part of the tokens, but {where} has neither labels nor "
                     f"{name}"
                 )
-        if not names:
-            return None
-        counts: npt.NDArray[np.bool_] = np.all([column(name) != 0 for name in names], axis=0)
-        return counts
+        mask = given_mask(row, where, names)
+        return None if mask is None else mask[kept]
 
     def _completion(self, row: Mapping[str, Any], where: str) -> Tokens | None:
         """Make tokens of a prompt and its completion, both text or both lists of messages."""

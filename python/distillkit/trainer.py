@@ -27,6 +27,7 @@ from distillkit.losses.fused import Objective
 from distillkit.memory import peak_memory
 from distillkit.models import DistillationInputs, DistillationOutput, attach_losses
 from distillkit.report import ReportFiles
+from distillkit.saving import saving
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -300,7 +301,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self.untimed():
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self.untimed(), saving(folder, checkpoint=True):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -79,6 +79,8 @@ class Document:
         loss_mask: (L,) bool, which tokens count in a loss; None means all of them.
         segment_lengths: (S,) int32, lengths of the documents packed in this one, in order, summing to L; None means
         one document.
+        label_logprobs: (L − 1,) float32, the teacher's log-probability of each next token, also where that is not among
+        the k of its row; None if it was not kept.
     """
 
     doc_id: str
@@ -87,6 +89,7 @@ class Document:
     num_rows: int
     loss_mask: npt.NDArray[np.bool_] | None = None
     segment_lengths: npt.NDArray[np.int32] | None = None
+    label_logprobs: npt.NDArray[np.float32] | None = None
 
     def segments(self, most: int | None = None) -> npt.NDArray[np.int64]:
         """(S,) lengths of the packed documents; of a single one, its own. Of the first `most` tokens only, if given."""

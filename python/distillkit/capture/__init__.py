@@ -45,7 +45,7 @@ def capture(
         MismatchError: the codec is for another vocabulary, or the output folder holds a capture with other settings.
         CaptureError: the teacher gave something that can't be stored.
     """
-    from distillkit.capture.pipeline import run_capture
+    from distillkit.capture.run import run_capture
 
     settings = CaptureSettings.of(
         model=model,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import yaml
 
+from distillkit.capture.text import LOSS_ON, OVERFLOWS, default_overlap
 from distillkit.codec import Codec, CodecConfig, codec_config, preset
 from distillkit.errors import ConfigError, MismatchError
 
-__all__ = ["CaptureReport", "CaptureSettings"]
+__all__ = ["CaptureReport", "CaptureSettings", "load_captures"]
 
 DEFAULT_PRESET = "recommended"
+_RANGE = re.compile(r"\d+:\d+")
 DEFAULT_BATCH_TOKENS = 4096
 
 # Settings that only these engines know.
@@ -52,10 +55,26 @@ class CaptureSettings:
         dataset_configuration: configuration of a hub dataset.
         split: split of the dataset.
         samples: capture a random sample of this many rows, in the dataset's order; None: all.
-        seed: decides the sample.
+        seed: decides the sample and the shuffled order.
+        shuffle: capture rows in a random order.
+        where: capture only rows in which these "column=value" hold, all of them; values that are not text are given as
+            JSON.
+        min_tokens, max_tokens: leave out documents of fewer or more tokens.
+        drop_duplicates: leave out documents that were there before, with equal ids and loss mask; None: not if
+            columns are kept.
+        keep_columns: columns of the dataset that the capture has as well, by name; "all", or "none".
         tokenizer: a folder or hub id; the teacher's own if not given.
         apply_chat_template: render chat rows with the tokenizer's chat template; if not, chat rows are refused.
-        max_seq_len: longer documents are split in pieces of this many tokens.
+        max_seq_len: tokens of a stored document, at most.
+        overflow: of longer documents: "window" captures them in pieces, in which each token counts once, "truncate"
+            captures their beginning, "skip" leaves them out.
+        overlap: tokens that a piece repeats of the one before it, as context; None: an eighth of max_seq_len.
+        loss_on: which tokens count in a loss. "auto": of prompt and response the response, of token ids what their
+            own loss_mask or labels say, else all; "all": all, whatever rows say; "assistant": the assistant's turns,
+            the token that ends them included; "completion": the response.
+        keep_ids: ids, or tokens of the tokenizer, that are stored in every row whatever their rank.
+        label_logprobs: also store the teacher's log-probability of each next token, whatever its rank.
+        last_row: also store the distribution after a document's last token.
         dtype: the teacher's dtype: float32, bfloat16, float16, or "auto": the checkpoint's own, float32 on a CPU.
         head_dtype: "float32" multiplies by the teacher's head in float32 whatever its dtype is, "auto" in its own
             (faster in 16 bits, less exact).
@@ -66,6 +85,12 @@ class CaptureSettings:
         head_rows: positions whose logits exist at a time.
         shard_tokens: a shard is finished once it has this many tokens; a capture that was interrupted starts again
             after the last whole one.
+        shard_range: capture only the shards FIRST:END of the plan (END not included), for jobs that share the work;
+            None: all.
+        skip_bad_documents: leave out up to this many documents that the teacher gives no distributions for.
+        workers: "ray" shares the shards out over a Ray cluster; None: this process does all.
+        num_workers: how many Ray workers; None: as many as the cluster's GPUs hold, without GPUs one a node.
+        worker_cpus: CPUs of a Ray worker.
         engine: what runs the teacher: "hf" (transformers), "vllm", or "openai": a running server.
         max_model_len: positions that vLLM plans with; None: `max_seq_len` + 1.
         tensor_parallel_size, pipeline_parallel_size, enable_expert_parallel: how vLLM spreads the teacher over GPUs.
@@ -91,9 +116,21 @@ class CaptureSettings:
     split: str = "train"
     samples: int | None = None
     seed: int = 42
+    shuffle: bool = False
+    where: str | Sequence[str] = ()
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    drop_duplicates: bool | None = None
+    keep_columns: str | Sequence[str] = "none"
     tokenizer: str | None = None
     apply_chat_template: bool = True
     max_seq_len: int = 1024
+    overflow: str = "window"
+    overlap: int | None = None
+    loss_on: str = "auto"
+    keep_ids: str | Sequence[int | str] = ""
+    label_logprobs: bool = False
+    last_row: bool = False
     dtype: str = "auto"
     head_dtype: str = "float32"
     device: str = "auto"
@@ -101,6 +138,11 @@ class CaptureSettings:
     batch_tokens: int | None = None
     head_rows: int = 512
     shard_tokens: int = 262_144
+    shard_range: str | None = None
+    skip_bad_documents: int = 0
+    workers: str | None = None
+    num_workers: int | None = None
+    worker_cpus: int = 1
     engine: str = "hf"
     max_model_len: int | None = None
     tensor_parallel_size: int = 1
@@ -120,26 +162,91 @@ class CaptureSettings:
                 f"preset and compression_config: give one of the two, not both (found {self.preset!r} and "
                 f"{self.compression_config!r})"
             )
-        if self.head_dtype not in ("float32", "auto"):
-            raise ConfigError(f"head_dtype: must be float32 or auto, found {self.head_dtype!r}")
-        # Three tokens are the least that any document can be cut to without a piece of one token.
-        for name, least in (
-            ("max_seq_len", 3),
-            ("batch_tokens", 1),
-            ("head_rows", 1),
-            ("shard_tokens", 1),
-            ("samples", 1),
-            ("seed", 0),
-            ("max_model_len", 1),
-            ("tensor_parallel_size", 1),
-            ("pipeline_parallel_size", 1),
-            ("concurrency", 1),
-            ("max_retries", 0),
-        ):
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}: must be {_one_of(allowed)}, found {getattr(self, name)!r}")
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ConfigError(f"{name}: must be a whole number of at least {least}, found {value!r}")
+        for name in ("apply_chat_template", "trust_remote_code", "shuffle", "label_logprobs", "last_row"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: must be true or false, found {getattr(self, name)!r}")
+        if self.shard_range is not None and not _RANGE.fullmatch(self.shard_range):
+            raise ConfigError(f"shard_range: must be FIRST:END, such as 0:8, found {self.shard_range!r}")
+        self._check_lengths()
+        for name in _LISTS:
+            object.__setattr__(self, name, _list_setting(name, getattr(self, name)))
+        for condition in self.where:
+            if not isinstance(condition, str) or "=" not in condition:
+                raise ConfigError(f"where: must be column=value, found {condition!r}")
         self._check_engine()
+
+    def _check_lengths(self) -> None:
+        if self.overlap is not None and self.overflow != "window":
+            raise ConfigError(f"overlap: belongs to overflow window; it is {self.overflow}")
+        if self.overlap is not None and not 1 <= self.overlap <= self.max_seq_len // 2:
+            raise ConfigError(
+                f"overlap: must be 1…{self.max_seq_len // 2}, half of max_seq_len, found {self.overlap}. Without any, "
+                "the token at a border would have no distribution"
+            )
+        if None not in (self.min_tokens, self.max_tokens) and self.min_tokens > self.max_tokens:  # type: ignore[operator]
+            raise ConfigError(
+                f"min_tokens and max_tokens: no document has at least {self.min_tokens} and at most {self.max_tokens}"
+            )
+
+    @property
+    def conditions(self) -> tuple[tuple[str, str], ...]:
+        """The (column, value) pairs of `where`."""
+        pairs = (str(condition).partition("=") for condition in self.where)
+        return tuple((column.strip(), value.strip()) for column, _, value in pairs)
+
+    def token_ids(self, tokenizer: Any, k: int) -> tuple[int, ...]:
+        """Return the ids of `keep_ids`, ascending.
+
+        Args:
+            tokenizer: knows the tokens.
+            k: ids a row has.
+
+        Raises:
+            ConfigError: the tokenizer has no such token, or there are k of them.
+        """
+        vocabulary = tokenizer.get_vocab()
+        ids = set()
+        for token in self.keep_ids:
+            if isinstance(token, str) and token not in vocabulary:
+                near = difflib.get_close_matches(token, vocabulary, n=3)
+                raise ConfigError(
+                    f"keep_ids: {token!r} is no token of the tokenizer's"
+                    + (f"; there are {', '.join(map(repr, near))}" if near else "")
+                )
+            number = vocabulary[token] if isinstance(token, str) else token
+            if not 0 <= number <= max(vocabulary.values()):
+                raise ConfigError(
+                    f"keep_ids: {number} is no id of the tokenizer's, whose ids are 0…{max(vocabulary.values())}"
+                )
+            ids.add(int(number))
+        if len(ids) >= k:
+            raise ConfigError(f"keep_ids: {len(ids)} ids, but a row has k = {k}: give fewer than that")
+        return tuple(sorted(ids))
+
+    @property
+    def gpus_per_worker(self) -> int:
+        """GPUs that one engine runs on, where there are any."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def shard_numbers(self, shards: int) -> range:
+        """Return which of a plan's shards to capture.
+
+        Raises:
+            ConfigError: the range begins after the last one.
+        """
+        if self.shard_range is None:
+            return range(shards)
+        first, end = map(int, self.shard_range.split(":"))
+        if first > shards or end < first:
+            raise ConfigError(f"shard_range: {self.shard_range} of {shards} shards, numbered from 0")
+        return range(first, min(end, shards))
 
     def _check_engine(self) -> None:
         """Refuse settings that the engine does not know or that it needs and has not.
@@ -147,8 +254,6 @@ class CaptureSettings:
         Raises:
             ConfigError: names the setting.
         """
-        if self.engine not in ("hf", "vllm", "openai"):
-            raise ConfigError(f"engine: must be hf, vllm or openai, found {self.engine!r}")
         for name, engines in _ENGINE_SETTINGS.items():
             if self.engine not in engines and getattr(self, name) != default_of(name):
                 raise ConfigError(
@@ -222,19 +327,25 @@ class CaptureSettings:
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that decide the bytes besides teacher, tokenizer, codec and dataset, for the header."""
-        names: tuple[str, ...] = ("max_seq_len", "apply_chat_template", "shard_tokens")
-        options = {name: getattr(self, name) for name in names}
+        deciding = {name: getattr(self, name) for name in _DECIDING}
         if self.engine == "hf":
             # Which documents share a forward, and how its products are summed, changes last bits.
-            options |= {"head_dtype": self.head_dtype, "batch_tokens": self.forward_tokens, "head_rows": self.head_rows}
+            deciding |= {name: getattr(self, name) for name in ("head_dtype", "head_rows")}
+            deciding["batch_tokens"] = self.forward_tokens
         else:
             # These batch by themselves; what they give is the same within their noise only.
-            options |= {"engine": self.engine}
-        if self.quantization is not None:
-            options |= {"quantization": self.quantization}
-        if self.samples is not None:
-            options |= {"samples": self.samples, "seed": self.seed}
-        return options
+            deciding["engine"] = self.engine
+        if self.overflow == "window":
+            deciding["overlap"] = self.overlap or default_overlap(self.max_seq_len)
+        if self.samples is not None or self.shuffle:
+            deciding["seed"] = self.seed
+        if self.drop_duplicates is None:
+            deciding["drop_duplicates"] = self.keep_columns == ("none",)
+        for name in _DECIDING_IF_SET:
+            value, default = getattr(self, name), default_of(name)
+            if value != (_list_setting(name, default) if name in _LISTS else default):
+                deciding[name] = list(value) if isinstance(value, tuple) else value
+        return deciding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,17 +354,26 @@ class CaptureReport:
 
     Attributes:
         output: the dataset's folder.
-        documents, tokens, rows, shards: its size; a document of L tokens has L − 1 rows.
+        documents, tokens, rows, shards: its size; a document of L tokens has L − 1 rows, or L with the last one.
+        unfinished_shards: shards that this run was not to do, and nobody has done yet; without them no manifest.
         bytes_per_token: the codec's bytes a row, ids and values.
         disk_bytes: size of the shards.
         kl_mean, kl_p99: KL(teacher's top k ‖ decoded) in nats a row, as measured while writing; None if there are no
             rows.
+        mass_mean: mean probability of the stored ids of a row; None if it is not known.
+        mass_quantiles: that probability, not exceeded by this share of the rows.
+        next_token_rates: how often the teacher's first id is the next token, with rows at their place ("0") and one
+            off; at its place it should be far more often.
+        shifted: −1 or +1 if rows fit the tokens better one off, beyond chance; else None.
         resumed_documents: how many documents an earlier run had written.
-        already_complete: the whole dataset was there, nothing was done.
-        empty_rows: rows of the source without content; None if nothing was read.
-        short_documents: documents of one token, which have no next token to predict; None if nothing was read.
+        already_complete: the whole dataset was there, nothing was captured.
+        passed_over: rows of the source, and what of it is not in the dataset, by reason.
+        skipped: documents that the teacher gave no distributions for: where they are from, and why.
         seconds: time of this run's scoring and writing, without loading.
         new_tokens, tokens_per_second: tokens this run captured, and how fast.
+        teacher_seconds, blocked_seconds: this run's time waiting for the teacher, and that the teacher waited for the
+            encoder.
+        encode_seconds, write_seconds: of the encoder's thread, beside the teacher.
         peak_rss_bytes: largest resident memory of the process so far.
         peak_cuda_bytes: largest memory on the first CUDA device; 0 without one.
     """
@@ -263,23 +383,166 @@ class CaptureReport:
     tokens: int
     rows: int
     shards: int
+    unfinished_shards: int
     bytes_per_token: float
     disk_bytes: int
     kl_mean: float | None
     kl_p99: float | None
+    mass_mean: float | None
+    mass_quantiles: dict[str, float | None]
+    next_token_rates: dict[str, float]
+    shifted: int | None
     resumed_documents: int
     already_complete: bool
-    empty_rows: int | None
-    short_documents: int | None
+    passed_over: dict[str, int]
+    skipped: list[list[str]]
     seconds: float
     new_tokens: int
     tokens_per_second: float
+    teacher_seconds: float
+    blocked_seconds: float
+    encode_seconds: float
+    write_seconds: float
     peak_rss_bytes: int
     peak_cuda_bytes: int
 
-    def to_dict(self) -> dict[str, Union[str, int, float, None]]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-able mapping."""
         return asdict(self)
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "workers": ("ray", None),
+    "engine": ("hf", "vllm", "openai"),
+    "overflow": OVERFLOWS,
+    "loss_on": LOSS_ON,
+    "head_dtype": ("float32", "auto"),
+    "drop_duplicates": (True, False, None),
+}
+_LEAST = {
+    "max_seq_len": 2,
+    "batch_tokens": 1,
+    "head_rows": 1,
+    "shard_tokens": 1,
+    "samples": 1,
+    "seed": 0,
+    "skip_bad_documents": 0,
+    "min_tokens": 1,
+    "max_tokens": 2,
+    "overlap": 0,
+    "num_workers": 1,
+    "worker_cpus": 1,
+    "max_model_len": 1,
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "concurrency": 1,
+    "max_retries": 0,
+}
+_LISTS = ("where", "keep_ids", "keep_columns")
+_DECIDING = ("max_seq_len", "apply_chat_template", "shard_tokens", "overflow", "loss_on")
+_DECIDING_IF_SET = (
+    *("samples", "shuffle", "where", "min_tokens", "max_tokens", "drop_duplicates", "keep_columns", "keep_ids"),
+    *("label_logprobs", "last_row", "quantization"),
+)
+
+
+def _one_of(values: Sequence[Any]) -> str:
+    """Write choices for a person."""
+    names = [
+        "true" if value is True else "false" if value is False else str(value) for value in values if value is not None
+    ]
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _list_setting(name: str, value: Any) -> tuple[Any, ...]:
+    """Return a setting of several values, which may be given as a list or as text with commas, as a tuple.
+
+    In the text of `keep_ids` a number is an id, anything else a token; a list may have tokens with commas.
+    """
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",")] if name != "where" else [value]
+        parts = [part for part in parts if part]
+        return tuple(int(part) if name == "keep_ids" and part.isdecimal() else part for part in parts)
+    kinds = (int, str) if name == "keep_ids" else (str,)
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or any(isinstance(part, bool) or not isinstance(part, kinds) for part in value):
+        raise ConfigError(f"{name}: must be a list, or text with commas between, found {value!r}")
+    return tuple(value)
+
+
+def load_captures(path: str | Path, overrides: Mapping[str, Any] | None = None) -> list[CaptureSettings]:
+    """Read the settings of one capture or several from a YAML file.
+
+    Its keys are settings; under `captures` there may be a list of mappings with those in which the captures differ.
+
+    Args:
+        path: of the file.
+        overrides: settings that go before the file's, in every capture.
+
+    Returns:
+        The captures in the file's order, with every setting checked.
+
+    Raises:
+        ConfigError: the file can not be read, or has an unknown key or a value that is not allowed: the message has its
+            path; or two captures have one output.
+    """
+    content = _read_yaml(Path(path), "captures")
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: must hold settings of captures (key: value), found {type(content).__name__}")
+    shared = {key: value for key, value in content.items() if key != "captures"}
+    entries = content.get("captures", [{}])
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ConfigError(f"{path}: captures must be a list of mappings, found {entries!r:.200}")
+    _check_names(shared, f"{path}: ", (*_names(), "captures"))
+    captures = []
+    for index, entry in enumerate(entries):
+        place = f"captures[{index}]" if "captures" in content else ""
+        _check_names(entry, f"{path}: {place}.", _names())
+        options = _merged(shared, entry, overrides or {})
+        missing = [name for name in ("model", "dataset", "output") if options.get(name) is None]
+        if missing:
+            raise ConfigError(f"{path}: {place or 'it'} has no {' and no '.join(missing)}")
+        try:
+            captures.append(CaptureSettings.of(**options))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {place}{'.' if place else ''}{error}") from error
+    _check_outputs(captures, path)
+    return captures
+
+
+def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Put settings over others. One of preset and compression_config takes the other's place."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        if layer.keys() & _CODEC_SETTINGS:
+            merged = {name: value for name, value in merged.items() if name not in _CODEC_SETTINGS}
+        merged |= layer
+    return merged
+
+
+_CODEC_SETTINGS = {"preset", "compression_config"}
+
+
+def _check_outputs(captures: Sequence[CaptureSettings], path: str | Path) -> None:
+    outputs: dict[str, int] = {}
+    for index, settings in enumerate(captures):
+        output = str(settings.output).rstrip("/")
+        if output in outputs:
+            raise ConfigError(f"{path}: captures[{outputs[output]}] and captures[{index}] have one output, {output}")
+        outputs[output] = index
+
+
+def _names() -> tuple[str, ...]:
+    return tuple(field.name for field in fields(CaptureSettings))
+
+
+def _check_names(given: Mapping[Any, Any], where: str, known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f"{where}{name} is no setting of a capture; {hint}")
 
 
 def default_of(name: str) -> Any:
@@ -287,10 +550,10 @@ def default_of(name: str) -> Any:
     return next(field.default for field in fields(CaptureSettings) if field.name == name)
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path, what: str = "compression_config") -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"compression_config: {path} can not be read: {error.strerror}") from error
+        raise ConfigError(f"{what}: {path} can not be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"compression_config: {path} is not YAML: {error}") from error
+        raise ConfigError(f"{what}: {path} is not YAML: {error}") from error

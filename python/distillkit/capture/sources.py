@@ -5,16 +5,25 @@ A source yields rows in one fixed order, each with the words that tell a person 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import weakref
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
 from distillkit.errors import ConfigError, InputError
 
-__all__ = ["Row", "Source", "open_hub", "open_local", "open_source"]
+__all__ = ["Row", "Source", "kept_schema", "open_hub", "open_local", "open_source"]
 
 Row = tuple[str, Mapping[str, Any]]
 """(where the row is, for messages; its columns)"""
@@ -33,6 +42,7 @@ _SPLIT_WORDS = {
     "evaluation": "test",
 }
 _PARQUET_BATCH_ROWS = 256
+_SCHEMA_ROWS = 1024
 
 # Columns of captured and published datasets that hold distributions: no text, and most of the bytes.
 _TEACHER_COLUMNS = (
@@ -53,11 +63,28 @@ class Source(Protocol):
         """JSON-able; differs where the content does."""
 
     @property
+    def fingerprint(self) -> str:
+        """Of the content: another place or date of the same files does not change it."""
+
+    @property
     def num_rows(self) -> int:
         """Rows in all."""
 
-    def rows(self) -> Iterator[Row]:
-        """All rows, in order."""
+    def rows(self, order: npt.NDArray[np.int64] | None = None) -> Iterator[Row]:
+        """Yield all rows in order, or those that `order` numbers, in its order.
+
+        For the latter JSON lines take 16 bytes of memory a row; JSON arrays and the text of Parquet files are held
+        whole.
+        """
+
+    def schema(self, columns: Sequence[str] | None = None) -> pa.Schema:
+        """Return the types of these columns, or of all there are.
+
+        Of JSON, all rows are read for it.
+
+        Raises:
+            ConfigError: there is no such column, or its values have no common type.
+        """
 
 
 def open_source(dataset: str, *, configuration: str | None = None, split: str = "train") -> Source:
@@ -114,6 +141,45 @@ def _the_split(wanted: str | None, there: Sequence[str], where: Path | str) -> s
     return wanted
 
 
+def kept_schema(source: Source, keep_columns: str | Sequence[str]) -> pa.Schema:
+    """Return the columns of a source that go with its documents.
+
+    Args:
+        source: where they are.
+        keep_columns: "none", "all", or names, as a list or with commas between them. "all" leaves those out that a
+            captured dataset has itself, such as input_ids.
+
+    Raises:
+        ConfigError: there is no such column, it has another meaning in a captured dataset, or no one type.
+    """
+    from distillkit.shards.table import SCHEMA
+
+    names = keep_columns.split(",") if isinstance(keep_columns, str) else list(keep_columns)
+    names = [name.strip() for name in names if name.strip()]
+    if names in ([], ["none"]):
+        return pa.schema([])
+    if names == ["all"]:
+        return pa.schema([field for field in source.schema() if field.name not in SCHEMA.names])
+    taken = [name for name in names if name in SCHEMA.names]
+    if taken:
+        raise ConfigError(
+            f"keep_columns: {', '.join(taken)} can not be kept: captured datasets have columns "
+            f"{', '.join(SCHEMA.names)} of their own"
+        )
+    return source.schema(names)
+
+
+def _of_columns(schema: pa.Schema, columns: Sequence[str] | None, where: str) -> pa.Schema:
+    """Return the fields of some columns, without metadata; of all if None."""
+    wanted = schema.names if columns is None else list(dict.fromkeys(columns))
+    missing = [name for name in wanted if name not in schema.names]
+    if missing:
+        raise ConfigError(
+            f"keep_columns: {where} has no column {', '.join(missing)}; there are {', '.join(schema.names) or 'none'}"
+        )
+    return pa.schema([schema.field(name).remove_metadata() for name in wanted])
+
+
 # -- local files -------------------------------------------------------------------------------------------------------
 
 
@@ -139,19 +205,48 @@ class _Files:
         return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
     @property
+    def fingerprint(self) -> str:
+        state = xxhash.xxh3_128()
+        for file in self._files:
+            state.update(f"{file.relative_to(self._root)}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as data:
+                while block := data.read(1 << 20):
+                    state.update(block)
+        return str(state.hexdigest())
+
+    @property
     def num_rows(self) -> int:
         if self._num_rows is None:
             self._num_rows = sum(_FORMATS[file.suffix].count(file) for file in self._files)
         return self._num_rows
 
-    def rows(self) -> Iterator[Row]:
-        for file in self._files:
-            name = file.name if file == self._root else file.relative_to(self._root).as_posix()
-            for place, row in _FORMATS[file.suffix].read(file):
-                where = f"{name}, {place}" if place else name
-                if not isinstance(row, Mapping):
-                    raise InputError(f"{where}: a row must be an object with named columns, found {type(row).__name__}")
-                yield where, row
+    def rows(self, order: npt.NDArray[np.int64] | None = None) -> Iterator[Row]:
+        if order is None:
+            for file in self._files:
+                for place, row in _FORMATS[file.suffix].read(file):
+                    yield self._row(file, place, row)
+            return
+        loaded = [_FORMATS[file.suffix].load(file) for file in self._files]
+        ends = np.cumsum([len(rows) for rows in loaded])
+        for number, which in zip(order.tolist(), np.searchsorted(ends, order, side="right").tolist(), strict=True):
+            rows = loaded[which]
+            yield self._row(self._files[which], *rows[number - int(ends[which]) + len(rows)])
+
+    def _row(self, file: Path, place: str, row: Any) -> Row:
+        name = file.name if file == self._root else file.relative_to(self._root).as_posix()
+        where = f"{name}, {place}" if place else name
+        if not isinstance(row, Mapping):
+            raise InputError(f"{where}: a row must be an object with named columns, found {type(row).__name__}")
+        return where, row
+
+    def schema(self, columns: Sequence[str] | None = None) -> pa.Schema:
+        try:
+            found = pa.unify_schemas(
+                [_FORMATS[file.suffix].schema(file, columns) for file in self._files], promote_options="permissive"
+            )
+        except pa.ArrowException as error:
+            raise ConfigError(f"{self._root}: its files have columns of different types: {error}") from error
+        return _of_columns(found, columns, str(self._root))
 
 
 def _files_of_split(folder: Path, split: str | None) -> list[Path]:
@@ -191,12 +286,23 @@ def _split_of(path: Path) -> str | None:
     return next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), None)
 
 
+class _Rows(Protocol):
+    """A file's rows by number: (place in the file, row)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class _Format:
-    """How the rows of one kind of file are counted and read; `read` yields (place in the file, row)."""
+    """How the rows of one kind of file are counted, read (`read` yields (place in the file, row)) and loaded, and what
+    columns they have; types are those of the columns that are asked for at least."""
 
     count: Callable[[Path], int]
     read: Callable[[Path], Iterator[tuple[str, Any]]]
+    load: Callable[[Path], _Rows]
+    schema: Callable[[Path, Sequence[str] | None], pa.Schema]
 
 
 def _count_lines(file: Path) -> int:
@@ -209,6 +315,56 @@ def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"line {number}", _parse_json(line, f"{file}, line {number}")
+
+
+class _Lines:
+    """Lines of a JSON-lines file by number."""
+
+    def __init__(self, file: Path) -> None:
+        self._path = file
+        starts, numbers, start = array("q"), array("q"), 0
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    starts.append(start)
+                    numbers.append(number)
+                start += len(line)
+        self._starts, self._numbers = starts, numbers
+        self._file = file.open("rb")
+        weakref.finalize(self, self._file.close)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> tuple[str, Any]:
+        self._file.seek(self._starts[index])
+        number = self._numbers[index]
+        return f"line {number}", _parse_json(self._file.readline(), f"{self._path}, line {number}")
+
+
+def _json_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
+    """Return the types of a JSON file's columns, those of all its rows together."""
+    names: dict[str, None] = {}
+    found = pa.schema([])
+    rows = (row for _, row in _FORMATS[file.suffix].read(file) if isinstance(row, Mapping))
+    while batch := list(itertools.islice(rows, _SCHEMA_ROWS)):
+        names |= dict.fromkeys(name for row in batch for name in row)
+        for name in [name for name in names if columns is None or name in columns]:
+            found = _with_values(found, name, [row.get(name) for row in batch], file)
+    # Those that were not asked for are there, so that a message can name them.
+    return pa.schema([found.field(name) if name in found.names else pa.field(name, pa.null()) for name in names])
+
+
+def _with_values(schema: pa.Schema, name: str, values: list[Any], file: Path) -> pa.Schema:
+    """Widen a schema so that a column takes these values."""
+    try:
+        column = pa.schema([(name, pa.array(values).type)])
+        return pa.unify_schemas([schema, column], promote_options="permissive")
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"keep_columns: the values of {name} in {file.name} are of no one type: {error}. Name the columns to keep "
+            "without it"
+        ) from error
 
 
 def _parse_json(data: bytes, where: str) -> Any:
@@ -236,6 +392,14 @@ def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
         yield f"row {index}", row
 
 
+def _load_json(file: Path) -> _Rows:
+    return list(_read_json(file)) if _is_array(file) else _Lines(file)
+
+
+def _text_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
+    return pa.schema([("text", pa.string())])
+
+
 def _read_text(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         yield "", {"text": file.read_text(encoding="utf-8")}
@@ -244,12 +408,9 @@ def _read_text(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _open_parquet(file: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
     try:
-        return pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
+        return pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
         raise InputError(f"{file}: not a Parquet file: {error}") from error
 
 
@@ -258,21 +419,43 @@ def _count_parquet(file: Path) -> int:
         return int(parquet.metadata.num_rows)
 
 
+def _parquet_columns(parquet: Any) -> list[str]:
+    return [name for name in parquet.schema_arrow.names if name not in _TEACHER_COLUMNS]
+
+
+def _parquet_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
+    with _open_parquet(file) as parquet:
+        return pa.schema([parquet.schema_arrow.field(name) for name in _parquet_columns(parquet)])
+
+
+class _Table:
+    """Rows of a Parquet file by number; held in memory."""
+
+    def __init__(self, file: Path) -> None:
+        with _open_parquet(file) as parquet:
+            self._table = parquet.read(columns=_parquet_columns(parquet))
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, index: int) -> tuple[str, Any]:
+        return f"row {index}", self._table.slice(index, 1).to_pylist()[0]
+
+
 def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
     with _open_parquet(file) as parquet:
         index = 0
-        columns = [name for name in parquet.schema_arrow.names if name not in _TEACHER_COLUMNS]
-        for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=columns):
+        for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=_parquet_columns(parquet)):
             for row in batch.to_pylist():
                 yield f"row {index}", row
                 index += 1
 
 
 _FORMATS = {
-    ".jsonl": _Format(_count_lines, _read_lines),
-    ".json": _Format(_count_json, _read_json),
-    ".txt": _Format(lambda file: 1, _read_text),
-    ".parquet": _Format(_count_parquet, _read_parquet),
+    ".jsonl": _Format(_count_lines, _read_lines, _Lines, _json_schema),
+    ".json": _Format(_count_json, _read_json, _load_json, _json_schema),
+    ".txt": _Format(lambda file: 1, _read_text, lambda file: list(_read_text(file)), _text_schema),
+    ".parquet": _Format(_count_parquet, _read_parquet, _Table, _parquet_schema),
 }
 
 
@@ -296,12 +479,21 @@ class _Loaded:
         return [self._description, self._fingerprint]
 
     @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @property
     def num_rows(self) -> int:
         return len(self._dataset)
 
-    def rows(self) -> Iterator[Row]:
-        for index, row in enumerate(self._dataset):
-            yield f"{self._description['name']}, row {index}", row
+    def rows(self, order: npt.NDArray[np.int64] | None = None) -> Iterator[Row]:
+        numbers = range(len(self._dataset)) if order is None else order.tolist()
+        rows = self._dataset if order is None else self._dataset.select(numbers)
+        for number, row in zip(numbers, rows, strict=True):
+            yield f"{self._description['name']}, row {number}", row
+
+    def schema(self, columns: Sequence[str] | None = None) -> pa.Schema:
+        return _of_columns(self._dataset.features.arrow_schema, columns, self._description["name"])
 
 
 def _saved(folder: Path, split: str | None) -> Source:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.table import Table
 
-from distillkit.capture.settings import CaptureReport, CaptureSettings, default_of
-from distillkit.cli.common import human_bytes, show
+from distillkit.capture.settings import CaptureReport, CaptureSettings, default_of, load_captures
+from distillkit.capture.text import LOSS_ON, OVERFLOWS
+from distillkit.cli.common import human_bytes, show, stopping_on_sigterm
 from distillkit.codec import PRESETS
 
-__all__ = ["capture", "show_report"]
+__all__ = ["capture", "show_reports"]
 
 
 def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -23,19 +26,15 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., 
 
 
 @click.command(short_help="Run a teacher over text and store its distributions.")
-@click.option(
-    "--model",
-    required=True,
-    help="The teacher: a folder or a hub id. For a server's: where its config and tokenizer are.",
-)
+@click.argument("config", required=False, metavar="[FILE.yaml]", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--model", help="The teacher: a folder or a hub id. For a server's: where its config and tokenizer are.")
 @click.option(
     "--dataset",
-    required=True,
     help="What it reads: a .jsonl, .json, .txt or .parquet file, a folder of them, a save_to_disk folder, or a hub id. "
-    "Rows have text; messages; conversations; instruction (+ input) + output; inputs + targets; tools + turns; or "
-    "input_ids.",
+    "Rows have text; messages; conversations; instruction (+ input) + output; inputs + targets; tools + turns; "
+    "prompt + response or completion; or input_ids.",
 )
-@click.option("--output", required=True, help="Folder for the captured dataset.")
+@click.option("--output", help="Folder for the captured dataset.")
 @_option("--preset", "Codec configuration by name; recommended if nothing is given.", type=click.Choice(list(PRESETS)))
 @_option(
     "--compression-config",
@@ -45,10 +44,53 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., 
 @_option("--dataset-configuration", "Configuration of a hub dataset.")
 @_option("--split", "Split of the dataset; in a folder of files, those with the split's name in their path.")
 @_option("--samples", "Capture a random sample of this many rows, in the dataset's order.", type=int)
-@_option("--seed", "Decides the sample.", type=int)
+@_option("--seed", "Decides the sample and the shuffled order.", type=int)
+@_option("--shuffle/--no-shuffle", "Capture rows in a random order.")
+@_option(
+    "--where",
+    "Capture only rows whose column has this value (JSON if it is not text); repeat it for more columns.",
+    metavar="COLUMN=VALUE",
+    multiple=True,
+)
+@_option("--min-tokens", "Leave out shorter documents.", type=int)
+@_option("--max-tokens", "Leave out longer documents.", type=int)
+@_option(
+    "--drop-duplicates/--keep-duplicates",
+    "Leave out documents that were there before; dropped unless --keep-columns is given.",
+)
+@_option(
+    "--keep-columns",
+    "Columns of the dataset that the capture has as well: NAME,NAME,…, all or none.",
+    metavar="NAMES",
+)
 @_option("--tokenizer", "Folder or hub id, if not the teacher's own.")
 @_option("--apply-chat-template/--no-apply-chat-template", "Render chat rows with the chat template, or refuse them.")
-@_option("--max-seq-len", "Split longer documents in pieces of this many tokens; nothing is dropped.", type=int)
+@_option("--max-seq-len", "Tokens of a stored document, at most.", type=int)
+@_option(
+    "--overflow",
+    "Longer documents: window captures them in pieces, truncate their beginning, skip leaves them out.",
+    type=click.Choice(OVERFLOWS),
+)
+@_option(
+    "--overlap",
+    "Tokens that a piece repeats of the one before it, as context; an eighth of --max-seq-len if nothing is given.",
+    type=int,
+)
+@_option(
+    "--loss-on",
+    "Which tokens count in a loss. auto: of prompt and response the response, of token ids what their loss_mask or "
+    "labels say, else all; assistant: the assistant's turns; completion: the response.",
+    type=click.Choice(LOSS_ON),
+)
+@_option(
+    "--keep-ids",
+    "Ids or tokens that every row stores, whatever their rank, with commas between: end of turn, tool calls, …",
+    metavar="IDS",
+)
+@_option(
+    "--label-logprobs/--no-label-logprobs", "Also store the log-probability of each next token, whatever its rank."
+)
+@_option("--last-row/--no-last-row", "Also store the distribution after a document's last token.")
 @_option("--dtype", "float32, bfloat16, float16, or auto: the checkpoint's own, on a CPU float32.")
 @_option(
     "--head-dtype",
@@ -64,6 +106,11 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., 
 )
 @_option("--head-rows", "Positions whose logits exist at a time: each takes 4 bytes × vocabulary.", type=int)
 @_option("--shard-tokens", "Tokens of a shard; an interrupted capture goes on after the last whole one.", type=int)
+@_option("--shard-range", "Capture only these shards of the plan, FIRST:END, END not included.", metavar="FIRST:END")
+@_option("--skip-bad-documents", "Leave out up to so many documents that the teacher can't score.", type=int)
+@_option("--workers", "ray: share the shards out over a Ray cluster.", type=click.Choice(["ray"]))
+@_option("--num-workers", "Ray workers, each with its own engine.  [default: as the GPUs allow; one a node]", type=int)
+@_option("--worker-cpus", "CPUs of a Ray worker.", type=int)
 @_option(
     "--engine",
     "What runs the teacher: hf is transformers; openai is a running server, see --base-url.",
@@ -90,32 +137,57 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Callable[..., 
 @_option("--request-timeout", "Server: seconds until a request has failed.", type=float)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar (on stderr).")
-def capture(as_json: bool, progress: bool, **options: Any) -> None:
+@click.pass_context
+def capture(context: click.Context, /, config: Path | None, as_json: bool, progress: bool, **options: Any) -> None:
     """Run a teacher over text and store its next-token distributions, compressed.
 
     Started again with the same options, an interrupted capture goes on after its last whole shard, and a finished one
     is left as it is. Look at the result with: distillkit-codec inspect OUTPUT
 
+    Settings may stand in a YAML file, by the options' names (max_seq_len: 2048); under `captures` it can have a list
+    of those in which several captures differ, which are run one after the other. Options go before the file's.
+
     \b
-    Example:
+    Examples:
       distillkit capture --model teacher/ --dataset text.jsonl --output captured/
+      distillkit capture teachers.yaml --samples 1000
     """
-    show_report(CaptureSettings.of(**options), as_json=as_json, progress=progress)
+    captures = _captures(context, config, options)
+    show_reports(captures, as_json=as_json, progress=progress)
 
 
-def show_report(settings: CaptureSettings, *, as_json: bool = False, progress: bool = True) -> None:
-    """Capture, and print what came of it."""
+def show_reports(captures: Sequence[CaptureSettings], *, as_json: bool = False, progress: bool = True) -> None:
+    """Capture one after the other, and print what came of it."""
     from transformers.utils.logging import disable_progress_bar
 
-    from distillkit.capture.pipeline import run_capture
+    from distillkit.capture.run import run_capture
 
     # Their bar for loading weights runs into ours.
     disable_progress_bar()
-    report = run_capture(settings, progress=progress)
+    reports = []
+    with stopping_on_sigterm():
+        for settings in captures:
+            reports.append(run_capture(settings, progress=progress))
+            if not as_json:
+                show(_table(reports[-1]))
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=1))
-    else:
-        show(_table(report))
+        found = [report.to_dict() for report in reports]
+        click.echo(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+
+
+def _captures(context: click.Context, config: Path | None, options: dict[str, Any]) -> list[CaptureSettings]:
+    """Return what to capture, by the options and the file."""
+    if config is not None:
+        given = {
+            name: value
+            for name, value in options.items()
+            if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        }
+        return load_captures(config, given)
+    for name in ("model", "dataset", "output"):
+        if options[name] is None:
+            raise click.UsageError(f"Missing option '--{name}', or a file with settings.", ctx=context)
+    return [CaptureSettings.of(**options)]
 
 
 def _table(report: CaptureReport) -> Table:
@@ -123,17 +195,48 @@ def _table(report: CaptureReport) -> Table:
     table = Table(title=f"captured: {report.output}", show_header=False, title_justify="left")
     table.add_row("documents", _documents(report))
     table.add_row("tokens", f"{report.tokens:,}  ({report.rows:,} distributions in {report.shards} shards)")
+    if report.unfinished_shards:
+        table.add_row(
+            "unfinished", f"{report.unfinished_shards:,} shards are left to do; the manifest comes with the last"
+        )
     table.add_row("bytes a token", f"{report.bytes_per_token:g}  ({human_bytes(report.disk_bytes)} on disk)")
     if report.kl_mean is not None and report.kl_p99 is not None:
         table.add_row("fidelity", f"KL mean {report.kl_mean:.2e}, p99 {report.kl_p99:.2e} nats (top k ‖ decoded)")
+    if report.mass_mean is not None:
+        shares = ", ".join(
+            f"{float(share):.0%} of rows ≤ {mass:.3f}"
+            for share, mass in report.mass_quantiles.items()
+            if mass is not None
+        )
+        table.add_row("stored mass", f"mean {report.mass_mean:.4f}; {shares}")
+        table.add_row("alignment", _alignment(report))
     if report.already_complete:
         table.add_row("this run", "nothing to do: it was complete")
     else:
         speed = f"{report.new_tokens:,} tokens in {report.seconds:,.1f} s: {report.tokens_per_second:,.0f} tokens/s"
         table.add_row("this run", speed)
+        table.add_row("stages", _stages(report))
         cuda = f", {human_bytes(report.peak_cuda_bytes)} on the GPU" if report.peak_cuda_bytes else ""
         table.add_row("peak memory", f"{human_bytes(report.peak_rss_bytes)}{cuda}")
     return table
+
+
+def _alignment(report: CaptureReport) -> str:
+    """Say where the next token is the teacher's first id."""
+    rates = ", ".join(f"{rate:.1%} at {shift}" for shift, rate in report.next_token_rates.items())
+    verdict = "" if report.shifted is None else f". Rows fit the tokens at {report.shifted:+d}: THEY ARE SHIFTED"
+    return f"the next token is the teacher's first id: {rates}{verdict}"
+
+
+def _stages(report: CaptureReport) -> str:
+    """Say how fast each stage was while it worked."""
+    stages = {
+        "teacher": report.teacher_seconds,
+        "encode": report.encode_seconds,
+        "write": report.write_seconds,
+    }
+    rates = ", ".join(f"{name} {report.new_tokens / seconds:,.0f}" for name, seconds in stages.items() if seconds > 0)
+    return f"{rates} tokens/s; the teacher waited {report.blocked_seconds:,.1f} s for the others"
 
 
 def _documents(report: CaptureReport) -> str:
@@ -141,8 +244,9 @@ def _documents(report: CaptureReport) -> str:
     notes = []
     if report.resumed_documents and not report.already_complete:
         notes.append(f"{report.resumed_documents:,} from an earlier run")
-    if report.empty_rows:
-        notes.append(f"{report.empty_rows:,} empty rows passed over")
-    if report.short_documents:
-        notes.append(f"{report.short_documents:,} of one token passed over")
+    if report.skipped:
+        notes.append(f"{len(report.skipped):,} that the teacher can't score left out")
+    for name, count in report.passed_over.items():
+        if name != "rows" and count:
+            notes.append(f"{count:,} {name.replace('_', ' ')} passed over")
     return f"{report.documents:,}" + (f"  ({', '.join(notes)})" if notes else "")

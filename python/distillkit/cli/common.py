@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -26,6 +29,7 @@ __all__ = [
     "progress_console",
     "run_cli",
     "show",
+    "stopping_on_sigterm",
 ]
 
 # Options of all commands that read a published dataset.
@@ -44,6 +48,8 @@ _EXTRAS = {
     "trl": "train",
     "peft": "train",
     "matplotlib": "train",
+    "ray": "ray",
+    "s3fs": "s3",
 }
 """Packages that not every installation has, and the extra that brings each."""
 
@@ -88,7 +94,7 @@ def human_bytes(count: float) -> str:
 
 
 def run_cli(command: click.Command) -> NoReturn:
-    """Runs a command and exits: 0 done, 1 it failed (one message on stderr), 2 wrong usage, 130 interrupted.
+    """Runs a command and exits: 0 done, 1 failed (one message on stderr), 2 wrong usage, 130 interrupted, 143 SIGTERM.
 
     Errors that distillkit raises on purpose and those of the file system are messages; anything else is a bug and
     keeps its traceback.
@@ -111,6 +117,9 @@ def run_cli(command: click.Command) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         progress_console().print("interrupted")
         sys.exit(130)
+    except Terminated:
+        progress_console().print("stopped by SIGTERM: what is whole is kept, run the same command again to go on")
+        sys.exit(128 + signal.SIGTERM)
     except BrokenPipeError:
         # Whoever read the output has gone, as `| head` does. What Python flushes at its end must go somewhere else.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,6 +131,29 @@ def run_cli(command: click.Command) -> NoReturn:
         _fail(f"this needs {package}, which is not installed: pip install 'distillkit[{_EXTRAS[package]}]'")
     except (DistillKitError, OSError) as error:
         _fail(_text(error))
+
+
+class Terminated(BaseException):
+    """The process was told to end."""
+
+
+@contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM, as batch systems send it, end the block as an exception does, so that what is open is left out."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        # Once is enough: cleaning up must not be cut short.
+        signal.signal(number, signal.SIG_IGN)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str) -> NoReturn:

@@ -11,6 +11,10 @@ temperature T, and Z the sum that makes the target a distribution:
     uniform:  p̃_i = p_i^(1/T) / Z for i in K, and p̃_R = m^(1/T) / Z
     label:    p̃_i = (p_i + m·[i = y])^(1/T) / Z for i in K ∪ {y}, and p̃_R = 0; y is the true next token
 
+Where the teacher's probability of y was stored, too, and y is not in K, `uniform` and `label` have K ∪ {y} in place of
+K, also in m: y is an outcome of its own, and the rest is what is left without it. (With `label`, y then has all of m as
+before, or its own probability where rounding of the others left less.) `zero` leaves it aside.
+
 Each sums to one, and the student's q = softmax(z / T) over the whole vocabulary with q_R for the rest does too, so a
 divergence between them is a proper one. At T = 1 the targets are p renormalised, (p, m), and p with m given to y.
 `zero` and `uniform` are the published definitions. (Softening the full distribution would spread the remainder over
@@ -87,11 +91,14 @@ class Targets:
         teacher: the teacher's distribution over it, N positions of torch tensors.
         hidden: (N, H) the teacher's hidden states of each layer that a student's layer is matched with; empty if none
             is.
+        label_logprobs: (N,) float32, the teacher's log-probability of each label, whether it is among a sparse
+            teacher's ids or not; NaN where it is not known. None: nowhere.
     """
 
     labels: torch.Tensor
     teacher: Teacher
     hidden: tuple[torch.Tensor, ...] = ()
+    label_logprobs: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -105,7 +112,8 @@ class Targets:
             teacher = TeacherLogits(teacher.logits[start:stop])
         else:
             teacher = teacher.logits(start, stop)
-        return Targets(self.labels[start:stop], teacher)
+        known = self.label_logprobs
+        return Targets(self.labels[start:stop], teacher, label_logprobs=None if known is None else known[start:stop])
 
 
 @dataclass(frozen=True)
@@ -202,7 +210,9 @@ class Positions:
         ids, logprobs = _tensors(self.targets.teacher)
         everything = ids.shape[-1] >= self.student.size
         # With every id stored there is no remainder; what 1 − Σ p leaves is rounding.
-        target = _target(ids, logprobs, self.targets.labels, temperature, "zero" if everything else missing)
+        labels = self.targets.labels
+        missing = "zero" if everything else missing
+        target = _target(ids, logprobs, labels, temperature, missing, self.targets.label_logprobs)
         outcomes = torch.isfinite(target[0])
         log_p = target[0].clamp_min(NEVER)
         log_q = self.student.logprobs(temperature).clamp_min(NEVER).where(outcomes, NEVER)
@@ -210,6 +220,9 @@ class Positions:
         student = self.student  # not `self`, which would hold itself, and the logits, until the garbage is collected
         rest = None if everything else lambda: student.logprob_outside(outcomes, temperature)
         log_p_rest = None if target[1] is None else target[1].clamp_min(NEVER)
+        if log_p_rest is not None and ids.shape[-1] + 1 >= self.student.size:
+            # With the label every id may be an outcome; what is left then is rounding.
+            log_p_rest = log_p_rest.masked_fill(outcomes.sum(-1) >= self.student.size, NEVER)
         return Comparison(log_p, log_q, outcomes, log_p_rest, rest)
 
     def _dense(self, teacher_logits: torch.Tensor, temperature: float) -> Comparison:
@@ -224,13 +237,19 @@ class Positions:
 
 
 def _target(
-    ids: torch.Tensor, logprobs: torch.Tensor, labels: torch.Tensor, temperature: float, missing: Missing
+    ids: torch.Tensor,
+    logprobs: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float,
+    missing: Missing,
+    label_logprobs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Make the training target of stored log-probabilities: see the top of this module.
 
     Args:
         ids, logprobs: (N, k); a log-probability of −inf is a probability of 0.
         labels: (N,).
+        label_logprobs: (N,), NaN where not known.
 
     Returns:
         log p̃ (N, k + 1), with the label at the end: −inf unless it is an outcome by itself; and log p̃_R (N,) for
@@ -241,13 +260,17 @@ def _target(
     extra = torch.full_like(logprobs[:, :1], -torch.inf)
     remainder = None
     if missing != "zero":
-        log_missing = (1.0 - logprobs.double().exp().sum(-1, keepdim=True)).clamp_min(0.0).log().float()
+        is_label = (ids == labels.unsqueeze(-1)) & torch.isfinite(logprobs)
+        if label_logprobs is not None:
+            alone = ~is_label.any(-1) & torch.isfinite(label_logprobs)
+            extra = torch.where(alone, label_logprobs, -torch.inf).unsqueeze(-1)
+        stored = logprobs.double().exp().sum(-1, keepdim=True) + extra.double().exp()
+        log_missing = (1.0 - stored).clamp_min(0.0).log().float()
         if missing == "uniform":
             remainder = log_missing.squeeze(-1) / temperature
         else:
-            is_label = (ids == labels.unsqueeze(-1)) & torch.isfinite(logprobs)
             logprobs = torch.where(is_label, torch.logaddexp(logprobs, log_missing), logprobs)
-            extra = torch.where(is_label.any(-1, keepdim=True), extra, log_missing)
+            extra = torch.where(is_label.any(-1, keepdim=True), extra, torch.logaddexp(extra, log_missing))
     scaled = torch.cat([logprobs, extra], -1) / temperature
     total = scaled.logsumexp(-1)
     if remainder is not None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,59 +20,201 @@ from fsspec.implementations.local import LocalFileSystem
 
 from distillkit.errors import CorruptDataError, DistillKitError
 
-__all__ = [
-    "TEMPORARY_PREFIX",
-    "file_hash",
-    "open_source",
-    "publish",
-    "reading",
-    "temporary_path",
-    "write_atomically",
-    "writing",
-]
+__all__ = ["TEMPORARY_PREFIX", "Folder", "NewFile", "file_hash", "open_source", "reading", "writing"]
 
 TEMPORARY_PREFIX = ".incomplete-"
 
-
-def temporary_path(path: Path) -> Path:
-    """Where `path` is written before it is complete: beside it, under a name that no reader looks at."""
-    return path.with_name(TEMPORARY_PREFIX + path.name)
+_WHOLE_AT_ONCE = {"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "hf"}
+"""Storage where a file appears when its upload is complete; elsewhere it is uploaded under another name and moved."""
 
 
-def publish(file: IO[bytes], path: Path) -> None:
-    """Makes an open temporary file durable and gives it its name; closes it."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(temporary_path(path), path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+class Folder:
+    """A folder, local or at an fsspec URL, in which files are whole or not there.
+
+    Args:
+        url: a path, or an fsspec URL such as s3://bucket/captured.
+
+    Attributes:
+        url: without a slash at the end.
+        is_local: whether it is on this machine's file system.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.url = str(os.fspath(url)).rstrip("/") or "/"
+        self._filesystem, self._root = fsspec.core.url_to_fs(self.url)
+        self.is_local = isinstance(self._filesystem, LocalFileSystem)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def of(self, name: str) -> str:
+        """The path or URL of a file in it."""
+        return f"{self.url}/{name}"
+
+    def inner(self, name: str) -> Folder:
+        """A folder in it."""
+        return Folder(self.of(name))
+
+    def make(self) -> None:
+        """Makes it, where storage has folders."""
+        with writing(self.url):
+            self._filesystem.makedirs(self._root, exist_ok=True)
+
+    def names(self) -> list[str]:
+        """Names of the files in it, sorted; none if it does not exist."""
+        self._filesystem.invalidate_cache()
+        try:
+            entries = self._filesystem.ls(self._root, detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None if it is not there."""
+        self._filesystem.invalidate_cache()
+        try:
+            return int(self._filesystem.size(self._inner(name)))
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content, None if it is not there."""
+        try:
+            return bytes(self._filesystem.cat_file(self._inner(name)))
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a whole file, durably and at once.
+
+        Raises:
+            OSError: it can not be written; says which, and that finished shards are kept.
+        """
+        with writing(self.of(name)), self.new_file(name) as file:
+            file.stream.write(data)
+            file.publish()
+
+    def new_file(self, name: str) -> NewFile:
+        """A file that is not there until it is published."""
+        return _LocalFile(Path(self._root) / name) if self.is_local else _RemoteFile(self, self._filesystem, name)
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm_file(self._inner(name))
+
+    def remove_all(self) -> None:
+        """Removes the folder with all that is in it, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm(self._root, recursive=True)
+
+    def remove_leftovers(self, name: str | None = None) -> None:
+        """Removes what processes that were killed left of a file, or of all files."""
+        for leftover in self.names():
+            if leftover.startswith(TEMPORARY_PREFIX + (name or "")):
+                self.remove(leftover)
+
+    def free_bytes(self) -> int | None:
+        """Bytes that are free for it; None where that is not known (storage elsewhere)."""
+        if not self.is_local:
+            return None
+        path = Path(self._root)
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free
+
+    def _inner(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+
+class NewFile(ABC):
+    """A file being written; leaving its `with` without `publish` throws it away.
+
+    Attributes:
+        stream: what to write to.
+    """
+
+    stream: IO[bytes]
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Makes it durable and gives it its name."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Removes it, unless it was published."""
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abandon()
+
+
+class _LocalFile(NewFile):
+    """Written beside its place under a name that no reader looks at, then renamed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary = path, path.with_name(TEMPORARY_PREFIX + path.name)
+        self.stream = open(self._temporary, "wb")  # noqa: SIM115 — closed by publish or abandon
+
+    def publish(self) -> None:
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        self.stream.close()
+        os.replace(self._temporary, self._path)
+        directory = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def abandon(self) -> None:
+        # What is buffered is thrown away with the file; that it can not be written either is no news.
+        with contextlib.suppress(OSError):
+            self.stream.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class _RemoteFile(NewFile):
+    """Written on this machine, then uploaded."""
+
+    def __init__(self, folder: Folder, filesystem: Any, name: str) -> None:
+        self._folder, self._filesystem, self._name = folder, filesystem, name
+        self.stream = tempfile.NamedTemporaryFile(prefix="distillkit-")  # noqa: SIM115 — closed by publish or abandon
+
+    def publish(self) -> None:
+        self.stream.flush()
+        size = os.fstat(self.stream.fileno()).st_size
+        target = f"{self._folder._root.rstrip('/')}/{self._name}"
+        protocols = self._filesystem.protocol
+        if {protocols} & _WHOLE_AT_ONCE if isinstance(protocols, str) else {*protocols} & _WHOLE_AT_ONCE:
+            self._filesystem.put_file(self.stream.name, target)
+        else:
+            beside = f"{self._folder._root.rstrip('/')}/{TEMPORARY_PREFIX}{self._name}"
+            self._filesystem.put_file(self.stream.name, beside)
+            self._filesystem.mv(beside, target)
+        found = self._folder.size(self._name)
+        if found != size:
+            raise OSError(errno.EIO, f"{found} bytes arrived of {size}", self._folder.of(self._name))
+        self.stream.close()
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.close()
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Says which file could not be written (a full disk, for example), and that finished shards are kept."""
     try:
         yield
     except OSError as error:
+        if error.filename == str(path):
+            raise
         reason = error.strerror or str(error)
         message = f"{reason}; it was not written, finished shards are kept: run again to go on after them"
         raise OSError(error.errno, message, str(path)) from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a whole file, durably and at once."""
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            publish(file, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def file_hash(file: IO[bytes]) -> str:

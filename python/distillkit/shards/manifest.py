@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -13,7 +13,7 @@ import xxhash
 
 from distillkit.errors import CorruptDataError, UnsupportedVersionError
 from distillkit.fidelity import FidelityStats
-from distillkit.shards.files import write_atomically, writing
+from distillkit.shards.files import Folder
 from distillkit.shards.header import Header, canonical_json
 
 __all__ = ["MANIFEST", "Manifest", "ShardInfo", "read_manifest"]
@@ -44,12 +44,17 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Header of the dataset (fidelity merged over its shards), and its shards in order."""
+    """Header of the dataset (fidelity merged over its shards), its shards in order, and what a capture says besides.
+
+    Attributes:
+        capture: what was passed over and what was found, of a captured dataset; None of others.
+    """
 
     header: Header
     shards: tuple[ShardInfo, ...]
+    capture: Mapping[str, Any] | None = None
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Folder) -> None:
         """Writes `manifest.json` atomically."""
         content: dict[str, Any] = {
             "format": FORMAT,
@@ -57,20 +62,21 @@ class Manifest:
             "header": self.header.to_dict(),
             "shards": [asdict(shard) for shard in self.shards],
         }
+        if self.capture is not None:
+            content["capture"] = self.capture
         content["xxh3"] = _content_hash(content)
         text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-        with writing(folder / MANIFEST):
-            write_atomically(folder / MANIFEST, text.encode())
+        folder.write(MANIFEST, text.encode())
 
 
-def read_manifest(folder: str | Path) -> Manifest | None:
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     """The manifest of a dataset's folder (a path or an fsspec URL), None where there is none.
 
     Raises:
         CorruptDataError: it is damaged.
         UnsupportedVersionError: it is of another version.
     """
-    where = f"{str(folder).rstrip('/')}/{MANIFEST}"
+    where = f"{os.fspath(folder).rstrip('/')}/{MANIFEST}"
     filesystem, path = fsspec.core.url_to_fs(where)
     if not filesystem.exists(path):
         return None
@@ -91,7 +97,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         shards = tuple(ShardInfo(**shard) for shard in content["shards"])
     except (KeyError, TypeError) as error:
         raise CorruptDataError(f"{where}: its list of shards is not one: {error}") from error
-    return Manifest(header, shards)
+    return Manifest(header, shards, content.get("capture"))
 
 
 def _content_hash(content: Mapping[str, Any]) -> str:

@@ -37,6 +37,9 @@ __all__ = [
 
 GROUPS_KEY = b"distillkit.groups"
 
+_HIGHEST_LOGPROB = 1e-4
+"""Log-probabilities are at most 0 but for rounding: a label's is a difference of float32 values of up to some tens."""
+
 SCHEMA = pa.schema(
     [
         pa.field("doc_id", pa.string(), nullable=False),
@@ -45,6 +48,7 @@ SCHEMA = pa.schema(
         pa.field("checksum", pa.int64(), nullable=False),
         pa.field("loss_mask", pa.list_(pa.bool_())),
         pa.field("segment_lengths", pa.list_(pa.int32())),
+        pa.field("label_logprobs", pa.list_(pa.float32())),
     ]
 )
 
@@ -101,6 +105,8 @@ class GroupDigest:
 def _fields(document: Document) -> Iterator[Any]:
     yield document.doc_id.encode()
     yield from _deciding_fields(document.input_ids, document.loss_mask, document.segment_lengths)
+    if document.label_logprobs is not None:
+        yield b"l" + np.ascontiguousarray(document.label_logprobs, dtype="<f4").tobytes()
     yield document.teacher
 
 
@@ -148,6 +154,7 @@ def document_table(documents: Sequence[Document]) -> pa.Table:
         pa.array([checksum(document) for document in documents], type=pa.int64()),
         lists([document.loss_mask for document in documents], pa.bool_()),
         lists([document.segment_lengths for document in documents], pa.int32()),
+        lists([document.label_logprobs for document in documents], pa.float32()),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
@@ -234,9 +241,9 @@ class ShardRows(Documents):
         self._checksums: list[int] = arrays["checksum"].to_pylist()
         self._teacher, self._bounds = _binary(arrays["teacher"])
         # Readers ignore columns they do not know; files without the optional ones are whole.
-        self._input_ids, self._masks, self._lengths = (
+        self._input_ids, self._masks, self._lengths, self._labels = (
             _lists(arrays[name], f"{where}: column {name}") if name in arrays else [None] * len(self)
-            for name in ("input_ids", "loss_mask", "segment_lengths")
+            for name in ("input_ids", "loss_mask", "segment_lengths", "label_logprobs")
         )
 
     def __len__(self) -> int:
@@ -264,6 +271,7 @@ class ShardRows(Documents):
             self._header.rows_of(len(input_ids)),
             self._masks[index],
             self._lengths[index],
+            self._labels[index],
         )
         found, stored = checksum(document), self._checksums[index]
         if found != stored:
@@ -318,6 +326,11 @@ def check_document(document: Document, header: Header, codec: Codec, where: str)
         )
     if document.loss_mask is not None and len(document.loss_mask) != tokens:
         raise CorruptDataError(f"{where}: loss_mask has {len(document.loss_mask)} entries for {tokens} tokens")
+    labels = document.label_logprobs
+    if labels is not None and (len(labels) != max(tokens - 1, 0) or not (labels <= _HIGHEST_LOGPROB).all()):
+        raise CorruptDataError(
+            f"{where}: label_logprobs has {len(labels)} entries for {tokens} tokens, or some that are positive or NaN"
+        )
     lengths = document.segment_lengths
     if lengths is not None and (int(lengths.sum()) != tokens or (len(lengths) and int(lengths.min()) < 1)):
         raise CorruptDataError(f"{where}: segment_lengths {lengths.tolist()} do not make up {tokens} tokens")

@@ -3,54 +3,96 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distillkit.codec import Codec
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.fidelity import FidelityStats
-from distillkit.shards.files import TEMPORARY_PREFIX, file_hash, publish, temporary_path, writing
+from distillkit.shards.files import Folder, file_hash, writing
 from distillkit.shards.header import Header
 from distillkit.shards.manifest import Manifest, ShardInfo, merged_fidelity, read_manifest
 from distillkit.shards.reader import ShardFile
 from distillkit.shards.table import SCHEMA, GroupDigest, check_document, document_id, document_table, int32_array
 from distillkit.types import Document, SparseLogprobs
 
-__all__ = ["ShardWriter", "whole_shards"]
+__all__ = [
+    "NewShard",
+    "ShardWriter",
+    "encode_rows",
+    "kept_array",
+    "make_document",
+    "shard_info",
+    "shard_name",
+    "whole_shards",
+]
 
 _ROW_GROUP_BYTES = 1 << 20
 """Teacher bytes of a row group: what random access reads at a time."""
 _SHARD_NAME = re.compile(r"data-(\d{5,})\.parquet")
 
 
-def whole_shards(folder: str | Path) -> list[tuple[ShardInfo, Header]]:
-    """The shards that an interrupted capture left in a folder, in order, each with its header.
+def shard_name(number: int) -> str:
+    """The file name of a dataset's shard."""
+    return f"data-{number:05}.parquet"
+
+
+def whole_shards(folder: str | os.PathLike[str]) -> list[tuple[ShardInfo, Header]]:
+    """The shards that an interrupted run left in a folder (a path or an fsspec URL), in order, each with its header.
 
     Raises:
         CorruptDataError: one is damaged, or one is missing between others.
     """
-    folder = Path(folder)
-    paths = sorted(path for path in folder.glob("data-*.parquet") if _SHARD_NAME.fullmatch(path.name))
+    place = Folder(folder)
     found = []
-    for number, path in enumerate(paths):
-        if path.name != _shard_name(number):
-            raise CorruptDataError(f"{folder}: {_shard_name(number)} is missing, but {path.name} is there")
-        shard = ShardFile(str(path))
-        with open(path, "rb") as file:
-            found.append((replace(shard.info(), xxh3_128=file_hash(file)), shard.header))
+    for number, name in enumerate(name for name in place.names() if _SHARD_NAME.fullmatch(name)):
+        if name != shard_name(number):
+            raise CorruptDataError(f"{folder}: {shard_name(number)} is missing, but {name} is there")
+        found.append(shard_info(place, name))
     return found
 
 
-def _shard_name(number: int) -> str:
-    return f"data-{number:05}.parquet"
+def shard_info(folder: Folder, name: str) -> tuple[ShardInfo, Header]:
+    """What a shard holds, with the hash of the file, and its header.
+
+    Raises:
+        CorruptDataError: it is damaged.
+    """
+    shard = ShardFile(folder.of(name))
+    with fsspec.open(folder.of(name), "rb") as file:
+        return replace(shard.info(), xxh3_128=file_hash(file)), shard.header
+
+
+def encode_rows(codec: Codec, rows: SparseLogprobs) -> tuple[bytes, FidelityStats]:
+    """A document's rows as the codec's bytes, compared with what they decode to.
+
+    Args:
+        rows: numpy (R, k).
+
+    Raises:
+        InputError: as `Codec.encode`.
+    """
+    data = codec.encode_document(rows)
+    # The codec sorts rows that are not; the comparison needs the same order.
+    order = np.argsort(-np.asarray(rows.logprobs), axis=-1, kind="stable")
+    original = SparseLogprobs(
+        np.take_along_axis(np.asarray(rows.ids), order, -1), np.take_along_axis(np.asarray(rows.logprobs), order, -1)
+    )
+    stats = FidelityStats()
+    stats.update(original, codec.decode_document(data, len(rows.ids)))
+    return data, stats
 
 
 class ShardWriter:
@@ -62,7 +104,7 @@ class ShardWriter:
     Equal documents and settings give equal files: nothing in them depends on the time or the machine.
 
     Args:
-        folder: made if it does not exist.
+        folder: a path or an fsspec URL; made if it does not exist.
         header: of every shard; its `fidelity` is measured here and must be None.
         shard_tokens: a shard is finished once it has at least this many tokens.
         resume: go on after the whole shards in the folder; without it the folder must have none.
@@ -77,34 +119,38 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: str | Path, header: Header, *, shard_tokens: int = 262_144, resume: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        header: Header,
+        *,
+        shard_tokens: int = 262_144,
+        resume: bool = False,
     ) -> None:
         if header.fidelity is not None:
             raise InputError("a writer measures fidelity itself: pass a header without")
-        self._folder = Path(folder)
+        self._folder = Folder(folder)
         self._header = header
         self._codec = header.make_codec()
         self._shard_tokens = shard_tokens
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.make()
         self._shards, self._headers = self._existing(resume)
         self.resumed: tuple[ShardInfo, ...] = tuple(self._shards)
-        for leftover in self._folder.glob(f"{TEMPORARY_PREFIX}*"):
-            leftover.unlink()
-        self._open: _OpenShard | None = None
+        self._folder.remove_leftovers()
+        self._open: NewShard | None = None
         self._manifest: Manifest | None = None
         self._failed = False
 
     def _existing(self, resume: bool) -> tuple[list[ShardInfo], list[Header]]:
-        if read_manifest(self._folder) is not None:
+        if read_manifest(self._folder.url) is not None:
             raise InputError(f"{self._folder}: holds a finished dataset; choose another folder or remove it")
-        found = whole_shards(self._folder)
+        found = whole_shards(self._folder.url)
         if found and not resume:
             raise InputError(
                 f"{self._folder}: holds {len(found)} shards of an unfinished dataset; resume it, choose another folder "
                 "or remove them"
             )
         for info, header in found:
-            self._header.check_same(header, where=str(self._folder / info.file))
+            self._header.check_same(header, where=self._folder.of(info.file))
         return [info for info, _ in found], [header for _, header in found]
 
     def write(
@@ -114,6 +160,7 @@ class ShardWriter:
         *,
         loss_mask: npt.NDArray[Any] | None = None,
         segment_lengths: npt.NDArray[Any] | None = None,
+        label_logprobs: npt.NDArray[Any] | None = None,
     ) -> None:
         """Adds a document, and finishes the shard where that makes it large enough.
 
@@ -123,6 +170,7 @@ class ShardWriter:
                 to; or bytes that the codec has already made, whose fidelity is then not known.
             loss_mask: (L,) bool, or 0 and 1.
             segment_lengths: (S,) integers, lengths of packed documents.
+            label_logprobs: (L − 1,) the teacher's log-probability of each next token.
 
         Raises:
             InputError: wrong values or shapes, or a number of rows that the header's alignment does not give.
@@ -130,43 +178,27 @@ class ShardWriter:
                 no more.
         """
         self._check_usable()
-        ids = int32_array(input_ids, "input_ids")
-        lengths = None if segment_lengths is None else int32_array(segment_lengths, "segment_lengths")
-        mask = None if loss_mask is None else _mask(loss_mask)
-        rows = self._header.rows_of(len(ids))
         stats: FidelityStats | None = None
         if isinstance(teacher, SparseLogprobs):
-            data, stats = self._encode(teacher, rows, len(ids))
+            _check_rows(teacher, len(np.asarray(input_ids)), self._header)
+            data, stats = encode_rows(self._codec, teacher)
         else:
             data = bytes(teacher)
-        document = Document(document_id(ids, mask, lengths), ids, data, rows, mask, lengths)
-        try:
-            check_document(document, self._header, self._codec, "the document")
-        except CorruptDataError as error:
-            raise InputError(str(error)) from None
+        document = make_document(
+            input_ids,
+            data,
+            self._header,
+            self._codec,
+            loss_mask=loss_mask,
+            segment_lengths=segment_lengths,
+            label_logprobs=label_logprobs,
+        )
         with self._failing():
             if self._open is None:
-                self._open = _OpenShard(self._folder / _shard_name(len(self._shards)))
+                self._open = NewShard(self._folder, shard_name(len(self._shards)))
             self._open.add(document, stats)
         if self._open.tokens >= self._shard_tokens:
             self.finish_shard()
-
-    def _encode(self, teacher: SparseLogprobs, rows: int, tokens: int) -> tuple[bytes, FidelityStats]:
-        if len(teacher.ids) != rows:
-            raise InputError(
-                f"a document of {tokens} tokens has {rows} rows (alignment {self._header.alignment['rows']}), got "
-                f"{len(teacher.ids)}"
-            )
-        data = self._codec.encode_document(teacher)
-        # The codec sorts rows that are not; the comparison needs the same order.
-        order = np.argsort(-np.asarray(teacher.logprobs), axis=-1, kind="stable")
-        original = SparseLogprobs(
-            np.take_along_axis(np.asarray(teacher.ids), order, -1),
-            np.take_along_axis(np.asarray(teacher.logprobs), order, -1),
-        )
-        stats = FidelityStats()
-        stats.update(original, self._codec.decode_document(data, rows))
-        return data, stats
 
     def finish_shard(self) -> None:
         """Makes what was written so far a whole shard; nothing if there is none.
@@ -232,6 +264,43 @@ class ShardWriter:
             self.abort()
 
 
+def _check_rows(rows: SparseLogprobs, tokens: int, header: Header) -> None:
+    expected = header.rows_of(tokens)
+    if len(rows.ids) != expected:
+        raise InputError(
+            f"a document of {tokens} tokens has {expected} rows (alignment {header.alignment['rows']}), got "
+            f"{len(rows.ids)}"
+        )
+
+
+def make_document(
+    input_ids: npt.NDArray[Any],
+    teacher: bytes,
+    header: Header,
+    codec: Codec,
+    *,
+    loss_mask: npt.NDArray[Any] | None = None,
+    segment_lengths: npt.NDArray[Any] | None = None,
+    label_logprobs: npt.NDArray[Any] | None = None,
+) -> Document:
+    """A document for a shard with this header and its codec; see `ShardWriter.write`.
+
+    Raises:
+        InputError: wrong values or shapes, or a number of rows that the header's alignment does not give.
+    """
+    ids = int32_array(input_ids, "input_ids")
+    lengths = None if segment_lengths is None else int32_array(segment_lengths, "segment_lengths")
+    mask = None if loss_mask is None else _mask(loss_mask)
+    labels = None if label_logprobs is None else np.ascontiguousarray(label_logprobs, dtype=np.float32)
+    doc_id, rows = document_id(ids, mask, lengths), header.rows_of(len(ids))
+    document = Document(doc_id, ids, teacher, rows, mask, lengths, labels)
+    try:
+        check_document(document, header, codec, "the document")
+    except CorruptDataError as error:
+        raise InputError(str(error)) from None
+    return document
+
+
 def _mask(loss_mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     mask = np.asarray(loss_mask)
     if mask.dtype != np.bool_ and not (mask.dtype.kind in "iu" and np.isin(mask, (0, 1)).all()):
@@ -241,34 +310,55 @@ def _mask(loss_mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return mask.astype(np.bool_)
 
 
-class _OpenShard:
-    """The shard in work: a temporary file, and the documents of its next row group."""
+class NewShard:
+    """A shard being written: nothing is there until it is finished.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with writing(path):
-            self._file: IO[bytes] = open(temporary_path(path), "wb")  # noqa: SIM115 — closed by finish or abort
+    Args:
+        folder: where.
+        name: the file's.
+        kept: columns of the source that documents bring besides.
+
+    Attributes:
+        documents, tokens, rows: what it has so far.
+
+    Raises:
+        OSError: it can not be written; says which file, and that finished shards are kept.
+    """
+
+    def __init__(self, folder: Folder, name: str, kept: pa.Schema | None = None) -> None:
+        self._place, self._kept = folder.of(name), kept or pa.schema([])
+        self._folder, self._name = folder, name
+        with writing(self._place):
+            self._file = folder.new_file(name)
         self._writer = pq.ParquetWriter(
-            self._file,
-            SCHEMA,
-            # Packed bytes do not compress; ids and masks do.
-            compression={name: "none" if name in ("teacher", "checksum") else "zstd" for name in _LEAVES},
+            self._file.stream,
+            pa.schema([*SCHEMA, *self._kept]),
+            # Packed bytes do not compress; ids, masks and what the source brings do.
+            compression=dict.fromkeys(_leaves(pa.schema([*SCHEMA, *self._kept])), "zstd")
+            | {"teacher": "none", "checksum": "none"},
             use_dictionary=False,
             write_statistics=False,
             write_page_checksum=True,
         )
         self._pending: list[Document] = []
+        self._columns: list[Mapping[str, Any]] = []
         self._pending_bytes = 0
         self._groups: list[GroupDigest] = []
         self._stats: FidelityStats | None = FidelityStats()
         self.documents = self.tokens = self.rows = 0
 
-    def add(self, document: Document, stats: FidelityStats | None) -> None:
+    def add(self, document: Document, stats: FidelityStats | None, columns: Mapping[str, Any] | None = None) -> None:
+        """Adds a document, with its fidelity (None if it is not known) and the kept columns of its source's row.
+
+        Raises:
+            InputError: a kept column has a value of another type.
+        """
         if stats is None:
             self._stats = None
         elif self._stats is not None:
             self._stats.merge(stats)
         self._pending.append(document)
+        self._columns.append(columns or {})
         self._pending_bytes += len(document.teacher)
         self.documents += 1
         self.tokens += len(document.input_ids)
@@ -277,42 +367,58 @@ class _OpenShard:
             self._write_row_group()
 
     def fidelity(self) -> dict[str, Any] | None:
+        """Figures over its documents, None if those of one are not known."""
         return None if self._stats is None else self._stats.to_dict()
 
     def _write_row_group(self) -> None:
         if not self._pending:
             return
         table = document_table(self._pending)
-        with writing(self._path):
+        for field in self._kept:
+            table = table.append_column(field, kept_array([row.get(field.name) for row in self._columns], field))
+        with writing(self._place):
             self._writer.write_table(table, row_group_size=len(self._pending))
         self._groups.append(GroupDigest.of(table))
-        self._pending, self._pending_bytes = [], 0
+        self._pending, self._columns, self._pending_bytes = [], [], 0
 
     def finish(self, header: Header) -> ShardInfo:
+        """Writes the rest, durably, and gives it its name."""
         self._write_row_group()
-        with writing(self._path):
+        with writing(self._place):
             self._writer.add_key_value_metadata({**header.to_metadata(), **GroupDigest.to_metadata(self._groups)})
             self._writer.close()
-            publish(self._file, self._path)
-        with open(self._path, "rb") as file:
-            digest = file_hash(file)
-        size = self._path.stat().st_size
-        return ShardInfo(self._path.name, self.documents, self.tokens, self.rows, size, digest)
+            self._file.stream.flush()
+            with open(self._file.stream.name, "rb") as file:
+                digest, size = file_hash(file), os.fstat(file.fileno()).st_size
+            self._file.publish()
+        return ShardInfo(self._name, self.documents, self.tokens, self.rows, size, digest)
 
     def abort(self) -> None:
+        """Throws it away."""
         # What is buffered is thrown away with the file; that it can not be written either is no news.
         with contextlib.suppress(OSError, ValueError):
             self._writer.close()
-        with contextlib.suppress(OSError):
-            self._file.close()
-        temporary_path(self._path).unlink(missing_ok=True)
+        self._file.abandon()
 
 
-_LEAVES = [
-    "doc_id",
-    "input_ids.list.element",
-    "teacher",
-    "checksum",
-    "loss_mask.list.element",
-    "segment_lengths.list.element",
-]
+def kept_array(values: list[Any], field: pa.Field) -> pa.Array:
+    """Values of a kept column.
+
+    Raises:
+        InputError: one is of another type than the column.
+    """
+    try:
+        return pa.array(values, type=field.type)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"the source's column {field.name}, which is to be kept, is of {field.type}: {error}"
+        ) from error
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """The paths by which Parquet calls the leaves of a schema."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, schema) as writer:
+        writer.write_table(schema.empty_table())
+    columns = pq.ParquetFile(sink).schema
+    return [columns.column(index).path for index in range(len(columns))]

@@ -237,7 +237,7 @@ class HFTeacher:
             sparse = keep_ids(sparse, kept, logprobs_of(torch.from_numpy(kept).expand(len(logits_nV), -1)))
         bad = bad_n.cpu().numpy()
         logprobs = np.where(bad[:, None], np.float32(np.nan), sparse.logprobs)
-        label_logprobs = np.where(bad, np.float32(np.nan), logprobs_of(labels_n[:, None])[:, 0])
+        label_logprobs = np.where(bad, np.float32(np.nan), np.minimum(logprobs_of(labels_n[:, None])[:, 0], 0))
         return np.asarray(sparse.ids), logprobs, label_logprobs
 
 

@@ -1,0 +1,58 @@
+"""The line on stderr while a capture runs."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["CaptureProgress"]
+
+
+class CaptureProgress:
+    """Share of the tokens, shards, tokens a second, documents that wait for the encoder, and time left.
+
+    Args:
+        tokens, shards: in all.
+        done_tokens, done_shards: of earlier runs.
+        shown: whether to show anything.
+    """
+
+    def __init__(self, tokens: int, shards: int, done_tokens: int, done_shards: int, *, shown: bool) -> None:
+        self._shards, self._done_shards = shards, done_shards
+        self._before, self._now = done_tokens, 0
+        self._started = time.perf_counter()
+        self._bar = Progress(
+            TextColumn("capturing"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+        self._task = self._bar.add_task("", total=max(tokens, 1), completed=done_tokens, state="")
+
+    def __enter__(self) -> CaptureProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def scored(self, tokens: int, waiting: int, room: int) -> None:
+        """Tell that the teacher is done with a document, and how many of `room` places in the queue are taken."""
+        self._now += tokens
+        rate = self._now / max(time.perf_counter() - self._started, 1e-9)
+        state = f"{rate:,.0f} tokens/s, shard {self._done_shards + 1}/{self._shards}, queue {waiting}/{room}"
+        self._bar.update(self._task, completed=self._before + self._now, state=state)
+
+    def finished_shard(self) -> None:
+        """Tell that the teacher is done with a shard."""
+        self._done_shards += 1

@@ -67,13 +67,23 @@ impl Logit for bf16 {
 #[derive(Debug, Default)]
 pub(crate) struct TopkScratch {
     block: Vec<f32>,
-    best: Vec<(f32, u32)>,
+    best: Vec<u64>,
 }
 
-/// Descending by logit, ascending by id: a total order, so the result does not depend on how it is found.
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that sorting takes")]
-fn before(a: &(f32, u32), b: &(f32, u32)) -> std::cmp::Ordering {
-    b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
+/// A logit and its id as one number, least for the highest logit and among equal ones for the lowest id: a total order, so the result does
+/// not depend on how it is found, and one that sorts without branches.
+#[inline(always)]
+fn key(logit: f32, id: u32) -> u64 {
+    // The bits of a positive float count up with it, those of a negative one down.
+    let bits = logit.to_bits();
+    let descending = if bits >> 31 == 0 { !(bits | 1 << 31) } else { bits };
+    u64::from(descending) << 32 | u64::from(id)
+}
+
+#[inline(always)]
+fn logit_of(key: u64) -> f32 {
+    let descending = (key >> 32) as u32;
+    f32::from_bits(if descending >> 31 == 0 { !descending & !(1 << 31) } else { descending })
 }
 
 multiversion! {
@@ -119,13 +129,14 @@ fn topk_row_body<I: Isa, L: Logit>(_isa: I, logits: &[L], ids: &mut [i64], logpr
         return Err(CodecError::Input(format!("the row has {what}")));
     }
     thin_out(best, ids.len());
-    best.sort_unstable_by(before);
-    if let Some(rank) = best.iter().position(|(logit, _)| !logit.is_finite()) {
+    best.sort_unstable();
+    if let Some(rank) = best.iter().position(|&key| !logit_of(key).is_finite()) {
         return Err(CodecError::Input(format!("only {rank} logits are finite, fewer than k = {}", ids.len())));
     }
     let log_sum = libm::log(sum);
-    for ((id, logprob), &(logit, index)) in ids.iter_mut().zip(logprobs).zip(best.iter()) {
-        *id = i64::from(index);
+    for ((id, logprob), &key) in ids.iter_mut().zip(logprobs).zip(best.iter()) {
+        let logit = logit_of(key);
+        *id = i64::from(key as u32);
         // Finite logits have finite log-probabilities, however far apart they are.
         *logprob = ((f64::from(logit) - f64::from(reference) - log_sum) as f32).max(f32::MIN);
     }
@@ -162,7 +173,7 @@ fn maximum_and_sums(block: &[f32], reference: f32) -> (f32, Lanes) {
 
 /// Keeps what passes the threshold in a buffer of a few k, which is thinned out to k whenever it is full; returns the new threshold.
 #[inline(always)]
-fn select(block: &[f32], first: usize, k: usize, mut threshold: f32, best: &mut Vec<(f32, u32)>) -> f32 {
+fn select(block: &[f32], first: usize, k: usize, mut threshold: f32, best: &mut Vec<u64>) -> f32 {
     let room = (3 * k).max(256);
     for (chunk, logits) in block.chunks(LANES).enumerate() {
         one_step();
@@ -173,20 +184,20 @@ fn select(block: &[f32], first: usize, k: usize, mut threshold: f32, best: &mut 
         while passing != 0 {
             let i = passing.trailing_zeros() as usize;
             passing &= passing - 1;
-            best.push((logits[i], (first + chunk * LANES + i) as u32));
+            best.push(key(logits[i], (first + chunk * LANES + i) as u32));
         }
         if best.len() >= room {
             thin_out(best, k);
-            threshold = best[k - 1].0;
+            threshold = logit_of(best[k - 1]);
         }
     }
     threshold
 }
 
-/// Leaves the first k in the order of [`before`], the k-th in its place.
-fn thin_out(best: &mut Vec<(f32, u32)>, k: usize) {
+/// Leaves the first k in the order of [`key`], the k-th in its place.
+fn thin_out(best: &mut Vec<u64>, k: usize) {
     if best.len() > k {
-        best.select_nth_unstable_by(k - 1, before);
+        best.select_nth_unstable(k - 1);
         best.truncate(k);
     }
 }

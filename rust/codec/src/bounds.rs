@@ -7,8 +7,8 @@
 //! ```
 //!
 //! With H = L·Lᵀ and z = Lᵀ(c − c*) this is the point nearest to the origin under linear inequalities, solved by the dual active-set
-//! method (Goldfarb and Idnani 1983): start at the origin, take up the bound that is violated most, move to the nearest point on the
-//! bounds taken up, let go of a bound whose multiplier is negative, and repeat until nothing is violated. One or two bounds do for most
+//! method (Goldfarb and Idnani 1983): start at the origin, take up the bound that is violated most, move towards it along the bounds taken
+//! up so far, let go of one whose multiplier would become negative on the way, and repeat until nothing is violated. One or two bounds do for most
 //! rows; doing it again with the parabola of the new point changes the mean KL by less than 0.2%.
 
 use crate::fit::{Basis, Fit, FitRow, FitScratch, Fitted, Limits, cholesky, solve_lower, solve_upper};
@@ -19,6 +19,8 @@ const MOST_ROUNDS: usize = 24;
 /// Violations below this part of the margin, and below this many nats, are float32's rounding.
 const TOLERANCE: f32 = 0.5;
 const LEAST_TOLERANCE: f32 = 1e-5;
+/// A normal whose square is orthogonal to the others in no larger part than this depends on them.
+const LEAST_PROGRESS: f64 = 1e-10;
 
 /// What a row is held to; all values as the fit sees them (without what the decoder adds).
 #[derive(Debug, Clone, Copy)]
@@ -56,21 +58,20 @@ pub(crate) struct BoundsScratch {
     active: ActiveSet,
 }
 
-/// The bounds taken up.
+/// The bounds taken up, and the point z that is the nearest to the origin on them: −Σ multiplier·normal.
 #[derive(Debug, Default)]
 struct ActiveSet {
-    bounds: Vec<Active>,
+    bounds: Vec<Bound>,
     /// L⁻¹ a of each bound a·c ≤ b; r numbers.
     normals: Vec<f64>,
-    system: Vec<f64>,
+    /// None is negative.
     multipliers: Vec<f64>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Active {
-    bound: Bound,
-    /// b − a·c*: how far the start is inside.
-    slack: f64,
+    point: Vec<f64>,
+    /// Of the bound that is being taken up: its normal, the part of that along which the point moves, and the others' share of the rest.
+    normal: Vec<f64>,
+    direction: Vec<f64>,
+    shares: Vec<f64>,
+    system: Vec<f64>,
 }
 
 impl<'a> Bounds<'a> {
@@ -202,8 +203,7 @@ pub(crate) fn enforce_group(
 #[inline(always)]
 pub(crate) fn enforce(bounds: &Bounds, fit: &Fit, fitted: &mut Fitted, mut first: Option<Bound>, scratch: &mut BoundsScratch) -> bool {
     let BoundsScratch { values, likely, active } = scratch;
-    active.bounds.clear();
-    active.normals.clear();
+    active.clear(fit.basis().q.len());
     // NaN is no limit.
     likely.clear();
     likely.resize(fit.ranks().div_ceil(LANES), [f32::NAN; LANES]);
@@ -230,28 +230,26 @@ pub(crate) fn enforce(bounds: &Bounds, fit: &Fit, fitted: &mut Fitted, mut first
     false
 }
 
-/// Takes up one more bound and moves the row to the least KL on those taken up; false where that leads nowhere.
+/// Takes up one more bound and moves the row to the least KL on those taken up; false where no point is within them.
 #[inline(always)]
 fn take_up(bound: Bound, bounds: &Bounds, basis: &Basis, fitted: &mut Fitted, active: &mut ActiveSet) -> bool {
     let r = basis.q.len();
-    if active.bounds.len() > r || active.bounds.iter().any(|taken| taken.bound == bound) {
+    if active.bounds.contains(&bound) {
+        // The point is on it, but for rounding.
         return false;
     }
-    let start = active.normals.len();
-    let limit = bounds.row(bound, &basis.q, &mut active.normals);
-    let normal = &mut active.normals[start..];
-    let slack = limit - product(normal, &fitted.free);
-    solve_lower(&fitted.factor, normal, r);
-    active.bounds.push(Active { bound, slack });
-    if !active.nearest(r) {
+    active.normal.clear();
+    let limit = bounds.row(bound, &basis.q, &mut active.normal);
+    let excess = product(&active.normal, &fitted.c) - limit;
+    solve_lower(&fitted.factor, &mut active.normal, r);
+    if !active.move_to(bound, excess, r) {
         return false;
     }
-    fitted.c.fill(0.0);
-    for (normal, multiplier) in active.normals.chunks_exact(r).zip(&active.multipliers) {
-        fitted.c.iter_mut().zip(normal).for_each(|(z, a)| *z -= multiplier * a);
-    }
+    fitted.c.clone_from(&active.point);
     solve_upper(&fitted.factor, &mut fitted.c, r);
-    fitted.c.iter_mut().zip(&fitted.free).for_each(|(c, free)| *c += free);
+    for (c, free) in fitted.c.iter_mut().zip(&fitted.free) {
+        *c += free;
+    }
     true
 }
 
@@ -266,45 +264,88 @@ fn product(a: &[f64], b: &[f64]) -> f64 {
 }
 
 impl ActiveSet {
-    /// Multipliers λ ≥ 0 of the point nearest to the origin on the active bounds, −Σ λ·normal; bounds that hold it back are let go of.
+    fn clear(&mut self, r: usize) {
+        self.bounds.clear();
+        self.normals.clear();
+        self.multipliers.clear();
+        self.point.clear();
+        self.point.resize(r, 0.0);
+    }
+
+    /// Moves the point by `excess` against `self.normal`, along the bounds taken up; of those, the ones that would hold it back are let go
+    /// of on the way. False where the bounds exclude each other.
     #[inline(always)]
-    fn nearest(&mut self, r: usize) -> bool {
-        let Self { bounds, normals, system, multipliers } = self;
-        loop {
-            let s = bounds.len();
-            multipliers.clear();
-            if let [only] = bounds[..] {
-                // By far the most frequent case.
-                let multiplier = -only.slack / product(normals, normals);
-                if multiplier >= 0.0 {
-                    multipliers.push(multiplier);
-                } else {
-                    bounds.clear();
-                    normals.clear();
-                }
-                return multiplier.is_finite();
-            }
-            system.clear();
-            system.resize(s * s, 0.0);
-            for (i, a) in normals.chunks_exact(r).enumerate() {
-                for (j, b) in normals.chunks_exact(r).take(i + 1).enumerate() {
-                    system[i * s + j] = product(a, b);
-                }
-            }
-            if !cholesky(system, s) {
+    fn move_to(&mut self, bound: Bound, mut excess: f64, r: usize) -> bool {
+        let square = product(&self.normal, &self.normal);
+        let mut multiplier = 0.0;
+        // Each turn but the last lets go of one.
+        for _ in 0..=self.bounds.len() {
+            if !self.find_direction(r) {
                 return false;
             }
-            multipliers.clear();
-            multipliers.extend(bounds.iter().map(|taken| -taken.slack));
-            solve_lower(system, multipliers, s);
-            solve_upper(system, multipliers, s);
-            let Some((least, multiplier)) = multipliers.iter().copied().enumerate().min_by(|a, b| a.1.total_cmp(&b.1)) else { return true };
-            if multiplier >= 0.0 {
-                return true;
+            let progress = product(&self.direction, &self.normal);
+            let whole = if progress > square * LEAST_PROGRESS { excess / progress } else { f64::INFINITY };
+            let (mut step, mut blocking) = (whole, None);
+            for (i, (multiplier, share)) in self.multipliers.iter().zip(&self.shares).enumerate() {
+                if *share > 0.0 && multiplier / share < step {
+                    (step, blocking) = (multiplier / share, Some(i));
+                }
             }
-            bounds.remove(least);
-            normals.drain(least * r..(least + 1) * r);
+            if !step.is_finite() {
+                return false;
+            }
+            multiplier += step;
+            for (multiplier, share) in self.multipliers.iter_mut().zip(&self.shares) {
+                *multiplier -= step * share;
+            }
+            if whole.is_finite() {
+                excess -= step * progress;
+                for (z, d) in self.point.iter_mut().zip(&self.direction) {
+                    *z -= step * d;
+                }
+            }
+            let Some(blocking) = blocking else {
+                self.bounds.push(bound);
+                self.normals.extend_from_slice(&self.normal);
+                self.multipliers.push(multiplier);
+                return true;
+            };
+            self.bounds.remove(blocking);
+            self.multipliers.remove(blocking);
+            self.normals.drain(blocking * r..(blocking + 1) * r);
         }
+        false
+    }
+
+    /// Splits `self.normal` into a combination of the normals taken up (`shares`) and what is orthogonal to them (`direction`).
+    #[inline(always)]
+    fn find_direction(&mut self, r: usize) -> bool {
+        let Self { bounds, normals, normal, direction, shares, system, .. } = self;
+        let s = bounds.len();
+        direction.clone_from(normal);
+        shares.clear();
+        if s == 0 {
+            return true;
+        }
+        system.clear();
+        system.resize(s * s, 0.0);
+        for (i, a) in normals.chunks_exact(r).enumerate() {
+            for (j, b) in normals.chunks_exact(r).take(i + 1).enumerate() {
+                system[i * s + j] = product(a, b);
+            }
+            shares.push(product(a, normal));
+        }
+        if !cholesky(system, s) {
+            return false;
+        }
+        solve_lower(system, shares, s);
+        solve_upper(system, shares, s);
+        for (share, taken) in shares.iter().zip(normals.chunks_exact(r)) {
+            for (d, a) in direction.iter_mut().zip(taken) {
+                *d -= share * a;
+            }
+        }
+        true
     }
 }
 
@@ -400,7 +441,6 @@ mod tests {
                 assert_eq!(fitted.c, free);
             }
         }
-        // Giving up is allowed, but rare.
-        assert!(possible > 50 && found * 20 >= possible * 19, "{found} of {possible}");
+        assert!(possible > 50 && found >= possible, "{found} of {possible}");
     }
 }

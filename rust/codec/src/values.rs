@@ -21,8 +21,9 @@ const LIKELY: f32 = -13.815_51;
 /// … the unweighted fit's largest error in that row, or this many nats with one coefficient, half as many with each further one, where the
 /// row's is less; …
 const ALLOWED_ERROR: f64 = 16.0;
-/// … but no more than this many for each e-fold of ranks, which keeps it below the worst error of the unweighted fits.
-const ALLOWED_FOLD: f64 = 2.0;
+/// … but no more than this many for each e-fold of ranks, divided by one more than there are coefficients: below what the unweighted fits
+/// of real rows get wrong at worst.
+const ALLOWED_FOLD: f64 = 6.4;
 /// Where order and errors exclude each other, errors may be this many times larger, in turn.
 const RELAXED: [f64; 7] = [1.0, 1.25, 1.6, 2.0, 2.5, 3.2, f64::INFINITY];
 /// All exact values are lowered by this much (nats) at most; where a layout can't hold a row better than that, its exact values matter more.
@@ -134,7 +135,7 @@ impl Values {
         let terms_of_rank = by_rank(&terms.chunks(n.max(1)).map(<[f64]>::to_vec).collect::<Vec<_>>(), n);
         let exact = layout.exact_k.max(1) as f64;
         let folds = libm::log((layout.exact_k + n).max(1) as f64 / exact);
-        let allowed_error = (ALLOWED_ERROR * 0.5f64.powi(m as i32 - 1)).min(ALLOWED_FOLD * folds);
+        let allowed_error = (ALLOWED_ERROR * 0.5f64.powi(m as i32 - 1)).min(ALLOWED_FOLD / (m + 1) as f64 * folds);
         let margins = if m == 1 && constant.is_some() && !layout.delta_encoding { [0.0; 3] } else { MARGINS };
         Self { layout, n, covered, terms, terms32, terms_of_rank, m, fit, constant, allowed_error, margins }
     }

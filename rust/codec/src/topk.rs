@@ -9,7 +9,7 @@ use half::{bf16, f16};
 
 use crate::error::{CodecError, Result};
 use crate::lanes::{LANES, Lanes, exp, larger, one_step};
-use crate::simd::{Isa, multiversion};
+use crate::simd::{Isa, Portable, multiversion};
 
 /// Logits of a block: 2 KB of float32.
 const BLOCK: usize = 512;
@@ -93,7 +93,13 @@ multiversion! {
 }
 
 #[inline(always)]
-fn topk_row_body<I: Isa, L: Logit>(_isa: I, logits: &[L], ids: &mut [i64], logprobs: &mut [f32], scratch: &mut TopkScratch) -> Result<f64> {
+fn topk_row_body<I: Passing, L: Logit>(
+    isa: I,
+    logits: &[L],
+    ids: &mut [i64],
+    logprobs: &mut [f32],
+    scratch: &mut TopkScratch,
+) -> Result<f64> {
     let TopkScratch { block: buffer, best } = scratch;
     buffer.resize(BLOCK, 0.0);
     best.clear();
@@ -120,7 +126,7 @@ fn topk_row_body<I: Isa, L: Logit>(_isa: I, logits: &[L], ids: &mut [i64], logpr
             *sum += f64::from(part);
         }
         if most >= threshold {
-            threshold = select(block, first * BLOCK, ids.len(), threshold, best);
+            threshold = select(isa, block, first * BLOCK, ids.len(), threshold, best);
         }
     }
     let sum: f64 = sums.iter().sum();
@@ -168,19 +174,62 @@ fn maximum_and_sums(block: &[f32], reference: f32) -> (f32, Lanes) {
         sums += (logits - reference).exp();
     }
     one_step();
-    (most.0.into_iter().fold(f32::NEG_INFINITY, larger), sums)
+    (most.largest(), sums)
+}
+
+/// Which logits pass a threshold, as bits: what compilers make of the definition is several times as long as the instruction for it.
+trait Passing: Isa {
+    /// Bit i is set where logit i is at least `threshold`.
+    #[inline(always)]
+    fn passing(self, logits: &[f32; LANES], threshold: f32) -> u32 {
+        logits.iter().enumerate().fold(0, |bits, (i, &logit)| bits | (u32::from(logit >= threshold) << i))
+    }
+}
+
+impl Passing for Portable {}
+
+#[cfg(target_arch = "aarch64")]
+impl Passing for crate::simd::Neon {}
+
+#[cfg(target_arch = "x86_64")]
+impl Passing for crate::simd::Avx2 {
+    #[inline(always)]
+    fn passing(self, logits: &[f32; LANES], threshold: f32) -> u32 {
+        use std::arch::x86_64::{_CMP_GE_OQ, _mm256_cmp_ps, _mm256_loadu_ps, _mm256_movemask_ps, _mm256_set1_ps};
+        let (first, second) = logits.split_at(LANES / 2);
+        // SAFETY: the token proves AVX2; each half has the eight floats that are read.
+        unsafe {
+            let threshold = _mm256_set1_ps(threshold);
+            let first = _mm256_cmp_ps::<_CMP_GE_OQ>(_mm256_loadu_ps(first.as_ptr()), threshold);
+            let second = _mm256_cmp_ps::<_CMP_GE_OQ>(_mm256_loadu_ps(second.as_ptr()), threshold);
+            _mm256_movemask_ps(first) as u32 | (_mm256_movemask_ps(second) as u32) << (LANES / 2)
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Passing for crate::simd::Avx512 {
+    #[inline(always)]
+    fn passing(self, logits: &[f32; LANES], threshold: f32) -> u32 {
+        use std::arch::x86_64::{_CMP_GE_OQ, _mm512_cmp_ps_mask, _mm512_loadu_ps, _mm512_set1_ps};
+        // SAFETY: the token proves AVX-512; there are the sixteen floats that are read.
+        unsafe { u32::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(_mm512_loadu_ps(logits.as_ptr()), _mm512_set1_ps(threshold))) }
+    }
 }
 
 /// Keeps what passes the threshold in a buffer of a few k, which is thinned out to k whenever it is full; returns the new threshold.
 #[inline(always)]
-fn select(block: &[f32], first: usize, k: usize, mut threshold: f32, best: &mut Vec<u64>) -> f32 {
+fn select<I: Passing>(isa: I, block: &[f32], first: usize, k: usize, mut threshold: f32, best: &mut Vec<u64>) -> f32 {
     let room = (3 * k).max(256);
-    for (chunk, logits) in block.chunks(LANES).enumerate() {
-        one_step();
-        if !logits.iter().fold(false, |any, &logit| any | (logit >= threshold)) {
+    let (vectors, rest) = block.as_chunks::<LANES>();
+    // NaN passes no threshold.
+    let mut last = [f32::NAN; LANES];
+    last[..rest.len()].copy_from_slice(rest);
+    for (chunk, logits) in vectors.iter().chain((!rest.is_empty()).then_some(&last)).enumerate() {
+        let mut passing = isa.passing(logits, threshold);
+        if passing == 0 {
             continue;
         }
-        let mut passing = logits.iter().enumerate().fold(0u32, |bits, (i, &logit)| bits | (u32::from(logit >= threshold) << i));
         while passing != 0 {
             let i = passing.trailing_zeros() as usize;
             passing &= passing - 1;
@@ -208,10 +257,42 @@ mod tests {
     use crate::simd::Backend;
     use proptest::prelude::*;
 
-    fn run(logits: &[f32], k: usize) -> Result<(Vec<i64>, Vec<f32>, f64)> {
+    fn run_on<L: Logit>(backend: Backend, logits: &[L], k: usize) -> Result<(Vec<i64>, Vec<f32>, f64)> {
         let (mut ids, mut logprobs) = (vec![0; k], vec![0.0; k]);
-        let log_sum = topk_row(Backend::detect(), logits, &mut ids, &mut logprobs, &mut TopkScratch::default())?;
+        let log_sum = topk_row(backend, logits, &mut ids, &mut logprobs, &mut TopkScratch::default())?;
         Ok((ids, logprobs, log_sum))
+    }
+
+    /// On every backend, which all have to answer the same, bit for bit.
+    fn run<L: Logit>(logits: &[L], k: usize) -> Result<(Vec<i64>, Vec<f32>, f64)> {
+        let portable = run_on(Backend::Portable, logits, k);
+        for backend in Backend::available() {
+            assert_eq!(run_on(backend, logits, k), portable, "{}", backend.name());
+        }
+        portable
+    }
+
+    multiversion! {
+        fn passing(logits: &[f32; LANES], threshold: f32) -> u32 = passing_body;
+    }
+
+    #[inline(always)]
+    fn passing_body<I: Passing>(isa: I, logits: &[f32; LANES], threshold: f32) -> u32 {
+        isa.passing(logits, threshold)
+    }
+
+    #[test]
+    fn what_passes() {
+        let special = [0.0, -0.0, 1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MIN, f32::MAX];
+        for shift in 0..LANES {
+            let logits: [f32; LANES] = std::array::from_fn(|i| special[(i * (shift + 1) + shift) % special.len()]);
+            for threshold in special {
+                let bits = (0..LANES).filter(|&i| logits[i] >= threshold).map(|i| 1 << i).sum::<u32>();
+                for backend in Backend::available() {
+                    assert_eq!(passing(backend, &logits, threshold), bits, "{}: {logits:?} {threshold}", backend.name());
+                }
+            }
+        }
     }
 
     #[test]
@@ -238,6 +319,9 @@ mod tests {
                 prop_assert_eq!(ids[rank], order[rank] as i64);
                 prop_assert!((f64::from(logprobs[rank]) - (f64::from(logits[order[rank]]) - exact)).abs() < 1e-5);
             }
+            // They are numbers of every type.
+            prop_assert_eq!(run(&logits.iter().map(|&l| bf16::from_f32(l)).collect::<Vec<_>>(), k).unwrap(), (ids.clone(), logprobs.clone(), log_sum));
+            prop_assert_eq!(run(&logits.iter().map(|&l| f16::from_f32(l)).collect::<Vec<_>>(), k).unwrap(), (ids, logprobs, log_sum));
         }
     }
 }

@@ -1,8 +1,8 @@
 //! One row of dense logits → its k most probable ids and their log-probabilities under the full softmax, in one pass over the logits.
 //!
-//! The row is taken in blocks that stay in the first-level cache: a block's maximum, its share of Σ exp relative to a reference (the highest
-//! logit of the first block; what was summed up is scaled to a new one where later logits are far above it), and, where the maximum passes
-//! the rising threshold of the best k, the logits that do.
+//! The row is taken in blocks that stay in the first-level cache: a block's share of Σ exp relative to a reference (the highest logit of the
+//! first block; what was summed up is scaled to a new one where later logits are far above it), and in the same pass which of its logits are
+//! not below the rising threshold of the best k.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -103,30 +103,39 @@ fn topk_row_body<I: Passing, L: Logit>(
     let TopkScratch { block: buffer, best } = scratch;
     buffer.resize(BLOCK, 0.0);
     best.clear();
+    // A few k, thinned out to k whenever there are as many.
+    let room = (3 * ids.len()).max(256);
     let (mut reference, mut threshold) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
     let mut sums = [0.0f64; LANES];
+    let mut passing = [0; BLOCK / LANES];
     for (first, block) in logits.chunks(BLOCK).enumerate() {
         let block = L::widen(block, &mut buffer[..block.len()]);
-        let (mut most, mut parts) = if reference.is_finite() { maximum_and_sums(block, reference) } else { (maximum(block), Lanes::ZERO) };
-        if most > reference + FARTHEST || !reference.is_finite() {
-            let factor = if reference.is_finite() { f64::from(exp(reference - most)) } else { 0.0 };
+        if reference == f32::NEG_INFINITY {
+            reference = maximum(block);
+            if reference == f32::NEG_INFINITY && !block.iter().any(|logit| logit.is_nan()) {
+                continue;
+            }
+        }
+        let mut parts = sums_and_passing(isa, block, reference, threshold, &mut passing);
+        // The threshold is one of the logits so far, none of which is farther above the reference: what is now, passes.
+        let highest = select(block, &passing, first * BLOCK, best);
+        if highest > reference + FARTHEST {
+            let factor = f64::from(exp(reference - highest));
             for sum in &mut sums {
                 *sum *= factor;
             }
-            reference = most;
-            if !most.is_finite() {
-                if most == f32::NEG_INFINITY && !block.iter().any(|logit| logit.is_nan()) {
-                    continue;
-                }
-                return Err(CodecError::Input("the row has logits that are NaN or infinite".into()));
-            }
-            (most, parts) = maximum_and_sums(block, reference);
+            reference = highest;
+            parts = sums_and_passing(isa, block, reference, threshold, &mut passing);
+        }
+        if !reference.is_finite() {
+            break;
         }
         for (sum, part) in sums.iter_mut().zip(parts.0) {
             *sum += f64::from(part);
         }
-        if most >= threshold {
-            threshold = select(isa, block, first * BLOCK, ids.len(), threshold, best);
+        if best.len() >= room {
+            thin_out(best, ids.len());
+            threshold = logit_of(best[ids.len() - 1]);
         }
     }
     let sum: f64 = sums.iter().sum();
@@ -136,8 +145,9 @@ fn topk_row_body<I: Passing, L: Logit>(
     }
     thin_out(best, ids.len());
     best.sort_unstable();
-    if let Some(rank) = best.iter().position(|&key| !logit_of(key).is_finite()) {
-        return Err(CodecError::Input(format!("only {rank} logits are finite, fewer than k = {}", ids.len())));
+    let finite = best.iter().filter(|&&key| logit_of(key).is_finite()).count();
+    if finite < ids.len() {
+        return Err(CodecError::Input(format!("only {finite} logits are finite, fewer than k = {}", ids.len())));
     }
     let log_sum = libm::log(sum);
     for ((id, logprob), &key) in ids.iter_mut().zip(logprobs).zip(best.iter()) {
@@ -154,35 +164,41 @@ fn maximum(block: &[f32]) -> f32 {
     block.iter().copied().fold(f32::NEG_INFINITY, larger)
 }
 
-/// The largest logit (NaN is passed over), and Σ exp(logit − reference) in parts, of which one is NaN if a logit is.
+/// Σ exp(logit − reference) in parts, of which one is NaN if a logit is; and into `passing`, a bit for each logit of a block, which logits
+/// are not below the threshold.
 #[inline(always)]
-fn maximum_and_sums(block: &[f32], reference: f32) -> (f32, Lanes) {
+fn sums_and_passing<I: Passing>(isa: I, block: &[f32], reference: f32, threshold: f32, passing: &mut [u16; BLOCK / LANES]) -> Lanes {
     let reference = Lanes::splat(reference);
-    let lowest = Lanes::splat(f32::NEG_INFINITY);
-    let (mut most, mut sums) = (lowest, Lanes::ZERO);
+    let mut sums = Lanes::ZERO;
     let (vectors, rest) = block.as_chunks::<LANES>();
-    for vector in vectors {
+    for (logits, passing) in vectors.iter().zip(passing.iter_mut()) {
         one_step();
-        let logits = Lanes(*vector);
-        most = logits.max(most);
-        sums += (logits - reference).exp();
+        *passing = isa.passing(logits, threshold);
+        sums += (Lanes(*logits) - reference).exp();
     }
-    if !rest.is_empty() {
-        let mut logits = lowest;
-        logits.0[..rest.len()].copy_from_slice(rest);
-        most = logits.max(most);
-        sums += (logits - reference).exp();
+    if block.len() < BLOCK {
+        let mut logits = [f32::NEG_INFINITY; LANES];
+        logits[..rest.len()].copy_from_slice(rest);
+        passing[vectors.len()] = isa.passing(&logits, threshold) & ((1 << rest.len()) - 1);
+        passing[vectors.len() + 1..].fill(0);
+        if !rest.is_empty() {
+            sums += (Lanes(logits) - reference).exp();
+        }
     }
     one_step();
-    (most.largest(), sums)
+    sums
 }
 
 /// Which logits pass a threshold, as bits: what compilers make of the definition is several times as long as the instruction for it.
 trait Passing: Isa {
     /// Bit i is set where logit i is at least `threshold`.
     #[inline(always)]
-    fn passing(self, logits: &[f32; LANES], threshold: f32) -> u32 {
-        logits.iter().enumerate().fold(0, |bits, (i, &logit)| bits | (u32::from(logit >= threshold) << i))
+    fn passing(self, logits: &[f32; LANES], threshold: f32) -> u16 {
+        // Mostly none does.
+        if !logits.iter().fold(false, |any, &logit| any | (logit >= threshold)) {
+            return 0;
+        }
+        logits.iter().enumerate().fold(0, |bits, (i, &logit)| bits | (u16::from(logit >= threshold) << i))
     }
 }
 
@@ -194,7 +210,7 @@ impl Passing for crate::simd::Neon {}
 #[cfg(target_arch = "x86_64")]
 impl Passing for crate::simd::Avx2 {
     #[inline(always)]
-    fn passing(self, logits: &[f32; LANES], threshold: f32) -> u32 {
+    fn passing(self, logits: &[f32; LANES], threshold: f32) -> u16 {
         use std::arch::x86_64::{_CMP_GE_OQ, _mm256_cmp_ps, _mm256_loadu_ps, _mm256_movemask_ps, _mm256_set1_ps};
         let (first, second) = logits.split_at(LANES / 2);
         // SAFETY: the token proves AVX2; each half has the eight floats that are read.
@@ -202,7 +218,7 @@ impl Passing for crate::simd::Avx2 {
             let threshold = _mm256_set1_ps(threshold);
             let first = _mm256_cmp_ps::<_CMP_GE_OQ>(_mm256_loadu_ps(first.as_ptr()), threshold);
             let second = _mm256_cmp_ps::<_CMP_GE_OQ>(_mm256_loadu_ps(second.as_ptr()), threshold);
-            _mm256_movemask_ps(first) as u32 | (_mm256_movemask_ps(second) as u32) << (LANES / 2)
+            _mm256_movemask_ps(first) as u16 | (_mm256_movemask_ps(second) as u16) << (LANES / 2)
         }
     }
 }
@@ -210,37 +226,27 @@ impl Passing for crate::simd::Avx2 {
 #[cfg(target_arch = "x86_64")]
 impl Passing for crate::simd::Avx512 {
     #[inline(always)]
-    fn passing(self, logits: &[f32; LANES], threshold: f32) -> u32 {
+    fn passing(self, logits: &[f32; LANES], threshold: f32) -> u16 {
         use std::arch::x86_64::{_CMP_GE_OQ, _mm512_cmp_ps_mask, _mm512_loadu_ps, _mm512_set1_ps};
         // SAFETY: the token proves AVX-512; there are the sixteen floats that are read.
-        unsafe { u32::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(_mm512_loadu_ps(logits.as_ptr()), _mm512_set1_ps(threshold))) }
+        unsafe { _mm512_cmp_ps_mask::<_CMP_GE_OQ>(_mm512_loadu_ps(logits.as_ptr()), _mm512_set1_ps(threshold)) }
     }
 }
 
-/// Keeps what passes the threshold in a buffer of a few k, which is thinned out to k whenever it is full; returns the new threshold.
+/// Appends the logits that passed to `best` and returns the highest of them.
 #[inline(always)]
-fn select<I: Passing>(isa: I, block: &[f32], first: usize, k: usize, mut threshold: f32, best: &mut Vec<u64>) -> f32 {
-    let room = (3 * k).max(256);
-    let (vectors, rest) = block.as_chunks::<LANES>();
-    // NaN passes no threshold.
-    let mut last = [f32::NAN; LANES];
-    last[..rest.len()].copy_from_slice(rest);
-    for (chunk, logits) in vectors.iter().chain((!rest.is_empty()).then_some(&last)).enumerate() {
-        let mut passing = isa.passing(logits, threshold);
-        if passing == 0 {
-            continue;
-        }
-        while passing != 0 {
-            let i = passing.trailing_zeros() as usize;
-            passing &= passing - 1;
-            best.push(key(logits[i], (first + chunk * LANES + i) as u32));
-        }
-        if best.len() >= room {
-            thin_out(best, k);
-            threshold = logit_of(best[k - 1]);
+fn select(block: &[f32], passing: &[u16; BLOCK / LANES], first: usize, best: &mut Vec<u64>) -> f32 {
+    let mut highest = f32::NEG_INFINITY;
+    for (word, parts) in passing.as_chunks::<4>().0.iter().enumerate() {
+        let mut bits = parts.iter().rev().fold(0, |bits: u64, &part| bits << LANES | u64::from(part));
+        while bits != 0 {
+            let i = word * 4 * LANES + bits.trailing_zeros() as usize;
+            bits &= bits - 1;
+            highest = larger(highest, block[i]);
+            best.push(key(block[i], (first + i) as u32));
         }
     }
-    threshold
+    highest
 }
 
 /// Leaves the first k in the order of [`key`], the k-th in its place.
@@ -273,11 +279,11 @@ mod tests {
     }
 
     multiversion! {
-        fn passing(logits: &[f32; LANES], threshold: f32) -> u32 = passing_body;
+        fn passing(logits: &[f32; LANES], threshold: f32) -> u16 = passing_body;
     }
 
     #[inline(always)]
-    fn passing_body<I: Passing>(isa: I, logits: &[f32; LANES], threshold: f32) -> u32 {
+    fn passing_body<I: Passing>(isa: I, logits: &[f32; LANES], threshold: f32) -> u16 {
         isa.passing(logits, threshold)
     }
 
@@ -287,7 +293,7 @@ mod tests {
         for shift in 0..LANES {
             let logits: [f32; LANES] = std::array::from_fn(|i| special[(i * (shift + 1) + shift) % special.len()]);
             for threshold in special {
-                let bits = (0..LANES).filter(|&i| logits[i] >= threshold).map(|i| 1 << i).sum::<u32>();
+                let bits = (0..LANES).filter(|&i| logits[i] >= threshold).map(|i| 1 << i).sum::<u16>();
                 for backend in Backend::available() {
                     assert_eq!(passing(backend, &logits, threshold), bits, "{}: {logits:?} {threshold}", backend.name());
                 }
@@ -302,6 +308,12 @@ mod tests {
         assert!(run(&[f32::NEG_INFINITY; 3], 1).is_err());
         assert!(run(&[f32::NEG_INFINITY, 0.0, 1.0], 3).is_err());
         assert_eq!(run(&[f32::NEG_INFINITY, 0.0, 1.0], 2).unwrap().0, [2, 1]);
+        // Blocks without a finite logit.
+        let late = [[f32::NEG_INFINITY; BLOCK], [1.0; BLOCK]].concat();
+        assert_eq!(run(&late, 2).unwrap().0, [BLOCK as i64, BLOCK as i64 + 1]);
+        assert!(run(&late, BLOCK + 1).is_err());
+        assert!(run(&[vec![f32::NAN; BLOCK], vec![1.0]].concat(), 1).is_err());
+        assert!(run(&[vec![1.0; BLOCK], vec![f32::INFINITY]].concat(), 1).is_err());
     }
 
     proptest! {

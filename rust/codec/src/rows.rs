@@ -91,16 +91,15 @@ pub(crate) fn encode_rows_body<I: Packing, F: RowFormat>(
     for (group, ((ids, logprobs), out)) in groups.enumerate() {
         let at_row = |(row, error)| (group * LANES + row, error);
         (next_ids, next_logprobs) = (&next_ids[ids.len()..], &next_logprobs[ids.len()..]);
-        prefetch(&next_logprobs[..next_logprobs.len().min(ids.len())]);
         let (sorted, right) = check_group(logprobs, k);
-        prefetch(&next_ids[..next_ids.len().min(ids.len())]);
+        let next = (next_ids, next_logprobs);
         if sorted {
-            encode_group(isa, format, ids, logprobs, right, out, &mut scratch.values, &mut scratch.checks).map_err(at_row)?;
+            encode_group(isa, format, ids, logprobs, next, right, out, &mut scratch.values, &mut scratch.checks).map_err(at_row)?;
         } else {
             // NaN is never in order, so it is found here; a bad row is not sorted but refused below.
             sort_rows(ids, logprobs, k, scratch);
             let Scratch { values, ids, logprobs, checks } = scratch;
-            encode_group(isa, format, ids, logprobs, false, out, values, checks).map_err(at_row)?;
+            encode_group(isa, format, ids, logprobs, next, false, out, values, checks).map_err(at_row)?;
         }
     }
     Ok(())
@@ -114,6 +113,7 @@ fn encode_group<I: Packing, F: RowFormat>(
     format: &F,
     ids: &[i64],
     logprobs: &[f32],
+    next: (&[i64], &[f32]),
     right: bool,
     out: &mut [u8],
     values: &mut ValuesScratch,
@@ -122,6 +122,11 @@ fn encode_group<I: Packing, F: RowFormat>(
     let (k, value_bytes) = (format.k(), format.value_bytes());
     let bytes = value_bytes + format.id_bytes();
     for (row, ((ids, logprobs), out)) in ids.chunks(k).zip(logprobs.chunks(k)).zip(out.chunks_mut(bytes)).enumerate() {
+        let ahead = row * k..(row + 1) * k;
+        if let (Some(ids), Some(logprobs)) = (next.0.get(ahead.clone()), next.1.get(ahead)) {
+            prefetch(ids);
+            prefetch(logprobs);
+        }
         if !right && let Err(error) = check_logprobs(logprobs) {
             return Err((row, error));
         }

@@ -57,7 +57,8 @@ pub(crate) struct Values {
     covered: usize,
     /// m rows of n: the terms as the decoder evaluates them.
     terms: Vec<f64>,
-    terms32: Vec<f32>,
+    /// In float32: for [`LANES`] ranks at a time (zero beyond the last) a vector of each term.
+    terms_of_block: Vec<Lanes>,
     /// For [`combination`].
     terms_of_rank: Vec<f32>,
     m: usize,
@@ -131,13 +132,13 @@ impl Values {
         // Terms that are 0 at every rank leave nothing to choose.
         let fit = fit.filter(|fit| !fit.basis().q.is_empty());
         let constant = (m * n > 0).then(|| terms.chunks(n).position(|row| row.iter().all(|&value| value == 1.0))).flatten();
-        let terms32: Vec<f32> = terms.iter().map(|&value| value as f32).collect();
+        let terms_of_block = by_block(&terms, n);
         let terms_of_rank = by_rank(&terms.chunks(n.max(1)).map(<[f64]>::to_vec).collect::<Vec<_>>(), n);
         let exact = layout.exact_k.max(1) as f64;
         let folds = libm::log((layout.exact_k + n).max(1) as f64 / exact);
         let allowed_error = (ALLOWED_ERROR * 0.5f64.powi(m as i32 - 1)).min(ALLOWED_FOLD / (m + 1) as f64 * folds);
         let margins = if m == 1 && constant.is_some() && !layout.delta_encoding { [0.0; 3] } else { MARGINS };
-        Self { layout, n, covered, terms, terms32, terms_of_rank, m, fit, constant, allowed_error, margins }
+        Self { layout, n, covered, terms, terms_of_block, terms_of_rank, m, fit, constant, allowed_error, margins }
     }
 
     /// The terms at the approximated ranks, m rows of n.
@@ -453,10 +454,21 @@ impl Values {
 
     #[inline(always)]
     fn evaluate32(&self, coefficients: &[f64], out: &mut [f32]) {
-        out.fill(0.0);
-        for (c, row) in coefficients.iter().zip(self.terms32.chunks(self.n.max(1))) {
-            let c = *c as f32;
-            out.iter_mut().zip(row).for_each(|(sum, term)| *sum += c * term);
+        let mut narrow = [0.0; MAX_TERMS + 1];
+        for (narrow, c) in narrow.iter_mut().zip(coefficients) {
+            *narrow = *c as f32;
+        }
+        if self.m == 0 {
+            out.fill(0.0);
+            return;
+        }
+        let (blocks, rest) = out.as_chunks_mut::<LANES>();
+        let mut terms = self.terms_of_block.chunks_exact(self.m);
+        for (out, terms) in blocks.iter_mut().zip(&mut terms) {
+            *out = polynomial(&narrow, terms);
+        }
+        if let Some(terms) = terms.next() {
+            rest.copy_from_slice(&polynomial(&narrow, terms)[..rest.len()]);
         }
     }
 
@@ -661,6 +673,24 @@ fn encode_values_body<I: Isa>(
     scratch: &mut ValuesScratch,
 ) -> RowResult {
     values.encode(isa, logprobs, out, stride, scratch)
+}
+
+/// Rows of n numbers: for [`LANES`] columns at a time (zero beyond the last) a vector of each row.
+fn by_block(rows: &[f64], n: usize) -> Vec<Lanes> {
+    let at = |row: &[f64], t: usize| row.get(t).map_or(0.0, |&value| value as f32);
+    let block = |t: usize| rows.chunks(n.max(1)).map(move |row| Lanes(std::array::from_fn(|i| at(row, t + i))));
+    (0..n).step_by(LANES).flat_map(block).collect()
+}
+
+/// Σ coefficient · term, in the order of the terms.
+#[inline(always)]
+fn polynomial(coefficients: &[f32; MAX_TERMS + 1], terms: &[Lanes]) -> [f32; LANES] {
+    let mut sum = Lanes::ZERO;
+    for (c, term) in coefficients.iter().zip(terms) {
+        one_step();
+        sum += Lanes::splat(*c) * *term;
+    }
+    sum.0
 }
 
 fn running_sum(values: &[f64]) -> Vec<f64> {

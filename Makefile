@@ -81,7 +81,7 @@ lint: setup ## Formatting, lints and types
 	$(BIN)/mypy
 
 bench: setup ## Speed of the codec and the read path, into benches/results/
-	cargo bench --package distillkit-codec
+	BITS_CSV=$(CURDIR)/benches/results/$$(date +%F)-$$(uname -m)-bits.csv cargo bench --package distillkit-codec
 	$(BIN)/python benches/bench.py
 
 wheel: setup ## Build the wheel into dist/

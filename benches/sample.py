@@ -41,6 +41,7 @@ def _make() -> Sample:
     sys.path.insert(0, str(ROOT / "examples"))
     from demo import TEACHER, make_teacher
 
+    from distillkit.capture.engines import Scored, Wanted
     from distillkit.capture.engines.hf import HFTeacher
     from distillkit.capture.text import TokenDocument
     from distillkit.tokenizer import load_tokenizer
@@ -51,10 +52,10 @@ def _make() -> Sample:
     text = "\n\n".join(topics[name] for name in sorted(topics))
     tokens = np.asarray(load_tokenizer(str(folder))(text).input_ids, dtype=np.int32)
     pieces = [tokens[start : start + TOKENS] for start in range(0, DOCUMENTS * TOKENS, TOKENS)]
-    documents = [TokenDocument(piece, f"piece {number}", 0.0) for number, piece in enumerate(pieces)]
+    documents = [TokenDocument(piece, f"piece {number}") for number, piece in enumerate(pieces)]
     teacher = HFTeacher(str(folder), batch_tokens=4 * TOKENS, head_rows=256)
     print(f"running {TEACHER} over {DOCUMENTS * TOKENS:,} tokens")
-    rows = dict(teacher.score(documents, K))
+    rows = {result.index: result.rows for result in teacher.score(documents, Wanted(K)) if isinstance(result, Scored)}
     print(f"the sample took {time.perf_counter() - started:.0f} seconds")
     return Sample(
         np.concatenate([rows[number].ids for number in range(DOCUMENTS)]),

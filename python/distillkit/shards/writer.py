@@ -85,11 +85,12 @@ def encode_rows(codec: Codec, rows: SparseLogprobs) -> tuple[bytes, FidelityStat
         InputError: as `Codec.encode`.
     """
     data = codec.encode_document(rows)
-    # The codec sorts rows that are not; the comparison needs the same order.
-    order = np.argsort(-np.asarray(rows.logprobs), axis=-1, kind="stable")
-    original = SparseLogprobs(
-        np.take_along_axis(np.asarray(rows.ids), order, -1), np.take_along_axis(np.asarray(rows.logprobs), order, -1)
-    )
+    ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs)
+    if (logprobs[:, 1:] > logprobs[:, :-1]).any():
+        # The codec sorts rows that are not; the comparison needs the same order.
+        order = np.argsort(-logprobs, axis=-1, kind="stable")
+        ids, logprobs = np.take_along_axis(ids, order, -1), np.take_along_axis(logprobs, order, -1)
+    original = SparseLogprobs(ids, logprobs)
     stats = FidelityStats()
     stats.update(original, codec.decode_document(data, len(rows.ids)))
     return data, stats

@@ -1,0 +1,228 @@
+"""What capturing takes beyond the teacher itself: the same documents scored with nothing kept, and captured.
+
+    python benches/capture.py [--documents 48] [--length 512] [--teacher FOLDER]
+
+Two teachers: SmolLM2-135M-Instruct, which the demo uses, and its distributions given from memory at once, which shows
+how fast the pipeline is by itself. Both sides take turns, shard by shard, in one process; which is first changes. That
+each stored document decodes to what the teacher gave is checked at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from distillkit.bench.speed import machine
+from distillkit.capture import CaptureSettings
+from distillkit.capture.engines import Scored, Teacher, Wanted
+from distillkit.capture.pipeline import StageTimes, capture_shards
+from distillkit.capture.plan import Plan
+from distillkit.capture.run import CaptureInputs
+from distillkit.capture.text import TokenDocument
+from distillkit.shards.files import Folder
+from distillkit.shards.reader import ShardFile
+from distillkit.shards.writer import shard_name
+from distillkit.tokenizer import load_tokenizer
+from distillkit.types import SparseLogprobs
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "benches" / ".cache"
+RESULTS = ROOT / "benches" / "results"
+MOST_OVERHEAD = 0.05
+# The teacher from memory reads the documents so often: some seconds of work.
+ROUNDS = 10
+
+Rows = dict[bytes, SparseLogprobs]
+
+
+class FromMemory:
+    """A teacher that has all of its answers."""
+
+    def __init__(self, teacher: Teacher, answers: Rows) -> None:
+        self.head_size, self.identity = teacher.head_size, teacher.identity
+        self._answers = answers
+
+    def score(self, documents: Sequence[TokenDocument], wanted: Wanted) -> Iterator[Scored]:
+        for index, document in enumerate(documents):
+            yield Scored(index, self._answers[document.input_ids.tobytes()])
+
+
+@dataclass
+class Sides:
+    """What both sides took, in seconds; `*_cpu` are of all cores.
+
+    Attributes:
+        tokens: of the documents.
+        bare, bare_cpu: the teacher's answers taken and dropped.
+        captured, captured_cpu: with the pipeline.
+        encode, write: of that, the encoder thread's work.
+        blocked: of that, what the teacher waited.
+    """
+
+    tokens: int = 0
+    bare: float = 0.0
+    bare_cpu: float = 0.0
+    captured: float = 0.0
+    captured_cpu: float = 0.0
+    encode: float = 0.0
+    write: float = 0.0
+    blocked: float = 0.0
+
+    @property
+    def overhead(self) -> float:
+        """Time beyond the teacher's, as a share of it."""
+        return self.captured / self.bare - 1
+
+
+def teacher_folder() -> Path:
+    """SmolLM2-135M-Instruct, unpacked as the demo does it."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from demo import TEACHER, make_teacher
+
+    folder = CACHE / TEACHER
+    CACHE.mkdir(parents=True, exist_ok=True)
+    (CACHE / ".gitignore").write_text("*\n")
+    make_teacher(folder)
+    return folder
+
+
+def write_documents(path: Path, teacher: Path, documents: int, length: int) -> None:
+    """Write pieces of Python's documentation, of half the length to the whole of it, as token ids."""
+    from pydoc_data.topics import topics
+
+    tokens = np.asarray(load_tokenizer(str(teacher))("\n\n".join(topics[name] for name in sorted(topics))).input_ids)
+    lengths = np.random.default_rng(0).integers(length // 2, length, size=documents, endpoint=True)
+    ends = np.cumsum(lengths)
+    if ends[-1] > len(tokens):
+        sys.exit(f"{documents} documents take {ends[-1]:,} tokens, Python's documentation has {len(tokens):,}")
+    rows = [json.dumps({"input_ids": piece.tolist()}) + "\n" for piece in np.split(tokens[: ends[-1]], ends[:-1])]
+    path.write_text("".join(rows))
+
+
+def compare(teacher: Teacher, inputs: CaptureInputs, plan: Plan, answers: Rows) -> Sides:
+    """Run both sides on each shard of a plan; `answers` gets the teacher's."""
+    sides = Sides()
+    header = inputs.complete_header(plan, teacher, {})
+    for number, shard in enumerate(plan.shards):
+        for side in ("bare", "captured") if number % 2 == 0 else ("captured", "bare"):
+            started, cpu = time.perf_counter(), time.process_time()
+            if side == "bare":
+                documents = plan.read(number)
+                for result in teacher.score(documents, inputs.wanted):
+                    assert isinstance(result, Scored)
+                    answers[documents[result.index].input_ids.tobytes()] = result.rows
+                sides.bare += time.perf_counter() - started
+                sides.bare_cpu += time.process_time() - cpu
+            else:
+                times = capture_shards(teacher, plan, header, [number], inputs.wanted)
+                sides.captured += time.perf_counter() - started
+                sides.captured_cpu += time.process_time() - cpu
+                add(sides, times)
+        sides.tokens += shard.tokens
+    return sides
+
+
+def add(sides: Sides, times: StageTimes) -> None:
+    sides.encode += times.encode
+    sides.write += times.write
+    sides.blocked += times.blocked
+
+
+def check(plan: Plan, answers: Rows) -> None:
+    """What is stored is what the codec makes of the teacher's distributions, document by document."""
+    codec = plan.header.make_codec()
+    for number in range(len(plan.shards)):
+        stored = list(ShardFile(plan.folder.of(shard_name(number))))
+        planned = plan.read(number)
+        assert len(stored) == len(planned)
+        for document, source in zip(stored, planned, strict=True):
+            assert np.array_equal(document.input_ids, source.input_ids)
+            rows = answers[source.input_ids.tobytes()]
+            assert bytes(document.teacher) == codec.encode_document(rows), source.source
+            assert np.array_equal(codec.decode_document(document.teacher, document.num_rows).ids[:, 0], rows.ids[:, 0])
+
+
+def measure(folder: Path, model: Path, documents: int, length: int) -> dict[str, Sides]:
+    """Both sides for both teachers."""
+    write_documents(folder / "documents.jsonl", model, documents, length)
+    shared: dict[str, Any] = {"model": str(model), "dataset": str(folder / "documents.jsonl"), "max_seq_len": length}
+    answers: Rows = {}
+    sides = {}
+    # A dozen shards, so that what else the machine does meets both sides.
+    tokens = documents * length * 3 // 4
+    settings = CaptureSettings(**shared, output=folder / "slow", shard_tokens=tokens // 12)
+    inputs = CaptureInputs.load(settings)
+    plan = inputs.plan(Folder(settings.output))
+    teacher = inputs.teacher()
+    # The first forward has things to set up.
+    next(iter(teacher.score(plan.read(0)[:1], inputs.wanted)))
+    sides[model.name] = compare(teacher, inputs, plan, answers)
+    check(plan, answers)
+
+    lines = (folder / "documents.jsonl").read_text()
+    (folder / "documents.jsonl").write_text(lines * ROUNDS)
+    settings = CaptureSettings(**shared, output=folder / "fast", shard_tokens=tokens, drop_duplicates=False)
+    inputs = CaptureInputs.load(settings)
+    plan = inputs.plan(Folder(settings.output))
+    sides["from memory"] = compare(FromMemory(teacher, answers), inputs, plan, answers)
+    check(plan, answers)
+    return sides
+
+
+def report(results: dict[str, Sides]) -> None:
+    """Print the table, and write the figures."""
+    table = Table(title=f"capture with `recommended` (k = 128), on {machine()}", title_justify="left")
+    headings = "teacher", "tokens", "alone, tokens/s", "captured, tokens/s", "overhead"
+    for heading in (*headings, "encoder, µs a token", "CPU beyond the teacher's, µs a token"):
+        table.add_column(heading, justify="right" if heading != "teacher" else "left")
+    for name, sides in results.items():
+        table.add_row(
+            name,
+            f"{sides.tokens:,}",
+            f"{sides.tokens / sides.bare:,.0f}",
+            f"{sides.tokens / sides.captured:,.0f}",
+            "" if name == "from memory" else f"{sides.overhead:+.1%}",
+            f"{1e6 * (sides.encode + sides.write) / sides.tokens:,.1f}",
+            f"{1e6 * (sides.captured_cpu - sides.bare_cpu) / sides.tokens:,.1f}",
+        )
+    Console().print(table)
+    path = RESULTS / f"{datetime.date.today()}-{platform.machine()}-capture.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["machine", "teacher", *asdict(Sides()), "overhead"])
+        for name, sides in results.items():
+            figures = [value if isinstance(value, int) else round(value, 4) for value in asdict(sides).values()]
+            writer.writerow([machine(), name, *figures, round(sides.overhead, 4)])
+    Console().print(f"figures in {path.relative_to(ROOT)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--documents", type=int, default=72)
+    parser.add_argument("--length", type=int, default=512, help="tokens of the longest document")
+    parser.add_argument("--teacher", type=Path, help="another teacher's folder")
+    arguments = parser.parse_args()
+    model = arguments.teacher or teacher_folder()
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(Path(folder), model, arguments.documents, arguments.length)
+    report(results)
+    if results[model.name].overhead > MOST_OVERHEAD:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,7 @@ from distillkit.shards.files import Folder
 from distillkit.shards.writer import NewShard, encode_rows, make_document, shard_name
 from distillkit.types import Document
 
-__all__ = ["StageTimes", "capture_shards"]
+__all__ = ["StageTimes", "capture_shards", "queue_bytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +107,19 @@ def capture_shards(
     return times
 
 
-def _room(plan: Plan, k: int) -> int:
+def queue_bytes(longest: int, k: int) -> int:
+    """Bytes of distributions that wait for the encoder, at most, of documents of at most `longest` tokens."""
+    return _queue_room(longest, k) * longest * k * _BYTES_A_VALUE
+
+
+def _queue_room(longest: float, k: int) -> int:
     """How many documents may wait: so many that their rows take at most `_QUEUE_BYTES`, and at least two."""
-    mean = plan.tokens / max(plan.documents, 1)
-    longest = max(int(plan.header.capture.get("max_seq_len", 0)), mean)
     return max(2, min(4096, int(_QUEUE_BYTES / (longest * k * _BYTES_A_VALUE))))
+
+
+def _room(plan: Plan, k: int) -> int:
+    mean = plan.tokens / max(plan.documents, 1)
+    return _queue_room(max(int(plan.header.capture.get("max_seq_len", 0)), mean), k)
 
 
 @dataclass

@@ -29,7 +29,7 @@ from distillkit.shards.header import alignment
 from distillkit.shards.manifest import merged_fidelity
 from distillkit.tokenizer import fingerprint, load_tokenizer, vocab_size
 
-__all__ = ["CaptureInputs", "run_capture"]
+__all__ = ["CaptureInputs", "run_capture", "stored_bytes_per_token"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def run_capture(settings: CaptureSettings, *, progress: bool = True) -> CaptureR
     plan = inputs.plan(folder)
     done = plan.receipts()
     numbers = [number for number in settings.shard_numbers(len(plan.shards)) if number not in done]
-    check_room(plan, inputs.codec, numbers)
+    check_room(plan, inputs.codec, settings, numbers)
     times = StageTimes()
     if numbers:
         times = _capture(inputs, plan, done, numbers, progress)
@@ -254,7 +254,13 @@ def _passed_over(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()) or "it is empty"
 
 
-def check_room(plan: Plan, codec: Codec, numbers: Sequence[int]) -> None:
+def stored_bytes_per_token(codec: Codec, settings: CaptureSettings) -> int:
+    """Bytes on disk of a token: its row, its id and its label's log-probability."""
+    # Ids take up to 4 bytes, all the rest of a document some tens: less than a row in a hundred.
+    return codec.bytes_per_token + 4 + (4 if settings.label_logprobs else 0)
+
+
+def check_room(plan: Plan, codec: Codec, settings: CaptureSettings, numbers: Sequence[int]) -> None:
     """Refuse to begin what the disk can't hold.
 
     Raises:
@@ -262,8 +268,7 @@ def check_room(plan: Plan, codec: Codec, numbers: Sequence[int]) -> None:
     """
     free = plan.folder.free_bytes()
     tokens = sum(plan.shards[number].tokens for number in numbers)
-    # Token ids take up to 4 bytes, all the rest of a document some tens: less than a row in a hundred.
-    needed = tokens * (codec.bytes_per_token + 4)
+    needed = tokens * stored_bytes_per_token(codec, settings)
     if free is not None and needed > free:
         raise CaptureError(
             f"{plan.folder}: {tokens:,} tokens × {codec.bytes_per_token} bytes (and their ids) take "

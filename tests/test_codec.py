@@ -105,7 +105,7 @@ def test_encodes_close_and_the_published_way(name: str) -> None:
     np.testing.assert_array_equal(np.sort(ids, axis=1), np.sort(recorded["in_ids"], axis=1))
     oracle_ids, oracle = reference.decode_row(codec.to_dict(), bytes(data[0]))
     np.testing.assert_array_equal(oracle_ids, ids[0])
-    np.testing.assert_allclose(logprobs[0], oracle, rtol=2e-5, atol=2e-3 if codec.format == "legacy" else 2e-4)
+    np.testing.assert_allclose(logprobs[0], oracle, rtol=1e-6, atol=1e-6)
     ours = reference.kl_renormalised(recorded["in_logprobs"], logprobs).mean()
     theirs = reference.kl_renormalised(recorded["in_logprobs"], recorded["out_logprobs"]).mean()
     # These few rows are half synthetic; on real rows the margin is orders of magnitude (benches/results).

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distillkit.capture.settings import load_captures
 from distillkit.config import parse_config
 from training import random_documents, save_student
 
@@ -76,12 +77,16 @@ def test_the_demo_runs_to_its_end_and_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
-def test_settings_in_the_documents_are_valid(path: Path) -> None:
-    """Each YAML block, put into a small configuration."""
+def test_settings_in_the_documents_are_valid(path: Path, tmp_path: Path) -> None:
+    """Each YAML block, put into a small configuration, or read as a file of captures."""
     content = path.read_text(encoding="utf-8")
     blocks = re.findall(r"^```yaml\n(.*?)^```", content, flags=re.MULTILINE | re.DOTALL)
     assert blocks
     for block in map(yaml.safe_load, blocks):
+        if "captures" in block:
+            (tmp_path / "captures.yaml").write_text(yaml.safe_dump(block), encoding="utf-8")
+            assert len(load_captures(tmp_path / "captures.yaml")) == len(block["captures"])
+            continue
         if "deepspeed" in block.get("training_args", {}) and importlib.util.find_spec("deepspeed") is None:
             continue
         base = {

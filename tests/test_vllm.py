@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -31,7 +33,13 @@ from distillkit.tokenizer import load_tokenizer
 from teachers import EXACT, HEAD, write_llama, write_text
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.vllm
+pytestmark = [
+    pytest.mark.vllm,
+    # Of importing vLLM, which imports torch's compiler.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning"),
+    # Of vLLM's client, once its engine is stopped.
+    pytest.mark.filterwarnings("ignore:Unclosed context <zmq:ResourceWarning"),
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 WANTED = Wanted(8, label_logprobs=True, last_row=True)
@@ -182,7 +190,11 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, *command.split(), "--model", str(folder)], stdout=file, stderr=file, env=environment
+            [sys.executable, *command.split(), "--model", str(folder)],
+            stdout=file,
+            stderr=file,
+            env=environment,
+            start_new_session=True,
         )
     try:
         for _ in range(600):
@@ -196,8 +208,14 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
             pytest.fail(log.read_text())
         yield f"http://127.0.0.1:{port}/v1", process
     finally:
-        process.terminate()
-        process.wait(60)
+        kill_group(process)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a server and the processes of its engine."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
 
 
 def test_a_server_and_transformers_agree(
@@ -248,7 +266,7 @@ def test_what_a_server_does_not_give(
     served = make_teacher(settings(folder, **options))
     results = served.score(DOCUMENTS[2:4] * 200, WANTED)
     next(results)
-    process.terminate()
+    kill_group(process)
     with pytest.raises(CaptureError, match=r"fails, also after 1 retries: .*goes on after the last whole shard"):
         list(results)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -92,7 +94,8 @@ def open_source(dataset: str, *, configuration: str | None = None, split: str = 
 
     Args:
         dataset: a `.jsonl`, `.json`, `.txt` or `.parquet` file, a folder of them, a folder that `datasets` saved with
-            `save_to_disk`, or the id of a dataset on the hub. A `.txt` file is one document.
+            `save_to_disk`, an fsspec URL of one of these, whose files are copied into a temporary folder first, or the
+            id of a dataset on the hub. A `.txt` file is one document.
         configuration: name of the hub dataset's configuration.
         split: which split of a hub dataset or of a `save_to_disk` folder; in a folder of files, those whose path has
             the split's name.
@@ -100,10 +103,38 @@ def open_source(dataset: str, *, configuration: str | None = None, split: str = 
     Raises:
         ConfigError: there is no such file, dataset or split; it names what there is.
     """
+    if "://" in dataset:
+        return _fetched(dataset, split)
     path = Path(dataset).expanduser()
     if path.exists() or dataset.startswith(("/", ".", "~")) or path.suffix in _FORMATS:
         return open_local(dataset, split=split)
     return open_hub(dataset, configuration=configuration, split=split)
+
+
+def _fetched(url: str, split: str) -> Source:
+    """Copy the data files at an fsspec URL into a temporary folder, which lives as long as the source, and open them.
+
+    Raises:
+        ConfigError: there are none, or the package for such URLs is missing.
+    """
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"dataset: {url} can not be opened: {error}") from error
+    root = root.rstrip("/")
+    wanted = (*_FORMATS, ".arrow")
+    files = [file for file in filesystem.find(root) if file.endswith(wanted)]
+    if not files:
+        raise ConfigError(f"dataset: there are no {', '.join(wanted)} files at {url}")
+    folder = tempfile.TemporaryDirectory(prefix="distillkit-")
+    top = Path(folder.name) / root.rsplit("/", 1)[-1]
+    for file in files:
+        local = top if file == root else top / file.removeprefix(f"{root}/")
+        local.parent.mkdir(parents=True, exist_ok=True)
+        filesystem.get_file(file, str(local))
+    source = open_local(str(top), split=split)
+    weakref.finalize(source, folder.cleanup)
+    return source
 
 
 def open_local(dataset: str, *, split: str | None = None) -> Source:

@@ -62,7 +62,7 @@ def try_teacher(
     Raises:
         CaptureError: the teacher can not go on.
     """
-    batches = _batches(settings, documents)
+    batches: Sequence[Sequence[TokenDocument]] = _batches(settings, documents)
     rate, trial = _warm_up(teacher, documents, batches[0][0], wanted), Trial()
     started = time.perf_counter()
     for batch in batches:

@@ -32,9 +32,9 @@ _OPTIONS = (
     ),
     click.option(
         "--dataset",
-        help="What it reads: a .jsonl, .json, .txt or .parquet file, a folder of them, a save_to_disk folder, or a hub "
-        "id. Rows have text; messages; conversations; instruction (+ input) + output; inputs + targets; tools + turns; "
-        "prompt + response or completion; or input_ids.",
+        help="What it reads: a .jsonl, .json, .txt or .parquet file, a folder of them, a save_to_disk folder, a URL "
+        "of these, or a hub id. Rows have text; messages; conversations; instruction (+ input) + output; inputs + "
+        "targets; tools + turns; prompt + response or completion; or input_ids.",
     ),
     click.option("--output", help="Folder for the captured dataset."),
     _option(

@@ -11,6 +11,7 @@ use crate::error::{CodecError, Result, config_error};
 use crate::formats::RowFormat;
 use crate::formats::legacy::Legacy;
 use crate::formats::quantized::Quantized;
+use crate::lanes::LANES;
 use crate::rows::{RowResult, Scratch, decode_rows, encode_rows};
 use crate::simd::Backend;
 use crate::topk::{Logit, TopkScratch, topk_row};
@@ -18,8 +19,13 @@ use crate::topk::{Logit, TopkScratch, topk_row};
 /// Rows of one task: enough to make its buffers and its scheduling cheap.
 const TASK_ROWS: usize = 128;
 
-/// Rows of dense logits are a thousand times longer.
-const DENSE_TASK_ROWS: usize = 4;
+/// Rows of dense logits of one task: a thousand times as long, so some tasks for every thread come first, and then groups that fill the
+/// encoder's vectors.
+fn dense_task_rows(rows: usize) -> usize {
+    // Asking starts the pool, so it has to be one that will be used.
+    let threads = if rows > 1 && pool_is_usable() { rayon::current_num_threads() } else { 1 };
+    (rows / (4 * threads)).clamp(1, LANES)
+}
 
 /// Runs `body(task, scratch)` for every task of `task_rows` rows, in parallel where possible. The first failing row's error is returned;
 /// `body` counts rows from the start of its task.
@@ -214,8 +220,9 @@ impl Codec {
         if out.len() != rows * bytes {
             return Err(CodecError::Input(format!("output of {} bytes, but {rows} rows need {}", out.len(), rows * bytes)));
         }
-        let tasks = out.chunks_mut(bytes * DENSE_TASK_ROWS).zip(logits.chunks(width * DENSE_TASK_ROWS)).collect();
-        run_tasks(DENSE_TASK_ROWS, tasks, |(out, logits): (&mut [u8], &[L]), scratch: &mut DenseScratch| {
+        let task_rows = dense_task_rows(rows);
+        let tasks = out.chunks_mut(bytes * task_rows).zip(logits.chunks(width * task_rows)).collect();
+        run_tasks(task_rows, tasks, |(out, logits): (&mut [u8], &[L]), scratch: &mut DenseScratch| {
             let DenseScratch { rows, topk, ids, logprobs } = scratch;
             let count = logits.len() / width;
             ids.resize(count * k, 0);
@@ -259,11 +266,11 @@ pub fn topk<L: Logit>(logits: &[L], width: usize, k: usize, ids: &mut [i64], log
             logprobs.len()
         )));
     }
-    let outputs =
-        ids.chunks_mut(k * DENSE_TASK_ROWS).zip(logprobs.chunks_mut(k * DENSE_TASK_ROWS)).zip(logsumexp.chunks_mut(DENSE_TASK_ROWS));
+    let task_rows = dense_task_rows(rows);
+    let outputs = ids.chunks_mut(k * task_rows).zip(logprobs.chunks_mut(k * task_rows)).zip(logsumexp.chunks_mut(task_rows));
     let backend = Backend::from_env()?;
-    let tasks = logits.chunks(width * DENSE_TASK_ROWS).zip(outputs).collect();
-    run_tasks(DENSE_TASK_ROWS, tasks, |(logits, ((ids, logprobs), logsumexp)): (&[L], _), scratch: &mut TopkScratch| {
+    let tasks = logits.chunks(width * task_rows).zip(outputs).collect();
+    run_tasks(task_rows, tasks, |(logits, ((ids, logprobs), logsumexp)): (&[L], _), scratch: &mut TopkScratch| {
         let (ids, logprobs): (&mut [i64], &mut [f32]) = (ids, logprobs);
         let logsumexp: &mut [f32] = logsumexp;
         let outputs = ids.chunks_mut(k).zip(logprobs.chunks_mut(k)).zip(logsumexp);

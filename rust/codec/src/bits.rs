@@ -323,7 +323,7 @@ mod tests {
 
     #[test]
     fn every_prefix_is_truncated() {
-        for width in 1..=64 {
+        for width in (1..=64).step_by(if cfg!(miri) { 9 } else { 1 }) {
             let packed = naive_pack(&values(21, width), width);
             for backend in Backend::available() {
                 for end in 0..packed.len() {

@@ -37,8 +37,10 @@ const LONGEST_STEP: f32 = 2.0;
 /// others.
 pub(crate) const DEEPEST: f32 = -1000.0;
 /// Newton's method stops after the step that promised to lower KL by less than this (nats).
-const ENOUGH: f32 = 2e-5;
+const ENOUGH: f32 = 1e-3;
 const MOST_STEPS: usize = 4;
+/// No step can promise as much.
+const LARGEST_DECREASE: f32 = 1e30;
 
 /// An orthonormal basis of some columns, and the way back to their coefficients.
 #[derive(Debug, Clone)]
@@ -47,6 +49,8 @@ pub(crate) struct Basis {
     pub(crate) q: Vec<Vec<f64>>,
     /// r columns of m: raw coefficients of each orthonormal column.
     to_raw: Vec<Vec<f64>>,
+    /// The same, for each raw coefficient its r parts.
+    parts: Vec<f64>,
 }
 
 /// Σ a·b in eight interleaved sums: one order of additions everywhere, and one that vectorises.
@@ -67,7 +71,7 @@ pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
 impl Basis {
     fn new(columns: &[&[f64]]) -> Self {
         let m = columns.len();
-        let mut basis = Self { q: Vec::new(), to_raw: Vec::new() };
+        let mut basis = Self { q: Vec::new(), to_raw: Vec::new(), parts: Vec::new() };
         for (j, column) in columns.iter().enumerate() {
             let scale = dot(column, column).sqrt();
             if scale == 0.0 {
@@ -89,6 +93,7 @@ impl Basis {
                 basis.to_raw.push(raw.iter().map(|x| x / length).collect());
             }
         }
+        basis.parts = (0..m).flat_map(|i| basis.to_raw.iter().map(move |raw| raw[i])).collect();
         basis
     }
 
@@ -123,9 +128,11 @@ impl Basis {
     /// Raw coefficients of the combination `c` of the orthonormal columns.
     #[inline(always)]
     fn raw(&self, c: &[f64], out: &mut [f64]) {
-        out.fill(0.0);
-        for (b, raw) in c.iter().zip(&self.to_raw) {
-            out.iter_mut().zip(raw).for_each(|(x, y)| *x += b * y);
+        for (out, parts) in out.iter_mut().zip(self.parts.chunks(c.len().max(1))) {
+            *out = 0.0;
+            for (c, part) in c.iter().zip(parts) {
+                *out += c * part;
+            }
         }
     }
 
@@ -164,22 +171,26 @@ pub(crate) fn cholesky(a: &mut [f64], r: usize) -> bool {
 /// b ← L⁻¹ b, of a factor by [`cholesky`].
 #[inline(always)]
 pub(crate) fn solve_lower(l: &[f64], b: &mut [f64], r: usize) {
-    for i in 0..r {
-        for j in 0..i {
-            b[i] -= l[i * r + j] * b[j];
+    for (i, row) in l.chunks_exact(r.max(1)).take(b.len()).enumerate() {
+        let (known, rest) = b.split_at_mut(i);
+        let mut left = rest[0];
+        for (l, x) in row.iter().zip(known) {
+            left -= l * *x;
         }
-        b[i] *= l[i * r + i];
+        rest[0] = left * row[i];
     }
 }
 
 /// b ← L⁻ᵀ b, of a factor by [`cholesky`].
 #[inline(always)]
 pub(crate) fn solve_upper(l: &[f64], b: &mut [f64], r: usize) {
-    for i in (0..r).rev() {
-        for j in i + 1..r {
-            b[i] -= l[j * r + i] * b[j];
+    for (i, row) in l.chunks_exact(r.max(1)).take(b.len()).enumerate().rev() {
+        let (before, rest) = b.split_at_mut(i);
+        let x = rest[0] * row[i];
+        rest[0] = x;
+        for (b, l) in before.iter_mut().zip(row) {
+            *b -= l * x;
         }
-        b[i] *= l[i * r + i];
     }
 }
 
@@ -192,73 +203,151 @@ struct NormalEquations {
     weighted: Vec<f64>,
 }
 
-/// Tables of n float32 columns, for sums and combinations over a group of rows.
-#[derive(Debug, Clone)]
-struct Columns {
-    count: usize,
-    /// Blocks of [`TILE`] columns, each block rank by rank; the last block is filled up with zeros.
-    tiles: Vec<Vec<[f32; TILE]>>,
-}
-
 /// Sums that are built at a time: few enough for the registers of every instruction set.
 const TILE: usize = 4;
 
+/// Tables of n float32 columns, for sums over the ranks of a group's rows.
+#[derive(Debug, Clone)]
+struct Columns {
+    /// Blocks of up to [`TILE`] columns, of nearly the same size, each rank by rank.
+    tiles: Vec<(usize, Vec<f32>)>,
+}
+
 impl Columns {
     fn new(columns: &[Vec<f64>], n: usize) -> Self {
-        let at = |block: &[Vec<f64>], t: usize| {
-            let mut row = [0.0; TILE];
-            row.iter_mut().zip(block).for_each(|(out, column)| *out = column[t] as f32);
-            row
-        };
-        let tiles = columns.chunks(TILE).map(|block| (0..n).map(|t| at(block, t)).collect()).collect();
-        Self { count: columns.len(), tiles }
+        let (mut tiles, mut left) = (Vec::new(), columns);
+        while !left.is_empty() {
+            let (block, rest) = left.split_at(left.len().div_ceil(left.len().div_ceil(TILE)));
+            let ranks = (0..n).flat_map(|t| block.iter().map(move |column| column[t] as f32));
+            tiles.push((block.len(), ranks.collect()));
+            left = rest;
+        }
+        Self { tiles }
     }
 
     /// Σ w·column for each column and row.
     #[inline(always)]
-    fn sums(&self, w: &[Lanes], out: &mut [Lanes]) {
-        for (tile, out) in self.tiles.iter().zip(out[..self.count].chunks_mut(TILE)) {
-            let mut sums = [Lanes::ZERO; TILE];
-            for (w, columns) in w.iter().zip(tile) {
-                one_step();
-                for i in 0..TILE {
-                    sums[i] += *w * Lanes::splat(columns[i]);
-                }
+    fn sums(&self, w: &[Lanes], mut out: &mut [Lanes]) {
+        for (width, tile) in &self.tiles {
+            let (here, rest) = out.split_at_mut(*width);
+            match width {
+                4 => Self::tile_sums::<4>(w, tile, here),
+                3 => Self::tile_sums::<3>(w, tile, here),
+                2 => Self::tile_sums::<2>(w, tile, here),
+                _ => Self::tile_sums::<1>(w, tile, here),
             }
-            out.copy_from_slice(&sums[..out.len()]);
+            out = rest;
         }
     }
 
-    /// Adds Σ c·column, over the columns, to each rank and row.
     #[inline(always)]
-    fn add_combination(&self, c: &[Lanes], out: &mut [Lanes]) {
-        for (tile, c) in self.tiles.iter().zip(c[..self.count].chunks(TILE)) {
-            let mut padded = [Lanes::ZERO; TILE];
-            padded[..c.len()].copy_from_slice(c);
-            for (out, columns) in out.iter_mut().zip(tile) {
+    fn tile_sums<const WIDTH: usize>(w: &[Lanes], tile: &[f32], out: &mut [Lanes]) {
+        let mut sums = [Lanes::ZERO; WIDTH];
+        for (w, columns) in w.iter().zip(tile.as_chunks::<WIDTH>().0) {
+            for i in 0..WIDTH {
                 one_step();
-                let [a, b, c, d] = columns.map(Lanes::splat);
-                *out += (padded[0] * a + padded[1] * b) + (padded[2] * c + padded[3] * d);
+                sums[i] += *w * Lanes::splat(columns[i]);
             }
         }
+        out.copy_from_slice(&sums);
     }
+}
+
+/// Σ w·product for the products of two orthonormal columns, and for the columns themselves.
+///
+/// Products of powers are powers again, so the r(r + 3)/2 of them span far fewer dimensions (13 for the 27 of six terms, 5 for the 9 of
+/// three): sums are built over the ranks for a basis of that span only, and combined to all of them afterwards.
+#[derive(Debug, Clone)]
+struct Products {
+    basis: Columns,
+    rank: usize,
+    /// Each product, then each column, as a combination of the basis.
+    parts: Vec<f32>,
+}
+
+impl Products {
+    /// What float32 doesn't see of a product, relative to its length.
+    const UNSEEN: f64 = 3e-7;
+
+    fn new(q: &[Vec<f64>], n: usize) -> Self {
+        let product = |(i, j): (usize, usize)| q[i].iter().zip(&q[j]).map(|(a, b)| a * b).collect::<Vec<f64>>();
+        let wanted: Vec<Vec<f64>> = lower(q.len()).map(product).chain(q.iter().cloned()).collect();
+        let lengths: Vec<f64> = wanted.iter().map(|column| dot(column, column).sqrt()).collect();
+        let mut left = wanted.clone();
+        let mut basis: Vec<Vec<f64>> = Vec::new();
+        // Gram-Schmidt with the column first of which most is left.
+        loop {
+            let share = |i: &usize| dot(&left[*i], &left[*i]).sqrt() / lengths[*i];
+            let Some(most) = (0..left.len()).max_by(|a, b| share(a).total_cmp(&share(b))) else { break };
+            if basis.len() == left.len() || share(&most) < Self::UNSEEN {
+                break;
+            }
+            let mut next = left[most].clone();
+            for known in &basis {
+                let along = dot(known, &next);
+                next.iter_mut().zip(known).for_each(|(x, y)| *x -= along * y);
+            }
+            let length = dot(&next, &next).sqrt();
+            for x in &mut next {
+                *x /= length;
+            }
+            for column in &mut left {
+                let along = dot(&next, column);
+                column.iter_mut().zip(&next).for_each(|(x, y)| *x -= along * y);
+            }
+            basis.push(next);
+        }
+        let part = |column: &[f64], known: Option<&Vec<f64>>| known.map_or(0.0, |known| dot(known, column) as f32);
+        let parts = wanted.iter().flat_map(|column| (0..padded(basis.len())).map(|i| part(column, basis.get(i)))).collect();
+        Self { rank: basis.len(), basis: Columns::new(&basis, n), parts }
+    }
+
+    /// The products' sums into `gram`, the columns' into `sums`.
+    #[inline(always)]
+    fn sums(&self, w: &[Lanes], of_basis: &mut [Lanes], gram: &mut [Lanes], sums: &mut [Lanes]) {
+        self.basis.sums(w, of_basis);
+        for (out, parts) in gram.iter_mut().chain(sums).zip(self.parts.chunks_exact(of_basis.len())) {
+            one_step();
+            *out = combination(parts, of_basis);
+        }
+    }
+}
+
+/// Columns that a combination takes at a time; vectors and tables for it are filled up with zeros to a multiple of this.
+const STRIDE: usize = 3;
+
+/// Σ q·c.
+#[inline(always)]
+pub(crate) fn combination(q: &[f32], c: &[Lanes]) -> Lanes {
+    let mut sum = Lanes::ZERO;
+    for (q, c) in q.as_chunks::<STRIDE>().0.iter().zip(c.as_chunks::<STRIDE>().0) {
+        one_step();
+        for i in 0..STRIDE {
+            sum += c[i] * Lanes::splat(q[i]);
+        }
+    }
+    sum
+}
+
+/// How many numbers a combination of `count` columns needs.
+pub(crate) fn padded(count: usize) -> usize {
+    count.next_multiple_of(STRIDE)
+}
+
+/// A table with [`padded`] numbers for each rank.
+pub(crate) fn by_rank(columns: &[Vec<f64>], n: usize) -> Vec<f32> {
+    let at = |column: Option<&Vec<f64>>, t: usize| column.map_or(0.0, |column| column[t] as f32);
+    (0..n).flat_map(|t| (0..padded(columns.len())).map(move |i| at(columns.get(i), t))).collect()
 }
 
 /// Buffers of [`Fit`], kept from group to group.
 #[derive(Debug, Default)]
 pub(crate) struct FitScratch {
-    /// Of each rank: the target F should meet, F, p, weights, weighted errors, and a step of F.
+    /// Of each rank: the target F should meet, weights, and weighted errors.
     target: Vec<Lanes>,
-    f: Vec<Lanes>,
-    p: Vec<Lanes>,
     w: Vec<Lanes>,
     u: Vec<Lanes>,
-    step: Vec<Lanes>,
-    /// r(r + 1)/2 and r numbers a row.
-    gram: Vec<Lanes>,
-    rhs: Vec<Lanes>,
-    factor: Vec<Lanes>,
-    c: Vec<Lanes>,
+    system: System,
     /// Of the likely ranks' lowest target, the unweighted fit's largest error, and what F must not exceed at the first rank.
     floor: Lanes,
     plain_error: Lanes,
@@ -267,6 +356,39 @@ pub(crate) struct FitScratch {
     left: Vec<f64>,
     weights: Vec<f64>,
     raw: Vec<f64>,
+    /// r coefficients of each row.
+    of_row: Vec<[f64; LANES]>,
+}
+
+/// The equations of a group's rows, whose unknowns are the coefficients of the r orthonormal columns.
+#[derive(Debug, Default)]
+struct System {
+    /// r(r + 1)/2 numbers a row, and [`padded`] r.
+    gram: Vec<Lanes>,
+    rhs: Vec<Lanes>,
+    factor: Vec<Lanes>,
+    c: Vec<Lanes>,
+    /// Σ target·q, Σ p·q and the current Σ w·q.
+    of_target: Vec<Lanes>,
+    of_p: Vec<Lanes>,
+    of_w: Vec<Lanes>,
+    /// [`padded`] [`Products::rank`] sums.
+    of_basis: Vec<Lanes>,
+}
+
+impl System {
+    fn resize(&mut self, r: usize, rank: usize) {
+        let Self { gram, rhs, factor, c, of_target, of_p, of_w, of_basis } = self;
+        gram.resize(r * (r + 1) / 2, Lanes::ZERO);
+        factor.resize(gram.len(), Lanes::ZERO);
+        // Other configurations leave other numbers behind.
+        for of_columns in [rhs, c, of_target, of_p, of_w] {
+            of_columns.clear();
+            of_columns.resize(padded(r), Lanes::ZERO);
+        }
+        of_basis.clear();
+        of_basis.resize(padded(rank), Lanes::ZERO);
+    }
 }
 
 /// What a group's fit found for one row.
@@ -317,11 +439,15 @@ pub(crate) struct Fit {
     order: Vec<usize>,
     /// `bases[i]` spans the terms `order[i..]`; only the first where one rounding of all is good enough.
     bases: Vec<Basis>,
-    /// The orthonormal columns in float32, column by column and in tiles.
-    q32: Vec<Vec<f32>>,
+    /// The orthonormal columns in float32: for each rank [`padded`] r numbers, for [`LANES`] ranks at a time (zero beyond the last) r vectors of
+    /// them, and for sums.
+    q_of_rank: Vec<f32>,
+    q_of_block: Vec<Lanes>,
     columns_q: Columns,
-    /// The products of two columns, row by row of the lower half.
-    products: Columns,
+    /// Σ q of each column, and its largest |q|.
+    totals: Vec<f32>,
+    largest: Vec<f32>,
+    products: Products,
 }
 
 impl Fit {
@@ -346,11 +472,14 @@ impl Fit {
             bases.extend((1..order.len()).map(basis_from));
         }
         let q = &bases[0].q;
-        let product = |i: usize, j: usize| q[i].iter().zip(&q[j]).map(|(a, b)| a * b).collect::<Vec<_>>();
-        let products: Vec<Vec<f64>> = (0..q.len()).flat_map(|i| (0..=i).map(move |j| product(i, j))).collect();
-        let q32 = q.iter().map(|q| q.iter().map(|&x| x as f32).collect()).collect();
-        let (columns_q, products) = (Columns::new(q, n), Columns::new(&products, n));
-        Self { columns, stored, covered, order, bases, q32, columns_q, products }
+        let at = |column: &Vec<f64>, t: usize| column.get(t).map_or(0.0, |&x| x as f32);
+        let q_of_rank = by_rank(q, n);
+        let blocks = (0..n).step_by(LANES);
+        let q_of_block = blocks.flat_map(|t| q.iter().map(move |column| Lanes(std::array::from_fn(|i| at(column, t + i))))).collect();
+        let totals = q.iter().map(|column| column.iter().sum::<f64>() as f32).collect();
+        let largest = q.iter().map(|column| column.iter().fold(0.0, |a: f64, x| a.max(x.abs())) as f32).collect();
+        let (columns_q, products) = (Columns::new(q, n), Products::new(q, n));
+        Self { columns, stored, covered, order, bases, q_of_rank, q_of_block, columns_q, totals, largest, products }
     }
 
     /// The orthonormal basis that [`Fitted::c`] refers to.
@@ -362,33 +491,33 @@ impl Fit {
     #[inline(always)]
     pub(crate) fn solve<I: Isa>(&self, _isa: I, rows: &[FitRow], limits: Limits, scratch: &mut FitScratch, fitted: &mut [Fitted]) {
         let r = self.basis().q.len();
+        scratch.system.resize(r, self.products.rank);
         let shift = load(rows, scratch);
-        let FitScratch { target, f, p, w, u, step, gram, rhs, factor, c, .. } = scratch;
-        for (buffer, size) in [(&mut *gram, r * (r + 1) / 2), (rhs, r), (factor, r * (r + 1) / 2), (c, r)] {
-            buffer.clear();
-            buffer.resize(size, Lanes::ZERO);
-        }
+        let FitScratch { target, w, u, system, .. } = scratch;
+        let System { gram, rhs, factor, c, of_target, of_p, of_w, of_basis } = system;
 
         // The unweighted fit: the basis is orthonormal, so sums are its coefficients.
-        self.columns_q.sums(target, c);
-        self.columns_q.add_combination(c, f);
+        self.columns_q.sums(target, of_target);
+        c.copy_from_slice(of_target);
         let floor = each(rows, |row| limits.likely - row.base);
-        let plain_error = self.weigh(target, f, p, shift, floor, w, u);
+        let plain_error = self.weigh(c, target, shift, floor, w, u);
 
-        self.products.sums(w, gram);
+        self.products.sums(w, of_basis, gram, &mut of_w[..r]);
         self.columns_q.sums(u, rhs);
         newton_step(gram, rhs, r);
         factor.copy_from_slice(gram);
-        (0..r).for_each(|i| c[i] += rhs[i]);
-        self.columns_q.add_combination(rhs, f);
+        c.iter_mut().zip(rhs.iter()).for_each(|(c, step)| *c += *step);
         if self.covered == 0 {
+            for ((of_p, of_w), total) in of_p.iter_mut().zip(of_w.iter()).zip(&self.totals) {
+                *of_p = *of_w - Lanes::splat(FIRST_RIDGE * total);
+            }
             let scale = each(rows, |row| row.y[0]).exp();
-            self.newton(shift, scale, [target, f, p, w, u, step, gram, rhs, factor, c]);
+            self.newton(shift, scale, w, system);
         }
         (scratch.floor, scratch.plain_error, scratch.ceiling) = (floor, plain_error, each(rows, |row| row.ceiling));
         for (lane, row) in fitted[..rows.len()].iter_mut().enumerate() {
             row.c.clear();
-            row.c.extend(c.iter().map(|c| f64::from(c.0[lane])));
+            row.c.extend(scratch.system.c[..r].iter().map(|c| f64::from(c.0[lane])));
             row.free.clone_from(&row.c);
             row.factor.clear();
             row.plain_error = plain_error.0[lane];
@@ -398,24 +527,37 @@ impl Fit {
     /// Copies a row's factor out of the group's.
     #[inline(always)]
     pub(crate) fn take_factor(&self, scratch: &FitScratch, lane: usize, row: &mut Fitted) {
-        let r = self.columns_q.count;
+        let r = self.totals.len();
         if row.factor.is_empty() {
             row.factor.resize(r * r, 0.0);
-            for ((i, j), value) in lower(r).zip(&scratch.factor) {
+            for ((i, j), value) in lower(r).zip(&scratch.system.factor) {
                 row.factor[i * r + j] = f64::from(value.0[lane]);
             }
         }
     }
 
-    /// values[t] = Σ c·q[t].
+    /// values[t] = Σ c·q[t], and 0 up to a whole number of [`LANES`].
     #[inline(always)]
-    pub(crate) fn combine(&self, c: &[f64], values: &mut Vec<f32>) {
-        values.clear();
-        values.resize(self.columns.first().map_or(0, Vec::len), 0.0);
-        for (q, c) in self.q32.iter().zip(c) {
-            let c = *c as f32;
-            values.iter_mut().zip(q).for_each(|(value, q)| *value += c * q);
+    pub(crate) fn combine(&self, c: &[f64], values: &mut Vec<[f32; LANES]>) {
+        values.resize(self.q_of_block.len() / c.len(), [0.0; LANES]);
+        for (values, block) in values.iter_mut().zip(self.q_of_block.chunks_exact(c.len())) {
+            let mut sum = Lanes::ZERO;
+            for (q, c) in block.iter().zip(c) {
+                one_step();
+                sum += *q * Lanes::splat(*c as f32);
+            }
+            *values = sum.0;
         }
+    }
+
+    /// Whether all coefficients are rounded at once, whatever the values.
+    pub(crate) fn rounds_at_once(&self) -> bool {
+        self.bases.len() == 1
+    }
+
+    /// The n ranks.
+    pub(crate) fn ranks(&self) -> usize {
+        self.columns.first().map_or(0, Vec::len)
     }
 
     /// Ranks with a residual of their own.
@@ -423,46 +565,47 @@ impl Fit {
         self.covered
     }
 
-    /// The limit that each row of the group exceeds most, and by how much (nats). The limit is t for the step from rank t to t + 1, n for
-    /// the ceiling, and n + 1 + t for the error of rank t. Of a fit that is followed by residuals only the ranks after them matter.
+    /// The limit that each row of the group exceeds most, and by how much (nats). The limit is t for the step to rank t (from the
+    /// ceiling, to the first), and n + 1 + t for the error of rank t. Of a fit that is followed by residuals only the ranks after them matter.
     #[inline(always)]
     pub(crate) fn most_exceeded(&self, limits: Limits, scratch: &FitScratch) -> (Lanes, Lanes) {
-        let FitScratch { f, target, floor, plain_error, ceiling, .. } = scratch;
-        let n = f.len();
-        let (mut most, mut which) = (Lanes::splat(f32::NEG_INFINITY), Lanes::splat(n as f32));
-        if self.covered == 0 {
-            most = f[0] - *ceiling + Lanes::splat(limits.margin);
-        }
-        let from = self.covered.min(n - 1);
-        for t in from..n - 1 {
+        let FitScratch { target, floor, plain_error, ceiling, system, .. } = scratch;
+        let n = target.len();
+        let (mut most, mut which) = (Lanes::splat(f32::NEG_INFINITY), Lanes::ZERO);
+        let errors = Lanes::splat((n + 1) as f32);
+        let (margin, lowest) = (Lanes::splat(limits.margin), Lanes::splat(f32::NEG_INFINITY));
+        let allowed = plain_error.max(Lanes::splat(limits.error));
+        // Of the step to the first rank only the ceiling is a limit.
+        let mut before = if self.covered == 0 { *ceiling } else { Lanes::splat(f32::INFINITY) };
+        let mut rank = Lanes::splat(self.covered as f32);
+        let q = &self.q_of_rank[self.covered * system.c.len()..];
+        for (target, q) in target[self.covered..].iter().zip(q.chunks_exact(system.c.len())) {
             one_step();
-            let step = f[t + 1] - f[t] + Lanes::splat(limits.margin);
-            which = step.where_greater(most, Lanes::splat(t as f32), which);
+            let f = combination(q, &system.c);
+            let step = f - before + margin;
+            which = step.where_greater(most, rank, which);
             most = step.max(most);
-        }
-        if self.covered == 0 {
-            let allowed = plain_error.max(Lanes::splat(limits.error));
-            for t in 0..n {
-                one_step();
-                let over = target[t].where_greater(*floor, (f[t] - target[t]).abs() - allowed, Lanes::splat(f32::NEG_INFINITY));
-                which = over.where_greater(most, Lanes::splat((n + 1 + t) as f32), which);
+            before = f;
+            if self.covered == 0 {
+                let over = target.where_greater(*floor, (f - *target).abs() - allowed, lowest);
+                which = over.where_greater(most, rank + errors, which);
                 most = over.max(most);
             }
+            rank += Lanes::splat(1.0);
         }
         (most, which)
     }
 
-    /// Weights of the least-squares fit and weighted errors of the unweighted one into `w` and `u`; returns its largest errors.
+    /// Weights of the least-squares fit and weighted errors of the fit `c` into `w` and `u`; returns the latter's largest errors.
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "the parts of one scratch")]
-    fn weigh(&self, target: &[Lanes], f: &[Lanes], p: &mut [Lanes], shift: Lanes, floor: Lanes, w: &mut [Lanes], u: &mut [Lanes]) -> Lanes {
+    fn weigh(&self, c: &[Lanes], target: &[Lanes], shift: Lanes, floor: Lanes, w: &mut [Lanes], u: &mut [Lanes]) -> Lanes {
         let mut largest = Lanes::ZERO;
-        for (t, ((target, f), (p, (w, u)))) in target.iter().zip(f).zip(p.iter_mut().zip(w.iter_mut().zip(u))).enumerate() {
+        let ranks = target.iter().zip(self.q_of_rank.chunks_exact(c.len())).zip(w.iter_mut().zip(u));
+        for (t, ((target, q), (w, u))) in ranks.enumerate() {
             one_step();
-            *p = (*target - shift).exp();
-            let error = *target - *f;
+            let error = *target - combination(q, c);
             largest = largest.max(target.where_greater(floor, error.abs(), Lanes::ZERO));
-            *w = self.weight(t, *p);
+            *w = self.weight(t, (*target - shift).exp());
             *u = *w * error;
         }
         largest
@@ -480,44 +623,84 @@ impl Fit {
         (share * root * root.sqrt()).max(Lanes::splat(LEAST_WEIGHT))
     }
 
-    /// Newton's method on the KL divergence, from the fit in `f` and `c`. A row stops by itself, whatever the others do.
+    /// Newton's method on the KL divergence, from the fit `c`. A row stops by itself, whatever the others do.
+    ///
+    /// The columns are orthonormal, so Σ (target − F)·q is the difference of two coefficients, and the gradient comes out of the sums that
+    /// the Hessian needs.
     #[inline(always)]
-    fn newton(&self, shift: Lanes, scale: Lanes, [target, f, p, w, u, step, gram, rhs, factor, c]: [&mut Vec<Lanes>; 10]) {
-        let r = self.columns_q.count;
+    fn newton(&self, shift: Lanes, scale: Lanes, w: &mut [Lanes], system: &mut System) {
+        let System { gram, rhs, factor, c, of_target, of_p, of_w, of_basis } = system;
+        let r = self.totals.len();
         let mut active = Lanes::splat(1.0);
-        let half = Lanes::splat(0.5);
+        let (half, ridge) = (Lanes::splat(0.5), Lanes::splat(RIDGE));
         for _ in 0..MOST_STEPS {
-            for t in 0..f.len() {
+            for (w, q) in w.iter_mut().zip(self.q_of_rank.chunks_exact(padded(r))) {
                 one_step();
                 // Beyond e^20 the step is cut anyway.
-                let e = (f[t] - shift).min(Lanes::splat(20.0)).exp();
-                w[t] = e + Lanes::splat(RIDGE);
-                u[t] = (p[t] - e) + Lanes::splat(RIDGE) * (target[t] - f[t]);
+                *w = (combination(q, c) - shift).min(Lanes::splat(20.0)).exp() + ridge;
             }
-            self.products.sums(w, gram);
-            self.columns_q.sums(u, rhs);
+            self.products.sums(w, of_basis, gram, &mut of_w[..r]);
+            for i in 0..r {
+                one_step();
+                rhs[i] = (of_p[i] - (of_w[i] - Lanes::splat(RIDGE * self.totals[i]))) + ridge * (of_target[i] - c[i]);
+            }
             let decrease = newton_step(gram, rhs, r) * scale * half;
+            // A row that is done does not move any more, nor one whose equations float32 can not solve.
+            active = Lanes::splat(LARGEST_DECREASE).where_greater(decrease, active, Lanes::ZERO);
             for (kept, new) in factor.iter_mut().zip(gram.iter()) {
                 *kept = active.where_greater(half, *new, *kept);
             }
-            step.fill(Lanes::ZERO);
-            self.columns_q.add_combination(rhs, step);
-            let mut longest = Lanes::splat(LONGEST_STEP);
-            for step in step.iter() {
-                one_step();
-                longest = longest.max(step.abs());
-            }
-            let length = active * (Lanes::splat(LONGEST_STEP) / longest);
-            for (f, step) in f.iter_mut().zip(step.iter()) {
-                one_step();
-                *f += length * *step;
-            }
+            let length = Lanes::splat(LONGEST_STEP) / self.longest_step(rhs);
             for (c, step) in c.iter_mut().zip(rhs.iter()) {
-                *c += length * *step;
+                *c = active.where_greater(half, *c + length * *step, *c);
             }
             active = decrease.where_greater(Lanes::splat(ENOUGH), active, Lanes::ZERO);
             if active.0.iter().all(|&active| active == 0.0) {
                 break;
+            }
+        }
+    }
+
+    /// The largest |Σ c·q| of a rank, or [`LONGEST_STEP`] where that is larger.
+    #[inline(always)]
+    fn longest_step(&self, c: &[Lanes]) -> Lanes {
+        let mut longest = Lanes::splat(LONGEST_STEP);
+        let mut limit = Lanes::ZERO;
+        for (c, largest) in c.iter().zip(&self.largest) {
+            limit += c.abs() * Lanes::splat(*largest);
+        }
+        // Mostly no rank comes near.
+        if limit.0.iter().fold(true, |below, &limit| below & (limit < LONGEST_STEP)) {
+            return longest;
+        }
+        for q in self.q_of_rank.chunks_exact(c.len()) {
+            one_step();
+            longest = longest.max(combination(q, c).abs());
+        }
+        longest
+    }
+
+    /// Coefficients of a group's rows, one vector for each term, rounded to their stored type; only where [`Fit::rounds_at_once`].
+    #[inline(always)]
+    pub(crate) fn rounded_group(&self, fitted: &[Fitted], scratch: &mut FitScratch, coefficients: &mut [[f64; LANES]]) {
+        let r = self.totals.len();
+        scratch.of_row.resize(r, [0.0; LANES]);
+        for (lane, row) in fitted.iter().enumerate() {
+            for (of_row, c) in scratch.of_row.iter_mut().zip(&row.c) {
+                of_row[lane] = *c;
+            }
+        }
+        for (parts, &term) in self.basis().parts.chunks_exact(r).zip(&self.order) {
+            let mut sum = [0.0; LANES];
+            for (part, c) in parts.iter().zip(&scratch.of_row) {
+                one_step();
+                for lane in 0..LANES {
+                    sum[lane] += c[lane] * part;
+                }
+            }
+            one_step();
+            for lane in 0..LANES {
+                coefficients[term][lane] = self.round(sum[lane]);
             }
         }
     }
@@ -554,6 +737,7 @@ impl Fit {
         }
     }
 
+    #[inline(always)]
     fn round(&self, value: f64) -> f64 {
         let limit = self.stored.max();
         self.stored.round(value.clamp(-limit, limit))
@@ -571,20 +755,23 @@ fn lower(r: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..r).flat_map(|i| (0..=i).map(move |j| (i, j)))
 }
 
-/// Fills `target` with y − base (neither below [`DEEPEST`]), `f` with zeros and makes room in the rest; returns the target of the first
-/// rank, which probabilities are relative to. Unused lanes repeat the first row.
+/// Fills `target` with y − base (neither below [`DEEPEST`]) and makes room in the rest; returns the target of the first rank, which
+/// probabilities are relative to. Unused lanes repeat the first row.
 #[inline(always)]
 fn load(rows: &[FitRow], scratch: &mut FitScratch) -> Lanes {
     let n = rows[0].y.len();
-    for buffer in [&mut scratch.target, &mut scratch.f, &mut scratch.p, &mut scratch.w, &mut scratch.u, &mut scratch.step] {
+    for buffer in [&mut scratch.target, &mut scratch.w, &mut scratch.u] {
         buffer.resize(n, Lanes::ZERO);
     }
-    scratch.f.fill(Lanes::ZERO);
     let base = each(rows, |row| row.base.max(DEEPEST));
     let rows: [&[f32]; LANES] = std::array::from_fn(|lane| &rows.get(lane).unwrap_or(&rows[0]).y[..n]);
     for (t, target) in scratch.target.iter_mut().enumerate() {
         one_step();
-        *target = Lanes(rows.map(|y| y[t])).max(Lanes::splat(DEEPEST)) - base;
+        let mut y = Lanes::ZERO;
+        for (y, row) in y.0.iter_mut().zip(&rows) {
+            *y = row[t];
+        }
+        *target = y.max(Lanes::splat(DEEPEST)) - base;
     }
     scratch.target[0]
 }
@@ -621,4 +808,138 @@ fn newton_step(gram: &mut [Lanes], rhs: &mut [Lanes], r: usize) -> Lanes {
         rhs[i] = s * gram[row(i) + i];
     }
     product
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::simd::Portable;
+
+    /// Numbers in 0 … 1 by a linear congruential generator.
+    pub(crate) struct Numbers(pub(crate) u64);
+
+    impl Numbers {
+        pub(crate) fn next(&mut self) -> f64 {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (self.0 >> 11) as f64 / (1u64 << 53) as f64
+        }
+    }
+
+    /// x of a·x = b by Gaussian elimination with the largest pivot; `None` where a is singular.
+    pub(crate) fn solved(mut a: Vec<Vec<f64>>, mut b: Vec<f64>) -> Option<Vec<f64>> {
+        let n = b.len();
+        for i in 0..n {
+            let pivot = (i..n).max_by(|&x, &y| a[x][i].abs().total_cmp(&a[y][i].abs()))?;
+            if a[pivot][i].abs() < 1e-12 {
+                return None;
+            }
+            a.swap(i, pivot);
+            b.swap(i, pivot);
+            let (above, below) = a.split_at_mut(i + 1);
+            for (j, row) in below.iter_mut().enumerate() {
+                let factor = row[i] / above[i][i];
+                row.iter_mut().zip(&above[i]).for_each(|(x, y)| *x -= factor * y);
+                b[i + 1 + j] -= factor * b[i];
+            }
+        }
+        for i in (0..n).rev() {
+            let known: f64 = (i + 1..n).map(|j| a[i][j] * b[j]).sum();
+            b[i] = (b[i] - known) / a[i][i];
+        }
+        Some(b)
+    }
+
+    pub(crate) fn columns(n: usize) -> Vec<Vec<f64>> {
+        let column = |f: fn(f64) -> f64| (0..n).map(|t| f(t as f64)).collect();
+        vec![column(|_| 1.0), column(|t| t), column(f64::sqrt)]
+    }
+
+    /// Log-probabilities as real rows have them: steep first, then flat, in order.
+    pub(crate) fn row(n: usize, numbers: &mut Numbers) -> Vec<f32> {
+        let steep = 0.3 + numbers.next();
+        let mut value = -0.5 - 2.0 * numbers.next();
+        let mut next = |t: usize| {
+            value -= steep * numbers.next() / (1.0 + 0.3 * t as f64);
+            value as f32
+        };
+        (0..n).map(&mut next).collect()
+    }
+
+    fn values(c: &[f64], columns: &[Vec<f64>]) -> Vec<f64> {
+        (0..columns[0].len()).map(|t| c.iter().zip(columns).map(|(c, column)| c * column[t]).sum()).collect()
+    }
+
+    fn weighted_fit(columns: &[Vec<f64>], w: &[f64], y: &[f64]) -> Vec<f64> {
+        let sum = |a: &[f64], b: &[f64]| a.iter().zip(b).zip(w).map(|((a, b), w)| a * b * w).sum::<f64>();
+        let gram = columns.iter().map(|a| columns.iter().map(|b| sum(a, b)).collect()).collect();
+        solved(gram, columns.iter().map(|a| sum(a, y)).collect()).expect("independent columns")
+    }
+
+    /// What Newton's method minimises: Σ (e^F − p·F), and the ridge.
+    fn objective(f: &[f64], y: &[f64]) -> f64 {
+        let ridge = f64::from(RIDGE) * y[0].exp() / 2.0;
+        f.iter().zip(y).map(|(f, y)| f.exp() - y.exp() * f + ridge * (f - y).powi(2)).sum()
+    }
+
+    /// Its minimum in float64: Newton's method on the raw columns, with steps halved until they help.
+    fn minimum(columns: &[Vec<f64>], y: &[f64]) -> f64 {
+        let p: Vec<f64> = y.iter().map(|y| y.exp()).collect();
+        let mut c = weighted_fit(columns, &p, y);
+        let ridge = f64::from(RIDGE) * p[0];
+        for _ in 0..50 {
+            let f = values(&c, columns);
+            let w: Vec<f64> = f.iter().map(|f| f.exp() + ridge).collect();
+            // A step of weighted least squares towards −gradient / weight.
+            let towards: Vec<f64> = (0..f.len()).map(|t| (p[t] - f[t].exp() + ridge * (y[t] - f[t])) / w[t]).collect();
+            let step = weighted_fit(columns, &w, &towards);
+            let moved = |length: f64| c.iter().zip(&step).map(|(c, s)| c + length * s).collect::<Vec<f64>>();
+            let lengths = (0..40).map(|i| 0.5f64.powi(i));
+            let best = lengths.map(moved).find(|moved| objective(&values(moved, columns), y) <= objective(&f, y));
+            let Some(best) = best else { break };
+            c = best;
+        }
+        objective(&values(&c, columns), y)
+    }
+
+    #[test]
+    fn reaches_the_minimum_and_knows_the_unweighted_fit() {
+        let (n, mut numbers) = (49, Numbers(1));
+        let columns = columns(n);
+        let fit = Fit::new(columns.clone(), FloatType::Float64, 0);
+        let rows: Vec<Vec<f32>> = (0..LANES).map(|_| row(n, &mut numbers)).collect();
+        let given: Vec<FitRow> = rows.iter().map(|y| FitRow { y, base: 0.0, ceiling: 0.0 }).collect();
+        let limits = Limits { likely: -100.0, error: 0.0, margin: 0.0 };
+        let (mut scratch, mut fitted) = (FitScratch::default(), Vec::new());
+        fitted.resize_with(LANES, Fitted::default);
+        fit.solve(Portable, &given, limits, &mut scratch, &mut fitted);
+        for (y, fitted) in rows.iter().zip(&fitted) {
+            let y: Vec<f64> = y.iter().map(|&y| f64::from(y)).collect();
+            let found = objective(&values(&fitted.c, &fit.basis().q), &y);
+            let least = minimum(&columns, &y);
+            assert!(found - least < 1e-5 && found - least > -1e-6, "{found} {least}");
+            let plain = values(&weighted_fit(&columns, &vec![1.0; n], &y), &columns);
+            let error = plain.iter().zip(&y).fold(0.0, |a: f64, (f, y)| a.max((f - y).abs()));
+            assert!((f64::from(fitted.plain_error) - error).abs() < 1e-4, "{} {error}", fitted.plain_error);
+        }
+    }
+
+    #[test]
+    fn products_are_combinations_of_few_sums() {
+        let (n, mut numbers) = (49, Numbers(2));
+        let basis = Basis::new(&columns(n).iter().map(Vec::as_slice).collect::<Vec<_>>());
+        let products = Products::new(&basis.q, n);
+        assert_eq!(products.rank, 5);
+        let w: Vec<Lanes> = (0..n).map(|_| Lanes(std::array::from_fn(|_| numbers.next() as f32))).collect();
+        let (mut of_basis, mut gram, mut sums) = (vec![Lanes::ZERO; padded(5)], vec![Lanes::ZERO; 6], vec![Lanes::ZERO; 3]);
+        products.sums(&w, &mut of_basis, &mut gram, &mut sums);
+        for lane in 0..LANES {
+            let sum = |column: &dyn Fn(usize) -> f64| (0..n).map(|t| f64::from(w[t].0[lane]) * column(t)).sum::<f64>();
+            for ((i, j), found) in lower(3).zip(&gram) {
+                assert!((f64::from(found.0[lane]) - sum(&|t| basis.q[i][t] * basis.q[j][t])).abs() < 1e-6);
+            }
+            for (q, found) in basis.q.iter().zip(&sums) {
+                assert!((f64::from(found.0[lane]) - sum(&|t| q[t])).abs() < 3e-6);
+            }
+        }
+    }
 }

@@ -3,6 +3,8 @@
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
+use crate::lanes::all_finite;
+
 /// A stored float type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -108,6 +110,44 @@ impl FloatType {
             Self::Bfloat16 => here.copy_from_slice(&(((value as f32).to_bits() >> 16) as u16).to_le_bytes()),
             Self::Float32 => here.copy_from_slice(&(value as f32).to_le_bytes()),
             Self::Float64 => here.copy_from_slice(&value.to_le_bytes()),
+        }
+        rest
+    }
+
+    /// Appends [`FloatType::round`] of each value.
+    #[inline(always)]
+    pub(crate) fn round_all(self, values: &[f32], out: &mut Vec<f64>) {
+        match self {
+            // Every bfloat16 and every value between two of them is a float32, so its bits can be rounded as above.
+            Self::Bfloat16 if all_finite(values) => out.extend(values.iter().map(|value| {
+                let bits = value.to_bits();
+                f64::from(f32::from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF_0000))
+            })),
+            Self::Bfloat16 | Self::Float16 => out.extend(values.iter().map(|&value| self.round(f64::from(value)))),
+            Self::Float32 | Self::Float64 => out.extend(values.iter().map(|&value| f64::from(value))),
+        }
+    }
+
+    /// [`FloatType::write`] of each value.
+    #[inline(always)]
+    pub(crate) fn write_all<'a>(self, values: &[f64], out: &'a mut [u8]) -> &'a mut [u8] {
+        let (here, rest) = out.split_at_mut(values.len() * self.size());
+        match self {
+            Self::Bfloat16 => {
+                for (out, &value) in here.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                    *out = (((value as f32).to_bits() >> 16) as u16).to_le_bytes();
+                }
+            }
+            Self::Float32 => {
+                for (out, &value) in here.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                    *out = (value as f32).to_le_bytes();
+                }
+            }
+            Self::Float16 | Self::Float64 => {
+                for (out, &value) in here.chunks_exact_mut(self.size()).zip(values) {
+                    self.write(value, out);
+                }
+            }
         }
         rest
     }

@@ -62,6 +62,43 @@ impl Lanes {
         self.map(f32::sqrt)
     }
 
+    /// `yes` where `self` ≥ `other`, else (and where one is NaN) `no`.
+    #[inline(always)]
+    pub(crate) fn where_not_less(self, other: Self, yes: Self, no: Self) -> Self {
+        let mut out = no;
+        for lane in 0..LANES {
+            out.0[lane] = if self.0[lane] >= other.0[lane] { yes.0[lane] } else { no.0[lane] };
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        let mut lanes = self;
+        let mut width = LANES / 2;
+        while width > 0 {
+            for lane in 0..width {
+                lanes.0[lane] += lanes.0[lane + width];
+            }
+            width /= 2;
+        }
+        lanes.0[0]
+    }
+
+    /// The largest of the numbers, none of which is NaN.
+    #[inline(always)]
+    pub(crate) fn largest(self) -> f32 {
+        let mut lanes = self;
+        let mut width = LANES / 2;
+        while width > 0 {
+            for lane in 0..width {
+                lanes.0[lane] = larger(lanes.0[lane], lanes.0[lane + width]);
+            }
+            width /= 2;
+        }
+        lanes.0[0]
+    }
+
     /// `yes` where `self` > `other`, else `no`.
     #[inline(always)]
     pub(crate) fn where_greater(self, other: Self, yes: Self, no: Self) -> Self {
@@ -150,23 +187,79 @@ pub(crate) fn all_finite(values: &[f32]) -> bool {
 /// Σ eˣ over the values, each at most 88.
 #[inline(always)]
 pub(crate) fn sum_exp(values: &[f32]) -> f64 {
+    let (vectors, rest) = values.as_chunks::<LANES>();
     let mut sums = Lanes::ZERO;
-    let chunks = values.chunks_exact(LANES);
-    let rest: f32 = chunks.remainder().iter().map(|&value| exp(value)).sum();
-    for chunk in chunks {
+    for vector in vectors {
         one_step();
-        for (sum, &value) in sums.0.iter_mut().zip(chunk) {
-            *sum += exp(value);
+        sums += Lanes(*vector).exp();
+    }
+    if let (Some(last), false) = (values.last_chunk::<LANES>(), rest.is_empty()) {
+        sums += last_of(last, rest.len()).exp();
+        return f64::from(sums.sum());
+    }
+    let mut sum = sums.sum();
+    for &value in rest {
+        one_step();
+        sum += exp(value);
+    }
+    f64::from(sum)
+}
+
+/// Whether the values do not increase (false where one is NaN), and Σ eˣ over them, which is meaningless where one is above 88.
+#[inline(always)]
+pub(crate) fn order_and_mass(values: &[f32]) -> (bool, f64) {
+    let mut unordered = [0u32; LANES];
+    let pairs = values.len().saturating_sub(1);
+    let mut at = 0;
+    while at + LANES <= pairs {
+        one_step();
+        mark_increasing(&values[at..], &mut unordered);
+        at += LANES;
+    }
+    let mut ordered = true;
+    if at < pairs && pairs >= LANES {
+        mark_increasing(&values[pairs - LANES..], &mut unordered);
+    } else {
+        for t in at..pairs {
+            one_step();
+            ordered &= values[t] >= values[t + 1];
         }
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            sums.0[lane] += sums.0[lane + width];
-        }
-        width /= 2;
+    let known = values.first().is_none_or(|first| !first.is_nan());
+    (known && ordered && unordered.iter().fold(0, |any, lane| any | lane) == 0, sum_exp(values))
+}
+
+/// Sets where a value is not at least the one after it.
+#[inline(always)]
+fn mark_increasing(values: &[f32], marks: &mut [u32; LANES]) {
+    let (values, after) = (&values[..LANES], &values[1..=LANES]);
+    for lane in 0..LANES {
+        // NaN is in no order.
+        let ordered = values[lane] >= after[lane];
+        marks[lane] |= u32::from(!ordered);
     }
-    f64::from(rest) + f64::from(sums.0[0])
+}
+
+/// The last `count` of the values, and −∞ in place of those before.
+#[inline(always)]
+fn last_of(values: &[f32; LANES], count: usize) -> Lanes {
+    let mut lanes = Lanes(*values);
+    for (lane, value) in lanes.0.iter_mut().enumerate() {
+        *value = if lane + count >= LANES { *value } else { f32::NEG_INFINITY };
+    }
+    lanes
+}
+
+/// Asks for what will be read soon.
+#[inline(always)]
+pub(crate) fn prefetch<T>(values: &[T]) {
+    #[cfg(all(not(miri), target_arch = "x86_64"))]
+    for line in values.chunks((64 / size_of::<T>()).max(1)) {
+        // SAFETY: a hint; it reads nothing, and every x86-64 CPU has it.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(all(not(miri), target_arch = "x86_64")))]
+    let _ = values;
 }
 
 #[cfg(test)]

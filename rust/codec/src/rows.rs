@@ -1,16 +1,23 @@
 //! A run of rows on one thread: checked, sorted where they are not, encoded in groups; and decoded.
 
+use std::cell::Cell;
+
 use crate::bits::Packing;
 use crate::error::{CodecError, Result};
 use crate::formats::RowFormat;
-use crate::lanes::{LANES, all_finite, sum_exp};
+use crate::lanes::{LANES, all_finite, order_and_mass, prefetch, sum_exp};
 use crate::simd::multiversion;
-use crate::values::ValuesScratch;
+use crate::values::{ValuesScratch, encode_values};
 
 /// Log-probabilities may exceed 0, and the sum of a row's probabilities 1, by this much: the rounding of a low-precision teacher.
 const ROUNDING: f64 = 1e-2;
-/// Ids are looked up by their low 17 bits, in this many words of 64; real vocabularies have hardly more.
-const SEEN_WORDS: usize = 1 << (17 - 6);
+/// Ids are looked up by their low 18 bits; real vocabularies have no more.
+const SEEN: usize = 1 << 18;
+
+thread_local! {
+    /// [`IdChecks::seen`] between runs.
+    static KEPT: Cell<Seen> = const { Cell::new(Seen { stamps: Vec::new(), row: 0 }) };
+}
 
 /// Buffers of one thread, kept from run to run.
 #[derive(Debug, Default)]
@@ -22,11 +29,35 @@ pub(crate) struct Scratch {
 }
 
 /// Buffers of [`check_ids`] and of sorting.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct IdChecks {
     order: Vec<usize>,
-    /// A bit for every value of the low bits of an id; all zero between rows.
-    seen: Vec<u64>,
+    seen: Seen,
+}
+
+/// In which row ids were last: rows are counted up to 255, then the vocabulary is cleared.
+#[derive(Debug, Default)]
+struct Seen {
+    /// For every value of the low bits of an id.
+    stamps: Vec<u8>,
+    row: u8,
+}
+
+impl Default for IdChecks {
+    fn default() -> Self {
+        let mut seen = KEPT.take();
+        if seen.stamps.is_empty() {
+            seen.stamps = vec![0; SEEN];
+        }
+        Self { order: Vec::new(), seen }
+    }
+}
+
+impl Drop for IdChecks {
+    fn drop(&mut self) {
+        // While a thread ends its variables may be gone already.
+        let _ = KEPT.try_with(|kept| kept.set(std::mem::take(&mut self.seen)));
+    }
 }
 
 /// A failed row and what is wrong with it.
@@ -56,26 +87,34 @@ pub(crate) fn encode_rows_body<I: Packing, F: RowFormat>(
     let (k, value_bytes) = (format.k(), format.value_bytes());
     let bytes = value_bytes + format.id_bytes();
     let groups = ids.chunks(k * LANES).zip(logprobs.chunks(k * LANES)).zip(out.chunks_mut(bytes * LANES));
+    let (mut next_ids, mut next_logprobs) = (ids, logprobs);
     for (group, ((ids, logprobs), out)) in groups.enumerate() {
         let at_row = |(row, error)| (group * LANES + row, error);
-        if logprobs.chunks(k).all(is_sorted) {
-            encode_group(isa, format, ids, logprobs, out, &mut scratch.values, &mut scratch.checks).map_err(at_row)?;
+        (next_ids, next_logprobs) = (&next_ids[ids.len()..], &next_logprobs[ids.len()..]);
+        let (sorted, right) = check_group(logprobs, k);
+        let next = (next_ids, next_logprobs);
+        if sorted {
+            encode_group(isa, format, ids, logprobs, next, right, out, &mut scratch.values, &mut scratch.checks).map_err(at_row)?;
         } else {
             // NaN is never in order, so it is found here; a bad row is not sorted but refused below.
             sort_rows(ids, logprobs, k, scratch);
             let Scratch { values, ids, logprobs, checks } = scratch;
-            encode_group(isa, format, ids, logprobs, out, values, checks).map_err(at_row)?;
+            encode_group(isa, format, ids, logprobs, next, false, out, values, checks).map_err(at_row)?;
         }
     }
     Ok(())
 }
 
+/// `right`: the log-probabilities are known to pass [`check_logprobs`].
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "the parts of a group and of one scratch")]
 fn encode_group<I: Packing, F: RowFormat>(
     isa: I,
     format: &F,
     ids: &[i64],
     logprobs: &[f32],
+    next: (&[i64], &[f32]),
+    right: bool,
     out: &mut [u8],
     values: &mut ValuesScratch,
     checks: &mut IdChecks,
@@ -83,7 +122,12 @@ fn encode_group<I: Packing, F: RowFormat>(
     let (k, value_bytes) = (format.k(), format.value_bytes());
     let bytes = value_bytes + format.id_bytes();
     for (row, ((ids, logprobs), out)) in ids.chunks(k).zip(logprobs.chunks(k)).zip(out.chunks_mut(bytes)).enumerate() {
-        if let Err(error) = check_logprobs(logprobs) {
+        let ahead = row * k..(row + 1) * k;
+        if let (Some(ids), Some(logprobs)) = (next.0.get(ahead.clone()), next.1.get(ahead)) {
+            prefetch(ids);
+            prefetch(logprobs);
+        }
+        if !right && let Err(error) = check_logprobs(logprobs) {
             return Err((row, error));
         }
         if let Err(error) = check_ids(ids, format.vocab_size(), checks) {
@@ -91,7 +135,7 @@ fn encode_group<I: Packing, F: RowFormat>(
         }
         format.write_ids(isa, ids, &mut out[value_bytes..]);
     }
-    format.values().encode(isa, logprobs, out, bytes, values)
+    encode_values(I::BACKEND, format.values(), logprobs, out, bytes, values)
 }
 
 #[inline(always)]
@@ -113,10 +157,17 @@ pub(crate) fn decode_rows_body<I: Packing, F: RowFormat>(
     Ok(())
 }
 
-/// Whether the values do not increase; false where one is NaN.
+/// Whether all rows are sorted, none having NaN, and whether they certainly pass [`check_logprobs`] as well.
 #[inline(always)]
-fn is_sorted(logprobs: &[f32]) -> bool {
-    logprobs.iter().zip(&logprobs[1..]).fold(true, |sorted, (a, b)| sorted & (a >= b)) && !logprobs[0].is_nan()
+fn check_group(logprobs: &[f32], k: usize) -> (bool, bool) {
+    let (mut sorted, mut right) = (true, true);
+    for row in logprobs.chunks(k) {
+        let (ordered, mass) = order_and_mass(row);
+        sorted &= ordered;
+        // In order, the first is the largest and the last the least.
+        right &= f64::from(row[0]) <= ROUNDING && row[k - 1] > f32::NEG_INFINITY && mass <= 1.0 + ROUNDING;
+    }
+    (sorted, sorted && right)
 }
 
 /// Copies the rows into the scratch, each sorted by descending log-probability (stable).
@@ -137,7 +188,7 @@ fn sort_rows(ids: &[i64], logprobs: &[f32], k: usize, scratch: &mut Scratch) {
 }
 
 /// Refuses what can not be log-probabilities; `logprobs` are sorted if they are finite.
-#[inline(always)]
+#[cold]
 fn check_logprobs(logprobs: &[f32]) -> Result<()> {
     if !all_finite(logprobs) {
         return Err(not_finite(logprobs));
@@ -170,18 +221,20 @@ fn check_ids(ids: &[i64], vocab_size: u64, IdChecks { order, seen }: &mut IdChec
     if ids.iter().fold(0, |largest: u64, &id| largest.max(id as u64)) >= vocab_size {
         return Err(outside(ids, vocab_size));
     }
-    seen.resize(SEEN_WORDS, 0);
-    let Some(seen) = seen.first_chunk_mut::<SEEN_WORDS>() else { return check_repeated(ids, order) };
-    let mut repeated = 0;
-    for &id in ids {
-        let (word, bit) = (&mut seen[(id as usize >> 6) % SEEN_WORDS], 1u64 << (id & 63));
-        repeated |= *word & bit;
-        *word |= bit;
+    if seen.row == u8::MAX {
+        // Beyond the vocabulary a larger one may have left stamps: a false alarm, for which there is a second look.
+        seen.stamps[..SEEN.min(vocab_size as usize)].fill(0);
+        seen.row = 0;
     }
+    seen.row += 1;
+    let Some(stamps) = seen.stamps.first_chunk_mut::<SEEN>() else { return check_repeated(ids, order) };
+    let mut repeated = false;
     for &id in ids {
-        seen[(id as usize >> 6) % SEEN_WORDS] = 0;
+        let stamp = &mut stamps[id as usize % SEEN];
+        repeated |= *stamp == seen.row;
+        *stamp = seen.row;
     }
-    if repeated == 0 { Ok(()) } else { check_repeated(ids, order) }
+    if repeated { check_repeated(ids, order) } else { Ok(()) }
 }
 
 #[cold]

@@ -133,7 +133,6 @@ impl FromStr for Backend {
 /// Only [`multiversion!`] makes tokens other than [`Portable`], so whoever holds one may call functions that need the instructions.
 pub(crate) trait Isa: Copy {
     /// The backend that the token belongs to.
-    #[cfg(test)]
     const BACKEND: Backend;
 }
 
@@ -155,7 +154,6 @@ macro_rules! tokens {
 
         $(#[$attribute])*
         impl Isa for $name {
-            #[cfg(test)]
             const BACKEND: Backend = Backend::$name;
         }
     )+};
@@ -175,7 +173,6 @@ tokens!(
 pub(crate) struct Portable;
 
 impl Isa for Portable {
-    #[cfg(test)]
     const BACKEND: Backend = Backend::Portable;
 }
 

@@ -1,15 +1,15 @@
 //! One row of dense logits → its k most probable ids and their log-probabilities under the full softmax, in one pass over the logits.
 //!
-//! The row is taken in blocks that stay in the first-level cache: a block's maximum, its share of Σ exp relative to a reference (the highest
-//! logit of the first block; what was summed up is scaled to a new one where later logits are far above it), and, where the maximum passes
-//! the rising threshold of the best k, the logits that do.
+//! The row is taken in blocks that stay in the first-level cache: a block's share of Σ exp relative to a reference (the highest logit of the
+//! first block; what was summed up is scaled to a new one where later logits are far above it), and in the same pass which of its logits are
+//! not below the rising threshold of the best k.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::error::{CodecError, Result};
 use crate::lanes::{LANES, Lanes, exp, larger, one_step};
-use crate::simd::{Isa, multiversion};
+use crate::simd::{Isa, Portable, multiversion};
 
 /// Logits of a block: 2 KB of float32.
 const BLOCK: usize = 512;
@@ -67,13 +67,23 @@ impl Logit for bf16 {
 #[derive(Debug, Default)]
 pub(crate) struct TopkScratch {
     block: Vec<f32>,
-    best: Vec<(f32, u32)>,
+    best: Vec<u64>,
 }
 
-/// Descending by logit, ascending by id: a total order, so the result does not depend on how it is found.
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that sorting takes")]
-fn before(a: &(f32, u32), b: &(f32, u32)) -> std::cmp::Ordering {
-    b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
+/// A logit and its id as one number, least for the highest logit and among equal ones for the lowest id: a total order, so the result does
+/// not depend on how it is found, and one that sorts without branches.
+#[inline(always)]
+fn key(logit: f32, id: u32) -> u64 {
+    // The bits of a positive float count up with it, those of a negative one down.
+    let bits = logit.to_bits();
+    let descending = if bits >> 31 == 0 { !(bits | 1 << 31) } else { bits };
+    u64::from(descending) << 32 | u64::from(id)
+}
+
+#[inline(always)]
+fn logit_of(key: u64) -> f32 {
+    let descending = (key >> 32) as u32;
+    f32::from_bits(if descending >> 31 == 0 { !descending & !(1 << 31) } else { descending })
 }
 
 multiversion! {
@@ -83,34 +93,49 @@ multiversion! {
 }
 
 #[inline(always)]
-fn topk_row_body<I: Isa, L: Logit>(_isa: I, logits: &[L], ids: &mut [i64], logprobs: &mut [f32], scratch: &mut TopkScratch) -> Result<f64> {
+fn topk_row_body<I: Passing, L: Logit>(
+    isa: I,
+    logits: &[L],
+    ids: &mut [i64],
+    logprobs: &mut [f32],
+    scratch: &mut TopkScratch,
+) -> Result<f64> {
     let TopkScratch { block: buffer, best } = scratch;
     buffer.resize(BLOCK, 0.0);
     best.clear();
+    // A few k, thinned out to k whenever there are as many.
+    let room = (3 * ids.len()).max(256);
     let (mut reference, mut threshold) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
     let mut sums = [0.0f64; LANES];
+    let mut passing = [0; BLOCK / LANES];
     for (first, block) in logits.chunks(BLOCK).enumerate() {
         let block = L::widen(block, &mut buffer[..block.len()]);
-        let (mut most, mut parts) = if reference.is_finite() { maximum_and_sums(block, reference) } else { (maximum(block), Lanes::ZERO) };
-        if most > reference + FARTHEST || !reference.is_finite() {
-            let factor = if reference.is_finite() { f64::from(exp(reference - most)) } else { 0.0 };
+        if reference == f32::NEG_INFINITY {
+            reference = maximum(block);
+            if reference == f32::NEG_INFINITY && !block.iter().any(|logit| logit.is_nan()) {
+                continue;
+            }
+        }
+        let mut parts = sums_and_passing(isa, block, reference, threshold, &mut passing);
+        // The threshold is one of the logits so far, none of which is farther above the reference: what is now, passes.
+        let highest = select(block, &passing, first * BLOCK, best);
+        if highest > reference + FARTHEST {
+            let factor = f64::from(exp(reference - highest));
             for sum in &mut sums {
                 *sum *= factor;
             }
-            reference = most;
-            if !most.is_finite() {
-                if most == f32::NEG_INFINITY && !block.iter().any(|logit| logit.is_nan()) {
-                    continue;
-                }
-                return Err(CodecError::Input("the row has logits that are NaN or infinite".into()));
-            }
-            (most, parts) = maximum_and_sums(block, reference);
+            reference = highest;
+            parts = sums_and_passing(isa, block, reference, threshold, &mut passing);
+        }
+        if !reference.is_finite() {
+            return Err(CodecError::Input("the row has logits that are NaN or infinite".into()));
         }
         for (sum, part) in sums.iter_mut().zip(parts.0) {
             *sum += f64::from(part);
         }
-        if most >= threshold {
-            threshold = select(block, first * BLOCK, ids.len(), threshold, best);
+        if best.len() >= room {
+            thin_out(best, ids.len());
+            threshold = logit_of(best[ids.len() - 1]);
         }
     }
     let sum: f64 = sums.iter().sum();
@@ -119,13 +144,15 @@ fn topk_row_body<I: Isa, L: Logit>(_isa: I, logits: &[L], ids: &mut [i64], logpr
         return Err(CodecError::Input(format!("the row has {what}")));
     }
     thin_out(best, ids.len());
-    best.sort_unstable_by(before);
-    if let Some(rank) = best.iter().position(|(logit, _)| !logit.is_finite()) {
-        return Err(CodecError::Input(format!("only {rank} logits are finite, fewer than k = {}", ids.len())));
+    best.sort_unstable();
+    let finite = best.iter().filter(|&&key| logit_of(key).is_finite()).count();
+    if finite < ids.len() {
+        return Err(CodecError::Input(format!("only {finite} logits are finite, fewer than k = {}", ids.len())));
     }
     let log_sum = libm::log(sum);
-    for ((id, logprob), &(logit, index)) in ids.iter_mut().zip(logprobs).zip(best.iter()) {
-        *id = i64::from(index);
+    for ((id, logprob), &key) in ids.iter_mut().zip(logprobs).zip(best.iter()) {
+        let logit = logit_of(key);
+        *id = i64::from(key as u32);
         // Finite logits have finite log-probabilities, however far apart they are.
         *logprob = ((f64::from(logit) - f64::from(reference) - log_sum) as f32).max(f32::MIN);
     }
@@ -137,56 +164,95 @@ fn maximum(block: &[f32]) -> f32 {
     block.iter().copied().fold(f32::NEG_INFINITY, larger)
 }
 
-/// The largest logit (NaN is passed over), and Σ exp(logit − reference) in parts, of which one is NaN if a logit is.
+/// Σ exp(logit − reference) in parts, of which one is NaN if a logit is; and into `passing`, a bit for each logit of a block, which logits
+/// are not below the threshold.
 #[inline(always)]
-fn maximum_and_sums(block: &[f32], reference: f32) -> (f32, Lanes) {
+fn sums_and_passing<I: Passing>(isa: I, block: &[f32], reference: f32, threshold: f32, passing: &mut [u16; BLOCK / LANES]) -> Lanes {
     let reference = Lanes::splat(reference);
-    let lowest = Lanes::splat(f32::NEG_INFINITY);
-    let (mut most, mut sums) = (lowest, Lanes::ZERO);
+    let mut sums = Lanes::ZERO;
     let (vectors, rest) = block.as_chunks::<LANES>();
-    for vector in vectors {
+    for (logits, passing) in vectors.iter().zip(passing.iter_mut()) {
         one_step();
-        let logits = Lanes(*vector);
-        most = logits.max(most);
-        sums += (logits - reference).exp();
+        *passing = isa.passing(logits, threshold);
+        sums += (Lanes(*logits) - reference).exp();
     }
-    if !rest.is_empty() {
-        let mut logits = lowest;
-        logits.0[..rest.len()].copy_from_slice(rest);
-        most = logits.max(most);
-        sums += (logits - reference).exp();
+    if block.len() < BLOCK {
+        let mut logits = [f32::NEG_INFINITY; LANES];
+        logits[..rest.len()].copy_from_slice(rest);
+        passing[vectors.len()] = isa.passing(&logits, threshold) & ((1 << rest.len()) - 1);
+        passing[vectors.len() + 1..].fill(0);
+        if !rest.is_empty() {
+            sums += (Lanes(logits) - reference).exp();
+        }
     }
     one_step();
-    (most.0.into_iter().fold(f32::NEG_INFINITY, larger), sums)
+    sums
 }
 
-/// Keeps what passes the threshold in a buffer of a few k, which is thinned out to k whenever it is full; returns the new threshold.
-#[inline(always)]
-fn select(block: &[f32], first: usize, k: usize, mut threshold: f32, best: &mut Vec<(f32, u32)>) -> f32 {
-    let room = (3 * k).max(256);
-    for (chunk, logits) in block.chunks(LANES).enumerate() {
-        one_step();
+/// Which logits pass a threshold, as bits: what compilers make of the definition is several times as long as the instruction for it.
+trait Passing: Isa {
+    /// Bit i is set where logit i is at least `threshold`.
+    #[inline(always)]
+    fn passing(self, logits: &[f32; LANES], threshold: f32) -> u16 {
+        // Mostly none does.
         if !logits.iter().fold(false, |any, &logit| any | (logit >= threshold)) {
-            continue;
+            return 0;
         }
-        let mut passing = logits.iter().enumerate().fold(0u32, |bits, (i, &logit)| bits | (u32::from(logit >= threshold) << i));
-        while passing != 0 {
-            let i = passing.trailing_zeros() as usize;
-            passing &= passing - 1;
-            best.push((logits[i], (first + chunk * LANES + i) as u32));
-        }
-        if best.len() >= room {
-            thin_out(best, k);
-            threshold = best[k - 1].0;
+        logits.iter().enumerate().fold(0, |bits, (i, &logit)| bits | (u16::from(logit >= threshold) << i))
+    }
+}
+
+impl Passing for Portable {}
+
+#[cfg(target_arch = "aarch64")]
+impl Passing for crate::simd::Neon {}
+
+#[cfg(target_arch = "x86_64")]
+impl Passing for crate::simd::Avx2 {
+    #[inline(always)]
+    fn passing(self, logits: &[f32; LANES], threshold: f32) -> u16 {
+        use std::arch::x86_64::{_CMP_GE_OQ, _mm256_cmp_ps, _mm256_loadu_ps, _mm256_movemask_ps, _mm256_set1_ps};
+        let (first, second) = logits.split_at(LANES / 2);
+        // SAFETY: the token proves AVX2; each half has the eight floats that are read.
+        unsafe {
+            let threshold = _mm256_set1_ps(threshold);
+            let first = _mm256_cmp_ps::<_CMP_GE_OQ>(_mm256_loadu_ps(first.as_ptr()), threshold);
+            let second = _mm256_cmp_ps::<_CMP_GE_OQ>(_mm256_loadu_ps(second.as_ptr()), threshold);
+            _mm256_movemask_ps(first) as u16 | (_mm256_movemask_ps(second) as u16) << (LANES / 2)
         }
     }
-    threshold
 }
 
-/// Leaves the first k in the order of [`before`], the k-th in its place.
-fn thin_out(best: &mut Vec<(f32, u32)>, k: usize) {
+#[cfg(target_arch = "x86_64")]
+impl Passing for crate::simd::Avx512 {
+    #[inline(always)]
+    fn passing(self, logits: &[f32; LANES], threshold: f32) -> u16 {
+        use std::arch::x86_64::{_CMP_GE_OQ, _mm512_cmp_ps_mask, _mm512_loadu_ps, _mm512_set1_ps};
+        // SAFETY: the token proves AVX-512; there are the sixteen floats that are read.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_GE_OQ>(_mm512_loadu_ps(logits.as_ptr()), _mm512_set1_ps(threshold)) }
+    }
+}
+
+/// Appends the logits that passed to `best` and returns the highest of them.
+#[inline(always)]
+fn select(block: &[f32], passing: &[u16; BLOCK / LANES], first: usize, best: &mut Vec<u64>) -> f32 {
+    let mut highest = f32::NEG_INFINITY;
+    for (word, parts) in passing.as_chunks::<4>().0.iter().enumerate() {
+        let mut bits = parts.iter().rev().fold(0, |bits: u64, &part| bits << LANES | u64::from(part));
+        while bits != 0 {
+            let i = word * 4 * LANES + bits.trailing_zeros() as usize;
+            bits &= bits - 1;
+            highest = larger(highest, block[i]);
+            best.push(key(block[i], (first + i) as u32));
+        }
+    }
+    highest
+}
+
+/// Leaves the first k in the order of [`key`], the k-th in its place.
+fn thin_out(best: &mut Vec<u64>, k: usize) {
     if best.len() > k {
-        best.select_nth_unstable_by(k - 1, before);
+        best.select_nth_unstable(k - 1);
         best.truncate(k);
     }
 }
@@ -197,19 +263,66 @@ mod tests {
     use crate::simd::Backend;
     use proptest::prelude::*;
 
-    fn run(logits: &[f32], k: usize) -> Result<(Vec<i64>, Vec<f32>, f64)> {
+    fn run_on<L: Logit>(backend: Backend, logits: &[L], k: usize) -> Result<(Vec<i64>, Vec<f32>, f64)> {
         let (mut ids, mut logprobs) = (vec![0; k], vec![0.0; k]);
-        let log_sum = topk_row(Backend::detect(), logits, &mut ids, &mut logprobs, &mut TopkScratch::default())?;
+        let log_sum = topk_row(backend, logits, &mut ids, &mut logprobs, &mut TopkScratch::default())?;
         Ok((ids, logprobs, log_sum))
+    }
+
+    /// On every backend, which all have to answer the same, bit for bit.
+    fn run<L: Logit>(logits: &[L], k: usize) -> Result<(Vec<i64>, Vec<f32>, f64)> {
+        let portable = run_on(Backend::Portable, logits, k);
+        for backend in Backend::available() {
+            assert_eq!(run_on(backend, logits, k), portable, "{}", backend.name());
+        }
+        portable
+    }
+
+    multiversion! {
+        fn passing(logits: &[f32; LANES], threshold: f32) -> u16 = passing_body;
+    }
+
+    #[inline(always)]
+    fn passing_body<I: Passing>(isa: I, logits: &[f32; LANES], threshold: f32) -> u16 {
+        isa.passing(logits, threshold)
+    }
+
+    #[test]
+    fn what_passes() {
+        let special = [0.0, -0.0, 1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MIN, f32::MAX];
+        for shift in 0..LANES {
+            let logits: [f32; LANES] = std::array::from_fn(|i| special[(i * (shift + 1) + shift) % special.len()]);
+            for threshold in special {
+                let bits = (0..LANES).filter(|&i| logits[i] >= threshold).map(|i| 1 << i).sum::<u16>();
+                for backend in Backend::available() {
+                    assert_eq!(passing(backend, &logits, threshold), bits, "{}: {logits:?} {threshold}", backend.name());
+                }
+            }
+        }
     }
 
     #[test]
     fn refusals() {
-        assert!(run(&[0.0, f32::NAN, 1.0], 1).is_err());
-        assert!(run(&[0.0, f32::INFINITY], 1).is_err());
+        let in_two_blocks = |first, second| [vec![first; BLOCK], vec![second]].concat();
+        let (nan, infinite) = (f32::NAN, f32::INFINITY);
+        let wrong = [
+            vec![0.0, nan, 1.0],
+            vec![0.0, infinite],
+            in_two_blocks(nan, 1.0),
+            in_two_blocks(1.0, infinite),
+            in_two_blocks(-infinite, nan),
+        ];
+        for logits in wrong {
+            let message = run(&logits, 1).unwrap_err().to_string();
+            assert!(message.contains("NaN or infinite"), "{message}");
+        }
         assert!(run(&[f32::NEG_INFINITY; 3], 1).is_err());
         assert!(run(&[f32::NEG_INFINITY, 0.0, 1.0], 3).is_err());
         assert_eq!(run(&[f32::NEG_INFINITY, 0.0, 1.0], 2).unwrap().0, [2, 1]);
+        // Blocks without a finite logit.
+        let late = [[f32::NEG_INFINITY; BLOCK], [1.0; BLOCK]].concat();
+        assert_eq!(run(&late, 2).unwrap().0, [BLOCK as i64, BLOCK as i64 + 1]);
+        assert!(run(&late, BLOCK + 1).is_err());
     }
 
     proptest! {
@@ -227,6 +340,9 @@ mod tests {
                 prop_assert_eq!(ids[rank], order[rank] as i64);
                 prop_assert!((f64::from(logprobs[rank]) - (f64::from(logits[order[rank]]) - exact)).abs() < 1e-5);
             }
+            // They are numbers of every type.
+            prop_assert_eq!(run(&logits.iter().map(|&l| bf16::from_f32(l)).collect::<Vec<_>>(), k).unwrap(), (ids.clone(), logprobs.clone(), log_sum));
+            prop_assert_eq!(run(&logits.iter().map(|&l| f16::from_f32(l)).collect::<Vec<_>>(), k).unwrap(), (ids, logprobs, log_sum));
         }
     }
 }

@@ -4,27 +4,34 @@
 
 use std::ops::Range;
 
-use crate::bounds::{Bounds, BoundsScratch, enforce, enforce_group};
+use crate::bounds::{Bounds, BoundsScratch, enforce, enforce_group, likely};
 use crate::config::{MAX_TERMS, ResidualBin};
 use crate::error::{CodecError, Result};
-use crate::fit::{DEEPEST, Fit, FitRow, FitScratch, Fitted, LEAST_WEIGHT, Limits};
+use crate::fit::{DEEPEST, Fit, FitRow, FitScratch, Fitted, LEAST_WEIGHT, Limits, by_rank, combination, padded};
 use crate::float::FloatType;
-use crate::lanes::{LANES, all_finite, exp, sum_exp};
+use crate::lanes::{LANES, Lanes, all_finite, exp, one_step, order_and_mass, sum_exp};
 use crate::quantize::{Residual, decode_bin, encode_bin};
-use crate::simd::Isa;
+use crate::rows::RowResult;
+use crate::simd::{Isa, multiversion};
 
 /// How much each value must be below the one before it, nats: tried in turn until the decoder's rounding leaves the row in order.
 const MARGINS: [f64; 3] = [4e-5, 3.2e-4, 2.6e-3];
 /// ln 1e-6: errors of ids above this are bounded by …
 const LIKELY: f32 = -13.815_51;
-/// … the unweighted fit's largest error, or this many nats with one coefficient, half as many with each further one, where that is less.
+/// … the unweighted fit's largest error in that row, or this many nats with one coefficient, half as many with each further one, where the
+/// row's is less; …
 const ALLOWED_ERROR: f64 = 16.0;
+/// … but no more than this many for each e-fold of ranks, divided by one more than there are coefficients: below what the unweighted fits
+/// of real rows get wrong at worst.
+const ALLOWED_FOLD: f64 = 6.4;
 /// Where order and errors exclude each other, errors may be this many times larger, in turn.
-const RELAXED: [f64; 5] = [1.0, 1.25, 1.6, 2.5, f64::INFINITY];
+const RELAXED: [f64; 7] = [1.0, 1.25, 1.6, 2.0, 2.5, 3.2, f64::INFINITY];
 /// All exact values are lowered by this much (nats) at most; where a layout can't hold a row better than that, its exact values matter more.
 const LARGEST_LOWERING: f64 = 1e-2;
 /// Decoded mass may exceed 1 by this much: the rounding of its own computation.
 const MASS_ROUNDING: f64 = 1e-6;
+/// A mass that was added up in float32, rank by rank, is looked at more closely where it is nearer to 1 than this.
+const MASS_DOUBT: f64 = 1e-4;
 
 /// How a configuration stores values.
 #[derive(Debug, Clone)]
@@ -50,11 +57,18 @@ pub(crate) struct Values {
     covered: usize,
     /// m rows of n: the terms as the decoder evaluates them.
     terms: Vec<f64>,
-    terms32: Vec<f32>,
+    /// In float32: for [`LANES`] ranks at a time (zero beyond the last) a vector of each term.
+    terms_of_block: Vec<Lanes>,
+    /// For [`combination`].
+    terms_of_rank: Vec<f32>,
     m: usize,
     fit: Option<Fit>,
     /// A term that is 1 at every rank.
     constant: Option<usize>,
+    /// Largest error of likely ids that is never fought.
+    allowed_error: f64,
+    /// [`MARGINS`], unless values are all the same anyway.
+    margins: [f64; 3],
 }
 
 /// Buffers of one thread, kept from group to group.
@@ -63,7 +77,37 @@ pub(crate) struct ValuesScratch {
     fit: FitScratch,
     fitted: Vec<Fitted>,
     bounds: BoundsScratch,
+    group: GroupScratch,
     row: RowScratch,
+}
+
+/// Stored coefficients of a group, by term; and as the decoder multiplies them.
+#[derive(Debug, Default)]
+struct GroupScratch {
+    stored: Vec<[f64; LANES]>,
+    of_term: Vec<Lanes>,
+}
+
+/// What the coefficients of a group decode to.
+#[derive(Debug, Clone, Copy)]
+struct Decoded {
+    first: Lanes,
+    /// Σ eˣ, with the rounding of as many float32 additions as there are ranks.
+    mass: Lanes,
+    /// 1 where the values are finite and do not increase, else 0.
+    ordered: Lanes,
+}
+
+/// A row to encode.
+#[derive(Debug, Clone, Copy)]
+struct Given<'a> {
+    /// Its place in the group.
+    lane: usize,
+    row: &'a [f32],
+    /// What the decoder adds to the approximated values.
+    base: f64,
+    /// What the first of them must not exceed, without `base`.
+    ceiling: f64,
 }
 
 #[derive(Debug, Default)]
@@ -85,9 +129,16 @@ impl Values {
             let columns = terms.chunks(n).map(|row| if layout.delta_encoding { running_sum(row) } else { row.to_vec() });
             Fit::new(columns.collect(), layout.coefficient_dtype, covered)
         });
+        // Terms that are 0 at every rank leave nothing to choose.
+        let fit = fit.filter(|fit| !fit.basis().q.is_empty());
         let constant = (m * n > 0).then(|| terms.chunks(n).position(|row| row.iter().all(|&value| value == 1.0))).flatten();
-        let terms32 = terms.iter().map(|&value| value as f32).collect();
-        Self { layout, n, covered, terms, terms32, m, fit, constant }
+        let terms_of_block = by_block(&terms, n);
+        let terms_of_rank = by_rank(&terms.chunks(n.max(1)).map(<[f64]>::to_vec).collect::<Vec<_>>(), n);
+        let exact = layout.exact_k.max(1) as f64;
+        let folds = libm::log((layout.exact_k + n).max(1) as f64 / exact);
+        let allowed_error = (ALLOWED_ERROR * 0.5f64.powi(m as i32 - 1)).min(ALLOWED_FOLD / (m + 1) as f64 * folds);
+        let margins = if m == 1 && constant.is_some() && !layout.delta_encoding { [0.0; 3] } else { MARGINS };
+        Self { layout, n, covered, terms, terms_of_block, terms_of_rank, m, fit, constant, allowed_error, margins }
     }
 
     /// The terms at the approximated ranks, m rows of n.
@@ -98,43 +149,109 @@ impl Values {
     /// Encodes the values of up to [`LANES`] rows of k sorted log-probabilities into the start of each `stride` bytes of `out`.
     /// The failing row comes with its error.
     #[inline(always)]
-    pub(crate) fn encode<I: Isa>(
-        &self,
-        isa: I,
-        logprobs: &[f32],
-        out: &mut [u8],
-        stride: usize,
-        scratch: &mut ValuesScratch,
-    ) -> std::result::Result<(), (usize, CodecError)> {
+    fn encode<I: Isa>(&self, isa: I, logprobs: &[f32], out: &mut [u8], stride: usize, scratch: &mut ValuesScratch) -> RowResult {
         let (k, exact_k) = (self.layout.exact_k + self.n, self.layout.exact_k);
-        let ValuesScratch { fit: fit_scratch, fitted, bounds, row: row_scratch } = scratch;
-        let mut base = [0.0; LANES];
+        let ValuesScratch { fit: fit_scratch, fitted, bounds, group, row: row_scratch } = scratch;
+        let (mut base, mut ceiling) = ([0.0; LANES], [0.0; LANES]);
         row_scratch.exact.clear();
         for (i, row) in logprobs.chunks(k).enumerate() {
             base[i] = match self.round_exact(&row[..exact_k], &mut row_scratch.exact) {
                 Ok(base) => base,
                 Err(error) => return Err((i, error)),
             };
+            ceiling[i] = self.ceiling(&row_scratch.exact[i * exact_k..], &row[exact_k..]);
         }
         if let Some(fit) = &self.fit {
             let rows: [FitRow; LANES] = std::array::from_fn(|i| {
                 let i = if i * k < logprobs.len() { i } else { 0 };
-                let y = &logprobs[i * k + exact_k..(i + 1) * k];
-                let ceiling = self.ceiling(&row_scratch.exact[i * exact_k..(i + 1) * exact_k], y) as f32;
-                FitRow { y, base: base[i] as f32, ceiling }
+                FitRow { y: &logprobs[i * k + exact_k..(i + 1) * k], base: base[i] as f32, ceiling: ceiling[i] as f32 }
             });
             fitted.resize_with(LANES, Fitted::default);
-            let limits = Limits { likely: LIKELY, error: self.allowed_error() as f32, margin: MARGINS[0] as f32 };
+            let limits = Limits { likely: LIKELY, error: self.allowed_error as f32, margin: self.margins[0] as f32 };
             let rows = &rows[..logprobs.len() / k];
             fit.solve(isa, rows, limits, fit_scratch, fitted);
             enforce_group(fit, rows, limits, fit_scratch, fitted, bounds);
         }
+        let decoded = self.decode_group(fitted, fit_scratch, group);
         for (i, (row, out)) in logprobs.chunks(k).zip(out.chunks_mut(stride)).enumerate() {
             let exact = i * exact_k..(i + 1) * exact_k;
-            self.choose_coefficients(i, row, exact.clone(), base[i], fitted.get_mut(i), bounds, fit_scratch, row_scratch);
+            if let Some(decoded) = decoded.filter(|decoded| fitted[i].inside && decoded.ordered.0[i] > 0.0)
+                && self.write_decoded(decoded, i, ceiling[i], exact.clone(), group, row_scratch, out)
+            {
+                continue;
+            }
+            let given = Given { lane: i, row, base: base[i], ceiling: ceiling[i] };
+            self.choose_coefficients(given, exact.clone(), fitted.get_mut(i), bounds, fit_scratch, row_scratch);
             self.write(row, exact, base[i], row_scratch, out);
         }
         Ok(())
+    }
+
+    /// What the fitted coefficients, rounded, decode to, for all rows of a group; `None` where rows have to be taken one by one.
+    #[inline(always)]
+    fn decode_group(&self, fitted: &[Fitted], fit_scratch: &mut FitScratch, group: &mut GroupScratch) -> Option<Decoded> {
+        let fit = self.fit.as_ref()?;
+        if self.is_sequence() || !fit.rounds_at_once() {
+            return None;
+        }
+        group.stored.resize(self.m, [0.0; LANES]);
+        group.of_term.resize(padded(self.m), Lanes::ZERO);
+        fit.rounded_group(fitted, fit_scratch, &mut group.stored);
+        for (of_term, stored) in group.of_term.iter_mut().zip(&group.stored) {
+            one_step();
+            for (of_row, stored) in of_term.0.iter_mut().zip(stored) {
+                *of_row = *stored as f32;
+            }
+        }
+        let width = group.of_term.len();
+        let first = combination(&self.terms_of_rank[..width], &group.of_term);
+        let (mut before, mut mass, mut ordered) = (first, Lanes::ZERO, Lanes::splat(1.0));
+        for terms in self.terms_of_rank.chunks_exact(width) {
+            one_step();
+            let value = combination(terms, &group.of_term);
+            ordered = before.where_not_less(value, ordered, Lanes::ZERO);
+            mass += value.min(Lanes::splat(80.0)).exp();
+            before = value;
+        }
+        ordered = before.where_greater(Lanes::splat(f32::MIN), ordered, Lanes::ZERO);
+        Some(Decoded { first, mass, ordered })
+    }
+
+    /// Writes a row whose coefficients decode to what is as it should be; false, and nothing is written, where something is left to do.
+    #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "a row of a group, and the scratch")]
+    fn write_decoded(
+        &self,
+        decoded: Decoded,
+        lane: usize,
+        ceiling: f64,
+        exact: Range<usize>,
+        group: &GroupScratch,
+        scratch: &mut RowScratch,
+        out: &mut [u8],
+    ) -> bool {
+        let RowScratch { exact: all, exact32, .. } = scratch;
+        let first = f64::from(decoded.first.0[lane]);
+        if first > ceiling {
+            return false;
+        }
+        let last = all[exact.clone()].last().copied();
+        if last.is_some_and(|last| first > last) {
+            all[exact.end - 1] = self.lifted(&all[exact.clone()]);
+        }
+        exact32.clear();
+        exact32.extend(all[exact.clone()].iter().map(|&value| value as f32));
+        if sum_exp(exact32) + f64::from(decoded.mass.0[lane]) > 1.0 - MASS_DOUBT {
+            if let Some(last) = last {
+                all[exact.end - 1] = last;
+            }
+            return false;
+        }
+        let mut out = self.layout.exact_dtype.write_all(&all[exact], out);
+        for stored in &group.stored {
+            out = self.layout.coefficient_dtype.write(stored[lane], out);
+        }
+        true
     }
 
     /// Appends the stored exact values and returns where the sequence stands: without differences 0, with them the running sum, less the
@@ -144,70 +261,69 @@ impl Values {
     /// that mean error, since KL is blind to an error that all values share.
     #[inline(always)]
     fn round_exact(&self, y: &[f32], exact: &mut Vec<f64>) -> Result<f64> {
+        let (start, dtype) = (exact.len(), self.layout.exact_dtype);
         let (mut sum, mut shared, mut mass, mut error) = (0.0, 0.0, 0.0, 0.0);
-        for (rank, &value) in y.iter().enumerate() {
-            let stored = self.layout.exact_dtype.round(f64::from(value) + shared - sum);
-            if !stored.is_finite() {
-                let dtype = self.layout.exact_dtype;
-                return Err(CodecError::Input(format!("log-probability {value} at rank {rank} is too large for {dtype:?} (exact_dtype)")));
-            }
-            exact.push(stored);
-            if self.layout.delta_encoding {
+        if self.layout.delta_encoding {
+            for &value in y {
+                let stored = dtype.round(f64::from(value) + shared - sum);
+                exact.push(stored);
                 sum += stored;
                 let p = f64::from(exp(value));
                 mass += p;
                 error += p * (sum - f64::from(value));
                 shared = if mass > 0.0 { error / mass } else { 0.0 };
             }
+        } else {
+            dtype.round_all(y, exact);
         }
-        Ok(sum - shared)
+        if exact[start..].iter().fold(true, |finite, stored| finite & stored.is_finite()) {
+            return Ok(sum - shared);
+        }
+        let rank = exact[start..].iter().position(|stored| !stored.is_finite()).unwrap_or(0);
+        Err(CodecError::Input(format!("log-probability {} at rank {rank} is too large for {dtype:?} (exact_dtype)", y[rank])))
     }
 
     /// Leaves the row's stored coefficients and what they decode to in `scratch`, and its exact values such that the row is in order and
     /// has a total probability of at most 1, where the layout allows that.
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "the parts of one scratch")]
     fn choose_coefficients(
         &self,
-        lane: usize,
-        row: &[f32],
+        given: Given,
         exact: Range<usize>,
-        base: f64,
         fitted: Option<&mut Fitted>,
         bounds: &mut BoundsScratch,
         fit_scratch: &mut FitScratch,
         scratch: &mut RowScratch,
     ) {
+        let Given { lane, row, ceiling, .. } = given;
         scratch.coefficients.clear();
         scratch.coefficients.resize(self.m, 0.0);
         let (Some(fit), Some(fitted)) = (&self.fit, fitted) else {
             self.evaluate(scratch);
-            self.limit_mass(row, exact, scratch);
+            self.limit_mass(row, exact, sum_exp(&scratch.approximate32), scratch);
             return;
         };
         let y = &row[self.layout.exact_k..];
-        let ceiling = self.ceiling(&scratch.exact[exact.clone()], y);
         let mut lower = 0.0;
-        for margin in MARGINS {
+        for margin in self.margins {
             if !fitted.inside {
                 fit.take_factor(fit_scratch, lane, fitted);
-                self.keep_bounds(fit, y, base, ceiling, margin, fitted, bounds);
+                self.keep_bounds(fit, given, margin, fitted, bounds);
             }
             fit.rounded(&fitted.c, y, fit_scratch, &mut scratch.coefficients);
             self.lower(lower, scratch);
             self.evaluate(scratch);
-            if self.is_good(ceiling, scratch) {
+            if let Some(mass) = self.mass_if_good(ceiling, scratch) {
                 self.lift_last_exact(exact.clone(), scratch);
-                let excess = self.limit_mass(row, exact.clone(), scratch);
+                let excess = self.limit_mass(row, exact.clone(), mass, scratch);
                 if excess <= MASS_ROUNDING || lower > 0.0 || self.constant.is_none() {
                     return;
                 }
                 // Bounds can add mass to the approximated ranks; all of them lowered by the same amount take it away again.
-                let mass = sum_exp(&scratch.approximate32);
                 lower = -libm::log(1.0 - (excess / mass).min(0.5));
                 self.lower(lower, scratch);
                 self.evaluate(scratch);
-                if self.is_good(ceiling, scratch) {
+                if self.mass_if_good(ceiling, scratch).is_some() {
                     return;
                 }
             }
@@ -220,28 +336,24 @@ impl Values {
         if !all_finite(&scratch.approximate32) {
             self.level(y, ceiling, scratch);
         }
-        self.limit_mass(row, exact, scratch);
+        self.limit_mass(row, exact, sum_exp(&scratch.approximate32), scratch);
     }
 
     /// Moves the fit into its bounds. Order comes before errors where a row can't have both.
-    #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "what bounds are made of")]
-    fn keep_bounds(&self, fit: &Fit, y: &[f32], base: f64, ceiling: f64, margin: f64, fitted: &mut Fitted, scratch: &mut BoundsScratch) {
-        let (likely, ceiling) = if self.covered == 0 { (y.partition_point(|&value| value > LIKELY), ceiling) } else { (0, f64::INFINITY) };
-        let allowed = f64::from(fitted.plain_error).max(self.allowed_error());
+    ///
+    /// For few rows, and not inlined: that would be much code in every instruction set's entry.
+    #[inline(never)]
+    fn keep_bounds(&self, fit: &Fit, given: Given, margin: f64, fitted: &mut Fitted, scratch: &mut BoundsScratch) {
+        let y = &given.row[self.layout.exact_k..];
+        let (likely, ceiling) = if self.covered == 0 { (likely(y, LIKELY), given.ceiling) } else { (&y[..0], f64::INFINITY) };
+        let allowed = f64::from(fitted.plain_error).max(self.allowed_error);
         for relaxed in RELAXED {
-            let likely = if relaxed.is_finite() { &y[..likely] } else { &[] };
-            let bounds = Bounds { from: self.covered, ceiling, margin, likely, base, error: allowed * relaxed };
+            let likely = if relaxed.is_finite() { likely } else { &[] };
+            let bounds = Bounds { from: self.covered, ceiling, margin, likely, base: given.base, error: allowed * relaxed };
             if enforce(&bounds, fit, fitted, None, scratch) {
                 return;
             }
         }
-    }
-
-    /// Largest error of likely ids that is never fought.
-    #[inline(always)]
-    fn allowed_error(&self) -> f64 {
-        ALLOWED_ERROR / (1u64 << self.m.saturating_sub(1)) as f64
     }
 
     /// Lowers every approximated value by `amount` nats, through the constant term.
@@ -269,12 +381,9 @@ impl Values {
     /// What the first approximated value must not exceed, without `base`.
     #[inline(always)]
     fn ceiling(&self, exact: &[f64], y: &[f32]) -> f64 {
-        let [.., last] = exact else { return 0.0 };
-        if self.layout.delta_encoding {
-            return 0.0;
-        }
+        let ([.., last], [first, ..], false) = (exact, y, self.layout.delta_encoding) else { return 0.0 };
         // The last exact value may be rounded up instead of to nearest, if there is room, to make place for what follows.
-        if *last < f64::from(y[0]) { self.lifted(exact) } else { *last }
+        if *last < f64::from(*first) { self.lifted(exact) } else { *last }
     }
 
     /// The last exact value, one step higher where the one before it allows.
@@ -299,18 +408,19 @@ impl Values {
         }
     }
 
-    /// Whether the decoded values are finite and do not increase from the first rank without a residual on.
+    /// Σ eˣ of the polynomial's values, if they decode to finite values that do not increase from the first rank without a residual on.
     #[inline(always)]
-    fn is_good(&self, ceiling: f64, scratch: &RowScratch) -> bool {
-        let values = &scratch.approximate32[self.covered..];
-        if !all_finite(&scratch.approximate32) {
-            return false;
-        }
+    fn mass_if_good(&self, ceiling: f64, scratch: &RowScratch) -> Option<f64> {
+        let (covered, values) = scratch.approximate32.split_at(self.covered);
         if self.layout.delta_encoding {
-            return values.iter().fold(true, |ordered, &step| ordered & (step <= 0.0));
+            let ordered = values.iter().fold(true, |ordered, &step| ordered & (step <= 0.0));
+            return (ordered && all_finite(&scratch.approximate32)).then_some(0.0);
         }
-        let below_exact = self.covered > 0 || values.first().is_none_or(|&first| f64::from(first) <= ceiling);
-        below_exact && values.iter().zip(values.iter().skip(1)).fold(true, |ordered, (this, next)| ordered & (next <= this))
+        let (ordered, mass) = order_and_mass(values);
+        // In order, the first is the largest and the last the least.
+        let finite = values.last().is_none_or(|&last| last > f32::NEG_INFINITY) && all_finite(covered);
+        let below = if self.covered > 0 { f64::from(f32::MAX) } else { ceiling };
+        (ordered && finite && values.first().is_none_or(|&first| f64::from(first) <= below)).then_some(mass)
     }
 
     /// Whether decoding needs more than exact values and float32 terms.
@@ -323,7 +433,6 @@ impl Values {
     #[inline(always)]
     fn evaluate(&self, scratch: &mut RowScratch) {
         let RowScratch { coefficients, approximate, approximate32, .. } = scratch;
-        approximate32.clear();
         approximate32.resize(self.n, 0.0);
         if !self.layout.wide {
             self.evaluate32(coefficients, approximate32);
@@ -345,9 +454,21 @@ impl Values {
 
     #[inline(always)]
     fn evaluate32(&self, coefficients: &[f64], out: &mut [f32]) {
-        for (c, row) in coefficients.iter().zip(self.terms32.chunks(self.n.max(1))) {
-            let c = *c as f32;
-            out.iter_mut().zip(row).for_each(|(sum, term)| *sum += c * term);
+        let mut narrow = [0.0; MAX_TERMS + 1];
+        for (narrow, c) in narrow.iter_mut().zip(coefficients) {
+            *narrow = *c as f32;
+        }
+        if self.m == 0 {
+            out.fill(0.0);
+            return;
+        }
+        let (blocks, rest) = out.as_chunks_mut::<LANES>();
+        let mut terms = self.terms_of_block.chunks_exact(self.m);
+        for (out, terms) in blocks.iter_mut().zip(&mut terms) {
+            *out = polynomial(&narrow, terms);
+        }
+        if let Some(terms) = terms.next() {
+            rest.copy_from_slice(&polynomial(&narrow, terms)[..rest.len()]);
         }
     }
 
@@ -361,17 +482,13 @@ impl Values {
     #[inline(always)]
     fn write(&self, row: &[f32], exact: Range<usize>, base: f64, scratch: &mut RowScratch, out: &mut [u8]) {
         let layout = &self.layout;
-        let (mut head, bins) = out.split_at_mut(layout.exact_k * layout.exact_dtype.size() + self.m * layout.coefficient_dtype.size());
+        let (head, bins) = out.split_at_mut(layout.exact_k * layout.exact_dtype.size() + self.m * layout.coefficient_dtype.size());
         if !layout.residual_bins.is_empty() {
             self.write_bins(row, base, scratch, bins);
             self.limit_mass_with_bins(row, exact.clone(), scratch, bins);
         }
-        for &value in &scratch.exact[exact] {
-            head = layout.exact_dtype.write(value, head);
-        }
-        for &c in &scratch.coefficients {
-            head = layout.coefficient_dtype.write(c, head);
-        }
+        let coefficients = layout.exact_dtype.write_all(&scratch.exact[exact], head);
+        layout.coefficient_dtype.write_all(&scratch.coefficients, coefficients);
     }
 
     #[inline(always)]
@@ -401,9 +518,9 @@ impl Values {
     /// Rounds exact values down instead of to nearest where the row would decode to a total probability above 1 (or above the given
     /// one's, which a low-precision teacher may have a little too large), the cheapest ones first. Returns what is left of the excess.
     #[inline(always)]
-    fn limit_mass(&self, row: &[f32], exact: Range<usize>, scratch: &mut RowScratch) -> f64 {
+    fn limit_mass(&self, row: &[f32], exact: Range<usize>, approximate: f64, scratch: &mut RowScratch) -> f64 {
         // With residuals it is known only when they are written.
-        if self.layout.residual_bins.is_empty() { self.limit_decoded_mass(row, exact, scratch) } else { 0.0 }
+        if self.layout.residual_bins.is_empty() { self.limit_decoded_mass(row, exact, approximate, scratch) } else { 0.0 }
     }
 
     /// The same for a row with residuals, which are written already; what is left is taken from the constant term.
@@ -421,15 +538,16 @@ impl Values {
             bins = rest;
             at += bin.num_elements;
         }
-        let excess = self.limit_decoded_mass(row, exact, scratch);
+        let mass = sum_exp(&scratch.approximate32);
+        let excess = self.limit_decoded_mass(row, exact, mass, scratch);
         if excess > MASS_ROUNDING {
-            let mass = sum_exp(&scratch.approximate32);
             self.lower(-libm::log(1.0 - (excess / mass).min(0.5)), scratch);
         }
     }
 
+    /// `approximate`: Σ eˣ of the approximated values (not looked at with differences, which have to be summed up first).
     #[inline(always)]
-    fn limit_decoded_mass(&self, row: &[f32], exact: Range<usize>, scratch: &mut RowScratch) -> f64 {
+    fn limit_decoded_mass(&self, row: &[f32], exact: Range<usize>, approximate: f64, scratch: &mut RowScratch) -> f64 {
         let RowScratch { exact: all, exact32, approximate32, .. } = scratch;
         exact32.clear();
         exact32.extend(all[exact.clone()].iter().map(|&value| value as f32));
@@ -442,7 +560,7 @@ impl Values {
             }
             return self.lower_all(row, &mut all[exact], sum_exp(exact32));
         }
-        let decoded = sum_exp(exact32) + sum_exp(approximate32);
+        let decoded = sum_exp(exact32) + approximate;
         if decoded <= 1.0 + MASS_ROUNDING {
             return 0.0;
         }
@@ -508,7 +626,6 @@ impl Values {
         } else {
             let (first, approximate) = logprobs.split_at_mut(layout.exact_k);
             layout.exact_dtype.read_all(exact, first);
-            approximate.fill(0.0);
             self.evaluate32(&coefficients[..self.m], approximate);
         }
         check_finite(logprobs)
@@ -533,6 +650,47 @@ impl Values {
         }
         Ok(())
     }
+}
+
+multiversion! {
+    /// [`Values::encode`], by itself: it is large, and the same for every format.
+    pub(crate) fn encode_values(
+        values: &Values,
+        logprobs: &[f32],
+        out: &mut [u8],
+        stride: usize,
+        scratch: &mut ValuesScratch,
+    ) -> RowResult = encode_values_body;
+}
+
+#[inline(always)]
+fn encode_values_body<I: Isa>(
+    isa: I,
+    values: &Values,
+    logprobs: &[f32],
+    out: &mut [u8],
+    stride: usize,
+    scratch: &mut ValuesScratch,
+) -> RowResult {
+    values.encode(isa, logprobs, out, stride, scratch)
+}
+
+/// Rows of n numbers: for [`LANES`] columns at a time (zero beyond the last) a vector of each row.
+fn by_block(rows: &[f64], n: usize) -> Vec<Lanes> {
+    let at = |row: &[f64], t: usize| row.get(t).map_or(0.0, |&value| value as f32);
+    let block = |t: usize| rows.chunks(n.max(1)).map(move |row| Lanes(std::array::from_fn(|i| at(row, t + i))));
+    (0..n).step_by(LANES).flat_map(block).collect()
+}
+
+/// Σ coefficient · term, in the order of the terms.
+#[inline(always)]
+fn polynomial(coefficients: &[f32; MAX_TERMS + 1], terms: &[Lanes]) -> [f32; LANES] {
+    let mut sum = Lanes::ZERO;
+    for (c, term) in coefficients.iter().zip(terms) {
+        one_step();
+        sum += Lanes::splat(*c) * *term;
+    }
+    sum.0
 }
 
 fn running_sum(values: &[f64]) -> Vec<f64> {

@@ -193,6 +193,7 @@ class VLLMTeacher:
         self, documents: Sequence[TokenDocument], waiting: deque[int], running: dict[str, int], params: Any
     ) -> None:
         """Hand documents over until the engine has enough for the batches to come."""
+        from vllm.exceptions import VLLMValidationError
         from vllm.inputs import tokens_input
 
         tokens = sum(len(documents[index].input_ids) for index in running.values())
@@ -203,7 +204,7 @@ class VLLMTeacher:
             running[str(index)] = index
             try:
                 self._engine.add_request(str(index), prompt, params)
-            except ValueError as error:
+            except (ValueError, VLLMValidationError) as error:
                 raise CaptureError(f"{documents[index].source}: vLLM does not take this document: {error}") from error
             tokens += len(documents[index].input_ids)
 
@@ -293,6 +294,7 @@ class VLLMTeacher:
         """
         _quiet()
         from vllm import EngineArgs, LLMEngine
+        from vllm.exceptions import VLLMValidationError
 
         sizes = {
             "max_num_batched_tokens": self._batch_tokens,
@@ -302,7 +304,7 @@ class VLLMTeacher:
         with _one_position_more(self._longest, self._engine_args["max_model_len"]):
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**self._engine_args, **sizes))
-            except (ValueError, NotImplementedError) as error:
+            except (ValueError, NotImplementedError, VLLMValidationError) as error:
                 raise ConfigError(f"vLLM does not take these settings: {error}") from error
             except (RuntimeError, MemoryError) as error:
                 raise CaptureError(

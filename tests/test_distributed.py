@@ -29,6 +29,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "untied": save_student(folder / "untied"),
         "tied": save_student(folder / "tied", tie_word_embeddings=True),
+        "teacher": save_student(folder / "teacher", seed=5, hidden_size=48),
         "train": write_dataset(folder / "train", random_documents(24)),
         "eval": write_dataset(folder / "eval", random_documents(7, seed=1)),
     }
@@ -130,6 +131,41 @@ def test_fsdp2(
         return  # resuming is another part, seen in the others
     resumed = {**fsdp, "resume_from_checkpoint": str(checkpoint)}
     launch(run(parts, tmp_path / "resumed", student, 2, training_args=resumed, **settings), tmp_path, FSDP)
+    check_resumed(tmp_path / "two", tmp_path / "resumed")
+
+
+def test_packed_rows_in_two_processes(parts: dict[str, str], tmp_path: Path) -> None:
+    """Four rows of several documents a step, in one process or two of each."""
+    one = {"packing": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    two = {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    train(run(parts, tmp_path / "one", "untied", 1, training_args=one))
+    launch(run(parts, tmp_path / "two", "untied", 2, training_args=two), tmp_path)
+    check_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_live_teachers_and_projections(parts: dict[str, str], tmp_path: Path, kind: str) -> None:
+    """A teacher with wider layers beside the student, whose projections are trained with it."""
+    settings: dict[str, Any] = {
+        "teacher": {"kind": "hf", "path": parts["teacher"]},
+        "layer_mapping": "all",
+        "loss_functions": [{"function": "kl", "weight": 0.5}, {"function": "hs_mse", "weight": 0.5}],
+    }
+    fsdp = {"fsdp": True} if kind == "fsdp" else {}
+    train(run(parts, tmp_path / "one", "untied", 1, **settings))
+    launch(
+        run(parts, tmp_path / "two", "untied", 2, training_args=fsdp, **settings),
+        tmp_path,
+        *([FSDP] if kind == "fsdp" else []),
+    )
+    check_same(tmp_path / "one", tmp_path / "two")
+    checkpoint = str(tmp_path / "two" / "checkpoint-4")
+    resumed = {**fsdp, "resume_from_checkpoint": checkpoint}
+    launch(
+        run(parts, tmp_path / "resumed", "untied", 2, training_args=resumed, **settings),
+        tmp_path,
+        *([FSDP] if kind == "fsdp" else []),
+    )
     check_resumed(tmp_path / "two", tmp_path / "resumed")
 
 

@@ -74,6 +74,23 @@ def test_everything_that_is_trained_on_is_in_the_packed_rows(rows: str, seed: in
     assert progress[-1] == (2 * len(kept), 2 * len(kept))
 
 
+def test_labels_stay_beside_their_tokens(tmp_path: Path) -> None:
+    """Each label's log-probability names its token, so that it can be told from any other."""
+    teacher = tiny_model(7)
+    with ShardWriter(tmp_path / "source", header_for(exact_codec())) as writer:
+        for ids in DOCUMENTS:
+            writer.write(ids, teacher_rows(teacher, ids), label_logprobs=-ids[1:].astype(np.float32))
+    pack_dataset(Dataset.open(tmp_path / "source"), tmp_path / "packed", MAX_LEN)
+    counted = 0
+    for document in Dataset.open(tmp_path / "packed"):
+        assert document.label_logprobs is not None
+        inside = np.ones(len(document.input_ids), bool)
+        inside[np.cumsum(document.segments()) - 1] = False
+        np.testing.assert_array_equal(document.label_logprobs[inside[:-1]], -document.input_ids[1:][inside[:-1]])
+        counted += int(inside.sum())
+    assert counted == sum(max(min(len(ids), MAX_LEN) - 1, 0) for ids in DOCUMENTS)
+
+
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(tmp_path: Path) -> None:
     source = write(tmp_path / "source", "L-1")
 

@@ -56,6 +56,7 @@ def convert(
                     document.teacher,
                     loss_mask=document.loss_mask,
                     segment_lengths=document.segment_lengths,
+                    label_logprobs=document.label_logprobs,
                 )
             progress(len(document.input_ids))
         return writer.close()

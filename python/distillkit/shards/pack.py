@@ -123,6 +123,7 @@ def pack_dataset(
                         joined.teacher,
                         loss_mask=joined.loss_mask,
                         segment_lengths=joined.segment_lengths,
+                        label_logprobs=joined.label_logprobs,
                     )
                 skipped = 0
             done += len(indices)
@@ -159,7 +160,7 @@ class _Plan:
 def join(documents: Sequence[Document], header: Header, source: Dataset, max_len: int) -> Document:
     """Put documents one behind the other into one, each cut to `max_len` tokens, with a row for each token but perhaps
     the last one (as the header's alignment says)."""
-    ids, rows, masks, segments = [], [], [], []
+    ids, rows, masks, segments, labels = [], [], [], [], []
     for document in documents:
         length = min(len(document.input_ids), max_len)
         stored = source.codec.document_rows(document.teacher, document.num_rows)[:length]
@@ -167,11 +168,23 @@ def join(documents: Sequence[Document], header: Header, source: Dataset, max_len
         ids.append(document.input_ids[:length])
         masks.append(np.ones(length, bool) if document.loss_mask is None else document.loss_mask[:length])
         segments.append(document.segments(length))
+        if document.label_logprobs is not None:
+            # No loss is taken where one document ends and the next begins.
+            labels.append(np.append(document.label_logprobs[: length - 1], np.float32(-np.inf)))
     tokens = np.concatenate(ids)
     mask = None if all(document.loss_mask is None for document in documents) else np.concatenate(masks)
     lengths = np.concatenate(segments).astype(np.int32)
     count = header.rows_of(len(tokens))
-    return Document("", tokens, np.concatenate(rows)[:count].tobytes(), count, mask, lengths)
+    # Without those of one document there are none.
+    known = np.concatenate(labels)[:-1] if len(labels) == len(documents) else None
+    return Document("", tokens, np.concatenate(rows)[:count].tobytes(), count, mask, lengths, known)
+
+
+def _same_labels(written: Document, document: Document, start: int, stop: int) -> bool:
+    """Whether the labels' log-probabilities in a packed row are those of its document, where both have any."""
+    if written.label_logprobs is None or document.label_logprobs is None:
+        return written.label_logprobs is None
+    return np.array_equal(written.label_logprobs[start : stop - 1], document.label_logprobs[: stop - start - 1])
 
 
 def _compare(source: Dataset, folder: str, plan: _Plan, max_len: int, progress: Callable[[int], None]) -> None:
@@ -197,6 +210,7 @@ def _compare(source: Dataset, folder: str, plan: _Plan, max_len: int, progress: 
                     and np.array_equal(found[start : start + counted], stored)
                     and np.array_equal(_mask(written)[start:stop], _mask(document)[: stop - start])
                     and counted >= stop - start - 1
+                    and _same_labels(written, document, start, stop)
                 )
                 if not same:
                     raise CorruptDataError(

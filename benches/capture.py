@@ -190,7 +190,15 @@ def measure(folder: Path, model: Path, documents: int, length: int) -> dict[str,
 def report(results: dict[str, Sides]) -> None:
     """Print the table, and write the figures."""
     table = Table(title=f"capture with `recommended` (k = 128), on {machine()}", title_justify="left", box=None)
-    headings = "teacher", "\ntokens", "alone\ntokens/s", "captured\ntokens/s", "\noverhead", "encoder\nµs a token"
+    headings = (
+        "teacher",
+        "\ntokens",
+        "alone\ntokens/s",
+        "captured\ntokens/s",
+        "\noverhead",
+        "encoder\nµs a token",
+        "CPU alone\nµs a token",
+    )
     for heading in (*headings, "pipeline's CPU\nµs a token"):
         table.add_column(heading, justify="right" if heading != "teacher" else "left", no_wrap=True)
     for name, sides in results.items():
@@ -201,9 +209,10 @@ def report(results: dict[str, Sides]) -> None:
             f"{sides.tokens / sides.captured:,.0f}",
             "" if name == "from memory" else f"{sides.overhead:+.2%}",
             f"{1e6 * (sides.encode + sides.write) / sides.tokens:,.1f}",
+            f"{1e6 * sides.bare_cpu / sides.tokens:,.1f}",
             f"{1e6 * (sides.captured_cpu - sides.bare_cpu) / sides.tokens:,.1f}" if name == "from memory" else "",
         )
-    Console().print(table)
+    Console(width=120).print(table)
     path = RESULTS / f"{datetime.date.today()}-{platform.machine()}-capture.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)

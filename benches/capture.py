@@ -1,6 +1,6 @@
 """What capturing takes beyond the teacher itself: the same documents scored with nothing kept, and captured.
 
-    python benches/capture.py [--documents 48] [--length 512] [--teacher FOLDER]
+    python benches/capture.py [--documents 60] [--length 512] [--teacher FOLDER]
 
 Two teachers: SmolLM2-135M-Instruct, which the demo uses, and its distributions given from memory at once, which shows
 how fast the pipeline is by itself. Both sides take turns, shard by shard, in one process; which is first changes. That
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Sides:
     """What both sides took, in seconds; `*_cpu` are of all cores.
 
     Attributes:
+        overheads: of each shard, time beyond the teacher's as a share of it.
         tokens: of the documents.
         bare, bare_cpu: the teacher's answers taken and dropped.
         captured, captured_cpu: with the pipeline.
@@ -73,6 +74,7 @@ class Sides:
         blocked: of that, what the teacher waited.
     """
 
+    overheads: list[float]
     tokens: int = 0
     bare: float = 0.0
     bare_cpu: float = 0.0
@@ -84,8 +86,8 @@ class Sides:
 
     @property
     def overhead(self) -> float:
-        """Time beyond the teacher's, as a share of it."""
-        return self.captured / self.bare - 1
+        """The middle one of the shards': what else the machine does is not in it."""
+        return float(np.median(self.overheads))
 
 
 def teacher_folder() -> Path:
@@ -115,9 +117,10 @@ def write_documents(path: Path, teacher: Path, documents: int, length: int) -> N
 
 def compare(teacher: Teacher, inputs: CaptureInputs, plan: Plan, answers: Rows) -> Sides:
     """Run both sides on each shard of a plan; `answers` gets the teacher's."""
-    sides = Sides()
+    sides = Sides([])
     header = inputs.complete_header(plan, teacher, {})
     for number, shard in enumerate(plan.shards):
+        seconds = {}
         for side in ("bare", "captured") if number % 2 == 0 else ("captured", "bare"):
             started, cpu = time.perf_counter(), time.process_time()
             if side == "bare":
@@ -125,13 +128,14 @@ def compare(teacher: Teacher, inputs: CaptureInputs, plan: Plan, answers: Rows) 
                 for result in teacher.score(documents, inputs.wanted):
                     assert isinstance(result, Scored)
                     answers[documents[result.index].input_ids.tobytes()] = result.rows
-                sides.bare += time.perf_counter() - started
-                sides.bare_cpu += time.process_time() - cpu
             else:
-                times = capture_shards(teacher, plan, header, [number], inputs.wanted)
-                sides.captured += time.perf_counter() - started
-                sides.captured_cpu += time.process_time() - cpu
-                add(sides, times)
+                add(sides, capture_shards(teacher, plan, header, [number], inputs.wanted))
+            seconds[side] = time.perf_counter() - started
+            spent = getattr(sides, f"{side}_cpu") + time.process_time() - cpu
+            setattr(sides, f"{side}_cpu", spent)
+        sides.bare += seconds["bare"]
+        sides.captured += seconds["captured"]
+        sides.overheads.append(seconds["captured"] / seconds["bare"] - 1)
         sides.tokens += shard.tokens
     return sides
 
@@ -185,34 +189,36 @@ def measure(folder: Path, model: Path, documents: int, length: int) -> dict[str,
 
 def report(results: dict[str, Sides]) -> None:
     """Print the table, and write the figures."""
-    table = Table(title=f"capture with `recommended` (k = 128), on {machine()}", title_justify="left")
-    headings = "teacher", "tokens", "alone, tokens/s", "captured, tokens/s", "overhead"
-    for heading in (*headings, "encoder, µs a token", "CPU beyond the teacher's, µs a token"):
-        table.add_column(heading, justify="right" if heading != "teacher" else "left")
+    table = Table(title=f"capture with `recommended` (k = 128), on {machine()}", title_justify="left", box=None)
+    headings = "teacher", "\ntokens", "alone\ntokens/s", "captured\ntokens/s", "\noverhead", "encoder\nµs a token"
+    for heading in (*headings, "pipeline's CPU\nµs a token"):
+        table.add_column(heading, justify="right" if heading != "teacher" else "left", no_wrap=True)
     for name, sides in results.items():
         table.add_row(
             name,
             f"{sides.tokens:,}",
             f"{sides.tokens / sides.bare:,.0f}",
             f"{sides.tokens / sides.captured:,.0f}",
-            "" if name == "from memory" else f"{sides.overhead:+.1%}",
+            "" if name == "from memory" else f"{sides.overhead:+.2%}",
             f"{1e6 * (sides.encode + sides.write) / sides.tokens:,.1f}",
-            f"{1e6 * (sides.captured_cpu - sides.bare_cpu) / sides.tokens:,.1f}",
+            f"{1e6 * (sides.captured_cpu - sides.bare_cpu) / sides.tokens:,.1f}" if name == "from memory" else "",
         )
     Console().print(table)
     path = RESULTS / f"{datetime.date.today()}-{platform.machine()}-capture.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["machine", "teacher", *asdict(Sides()), "overhead"])
+        names = [field.name for field in fields(Sides) if field.name != "overheads"]
+        writer.writerow(["machine", "teacher", *names, "overhead", "least", "most"])
         for name, sides in results.items():
-            figures = [value if isinstance(value, int) else round(value, 4) for value in asdict(sides).values()]
-            writer.writerow([machine(), name, *figures, round(sides.overhead, 4)])
+            figures = [round(getattr(sides, field), 4) for field in names]
+            spread = [round(value, 4) for value in (sides.overhead, min(sides.overheads), max(sides.overheads))]
+            writer.writerow([machine(), name, *figures, *spread])
     Console().print(f"figures in {path.relative_to(ROOT)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--documents", type=int, default=72)
+    parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--length", type=int, default=512, help="tokens of the longest document")
     parser.add_argument("--teacher", type=Path, help="another teacher's folder")
     arguments = parser.parse_args()

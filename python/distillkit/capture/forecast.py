@@ -20,7 +20,7 @@ import torch
 from rich import filesize
 
 from distillkit.capture.engines.hf import load_config
-from distillkit.capture.pipeline import queue_bytes
+from distillkit.capture.pipeline import BYTES_A_VALUE, queue_bytes
 from distillkit.capture.run import CaptureInputs, stored_bytes_per_token
 from distillkit.capture.settings import DEFAULT_PRESET, CaptureSettings
 from distillkit.capture.text import TokenDocument
@@ -369,14 +369,13 @@ def _speed(inputs: CaptureInputs, text: TextForecast, run: Trial, encoder: float
 
 def _memory(inputs: CaptureInputs, text: TextForecast, k: int) -> MemoryForecast:
     settings, device = inputs.settings, inputs.device
-    longest = settings.max_seq_len
     remembered = text.documents.value * _DUPLICATE_BYTES if settings.deciding()["drop_duplicates"] else 0
     known = _teacher_bytes(inputs) if settings.engine == "hf" else {}
     return MemoryForecast(
         device=device,
         teacher=known,
         free_bytes=_free_bytes(device) if settings.engine == "hf" else None,
-        queue_bytes=queue_bytes(longest, k),
+        queue_bytes=min(queue_bytes(settings.max_seq_len, k), text.left_tokens.high * k * BYTES_A_VALUE),
         duplicates_bytes=remembered,
     )
 

@@ -27,12 +27,12 @@ from distillkit.shards.files import Folder
 from distillkit.shards.writer import NewShard, encode_rows, make_document, shard_name
 from distillkit.types import Document
 
-__all__ = ["StageTimes", "capture_shards", "queue_bytes"]
+__all__ = ["BYTES_A_VALUE", "StageTimes", "capture_shards", "queue_bytes"]
 
 logger = logging.getLogger(__name__)
 
 _QUEUE_BYTES = 256_000_000
-_BYTES_A_VALUE = 12
+BYTES_A_VALUE = 12
 """An int64 id and a float32 log-probability."""
 
 
@@ -109,12 +109,12 @@ def capture_shards(
 
 def queue_bytes(longest: int, k: int) -> int:
     """Bytes of distributions that wait for the encoder, at most, of documents of at most `longest` tokens."""
-    return _queue_room(longest, k) * longest * k * _BYTES_A_VALUE
+    return _queue_room(longest, k) * longest * k * BYTES_A_VALUE
 
 
 def _queue_room(longest: float, k: int) -> int:
     """How many documents may wait: so many that their rows take at most `_QUEUE_BYTES`, and at least two."""
-    return max(2, min(4096, int(_QUEUE_BYTES / (longest * k * _BYTES_A_VALUE))))
+    return max(2, min(4096, int(_QUEUE_BYTES / (longest * k * BYTES_A_VALUE))))
 
 
 def _room(plan: Plan, k: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -92,10 +92,9 @@ def read_totals(inputs: CaptureInputs, folder: Folder) -> tuple[TextForecast, li
 
 
 def _finished_text(finished: Manifest) -> TextForecast:
-    counts = dict((finished.capture or {}).get("passed_over", {}))
+    counts, rows = _passed_over((finished.capture or {}).get("passed_over", {}))
     tokens = sum(shard.tokens for shard in finished.shards)
     documents = Amount.known(sum(shard.documents for shard in finished.shards))
-    rows = counts.pop("rows", 0)
     return TextForecast(
         rows, 0, documents, Amount.known(tokens), tokens, Amount.known(0), counts, duplicates_unknown=False
     )
@@ -105,9 +104,9 @@ def _planned_text(inputs: CaptureInputs, plan: Plan) -> tuple[TextForecast, list
     """Take an interrupted capture's own numbers."""
     done = plan.receipts()
     left = [number for number in inputs.settings.shard_numbers(len(plan.shards)) if number not in done]
-    counts = dict(plan.counts)
+    counts, rows = _passed_over(plan.counts)
     text = TextForecast(
-        rows=counts.pop("rows", 0),
+        rows=rows,
         sampled_rows=0,
         documents=Amount.known(plan.documents),
         tokens=Amount.known(plan.tokens),
@@ -135,8 +134,7 @@ def _sampled_text(inputs: CaptureInputs) -> tuple[TextForecast, list[TokenDocume
         tokens_of[reader.rows] = tokens_of.get(reader.rows, 0) + len(document.input_ids)
         documents_of[reader.rows] = documents_of.get(reader.rows, 0) + 1
         documents.append(document)
-    counts = dict(reader.counts)
-    read = counts.pop("rows")
+    counts, read = _passed_over(reader.counts)
     tokens = total(list(tokens_of.values()), read, rows, there)
     text = TextForecast(
         rows=rows,
@@ -145,7 +143,7 @@ def _sampled_text(inputs: CaptureInputs) -> tuple[TextForecast, list[TokenDocume
         tokens=tokens,
         captured_tokens=0,
         left_tokens=_in_range(settings, tokens),
-        passed_over={reason: count for reason, count in counts.items() if count},
+        passed_over=counts,
         duplicates_unknown=not everything and bool(settings.deciding()["drop_duplicates"]),
     )
     if not documents and everything:
@@ -153,6 +151,11 @@ def _sampled_text(inputs: CaptureInputs) -> tuple[TextForecast, list[TokenDocume
             f"{settings.dataset}: no document of at least 2 tokens in it: {text.passed_over or 'no rows'}"
         )
     return text, documents
+
+
+def _passed_over(counts: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """What happened of what a reader counts, and how many rows it read."""
+    return {reason: count for reason, count in counts.items() if count and reason != "rows"}, counts.get("rows", 0)
 
 
 def total(values: Sequence[int], sampled: int, rows: int, there: int) -> Amount:

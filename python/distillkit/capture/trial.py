@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -62,20 +64,19 @@ def try_teacher(
     Raises:
         CaptureError: the teacher can not go on.
     """
-    batches: Sequence[Sequence[TokenDocument]] = _batches(settings, documents)
+    batches = deque(_batches(settings, documents))
     rate, trial = _warm_up(teacher, documents, batches[0][0], wanted), Trial()
     started = time.perf_counter()
-    for batch in batches:
+    while batches and trial.seconds < seconds:
+        batch, limit = batches.popleft(), seconds
         if settings.engine == "hf":
             # It gives a batch at once: one of a slow teacher may take longer than there is time.
-            batch, limit = _fitting(batch, rate * (seconds - trial.seconds)), None
-        else:
-            limit = seconds
+            count = _fitting(batch, rate * (seconds - trial.seconds))
+            batches.extend([batch[count:]] if count < len(batch) else [])
+            batch, limit = batch[:count], math.inf
         _score(teacher, batch, wanted, trial, started, limit)
         rate = trial.tokens / trial.seconds
         progress(min(trial.seconds, seconds), seconds)
-        if trial.seconds >= seconds:
-            break
     return trial
 
 
@@ -91,10 +92,10 @@ def _warm_up(teacher: Any, documents: Sequence[TokenDocument], typical: TokenDoc
     return len(typical.input_ids) / seconds
 
 
-def _fitting(documents: Sequence[TokenDocument], tokens: float) -> Sequence[TokenDocument]:
-    """As many of them as have about so many tokens, and at least one."""
+def _fitting(documents: Sequence[TokenDocument], tokens: float) -> int:
+    """How many of them have about so many tokens; at least one."""
     ends = np.cumsum([len(document.input_ids) for document in documents])
-    return documents[: max(int((ends <= tokens).sum()), 1)]
+    return max(int((ends <= tokens).sum()), 1)
 
 
 def _batches(settings: CaptureSettings, documents: Sequence[TokenDocument]) -> list[list[TokenDocument]]:
@@ -114,9 +115,9 @@ def _score(
     wanted: Wanted,
     trial: Trial,
     started: float,
-    seconds: float | None,
+    seconds: float,
 ) -> None:
-    """Score documents and add them to the trial; where `seconds` are given, until they are over."""
+    """Score documents and add them to the trial until the time is over."""
     positions = trial.positions
     with closing(teacher.score(documents, wanted)) as results:
         for result in results:
@@ -125,5 +126,5 @@ def _score(
             if isinstance(result, Scored) and positions < _KEPT_POSITIONS:
                 trial.scored.append(result.rows)
                 positions += len(result.rows.ids)
-            if seconds is not None and trial.seconds >= seconds:
+            if trial.seconds >= seconds:
                 break

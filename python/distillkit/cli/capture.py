@@ -239,6 +239,8 @@ def _table(report: CaptureReport) -> Table:
         table.add_row("alignment", _alignment(report))
     if report.already_complete:
         table.add_row("this run", "nothing to do: it was complete")
+    elif not report.new_tokens:
+        table.add_row("this run", "nothing captured: the plan is made, or its part was there")
     else:
         speed = f"{report.new_tokens:,} tokens in {report.seconds:,.1f} s: {report.tokens_per_second:,.0f} tokens/s"
         table.add_row("this run", speed)

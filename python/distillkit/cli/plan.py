@@ -6,16 +6,18 @@ import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
-from distillkit.capture.forecast import CodecForecast, Forecast, MemoryForecast, SpeedForecast, forecast
-from distillkit.capture.totals import Amount, TextForecast
 from distillkit.cli.capture import capture_options, chosen_captures
 from distillkit.cli.common import human_bytes, progress_bar, show
 from distillkit.errors import CaptureError
+
+if TYPE_CHECKING:
+    from distillkit.capture.forecast import CodecForecast, Forecast, MemoryForecast, SpeedForecast
+    from distillkit.capture.totals import Amount, TextForecast
 
 __all__ = ["plan"]
 
@@ -47,6 +49,8 @@ def plan(
       distillkit plan teachers.yaml --seconds 0
     """
     from transformers.utils.logging import disable_progress_bar
+
+    from distillkit.capture.forecast import forecast
 
     disable_progress_bar()
     captures = chosen_captures(context, config, options)

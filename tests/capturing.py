@@ -22,3 +22,8 @@ def run(teacher: Path, dataset: Path, output: Path, **options: Any) -> CaptureRe
 def files(folder: Path) -> dict[str, bytes]:
     """The files of a dataset by name, without the plan of an unfinished one."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".capture"}
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files of a folder and of those in it, by path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from capturing import everything
 from distillkit.capture.run import run_capture
 from distillkit.capture.settings import CaptureSettings
 
@@ -48,11 +49,6 @@ def ends_within(child: int, seconds: float) -> int | None:
     return None
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder and those in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def main(teacher: str, dataset: str, folder: str, kills: str) -> None:
     """Kill so many attempts."""
     torch.set_num_threads(1)
@@ -63,7 +59,7 @@ def main(teacher: str, dataset: str, folder: str, kills: str) -> None:
     assert ends_within(start(teacher, dataset, output), 120) == 0
     seconds = time.monotonic() - begun
     shutil.rmtree(output)
-    expected = contents(whole)
+    expected = everything(whole)
     assert "manifest.json" in expected
 
     moments = random.Random(0)
@@ -78,11 +74,11 @@ def main(teacher: str, dataset: str, folder: str, kills: str) -> None:
             sys.exit(f"a run that went on after {killed} kills failed")
         if (output / "manifest.json").exists() and not (output / ".capture").exists():
             finished += 1
-            different += contents(output) != expected
+            different += everything(output) != expected
             shutil.rmtree(output)
     begun = time.monotonic()
     assert ends_within(start(teacher, dataset, output), 120) == 0
-    different += contents(output) != expected
+    different += everything(output) != expected
     last = time.monotonic() - begun
     print(
         json.dumps({"killed": killed, "finished": finished + 1, "different": different, "whole": seconds, "last": last})

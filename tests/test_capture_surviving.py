@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from capturing import files, run
+from capturing import everything, files, run
 from disks import fill, mounted
 from distillkit.capture.engines import Refused, Scored, Wanted
 from distillkit.capture.engines.hf import HFTeacher
@@ -27,10 +27,6 @@ from distillkit.errors import CaptureError, CorruptDataError
 from distillkit.shards import Dataset, read_manifest, verify_dataset
 from distillkit.shards.files import Folder
 from distillkit.types import SparseLogprobs
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")

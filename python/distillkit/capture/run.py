@@ -14,7 +14,7 @@ from rich import filesize
 from distillkit.capture.engines import Teacher, Wanted, make_teacher
 from distillkit.capture.engines.hf import HFTeacher, load_config, resolve_device, resolve_dtype
 from distillkit.capture.pipeline import StageTimes, capture_shards
-from distillkit.capture.plan import Plan, Receipt, make_plan, read_plan
+from distillkit.capture.plan import FOLDER, Plan, Receipt, make_plan, read_plan
 from distillkit.capture.progress import CaptureProgress
 from distillkit.capture.settings import CaptureReport, CaptureSettings
 from distillkit.capture.sources import Source, open_source
@@ -42,7 +42,7 @@ def run_capture(settings: CaptureSettings, *, progress: bool = True) -> CaptureR
     if finished is not None:
         inputs.check_finished(finished, folder)
         # A run that was killed right after the manifest left it.
-        folder.inner(".capture").remove_all()
+        folder.inner(FOLDER).remove_all()
         logger.info("%s is complete already, with these settings: nothing to do", folder)
         return _report(folder, finished, StageTimes(), resumed=sum(shard.documents for shard in finished.shards))
 

@@ -77,10 +77,10 @@ struct ActiveSet {
 impl<'a> Bounds<'a> {
     /// The limits of a row of a group.
     #[inline(always)]
-    fn of(row: &FitRow<'a>, limits: Limits, fitted: &Fitted) -> Self {
+    fn of(row: &FitRow<'a>, from: usize, limits: Limits, fitted: &Fitted) -> Self {
         let error = f64::from(fitted.plain_error.max(limits.error));
         let (margin, base) = (f64::from(limits.margin), f64::from(row.base));
-        Self { from: 0, ceiling: f64::from(row.ceiling), margin, likely: likely(row.y, limits.likely), base, error }
+        Self { from, ceiling: f64::from(row.ceiling), margin, likely: likely(row.y, limits.likely), base, error }
     }
 
     /// The bound that [`Fit::most_exceeded`] means by a number.
@@ -191,7 +191,7 @@ pub(crate) fn enforce_group(
         row.inside = most.0[lane] <= tolerance(limits.margin);
         if !row.inside && fit.covered() == 0 {
             fit.take_factor(fit_scratch, lane, row);
-            let bounds = Bounds::of(given, limits, row);
+            let bounds = Bounds::of(given, fit.covered(), limits, row);
             let first = bounds.decode(which.0[lane] as usize, given.y.len(), &fit.basis().q, &row.c);
             row.inside = enforce(&bounds, fit, row, Some(first), scratch);
         }
@@ -207,7 +207,7 @@ pub(crate) fn enforce(bounds: &Bounds, fit: &Fit, fitted: &mut Fitted, mut first
     // NaN is no limit.
     likely.clear();
     likely.resize(fit.ranks().div_ceil(LANES), [f32::NAN; LANES]);
-    for (likely, value) in likely.as_flattened_mut().iter_mut().zip(bounds.likely) {
+    for (likely, value) in likely.as_flattened_mut().iter_mut().zip(bounds.likely).skip(bounds.from) {
         *likely = value - bounds.base as f32;
     }
     fitted.c.clone_from(&fitted.free);
@@ -406,7 +406,7 @@ mod tests {
     #[test]
     fn least_within_bounds() {
         let (n, mut numbers) = (8, Numbers(3));
-        let fit = Fit::new(columns(n), FloatType::Float64, 0);
+        let fit = Fit::new(columns(n), FloatType::Float64, 0, 0);
         let q = &fit.basis().q;
         let (mut scratch, mut possible, mut found) = (BoundsScratch::default(), 0, 0);
         for _ in 0..200 {

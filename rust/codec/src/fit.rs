@@ -435,6 +435,8 @@ pub(crate) struct Fit {
     stored: FloatType,
     /// Ranks with a residual of their own; they come first.
     covered: usize,
+    /// The rank from which on F is fitted to what y falls below the rank before (0: nowhere).
+    restart: usize,
     /// Term indices in the order in which their coefficients are rounded.
     order: Vec<usize>,
     /// `bases[i]` spans the terms `order[i..]`; only the first where one rounding of all is good enough.
@@ -451,8 +453,8 @@ pub(crate) struct Fit {
 }
 
 impl Fit {
-    /// `columns`: the terms at the n points, as the decoder evaluates them (after its rounding; summed up where it sums).
-    pub(crate) fn new(columns: Vec<Vec<f64>>, stored: FloatType, covered: usize) -> Self {
+    /// `columns`: the terms at the n points, as the decoder evaluates them (after its rounding; summed up where it sums, anew from `restart` on).
+    pub(crate) fn new(columns: Vec<Vec<f64>>, stored: FloatType, covered: usize, restart: usize) -> Self {
         let n = columns.first().map_or(0, Vec::len);
         let mut order: Vec<usize> = (0..columns.len()).collect();
         let largest = |i: &usize| columns[*i].iter().fold(0.0, |a: f64, x| a.max(x.abs()));
@@ -479,7 +481,7 @@ impl Fit {
         let totals = q.iter().map(|column| column.iter().sum::<f64>() as f32).collect();
         let largest = q.iter().map(|column| column.iter().fold(0.0, |a: f64, x| a.max(x.abs())) as f32).collect();
         let (columns_q, products) = (Columns::new(q, n), Products::new(q, n));
-        Self { columns, stored, covered, order, bases, q_of_rank, q_of_block, columns_q, totals, largest, products }
+        Self { columns, stored, covered, restart, order, bases, q_of_rank, q_of_block, columns_q, totals, largest, products }
     }
 
     /// The orthonormal basis that [`Fitted::c`] refers to.
@@ -492,7 +494,7 @@ impl Fit {
     pub(crate) fn solve<I: Isa>(&self, _isa: I, rows: &[FitRow], limits: Limits, scratch: &mut FitScratch, fitted: &mut [Fitted]) {
         let r = self.basis().q.len();
         scratch.system.resize(r, self.products.rank);
-        let shift = load(rows, scratch);
+        let shift = self.load(rows, scratch);
         let FitScratch { target, w, u, system, .. } = scratch;
         let System { gram, rhs, factor, c, of_target, of_p, of_w, of_basis } = system;
 
@@ -514,7 +516,8 @@ impl Fit {
             let scale = each(rows, |row| row.y[0]).exp();
             self.newton(shift, scale, w, system);
         }
-        (scratch.floor, scratch.plain_error, scratch.ceiling) = (floor, plain_error, each(rows, |row| row.ceiling));
+        let ceiling = if self.restart > 0 { Lanes::ZERO } else { each(rows, |row| row.ceiling) };
+        (scratch.floor, scratch.plain_error, scratch.ceiling) = (floor - self.before_restart(target), plain_error, ceiling);
         for (lane, row) in fitted[..rows.len()].iter_mut().enumerate() {
             row.c.clear();
             row.c.extend(scratch.system.c[..r].iter().map(|c| f64::from(c.0[lane])));
@@ -522,6 +525,45 @@ impl Fit {
             row.factor.clear();
             row.plain_error = plain_error.0[lane];
         }
+    }
+
+    /// Fills `target` with y − base (neither below [`DEEPEST`]), and with what y falls below the rank before [`Fit::restart`] from there on,
+    /// and makes room in the rest; returns the target of the first rank, which probabilities are relative to. Unused lanes repeat the first
+    /// row.
+    #[inline(always)]
+    fn load(&self, rows: &[FitRow], scratch: &mut FitScratch) -> Lanes {
+        let n = rows[0].y.len();
+        for buffer in [&mut scratch.target, &mut scratch.w, &mut scratch.u] {
+            buffer.resize(n, Lanes::ZERO);
+        }
+        let mut base = each(rows, |row| row.base.max(DEEPEST));
+        let rows: [&[f32]; LANES] = std::array::from_fn(|lane| &rows.get(lane).unwrap_or(&rows[0]).y[..n]);
+        for (t, target) in scratch.target.iter_mut().enumerate() {
+            one_step();
+            let mut y = Lanes::ZERO;
+            for (y, row) in y.0.iter_mut().zip(&rows) {
+                *y = row[t];
+            }
+            let y = y.max(Lanes::splat(DEEPEST));
+            *target = y - base;
+            if t + 1 == self.restart {
+                base = y;
+            }
+        }
+        scratch.target[0]
+    }
+
+    /// The target of the rank before [`Fit::restart`], 0 if there is none.
+    #[inline(always)]
+    fn before_restart(&self, target: &[Lanes]) -> Lanes {
+        if self.restart > 0 { target[self.restart - 1] } else { Lanes::ZERO }
+    }
+
+    /// Coefficients of the orthonormal columns in the unweighted fit of y − base.
+    #[cold]
+    pub(crate) fn unweighted(&self, y: &[f32], base: f64) -> Vec<f64> {
+        let along = |q: &Vec<f64>| q.iter().zip(y).map(|(q, y)| q * (f64::from(y.max(DEEPEST)) - base)).sum();
+        self.basis().q.iter().map(along).collect()
     }
 
     /// Copies a row's factor out of the group's.
@@ -560,6 +602,11 @@ impl Fit {
         self.columns.first().map_or(0, Vec::len)
     }
 
+    /// The rank from which on F is fitted to what y falls below the rank before; 0: nowhere.
+    pub(crate) fn restart(&self) -> usize {
+        self.restart
+    }
+
     /// Ranks with a residual of their own.
     pub(crate) fn covered(&self) -> usize {
         self.covered
@@ -576,7 +623,7 @@ impl Fit {
         let (margin, lowest) = (Lanes::splat(limits.margin), Lanes::splat(f32::NEG_INFINITY));
         let allowed = plain_error.max(Lanes::splat(limits.error));
         // Of the step to the first rank only the ceiling is a limit.
-        let mut before = if self.covered == 0 { *ceiling } else { Lanes::splat(f32::INFINITY) };
+        let mut before = if self.covered == self.restart { *ceiling } else { Lanes::splat(f32::INFINITY) };
         let mut rank = Lanes::splat(self.covered as f32);
         let q = &self.q_of_rank[self.covered * system.c.len()..];
         for (target, q) in target[self.covered..].iter().zip(q.chunks_exact(system.c.len())) {
@@ -586,11 +633,9 @@ impl Fit {
             which = step.where_greater(most, rank, which);
             most = step.max(most);
             before = f;
-            if self.covered == 0 {
-                let over = target.where_greater(*floor, (f - *target).abs() - allowed, lowest);
-                which = over.where_greater(most, rank + errors, which);
-                most = over.max(most);
-            }
+            let over = target.where_greater(*floor, (f - *target).abs() - allowed, lowest);
+            which = over.where_greater(most, rank + errors, which);
+            most = over.max(most);
             rank += Lanes::splat(1.0);
         }
         (most, which)
@@ -598,14 +643,19 @@ impl Fit {
 
     /// Weights of the least-squares fit and weighted errors of the fit `c` into `w` and `u`; returns the latter's largest errors.
     #[inline(always)]
-    fn weigh(&self, c: &[Lanes], target: &[Lanes], shift: Lanes, floor: Lanes, w: &mut [Lanes], u: &mut [Lanes]) -> Lanes {
-        let mut largest = Lanes::ZERO;
-        let ranks = target.iter().zip(self.q_of_rank.chunks_exact(c.len())).zip(w.iter_mut().zip(u));
+    fn weigh(&self, c: &[Lanes], targets: &[Lanes], shift: Lanes, floor: Lanes, w: &mut [Lanes], u: &mut [Lanes]) -> Lanes {
+        let (mut largest, mut before) = (Lanes::ZERO, Lanes::ZERO);
+        let ranks = targets.iter().zip(self.q_of_rank.chunks_exact(c.len())).zip(w.iter_mut().zip(u));
         for (t, ((target, q), (w, u))) in ranks.enumerate() {
             one_step();
+            if t == self.restart {
+                before = self.before_restart(targets);
+            }
             let error = *target - combination(q, c);
-            largest = largest.max(target.where_greater(floor, error.abs(), Lanes::ZERO));
-            *w = self.weight(t, (*target - shift).exp());
+            if t >= self.covered {
+                largest = largest.max((*target + before).where_greater(floor, error.abs(), Lanes::ZERO));
+            }
+            *w = self.weight(t, (*target + before - shift).exp());
             *u = *w * error;
         }
         largest
@@ -755,27 +805,6 @@ fn lower(r: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..r).flat_map(|i| (0..=i).map(move |j| (i, j)))
 }
 
-/// Fills `target` with y − base (neither below [`DEEPEST`]) and makes room in the rest; returns the target of the first rank, which
-/// probabilities are relative to. Unused lanes repeat the first row.
-#[inline(always)]
-fn load(rows: &[FitRow], scratch: &mut FitScratch) -> Lanes {
-    let n = rows[0].y.len();
-    for buffer in [&mut scratch.target, &mut scratch.w, &mut scratch.u] {
-        buffer.resize(n, Lanes::ZERO);
-    }
-    let base = each(rows, |row| row.base.max(DEEPEST));
-    let rows: [&[f32]; LANES] = std::array::from_fn(|lane| &rows.get(lane).unwrap_or(&rows[0]).y[..n]);
-    for (t, target) in scratch.target.iter_mut().enumerate() {
-        one_step();
-        let mut y = Lanes::ZERO;
-        for (y, row) in y.0.iter_mut().zip(&rows) {
-            *y = row[t];
-        }
-        *target = y.max(Lanes::splat(DEEPEST)) - base;
-    }
-    scratch.target[0]
-}
-
 /// Solves gram·x = rhs for each row, x into `rhs`, and returns rhs·x. `gram` is the lower half, row by row, and is overwritten.
 #[inline(always)]
 fn newton_step(gram: &mut [Lanes], rhs: &mut [Lanes], r: usize) -> Lanes {
@@ -905,7 +934,7 @@ pub(crate) mod tests {
     fn reaches_the_minimum_and_knows_the_unweighted_fit() {
         let (n, mut numbers) = (49, Numbers(1));
         let columns = columns(n);
-        let fit = Fit::new(columns.clone(), FloatType::Float64, 0);
+        let fit = Fit::new(columns.clone(), FloatType::Float64, 0, 0);
         let rows: Vec<Vec<f32>> = (0..LANES).map(|_| row(n, &mut numbers)).collect();
         let given: Vec<FitRow> = rows.iter().map(|y| FitRow { y, base: 0.0, ceiling: 0.0 }).collect();
         let limits = Limits { likely: -100.0, error: 0.0, margin: 0.0 };

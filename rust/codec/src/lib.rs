@@ -22,16 +22,21 @@
 //! 4. *Bounds* (`bounds`): values that do not increase, and errors of ids with p > 1e-6 not above the unweighted fit's largest in that row or
 //!    a slack, whichever is more. They are linear in the coefficients, and KL near its minimum is a parabola: a quadratic programme, solved
 //!    by the dual active-set method of Goldfarb and Idnani. The minimum itself has errors of up to 177 nats in the far tail. Where order and
-//!    errors exclude each other, order comes first. The slack, in nats, is min(16 / 2^(m−1), 6.4 / (m + 1) · ln(k / max(1, `exact_k`))) for
-//!    m terms: the more coefficients and the fewer e-folds of ranks, the less an unweighted fit of real rows gets wrong at worst, and slack
-//!    below that leaves the worst likely error of a configuration about where the unweighted fit's is, at a fifth or less of the KL that
-//!    bounds without slack would cost.
+//!    errors exclude each other, order comes first. With m terms and f = `exact_k` + the ranks with a residual (1 if there are none), the
+//!    slack in nats is the least of 16 / 2^(m−1) (m ≤ 6), 6.4 / (m + 1) · ln(k / f) and 100 / f² · ln(k / f): the more coefficients, the
+//!    fewer e-folds of ranks and the later their first, the less an unweighted fit of real rows gets wrong at worst. Slack below that leaves
+//!    the worst likely error of a configuration about where the unweighted fit's is, at a fifth or less of the KL that bounds without slack
+//!    would cost.
 //! 5. Coefficients are rounded to `term_dtype`; where that is visible, one at a time with the others fitted again. What they decode to is
 //!    then computed as the decoder computes it, and checked: finite, in order, total probability at most 1. A row that fails is moved into
-//!    its bounds again with a larger margin, or lowered. Exact values are rounded to nearest unless order or mass needs the other neighbour.
+//!    its bounds again with a larger margin, or lowered. Where the coefficients' type is too coarse for order, bounds on errors are kept by
+//!    themselves. Exact values are rounded to nearest unless order or mass needs the other neighbour.
 //! 6. Residuals are taken against what the decoder really computes from the rounded coefficients (`quantize`), with the scale of least
-//!    weighted squared error, one-bit codes by sign. With differences, or where `error_diffusion` asks for it, each error is carried into the
-//!    next element. Order is not kept with residuals: their steps are what they are.
+//!    weighted squared error among those that make no likely error larger than the ranks without a residual may have, or than the scale that
+//!    reaches every residual does; one-bit codes by sign. With differences, or where `error_diffusion` asks for it, each error is carried
+//!    into the next element. Order is not kept with residuals: their steps are what they are. The ranks after the last residual are fitted
+//!    by least squares with weights p^¾ and held to the bounds; with differences they are fitted to what the values fall below the last
+//!    rank with a residual, since that is where the decoder's sum stands then.
 //!
 //! Exact values of a difference sequence are rounded against the running sum of what was stored, moved by the mean error so far (KL is
 //! blind to an error that all values share), so they do not drift.

@@ -35,11 +35,40 @@ fn quantize(value: f64, bits: u32, scale: f32) -> u64 {
 pub(crate) struct Residual {
     pub(crate) wanted: f64,
     pub(crate) weight: f64,
+    /// Its error counts for the largest one.
+    pub(crate) likely: bool,
+}
+
+/// What becomes of an element's error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Errors {
+    /// It stays where it is.
+    Stay,
+    /// It is added to what the next element should say (`error_diffusion`).
+    Diffuse,
+    /// The same, and has to be, since the decoder adds up the elements (`delta_encoding`): errors would add up otherwise.
+    AddUp,
+}
+
+impl Errors {
+    /// The element's code, and the error of what is decoded in its place. `carry`: of the elements before it, and then with it.
+    #[inline]
+    fn quantize(self, wanted: f64, carry: &mut f64, bits: u32, scale: f32) -> (u64, f64) {
+        if self == Self::Stay {
+            let code = quantize(wanted, bits, scale);
+            return (code, wanted - f64::from(dequantize(code, bits, scale)));
+        }
+        let before = *carry;
+        let code = quantize(wanted + before, bits, scale);
+        *carry = wanted + before - f64::from(dequantize(code, bits, scale));
+        (code, if self == Self::AddUp { *carry } else { *carry - before })
+    }
 }
 
 /// The scale of least weighted squared error among a ladder of candidates below the one that reaches every residual: with few bits it pays
-/// to cut off the rare large ones. One bit: the weighted mean |r|, the least-squares choice for ±scale.
-fn choose_scale(residuals: &[Residual], bin: &ResidualBin) -> f32 {
+/// to cut off the rare large ones, as long as no error of a likely element is above `allowed` (and above that candidate's). One bit: the
+/// weighted mean |r|, the least-squares choice for ±scale.
+fn choose_scale(residuals: &[Residual], bin: &ResidualBin, errors: Errors, carry: f64, allowed: f64) -> f32 {
     let dtype = bin.scale_dtype;
     let stored = |scale: f64| dtype.round(scale.clamp(dtype.smallest_positive(), dtype.max().min(f64::from(f32::MAX)))) as f32;
     let up = residuals.iter().fold(0.0, |a: f64, r| a.max(r.wanted));
@@ -54,44 +83,52 @@ fn choose_scale(residuals: &[Residual], bin: &ResidualBin) -> f32 {
     // Codes go one further down than up.
     let codes = 2f64.powi(bin.element_bits as i32 - 1);
     let reaching = (up / (codes - 1.0)).max(down / codes);
-    let error = |scale: f32| -> f64 {
-        let decoded = |r: f64| f64::from(dequantize(quantize(r, bin.element_bits, scale), bin.element_bits, scale));
-        residuals.iter().map(|r| r.weight * (r.wanted - decoded(r.wanted)).powi(2)).sum()
+    let judge = |scale: f32| -> (f64, f64) {
+        let (mut carry, mut sum, mut largest) = (carry, 0.0, 0.0f64);
+        for residual in residuals {
+            let (_, error) = errors.quantize(residual.wanted, &mut carry, bin.element_bits, scale);
+            sum += residual.weight * error * error;
+            if residual.likely {
+                largest = largest.max(error.abs());
+            }
+        }
+        (sum, largest)
     };
     let candidates = [reaching, up.max(down) / codes].into_iter().chain((1..=LADDER).map(|step| reaching * STEP.powi(step)));
-    // A float32 scale can underflow to zero for wide codes of tiny residuals; then every code is zero's.
-    let candidates = candidates.map(|scale| stored(scale).max(f32::from_bits(1)));
-    let best = candidates.map(|scale| (error(scale), scale)).min_by(|a, b| a.0.total_cmp(&b.0));
-    best.map_or(1.0, |(_, scale)| scale)
+    let (mut allowed, mut least, mut best) = (allowed, f64::INFINITY, None);
+    for (i, scale) in candidates.enumerate() {
+        // A float32 scale can underflow to zero for wide codes of tiny residuals; then every code is zero's.
+        let scale = stored(scale).max(f32::from_bits(1));
+        let (error, largest) = judge(scale);
+        if i == 0 {
+            allowed = allowed.max(largest);
+        }
+        if error < least && largest <= allowed {
+            (least, best) = (error, Some(scale));
+        }
+    }
+    best.unwrap_or(1.0)
 }
 
 /// Steps down from the largest scale, and their ratio: to 23% of it.
 const LADDER: i32 = 9;
 const STEP: f64 = 0.85;
 
-/// Writes a bin at the start of `out` and returns the rest of it.
-///
-/// With `feedback`, the error of each element is carried into the next one, and on into the next bin: asked for by `error_diffusion`, and
-/// always right for differences, whose errors would add up otherwise.
+/// Writes a bin at the start of `out` and returns the rest of it. `carry` goes on into the next bin; `allowed` is the largest error of a
+/// likely element that a smaller scale may cause.
 pub(crate) fn encode_bin<'a>(
     bin: &ResidualBin,
     residuals: &[Residual],
-    feedback: bool,
+    errors: Errors,
+    allowed: f64,
     carry: &mut f64,
     out: &'a mut [u8],
 ) -> &'a mut [u8] {
     let bits = bin.element_bits;
-    let scale = choose_scale(residuals, bin);
+    let scale = choose_scale(residuals, bin, errors, *carry, allowed);
     let rest = bin.scale_dtype.write(f64::from(scale), out);
     let (packed, rest) = rest.split_at_mut(packed_len(bin.num_elements, bits));
-    pack_with(bin.num_elements, bits, packed, |j| {
-        let wanted = residuals[j].wanted + *carry;
-        let code = quantize(wanted, bits, scale);
-        if feedback {
-            *carry = wanted - f64::from(dequantize(code, bits, scale));
-        }
-        code
-    });
+    pack_with(bin.num_elements, bits, packed, |j| errors.quantize(residuals[j].wanted, carry, bits, scale).0);
     rest
 }
 
@@ -113,8 +150,8 @@ mod tests {
     fn round_trip(bits: u32, residuals: &[f64]) -> Vec<f32> {
         let bin = ResidualBin { scale_dtype: FloatType::Float32, element_bits: bits, num_elements: residuals.len() };
         let mut out = vec![0; bin.bytes()];
-        let residuals: Vec<Residual> = residuals.iter().map(|&wanted| Residual { wanted, weight: 1.0 }).collect();
-        encode_bin(&bin, &residuals, false, &mut 0.0, &mut out);
+        let residuals: Vec<Residual> = residuals.iter().map(|&wanted| Residual { wanted, weight: 1.0, likely: true }).collect();
+        encode_bin(&bin, &residuals, Errors::Stay, 0.0, &mut 0.0, &mut out);
         let mut back = vec![f32::NAN; residuals.len()];
         decode_bin(&bin, &out, |j, value| back[j] = value).unwrap();
         back

@@ -10,7 +10,7 @@ use crate::error::{CodecError, Result};
 use crate::fit::{DEEPEST, Fit, FitRow, FitScratch, Fitted, LEAST_WEIGHT, Limits, by_rank, combination, padded};
 use crate::float::FloatType;
 use crate::lanes::{LANES, Lanes, all_finite, exp, one_step, order_and_mass, sum_exp};
-use crate::quantize::{Residual, decode_bin, encode_bin};
+use crate::quantize::{Errors, Residual, decode_bin, encode_bin};
 use crate::rows::RowResult;
 use crate::simd::{Isa, multiversion};
 
@@ -21,9 +21,12 @@ const LIKELY: f32 = -13.815_51;
 /// … the unweighted fit's largest error in that row, or this many nats with one coefficient, half as many with each further one, where the
 /// row's is less; …
 const ALLOWED_ERROR: f64 = 16.0;
-/// … but no more than this many for each e-fold of ranks, divided by one more than there are coefficients: below what the unweighted fits
-/// of real rows get wrong at worst.
+/// … but no more than this many for each e-fold of ranks, divided by one more than there are coefficients, or the second many, divided by
+/// the square of the first rank that is neither exact nor has a residual: below what the unweighted fits of real rows get wrong at worst.
 const ALLOWED_FOLD: f64 = 6.4;
+const ALLOWED_FIRST: f64 = 100.0;
+/// Coefficients beyond this many leave the allowed error as it is.
+const ALLOWED_TERMS: usize = 6;
 /// Where order and errors exclude each other, errors may be this many times larger, in turn.
 const RELAXED: [f64; 7] = [1.0, 1.25, 1.6, 2.0, 2.5, 3.2, f64::INFINITY];
 /// All exact values are lowered by this much (nats) at most; where a layout can't hold a row better than that, its exact values matter more.
@@ -126,17 +129,21 @@ impl Values {
     pub(crate) fn new(layout: Layout, n: usize, m: usize, terms: Vec<f64>) -> Self {
         let covered = layout.residual_bins.iter().map(|bin| bin.num_elements).sum();
         let fit = (m * n > 0).then(|| {
-            let columns = terms.chunks(n).map(|row| if layout.delta_encoding { running_sum(row) } else { row.to_vec() });
-            Fit::new(columns.collect(), layout.coefficient_dtype, covered)
+            // The residuals leave the running sum where the last of them is right, whatever the polynomial says before.
+            let restart = if layout.delta_encoding && covered < n { covered } else { 0 };
+            let sums = |row: &[f64]| [running_sum(&row[..restart]), running_sum(&row[restart..])].concat();
+            let columns = terms.chunks(n).map(|row| if layout.delta_encoding { sums(row) } else { row.to_vec() });
+            Fit::new(columns.collect(), layout.coefficient_dtype, covered, restart)
         });
         // Terms that are 0 at every rank leave nothing to choose.
         let fit = fit.filter(|fit| !fit.basis().q.is_empty());
         let constant = (m * n > 0).then(|| terms.chunks(n).position(|row| row.iter().all(|&value| value == 1.0))).flatten();
         let terms_of_block = by_block(&terms, n);
         let terms_of_rank = by_rank(&terms.chunks(n.max(1)).map(<[f64]>::to_vec).collect::<Vec<_>>(), n);
-        let exact = layout.exact_k.max(1) as f64;
-        let folds = libm::log((layout.exact_k + n).max(1) as f64 / exact);
-        let allowed_error = (ALLOWED_ERROR * 0.5f64.powi(m as i32 - 1)).min(ALLOWED_FOLD / (m + 1) as f64 * folds);
+        let first = (layout.exact_k + covered).max(1) as f64;
+        let folds = libm::log((layout.exact_k + n).max(1) as f64 / first);
+        let a_fold = (ALLOWED_FOLD / (m + 1) as f64).min(ALLOWED_FIRST / (first * first));
+        let allowed_error = (ALLOWED_ERROR * 0.5f64.powi(m.min(ALLOWED_TERMS) as i32 - 1)).min(a_fold * folds);
         let margins = if m == 1 && constant.is_some() && !layout.delta_encoding { [0.0; 3] } else { MARGINS };
         Self { layout, n, covered, terms, terms_of_block, terms_of_rank, m, fit, constant, allowed_error, margins }
     }
@@ -182,7 +189,8 @@ impl Values {
             }
             let given = Given { lane: i, row, base: base[i], ceiling: ceiling[i] };
             self.choose_coefficients(given, exact.clone(), fitted.get_mut(i), bounds, fit_scratch, row_scratch);
-            self.write(row, exact, base[i], row_scratch, out);
+            let allowed = fitted.get(i).map_or(0.0, |fitted| f64::from(fitted.plain_error)).max(self.allowed_error);
+            self.write(row, exact, base[i], allowed, row_scratch, out);
         }
         Ok(())
     }
@@ -330,9 +338,7 @@ impl Values {
             // What the fit left in order, rounding did not.
             fitted.inside = false;
         }
-        // The coefficients' type is too coarse for order: least KL, then.
-        fit.rounded(&fitted.free, y, fit_scratch, &mut scratch.coefficients);
-        self.evaluate(scratch);
+        self.choose_without_order(fit, given, fitted, bounds, fit_scratch, scratch);
         if !all_finite(&scratch.approximate32) {
             self.level(y, ceiling, scratch);
         }
@@ -345,14 +351,66 @@ impl Values {
     #[inline(never)]
     fn keep_bounds(&self, fit: &Fit, given: Given, margin: f64, fitted: &mut Fitted, scratch: &mut BoundsScratch) {
         let y = &given.row[self.layout.exact_k..];
-        let (likely, ceiling) = if self.covered == 0 { (likely(y, LIKELY), given.ceiling) } else { (&y[..0], f64::INFINITY) };
+        let (likely, (base, ceiling)) = (likely(y, LIKELY), self.before_fit(fit, given));
         let allowed = f64::from(fitted.plain_error).max(self.allowed_error);
         for relaxed in RELAXED {
             let likely = if relaxed.is_finite() { likely } else { &[] };
-            let bounds = Bounds { from: self.covered, ceiling, margin, likely, base: given.base, error: allowed * relaxed };
+            let bounds = Bounds { from: self.covered, ceiling, margin, likely, base, error: allowed * relaxed };
             if enforce(&bounds, fit, fitted, None, scratch) {
                 return;
             }
+        }
+    }
+
+    /// Leaves coefficients, and what they decode to, for a row whose coefficients' type is too coarse for order: those of least KL, or those
+    /// within bounds, or the unweighted fit's, whichever first keeps errors of likely ids where they belong, or keeps them least.
+    #[cold]
+    fn choose_without_order(
+        &self,
+        fit: &Fit,
+        given: Given,
+        fitted: &mut Fitted,
+        bounds: &mut BoundsScratch,
+        fit_scratch: &mut FitScratch,
+        scratch: &mut RowScratch,
+    ) {
+        let (y, (base, _)) = (&given.row[self.layout.exact_k..], self.before_fit(fit, given));
+        let allowed = f64::from(fitted.plain_error).max(self.allowed_error);
+        self.keep_bounds(fit, given, 0.0, fitted, bounds);
+        let (mut least, mut best) = (f64::INFINITY, vec![0.0; self.m]);
+        for c in [&fitted.free, &fitted.c, &fit.unweighted(y, base)] {
+            fit.rounded(c, y, fit_scratch, &mut scratch.coefficients);
+            self.evaluate(scratch);
+            let error = self.likely_error(y, base, scratch);
+            if error <= allowed {
+                return;
+            }
+            if error < least {
+                least = error;
+                best.clone_from(&scratch.coefficients);
+            }
+        }
+        scratch.coefficients = best;
+        self.evaluate(scratch);
+    }
+
+    /// The largest error of a likely id that has no residual, NaN counting as infinite.
+    fn likely_error(&self, y: &[f32], base: f64, scratch: &RowScratch) -> f64 {
+        let (mut sum, mut largest) = (0.0, 0.0f64);
+        for (y, value) in likely(y, LIKELY).iter().zip(&scratch.approximate32).skip(self.covered) {
+            sum = if self.layout.delta_encoding { sum + f64::from(*value) } else { f64::from(*value) };
+            let error = (base + sum - f64::from(*y)).abs();
+            largest = if error.is_nan() { f64::INFINITY } else { largest.max(error) };
+        }
+        largest
+    }
+
+    /// What the decoder adds to the fit of the ranks without a residual, and what their first must not exceed, without that.
+    fn before_fit(&self, fit: &Fit, given: Given) -> (f64, f64) {
+        match (fit.restart(), self.covered) {
+            (0, 0) => (given.base, given.ceiling),
+            (0, _) => (given.base, f64::INFINITY),
+            (restart, _) => (f64::from(given.row[self.layout.exact_k + restart - 1].max(DEEPEST)), 0.0),
         }
     }
 
@@ -480,11 +538,11 @@ impl Values {
 
     /// Writes exact values, coefficients and residuals.
     #[inline(always)]
-    fn write(&self, row: &[f32], exact: Range<usize>, base: f64, scratch: &mut RowScratch, out: &mut [u8]) {
+    fn write(&self, row: &[f32], exact: Range<usize>, base: f64, allowed: f64, scratch: &mut RowScratch, out: &mut [u8]) {
         let layout = &self.layout;
         let (head, bins) = out.split_at_mut(layout.exact_k * layout.exact_dtype.size() + self.m * layout.coefficient_dtype.size());
         if !layout.residual_bins.is_empty() {
-            self.write_bins(row, base, scratch, bins);
+            self.write_bins(row, base, allowed, scratch, bins);
             self.limit_mass_with_bins(row, exact.clone(), scratch, bins);
         }
         let coefficients = layout.exact_dtype.write_all(&scratch.exact[exact], head);
@@ -492,7 +550,7 @@ impl Values {
     }
 
     #[inline(always)]
-    fn write_bins(&self, row: &[f32], base: f64, scratch: &mut RowScratch, mut out: &mut [u8]) {
+    fn write_bins(&self, row: &[f32], base: f64, allowed: f64, scratch: &mut RowScratch, mut out: &mut [u8]) {
         let RowScratch { approximate, residuals, .. } = scratch;
         // What the bins should say: the values, or with differences the steps, less what the polynomial says.
         let y = &row[self.layout.exact_k..];
@@ -505,12 +563,16 @@ impl Values {
                 (true, _) => deep(j - 1),
             };
             let weight = f64::from(exp(y[j] - y[0]) + LEAST_WEIGHT);
-            Residual { wanted: deep(j) - before - approximate[j], weight }
+            Residual { wanted: deep(j) - before - approximate[j], weight, likely: y[j] > LIKELY }
         }));
-        let feedback = self.layout.delta_encoding || self.layout.error_diffusion;
+        let errors = match (self.layout.delta_encoding, self.layout.error_diffusion) {
+            (true, _) => Errors::AddUp,
+            (false, true) => Errors::Diffuse,
+            (false, false) => Errors::Stay,
+        };
         let (mut at, mut carry) = (0, 0.0);
         for bin in &self.layout.residual_bins {
-            out = encode_bin(bin, &residuals[at..at + bin.num_elements], feedback, &mut carry, out);
+            out = encode_bin(bin, &residuals[at..at + bin.num_elements], errors, allowed, &mut carry, out);
             at += bin.num_elements;
         }
     }
@@ -567,8 +629,16 @@ impl Values {
         let mut excess = decoded - sum_exp(row).max(1.0);
         let after = approximate32.first().map_or(f64::NEG_INFINITY, |&first| f64::from(first));
         let exact = &mut all[exact];
+        // Errors stay below the largest that rounding to nearest makes, if that suffices.
+        let mut allowed = exact.iter().zip(likely(row, LIKELY)).fold(0.0, |a: f64, (stored, &y)| a.max((stored - f64::from(y)).abs()));
         while excess > MASS_ROUNDING {
-            let Some((rank, lower, less)) = self.cheapest_lowering(row, exact, after, excess) else { break };
+            let Some((rank, lower, less)) = self.cheapest_lowering(row, exact, after, excess, allowed) else {
+                if allowed.is_infinite() {
+                    break;
+                }
+                allowed = f64::INFINITY;
+                continue;
+            };
             exact[rank] = lower;
             excess -= less;
         }
@@ -587,14 +657,14 @@ impl Values {
     }
 
     /// Of the exact values that were rounded up: the one to round down, its new value, and by how much that lowers the mass. The one that
-    /// costs least among those that suffice, or the one that lowers it most.
+    /// costs least among those that suffice, or the one that lowers it most; of those whose error is at most `allowed`.
     #[inline(always)]
-    fn cheapest_lowering(&self, row: &[f32], exact: &[f64], after: f64, excess: f64) -> Option<(usize, f64, f64)> {
+    fn cheapest_lowering(&self, row: &[f32], exact: &[f64], after: f64, excess: f64, allowed: f64) -> Option<(usize, f64, f64)> {
         let mut best: Option<(f64, (usize, f64, f64))> = None;
         for (rank, &stored) in exact.iter().enumerate() {
             let (y, next) = (f64::from(row[rank]), exact.get(rank + 1).copied().unwrap_or(after));
             let lower = self.layout.exact_dtype.next_down(stored);
-            if stored <= y || lower < next {
+            if stored <= y || lower < next || y - lower > allowed {
                 continue;
             }
             let less = libm::exp(stored) - libm::exp(lower);

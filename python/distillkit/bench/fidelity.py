@@ -22,7 +22,16 @@ from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig
 from distillkit.errors import CorruptDataError, DistillKitError
 from distillkit.fidelity import kl_rows
 
-__all__ = ["FidelityRow", "Figures", "compare", "figures", "least_squares", "measure_fidelity", "optimum"]
+__all__ = [
+    "FidelityRow",
+    "Figures",
+    "compare",
+    "figures",
+    "least_squares",
+    "measure_fidelity",
+    "optimum",
+    "orthonormal_terms",
+]
 
 F64 = npt.NDArray[np.float64]
 
@@ -79,7 +88,7 @@ def figures(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> Figures:
 # -- limits of a layout ------------------------------------------------------------------------------------------------
 
 
-def _basis(config: CodecConfig) -> F64:
+def orthonormal_terms(config: CodecConfig) -> F64:
     """(n, m') orthonormal columns that span the terms."""
     terms_mn = term_matrix(config).numpy()
     scaled = terms_mn.T / np.linalg.norm(terms_mn, axis=1)
@@ -96,7 +105,7 @@ def least_squares(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
     Returns:
         (N, k); nothing is rounded.
     """
-    basis, values = _basis(config), original.astype(np.float64)
+    basis, values = orthonormal_terms(config), original.astype(np.float64)
     rest = values[:, config.exact_k :]
     return np.concatenate([values[:, : config.exact_k], rest @ basis @ basis.T], axis=-1)
 
@@ -113,7 +122,7 @@ def optimum(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
     Returns:
         (N, k).
     """
-    basis, result = _basis(config), original.astype(np.float64)
+    basis, result = orthonormal_terms(config), original.astype(np.float64)
     for start in range(0, len(result), _CHUNK):
         rest = result[start : start + _CHUNK, config.exact_k :]
         rest[:] = _minimise(basis, rest, np.exp(result[start : start + _CHUNK]).sum(-1))

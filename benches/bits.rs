@@ -183,7 +183,7 @@ fn machine() -> String {
 fn packing(c: &mut Criterion) {
     let mut group = c.benchmark_group("bits");
     group.throughput(Throughput::Elements(COUNT as u64));
-    group.warm_up_time(Duration::from_millis(10)).measurement_time(Duration::from_millis(50)).sample_size(10).nresamples(1000);
+    group.warm_up_time(Duration::from_millis(10)).measurement_time(Duration::from_millis(45)).sample_size(30).nresamples(1000);
     let mut bench = Bench { group, rates: Vec::new() };
     for width in 1..=64 {
         let values = Buffer::of((0..COUNT).map(|i| (i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - width)));

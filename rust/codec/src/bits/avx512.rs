@@ -169,6 +169,7 @@ fn places(width: u32) -> (__m512i, __m512i) {
 }
 
 /// Unpacks sixteen values of at most 32 bits from 2 · `width` bytes, and leaves them in 32 bits each; `FIVE` if a value may touch five bytes.
+#[derive(Clone, Copy)]
 struct NarrowUnpacker<const FIVE: bool> {
     /// Per value, the indices of the four bytes up to the one with its last bit, that one first.
     bytes: __m512i,
@@ -209,24 +210,39 @@ impl<const FIVE: bool> NarrowUnpacker<FIVE> {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")]
 pub(super) fn unpack<V: Value>(data: &[u8], width: u32, out: &mut [V]) -> u64 {
     match V::typed(out) {
-        ValuesMut::U32(out) if five_bytes(width) => unpack_narrow::<true>(data, width, out),
-        ValuesMut::U32(out) => unpack_narrow::<false>(data, width, out),
+        ValuesMut::U32(out) if width <= 16 => unpack_narrow::<false, true>(data, width, out),
+        ValuesMut::U32(out) if five_bytes(width) => unpack_narrow::<true, false>(data, width, out),
+        ValuesMut::U32(out) => unpack_narrow::<false, false>(data, width, out),
         ValuesMut::U64(out) if nine_bytes(width as usize) => unpack_words::<true>(data, width, out),
         ValuesMut::U64(out) => unpack_words::<false>(data, width, out),
     }
 }
 
+/// `SHARED`: thirty-two values lie in 64 bytes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")]
-fn unpack_narrow<const FIVE: bool>(data: &[u8], width: u32, out: &mut [u32]) -> u64 {
+fn unpack_narrow<const FIVE: bool, const SHARED: bool>(data: &[u8], width: u32, out: &mut [u32]) -> u64 {
     let unpacker = NarrowUnpacker::<FIVE>::new(width);
+    let bytes = 2 * width as usize;
+    let next = NarrowUnpacker { bytes: _mm512_add_epi8(unpacker.bytes, _mm512_set1_epi8(bytes as i8)), ..unpacker };
     let (mut data, mut out) = (data, out);
     let mut largest = _mm512_setzero_si512();
+    // Two at a time: counting takes as long as unpacking one.
+    while out.len() >= 32 && data.len() >= bytes + 64 {
+        let (here, (two, rest)) = (&data[..bytes + 64], out.split_at_mut(32));
+        let loaded = load_bytes(here);
+        let first = unpacker.values(loaded);
+        let second = if SHARED { next.values(loaded) } else { unpacker.values(load_bytes(&here[bytes..])) };
+        largest = _mm512_max_epu32(largest, _mm512_max_epu32(first, second));
+        store_values(two, first);
+        store_values(&mut two[16..], second);
+        (data, out) = (&data[2 * bytes..], rest);
+    }
     while out.len() >= 16 {
         let values = unpacker.values(load_bytes(data));
         largest = _mm512_max_epu32(largest, values);
         store_values(out, values);
-        (data, out) = (&data[2 * width as usize..], &mut out[16..]);
+        (data, out) = (&data[bytes..], &mut out[16..]);
     }
     if !out.is_empty() {
         let values = unpacker.values(load_bytes(data));
@@ -470,8 +486,19 @@ fn pack_as<V: Value, const SLOT: usize, const JOINED: usize, const TWENTY: bool,
     let packer = Packer::<SLOT, JOINED, MULTIPLY>::new::<V>(width);
     let (mut values, mut out) = (values, out);
     let mut any = _mm512_setzero_si512();
+    let bytes = 8 * width as usize / SLOT;
+    // Two at a time where that is quicker, and whole stores: what is after the packed bytes is written again.
+    while size_of::<V>() == 4 && values.len() >= 128 / SLOT && out.len() >= bytes + 64 {
+        let ((first, rest), here) = (values.split_at(64 / SLOT), &mut out[..bytes + 64]);
+        let (second, rest) = rest.split_at(64 / SLOT);
+        let first = packer.packed(load_narrowed::<V, SLOT, TWENTY>(first, &mut any));
+        let second = packer.packed(load_narrowed::<V, SLOT, TWENTY>(second, &mut any));
+        store_bytes(here, first);
+        store_bytes(&mut here[bytes..], second);
+        (values, out) = (rest, &mut out[2 * bytes..]);
+    }
     while let Some((now, rest)) = values.split_at_checked(64 / SLOT) {
-        let (here, later) = out.split_at_mut(8 * width as usize / SLOT);
+        let (here, later) = out.split_at_mut(bytes);
         store_bytes(here, packer.packed(load_narrowed::<V, SLOT, TWENTY>(now, &mut any)));
         (values, out) = (rest, later);
     }

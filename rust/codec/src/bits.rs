@@ -289,47 +289,6 @@ pub(crate) fn pack_with(count: usize, width: u32, out: &mut [u8], mut value: imp
     }
 }
 
-/// Calls `take(i, value)` for each of `count` packed values; widths and sizes are already checked.
-#[inline]
-pub(crate) fn unpack_with(data: &[u8], width: u32, count: usize, mut take: impl FnMut(usize, u64)) {
-    // A value lies in the 9 bytes from the byte of its first bit on; widths up to 57 lie in 8. The loads of the last values would
-    // reach past the end, so those read from a zero-padded copy of the tail.
-    let width = width as usize;
-    let mut tail = [0u8; 32];
-    let tail_start = data.len().saturating_sub(16);
-    tail[..data.len() - tail_start].copy_from_slice(&data[tail_start..]);
-    let safe = if data.len() < 16 { 0 } else { ((data.len() - 16) * 8).div_ceil(width).min(count) };
-    if width <= 57 {
-        for i in 0..safe {
-            take(i, read_narrow(data, i * width, width));
-        }
-        for i in safe..count {
-            take(i, read_narrow(&tail, i * width - tail_start * 8, width));
-        }
-    } else {
-        for i in 0..safe {
-            take(i, read_wide(data, i * width, width));
-        }
-        for i in safe..count {
-            take(i, read_wide(&tail, i * width - tail_start * 8, width));
-        }
-    }
-}
-
-#[inline]
-fn read_narrow(data: &[u8], bit: usize, width: usize) -> u64 {
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&data[bit / 8..bit / 8 + 8]);
-    (u64::from_be_bytes(bytes) << (bit % 8)) >> (64 - width)
-}
-
-#[inline]
-fn read_wide(data: &[u8], bit: usize, width: usize) -> u64 {
-    let mut bytes = [0; 16];
-    bytes.copy_from_slice(&data[bit / 8..bit / 8 + 16]);
-    ((u128::from_be_bytes(bytes) << (bit % 8)) >> (128 - width)) as u64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

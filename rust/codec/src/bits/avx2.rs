@@ -83,12 +83,17 @@ fn unpack_fours<const FIVE: bool>(data: &[u8], width: u32, out: &mut [u32]) -> u
     let missing = _mm256_sub_epi32(_mm256_set1_epi32(32), after);
     let mask = _mm256_set1_epi32(max_value(width) as i32);
     let mut largest = _mm256_setzero_si256();
-    // Groups whose second four has its 16 bytes.
-    let groups = ((data.len() + width as usize).saturating_sub(fours.second + 16) / width as usize).min(out.len() / 8);
-    let mut rest = data;
-    for out in &mut out.as_chunks_mut::<8>().0[..groups] {
-        let group = &rest[..fours.second + 16];
-        // SAFETY: the group has 16 bytes from the second four's start on.
+    let (groups, last_values) = out.as_chunks_mut::<8>();
+    let (mut rest, mut padded) = (data, [0; 32]);
+    for out in groups {
+        // The second four of the last groups lacks some of its 16 bytes.
+        let group = if rest.len() < fours.second + 16 {
+            padded[..rest.len()].copy_from_slice(rest);
+            &padded
+        } else {
+            rest
+        };
+        // SAFETY: the group has 16 bytes from the second four's start on, which is at most 16.
         let loaded = unsafe { load_16s(group, 0, fours.second) };
         let mut values = _mm256_srlv_epi32(_mm256_shuffle_epi8(loaded, last), after);
         if FIVE {
@@ -103,7 +108,7 @@ fn unpack_fours<const FIVE: bool>(data: &[u8], width: u32, out: &mut [u32]) -> u
     let mut lanes = [0; 8];
     store_8(&mut lanes, largest);
     let largest = lanes.into_iter().fold(0, u32::max);
-    portable::unpack_last(data, width as usize, 8 * groups, out).max(largest.into())
+    portable::unpack_last(rest, width as usize, 0, last_values).max(largest.into())
 }
 
 /// The larger of values that all have at most 32 (`SHORT`) or 63 bits.

@@ -81,13 +81,18 @@ fn unpack_fours<const FIVE: bool>(data: &[u8], width: u32, out: &mut [u32]) -> u
     let left = fours.after.map(|after| load_4(after.map(|count| 32 - count as i32)));
     let mask = vdupq_n_u32(max_value(width) as u32);
     let mut largest = vdupq_n_u32(0);
-    // Groups whose second four has its 16 bytes.
-    let groups = ((data.len() + width as usize).saturating_sub(fours.second + 16) / width as usize).min(out.len() / 8);
-    let mut rest = data;
-    for out in &mut out.as_chunks_mut::<8>().0[..groups] {
-        let group = &rest[..fours.second + 16];
+    let (groups, last_values) = out.as_chunks_mut::<8>();
+    let (mut rest, mut padded) = (data, [0; 32]);
+    for out in groups {
+        // The second four of the last groups lacks some of its 16 bytes.
+        let group = if rest.len() < fours.second + 16 {
+            padded[..rest.len()].copy_from_slice(rest);
+            &padded
+        } else {
+            rest
+        };
         for (four, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            // SAFETY: the group has 16 bytes from the second four's start on.
+            // SAFETY: the group has 16 bytes from the second four's start on, which is at most 16.
             let loaded = unsafe { load_16_at(group, start[four]) };
             let mut values = vshlq_u32(vreinterpretq_u32_u8(vqtbl1q_u8(loaded, last[four])), right[four]);
             if FIVE {
@@ -100,7 +105,7 @@ fn unpack_fours<const FIVE: bool>(data: &[u8], width: u32, out: &mut [u32]) -> u
         }
         rest = &rest[width as usize..];
     }
-    portable::unpack_last(data, width as usize, 8 * groups, out).max(vmaxvq_u32(largest).into())
+    portable::unpack_last(rest, width as usize, 0, last_values).max(vmaxvq_u32(largest).into())
 }
 
 #[inline]

@@ -4,7 +4,7 @@
 //! former. All buffers lie in the first-level cache and begin with a cache line. The others' layouts are their own (interleaved, least
 //! significant bit first, blocks of 128, 256 or 1,024 values). Every backend must write the same bytes and every packer return the values
 //! before its time counts. After criterion's lines a table follows, which `BITS_CSV=FILE` also writes as CSV. Rates are the best sample of
-//! each.
+//! several rounds.
 
 #![expect(missing_docs, reason = "criterion_group makes a public function")]
 
@@ -20,6 +20,8 @@ use distillkit_codec::bits::{self, Value};
 use fastlanes::BitPacking;
 
 const COUNT: usize = 1024;
+/// Everything is measured this many times, a minute apart: what else the machine does would slow some of it down.
+const ROUNDS: usize = 3;
 
 /// `count` zeros from a cache line's border on: a store that lies across two lines takes twice the time, and where an allocation begins
 /// is chance.
@@ -144,32 +146,30 @@ impl Bench<'_> {
         self.measure::<u32>("pack", width, who, || pack(black_box(values), black_box(&mut packed)));
         self.measure::<u32>("unpack", width, who, || unpack(black_box(&packed), black_box(&mut back)));
     }
+}
 
-    /// Rates of one line of the table: our backends, in their order, and the best of the others with its name.
-    fn rates(&self, work: &str, values: &str, width: u32) -> Option<(Vec<f64>, &'static str, f64)> {
-        let backends: Vec<&str> = Backend::available().into_iter().map(Backend::name).collect();
-        let of_line = self.rates.iter().filter(|rate| (rate.work, rate.values, rate.width) == (work, values, width));
-        let (ours, others): (Vec<&Rate>, Vec<_>) = of_line.partition(|rate| backends.contains(&rate.who));
-        let best = others.into_iter().max_by(|a, b| a.values_per_second.total_cmp(&b.values_per_second))?;
-        Some((ours.into_iter().map(|rate| rate.values_per_second).collect(), best.who, best.values_per_second))
-    }
-
-    /// One line per work, type of values and width: our backends, the best of the others, and how many times as fast as our best it is.
-    fn table(&self) -> String {
-        let names: Vec<&str> = Backend::available().into_iter().map(Backend::name).collect();
-        let mut text = format!("work,values,width,{},best_other,best_other_name,other_to_ours,machine,version\n", names.join(","));
-        let (machine, version) = (machine(), env!("CARGO_PKG_VERSION"));
-        for (work, values) in [("pack", "u32"), ("pack", "u64"), ("unpack", "u32"), ("unpack", "u64")] {
-            for width in 1..=64 {
-                let Some((ours, who, other)) = self.rates(work, values, width) else { continue };
-                let ratio = other / ours.iter().copied().fold(0.0, f64::max);
-                let ours: Vec<String> = ours.iter().map(|rate| format!("{rate:.3e}")).collect();
-                let ours = ours.join(",");
-                writeln!(text, "{work},{values},{width},{ours},{other:.3e},{who},{ratio:.2},\"{machine}\",{version}").expect("a string");
-            }
+/// One line per work, type of values and width: our backends, the best of the others, and how many times as fast as our best it is.
+fn table(rates: &[Rate]) -> String {
+    let backends: Vec<&str> = Backend::available().into_iter().map(Backend::name).collect();
+    let mut text = format!("work,values,width,{},best_other,best_other_name,other_to_ours,machine,version\n", backends.join(","));
+    let (machine, version) = (machine(), env!("CARGO_PKG_VERSION"));
+    for (work, values) in [("pack", "u32"), ("pack", "u64"), ("unpack", "u32"), ("unpack", "u64")] {
+        for width in 1..=64 {
+            let of_line = rates.iter().filter(|rate| (rate.work, rate.values, rate.width) == (work, values, width));
+            let (ours, others): (Vec<&Rate>, Vec<&Rate>) = of_line.partition(|rate| backends.contains(&rate.who));
+            let (Some(our_best), Some(other)) = (best(ours.iter().copied()), best(others.into_iter())) else { continue };
+            let of_backend = |who| best(ours.iter().copied().filter(|rate| rate.who == who)).map_or(0.0, |rate| rate.values_per_second);
+            let ours: Vec<String> = backends.iter().map(|&who| format!("{:.3e}", of_backend(who))).collect();
+            let (ours, who, other) = (ours.join(","), other.who, other.values_per_second);
+            let ratio = other / our_best.values_per_second;
+            writeln!(text, "{work},{values},{width},{ours},{other:.3e},{who},{ratio:.2},\"{machine}\",{version}").expect("a string");
         }
-        text
     }
+    text
+}
+
+fn best<'a>(rates: impl Iterator<Item = &'a Rate>) -> Option<&'a Rate> {
+    rates.max_by(|a, b| a.values_per_second.total_cmp(&b.values_per_second))
 }
 
 /// The processor and its cores, as the other tables have them.
@@ -181,26 +181,28 @@ fn machine() -> String {
 }
 
 fn packing(c: &mut Criterion) {
-    let mut group = c.benchmark_group("bits");
-    group.throughput(Throughput::Elements(COUNT as u64));
-    group.warm_up_time(Duration::from_millis(10)).measurement_time(Duration::from_millis(45)).sample_size(30).nresamples(1000);
-    let mut bench = Bench { group, rates: Vec::new() };
-    for width in 1..=64 {
-        let values = Buffer::of((0..COUNT).map(|i| (i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - width)));
-        bench.ours(width, &values);
-        bench.fastlanes(width, &values);
-        if width <= 32 {
-            let narrow = Buffer::of(values.iter().map(|&value| value as u32));
-            bench.ours(width, &narrow);
-            bench.fastlanes(width, &narrow);
-            bench.bitpacking(BitPacker8x::new(), "bitpacking 8x", width, &narrow);
-            bench.bitpacking(BitPacker4x::new(), "bitpacking 4x", width, &narrow);
+    let mut rates = Vec::new();
+    for round in 1..=ROUNDS {
+        let mut group = c.benchmark_group(format!("bits, round {round}"));
+        group.throughput(Throughput::Elements(COUNT as u64));
+        group.warm_up_time(Duration::from_millis(10)).measurement_time(Duration::from_millis(45)).sample_size(20).nresamples(1000);
+        let mut bench = Bench { group, rates };
+        for width in 1..=64 {
+            let values = Buffer::of((0..COUNT).map(|i| (i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - width)));
+            bench.ours(width, &values);
+            bench.fastlanes(width, &values);
+            if width <= 32 {
+                let narrow = Buffer::of(values.iter().map(|&value| value as u32));
+                bench.ours(width, &narrow);
+                bench.fastlanes(width, &narrow);
+                bench.bitpacking(BitPacker8x::new(), "bitpacking 8x", width, &narrow);
+                bench.bitpacking(BitPacker4x::new(), "bitpacking 4x", width, &narrow);
+            }
         }
+        rates = bench.rates;
     }
-    let table = bench.table();
-    bench.group.finish();
     if !std::env::args().any(|argument| argument == "--test") {
-        report(&table);
+        report(&table(&rates));
     }
 }
 

@@ -269,12 +269,12 @@ fn unpack_words<const WIDE: bool>(data: &[u8], width: u32, out: &mut [u64]) -> u
             store_values(&mut out[8..], b);
             (data, out) = (&data[2 * bytes..], &mut out[16..]);
         }
-    } else if width <= 32 {
-        let second = _mm512_set1_epi8(width as i8);
-        let second = Unpacker { bytes: _mm512_add_epi8(unpacker.bytes, second), ..unpacker };
+    } else {
+        let second = Unpacker { bytes: _mm512_add_epi8(unpacker.bytes, _mm512_set1_epi8(width as i8)), ..unpacker };
         while out.len() >= 16 {
             let loaded = load_bytes(data);
-            let (a, b) = (unpacker.values(loaded), second.values(loaded));
+            let a = unpacker.values(loaded);
+            let b = if width <= 32 { second.values(loaded) } else { unpacker.values(load_bytes(&data[bytes..])) };
             largest = _mm512_max_epu64(largest, _mm512_max_epu64(a, b));
             store_values(out, a);
             store_values(&mut out[8..], b);

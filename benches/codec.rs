@@ -55,7 +55,7 @@ fn packing(c: &mut Criterion) {
         let values: Vec<u64> = (0..16_384u64).map(|i| i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - width)).collect();
         let mut packed = vec![0; bits::packed_len(values.len(), width)];
         bits::pack(&values, width, &mut packed).expect("packs");
-        let mut back = vec![0; values.len()];
+        let mut back = vec![0u64; values.len()];
         bits::unpack(&packed, width, &mut back).expect("unpacks");
         assert_eq!(back, values);
         group.throughput(Throughput::Elements(values.len() as u64));

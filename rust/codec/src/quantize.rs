@@ -2,7 +2,7 @@
 //!
 //! A code q of b bits means (q − 2^(b−1))·scale, and for b = 1 it means −scale or +scale; products in float32.
 
-use crate::bits::{check_padding, max_value, pack_with, packed_len, unpack_with};
+use crate::bits::{Packing, check_padding, max_value, pack_with, packed_len, unpack_values_body};
 use crate::config::ResidualBin;
 use crate::error::Result;
 
@@ -14,6 +14,15 @@ fn dequantize(code: u64, bits: u32, scale: f32) -> f32 {
     }
     let centred = code.wrapping_sub(1 << (bits - 1)) as i64;
     centred as f32 * scale
+}
+
+/// The same for at most 32 bits, from integers that every instruction set has vectors for.
+#[inline(always)]
+fn dequantize_narrow(code: u32, bits: u32, scale: f32) -> f32 {
+    if bits == 1 {
+        return if code == 1 { scale } else { -scale };
+    }
+    code.wrapping_sub(1 << (bits - 1)) as i32 as f32 * scale
 }
 
 /// The code whose value is nearest to `value`.
@@ -132,12 +141,40 @@ pub(crate) fn encode_bin<'a>(
     rest
 }
 
-/// Reads a bin from the start of `data`, calling `take(j, value)` for each element, and returns the rest.
-pub(crate) fn decode_bin<'a>(bin: &ResidualBin, data: &'a [u8], mut take: impl FnMut(usize, f32)) -> Result<&'a [u8]> {
+/// Elements that are unpacked at a time; a multiple of 8, so that their codes end with a byte.
+const BLOCK: usize = 32;
+
+/// Reads a bin from the start of `data`, calling `take(j, values)` with the values of elements `j`, `j` + 1, … until all had their turn,
+/// and returns the rest.
+#[inline(always)]
+pub(crate) fn decode_bin<'a, I: Packing>(
+    isa: I,
+    bin: &ResidualBin,
+    data: &'a [u8],
+    mut take: impl FnMut(usize, &[f32]),
+) -> Result<&'a [u8]> {
+    let (bits, count) = (bin.element_bits, bin.num_elements);
     let scale = bin.scale_dtype.read(data, 0) as f32;
-    let (packed, rest) = data[bin.scale_dtype.size()..].split_at(packed_len(bin.num_elements, bin.element_bits));
-    check_padding(packed, bin.num_elements, bin.element_bits)?;
-    unpack_with(packed, bin.element_bits, bin.num_elements, |j, code| take(j, dequantize(code, bin.element_bits, scale)));
+    let (packed, rest) = data[bin.scale_dtype.size()..].split_at(packed_len(count, bits));
+    check_padding(packed, count, bits)?;
+    for (at, packed) in (0..count).step_by(BLOCK).zip(packed.chunks(BLOCK / 8 * bits as usize)) {
+        let here = BLOCK.min(count - at);
+        let mut values = [0.0; BLOCK];
+        if bits <= u32::BITS {
+            let mut codes = [0u32; BLOCK];
+            unpack_values_body(isa, packed, bits, &mut codes[..here]);
+            for (value, &code) in values.iter_mut().zip(&codes) {
+                *value = dequantize_narrow(code, bits, scale);
+            }
+        } else {
+            let mut codes = [0u64; BLOCK];
+            unpack_values_body(isa, packed, bits, &mut codes[..here]);
+            for (value, &code) in values.iter_mut().zip(&codes) {
+                *value = dequantize(code, bits, scale);
+            }
+        }
+        take(at, &values[..here]);
+    }
     Ok(rest)
 }
 
@@ -145,6 +182,7 @@ pub(crate) fn decode_bin<'a>(bin: &ResidualBin, data: &'a [u8], mut take: impl F
 mod tests {
     use super::*;
     use crate::float::FloatType;
+    use crate::simd::Portable;
     use proptest::prelude::*;
 
     fn round_trip(bits: u32, residuals: &[f64]) -> Vec<f32> {
@@ -153,7 +191,7 @@ mod tests {
         let residuals: Vec<Residual> = residuals.iter().map(|&wanted| Residual { wanted, weight: 1.0, likely: true }).collect();
         encode_bin(&bin, &residuals, Errors::Stay, 0.0, &mut 0.0, &mut out);
         let mut back = vec![f32::NAN; residuals.len()];
-        decode_bin(&bin, &out, |j, value| back[j] = value).unwrap();
+        decode_bin(Portable, &bin, &out, |j, values| back[j..j + values.len()].copy_from_slice(values)).unwrap();
         back
     }
 

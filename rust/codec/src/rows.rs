@@ -151,7 +151,11 @@ pub(crate) fn decode_rows_body<I: Packing, F: RowFormat>(
     let rows = data.chunks(value_bytes + format.id_bytes()).zip(ids.chunks_mut(k).zip(logprobs.chunks_mut(k)));
     for (row, (data, (ids, logprobs))) in rows.enumerate() {
         let (values, id_bytes) = data.split_at(value_bytes);
-        let decoded = format.read_ids(isa, id_bytes, ids).and_then(|()| format.values().decode(isa, values, logprobs, &mut scratch.values));
+        // No closure: one that is not inlined has none of the instruction set.
+        let decoded = match format.read_ids(isa, id_bytes, ids) {
+            Ok(()) => format.values().decode(isa, values, logprobs, &mut scratch.values),
+            refused => refused,
+        };
         decoded.map_err(|error| (row, error))?;
     }
     Ok(())

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use crate::bits::Packing;
 use crate::bounds::{Bounds, BoundsScratch, enforce, enforce_group, likely};
 use crate::config::{MAX_TERMS, ResidualBin};
 use crate::error::{CodecError, Result};
@@ -12,7 +13,7 @@ use crate::float::FloatType;
 use crate::lanes::{LANES, Lanes, all_finite, exp, one_step, order_and_mass, sum_exp};
 use crate::quantize::{Errors, Residual, decode_bin, encode_bin};
 use crate::rows::RowResult;
-use crate::simd::{Isa, multiversion};
+use crate::simd::{Isa, Portable, multiversion};
 
 /// How much each value must be below the one before it, nats: tried in turn until the decoder's rounding leaves the row in order.
 const MARGINS: [f64; 3] = [4e-5, 3.2e-4, 2.6e-3];
@@ -594,9 +595,13 @@ impl Values {
         let mut at = 0;
         for bin in &self.layout.residual_bins {
             let (approximate, approximate32) = (&scratch.approximate, &mut scratch.approximate32);
-            let taken = |j: usize, residual| approximate32[at + j] = self.add_residual(approximate[at + j], residual) as f32;
+            let taken = |j: usize, residuals: &[f32]| {
+                for (j, &residual) in (at + j..).zip(residuals) {
+                    approximate32[j] = self.add_residual(approximate[j], residual) as f32;
+                }
+            };
             // These bytes were just written: their padding is right, which is all that a bin can be refused for.
-            let Ok(rest) = decode_bin(bin, bins, taken) else { return };
+            let Ok(rest) = decode_bin(Portable, bin, bins, taken) else { return };
             bins = rest;
             at += bin.num_elements;
         }
@@ -681,37 +686,49 @@ impl Values {
 
     /// Decodes the values of one row from its first bytes.
     #[inline(always)]
-    pub(crate) fn decode<I: Isa>(&self, _isa: I, data: &[u8], logprobs: &mut [f32], scratch: &mut ValuesScratch) -> Result<()> {
+    pub(crate) fn decode<I: Packing>(&self, isa: I, data: &[u8], logprobs: &mut [f32], scratch: &mut ValuesScratch) -> Result<()> {
         let layout = &self.layout;
         let (exact, rest) = data.split_at(layout.exact_k * layout.exact_dtype.size());
-        let (stored, rest) = rest.split_at(self.m * layout.coefficient_dtype.size());
+        let (stored, bins) = rest.split_at(self.m * layout.coefficient_dtype.size());
         let mut coefficients = [0.0; MAX_TERMS + 1];
         for (i, c) in coefficients[..self.m].iter_mut().enumerate() {
             *c = layout.coefficient_dtype.read(stored, i);
         }
-        if self.is_sequence() {
+        if layout.wide || layout.delta_encoding {
             scratch.row.coefficients.clear();
             scratch.row.coefficients.extend_from_slice(&coefficients[..self.m]);
-            self.decode_sequence(exact, rest, logprobs, &mut scratch.row)?;
+            self.decode_sequence(isa, exact, bins, logprobs, &mut scratch.row)?;
         } else {
             let (first, approximate) = logprobs.split_at_mut(layout.exact_k);
             layout.exact_dtype.read_all(exact, first);
             self.evaluate32(&coefficients[..self.m], approximate);
+            self.add_bins(isa, bins, approximate, |value, residual| value + residual)?;
         }
         check_finite(logprobs)
     }
 
-    /// The general case: float64 terms, residuals, differences.
+    /// Adds the residuals to the approximated values that have one.
     #[inline(always)]
-    fn decode_sequence(&self, exact: &[u8], mut rest: &[u8], logprobs: &mut [f32], scratch: &mut RowScratch) -> Result<()> {
+    fn add_bins<I: Packing, T: Copy>(&self, isa: I, mut bins: &[u8], values: &mut [T], sum: impl Fn(T, f32) -> T) -> Result<()> {
+        let mut at = 0;
+        for bin in &self.layout.residual_bins {
+            bins = decode_bin(isa, bin, bins, |j, residuals| {
+                for (value, &residual) in values[at + j..].iter_mut().zip(residuals) {
+                    *value = sum(*value, residual);
+                }
+            })?;
+            at += bin.num_elements;
+        }
+        Ok(())
+    }
+
+    /// The general case: float64 terms, differences.
+    #[inline(always)]
+    fn decode_sequence<I: Packing>(&self, isa: I, exact: &[u8], bins: &[u8], logprobs: &mut [f32], scratch: &mut RowScratch) -> Result<()> {
         let layout = &self.layout;
         self.evaluate(scratch);
         let values = &mut scratch.approximate;
-        let mut at = 0;
-        for bin in &layout.residual_bins {
-            rest = decode_bin(bin, rest, |j, residual| values[at + j] = self.add_residual(values[at + j], residual))?;
-            at += bin.num_elements;
-        }
+        self.add_bins(isa, bins, values, |value, residual| self.add_residual(value, residual))?;
         let mut sum = 0.0;
         let exact = (0..layout.exact_k).map(|i| layout.exact_dtype.read(exact, i));
         for (out, value) in logprobs.iter_mut().zip(exact.chain(values.iter().copied())) {

@@ -1,4 +1,4 @@
-//! Where two neighbouring values lie in 16 bytes: the tables of the instruction sets that permute bytes within 128 bits.
+//! Where two or four neighbouring values lie in 16 bytes: the tables of the instruction sets that permute bytes within 128 bits.
 
 /// Eight values of one width in four pairs.
 pub(super) struct Pairs {
@@ -43,5 +43,54 @@ impl Pairs {
             pairs
         };
         &PAIRS[width as usize - 1]
+    }
+}
+
+/// Eight values of one width of at most 32 bits in two fours.
+pub(super) struct Fours {
+    /// The byte that the second four's 16 bytes begin with.
+    pub(super) second: usize,
+    /// Per value, the four bytes up to the one with its last bit, that one first. Those before the 16 bytes have numbers from 128 on, which
+    /// permute as zeros; no bit of the value is in them.
+    pub(super) last: [[u8; 16]; 2],
+    /// The same for the four bytes before those.
+    pub(super) before: [[u8; 16]; 2],
+    /// Per value, the bits after its last one in its last byte.
+    pub(super) after: [[u32; 4]; 2],
+}
+
+impl Fours {
+    const fn new(width: usize) -> Self {
+        let second = 4 * width / 8;
+        let mut fours = Self { second, last: [[0; 16]; 2], before: [[0; 16]; 2], after: [[0; 4]; 2] };
+        let mut value = 0;
+        while value < 8 {
+            let (four, lane) = (value / 4, value % 4);
+            let end = (value + 1) * width - 1 - 8 * four * second;
+            fours.after[four][lane] = 7 - end as u32 % 8;
+            let mut i = 0;
+            while i < 4 {
+                fours.last[four][4 * lane + i] = (end / 8).wrapping_sub(i) as u8;
+                fours.before[four][4 * lane + i] = (end / 8).wrapping_sub(4 + i) as u8;
+                i += 1;
+            }
+            value += 1;
+        }
+        fours
+    }
+
+    /// The eight values from a byte border on, of a width of 1–32 bits.
+    #[inline(always)]
+    pub(super) fn of(width: u32) -> &'static Self {
+        static FOURS: [Fours; 32] = {
+            let mut fours = [const { Fours::new(32) }; 32];
+            let mut width = 1;
+            while width < 32 {
+                fours[width - 1] = Fours::new(width);
+                width += 1;
+            }
+            fours
+        };
+        &FOURS[width as usize - 1]
     }
 }

@@ -1,29 +1,36 @@
 //! Packing a word at a time. The loops are made for every width, so that all shifts are constants.
 
-use super::{nine_bytes, pack_with};
+use std::marker::PhantomData;
+
+use super::{Value, nine_bytes, pack_with};
 
 macro_rules! every_width {
     ($function:ident) => {
-        every_width!($function: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38
+        &every_width!($function: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38
             39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63 64)
     };
-    ($function:ident: $($width:literal)+) => { [$($function::<$width>),+] };
+    ($function:ident: $($width:literal)+) => { [$($function::<V, $width>),+] };
 }
 
-type Unpack = fn(&[u8], &mut [u64]) -> u64;
-static UNPACK: [Unpack; 64] = every_width!(unpack_as);
+type Unpack<V> = fn(&[u8], &mut [V]) -> u64;
+type Pack<V> = fn(&[V], &mut [u8]) -> u64;
 
-type Pack = fn(&[u64], &mut [u8]) -> u64;
-static PACK: [Pack; 64] = every_width!(pack_as);
+/// The loops of one type, by width.
+struct Loops<V>(PhantomData<V>);
+
+impl<V: Value> Loops<V> {
+    const UNPACK: &'static [Unpack<V>; 64] = every_width!(unpack_as);
+    const PACK: &'static [Pack<V>; 64] = every_width!(pack_as);
+}
 
 /// See [`super::unpack_values`].
-pub(super) fn unpack(data: &[u8], width: u32, out: &mut [u64]) -> u64 {
-    UNPACK[width as usize - 1](data, out)
+pub(super) fn unpack<V: Value>(data: &[u8], width: u32, out: &mut [V]) -> u64 {
+    Loops::UNPACK[width as usize - 1](data, out)
 }
 
 /// See [`super::pack_values`].
-pub(super) fn pack(values: &[u64], width: u32, out: &mut [u8]) -> u64 {
-    PACK[width as usize - 1](values, out)
+pub(super) fn pack<V: Value>(values: &[V], width: u32, out: &mut [u8]) -> u64 {
+    Loops::PACK[width as usize - 1](values, out)
 }
 
 /// Eight bytes, the first one the most significant.
@@ -34,10 +41,17 @@ fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(word)
 }
 
-fn unpack_as<const WIDTH: usize>(data: &[u8], out: &mut [u64]) -> u64 {
+/// Stops the loops of widths that the type has not, and makes them nothing but this.
+#[inline(always)]
+fn assert_holds<V: Value>(width: usize) {
+    assert!(width <= V::BITS as usize, "the width is checked before");
+}
+
+fn unpack_as<V: Value, const WIDTH: usize>(data: &[u8], out: &mut [V]) -> u64 {
+    assert_holds::<V>(WIDTH);
     let nine = nine_bytes(WIDTH);
     let touched = 7 * WIDTH / 8 + 8 + usize::from(nine); // bytes that the loads of eight values touch
-    let mut largest = 0;
+    let mut largest = V::default();
     let (mut group_data, mut done) = (data, 0);
     for group in out.chunks_exact_mut(8) {
         let Some(bytes) = group_data.get(..touched) else { break };
@@ -47,16 +61,16 @@ fn unpack_as<const WIDTH: usize>(data: &[u8], out: &mut [u64]) -> u64 {
             if nine {
                 head |= u64::from(bytes[byte + 8]) >> (8 - before);
             }
-            *value = head >> (64 - WIDTH);
+            *value = V::low(head >> (64 - WIDTH));
             largest = largest.max(*value);
         }
         (group_data, done) = (&group_data[WIDTH..], done + 8);
     }
-    unpack_last(data, WIDTH, done, out).max(largest)
+    unpack_last(data, WIDTH, done, out).max(largest.into())
 }
 
 /// Unpacks the values from `done` on, without a load across the end of `data`. Returns the largest of them.
-pub(super) fn unpack_last(data: &[u8], width: usize, done: usize, out: &mut [u64]) -> u64 {
+pub(super) fn unpack_last<V: Value>(data: &[u8], width: usize, done: usize, out: &mut [V]) -> u64 {
     let (data, padded) = (data, &mut [0; 8]);
     let data = if data.len() < 8 {
         padded[..data.len()].copy_from_slice(data);
@@ -64,7 +78,7 @@ pub(super) fn unpack_last(data: &[u8], width: usize, done: usize, out: &mut [u64
     } else {
         data
     };
-    let mut largest = 0;
+    let mut largest = V::default();
     for (i, value) in out.iter_mut().enumerate().skip(done) {
         // Near the end the last word has all bits; it is only further from the start of the value.
         let at = (i * width / 8).min(data.len() - 8);
@@ -75,19 +89,21 @@ pub(super) fn unpack_last(data: &[u8], width: usize, done: usize, out: &mut [u64
         {
             head |= u64::from(ninth) >> (8 - before);
         }
-        *value = head >> (64 - width);
+        *value = V::low(head >> (64 - width));
         largest = largest.max(*value);
     }
-    largest
+    largest.into()
 }
 
-fn pack_as<const WIDTH: usize>(values: &[u64], out: &mut [u8]) -> u64 {
+fn pack_as<V: Value, const WIDTH: usize>(values: &[V], out: &mut [u8]) -> u64 {
+    assert_holds::<V>(WIDTH);
     let (groups, rest) = values.as_chunks::<8>();
     let (packed, packed_rest) = out.split_at_mut(groups.len() * WIDTH);
     let mut any = 0;
     for (group, packed) in groups.iter().zip(packed.chunks_exact_mut(WIDTH)) {
         let (mut pending, mut bits, mut at) = (0, 0, 0); // the upper `bits` bits of `pending` are not written yet
         for &value in group {
+            let value: u64 = value.into();
             any |= value;
             bits += WIDTH;
             if bits < 64 {
@@ -101,6 +117,6 @@ fn pack_as<const WIDTH: usize>(values: &[u64], out: &mut [u8]) -> u64 {
         }
         packed[at..].copy_from_slice(&pending.to_be_bytes()[..WIDTH % 8]);
     }
-    pack_with(rest.len(), WIDTH as u32, packed_rest, |i| rest[i]);
-    rest.iter().fold(any, |any, value| any | value)
+    pack_with(rest.len(), WIDTH as u32, packed_rest, |i| rest[i].into());
+    rest.iter().fold(any, |any, &value| any | value.into())
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bits::packed_len;
 use crate::error::{CodecError, Result, config_error};
-use crate::float::FloatType;
+use crate::float::{FloatType, power};
 
 /// Largest k: bounds what a configuration from outside can make the codec allocate.
 pub const MAX_K: usize = 1 << 16;
@@ -40,7 +40,7 @@ impl Term {
     #[must_use]
     pub fn at(self, t: f64) -> f64 {
         match self {
-            Self::Power(i) => t.powi(i),
+            Self::Power(i) => power(t, i),
             Self::Named(NamedTerm::Sqrt) => t.sqrt(),
             Self::Named(NamedTerm::Exp) => libm::exp(t),
         }

@@ -5,6 +5,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::lanes::all_finite;
 
+/// xⁿ by squaring: std's `powi` rounds differently from machine to machine.
+pub(crate) fn power(x: f64, n: i32) -> f64 {
+    let (mut result, mut square, mut left) = (1.0, x, n.unsigned_abs());
+    loop {
+        if left % 2 == 1 {
+            result *= square;
+        }
+        left /= 2;
+        if left == 0 {
+            return if n < 0 { 1.0 / result } else { result };
+        }
+        square *= square;
+    }
+}
+
 /// A stored float type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -5,6 +5,7 @@
 use crate::bits::{Packing, check_padding, max_value, pack_with, packed_len, unpack_values_body};
 use crate::config::ResidualBin;
 use crate::error::Result;
+use crate::float::power;
 
 /// The value of a code.
 #[inline]
@@ -103,7 +104,7 @@ fn choose_scale(residuals: &[Residual], bin: &ResidualBin, errors: Errors, carry
         }
         (sum, largest)
     };
-    let candidates = [reaching, up.max(down) / codes].into_iter().chain((1..=LADDER).map(|step| reaching * STEP.powi(step)));
+    let candidates = [reaching, up.max(down) / codes].into_iter().chain((1..=LADDER).map(|step| reaching * power(STEP, step)));
     let (mut allowed, mut least, mut best) = (allowed, f64::INFINITY, None);
     for (i, scale) in candidates.enumerate() {
         // A float32 scale can underflow to zero for wide codes of tiny residuals; then every code is zero's.

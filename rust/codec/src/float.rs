@@ -20,6 +20,18 @@ pub(crate) fn power(x: f64, n: i32) -> f64 {
     }
 }
 
+/// The float32 that rounds to every narrower type as `value` does: cut off, with the last bit set where that is not exact (Boldo and
+/// Melquiond 2008). Direct conversions from float64 differ between machines: some round twice, some do not see the lowest bits.
+#[inline(always)]
+fn to_odd(value: f64) -> f32 {
+    let narrow = value as f32;
+    let wide = f64::from(narrow);
+    if wide == value {
+        return narrow;
+    }
+    f32::from_bits((narrow.to_bits() - u32::from(wide.abs() > value.abs())) | 1)
+}
+
 /// A stored float type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -50,15 +62,15 @@ impl FloatType {
     #[must_use]
     pub fn round(self, value: f64) -> f64 {
         match self {
-            Self::Float16 => f16::from_f64(value).to_f64(),
+            Self::Float16 => f16::from_f32(to_odd(value)).to_f64(),
             Self::Bfloat16 => {
-                let narrow = value as f32;
-                if f64::from(narrow) == value && narrow.is_finite() {
-                    // Half a step is added (a bit less where the last kept bit is even), what is below the kept bits is cut off.
-                    let bits = narrow.to_bits();
-                    return f64::from(f32::from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF_0000));
+                let narrow = to_odd(value);
+                if narrow.is_nan() {
+                    return value;
                 }
-                bf16::from_f64(value).to_f64()
+                // Half a step is added (a bit less where the last kept bit is even), what is below the kept bits is cut off.
+                let bits = narrow.to_bits();
+                f64::from(f32::from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF_0000))
             }
             Self::Float32 => f64::from(value as f32),
             Self::Float64 => value,
@@ -198,5 +210,33 @@ impl FloatType {
                 f64::from_le_bytes(bytes)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_once() {
+        for (dtype, half_step) in [(FloatType::Float16, 2f64.powi(-11)), (FloatType::Bfloat16, 2f64.powi(-8))] {
+            let tie = 1.0 + half_step;
+            for sign in [1.0, -1.0] {
+                assert_eq!(dtype.round(sign * tie), sign, "ties to even");
+                // Below the last bit of a float32, and below that of the 32 upper bits of a float64.
+                for little in [2f64.powi(-30), 2f64.powi(-50)] {
+                    assert_eq!(dtype.round(sign * (tie - little)), sign);
+                    assert_eq!(dtype.round(sign * (tie + little)), sign * (1.0 + 2.0 * half_step));
+                }
+            }
+            assert_eq!(dtype.round(f64::MAX), f64::INFINITY);
+            assert_eq!(dtype.round(1e-300), 0.0);
+            assert!(dtype.round(f64::NAN).is_nan());
+        }
+    }
+
+    #[test]
+    fn powers() {
+        assert_eq!((power(3.0, 5), power(2.0, -2), power(0.0, 0)), (243.0, 0.25, 1.0));
     }
 }

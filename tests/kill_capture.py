@@ -13,10 +13,12 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
+import tqdm
 
 from capturing import everything
 from distillkit.capture.run import run_capture
@@ -49,14 +51,26 @@ def ends_within(child: int, seconds: float) -> int | None:
     return None
 
 
+def finish(child: int) -> None:
+    """Wait for a run that is not to be killed; one that hangs does not outlive this process."""
+    status = ends_within(child, 120)
+    if status is None:
+        os.kill(child, signal.SIGKILL)
+    if status != 0:
+        sys.exit(f"an uninterrupted run {'hangs' if status is None else 'failed'}")
+
+
 def main(teacher: str, dataset: str, folder: str, kills: str) -> None:
     """Kill so many attempts."""
     torch.set_num_threads(1)
+    # Progress bars share a lock between processes: a run killed with it would hold up all that follow.
+    tqdm.tqdm.set_lock(threading.RLock())
+    tqdm.tqdm.monitor_interval = 0
     whole, output = Path(folder) / "whole", Path(folder) / "killed"
     # Here, so that forks find everything imported.
     run_capture(CaptureSettings(model=teacher, dataset=dataset, output=whole, **OPTIONS), progress=False)
     begun = time.monotonic()
-    assert ends_within(start(teacher, dataset, output), 120) == 0
+    finish(start(teacher, dataset, output))
     seconds = time.monotonic() - begun
     shutil.rmtree(output)
     expected = everything(whole)
@@ -77,7 +91,7 @@ def main(teacher: str, dataset: str, folder: str, kills: str) -> None:
             different += everything(output) != expected
             shutil.rmtree(output)
     begun = time.monotonic()
-    assert ends_within(start(teacher, dataset, output), 120) == 0
+    finish(start(teacher, dataset, output))
     different += everything(output) != expected
     last = time.monotonic() - begun
     print(

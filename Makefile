@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 UV := UV_NATIVE_TLS=1 $(BIN)/python -m uv pip
 RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
-.PHONY: help setup demo test test-fast test-vllm fuzz miri lint bench wheel clean
+.PHONY: help setup demo test test-fast test-vllm test-emulated fuzz miri lint bench wheel clean
 
 help: ## Say what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -73,6 +73,16 @@ fuzz: ## Fuzz the codec: each of FUZZ_TARGETS (all) for FUZZ_SECONDS (300)
 miri: ## The core's unit tests under Miri: needs `rustup toolchain install nightly --component miri,rust-src`
 	PROPTEST_CASES=2 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --package distillkit-codec --lib -- \
 		--skip every_width_and_count_round_trips --skip exp_is_close
+
+# Debian's packages: qemu-user gcc-aarch64-linux-gnu gcc-s390x-linux-gnu libc6-dev-arm64-cross libc6-dev-s390x-cross. The standard library
+# of s390x, which is big-endian, is built here.
+test-emulated: ## The core's tests on aarch64 and big-endian s390x: needs qemu-user, cross compilers, rustup's aarch64 target and nightly with rust-src
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+		cargo test --release --target aarch64-unknown-linux-gnu --target-dir target/emulated --package distillkit-codec --lib --test golden
+	CARGO_TARGET_S390X_UNKNOWN_LINUX_GNU_LINKER=s390x-linux-gnu-gcc \
+	CARGO_TARGET_S390X_UNKNOWN_LINUX_GNU_RUNNER="qemu-s390x -L /usr/s390x-linux-gnu" \
+		cargo +nightly test -Zbuild-std --release --target s390x-unknown-linux-gnu --target-dir target/emulated --package distillkit-codec --lib --test golden
 
 lint: setup ## Formatting, lints and types
 	cargo fmt --all --check

@@ -11,7 +11,7 @@
 //! up so far, let go of one whose multiplier would become negative on the way, and repeat until nothing is violated. One or two bounds do for most
 //! rows; doing it again with the parabola of the new point changes the mean KL by less than 0.2%.
 
-use crate::fit::{Basis, Fit, FitRow, FitScratch, Fitted, Limits, cholesky, solve_lower, solve_upper};
+use crate::fit::{Basis, Ceiling, Fit, FitRow, FitScratch, Fitted, Limits, cholesky, solve_lower, solve_upper};
 use crate::lanes::{LANES, Lanes, larger, one_step};
 
 /// Bounds taken up before giving up: several times what real rows need.
@@ -56,6 +56,8 @@ pub(crate) struct BoundsScratch {
     values: Vec<[f32; LANES]>,
     likely: Vec<[f32; LANES]>,
     active: ActiveSet,
+    /// Coefficients to return to.
+    kept: Vec<f64>,
 }
 
 /// The bounds taken up, and the point z that is the nearest to the origin on them: −Σ multiplier·normal.
@@ -80,7 +82,7 @@ impl<'a> Bounds<'a> {
     fn of(row: &FitRow<'a>, from: usize, limits: Limits, fitted: &Fitted) -> Self {
         let error = f64::from(fitted.plain_error.max(limits.error));
         let (margin, base) = (f64::from(limits.margin), f64::from(row.base));
-        Self { from, ceiling: f64::from(row.ceiling), margin, likely: likely(row.y, limits.likely), base, error }
+        Self { from, ceiling: row.ceiling.last, margin, likely: likely(row.y, limits.likely), base, error }
     }
 
     /// The bound that [`Fit::most_exceeded`] means by a number.
@@ -194,7 +196,24 @@ pub(crate) fn enforce_group(
             let bounds = Bounds::of(given, fit.covered(), limits, row);
             let first = bounds.decode(which.0[lane] as usize, given.y.len(), &fit.basis().q, &row.c);
             row.inside = enforce(&bounds, fit, row, Some(first), scratch);
+            try_raising(bounds, given.ceiling, fit, row, scratch);
         }
+    }
+}
+
+/// Where the ceiling holds a row back that was just moved within its bounds: tries what raising it is worth.
+#[inline(always)]
+fn try_raising(mut bounds: Bounds, ceiling: Ceiling, fit: &Fit, fitted: &mut Fitted, scratch: &mut BoundsScratch) {
+    if ceiling.raised <= ceiling.last || (fitted.inside && !scratch.active.bounds.contains(&Bound::Ceiling)) {
+        return;
+    }
+    let cost = if fitted.inside { scratch.active.cost() } else { f64::INFINITY };
+    scratch.kept.clone_from(&fitted.c);
+    bounds.ceiling = ceiling.raised;
+    if enforce(&bounds, fit, fitted, None, scratch) && scratch.active.cost() + ceiling.price < cost {
+        (fitted.inside, fitted.raises) = (true, true);
+    } else {
+        fitted.c.clone_from(&scratch.kept);
     }
 }
 
@@ -202,7 +221,7 @@ pub(crate) fn enforce_group(
 /// is moved, when that was not found.
 #[inline(always)]
 pub(crate) fn enforce(bounds: &Bounds, fit: &Fit, fitted: &mut Fitted, mut first: Option<Bound>, scratch: &mut BoundsScratch) -> bool {
-    let BoundsScratch { values, likely, active } = scratch;
+    let BoundsScratch { values, likely, active, .. } = scratch;
     active.clear(fit.basis().q.len());
     // NaN is no limit.
     likely.clear();
@@ -264,6 +283,12 @@ fn product(a: &[f64], b: &[f64]) -> f64 {
 }
 
 impl ActiveSet {
+    /// Twice the KL that the bounds taken up cost, in units of the first fitted probability.
+    #[inline(always)]
+    fn cost(&self) -> f64 {
+        product(&self.point, &self.point)
+    }
+
     fn clear(&mut self, r: usize) {
         self.bounds.clear();
         self.normals.clear();
@@ -427,7 +452,7 @@ mod tests {
             };
             let all = inequalities(&bounds, q, n);
             let least = least(&all, &h, &free, &value);
-            let mut fitted = Fitted { c: free.clone(), free: free.clone(), factor, plain_error: 0.0, inside: false };
+            let mut fitted = Fitted { c: free.clone(), free: free.clone(), factor, ..Fitted::default() };
             let ok = enforce(&bounds, &fit, &mut fitted, None, &mut scratch);
             possible += u32::from(least.is_some());
             found += u32::from(ok);

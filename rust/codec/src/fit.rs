@@ -404,6 +404,8 @@ pub(crate) struct Fitted {
     pub(crate) plain_error: f32,
     /// The coefficients keep the limits.
     pub(crate) inside: bool,
+    /// The last exact value is raised to make place for them.
+    pub(crate) raises: bool,
 }
 
 /// One row of the group to fit. All in nats.
@@ -411,10 +413,20 @@ pub(crate) struct Fitted {
 pub(crate) struct FitRow<'a> {
     /// Log-probabilities of the n ranks, descending.
     pub(crate) y: &'a [f32],
-    /// What the decoder adds to F: F + base is fitted to y.
+    /// What the decoder adds to F: F + base is fitted to y (+ `moved`).
     pub(crate) base: f32,
-    /// What F must not exceed at the first rank.
-    pub(crate) ceiling: f32,
+    /// By how much F + base should be above y, since the exact values are.
+    pub(crate) moved: f32,
+    pub(crate) ceiling: Ceiling,
+}
+
+/// What F must not exceed at the first rank: the last exact value as it is, or what it can be raised to.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Ceiling {
+    pub(crate) last: f64,
+    pub(crate) raised: f64,
+    /// Twice the KL that raising costs, in units of the first fitted probability.
+    pub(crate) price: f64,
 }
 
 /// What rows are held to, if they can be; all in nats.
@@ -501,7 +513,7 @@ impl Fit {
         // The unweighted fit: the basis is orthonormal, so sums are its coefficients.
         self.columns_q.sums(target, of_target);
         c.copy_from_slice(of_target);
-        let floor = each(rows, |row| limits.likely - row.base);
+        let floor = each(rows, |row| limits.likely - row.base + row.moved);
         let plain_error = self.weigh(c, target, shift, floor, w, u);
 
         self.products.sums(w, of_basis, gram, &mut of_w[..r]);
@@ -516,18 +528,26 @@ impl Fit {
             let scale = each(rows, |row| row.y[0]).exp();
             self.newton(shift, scale, w, system);
         }
-        let ceiling = if self.restart > 0 { Lanes::ZERO } else { each(rows, |row| row.ceiling) };
+        let ceiling = if self.restart > 0 { Lanes::ZERO } else { each(rows, |row| row.ceiling.last as f32) };
         (scratch.floor, scratch.plain_error, scratch.ceiling) = (floor - self.before_restart(target), plain_error, ceiling);
+        // Errors are bounded where the values are, not where they were moved to.
+        let moved = each(rows, |row| row.moved);
+        scratch.floor -= moved;
+        for target in &mut scratch.target {
+            one_step();
+            *target -= moved;
+        }
         for (lane, row) in fitted[..rows.len()].iter_mut().enumerate() {
             row.c.clear();
             row.c.extend(scratch.system.c[..r].iter().map(|c| f64::from(c.0[lane])));
             row.free.clone_from(&row.c);
             row.factor.clear();
             row.plain_error = plain_error.0[lane];
+            row.raises = false;
         }
     }
 
-    /// Fills `target` with y − base (neither below [`DEEPEST`]), and with what y falls below the rank before [`Fit::restart`] from there on,
+    /// Fills `target` with y − base + moved (neither y nor base below [`DEEPEST`]), and with what y falls below the rank before [`Fit::restart`] from there on,
     /// and makes room in the rest; returns the target of the first rank, which probabilities are relative to. Unused lanes repeat the first
     /// row.
     #[inline(always)]
@@ -536,7 +556,7 @@ impl Fit {
         for buffer in [&mut scratch.target, &mut scratch.w, &mut scratch.u] {
             buffer.resize(n, Lanes::ZERO);
         }
-        let mut base = each(rows, |row| row.base.max(DEEPEST));
+        let mut base = each(rows, |row| row.base.max(DEEPEST) - row.moved);
         let rows: [&[f32]; LANES] = std::array::from_fn(|lane| &rows.get(lane).unwrap_or(&rows[0]).y[..n]);
         for (t, target) in scratch.target.iter_mut().enumerate() {
             one_step();
@@ -936,7 +956,7 @@ pub(crate) mod tests {
         let columns = columns(n);
         let fit = Fit::new(columns.clone(), FloatType::Float64, 0, 0);
         let rows: Vec<Vec<f32>> = (0..LANES).map(|_| row(n, &mut numbers)).collect();
-        let given: Vec<FitRow> = rows.iter().map(|y| FitRow { y, base: 0.0, ceiling: 0.0 }).collect();
+        let given: Vec<FitRow> = rows.iter().map(|y| FitRow { y, base: 0.0, moved: 0.0, ceiling: Ceiling::default() }).collect();
         let limits = Limits { likely: -100.0, error: 0.0, margin: 0.0 };
         let (mut scratch, mut fitted) = (FitScratch::default(), Vec::new());
         fitted.resize_with(LANES, Fitted::default);

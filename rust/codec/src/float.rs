@@ -32,6 +32,15 @@ fn to_odd(value: f64) -> f32 {
     f32::from_bits((narrow.to_bits() - u32::from(wide.abs() > value.abs())) | 1)
 }
 
+/// The bfloat16 nearest to a value that is not NaN, ties to even: every bfloat16 and every value between two of them is a float32.
+///
+/// Half a step is added (a bit less where the last kept bit is even), what is below the kept bits is cut off.
+#[inline(always)]
+pub(crate) fn nearest_bfloat16(value: f32) -> f32 {
+    let bits = value.to_bits();
+    f32::from_bits(bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) & 0xFFFF_0000)
+}
+
 /// A stored float type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -68,9 +77,7 @@ impl FloatType {
                 if narrow.is_nan() {
                     return value;
                 }
-                // Half a step is added (a bit less where the last kept bit is even), what is below the kept bits is cut off.
-                let bits = narrow.to_bits();
-                f64::from(f32::from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF_0000))
+                f64::from(nearest_bfloat16(narrow))
             }
             Self::Float32 => f64::from(value as f32),
             Self::Float64 => value,
@@ -145,11 +152,7 @@ impl FloatType {
     #[inline(always)]
     pub(crate) fn round_all(self, values: &[f32], out: &mut Vec<f64>) {
         match self {
-            // Every bfloat16 and every value between two of them is a float32, so its bits can be rounded as above.
-            Self::Bfloat16 if all_finite(values) => out.extend(values.iter().map(|value| {
-                let bits = value.to_bits();
-                f64::from(f32::from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF_0000))
-            })),
+            Self::Bfloat16 if all_finite(values) => out.extend(values.iter().map(|&value| f64::from(nearest_bfloat16(value)))),
             Self::Bfloat16 | Self::Float16 => out.extend(values.iter().map(|&value| self.round(f64::from(value)))),
             Self::Float32 | Self::Float64 => out.extend(values.iter().map(|&value| f64::from(value))),
         }

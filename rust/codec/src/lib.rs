@@ -66,6 +66,7 @@ pub mod bits;
 mod bounds;
 pub mod config;
 mod error;
+mod exact;
 mod fit;
 mod float;
 mod formats;

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use crate::bits::Packing;
 use crate::error::{CodecError, Result};
 use crate::formats::RowFormat;
-use crate::lanes::{LANES, all_finite, order_and_mass, prefetch, sum_exp};
+use crate::lanes::{LANES, Lanes, all_finite, order_and_mass, prefetch, sum_exp};
 use crate::simd::multiversion;
 use crate::values::{ValuesScratch, encode_values};
 
@@ -91,21 +91,32 @@ pub(crate) fn encode_rows_body<I: Packing, F: RowFormat>(
     for (group, ((ids, logprobs), out)) in groups.enumerate() {
         let at_row = |(row, error)| (group * LANES + row, error);
         (next_ids, next_logprobs) = (&next_ids[ids.len()..], &next_logprobs[ids.len()..]);
-        let (sorted, right) = check_group(logprobs, k);
+        let group = check_group(logprobs, k);
         let next = (next_ids, next_logprobs);
-        if sorted {
-            encode_group(isa, format, ids, logprobs, next, right, out, &mut scratch.values, &mut scratch.checks).map_err(at_row)?;
+        if group.sorted {
+            encode_group(isa, format, ids, logprobs, next, group, out, &mut scratch.values, &mut scratch.checks).map_err(at_row)?;
         } else {
             // NaN is never in order, so it is found here; a bad row is not sorted but refused below.
             sort_rows(ids, logprobs, k, scratch);
             let Scratch { values, ids, logprobs, checks } = scratch;
-            encode_group(isa, format, ids, logprobs, next, false, out, values, checks).map_err(at_row)?;
+            let group = check_group(logprobs, k);
+            encode_group(isa, format, ids, logprobs, next, group, out, values, checks).map_err(at_row)?;
         }
     }
     Ok(())
 }
 
-/// `right`: the log-probabilities are known to pass [`check_logprobs`].
+/// What a look at all rows of a group tells.
+#[derive(Debug, Clone, Copy)]
+struct Group {
+    /// All rows are sorted, none having NaN.
+    sorted: bool,
+    /// They certainly pass [`check_logprobs`] as well.
+    right: bool,
+    /// Total probabilities, where they are right.
+    masses: Lanes,
+}
+
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the parts of a group and of one scratch")]
 fn encode_group<I: Packing, F: RowFormat>(
@@ -114,7 +125,7 @@ fn encode_group<I: Packing, F: RowFormat>(
     ids: &[i64],
     logprobs: &[f32],
     next: (&[i64], &[f32]),
-    right: bool,
+    group: Group,
     out: &mut [u8],
     values: &mut ValuesScratch,
     checks: &mut IdChecks,
@@ -127,7 +138,9 @@ fn encode_group<I: Packing, F: RowFormat>(
             prefetch(ids);
             prefetch(logprobs);
         }
-        if !right && let Err(error) = check_logprobs(logprobs) {
+        if !group.right
+            && let Err(error) = check_logprobs(logprobs)
+        {
             return Err((row, error));
         }
         if let Err(error) = check_ids(ids, format.vocab_size(), checks) {
@@ -135,7 +148,7 @@ fn encode_group<I: Packing, F: RowFormat>(
         }
         format.write_ids(isa, ids, &mut out[value_bytes..]);
     }
-    encode_values(I::BACKEND, format.values(), logprobs, out, bytes, values)
+    encode_values(I::BACKEND, format.values(), logprobs, group.masses, out, bytes, values)
 }
 
 #[inline(always)]
@@ -161,17 +174,17 @@ pub(crate) fn decode_rows_body<I: Packing, F: RowFormat>(
     Ok(())
 }
 
-/// Whether all rows are sorted, none having NaN, and whether they certainly pass [`check_logprobs`] as well.
 #[inline(always)]
-fn check_group(logprobs: &[f32], k: usize) -> (bool, bool) {
-    let (mut sorted, mut right) = (true, true);
-    for row in logprobs.chunks(k) {
+fn check_group(logprobs: &[f32], k: usize) -> Group {
+    let (mut sorted, mut right, mut masses) = (true, true, Lanes::ZERO);
+    for (row, total) in logprobs.chunks(k).zip(&mut masses.0) {
         let (ordered, mass) = order_and_mass(row);
         sorted &= ordered;
         // In order, the first is the largest and the last the least.
         right &= f64::from(row[0]) <= ROUNDING && row[k - 1] > f32::NEG_INFINITY && mass <= 1.0 + ROUNDING;
+        *total = mass as f32;
     }
-    (sorted, sorted && right)
+    Group { sorted, right: sorted && right, masses }
 }
 
 /// Copies the rows into the scratch, each sorted by descending log-probability (stable).

@@ -8,7 +8,8 @@ use crate::bits::Packing;
 use crate::bounds::{Bounds, BoundsScratch, enforce, enforce_group, likely};
 use crate::config::{MAX_TERMS, ResidualBin};
 use crate::error::{CodecError, Result};
-use crate::fit::{DEEPEST, Fit, FitRow, FitScratch, Fitted, LEAST_WEIGHT, Limits, by_rank, combination, padded};
+use crate::exact::{ExactScratch, round_together};
+use crate::fit::{Ceiling, DEEPEST, Fit, FitRow, FitScratch, Fitted, LEAST_WEIGHT, Limits, by_rank, combination, padded};
 use crate::float::FloatType;
 use crate::lanes::{LANES, Lanes, all_finite, exp, one_step, order_and_mass, sum_exp};
 use crate::quantize::{Errors, Residual, decode_bin, encode_bin};
@@ -78,6 +79,7 @@ pub(crate) struct Values {
 /// Buffers of one thread, kept from group to group.
 #[derive(Debug, Default)]
 pub(crate) struct ValuesScratch {
+    exact: ExactScratch,
     fit: FitScratch,
     fitted: Vec<Fitted>,
     bounds: BoundsScratch,
@@ -110,6 +112,8 @@ struct Given<'a> {
     row: &'a [f32],
     /// What the decoder adds to the approximated values.
     base: f64,
+    /// By how much they should be above the given ones, since the exact values are.
+    moved: f64,
     /// What the first of them must not exceed, without `base`.
     ceiling: f64,
 }
@@ -154,25 +158,39 @@ impl Values {
         &self.terms
     }
 
-    /// Encodes the values of up to [`LANES`] rows of k sorted log-probabilities into the start of each `stride` bytes of `out`.
+    /// Encodes the values of up to [`LANES`] rows of k sorted log-probabilities, and of these total probabilities, into the start of each
+    /// `stride` bytes of `out`.
     /// The failing row comes with its error.
     #[inline(always)]
-    fn encode<I: Isa>(&self, isa: I, logprobs: &[f32], out: &mut [u8], stride: usize, scratch: &mut ValuesScratch) -> RowResult {
+    fn encode<I: Isa>(
+        &self,
+        isa: I,
+        logprobs: &[f32],
+        masses: Lanes,
+        out: &mut [u8],
+        stride: usize,
+        scratch: &mut ValuesScratch,
+    ) -> RowResult {
         let (k, exact_k) = (self.layout.exact_k + self.n, self.layout.exact_k);
-        let ValuesScratch { fit: fit_scratch, fitted, bounds, group, row: row_scratch } = scratch;
-        let (mut base, mut ceiling) = ([0.0; LANES], [0.0; LANES]);
+        let ValuesScratch { exact: together, fit: fit_scratch, fitted, bounds, group, row: row_scratch } = scratch;
+        let (mut base, mut moved, mut ceiling) = ([0.0; LANES], Lanes::ZERO, [Ceiling::default(); LANES]);
         row_scratch.exact.clear();
+        if self.rounds_together() {
+            moved = round_together(logprobs, k, exact_k, masses, self.allowed_error as f32, together, &mut row_scratch.exact);
+        }
         for (i, row) in logprobs.chunks(k).enumerate() {
-            base[i] = match self.round_exact(&row[..exact_k], &mut row_scratch.exact) {
-                Ok(base) => base,
-                Err(error) => return Err((i, error)),
-            };
-            ceiling[i] = self.ceiling(&row_scratch.exact[i * exact_k..], &row[exact_k..]);
+            if !self.rounds_together() {
+                base[i] = self.round_exact(&row[..exact_k], &mut row_scratch.exact);
+            }
+            let exact = &row_scratch.exact[i * exact_k..(i + 1) * exact_k];
+            self.check_exact(exact, row).map_err(|error| (i, error))?;
+            ceiling[i] = self.ceiling(row, exact, f64::from(moved.0[i]));
         }
         if let Some(fit) = &self.fit {
             let rows: [FitRow; LANES] = std::array::from_fn(|i| {
                 let i = if i * k < logprobs.len() { i } else { 0 };
-                FitRow { y: &logprobs[i * k + exact_k..(i + 1) * k], base: base[i] as f32, ceiling: ceiling[i] as f32 }
+                let y = &logprobs[i * k + exact_k..(i + 1) * k];
+                FitRow { y, base: base[i] as f32, moved: moved.0[i], ceiling: ceiling[i] }
             });
             fitted.resize_with(LANES, Fitted::default);
             let limits = Limits { likely: LIKELY, error: self.allowed_error as f32, margin: self.margins[0] as f32 };
@@ -182,16 +200,17 @@ impl Values {
         }
         let decoded = self.decode_group(fitted, fit_scratch, group);
         for (i, (row, out)) in logprobs.chunks(k).zip(out.chunks_mut(stride)).enumerate() {
+            let ceiling = if fitted.get(i).is_some_and(|fitted| fitted.raises) { ceiling[i].raised } else { ceiling[i].last };
             let exact = i * exact_k..(i + 1) * exact_k;
             if let Some(decoded) = decoded.filter(|decoded| fitted[i].inside && decoded.ordered.0[i] > 0.0)
-                && self.write_decoded(decoded, i, ceiling[i], exact.clone(), group, row_scratch, out)
+                && self.write_decoded(decoded, i, ceiling, exact.clone(), group, row_scratch, out)
             {
                 continue;
             }
-            let given = Given { lane: i, row, base: base[i], ceiling: ceiling[i] };
+            let given = Given { lane: i, row, base: base[i], moved: f64::from(moved.0[i]), ceiling };
             self.choose_coefficients(given, exact.clone(), fitted.get_mut(i), bounds, fit_scratch, row_scratch);
             let allowed = fitted.get(i).map_or(0.0, |fitted| f64::from(fitted.plain_error)).max(self.allowed_error);
-            self.write(row, exact, base[i], allowed, row_scratch, out);
+            self.write(given, exact, allowed, row_scratch, out);
         }
         Ok(())
     }
@@ -244,16 +263,12 @@ impl Values {
         if first > ceiling {
             return false;
         }
-        let last = all[exact.clone()].last().copied();
-        if last.is_some_and(|last| first > last) {
-            all[exact.end - 1] = self.lifted(&all[exact.clone()]);
-        }
+        let last = all[exact.clone()].last().copied().unwrap_or(0.0);
+        let raised = if first > last { self.raise_last(&mut all[exact.clone()]) } else { 0 };
         exact32.clear();
         exact32.extend(all[exact.clone()].iter().map(|&value| value as f32));
         if sum_exp(exact32) + f64::from(decoded.mass.0[lane]) > 1.0 - MASS_DOUBT {
-            if let Some(last) = last {
-                all[exact.end - 1] = last;
-            }
+            all[exact.end - raised..exact.end].fill(last);
             return false;
         }
         let mut out = self.layout.exact_dtype.write_all(&all[exact], out);
@@ -263,14 +278,20 @@ impl Values {
         true
     }
 
+    /// Whether exact values are rounded with an eye on each other; in the other types their errors are too small for that to matter.
+    #[inline(always)]
+    fn rounds_together(&self) -> bool {
+        self.layout.exact_dtype == FloatType::Bfloat16 && !self.layout.delta_encoding && self.layout.exact_k > 0
+    }
+
     /// Appends the stored exact values and returns where the sequence stands: without differences 0, with them the running sum, less the
     /// mean error of the values so far, weighted by their probabilities.
     ///
     /// Differences are rounded against what was stored before, so errors do not add up; and not to the values but to the values moved by
     /// that mean error, since KL is blind to an error that all values share.
     #[inline(always)]
-    fn round_exact(&self, y: &[f32], exact: &mut Vec<f64>) -> Result<f64> {
-        let (start, dtype) = (exact.len(), self.layout.exact_dtype);
+    fn round_exact(&self, y: &[f32], exact: &mut Vec<f64>) -> f64 {
+        let dtype = self.layout.exact_dtype;
         let (mut sum, mut shared, mut mass, mut error) = (0.0, 0.0, 0.0, 0.0);
         if self.layout.delta_encoding {
             for &value in y {
@@ -285,10 +306,17 @@ impl Values {
         } else {
             dtype.round_all(y, exact);
         }
-        if exact[start..].iter().fold(true, |finite, stored| finite & stored.is_finite()) {
-            return Ok(sum - shared);
+        sum - shared
+    }
+
+    /// Fails when a stored exact value of a row is not finite.
+    #[inline(always)]
+    fn check_exact(&self, exact: &[f64], y: &[f32]) -> Result<()> {
+        if exact.iter().fold(true, |finite, stored| finite & stored.is_finite()) {
+            return Ok(());
         }
-        let rank = exact[start..].iter().position(|stored| !stored.is_finite()).unwrap_or(0);
+        let rank = exact.iter().position(|stored| !stored.is_finite()).unwrap_or(0);
+        let dtype = self.layout.exact_dtype;
         Err(CodecError::Input(format!("log-probability {} at rank {rank} is too large for {dtype:?} (exact_dtype)", y[rank])))
     }
 
@@ -323,7 +351,7 @@ impl Values {
             self.lower(lower, scratch);
             self.evaluate(scratch);
             if let Some(mass) = self.mass_if_good(ceiling, scratch) {
-                self.lift_last_exact(exact.clone(), scratch);
+                self.make_place(exact.clone(), scratch);
                 let excess = self.limit_mass(row, exact.clone(), mass, scratch);
                 if excess <= MASS_ROUNDING || lower > 0.0 || self.constant.is_none() {
                     return;
@@ -437,33 +465,39 @@ impl Values {
         self.evaluate(scratch);
     }
 
-    /// What the first approximated value must not exceed, without `base`.
+    /// What the first approximated value must not exceed, without `base`; `exact` are the exact values stored for the row.
     #[inline(always)]
-    fn ceiling(&self, exact: &[f64], y: &[f32]) -> f64 {
-        let ([.., last], [first, ..], false) = (exact, y, self.layout.delta_encoding) else { return 0.0 };
-        // The last exact value may be rounded up instead of to nearest, if there is room, to make place for what follows.
-        if *last < f64::from(*first) { self.lifted(exact) } else { *last }
-    }
-
-    /// The last exact value, one step higher where the one before it allows.
-    #[inline(always)]
-    fn lifted(&self, exact: &[f64]) -> f64 {
-        match exact {
-            [] => 0.0,
-            [last] => self.layout.exact_dtype.next_up(*last).min(0.0).max(*last),
-            [.., before, last] => self.layout.exact_dtype.next_up(*last).min(*before),
+    fn ceiling(&self, row: &[f32], exact: &[f64], moved: f64) -> Ceiling {
+        let ([.., last], false) = (exact, self.layout.delta_encoding || self.n == 0) else { return Ceiling::default() };
+        let (last, y) = (*last, &row[..exact.len()]);
+        if last >= f64::from(y[exact.len() - 1]) {
+            return Ceiling { last, raised: last, price: 0.0 };
         }
+        // It was rounded down, and so were those that are stored alike: raised, they are still neighbours of what was given.
+        let raised = self.layout.exact_dtype.next_up(last);
+        let (step, first) = (raised - last, row[exact.len()]);
+        let price = |y: &f32| f64::from(exp(y - first)) * step * (step + 2.0 * (last - f64::from(*y) - moved));
+        Ceiling { last, raised, price: y[exact.len() - alike(exact)..].iter().map(price).sum() }
     }
 
-    /// Lifts the last exact value where the first approximated one is above it.
+    /// Stores the last exact value, and those like it, one step higher; returns how many.
     #[inline(always)]
-    fn lift_last_exact(&self, exact: Range<usize>, scratch: &mut RowScratch) {
+    fn raise_last(&self, exact: &mut [f64]) -> usize {
+        let (count, end) = (alike(exact), exact.len());
+        if let Some(last) = exact.last().copied() {
+            exact[end - count..].fill(self.layout.exact_dtype.next_up(last));
+        }
+        count
+    }
+
+    /// Raises the last exact value where the first approximated one is above it.
+    #[inline(always)]
+    fn make_place(&self, exact: Range<usize>, scratch: &mut RowScratch) {
         if self.layout.delta_encoding || exact.is_empty() || self.covered > 0 {
             return;
         }
         if f64::from(scratch.approximate32[0]) > scratch.exact[exact.end - 1] {
-            let lifted = self.lifted(&scratch.exact[exact.clone()]);
-            scratch.exact[exact.end - 1] = lifted;
+            self.raise_last(&mut scratch.exact[exact]);
         }
     }
 
@@ -539,28 +573,28 @@ impl Values {
 
     /// Writes exact values, coefficients and residuals.
     #[inline(always)]
-    fn write(&self, row: &[f32], exact: Range<usize>, base: f64, allowed: f64, scratch: &mut RowScratch, out: &mut [u8]) {
+    fn write(&self, given: Given, exact: Range<usize>, allowed: f64, scratch: &mut RowScratch, out: &mut [u8]) {
         let layout = &self.layout;
         let (head, bins) = out.split_at_mut(layout.exact_k * layout.exact_dtype.size() + self.m * layout.coefficient_dtype.size());
         if !layout.residual_bins.is_empty() {
-            self.write_bins(row, base, allowed, scratch, bins);
-            self.limit_mass_with_bins(row, exact.clone(), scratch, bins);
+            self.write_bins(given, allowed, scratch, bins);
+            self.limit_mass_with_bins(given.row, exact.clone(), scratch, bins);
         }
         let coefficients = layout.exact_dtype.write_all(&scratch.exact[exact], head);
         layout.coefficient_dtype.write_all(&scratch.coefficients, coefficients);
     }
 
     #[inline(always)]
-    fn write_bins(&self, row: &[f32], base: f64, allowed: f64, scratch: &mut RowScratch, mut out: &mut [u8]) {
+    fn write_bins(&self, given: Given, allowed: f64, scratch: &mut RowScratch, mut out: &mut [u8]) {
         let RowScratch { approximate, residuals, .. } = scratch;
         // What the bins should say: the values, or with differences the steps, less what the polynomial says.
-        let y = &row[self.layout.exact_k..];
+        let y = &given.row[self.layout.exact_k..];
         let deep = |j: usize| f64::from(y[j].max(DEEPEST));
         residuals.clear();
         residuals.extend((0..y.len()).map(|j| {
             let before = match (self.layout.delta_encoding, j) {
-                (false, _) => 0.0,
-                (true, 0) => base.max(f64::from(DEEPEST)),
+                (false, _) => -given.moved,
+                (true, 0) => given.base.max(f64::from(DEEPEST)),
                 (true, _) => deep(j - 1),
             };
             let weight = f64::from(exp(y[j] - y[0]) + LEAST_WEIGHT);
@@ -744,6 +778,7 @@ multiversion! {
     pub(crate) fn encode_values(
         values: &Values,
         logprobs: &[f32],
+        masses: Lanes,
         out: &mut [u8],
         stride: usize,
         scratch: &mut ValuesScratch,
@@ -755,11 +790,12 @@ fn encode_values_body<I: Isa>(
     isa: I,
     values: &Values,
     logprobs: &[f32],
+    masses: Lanes,
     out: &mut [u8],
     stride: usize,
     scratch: &mut ValuesScratch,
 ) -> RowResult {
-    values.encode(isa, logprobs, out, stride, scratch)
+    values.encode(isa, logprobs, masses, out, stride, scratch)
 }
 
 /// Rows of n numbers: for [`LANES`] columns at a time (zero beyond the last) a vector of each row.
@@ -778,6 +814,12 @@ fn polynomial(coefficients: &[f32; MAX_TERMS + 1], terms: &[Lanes]) -> [f32; LAN
         sum += Lanes::splat(*c) * *term;
     }
     sum.0
+}
+
+/// How many of the last values are the same.
+#[inline(always)]
+fn alike(exact: &[f64]) -> usize {
+    exact.iter().rev().take_while(|&value| Some(value) == exact.last()).count()
 }
 
 fn running_sum(values: &[f64]) -> Vec<f64> {

@@ -1,12 +1,13 @@
 """What the order of the values costs: the least KL that decoded rows can have if no value exceeds the one before.
 
-    python benches/order.py [PRESET ...]
+    python benches/order.py [CONFIGURATION ...]
 
-For presets without residuals, in float64 and in units of the least KL without roundings and bounds (`optimum`): the
-rounding of the exact values alone; then with the approximated values in order, too, below the last exact value, which
-is rounded to nearest or to the neighbour above, whichever is better in the row; and what our encoder reaches.
-Coefficients are not rounded and errors not bounded: no encoder that rounds the other exact values to nearest and keeps
-order gets below the second. Every fourth row of the benchmark's sample.
+For presets and recorded configurations with the terms 0 and 1, without residuals and differences; in float64 and in
+units of the least KL without roundings and bounds (`optimum`): the rounding of the exact values to nearest alone; then
+with the approximated values in order, too, below the last exact value, which is rounded to nearest or to the neighbour
+above, whichever is better in the row; and what our encoder reaches. Coefficients are not rounded and errors not
+bounded: no encoder that rounds the other exact values to nearest and keeps order gets below the second (ours rounds
+them together). Every fourth row of the benchmark's sample.
 
 Shape legend: N rows, n approximated ranks, m coefficients.
 """
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from bench import configurations
 from sample import benchmark_sample
 
 from distillkit.bench.fidelity import optimum, orthonormal_terms
-from distillkit.codec import Codec, DistributionQuantizationConfig, preset
+from distillkit.codec import Codec, DistributionQuantizationConfig
 from distillkit.fidelity import kl_rows
 
 F64 = npt.NDArray[np.float64]
@@ -99,7 +101,7 @@ def costs(
     codec = Codec(config)
     ours = codec.decode(codec.encode(ids, logprobs))[1]
     found = {
-        "exact values rounded": kl_rows(original, np.concatenate([rounded, least[:, exact_k:]], axis=-1)),
+        "exact values rounded to nearest": kl_rows(original, np.concatenate([rounded, least[:, exact_k:]], axis=-1)),
         "and in order, at least": np.minimum(*ordered),
         "ours": kl_rows(original, np.asarray(ours)),
     }
@@ -108,9 +110,12 @@ def costs(
 
 def main() -> None:
     sample = benchmark_sample()
+    known = configurations(sample.vocab_size)
     for name in sys.argv[1:] or ("recommended", "budget"):
-        config = preset(name, vocab_size=sample.vocab_size)
-        ids, logprobs = sample.top(config.k, sample.vocab_size)
+        config = known.get(name)
+        if not isinstance(config, DistributionQuantizationConfig):
+            sys.exit(f"there is no configuration '{name}' of this kind; there are {', '.join(known)}")
+        ids, logprobs = sample.top(config.k, config.d)
         for what, ratio in costs(config, ids[::EVERY].copy(), logprobs[::EVERY].copy()).items():
             print(f"{name}: {what}: {ratio:.4f}")
 

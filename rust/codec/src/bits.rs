@@ -187,6 +187,7 @@ impl Packing for Portable {
     }
 }
 
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! packing {
     ($token:ident, $unpack:path, $pack:path) => {
         impl Packing for crate::simd::$token {

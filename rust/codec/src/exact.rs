@@ -18,7 +18,7 @@ use crate::float::nearest_bfloat16;
 use crate::lanes::{LANES, Lanes, one_step};
 
 /// What the KL of the missing probability counts beside that of the renormalised row.
-const MISSING: f32 = 0.0075;
+const MISSING: f32 = 0.01;
 /// Less missing probability than this counts as this: sums of float32 probabilities know no better.
 const LEAST_MISSING: f32 = 1e-4;
 /// Values are moved by up to this many times a step, in both directions.

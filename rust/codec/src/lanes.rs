@@ -154,6 +154,11 @@ impl SubAssign for Lanes {
     }
 }
 
+/// Exponents below this count as this.
+pub(crate) const LEAST_EXPONENT: f32 = -87.0;
+/// 2ᶠ ≈ ((a·f + b)·f² + (c·f + d))·f² + (e·f + 1) as ((a, b), (c, d), (e, 1)).
+pub(crate) const POLYNOMIAL: [(f32, f32); 3] = [(1.326_696_8e-3, 9.675_462e-3), (5.550_742_6e-2, 0.240_221_22), (0.693_146_95, 1.0)];
+
 /// eˣ for x ≤ 88 with a relative error below 1e-7·(3 + |x|); e⁻⁸⁷ = 1.6e-38 for less, NaN for NaN.
 ///
 /// eˣ = 2ⁿ·2ᶠ with n the integer nearest to x·log₂ e and |f| ≤ ½, and a polynomial of degree 5 for 2ᶠ (least relative error on that
@@ -162,12 +167,13 @@ impl SubAssign for Lanes {
 pub(crate) fn exp(x: f32) -> f32 {
     /// Adding and subtracting this rounds to an integer, which is then in the low bits of the sum.
     const ROUND: f32 = 12_582_912.0;
-    let t = (if x < -87.0 { -87.0 } else { x }) * std::f32::consts::LOG2_E;
+    let t = (if x < LEAST_EXPONENT { LEAST_EXPONENT } else { x }) * std::f32::consts::LOG2_E;
     let shifted = t + ROUND;
     let f = t - (shifted - ROUND);
     // Pairs first (Estrin): the parts of a vector wait for each other less.
     let square = f * f;
-    let sum = ((1.326_696_8e-3 * f + 9.675_462e-3) * square + (5.550_742_6e-2 * f + 0.240_221_22)) * square + (0.693_146_95 * f + 1.0);
+    let [fifth, third, first] = POLYNOMIAL.map(|(high, low)| high * f + low);
+    let sum = (fifth * square + third) * square + first;
     let power = f32::from_bits(shifted.to_bits().wrapping_add(127).wrapping_shl(23));
     sum * power
 }

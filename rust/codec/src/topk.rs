@@ -8,11 +8,13 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::error::{CodecError, Result};
-use crate::lanes::{LANES, Lanes, exp, larger, one_step};
+use crate::lanes::{LANES, LEAST_EXPONENT, Lanes, POLYNOMIAL, exp, larger, one_step};
 use crate::simd::{Isa, Portable, multiversion};
 
 /// Logits of a block: 2 KB of float32.
 const BLOCK: usize = 512;
+/// Vectors whose exponentials are computed side by side.
+const AT_A_TIME: usize = 4;
 /// Logits this far (nats) above the reference are still added up relative to it.
 const FARTHEST: f32 = 60.0;
 
@@ -171,7 +173,14 @@ fn sums_and_passing<I: Passing>(isa: I, block: &[f32], reference: f32, threshold
     let reference = Lanes::splat(reference);
     let mut sums = Lanes::ZERO;
     let (vectors, rest) = block.as_chunks::<LANES>();
-    for (logits, passing) in vectors.iter().zip(passing.iter_mut()) {
+    let (several, single) = vectors.as_chunks::<AT_A_TIME>();
+    let (passing_several, passing_single) = passing.split_at_mut(vectors.len() - single.len());
+    for (logits, passing) in several.iter().zip(passing_several.as_chunks_mut().0) {
+        one_step();
+        *passing = logits.each_ref().map(|logits| isa.passing(logits, threshold));
+        isa.add_exps(&mut sums, logits, reference);
+    }
+    for (logits, passing) in single.iter().zip(passing_single) {
         one_step();
         *passing = isa.passing(logits, threshold);
         sums += (Lanes(*logits) - reference).exp();
@@ -189,7 +198,7 @@ fn sums_and_passing<I: Passing>(isa: I, block: &[f32], reference: f32, threshold
     sums
 }
 
-/// Which logits pass a threshold, as bits: what compilers make of the definition is several times as long as the instruction for it.
+/// What an instruction set does better by instructions of its own than compilers do from the definition.
 trait Passing: Isa {
     /// Bit i is set where logit i is at least `threshold`.
     #[inline(always)]
@@ -199,6 +208,15 @@ trait Passing: Isa {
             return 0;
         }
         logits.iter().enumerate().fold(0, |bits, (i, &logit)| bits | (u16::from(logit >= threshold) << i))
+    }
+
+    /// Adds exp(logit − reference) of one vector after the other to the sums; any number where that is above e⁸⁸.
+    #[inline(always)]
+    fn add_exps(self, sums: &mut Lanes, logits: &[[f32; LANES]; AT_A_TIME], reference: Lanes) {
+        for logits in logits {
+            one_step();
+            *sums += (Lanes(*logits) - reference).exp();
+        }
     }
 }
 
@@ -230,6 +248,49 @@ impl Passing for crate::simd::Avx512 {
         use std::arch::x86_64::{_CMP_GE_OQ, _mm512_cmp_ps_mask, _mm512_loadu_ps, _mm512_set1_ps};
         // SAFETY: the token proves AVX-512; there are the sixteen floats that are read.
         unsafe { _mm512_cmp_ps_mask::<_CMP_GE_OQ>(_mm512_loadu_ps(logits.as_ptr()), _mm512_set1_ps(threshold)) }
+    }
+
+    /// By the steps of [`exp`], each for all vectors before the next, so that none waits for the one before; the rounding to an integer and
+    /// the product with a power of 2 are one instruction each, with the same result.
+    #[inline(always)]
+    fn add_exps(self, sums: &mut Lanes, logits: &[[f32; LANES]; AT_A_TIME], reference: Lanes) {
+        use std::arch::x86_64::{
+            _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm512_add_ps, _mm512_loadu_ps, _mm512_max_ps, _mm512_mul_ps,
+            _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_sub_ps,
+        };
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        macro_rules! each {
+            ($i:ident => $value:expr) => {{
+                let mut all = [_mm512_setzero_ps(); AT_A_TIME];
+                for $i in 0..AT_A_TIME {
+                    all[$i] = $value;
+                }
+                all
+            }};
+        }
+        let [(a, b), (c, d), (e, one)] = POLYNOMIAL;
+        // SAFETY: the token proves AVX-512; every array that is read or written has sixteen floats.
+        unsafe {
+            let reference = _mm512_loadu_ps(reference.0.as_ptr());
+            let x = each!(i => _mm512_sub_ps(_mm512_loadu_ps(logits[i].as_ptr()), reference));
+            // The second operand is taken where one is NaN.
+            let x = each!(i => _mm512_max_ps(_mm512_set1_ps(LEAST_EXPONENT), x[i]));
+            let t = each!(i => _mm512_mul_ps(x[i], _mm512_set1_ps(std::f32::consts::LOG2_E)));
+            let n = each!(i => _mm512_roundscale_ps::<NEAREST>(t[i]));
+            let f = each!(i => _mm512_sub_ps(t[i], n[i]));
+            let square = each!(i => _mm512_mul_ps(f[i], f[i]));
+            let fifth = each!(i => _mm512_add_ps(_mm512_mul_ps(_mm512_set1_ps(a), f[i]), _mm512_set1_ps(b)));
+            let third = each!(i => _mm512_add_ps(_mm512_mul_ps(_mm512_set1_ps(c), f[i]), _mm512_set1_ps(d)));
+            let first = each!(i => _mm512_add_ps(_mm512_mul_ps(_mm512_set1_ps(e), f[i]), _mm512_set1_ps(one)));
+            let sum = each!(i => _mm512_add_ps(_mm512_mul_ps(fifth[i], square[i]), third[i]));
+            let sum = each!(i => _mm512_add_ps(_mm512_mul_ps(sum[i], square[i]), first[i]));
+            let e = each!(i => _mm512_scalef_ps(sum[i], n[i]));
+            let mut all = _mm512_loadu_ps(sums.0.as_ptr());
+            for e in e {
+                all = _mm512_add_ps(all, e);
+            }
+            _mm512_storeu_ps(sums.0.as_mut_ptr(), all);
+        }
     }
 }
 
@@ -297,6 +358,35 @@ mod tests {
                 for backend in Backend::available() {
                     assert_eq!(passing(backend, &logits, threshold), bits, "{}: {logits:?} {threshold}", backend.name());
                 }
+            }
+        }
+    }
+
+    multiversion! {
+        fn add_exps(sums: &mut Lanes, logits: &[[f32; LANES]; AT_A_TIME], reference: Lanes) = add_exps_body;
+    }
+
+    #[inline(always)]
+    fn add_exps_body<I: Passing>(isa: I, sums: &mut Lanes, logits: &[[f32; LANES]; AT_A_TIME], reference: Lanes) {
+        isa.add_exps(sums, logits, reference);
+    }
+
+    #[test]
+    fn exponentials_have_the_same_bits() {
+        let special = [f32::NEG_INFINITY, f32::MIN, -0.0, f32::NAN, 87.9, -87.0, -87.000_01, -86.999_99];
+        for start in 0..3900 {
+            // From far below what has a probability to as far above the reference as is used, in steps of no power of 2; and each special value once.
+            let value = |i: usize| if start < special.len() && i == start { special[start] } else { -120.0 + (start + i) as f32 * 0.0519 };
+            let logits: [[f32; LANES]; AT_A_TIME] = std::array::from_fn(|j| std::array::from_fn(|lane| value(j * LANES + lane)));
+            let run = |backend| {
+                let mut sums = Lanes::splat(0.5);
+                add_exps(backend, &mut sums, &logits, Lanes::splat(1.25));
+                // NaN has several spellings.
+                sums.0.map(|sum| if sum.is_nan() { u32::MAX } else { sum.to_bits() })
+            };
+            let expected = run(Backend::Portable);
+            for backend in Backend::available() {
+                assert_eq!(run(backend), expected, "{}: {logits:?}", backend.name());
             }
         }
     }

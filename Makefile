@@ -12,7 +12,7 @@ RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -
 .PHONY: help setup demo test test-fast test-vllm test-emulated fuzz miri lint bench wheel clean
 
 help: ## Say what the targets do
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
 
 setup: .venv/.native ## Make .venv with everything (torch included: about 5 GB)
 
@@ -69,8 +69,8 @@ fuzz: ## Fuzz the codec: each of FUZZ_TARGETS (all) for FUZZ_SECONDS (300)
 			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -len_control=0 -verbosity=0 -print_funcs=0 -print_final_stats=1 || exit 1; \
 	done
 
-# The modules with unsafe code: what has AVX2 of its own with that switched on (Miri has no AVX-512, nor the conversions to float16 that
-# dense logits use), the rest as it is on every machine. Minutes each.
+# The modules with unsafe code. Miri knows AVX2, with which the bit packer is run, but neither AVX-512 nor the conversions to float16 that
+# dense logits use: those are run without. Minutes each.
 MIRI := PROPTEST_CASES=2 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --package distillkit-codec --lib --
 miri: ## The core's unsafe code under Miri: needs `rustup toolchain install nightly --component miri,rust-src`
 	RUSTFLAGS="-Ctarget-feature=+avx2,+bmi1,+bmi2,+f16c,+lzcnt,+popcnt" $(MIRI) bits:: simd::

@@ -213,6 +213,8 @@ fn try_raising(mut bounds: Bounds, ceiling: Ceiling, fit: &Fit, fitted: &mut Fit
     if enforce(&bounds, fit, fitted, None, scratch) && scratch.active.cost() + ceiling.price < cost {
         (fitted.inside, fitted.raises) = (true, true);
     } else {
+        // A row that fits below neither will have other bounds relaxed below the higher one.
+        fitted.raises = !fitted.inside;
         fitted.c.clone_from(&scratch.kept);
     }
 }

@@ -11,8 +11,9 @@
 //! Σ pᵢeᵢ² + K (Σ pᵢeᵢ)² with K = κ / (1 + T κ), κ = ([`MISSING`] / (1 − P) − 1) / P.
 //!
 //! Where K is negative (much probability is missing), errors may go in one direction together: the minimum is the rounding of the values
-//! moved by some amount, which is searched for on a grid. Where it is positive (hardly any is), errors have to cancel: values change to their
-//! other neighbour, the most probable first, where that helps. Every exact value stays one of its two neighbours.
+//! moved by some amount, which is searched for on a grid. Where it is positive (hardly any is), errors have to cancel: after the grid, values
+//! change to their other neighbour, the most probable first, where that helps. Both look at the first [`JUDGES`] ranks, which have nearly all
+//! the probability; s is cut off at [`LARGEST_SHIFT`]. Every exact value stays one of its two neighbours.
 
 use crate::float::nearest_bfloat16;
 use crate::lanes::{LANES, Lanes, one_step};
@@ -30,7 +31,7 @@ const JUDGES: usize = 32;
 const LARGEST_SHIFT: f32 = 0.01;
 /// Ids of at most this probability are rounded to nearest: what they cost is their error alone.
 const LIKELY: f32 = 1e-6;
-/// Values below this have no probability in any float type: they are rounded to nearest.
+/// Values below this have no probability in any float type: they are rounded to nearest, and their errors cost nothing.
 const DEEPEST: f32 = -1000.0;
 
 /// Buffers, kept from group to group: of each exact rank.
@@ -57,7 +58,7 @@ struct Rank {
 impl Rank {
     #[inline(always)]
     fn new(y: Lanes) -> Self {
-        let (mut up, mut down) = (y, y);
+        let (mut up, mut down, mut deep) = (y, y, y);
         for lane in 0..LANES {
             // Without the lower half of its bits a negative value is nearer to 0.
             let (value, cut) = (y.0[lane], y.0[lane].to_bits() & 0xFFFF_0000);
@@ -65,10 +66,11 @@ impl Rank {
             let (above, below) = (f32::from_bits(cut), f32::from_bits(cut.wrapping_add(0x1_0000)));
             // Values above 0 are a teacher's rounding.
             let single = (value >= 0.0) | (above == value) | (value < DEEPEST);
+            deep.0[lane] = if value < DEEPEST { nearest } else { value };
             up.0[lane] = if single { nearest } else { above };
             down.0[lane] = if single { nearest } else { below };
         }
-        let (up_error, down_error) = (up - y, down - y);
+        let (up_error, down_error) = (up - deep, down - deep);
         let turn = Lanes::splat(0.5) * (up_error + down_error);
         let is_up = positive(Lanes::ZERO - turn);
         Self { up, down, up_error, down_error, p: y.exp(), turn, is_up }
@@ -103,9 +105,15 @@ fn positive(x: Lanes) -> Lanes {
     (x * Lanes::splat(1e30)).max(Lanes::ZERO).min(Lanes::splat(1.0))
 }
 
-/// Appends the stored bfloat16 values of each row's first `exact_k` ranks to `exact`, row by row, and returns by how much the approximated
-/// values should be moved. `masses` are the rows' total probabilities. Errors are not above `allowed` (nats), or the largest that rounding
-/// to nearest makes of the row's likely values.
+/// By how much the approximated values of each row should be moved, and K.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Together {
+    pub(crate) moved: Lanes,
+    pub(crate) shared: Lanes,
+}
+
+/// Fills `exact` with the stored bfloat16 values of each row's first `exact_k` ranks, row by row. `masses` are the rows' total probabilities.
+/// Errors are not above `allowed` (nats), or the largest that rounding to nearest makes of the row's likely values.
 #[inline(always)]
 pub(crate) fn round_together(
     logprobs: &[f32],
@@ -115,7 +123,7 @@ pub(crate) fn round_together(
     allowed: f32,
     scratch: &mut ExactScratch,
     exact: &mut Vec<f64>,
-) -> Lanes {
+) -> Together {
     let row = |lane: usize| logprobs.get(lane * k..(lane + 1) * k).unwrap_or(&logprobs[..k]);
     let rows: [&[f32]; LANES] = std::array::from_fn(row);
     let ExactScratch { ranks } = scratch;
@@ -138,18 +146,15 @@ pub(crate) fn round_together(
     move_together(ranks, allowed, shared);
     let next = Lanes(rows.map(|row| row.get(exact_k).copied().unwrap_or(f32::NEG_INFINITY)));
     let error = change_one_by_one(ranks, shared, next);
-    let (start, count) = (exact.len(), logprobs.len() / k);
-    exact.resize(start + count * exact_k, 0.0);
+    exact.resize(logprobs.len() / k * exact_k, 0.0);
     for (i, rank) in ranks.iter().enumerate() {
         let stored = rank.stored();
-        for (row, stored) in exact[start..].chunks_exact_mut(exact_k).zip(stored.0) {
+        for (row, stored) in exact.chunks_exact_mut(exact_k).zip(stored.0) {
             row[i] = f64::from(stored);
         }
     }
     let limit = Lanes::splat(LARGEST_SHIFT);
-    let shift = Lanes::ZERO - error * shared;
-    // NaN where a row has no probability at all: it stays.
-    shift.where_not_less(Lanes::splat(f32::NEG_INFINITY), shift, Lanes::ZERO).min(limit).max(Lanes::ZERO - limit)
+    Together { moved: (Lanes::ZERO - error * shared).min(limit).max(Lanes::ZERO - limit), shared }
 }
 
 /// Rounds the values moved by what costs each row least, with errors within `allowed`.
@@ -231,8 +236,8 @@ mod tests {
         logits.iter().map(|logit| (logit - log_sum + (1.0 - missing).ln()) as f32).collect()
     }
 
-    /// The cost in the module's documentation, with the approximated values moved by what is best.
-    fn cost(row: &[f32], stored: &[f64]) -> f64 {
+    /// The cost in the module's documentation, with the approximated values moved by what is best; and what that is.
+    fn cost(row: &[f32], stored: &[f64]) -> (f64, f64) {
         let p = |y: &f32| f64::from(*y).exp();
         let total: f64 = row.iter().map(p).sum();
         let rest: f64 = row[stored.len()..].iter().map(p).sum();
@@ -244,14 +249,20 @@ mod tests {
         };
         // A parabola through three points has its least value here.
         let (low, middle, high) = (of(-1.0), of(0.0), of(1.0));
-        of(0.5 * (low - high) / (low + high - 2.0 * middle))
+        let best = 0.5 * (low - high) / (low + high - 2.0 * middle);
+        (of(best), best)
     }
 
     fn round(row: &[f32], exact_k: usize, allowed: f32) -> Vec<f64> {
+        together(row, exact_k, allowed).0
+    }
+
+    /// The stored values, and by how much the others should be moved.
+    fn together(row: &[f32], exact_k: usize, allowed: f32) -> (Vec<f64>, f64) {
         let mut exact = Vec::new();
         let mass = row.iter().map(|y| y.exp()).sum();
-        round_together(row, row.len(), exact_k, Lanes::splat(mass), allowed, &mut ExactScratch::default(), &mut exact);
-        exact
+        let found = round_together(row, row.len(), exact_k, Lanes::splat(mass), allowed, &mut ExactScratch::default(), &mut exact);
+        (exact, f64::from(found.moved.0[0]))
     }
 
     #[test]
@@ -263,7 +274,9 @@ mod tests {
                 let row = row(40, missing, &mut numbers);
                 let values = &row[..exact_k];
                 let nearest: Vec<f64> = values.iter().map(|&y| f64::from(nearest_bfloat16(y))).collect();
-                let found = round(&row, exact_k, 1.0);
+                let (found, moved) = together(&row, exact_k, 1.0);
+                let best = cost(&row, &found).1.clamp(-f64::from(LARGEST_SHIFT), f64::from(LARGEST_SHIFT));
+                assert!((moved - best).abs() < 1e-5, "{moved} {best}");
                 assert!(found.is_sorted_by(|a, b| a >= b), "{found:?}");
                 let either = |i: u32, rank: usize| {
                     let toward_zero = f32::from_bits(values[rank].to_bits() & 0xFFFF_0000);
@@ -272,15 +285,33 @@ mod tests {
                 };
                 let all = (0..1u32 << exact_k).map(|i| (0..exact_k).map(|rank| either(i, rank)).collect::<Vec<f64>>());
                 let ordered = all.filter(|stored| stored.is_sorted_by(|a, b| a >= b));
-                best_cost += ordered.map(|stored| cost(&row, &stored)).fold(f64::INFINITY, f64::min);
-                nearest_cost += cost(&row, &nearest);
-                found_cost += cost(&row, &found);
+                best_cost += ordered.map(|stored| cost(&row, &stored).0).fold(f64::INFINITY, f64::min);
+                nearest_cost += cost(&row, &nearest).0;
+                found_cost += cost(&row, &found).0;
             }
         }
         assert!(
             best_cost <= found_cost && found_cost < best_cost + 0.25 * (nearest_cost - best_cost),
             "{best_cost} {found_cost} {nearest_cost}"
         );
+    }
+
+    #[test]
+    fn many_ranks_and_ties_stay_in_order_and_values_without_probability_have_no_say() {
+        let mut numbers = Numbers(3);
+        for missing in [0.3, 0.01, 1e-6] {
+            let mut row = row(80, missing, &mut numbers);
+            let tied = row[20];
+            row[20..50].fill(tied);
+            let found = round(&row, 70, 1.0);
+            assert!(found.is_sorted_by(|a, b| a >= b), "{found:?}");
+            for deep in [-1e5, -1e21, -1e38] {
+                row[60..].fill(deep);
+                let alone = [&row[..60], &[-1000.0; 20]].concat();
+                let ((found, moved), (expected, expected_moved)) = (together(&row, 70, 1.0), together(&alone, 70, 1.0));
+                assert_eq!((&found[..60], moved), (&expected[..60], expected_moved));
+            }
+        }
     }
 
     #[test]

@@ -400,7 +400,7 @@ pub(crate) struct Fitted {
     pub(crate) free: Vec<f64>,
     /// Cholesky factor of the Hessian (r × r, lower half, by [`cholesky`]), in units of the first fitted probability.
     pub(crate) factor: Vec<f64>,
-    /// Largest |F − y| of the unweighted least-squares fit, over the likely ranks.
+    /// Largest |F − target| of the unweighted least-squares fit, over the likely ranks.
     pub(crate) plain_error: f32,
     /// The coefficients keep the limits.
     pub(crate) inside: bool,
@@ -547,9 +547,9 @@ impl Fit {
         }
     }
 
-    /// Fills `target` with y − base + moved (neither y nor base below [`DEEPEST`]), and with what y falls below the rank before [`Fit::restart`] from there on,
-    /// and makes room in the rest; returns the target of the first rank, which probabilities are relative to. Unused lanes repeat the first
-    /// row.
+    /// Fills `target` with y − base + moved (neither y nor base below [`DEEPEST`]), and with what y falls below the rank before
+    /// [`Fit::restart`] from there on, and makes room in the rest; returns the target of the first rank, which probabilities are relative to.
+    /// Unused lanes repeat the first row.
     #[inline(always)]
     fn load(&self, rows: &[FitRow], scratch: &mut FitScratch) -> Lanes {
         let n = rows[0].y.len();

@@ -95,7 +95,7 @@ multiversion! {
 }
 
 #[inline(always)]
-fn topk_row_body<I: Passing, L: Logit>(
+fn topk_row_body<I: DenseIsa, L: Logit>(
     isa: I,
     logits: &[L],
     ids: &mut [i64],
@@ -169,7 +169,7 @@ fn maximum(block: &[f32]) -> f32 {
 /// Σ exp(logit − reference) in parts, of which one is NaN if a logit is; and into `passing`, a bit for each logit of a block, which logits
 /// are not below the threshold.
 #[inline(always)]
-fn sums_and_passing<I: Passing>(isa: I, block: &[f32], reference: f32, threshold: f32, passing: &mut [u16; BLOCK / LANES]) -> Lanes {
+fn sums_and_passing<I: DenseIsa>(isa: I, block: &[f32], reference: f32, threshold: f32, passing: &mut [u16; BLOCK / LANES]) -> Lanes {
     let reference = Lanes::splat(reference);
     let mut sums = Lanes::ZERO;
     let (vectors, rest) = block.as_chunks::<LANES>();
@@ -199,7 +199,7 @@ fn sums_and_passing<I: Passing>(isa: I, block: &[f32], reference: f32, threshold
 }
 
 /// What an instruction set does better by instructions of its own than compilers do from the definition.
-trait Passing: Isa {
+trait DenseIsa: Isa {
     /// Bit i is set where logit i is at least `threshold`.
     #[inline(always)]
     fn passing(self, logits: &[f32; LANES], threshold: f32) -> u16 {
@@ -220,13 +220,13 @@ trait Passing: Isa {
     }
 }
 
-impl Passing for Portable {}
+impl DenseIsa for Portable {}
 
 #[cfg(target_arch = "aarch64")]
-impl Passing for crate::simd::Neon {}
+impl DenseIsa for crate::simd::Neon {}
 
 #[cfg(target_arch = "x86_64")]
-impl Passing for crate::simd::Avx2 {
+impl DenseIsa for crate::simd::Avx2 {
     #[inline(always)]
     fn passing(self, logits: &[f32; LANES], threshold: f32) -> u16 {
         use std::arch::x86_64::{_CMP_GE_OQ, _mm256_cmp_ps, _mm256_loadu_ps, _mm256_movemask_ps, _mm256_set1_ps};
@@ -242,7 +242,7 @@ impl Passing for crate::simd::Avx2 {
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Passing for crate::simd::Avx512 {
+impl DenseIsa for crate::simd::Avx512 {
     #[inline(always)]
     fn passing(self, logits: &[f32; LANES], threshold: f32) -> u16 {
         use std::arch::x86_64::{_CMP_GE_OQ, _mm512_cmp_ps_mask, _mm512_loadu_ps, _mm512_set1_ps};
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[inline(always)]
-    fn passing_body<I: Passing>(isa: I, logits: &[f32; LANES], threshold: f32) -> u16 {
+    fn passing_body<I: DenseIsa>(isa: I, logits: &[f32; LANES], threshold: f32) -> u16 {
         isa.passing(logits, threshold)
     }
 
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[inline(always)]
-    fn add_exps_body<I: Passing>(isa: I, sums: &mut Lanes, logits: &[[f32; LANES]; AT_A_TIME], reference: Lanes) {
+    fn add_exps_body<I: DenseIsa>(isa: I, sums: &mut Lanes, logits: &[[f32; LANES]; AT_A_TIME], reference: Lanes) {
         isa.add_exps(sums, logits, reference);
     }
 

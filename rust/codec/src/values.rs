@@ -8,7 +8,7 @@ use crate::bits::Packing;
 use crate::bounds::{Bounds, BoundsScratch, enforce, enforce_group, likely};
 use crate::config::{MAX_TERMS, ResidualBin};
 use crate::error::{CodecError, Result};
-use crate::exact::{ExactScratch, round_together};
+use crate::exact::{ExactScratch, Together, round_together};
 use crate::fit::{Ceiling, DEEPEST, Fit, FitRow, FitScratch, Fitted, LEAST_WEIGHT, Limits, by_rank, combination, padded};
 use crate::float::FloatType;
 use crate::lanes::{LANES, Lanes, all_finite, exp, one_step, order_and_mass, sum_exp};
@@ -172,11 +172,12 @@ impl Values {
         scratch: &mut ValuesScratch,
     ) -> RowResult {
         let (k, exact_k) = (self.layout.exact_k + self.n, self.layout.exact_k);
-        let ValuesScratch { exact: together, fit: fit_scratch, fitted, bounds, group, row: row_scratch } = scratch;
-        let (mut base, mut moved, mut ceiling) = ([0.0; LANES], Lanes::ZERO, [Ceiling::default(); LANES]);
+        let ValuesScratch { exact: exact_scratch, fit: fit_scratch, fitted, bounds, group, row: row_scratch } = scratch;
+        let (mut base, mut together, mut ceiling) = ([0.0; LANES], Together::default(), [Ceiling::default(); LANES]);
         row_scratch.exact.clear();
         if self.rounds_together() {
-            moved = round_together(logprobs, k, exact_k, masses, self.allowed_error as f32, together, &mut row_scratch.exact);
+            let allowed = self.allowed_error as f32;
+            together = round_together(logprobs, k, exact_k, masses, allowed, exact_scratch, &mut row_scratch.exact);
         }
         for (i, row) in logprobs.chunks(k).enumerate() {
             if !self.rounds_together() {
@@ -184,19 +185,21 @@ impl Values {
             }
             let exact = &row_scratch.exact[i * exact_k..(i + 1) * exact_k];
             self.check_exact(exact, row).map_err(|error| (i, error))?;
-            ceiling[i] = self.ceiling(row, exact, f64::from(moved.0[i]));
+            ceiling[i] = self.ceiling(row, exact, f64::from(together.moved.0[i]), f64::from(together.shared.0[i]));
         }
         if let Some(fit) = &self.fit {
             let rows: [FitRow; LANES] = std::array::from_fn(|i| {
                 let i = if i * k < logprobs.len() { i } else { 0 };
                 let y = &logprobs[i * k + exact_k..(i + 1) * k];
-                FitRow { y, base: base[i] as f32, moved: moved.0[i], ceiling: ceiling[i] }
+                FitRow { y, base: base[i] as f32, moved: together.moved.0[i], ceiling: ceiling[i] }
             });
             fitted.resize_with(LANES, Fitted::default);
             let limits = Limits { likely: LIKELY, error: self.allowed_error as f32, margin: self.margins[0] as f32 };
             let rows = &rows[..logprobs.len() / k];
             fit.solve(isa, rows, limits, fit_scratch, fitted);
             enforce_group(fit, rows, limits, fit_scratch, fitted, bounds);
+        } else {
+            fitted.clear();
         }
         let decoded = self.decode_group(fitted, fit_scratch, group);
         for (i, (row, out)) in logprobs.chunks(k).zip(out.chunks_mut(stride)).enumerate() {
@@ -207,10 +210,11 @@ impl Values {
             {
                 continue;
             }
-            let given = Given { lane: i, row, base: base[i], moved: f64::from(moved.0[i]), ceiling };
+            let given = Given { lane: i, row, base: base[i], moved: f64::from(together.moved.0[i]), ceiling };
             self.choose_coefficients(given, exact.clone(), fitted.get_mut(i), bounds, fit_scratch, row_scratch);
             let allowed = fitted.get(i).map_or(0.0, |fitted| f64::from(fitted.plain_error)).max(self.allowed_error);
-            self.write(given, exact, allowed, row_scratch, out);
+            // Residuals are of the moved values.
+            self.write(given, exact, allowed - given.moved.abs(), row_scratch, out);
         }
         Ok(())
     }
@@ -465,9 +469,10 @@ impl Values {
         self.evaluate(scratch);
     }
 
-    /// What the first approximated value must not exceed, without `base`; `exact` are the exact values stored for the row.
+    /// What the first approximated value must not exceed, without `base`; `exact` are the exact values stored for the row, the rest as in
+    /// [`Together`].
     #[inline(always)]
-    fn ceiling(&self, row: &[f32], exact: &[f64], moved: f64) -> Ceiling {
+    fn ceiling(&self, row: &[f32], exact: &[f64], moved: f64, shared: f64) -> Ceiling {
         let ([.., last], false) = (exact, self.layout.delta_encoding || self.n == 0) else { return Ceiling::default() };
         let (last, y) = (*last, &row[..exact.len()]);
         if last >= f64::from(y[exact.len() - 1]) {
@@ -476,8 +481,13 @@ impl Values {
         // It was rounded down, and so were those that are stored alike: raised, they are still neighbours of what was given.
         let raised = self.layout.exact_dtype.next_up(last);
         let (step, first) = (raised - last, row[exact.len()]);
-        let price = |y: &f32| f64::from(exp(y - first)) * step * (step + 2.0 * (last - f64::from(*y) - moved));
-        Ceiling { last, raised, price: y[exact.len() - alike(exact)..].iter().map(price).sum() }
+        let (mut price, mut mass) = (0.0, 0.0);
+        for &y in &y[exact.len() - alike(exact)..] {
+            let more = f64::from(exp((y - first).min(80.0))) * step;
+            price += more * (step + 2.0 * (last - f64::from(y) - moved));
+            mass += more;
+        }
+        Ceiling { last, raised, price: price + shared * mass * mass * f64::from(exp(first)) }
     }
 
     /// Stores the last exact value, and those like it, one step higher; returns how many.
@@ -612,7 +622,7 @@ impl Values {
         }
     }
 
-    /// Rounds exact values down instead of to nearest where the row would decode to a total probability above 1 (or above the given
+    /// Rounds exact values down that were rounded up where the row would decode to a total probability above 1 (or above the given
     /// one's, which a low-precision teacher may have a little too large), the cheapest ones first. Returns what is left of the excess.
     #[inline(always)]
     fn limit_mass(&self, row: &[f32], exact: Range<usize>, approximate: f64, scratch: &mut RowScratch) -> f64 {
@@ -668,7 +678,7 @@ impl Values {
         let mut excess = decoded - sum_exp(row).max(1.0);
         let after = approximate32.first().map_or(f64::NEG_INFINITY, |&first| f64::from(first));
         let exact = &mut all[exact];
-        // Errors stay below the largest that rounding to nearest makes, if that suffices.
+        // Errors stay below the largest that there is, if that suffices.
         let mut allowed = exact.iter().zip(likely(row, LIKELY)).fold(0.0, |a: f64, (stored, &y)| a.max((stored - f64::from(y)).abs()));
         while excess > MASS_ROUNDING {
             let Some((rank, lower, less)) = self.cheapest_lowering(row, exact, after, excess, allowed) else {

@@ -38,7 +38,8 @@
 //!    by least squares with weights p^¾ and held to the bounds; with differences they are fitted to what the values fall below the last
 //!    rank with a residual, since that is where the decoder's sum stands then.
 //!
-//! Exact values are rounded before step 1, each to one of its two neighbours. In bfloat16 a row's values are rounded together (`exact`): KL is
+//! Exact values are rounded before step 1, each to one of its two neighbours. In bfloat16, beside approximated ones, they are rounded together
+//! (`exact`): KL is
 //! blind to an error that all values share and the missing probability is not, so the values err in one direction as far as that allows,
 //! or cancel, and the approximated ones follow. Where the last exact value keeps those from rising, both its neighbours are tried; and values
 //! are lowered where the total probability would exceed 1. The exact values of a difference sequence are rounded against the running

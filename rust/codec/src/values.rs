@@ -282,10 +282,12 @@ impl Values {
         true
     }
 
-    /// Whether exact values are rounded with an eye on each other; in the other types their errors are too small for that to matter.
+    /// Whether exact values are rounded with an eye on each other. In the other types their errors are too small for that to matter; and where
+    /// nothing has larger errors than they have, these are kept least.
     #[inline(always)]
     fn rounds_together(&self) -> bool {
-        self.layout.exact_dtype == FloatType::Bfloat16 && !self.layout.delta_encoding && self.layout.exact_k > 0
+        let layout = &self.layout;
+        layout.exact_dtype == FloatType::Bfloat16 && !layout.delta_encoding && layout.exact_k > 0 && self.allowed_error > 0.0
     }
 
     /// Appends the stored exact values and returns where the sequence stands: without differences 0, with them the running sum, less the

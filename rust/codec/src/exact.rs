@@ -15,6 +15,7 @@
 //! change to their other neighbour, the most probable first, where that helps. Both look at the first [`JUDGES`] ranks, which have nearly all
 //! the probability; s is cut off at [`LARGEST_SHIFT`]. Every exact value stays one of its two neighbours.
 
+use crate::fit::DEEPEST;
 use crate::float::nearest_bfloat16;
 use crate::lanes::{LANES, Lanes, one_step};
 
@@ -31,8 +32,6 @@ const JUDGES: usize = 32;
 const LARGEST_SHIFT: f32 = 0.01;
 /// Ids of at most this probability are rounded to nearest: what they cost is their error alone.
 const LIKELY: f32 = 1e-6;
-/// Values below this have no probability in any float type: they are rounded to nearest, and their errors cost nothing.
-const DEEPEST: f32 = -1000.0;
 
 /// Buffers, kept from group to group: of each exact rank.
 #[derive(Debug, Default)]
@@ -64,7 +63,7 @@ impl Rank {
             let (value, cut) = (y.0[lane], y.0[lane].to_bits() & 0xFFFF_0000);
             let nearest = nearest_bfloat16(value);
             let (above, below) = (f32::from_bits(cut), f32::from_bits(cut.wrapping_add(0x1_0000)));
-            // Values above 0 are a teacher's rounding.
+            // Values above 0 are a teacher's rounding; the deepest have no probability, and their errors cost nothing.
             let single = (value >= 0.0) | (above == value) | (value < DEEPEST);
             deep.0[lane] = if value < DEEPEST { nearest } else { value };
             up.0[lane] = if single { nearest } else { above };

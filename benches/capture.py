@@ -28,15 +28,15 @@ from rich.table import Table
 
 from distillkit.bench.speed import machine
 from distillkit.capture import CaptureSettings
-from distillkit.capture.engines import Scored, Teacher, Wanted
+from distillkit.capture.inputs import CaptureInputs
 from distillkit.capture.pipeline import StageTimes, capture_shards
-from distillkit.capture.plan import Plan
-from distillkit.capture.run import CaptureInputs
-from distillkit.capture.text import TokenDocument
-from distillkit.shards.files import Folder
+from distillkit.capture.shard_plan import ShardPlan
+from distillkit.capture.teachers.base import RowRequest, ScoredDocument, Teacher
 from distillkit.shards.reader import ShardFile
+from distillkit.shards.storage import Folder
 from distillkit.shards.writer import shard_name
-from distillkit.tokenizer import load_tokenizer
+from distillkit.text.documents import TokenDocument
+from distillkit.text.tokenizer import load_tokenizer
 from distillkit.types import SparseLogprobs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,9 +56,9 @@ class FromMemory:
         self.head_size, self.identity = teacher.head_size, teacher.identity
         self._answers = answers
 
-    def score(self, documents: Sequence[TokenDocument], wanted: Wanted) -> Iterator[Scored]:
+    def score(self, documents: Sequence[TokenDocument], request: RowRequest) -> Iterator[ScoredDocument]:
         for index, document in enumerate(documents):
-            yield Scored(index, self._answers[document.input_ids.tobytes()])
+            yield ScoredDocument(index, self._answers[document.input_ids.tobytes()])
 
 
 @dataclass
@@ -115,7 +115,7 @@ def write_documents(path: Path, teacher: Path, documents: int, length: int) -> N
     path.write_text("".join(rows))
 
 
-def compare(teacher: Teacher, inputs: CaptureInputs, plan: Plan, answers: Rows) -> Sides:
+def compare(teacher: Teacher, inputs: CaptureInputs, plan: ShardPlan, answers: Rows) -> Sides:
     """Run both sides on each shard of a plan; `answers` gets the teacher's."""
     sides = Sides([])
     header = inputs.complete_header(plan, teacher, {})
@@ -125,11 +125,11 @@ def compare(teacher: Teacher, inputs: CaptureInputs, plan: Plan, answers: Rows) 
             started, cpu = time.perf_counter(), time.process_time()
             if side == "bare":
                 documents = plan.read(number)
-                for result in teacher.score(documents, inputs.wanted):
-                    assert isinstance(result, Scored)
+                for result in teacher.score(documents, inputs.request):
+                    assert isinstance(result, ScoredDocument)
                     answers[documents[result.index].input_ids.tobytes()] = result.rows
             else:
-                add(sides, capture_shards(teacher, plan, header, [number], inputs.wanted))
+                add(sides, capture_shards(teacher, plan, header, [number], inputs.request))
             seconds[side] = time.perf_counter() - started
             spent = getattr(sides, f"{side}_cpu") + time.process_time() - cpu
             setattr(sides, f"{side}_cpu", spent)
@@ -146,7 +146,7 @@ def add(sides: Sides, times: StageTimes) -> None:
     sides.blocked += times.blocked
 
 
-def check(plan: Plan, answers: Rows) -> None:
+def check(plan: ShardPlan, answers: Rows) -> None:
     """What is stored is what the codec makes of the teacher's distributions, document by document."""
     codec = plan.header.make_codec()
     for number in range(len(plan.shards)):
@@ -173,7 +173,7 @@ def measure(folder: Path, model: Path, documents: int, length: int) -> dict[str,
     plan = inputs.plan(Folder(settings.output))
     teacher = inputs.teacher()
     # The first forward has things to set up.
-    next(iter(teacher.score(plan.read(0)[:1], inputs.wanted)))
+    next(iter(teacher.score(plan.read(0)[:1], inputs.request)))
     sides[model.name] = compare(teacher, inputs, plan, answers)
     check(plan, answers)
 

@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from distillkit.bench.speed import machine
-from distillkit.lm_head import LMHead
 from distillkit.losses.config import LossConfig
 from distillkit.losses.fused import Objective
 from distillkit.losses.positions import Targets
+from distillkit.models.head import LMHead
 from distillkit.types import SparseLogprobs
 
 RESULTS = Path(__file__).resolve().parent / "results"

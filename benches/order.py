@@ -25,7 +25,7 @@ from sample import benchmark_sample
 
 from distillkit.bench.fidelity import optimum, orthonormal_terms
 from distillkit.codec import Codec, DistributionQuantizationConfig
-from distillkit.fidelity import kl_rows
+from distillkit.codec.fidelity import kl_rows
 
 F64 = npt.NDArray[np.float64]
 BARRIERS = 10.0 ** np.arange(-3, -11.5, -0.5)

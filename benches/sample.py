@@ -41,10 +41,10 @@ def _make() -> Sample:
     sys.path.insert(0, str(ROOT / "examples"))
     from demo import TEACHER, make_teacher
 
-    from distillkit.capture.engines import Scored, Wanted
-    from distillkit.capture.engines.hf import HFTeacher
-    from distillkit.capture.text import TokenDocument
-    from distillkit.tokenizer import load_tokenizer
+    from distillkit.capture.teachers.base import RowRequest, ScoredDocument
+    from distillkit.capture.teachers.hf import HFTeacher
+    from distillkit.text.documents import TokenDocument
+    from distillkit.text.tokenizer import load_tokenizer
 
     started = time.perf_counter()
     folder = CACHE / TEACHER
@@ -55,7 +55,11 @@ def _make() -> Sample:
     documents = [TokenDocument(piece, f"piece {number}") for number, piece in enumerate(pieces)]
     teacher = HFTeacher(str(folder), batch_tokens=4 * TOKENS, head_rows=256)
     print(f"running {TEACHER} over {DOCUMENTS * TOKENS:,} tokens")
-    rows = {result.index: result.rows for result in teacher.score(documents, Wanted(K)) if isinstance(result, Scored)}
+    rows = {
+        result.index: result.rows
+        for result in teacher.score(documents, RowRequest(K))
+        if isinstance(result, ScoredDocument)
+    }
     print(f"the sample took {time.perf_counter() - started:.0f} seconds")
     return Sample(
         np.concatenate([rows[number].ids for number in range(DOCUMENTS)]),

@@ -9,8 +9,8 @@ import pytest
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama, see `teachers.write_llama`."""
-    from teachers import write_llama
+    """A small random Llama, see `support.teachers.write_llama`."""
+    from support.teachers import write_llama
 
     folder = tmp_path_factory.mktemp("teacher")
     write_llama(folder)
@@ -19,8 +19,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 documents of text for it, see `teachers.write_text`."""
-    from teachers import write_text
+    """120 documents of text for it, see `support.teachers.write_text`."""
+    from support.teachers import write_text
 
     path = tmp_path_factory.mktemp("text") / "rows.jsonl"
     write_text(path, 120)

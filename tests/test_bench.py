@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-import reference
 from distillkit.bench.fidelity import Figures, compare, figures, least_squares, optimum
 from distillkit.bench.published import published_codec
 from distillkit.bench.sample import Sample, bundled_sample, load_sample, save_sample
@@ -22,6 +21,7 @@ from distillkit.codec import PRESETS, Codec, preset
 from distillkit.errors import InputError
 from distillkit.shards import ShardWriter
 from distillkit.types import SparseLogprobs
+from support import reference
 from test_cli_codec import run
 from test_codec import CASES, HALF_ULP, golden, published_tolerance
 from test_shards import CODEC, HEADER, VOCAB

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distillkit import bits
+from distillkit.codec import bits
 from distillkit.codec.torch_decode import unpack_bits
 from distillkit.errors import CorruptDataError, InputError, TruncatedDataError
 

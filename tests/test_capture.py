@@ -23,17 +23,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from capturing import COMMAND, files, run
 from distillkit.capture import CaptureSettings
-from distillkit.capture.engines.hf import length_batches, resolve_dtype
-from distillkit.capture.settings import load_captures
-from distillkit.capture.text import windows
+from distillkit.capture.settings_file import load_captures
+from distillkit.capture.teachers.hf import length_batches, resolve_dtype
 from distillkit.cli.capture import capture as capture_command
 from distillkit.errors import CaptureError, ConfigError, InputError, MismatchError
-from distillkit.lm_head import LMHead, backbone_hidden
+from distillkit.models.head import LMHead, backbone_hidden
 from distillkit.shards import Dataset, verify_dataset, whole_shards
-from distillkit.tokenizer import fingerprint, load_tokenizer
-from teachers import EXACT, HEAD, WORDS
+from distillkit.text.documents import windows
+from distillkit.text.tokenizer import fingerprint, load_tokenizer
+from support.capturing import COMMAND, files, run
+from support.teachers import EXACT, HEAD, WORDS
 
 # -- what is captured --------------------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ def test_an_error_keeps_whole_shards_and_the_next_run_goes_on(
         return backbone_hidden(model, **inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("distillkit.capture.engines.hf.backbone_hidden", interrupted)
+        patch.setattr("distillkit.capture.teachers.hf.backbone_hidden", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(teacher, text, tmp_path / "out")
     left = files(tmp_path / "out")
@@ -282,7 +282,7 @@ def test_a_finished_capture_is_left_alone(
     first = run(teacher, text, tmp_path / "out", samples=20)
     before = files(tmp_path / "out")
     # Not even the weights are loaded.
-    monkeypatch.setattr("distillkit.capture.run.make_teacher", None)
+    monkeypatch.setattr("distillkit.capture.inputs.make_teacher", None)
     again = run(teacher, text, tmp_path / "out", samples=20)
     assert again.already_complete
     assert (again.documents, again.tokens, again.kl_mean) == (first.documents, first.tokens, first.kl_mean)
@@ -349,7 +349,7 @@ def test_logits_that_are_no_distribution(teacher: Path, tmp_path: Path, monkeypa
         hidden = backbone_hidden(model, input_ids=input_ids, **inputs)
         return hidden.masked_fill((input_ids == 9)[..., None], float("nan"))
 
-    monkeypatch.setattr("distillkit.capture.engines.hf.backbone_hidden", overflowing)
+    monkeypatch.setattr("distillkit.capture.teachers.hf.backbone_hidden", overflowing)
     with pytest.raises(CaptureError, match=r"rows.jsonl, line 2: after token 5 of 7 \(id 9\) the teacher gives NaN"):
         run(teacher, rows, tmp_path / "out", head_rows=3)
     assert files(tmp_path / "out") == {}
@@ -465,7 +465,7 @@ def test_options_are_the_settings_of_the_same_name(monkeypatch: pytest.MonkeyPat
     assert found[1] == CaptureSettings(
         **given, where=["a=b", "c=1"], keep_ids=["<eos>", 5], keep_columns=["x", "y"], drop_duplicates=False
     )
-    assert found[1].conditions == (("a", "b"), ("c", "1"))
+    assert found[1].row_filters == (("a", "b"), ("c", "1"))
 
 
 def test_what_decides_the_bytes() -> None:
@@ -475,13 +475,13 @@ def test_what_decides_the_bytes() -> None:
         **{"max_tokens": 9, "keep_columns": "all", "drop_duplicates": False, "keep_ids": "5", "label_logprobs": True},
         **{"last_row": True, "overlap": 3, "max_seq_len": 99, "apply_chat_template": False, "shard_tokens": 9},
     }
-    before = settings.deciding()
+    before = settings.identity()
     for name, value in changed.items():
-        after = dataclasses.replace(settings, **{name: value}).deciding()
+        after = dataclasses.replace(settings, **{name: value}).identity()
         assert after != before, name
         json.dumps(after)
-    assert dataclasses.replace(settings, seed=3).deciding() == before, "nothing is drawn"
-    assert dataclasses.replace(settings, overlap=128).deciding() == before, "as if it was not said"
+    assert dataclasses.replace(settings, seed=3).identity() == before, "nothing is drawn"
+    assert dataclasses.replace(settings, overlap=128).identity() == before, "as if it was not said"
 
 
 def test_kept_ids_by_name_and_number(teacher: Path) -> None:

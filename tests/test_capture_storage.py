@@ -13,11 +13,11 @@ import fsspec
 import psutil
 import pytest
 
-from capturing import files, run
-from distillkit.capture.plan import read_plan
+from distillkit.capture.shard_plan import read_plan
 from distillkit.errors import CaptureError
 from distillkit.shards import Dataset, read_manifest, verify_dataset
-from distillkit.shards.files import Folder
+from distillkit.shards.storage import Folder
+from support.capturing import files, run
 
 
 def contents(url: str) -> dict[str, bytes]:

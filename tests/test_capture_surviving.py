@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 import torch
 
-from capturing import everything, files, run
-from disks import fill, mounted
-from distillkit.capture.engines import Refused, Scored, Wanted
-from distillkit.capture.engines.hf import HFTeacher
-from distillkit.capture.plan import Plan, read_plan
-from distillkit.capture.text import TokenDocument
+from distillkit.capture.shard_plan import ShardPlan, read_plan
+from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
+from distillkit.capture.teachers.hf import HFTeacher
 from distillkit.errors import CaptureError, CorruptDataError
 from distillkit.shards import Dataset, read_manifest, verify_dataset
-from distillkit.shards.files import Folder
+from distillkit.shards.storage import Folder
+from distillkit.text.documents import TokenDocument
 from distillkit.types import SparseLogprobs
+from support.capturing import everything, files, run
+from support.disks import fill, mounted
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,8 @@ def whole(teacher: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.slow
 def test_killed_200_times(teacher: Path, text: Path, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("kill_capture.py")
-    arguments = [sys.executable, str(script), str(teacher), str(text), str(tmp_path), "200"]
-    result = subprocess.run(arguments, capture_output=True, text=True)
+    arguments = [sys.executable, "-m", "support.kill_capture", str(teacher), str(text), str(tmp_path), "200"]
+    result = subprocess.run(arguments, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures["killed"] == 200
@@ -94,15 +93,15 @@ def test_a_full_disk(
     disk = tmp_path / "disk"
     with mounted(disk, "size=4m"):
         out = disk / "out"
-        honest = Plan.write_receipt
+        honest = ShardPlan.write_receipt
 
-        def filling(self: Plan, number: int, *rest: Any) -> None:
+        def filling(self: ShardPlan, number: int, *rest: Any) -> None:
             honest(self, number, *rest)
             if number == 1:
                 fill(disk / "filler")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Plan, "write_receipt", filling)
+            patch.setattr(ShardPlan, "write_receipt", filling)
             with pytest.raises(OSError, match=r"No space left on device; .* finished shards are kept") as full:
                 run(teacher, text, out)
         assert "data-00002.parquet" in str(full.value.filename)
@@ -167,27 +166,29 @@ class _Teacher:
         self._teacher, self._change = teacher, change
         self.head_size, self.identity = teacher.head_size, teacher.identity
 
-    def score(self, documents: Sequence[TokenDocument], wanted: Wanted) -> Iterator[Scored | Refused]:
-        for result in self._teacher.score(documents, wanted):
+    def score(
+        self, documents: Sequence[TokenDocument], request: RowRequest
+    ) -> Iterator[ScoredDocument | RejectedDocument]:
+        for result in self._teacher.score(documents, request):
             yield from self._change(result)
 
 
 def changed(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
-    from distillkit.capture.run import CaptureInputs
+    from distillkit.capture.inputs import CaptureInputs
 
     honest = CaptureInputs.teacher
     monkeypatch.setattr(CaptureInputs, "teacher", lambda self: _Teacher(honest(self), change))
 
 
 def _with(
-    result: Scored, position: tuple[int, int], *, logprob: float | None = None, token: int | None = None
-) -> Scored:
+    result: ScoredDocument, position: tuple[int, int], *, logprob: float | None = None, token: int | None = None
+) -> ScoredDocument:
     ids, logprobs = np.array(result.rows.ids), np.array(result.rows.logprobs)
     if logprob is not None:
         logprobs[position] = logprob
     if token is not None:
         ids[position] = token
-    return Scored(result.index, SparseLogprobs(ids, logprobs))
+    return ScoredDocument(result.index, SparseLogprobs(ids, logprobs))
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -195,9 +196,12 @@ BAD: dict[str, tuple[Any, str]] = {
     "a repeated id": (lambda r: [_with(r, (0, 3), token=int(r.rows.ids[0, 0]))], "can not be stored"),
     "an id beyond the vocabulary": (lambda r: [_with(r, (0, 3), token=128)], "can not be stored"),
     "positive": (lambda r: [_with(r, (0, 0), logprob=0.5)], "can not be stored"),
-    "refused": (lambda r: [Refused(r.index, "rows.jsonl: no distribution after token 3")], "no distribution after"),
+    "refused": (
+        lambda r: [RejectedDocument(r.index, "rows.jsonl: no distribution after token 3")],
+        "no distribution after",
+    ),
     "too few rows": (
-        lambda r: [Scored(r.index, type(r.rows)(r.rows.ids[1:], r.rows.logprobs[1:]))],
+        lambda r: [ScoredDocument(r.index, type(r.rows)(r.rows.ids[1:], r.rows.logprobs[1:]))],
         "can not be stored",
     ),
     "twice": (lambda r: [r, r], "twice"),
@@ -235,7 +239,7 @@ def test_bad_documents_can_be_left_out(
 ) -> None:
     bad = {3: BAD["refused"][0], 40: BAD["not finite"][0]}
 
-    def change(result: Scored) -> list[Scored | Refused]:
+    def change(result: ScoredDocument) -> list[ScoredDocument | RejectedDocument]:
         return bad.get(next(seen), lambda r: [r])(result)
 
     seen = iter(range(10**6))
@@ -275,7 +279,7 @@ def test_memory_is_bounded_however_slow_the_disk_is(
         encoded.append(0)
         return honest(codec, rows)
 
-    def watch(result: Scored) -> list[Scored]:
+    def watch(result: ScoredDocument) -> list[ScoredDocument]:
         scored.append(0)
         lead.append(len(scored) - len(encoded))
         return [result]

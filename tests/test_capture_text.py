@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distillkit.capture.sources import kept_schema, open_source
-from distillkit.capture.text import DocumentReader, default_overlap, windows
 from distillkit.errors import ConfigError, InputError
-from distillkit.text_rows import RowTokenizer, TextOptions
+from distillkit.text.documents import DocumentReader, default_overlap, windows
+from distillkit.text.sources import kept_schema, open_source
+from distillkit.text.training_rows import RowTokenizer, TextOptions
 
 WORDS = ["<unk>", "<bos>", "[", "]", "user", "assistant", "system", "tool", "a", "b", "c", "d", "e"]
 TEMPLATE = "<bos> {% for m in messages %}[ {{ m.role }} ] {{ m.content }} {% endfor %}"

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from distillkit.cli.common import human_bytes
-from distillkit.inspect import inspect_dataset
+from distillkit.console import human_bytes
+from distillkit.reports.inspection import inspect_dataset
 from distillkit.shards import Dataset, ShardWriter
 from distillkit.shards.header import alignment
 from distillkit.types import SparseLogprobs

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from distillkit.cli.main import cli
 from distillkit.cli.train import summary_table
-from training import random_documents, run_config, save_student, write_dataset
+from support.training import random_documents, run_config, save_student, write_dataset
 
 
 @pytest.fixture(scope="module")

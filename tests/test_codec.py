@@ -13,15 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference
 from distillkit.codec import Codec, DistributionQuantizationConfig, LegacyLogitCompressionConfig, codec_config, preset
-from distillkit.errors import (
-    ConfigError,
-    CorruptDataError,
-    InputError,
-    TruncatedDataError,
-    UnsupportedVersionError,
-)
+from distillkit.errors import ConfigError, CorruptDataError, InputError, TruncatedDataError, UnsupportedVersionError
+from support import reference
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text())

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from distillkit.config import RunConfig, load_config, parse_config
 from distillkit.errors import ConfigError
-from distillkit.training_args import argument_problems, training_arguments
+from distillkit.training.config.argument_rules import argument_problems
+from distillkit.training.config.arguments import training_arguments
+from distillkit.training.config.file import load_config, parse_config
+from distillkit.training.config.schema import RunConfig
 
 # Every key of the published configuration that is supported, with the spellings it is used in.
 PUBLISHED = """

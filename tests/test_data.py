@@ -11,26 +11,23 @@ import pytest
 import torch
 
 from distillkit.codec import Codec, DistributionQuantizationConfig
-from distillkit.config import DatasetSource, DatasetTeacher
-from distillkit.data import (
+from distillkit.errors import ConfigError, MismatchError
+from distillkit.shards import Dataset, ShardWriter
+from distillkit.shards.alignment import shift_rates
+from distillkit.training.config.schema import DatasetSource, StoredTeacherConfig
+from distillkit.training.data.examples import (
     BLANK,
     IGNORED,
     Collator,
     DistillationDataset,
     DocumentOrder,
     Example,
-    check_dataset,
-    check_tokenizer,
-    choose_documents,
     counted_positions,
-    open_dataset,
 )
-from distillkit.errors import ConfigError, MismatchError
-from distillkit.shards import Dataset, ShardWriter
-from distillkit.signals.alignment import shift_rates
-from distillkit.signals.offline import OfflineSignal
+from distillkit.training.data.stored import check_dataset, check_tokenizer, choose_documents, open_dataset
+from distillkit.training.signals.stored import OfflineSignal
 from distillkit.types import Document, SparseLogprobs
-from training import (
+from support.training import (
     VOCABULARY,
     exact_codec,
     header_for,
@@ -302,8 +299,8 @@ def source(path: Path, split: str | None = None) -> DatasetSource:
     return DatasetSource(disk_path=str(path), split=split)
 
 
-def teacher_section(**fields: Any) -> DatasetTeacher:
-    return DatasetTeacher(kind="dataset", **fields)
+def teacher_section(**fields: Any) -> StoredTeacherConfig:
+    return StoredTeacherConfig(kind="dataset", **fields)
 
 
 def test_the_codec_comes_from_the_header_and_may_be_repeated(captured: Path) -> None:
@@ -357,7 +354,7 @@ def test_plain_topk_data_take_their_vocabulary_size_from_the_teacher_section(tmp
     }
     pq.write_table(pa.table(columns), tmp_path / "data_0.parquet")
     source = DatasetSource(disk_path=str(tmp_path))
-    dataset = open_dataset(source, DatasetTeacher(kind="dataset", vocab_size=64), "dataset.train_dataset")
+    dataset = open_dataset(source, StoredTeacherConfig(kind="dataset", vocab_size=64), "dataset.train_dataset")
     np.testing.assert_array_equal(dataset.codec.decode_document(dataset[0].teacher, 9).logprobs, values)
     with pytest.raises(ConfigError, match="vocab_size"):
-        open_dataset(source, DatasetTeacher(kind="dataset"), "dataset.train_dataset")
+        open_dataset(source, StoredTeacherConfig(kind="dataset"), "dataset.train_dataset")

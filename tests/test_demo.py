@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distillkit.config import load_config
-from training import save_student
+from distillkit.training.config.file import load_config
+from support.training import save_student
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

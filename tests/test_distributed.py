@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distillkit.config import RunConfig
-from distillkit.run import train
-from training import launch, random_documents, run_config, save_student, write_dataset
+from distillkit.training.config.schema import RunConfig
+from distillkit.training.run import train
+from support.training import launch, random_documents, run_config, save_student, write_dataset
 
-FSDP = str(Path(__file__).parent / "launch_fsdp.py")
-DEEPSPEED = str(Path(__file__).parent / "launch_deepspeed.py")
+FSDP = str(Path(__file__).parent / "support" / "launch_fsdp.py")
+DEEPSPEED = str(Path(__file__).parent / "support" / "launch_deepspeed.py")
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 16}
 
 pytestmark = pytest.mark.slow

@@ -14,14 +14,14 @@ import transformers
 import yaml
 from click.testing import CliRunner
 
-from distillkit import estimate
 from distillkit.cli.main import cli
-from distillkit.config import RunConfig
-from distillkit.dry_run import DryRun, dry_run
-from distillkit.estimate import optimizer_bytes
-from distillkit.report import read_metrics
-from distillkit.run import Run, train
-from training import (
+from distillkit.reports.run_record import read_metrics
+from distillkit.training import memory_estimate as estimate
+from distillkit.training.config.schema import RunConfig
+from distillkit.training.dry_run import DryRun, dry_run
+from distillkit.training.memory_estimate import optimizer_bytes
+from distillkit.training.run import Run, train
+from support.training import (
     captured_parts,
     run_config,
     save_student,
@@ -155,7 +155,7 @@ def test_too_little_memory_and_disk(parts: dict[str, str], tmp_path: Path, monke
     weights = figures(dry_run(path), "memory")["gradients_bytes"]
 
     def checked(free: int) -> dict[str, str]:
-        monkeypatch.setattr(estimate, "memory_at_hand", lambda device: free)
+        monkeypatch.setattr(estimate, "available_memory", lambda device: free)
         return {check.name: check.status for check in dry_run(path).checks}
 
     # Gradients and AdamW's state are three times the weights, which are there already.

@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 
 from distillkit.capture import CaptureSettings, capture
-from distillkit.capture.engines import Refused, Scored, Wanted, make_teacher
-from distillkit.capture.engines.openai import OpenAITeacher, echoed_entries, prompt_entries
-from distillkit.capture.engines.ranked import RankedEntries, scored_document
-from distillkit.capture.engines.vllm import VLLMTeacher, batch_tokens_that_fit, checkpoint_hash, flat_entries
-from distillkit.capture.text import TokenDocument
+from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
+from distillkit.capture.teachers.make import make_teacher
+from distillkit.capture.teachers.openai import OpenAITeacher, echoed_entries, prompt_entries
+from distillkit.capture.teachers.ranked import RankedEntries, scored_document
+from distillkit.capture.teachers.vllm import VLLMTeacher, batch_tokens_that_fit, checkpoint_hash, flat_entries
+from distillkit.cli.compat.sample_logits_vllm import main as sample_logits_vllm
 from distillkit.errors import CaptureError, ConfigError
-from distillkit.sample_logits_vllm import main as sample_logits_vllm
 from distillkit.shards import Dataset
-from teachers import EXACT, HEAD, write_llama, write_text
+from distillkit.text.documents import TokenDocument
+from support.teachers import EXACT, HEAD, write_llama, write_text
 
 K = 8
 V = HEAD
@@ -65,8 +66,8 @@ BEST = np.argsort(-true_logprobs([0] * 12), axis=1)
 IDS = [3, int(BEST[0, 0]), int(BEST[1, K - 1]), *BEST[2:11, 60].tolist()]
 
 
-def scored(flat: Any) -> Scored | Refused:
-    return scored_document(7, document(IDS), flat_entries(flat, skip=1), Wanted(K, label_logprobs=True), V)
+def scored(flat: Any) -> ScoredDocument | RejectedDocument:
+    return scored_document(7, document(IDS), flat_entries(flat, skip=1), RowRequest(K, label_logprobs=True), V)
 
 
 def test_rows_are_the_k_best_and_the_own_token_is_none_of_them_by_itself() -> None:
@@ -75,7 +76,7 @@ def test_rows_are_the_k_best_and_the_own_token_is_none_of_them_by_itself() -> No
     assert ranks[:2] == [1, K]
     assert min(ranks[2:]) > K
     result = scored(answer(IDS))
-    assert isinstance(result, Scored)
+    assert isinstance(result, ScoredDocument)
     assert result.index == 7
     best = np.argsort(-dense[:-1], axis=1)[:, :K]
     np.testing.assert_array_equal(result.rows.ids, best)
@@ -86,9 +87,9 @@ def test_rows_are_the_k_best_and_the_own_token_is_none_of_them_by_itself() -> No
 def test_the_last_row_is_that_of_the_generated_token() -> None:
     dense = true_logprobs(IDS)
     entries = flat_entries(answer(IDS), skip=1).then(flat_entries(answer(IDS, generated=17)))
-    wanted = Wanted(K, label_logprobs=True, last_row=True)
-    result = scored_document(0, document(IDS), entries, wanted, V, generated=17)
-    assert isinstance(result, Scored)
+    request = RowRequest(K, label_logprobs=True, last_row=True)
+    result = scored_document(0, document(IDS), entries, request, V, generated=17)
+    assert isinstance(result, ScoredDocument)
     np.testing.assert_array_equal(result.rows.ids, np.argsort(-dense, axis=1)[:, :K])
     assert result.label_logprobs is not None
     assert len(result.label_logprobs) == len(IDS) - 1
@@ -100,8 +101,8 @@ def test_ranks_in_another_order_are_put_in_order() -> None:
     for values in (flat.token_ids, flat.logprobs, flat.ranks):
         values[start:end] = values[start:end][::-1]
     first, second = scored(flat), scored(answer(IDS))
-    assert isinstance(first, Scored)
-    assert isinstance(second, Scored)
+    assert isinstance(first, ScoredDocument)
+    assert isinstance(second, ScoredDocument)
     np.testing.assert_array_equal(first.rows.ids, second.rows.ids)
 
 
@@ -173,7 +174,7 @@ def test_what_is_no_distribution_is_refused(damage: Callable[[Any], None], messa
     flat = answer(IDS)
     damage(flat)
     result = scored(flat)
-    assert isinstance(result, Refused)
+    assert isinstance(result, RejectedDocument)
     assert result.index == 7
     assert re.fullmatch(f"rows.jsonl, line 3: {message}.*", result.reason)
 
@@ -225,11 +226,11 @@ def test_settings_of_another_engine_are_refused(options: dict[str, Any], message
 
 def test_the_engine_is_in_the_header_where_it_decides() -> None:
     settings = {"model": "m", "dataset": "d", "output": "o"}
-    assert "engine" not in CaptureSettings.of(**settings).deciding()
-    deciding = CaptureSettings.of(**settings, engine="vllm", quantization="fp8", batch_tokens=512).deciding()
+    assert "engine" not in CaptureSettings.of(**settings).identity()
+    deciding = CaptureSettings.of(**settings, engine="vllm", quantization="fp8", batch_tokens=512).identity()
     assert (deciding["engine"], deciding["quantization"]) == ("vllm", "fp8")
     assert "batch_tokens" not in deciding
-    text = json.dumps(CaptureSettings.of(**settings, engine="openai", base_url="http://host:1/v1").deciding())
+    text = json.dumps(CaptureSettings.of(**settings, engine="openai", base_url="http://host:1/v1").identity())
     assert "host" not in text
 
 
@@ -241,21 +242,21 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_vllm_that_is_not_there(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distillkit.capture.engines.vllm.find_spec", lambda name: None)
+    monkeypatch.setattr("distillkit.capture.teachers.vllm.find_spec", lambda name: None)
     settings = CaptureSettings(model=str(teacher), dataset="d", output="o", engine="vllm", compression_config=EXACT)
     with pytest.raises(ConfigError, match=r"vllm is not installed: pip install 'distillkit\[vllm\]'"):
         make_teacher(settings)
 
 
 def test_vllm_needs_room_for_a_token_more(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distillkit.capture.engines.vllm.find_spec", lambda name: True)
+    monkeypatch.setattr("distillkit.capture.teachers.vllm.find_spec", lambda name: True)
     with pytest.raises(ConfigError, match=r"max_model_len: 64 is less than the 64 tokens .* give at least 65"):
         VLLMTeacher(str(teacher), k=8, max_seq_len=64, max_model_len=64)
 
 
 def test_published_options_are_understood(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[CaptureSettings] = []
-    monkeypatch.setattr("distillkit.sample_logits_vllm.show_reports", taken.extend)
+    monkeypatch.setattr("distillkit.cli.compat.sample_logits_vllm.show_reports", taken.extend)
     (tmp_path / "codec.yaml").write_text(json.dumps({**EXACT, "d": 100}))
     sizes = "--tensor-parallel-size 2 --pipeline-parallel-size 3 --max-model-len 600 --gpu-memory-utilization 0.8"
     others = (
@@ -350,12 +351,12 @@ def ask(url: str, **options: Any) -> OpenAITeacher:
 DOCUMENTS = [document(np.random.default_rng(n).integers(0, V, n).tolist()) for n in (2, 9, 33, 64, 12)]
 
 
-def check(results: Iterator[Scored | Refused]) -> None:
+def check(results: Iterator[ScoredDocument | RejectedDocument]) -> None:
     found = {result.index: result for result in results}
     assert sorted(found) == list(range(len(DOCUMENTS)))
     for index, given in enumerate(DOCUMENTS):
         result, dense = found[index], true_logprobs(given.input_ids.tolist())[:-1]
-        assert isinstance(result, Scored), result
+        assert isinstance(result, ScoredDocument), result
         np.testing.assert_array_equal(result.rows.ids, np.argsort(-dense, axis=1)[:, :K])
         np.testing.assert_array_equal(result.label_logprobs, dense[np.arange(len(dense)), given.input_ids[1:]])
 
@@ -373,7 +374,7 @@ def test_a_server_that_stumbles_is_asked_again(monkeypatch: pytest.MonkeyPatch) 
     with server(reply) as (url, requests):
         teacher = ask(url, concurrency=3, max_retries=4)
         assert teacher.identity == {"name": "tiny", "revision": None, "engine": "openai"}
-        check(teacher.score(DOCUMENTS, Wanted(K, label_logprobs=True)))
+        check(teacher.score(DOCUMENTS, RowRequest(K, label_logprobs=True)))
         assert len(requests) == 1 + len(DOCUMENTS) + 3
         assert {request["key"] for request in requests} == {"Bearer secret"}
         assert all((request["max_tokens"], request["prompt_logprobs"]) == (1, K) for request in requests)
@@ -386,7 +387,7 @@ def test_a_server_that_only_echoes(monkeypatch: pytest.MonkeyPatch) -> None:
         return ok(completion({**body, "echo_only": True}, ids_in_echo=ids))
 
     with server(lambda body: reply(body, True)) as (url, _):
-        check(ask(url).score(DOCUMENTS, Wanted(K, label_logprobs=True)))
+        check(ask(url).score(DOCUMENTS, RowRequest(K, label_logprobs=True)))
     with (
         server(lambda body: reply(body, False)) as (url, _),
         pytest.raises(ConfigError, match="returns no log-probabilities of a prompt with token ids"),
@@ -424,11 +425,11 @@ def test_a_document_that_a_server_can_not_do_and_a_server_that_is_gone() -> None
 
     with server(reply) as (url, _):
         teacher = ask(url, max_retries=1)
-        refused = [result for result in teacher.score(DOCUMENTS, Wanted(K)) if isinstance(result, Refused)]
+        refused = [result for result in teacher.score(DOCUMENTS, RowRequest(K)) if isinstance(result, RejectedDocument)]
     assert [result.index for result in refused] == [1]
     assert "rows.jsonl, line 3: the server refuses this document: Out of range float" in refused[0].reason
     with pytest.raises(CaptureError, match=r"fails, also after 1 retries: .*it goes on after the last whole shard"):
-        list(teacher.score(DOCUMENTS, Wanted(K)))
+        list(teacher.score(DOCUMENTS, RowRequest(K)))
 
 
 def test_a_capture_from_a_server_has_neither_key_nor_url(

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from distillkit.codec import Codec, codec_config
-from distillkit.config import load_config, parse_config
-from distillkit.run import train
-from training import (
+from distillkit.training.config.file import load_config, parse_config
+from distillkit.training.run import train
+from support.training import (
     VOCABULARY,
     random_documents,
     save_student,

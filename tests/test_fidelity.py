@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-import reference
+from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import CorruptDataError, InputError
-from distillkit.fidelity import FidelityStats
 from distillkit.types import SparseLogprobs
+from support import reference
 
 
 def rows(count: int, k: int, noise: float, seed: int = 0) -> tuple[SparseLogprobs, SparseLogprobs]:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from distillkit.codec import Codec, DistributionQuantizationConfig
+from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import ConfigError, InputError, MismatchError
-from distillkit.fidelity import FidelityStats
-from distillkit.inspect import inspect_dataset, recompute_fidelity
-from distillkit.plots import plot_inspection
+from distillkit.reports.inspection import inspect_dataset, recompute_fidelity
+from distillkit.reports.inspection_plots import plot_inspection
 from distillkit.shards import Dataset, Header, ShardWriter
 from distillkit.types import SparseLogprobs
 from test_shards import CODEC, HEADER, VOCAB, make_documents, write

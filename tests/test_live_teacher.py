@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distillkit.config import RunConfig, parse_config
 from distillkit.errors import ConfigError, MismatchError
-from distillkit.run import train
-from training import (
+from distillkit.training.config.file import parse_config
+from distillkit.training.config.schema import RunConfig
+from distillkit.training.run import train
+from support.training import (
     VOCABULARY,
     captured_parts,
     losses_of,

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from distillkit.errors import DistillKitError
-from distillkit.lm_head import LMHead, backbone_hidden, bare_model, check_lm_head, lm_head_of
+from distillkit.models.head import LMHead, backbone_hidden, bare_model, check_lm_head, lm_head_of
 
 VOCAB = 96
 SMALL = {
@@ -86,7 +86,7 @@ def test_gradients_are_those_of_the_models_own_forward() -> None:
 
 def test_float32_product_is_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
     # Blocks of 16 bytes × 4: several blocks and a shorter last one.
-    monkeypatch.setattr("distillkit.lm_head._WIDENED_BLOCK_BYTES", 4 * 32 * 36)
+    monkeypatch.setattr("distillkit.models.head._WIDENED_BLOCK_BYTES", 4 * 32 * 36)
     model = model_of("Phi").to(torch.bfloat16)
     head = lm_head_of(model)
     hidden = torch.randn(3, 5, 32).to(torch.bfloat16)

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import reference
+from distillkit.codec.topk import sparse_from_logits
 from distillkit.errors import ConfigError
-from distillkit.lm_head import LMHead, lm_head_of
 from distillkit.losses.config import LOSS_NAMES, LossConfig
 from distillkit.losses.fused import Objective
 from distillkit.losses.positions import Positions, Targets, TeacherLogits
-from distillkit.losses.table import HIDDEN, LOSSES, loss
-from distillkit.topk import sparse_from_logits
+from distillkit.losses.registry import HIDDEN, LOSSES, loss
+from distillkit.models.head import LMHead, lm_head_of
 from distillkit.types import SparseLogprobs
+from support import reference
 
 MISSING = ["zero", "uniform", "label"]
 DIVERGENCES = ["kl", "reverse_kl", "jsd", "tvd", "skewed_kl", "skewed_reverse_kl", "adaptive_kl"]

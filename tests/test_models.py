@@ -11,22 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distillkit.config import RunConfig
 from distillkit.errors import ConfigError
 from distillkit.losses.config import LossConfig
 from distillkit.losses.fused import Objective
 from distillkit.losses.positions import Positions, Targets
-from distillkit.losses.table import loss
-from distillkit.models import (
-    DistillationInputs,
-    attach_losses,
-    attention_implementation,
-    freeze,
-    load_student,
-    widen_embeddings,
-)
+from distillkit.losses.registry import loss
+from distillkit.training.attach import DistillationInputs, attach_losses
+from distillkit.training.config.schema import RunConfig
+from distillkit.training.student import attention_implementation, freeze, load_student, widen_embeddings
 from distillkit.types import SparseLogprobs
-from training import VOCABULARY, run_config, save_student, teacher_rows, tiny_model
+from support.training import VOCABULARY, run_config, save_student, teacher_rows, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from distillkit import pack_logits
+from distillkit.cli.compat import pack_logits
 from distillkit.cli.main import cli
-from distillkit.data import DistillationDataset
 from distillkit.errors import CorruptDataError, InputError, MismatchError
 from distillkit.shards import Dataset, ShardWriter, verify_dataset
-from distillkit.shards.pack import pack_dataset
-from distillkit.signals.offline import OfflineSignal
-from training import VOCABULARY, exact_codec, header_for, random_documents, teacher_rows, tiny_model
+from distillkit.shards.repack import pack_dataset
+from distillkit.training.data.examples import DistillationDataset
+from distillkit.training.signals.stored import OfflineSignal
+from support.training import VOCABULARY, exact_codec, header_for, random_documents, teacher_rows, tiny_model
 
 MAX_LEN = 32
 DOCUMENTS = [*random_documents(40, seed=2), np.array([5], dtype=np.int32)]

@@ -12,16 +12,16 @@ from accelerate import skip_first_batches
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distillkit.config import RunConfig
-from distillkit.data import BLANK, Collator, DistillationDataset, DocumentOrder, Example
 from distillkit.errors import CorruptDataError
-from distillkit.packing import pack
-from distillkit.prepare import document_lengths, is_packed
 from distillkit.shards import Dataset
-from distillkit.signals.offline import OfflineSignal
-from distillkit.training_args import training_arguments
+from distillkit.shards.packing import pack
+from distillkit.training.config.arguments import training_arguments
+from distillkit.training.config.schema import RunConfig
+from distillkit.training.data.documents import document_lengths, is_packed
+from distillkit.training.data.examples import BLANK, Collator, DistillationDataset, DocumentOrder, Example
+from distillkit.training.signals.stored import OfflineSignal
 from distillkit.types import Document, SparseLogprobs
-from training import VOCABULARY, exact_codec, random_documents, run_config, write_dataset
+from support.training import VOCABULARY, exact_codec, random_documents, run_config, write_dataset
 
 
 @given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 30), st.none() | st.integers(0, 3))
@@ -148,7 +148,7 @@ def test_lengths_are_read_from_the_token_column_alone(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Dataset, "__getitem__", lambda *_: pytest.fail("no document is read"))
     assert document_lengths(dataset, tmp_path / "cache").tolist() == [len(document) for document in documents]
     assert not (tmp_path / "cache").exists(), "that was quick"
-    monkeypatch.setattr("distillkit.prepare._SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("distillkit.training.data.documents.SLOW_SECONDS", 0.0)
     kept = document_lengths(dataset, tmp_path / "cache")
     monkeypatch.setattr(Dataset, "lengths", lambda *_: pytest.fail("they are kept"))
     assert np.array_equal(document_lengths(dataset, tmp_path / "cache"), kept)
@@ -209,7 +209,7 @@ class NoTeacher:
     def take(self, document: Document, positions: np.ndarray) -> dict[str, np.ndarray]:
         return {}
 
-    def nothing(self) -> dict[str, np.ndarray]:
+    def empty_targets(self) -> dict[str, np.ndarray]:
         return {}
 
     def targets(self, batch: Any) -> Any:

@@ -14,21 +14,21 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 
-from capturing import run
-from disks import mounted
 from distillkit.capture import CaptureSettings
-from distillkit.capture import forecast as forecasting
-from distillkit.capture.forecast import Forecast, forecast
-from distillkit.capture.run import CaptureInputs
-from distillkit.capture.text import DocumentReader
-from distillkit.capture.totals import SAMPLED_ROWS, total
+from distillkit.capture.forecast import forecast as forecasting
+from distillkit.capture.forecast.forecast import Forecast, forecast
+from distillkit.capture.forecast.totals import SAMPLED_ROWS, total
+from distillkit.capture.inputs import CaptureInputs
 from distillkit.cli.capture import capture as capture_command
 from distillkit.cli.plan import plan as plan_command
 from distillkit.codec import PRESETS
 from distillkit.errors import CaptureError, ConfigError, MismatchError
 from distillkit.shards import read_manifest
-from distillkit.shards.files import Folder
-from teachers import EXACT, HEAD, write_text
+from distillkit.shards.storage import Folder
+from distillkit.text.documents import DocumentReader
+from support.capturing import run
+from support.disks import mounted
+from support.teachers import EXACT, HEAD, write_text
 
 SIZES = {"max_seq_len": 64, "batch_tokens": 256, "head_rows": 50, "shard_tokens": 700}
 
@@ -274,7 +274,7 @@ def test_captures_on_one_disk(teacher: Path, text: Path, tmp_path: Path, monkeyp
 
 def test_memory_that_is_too_small(teacher: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(forecasting, "memory_at_hand", lambda device: 10_000)
+        patch.setattr(forecasting, "available_memory", lambda device: 10_000)
         result = command(*options(teacher, text, tmp_path / "out"), "--seconds", "1")
     assert result.exit_code == 1
     assert "tokens/s" not in result.output, "it is not loaded"

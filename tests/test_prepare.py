@@ -18,23 +18,19 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from trl import SFTTrainer
 
-from distillkit import prepare as preparing
-from distillkit.capture.sources import open_local
-from distillkit.config import RunConfig, parse_config
 from distillkit.errors import ConfigError, CorruptDataError, InputError, MismatchError
-from distillkit.prepare import (
-    PreparedDataset,
-    configure_model,
-    configure_tokenizer,
-    open_documents,
-    prepare,
-    training_dataset,
-)
-from distillkit.run import train
 from distillkit.shards import Dataset
-from distillkit.text_rows import RowTokenizer, TextOptions
-from distillkit.training_args import training_arguments
-from training import random_documents, run_config, tiny_model, tiny_tokenizer, write_dataset
+from distillkit.text.sources import open_local
+from distillkit.text.training_rows import RowTokenizer, TextOptions
+from distillkit.training.config.arguments import training_arguments
+from distillkit.training.config.file import parse_config
+from distillkit.training.config.schema import RunConfig
+from distillkit.training.data import prepared as preparing
+from distillkit.training.data.documents import open_documents, training_dataset
+from distillkit.training.data.prepared import PreparedDataset, prepare
+from distillkit.training.run import train
+from distillkit.training.special_tokens import configure_model, configure_tokenizer
+from support.training import random_documents, run_config, tiny_model, tiny_tokenizer, write_dataset
 
 WORDS = ["<unk>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>", "<end>", *"abcdefgh"]
 TEMPLATE = (
@@ -294,7 +290,7 @@ class NoTeacher:
     def take(self, document: Any, positions: Any) -> dict[str, Any]:
         return {}
 
-    def nothing(self) -> dict[str, Any]:
+    def empty_targets(self) -> dict[str, Any]:
         return {}
 
     def targets(self, batch: Any) -> Any:
@@ -343,7 +339,7 @@ def test_published_data_serve_a_live_teacher_without_their_distributions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     golden = Path(__file__).parent / "golden" / "upstream_v1"
-    monkeypatch.setattr("distillkit.text_rows.vocab_size", lambda tokenizer: 49152)
+    monkeypatch.setattr("distillkit.text.training_rows.vocab_size", lambda tokenizer: 49152)
     config = live_config(tmp_path, golden)
     documents = open_documents(config, "train", tiny_tokenizer(), training_arguments(config))
     assert isinstance(documents, PreparedDataset)

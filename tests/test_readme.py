@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distillkit.capture.settings import load_captures
-from distillkit.config import parse_config
-from training import random_documents, save_student
+from distillkit.capture.settings_file import load_captures
+from distillkit.training.config.file import parse_config
+from support.training import random_documents, save_student
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -18,15 +18,17 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from distillkit import training_plots
 from distillkit.cli.main import cli
-from distillkit.data import DistillationDataset
+from distillkit.console import duration
 from distillkit.errors import CorruptDataError
-from distillkit.progress import ConsoleProgress, duration
-from distillkit.report import RunRecord, comparison, markdown, read_metrics, read_run, write_report
-from distillkit.run import Run, train
-from distillkit.trainer import DistillationTrainer
-from training import (
+from distillkit.reports import run_plots as training_plots
+from distillkit.reports.run_record import RunRecord, read_metrics, read_run
+from distillkit.reports.run_report import comparison, markdown, write_report
+from distillkit.training.callbacks import ConsoleProgress
+from distillkit.training.data.examples import DistillationDataset
+from distillkit.training.run import Run, train
+from distillkit.training.trainer import DistillationTrainer
+from support.training import (
     captured_parts,
     random_documents,
     run_config,
@@ -148,7 +150,7 @@ def test_a_run_that_is_interrupted_has_its_report(
         return step(self, *arguments)
 
     monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
-    monkeypatch.setattr("distillkit.report._PATIENCE", 0)
+    monkeypatch.setattr("distillkit.reports.run_report._PATIENCE", 0)
     with pytest.raises(KeyboardInterrupt):
         train(config_for(parts, tmp_path))
     report = (tmp_path / "report.md").read_text(encoding="utf-8")

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import reference
 from distillkit.codec import Codec, DistributionQuantizationConfig
 from distillkit.errors import CorruptDataError, DistillKitError, InputError, MismatchError, TruncatedDataError
 from distillkit.shards import Dataset, Header, ShardWriter, read_manifest, verify_dataset, whole_shards
-from distillkit.shards.files import Folder
+from distillkit.shards.storage import Folder
 from distillkit.types import SparseLogprobs
+from support import reference
 
 VOCAB = 300
 CODEC = Codec(

@@ -12,17 +12,18 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from distillkit.adapters import LoraSection, add_adapters
-from distillkit.config import RunConfig
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.losses.config import LossConfig
 from distillkit.losses.fused import Objective
 from distillkit.losses.positions import Targets
-from distillkit.models import DistillationInputs, attach_losses, check_student, load_student
-from distillkit.run import train
-from distillkit.training_args import training_arguments
+from distillkit.models.adapters import LoraSection, add_adapters
+from distillkit.training.attach import DistillationInputs, attach_losses
+from distillkit.training.config.arguments import training_arguments
+from distillkit.training.config.schema import RunConfig
+from distillkit.training.run import train
+from distillkit.training.student import check_student, load_student
 from distillkit.types import SparseLogprobs
-from training import (
+from support.training import (
     VOCABULARY,
     captured_parts,
     losses_of,
@@ -378,7 +379,7 @@ def test_settings_of_fsdp_are_known(
     parts: dict[str, str], tmp_path: Path, settings: Any, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("distillkit.training_args.WITHOUT_FSDP", ())
+    monkeypatch.setattr("distillkit.training.config.arguments.WITHOUT_FSDP", ())
     with pytest.raises(ConfigError, match=says):
         training_arguments(run(parts, tmp_path, training_args={"fsdp": True, "fsdp_config": settings}))
 
@@ -390,7 +391,7 @@ def test_deepspeed_is_passed_through(parts: dict[str, str], tmp_path: Path, monk
         with pytest.raises(ConfigError, match=r"training_args.deepspeed: the package deepspeed is not installed"):
             training_arguments(run(parts, tmp_path, training_args={"deepspeed": zero}))
     given: dict[str, Any] = {}
-    monkeypatch.setattr("distillkit.training_args._missing_package", lambda *_: None)
+    monkeypatch.setattr("distillkit.training.config.arguments.missing_package", lambda *_: None)
     monkeypatch.setattr("trl.SFTConfig.__init__", lambda self, **arguments: given.update(arguments))
     training_arguments(run(parts, tmp_path, training_args={"deepspeed": zero}))
     assert given["deepspeed"] == zero

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from distillkit.errors import ConfigError
-from distillkit.tokenizer import fingerprint, load_tokenizer, vocab_size
+from distillkit.text.tokenizer import fingerprint, load_tokenizer, vocab_size
 
 WORDS = ["<unk>", "<eos>", "the", "cat", "sat", "Ġé", "on"]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from distillkit.codec.topk import _topk_on_device, sparse_from_logits
 from distillkit.errors import InputError
-from distillkit.topk import _topk_on_device, sparse_from_logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

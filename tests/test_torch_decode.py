@@ -11,8 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distillkit import bits
-from distillkit.codec import Codec, preset, torch_decode
+from distillkit.codec import Codec, bits, preset, torch_decode
 from distillkit.errors import InputError, TruncatedDataError
 from test_codec import CASES, golden
 

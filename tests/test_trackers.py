@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from distillkit.errors import ConfigError, DistillKitError
-from distillkit.run import train
-from distillkit.trackers import tracking
-from training import (
+from distillkit.training.run import train
+from distillkit.training.trackers import tracking
+from support.training import (
     captured_parts,
     run_config,
 )
@@ -172,7 +172,9 @@ def test_trackers_get_every_metric_once_and_send_nothing(
 def test_a_tracker_that_is_missing_is_one_message_before_any_model_loads(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("distillkit.tokenizer.load_tokenizer", lambda *_, **__: pytest.fail("it has begun to load"))
+    monkeypatch.setattr(
+        "distillkit.text.tokenizer.load_tokenizer", lambda *_, **__: pytest.fail("it has begun to load")
+    )
     # What is found here depends on what is installed: it is asked for, and must not be there.
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(

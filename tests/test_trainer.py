@@ -16,16 +16,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import reference
-from disks import fill, mounted
-from distillkit.config import RunConfig
 from distillkit.errors import ConfigError, DistillKitError, MismatchError
-from distillkit.run import train
 from distillkit.shards import ShardWriter
-from distillkit.tokenizer import fingerprint
-from distillkit.trainer import DistillationTrainer
+from distillkit.text.tokenizer import fingerprint
+from distillkit.training.config.schema import RunConfig
+from distillkit.training.run import train
+from distillkit.training.trainer import DistillationTrainer
 from distillkit.types import SparseLogprobs
-from training import (
+from support import reference
+from support.disks import fill, mounted
+from support.training import (
     VOCABULARY,
     captured_parts,
     exact_codec,

@@ -23,14 +23,15 @@ import pytest
 import yaml
 
 from distillkit.capture import CaptureSettings, capture
-from distillkit.capture.engines import Scored, Teacher, Wanted, make_teacher
-from distillkit.capture.engines.openai import OpenAITeacher
-from distillkit.capture.engines.vllm import VLLMTeacher
-from distillkit.capture.text import TokenDocument
+from distillkit.capture.teachers.base import RowRequest, ScoredDocument, Teacher
+from distillkit.capture.teachers.make import make_teacher
+from distillkit.capture.teachers.openai import OpenAITeacher
+from distillkit.capture.teachers.vllm import VLLMTeacher
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.shards import Dataset, verify_dataset
-from distillkit.tokenizer import load_tokenizer
-from teachers import EXACT, HEAD, write_llama, write_text
+from distillkit.text.documents import TokenDocument
+from distillkit.text.tokenizer import load_tokenizer
+from support.teachers import EXACT, HEAD, write_llama, write_text
 
 pytest.importorskip("vllm")
 pytestmark = [
@@ -42,7 +43,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
-WANTED = Wanted(8, label_logprobs=True, last_row=True)
+WANTED = RowRequest(8, label_logprobs=True, last_row=True)
 # Both engines compute in float32, in another order: logits of ±20 agree to about 3e-4.
 TOLERANCE = 1e-3
 
@@ -95,16 +96,18 @@ def documents(*lengths: int) -> list[TokenDocument]:
 DOCUMENTS = documents(2, 512, 30, 3, 511, 64, 100, 257, 256, 5, 17, 300)
 
 
-def scores(teacher: Teacher, given: list[TokenDocument], wanted: Wanted) -> list[Scored]:
+def scores(teacher: Teacher, given: list[TokenDocument], request: RowRequest) -> list[ScoredDocument]:
     found = {}
-    for result in teacher.score(given, wanted):
-        assert isinstance(result, Scored), result
+    for result in teacher.score(given, request):
+        assert isinstance(result, ScoredDocument), result
         assert result.index not in found, "each document once"
         found[result.index] = result
     return [found[index] for index in range(len(given))]
 
 
-def check_same(found: list[Scored], expected: list[Scored], tolerance: float, *, apart: float = 0.0) -> None:
+def check_same(
+    found: list[ScoredDocument], expected: list[ScoredDocument], tolerance: float, *, apart: float = 0.0
+) -> None:
     """Rows agree: the first ids but for those closer together than `apart`, and the log-probabilities by rank."""
     for one, other in zip(found, expected, strict=True):
         ids, logprobs = np.asarray(one.rows.ids), np.asarray(one.rows.logprobs)
@@ -126,18 +129,18 @@ def test_vllm_and_transformers_agree(teacher: VLLMTeacher, folder: Path) -> None
     check_same(scores(teacher, DOCUMENTS, WANTED), expected, TOLERANCE, apart=TOLERANCE)
     assert [len(one.rows.ids) for one in expected] == [len(document.input_ids) for document in DOCUMENTS]
 
-    without = scores(teacher, DOCUMENTS, Wanted(5))
+    without = scores(teacher, DOCUMENTS, RowRequest(5))
     assert [one.rows.ids.shape for one in without] == [(len(document.input_ids) - 1, 5) for document in DOCUMENTS]
     assert all(one.label_logprobs is None for one in without)
 
 
 def test_what_vllm_can_not_do(teacher: VLLMTeacher) -> None:
     with pytest.raises(ConfigError, match="keep_ids: vLLM gives the top k only"):
-        next(teacher.score(DOCUMENTS, Wanted(8, keep_ids=(3,))))
-    with pytest.raises(ConfigError, match="k: 9 ids a row are wanted, the engine was started for 8"):
-        next(teacher.score(DOCUMENTS, Wanted(9)))
+        next(teacher.score(DOCUMENTS, RowRequest(8, keep_ids=(3,))))
+    with pytest.raises(ConfigError, match="k: 9 ids a row are requested, the engine was started for 8"):
+        next(teacher.score(DOCUMENTS, RowRequest(9)))
     with pytest.raises(CaptureError, match=r"long: vLLM does not take this document: .*longer than the maximum"):
-        list(teacher.score([TokenDocument(np.full(600, 5, dtype=np.int32), "long")], Wanted(8)))
+        list(teacher.score([TokenDocument(np.full(600, 5, dtype=np.int32), "long")], RowRequest(8)))
     # Left in the middle, it begins anew with the next.
     next(teacher.score(DOCUMENTS, WANTED))
     assert len(scores(teacher, DOCUMENTS, WANTED)) == len(DOCUMENTS)
@@ -147,7 +150,7 @@ def test_capture_under_its_published_name(folder: Path, text: Path, tmp_path: Pa
     config = tmp_path / "compression_config.yaml"
     config.write_text(yaml.safe_dump({**EXACT, "d": 100}))
     options = ["--model", folder, "--dataset", text, "--output", tmp_path / "vllm", "--compression-config", config]
-    command = [sys.executable, "-m", "distillkit.sample_logits_vllm", *options, "--max-seq-len", "64"]
+    command = [sys.executable, "-m", "distillkit.cli.compat.sample_logits_vllm", *options, "--max-seq-len", "64"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("captured:"), "vLLM's log is on stderr"
@@ -287,11 +290,11 @@ def test_smollm2_at_k_128(tmp_path: Path) -> None:
     ids = np.array(tokenizer(words)["input_ids"][:900], dtype=np.int32)
     given = [TokenDocument(part, "README.md") for part in np.split(ids, [100, 200, 500])]
     options: dict[str, Any] = {"max_seq_len": 512, "compression_config": None, "preset": "recommended"}
-    wanted = Wanted(128, label_logprobs=True, last_row=True)
-    expected = scores(make_teacher(settings(folder, **options)), given, wanted)
+    request = RowRequest(128, label_logprobs=True, last_row=True)
+    expected = scores(make_teacher(settings(folder, **options)), given, request)
     teacher = make_teacher(settings(folder, engine="vllm", **options))
     assert isinstance(teacher, VLLMTeacher)
-    found = scores(teacher, given, wanted)
+    found = scores(teacher, given, request)
     teacher.close()
     check_same(found, expected, 1e-3, apart=1e-3)
     worst = max(
@@ -324,9 +327,11 @@ def test_an_engine_that_dies_starts_anew_with_half_the_batch(
     found = [next(results)]
     kill_engine()
     found += list(results)
-    assert all(isinstance(result, Scored) for result in found)
+    assert all(isinstance(result, ScoredDocument) for result in found)
     assert sorted(result.index for result in found) == list(range(len(DOCUMENTS)))
-    in_order = [result for result in sorted(found, key=lambda result: result.index) if isinstance(result, Scored)]
+    in_order = [
+        result for result in sorted(found, key=lambda result: result.index) if isinstance(result, ScoredDocument)
+    ]
     check_same(in_order, before, TOLERANCE, apart=TOLERANCE)
     assert teacher.batch_tokens == 256
     assert "batches of 256 tokens instead of 512 (--batch-tokens)" in caplog.text

@@ -9,6 +9,9 @@ The native module raises these same classes.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "CaptureError",
     "ConfigError",
@@ -51,3 +54,9 @@ class MismatchError(DistillKitError):
 
 class CaptureError(DistillKitError):
     """A teacher returned something that can not be stored."""
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Return a hint at the known name most like `name`, for the end of a message; empty if none is like it."""
+    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{match[0]}'?" if match else ""

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["peak_memory", "total_memory"]
+__all__ = ["available_memory", "peak_memory", "total_memory"]
 
 # A container's limit, where there is one.
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -37,3 +39,14 @@ def total_memory(device: torch.device) -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
     return min(total, int(limit)) if limit.isdecimal() else total
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch holds and does not use is free too.
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    # A container's own limit may be below what the machine has.
+    resident = int(psutil.Process().memory_info().rss)
+    return min(int(psutil.virtual_memory().available), max(total_memory(device) - resident, 0))

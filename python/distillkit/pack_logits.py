@@ -1,55 +1,11 @@
-"""`python -m distillkit.pack_logits`: `distillkit pack` under its published name and with its published options."""
+"""`python -m distillkit.pack_logits`: the published spelling of `distillkit.cli.compat.pack_logits`."""
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-from typing import Any
-
-import click
-
-from distillkit.cli.common import SPLIT, run_cli
-from distillkit.cli.pack import MAX_LEN, SHUFFLE_SEED, run_pack, window_option
-from distillkit.shards.reader import Dataset
+from distillkit.cli.common import run_cli
+from distillkit.cli.compat.pack_logits import main
 
 __all__ = ["main"]
-
-logger = logging.getLogger("distillkit")
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--dataset", required=True, help="A captured or published dataset: a folder, or a hub id.")
-@SPLIT
-@MAX_LEN
-@click.option("--output", required=True, help="Folder for the packed dataset.")
-@SHUFFLE_SEED
-@window_option("--batch-size")
-@click.option("--num-proc", type=click.IntRange(min=1), help="Taken and not needed: bytes are moved, not encoded.")
-@click.option("--max-iters", type=click.IntRange(min=1), help="Taken and not needed: one pass fills the rows.")
-@click.option("--remove-columns", multiple=True, help="Taken and not needed: shards have only the columns they need.")
-def main(
-    dataset: str,
-    split: str | None,
-    max_len: int,
-    output: str,
-    shuffle_seed: int | None,
-    batch_size: int,
-    **not_needed: Any,
-) -> None:
-    """Pack the documents of a dataset in full rows, on disk: the same as `distillkit pack`."""
-    for name, value in not_needed.items():
-        if value:
-            logger.info("--%s changes nothing here", name.replace("_", "-"))
-    source: Dataset
-    if Path(dataset).exists() or dataset.startswith(("/", ".", "~")):
-        source = Dataset.open(dataset, split=split)
-    else:
-        from distillkit.config import DatasetSource, DatasetTeacher
-        from distillkit.data import open_dataset
-
-        source = open_dataset(DatasetSource(repo_id=dataset, split=split), DatasetTeacher(kind="dataset"), "--dataset")
-    run_pack(source, output, max_len, shuffle_seed, batch_size, as_json=False)
-
 
 if __name__ == "__main__":
     run_cli(main)

@@ -19,8 +19,8 @@ import torch
 from distillkit.bench.published import PublishedCodec, published_codec, term_matrix
 from distillkit.bench.sample import Sample
 from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig
+from distillkit.codec.fidelity import kl_rows
 from distillkit.errors import CorruptDataError, DistillKitError
-from distillkit.fidelity import kl_rows
 
 __all__ = [
     "FidelityRow",

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distillkit.capture.settings import CaptureReport, CaptureSettings
+from distillkit.capture.result import CaptureReport
+from distillkit.capture.settings import CaptureSettings
 from distillkit.codec import CodecConfig
 
 __all__ = ["CaptureReport", "CaptureSettings", "capture"]

@@ -15,16 +15,16 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
-from distillkit.capture.engines import Refused, Scored, Teacher, Wanted
-from distillkit.capture.plan import Plan, Receipt
 from distillkit.capture.progress import CaptureProgress
+from distillkit.capture.shard_plan import ShardPlan, ShardReceipt
 from distillkit.capture.summary import ShardSummary
-from distillkit.capture.text import TokenDocument
+from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument, Teacher
+from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import CaptureError, InputError
-from distillkit.fidelity import FidelityStats
 from distillkit.shards import Header
-from distillkit.shards.files import Folder
+from distillkit.shards.storage import Folder
 from distillkit.shards.writer import NewShard, encode_rows, make_document, shard_name
+from distillkit.text.documents import TokenDocument
 from distillkit.types import Document
 
 __all__ = ["BYTES_A_VALUE", "StageTimes", "capture_shards", "queue_bytes"]
@@ -58,10 +58,10 @@ class StageTimes:
 
 def capture_shards(
     teacher: Teacher,
-    plan: Plan,
+    plan: ShardPlan,
     header: Header,
     numbers: Sequence[int],
-    wanted: Wanted,
+    request: RowRequest,
     *,
     skip_bad: int = 0,
     progress: CaptureProgress | None = None,
@@ -73,7 +73,7 @@ def capture_shards(
         plan: says which they are.
         header: of the shards.
         numbers: which shards.
-        wanted: what is kept of the teacher's distributions.
+        request: what is kept of the teacher's distributions.
         skip_bad: how many documents may be left out because the teacher gives no distributions for them.
         progress: told of each document.
 
@@ -84,13 +84,13 @@ def capture_shards(
     times = StageTimes()
     started = time.perf_counter()
     with _Encoder(
-        plan.folder, header, plan.kept, _room(plan, wanted.k), skip_bad, plan.write_receipt, times
+        plan.folder, header, plan.kept, _room(plan, request.k), skip_bad, plan.write_receipt, times
     ) as encoder:
         for number in numbers:
             documents = plan.read(number)
             encoder.begin(number, documents)
             clock = time.perf_counter()
-            for result in teacher.score(documents, wanted):
+            for result in teacher.score(documents, request):
                 given = time.perf_counter()
                 times.teacher += given - clock
                 encoder.put(result)
@@ -117,7 +117,7 @@ def _queue_room(longest: float, k: int) -> int:
     return max(2, min(4096, int(_QUEUE_BYTES / (longest * k * BYTES_A_VALUE))))
 
 
-def _room(plan: Plan, k: int) -> int:
+def _room(plan: ShardPlan, k: int) -> int:
     mean = plan.tokens / max(plan.documents, 1)
     return _queue_room(max(int(plan.header.capture.get("max_seq_len", 0)), mean), k)
 
@@ -149,7 +149,7 @@ class _Encoder:
         kept: pa.Schema,
         room: int,
         skip_bad: int,
-        done: Callable[[int, Receipt], None],
+        done: Callable[[int, ShardReceipt], None],
         times: StageTimes,
     ) -> None:
         self.room = room
@@ -173,7 +173,7 @@ class _Encoder:
         """Open a shard for these documents."""
         self._put(lambda: self._begin(number, documents))
 
-    def put(self, result: Scored | Refused) -> None:
+    def put(self, result: ScoredDocument | RejectedDocument) -> None:
         """Hand over a document's distributions; waits while the queue is full."""
         self._put(lambda: self._take(result))
 
@@ -231,7 +231,7 @@ class _Encoder:
         self._folder.remove_leftovers(name)
         self._open = _OpenShard(number, documents, NewShard(self._folder, name, self._kept))
 
-    def _take(self, result: Scored | Refused) -> None:
+    def _take(self, result: ScoredDocument | RejectedDocument) -> None:
         shard = self._shard()
         source = shard.documents[result.index].source
         if result.index in shard.waiting or result.index < shard.written:
@@ -245,7 +245,7 @@ class _Encoder:
                 self._times.write += time.perf_counter() - clock
             shard.written += 1
 
-    def _encoded(self, result: Scored | Refused) -> tuple[Document, FidelityStats] | None:
+    def _encoded(self, result: ScoredDocument | RejectedDocument) -> tuple[Document, FidelityStats] | None:
         """Encode a document's rows; None where it is left out.
 
         Raises:
@@ -253,7 +253,7 @@ class _Encoder:
         """
         shard = self._shard()
         document = shard.documents[result.index]
-        if isinstance(result, Refused):
+        if isinstance(result, RejectedDocument):
             self._skip(result.index, result.reason)
             return None
         clock = time.perf_counter()
@@ -294,7 +294,7 @@ class _Encoder:
         info = shard.file.finish(header)
         self._open = None
         skipped = tuple(shard.skipped[index] for index in sorted(shard.skipped))
-        self._done(shard.number, Receipt(info, header, shard.summary, skipped))
+        self._done(shard.number, ShardReceipt(info, header, shard.summary, skipped))
         self._times.write += time.perf_counter() - clock
 
     def _shard(self) -> _OpenShard:

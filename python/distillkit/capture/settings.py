@@ -5,17 +5,17 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from distillkit.capture.text import LOSS_ON, OVERFLOWS, default_overlap
 from distillkit.codec import Codec, CodecConfig, codec_config, preset
 from distillkit.errors import ConfigError, MismatchError
+from distillkit.text.documents import LOSS_ON, OVERFLOWS, default_overlap
 
-__all__ = ["CaptureReport", "CaptureSettings", "load_captures"]
+__all__ = ["CaptureSettings"]
 
 DEFAULT_PRESET = "recommended"
 _RANGE = re.compile(r"\d+:\d+")
@@ -196,7 +196,7 @@ class CaptureSettings:
             )
 
     @property
-    def conditions(self) -> tuple[tuple[str, str], ...]:
+    def row_filters(self) -> tuple[tuple[str, str], ...]:
         """The (column, value) pairs of `where`."""
         pairs = (str(condition).partition("=") for condition in self.where)
         return tuple((column.strip(), value.strip()) for column, _, value in pairs)
@@ -302,7 +302,7 @@ class CaptureSettings:
             ConfigError: there is no such file, or its content is no codec configuration.
         """
         config: Any = self.compression_config
-        return codec_config(_read_yaml(Path(config)) if isinstance(config, (str, Path)) else config)
+        return codec_config(read_yaml(Path(config)) if isinstance(config, (str, Path)) else config)
 
     def codec(self, head_size: int) -> Codec:
         """Make the codec for a teacher whose logits are `head_size` wide.
@@ -325,90 +325,27 @@ class CaptureSettings:
             )
         return codec
 
-    def deciding(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Return the settings that decide the bytes besides teacher, tokenizer, codec and dataset, for the header."""
-        deciding = {name: getattr(self, name) for name in _DECIDING}
+        identity = {name: getattr(self, name) for name in _DECIDING}
         if self.engine == "hf":
             # Which documents share a forward, and how its products are summed, changes last bits.
-            deciding |= {name: getattr(self, name) for name in ("head_dtype", "head_rows")}
-            deciding["batch_tokens"] = self.forward_tokens
+            identity |= {name: getattr(self, name) for name in ("head_dtype", "head_rows")}
+            identity["batch_tokens"] = self.forward_tokens
         else:
             # These batch by themselves; what they give is the same within their noise only.
-            deciding["engine"] = self.engine
+            identity["engine"] = self.engine
         if self.overflow == "window":
-            deciding["overlap"] = self.overlap or default_overlap(self.max_seq_len)
+            identity["overlap"] = self.overlap or default_overlap(self.max_seq_len)
         if self.samples is not None or self.shuffle:
-            deciding["seed"] = self.seed
+            identity["seed"] = self.seed
         if self.drop_duplicates is None:
-            deciding["drop_duplicates"] = self.keep_columns == ("none",)
+            identity["drop_duplicates"] = self.keep_columns == ("none",)
         for name in _DECIDING_IF_SET:
             value, default = getattr(self, name), default_of(name)
             if value != (_list_setting(name, default) if name in _LISTS else default):
-                deciding[name] = list(value) if isinstance(value, tuple) else value
-        return deciding
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptureReport:
-    """What a capture made. Counts are those of the whole dataset, also where an earlier run wrote part of it.
-
-    Attributes:
-        output: the dataset's folder.
-        documents, tokens, rows, shards: its size; a document of L tokens has L − 1 rows, or L with the last one.
-        unfinished_shards: shards that this run was not to do, and nobody has done yet; without them no manifest.
-        bytes_per_token: the codec's bytes a row, ids and values.
-        disk_bytes: size of the shards.
-        kl_mean, kl_p99: KL(teacher's top k ‖ decoded) in nats a row, as measured while writing; None if there are no
-            rows.
-        mass_mean: mean probability of the stored ids of a row; None if it is not known.
-        mass_quantiles: that probability, not exceeded by this share of the rows.
-        next_token_rates: how often the teacher's first id is the next token, with rows at their place ("0") and one
-            off; at its place it should be far more often.
-        shifted: −1 or +1 if rows fit the tokens better one off, beyond chance; else None.
-        resumed_documents: how many documents an earlier run had written.
-        already_complete: the whole dataset was there, nothing was captured.
-        passed_over: rows of the source, and what of it is not in the dataset, by reason.
-        skipped: documents that the teacher gave no distributions for: where they are from, and why.
-        seconds: time of this run's scoring and writing, without loading.
-        new_tokens, tokens_per_second: tokens this run captured, and how fast.
-        teacher_seconds, blocked_seconds: this run's time waiting for the teacher, and that the teacher waited for the
-            encoder.
-        encode_seconds, write_seconds: of the encoder's thread, beside the teacher.
-        peak_rss_bytes: largest resident memory of the process so far.
-        peak_cuda_bytes: largest memory on the first CUDA device; 0 without one.
-    """
-
-    output: str
-    documents: int
-    tokens: int
-    rows: int
-    shards: int
-    unfinished_shards: int
-    bytes_per_token: float
-    disk_bytes: int
-    kl_mean: float | None
-    kl_p99: float | None
-    mass_mean: float | None
-    mass_quantiles: dict[str, float | None]
-    next_token_rates: dict[str, float]
-    shifted: int | None
-    resumed_documents: int
-    already_complete: bool
-    passed_over: dict[str, int]
-    skipped: list[list[str]]
-    seconds: float
-    new_tokens: int
-    tokens_per_second: float
-    teacher_seconds: float
-    blocked_seconds: float
-    encode_seconds: float
-    write_seconds: float
-    peak_rss_bytes: int
-    peak_cuda_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a JSON-able mapping."""
-        return asdict(self)
+                identity[name] = list(value) if isinstance(value, tuple) else value
+        return identity
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -471,73 +408,11 @@ def _list_setting(name: str, value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def load_captures(path: str | Path, overrides: Mapping[str, Any] | None = None) -> list[CaptureSettings]:
-    """Read the settings of one capture or several from a YAML file.
-
-    Its keys are settings; under `captures` there may be a list of mappings with those in which the captures differ.
-
-    Args:
-        path: of the file.
-        overrides: settings that go before the file's, in every capture.
-
-    Returns:
-        The captures in the file's order, with every setting checked.
-
-    Raises:
-        ConfigError: the file can not be read, or has an unknown key or a value that is not allowed: the message has its
-            path; or two captures have one output.
-    """
-    content = _read_yaml(Path(path), "captures")
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{path}: must hold settings of captures (key: value), found {type(content).__name__}")
-    shared = {key: value for key, value in content.items() if key != "captures"}
-    entries = content.get("captures", [{}])
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, Mapping) for entry in entries):
-        raise ConfigError(f"{path}: captures must be a list of mappings, found {entries!r:.200}")
-    _check_names(shared, f"{path}: ", (*_names(), "captures"))
-    captures = []
-    for index, entry in enumerate(entries):
-        place = f"captures[{index}]" if "captures" in content else ""
-        _check_names(entry, f"{path}: {place}.", _names())
-        options = _merged(shared, entry, overrides or {})
-        missing = [name for name in ("model", "dataset", "output") if options.get(name) is None]
-        if missing:
-            raise ConfigError(f"{path}: {place or 'it'} has no {' and no '.join(missing)}")
-        try:
-            captures.append(CaptureSettings.of(**options))
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {place}{'.' if place else ''}{error}") from error
-    _check_outputs(captures, path)
-    return captures
-
-
-def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Put settings over others. One of preset and compression_config takes the other's place."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        if layer.keys() & _CODEC_SETTINGS:
-            merged = {name: value for name, value in merged.items() if name not in _CODEC_SETTINGS}
-        merged |= layer
-    return merged
-
-
-_CODEC_SETTINGS = {"preset", "compression_config"}
-
-
-def _check_outputs(captures: Sequence[CaptureSettings], path: str | Path) -> None:
-    outputs: dict[str, int] = {}
-    for index, settings in enumerate(captures):
-        output = str(settings.output).rstrip("/")
-        if output in outputs:
-            raise ConfigError(f"{path}: captures[{outputs[output]}] and captures[{index}] have one output, {output}")
-        outputs[output] = index
-
-
-def _names() -> tuple[str, ...]:
+def setting_names() -> tuple[str, ...]:
     return tuple(field.name for field in fields(CaptureSettings))
 
 
-def _check_names(given: Mapping[Any, Any], where: str, known: Sequence[str]) -> None:
+def check_names(given: Mapping[Any, Any], where: str, known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -550,7 +425,7 @@ def default_of(name: str) -> Any:
     return next(field.default for field in fields(CaptureSettings) if field.name == name)
 
 
-def _read_yaml(path: Path, what: str = "compression_config") -> Any:
+def read_yaml(path: Path, what: str = "compression_config") -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

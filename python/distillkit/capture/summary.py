@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.signals.alignment import ShiftRates, document_shifts
+from distillkit.shards.alignment import ShiftRates, document_shifts
 from distillkit.types import Document, SparseLogprobs
 
 __all__ = ["ShardSummary"]

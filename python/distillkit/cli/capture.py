@@ -11,10 +11,13 @@ import click
 from click.core import ParameterSource
 from rich.table import Table
 
-from distillkit.capture.settings import CaptureReport, CaptureSettings, default_of, load_captures
-from distillkit.capture.text import LOSS_ON, OVERFLOWS
-from distillkit.cli.common import human_bytes, show, stopping_on_sigterm
+from distillkit.capture.result import CaptureReport
+from distillkit.capture.settings import CaptureSettings, default_of
+from distillkit.capture.settings_file import load_captures
+from distillkit.cli.common import stopping_on_sigterm
 from distillkit.codec import PRESETS
+from distillkit.console import human_bytes, show
+from distillkit.text.documents import LOSS_ON, OVERFLOWS
 
 __all__ = ["capture", "capture_options", "chosen_captures", "show_reports"]
 

@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from distillkit import __version__
-from distillkit.cli.common import CONFIG, SPLIT, human_bytes, output, progress_bar, run_cli, show
+from distillkit.cli.common import CONFIG, SPLIT, run_cli
 from distillkit.codec import PRESETS, preset
+from distillkit.console import human_bytes, output, progress_bar, show
 from distillkit.errors import DistillKitError
-from distillkit.inspect import Inspection, inspect_dataset, recompute_fidelity
+from distillkit.reports.inspection import Inspection, inspect_dataset, recompute_fidelity
 from distillkit.shards import Dataset, convert, verify_dataset
-from distillkit.signals.alignment import SHIFTS
+from distillkit.shards.alignment import SHIFTS
 
 __all__ = ["cli", "main"]
 
@@ -84,7 +85,7 @@ def inspect(
         source = f"computed again with {teacher}"
         inspection = replace(inspection, fidelity=stats, fidelity_source=source)
     if plot is not None:
-        from distillkit.plots import plot_inspection
+        from distillkit.reports.inspection_plots import plot_inspection
 
         plot_inspection(inspection, plot)
     if as_json:
@@ -319,7 +320,7 @@ def convert_command(
 def _tokenizer_facts(name: str | None) -> tuple[dict[str, Any] | None, int | None]:
     if name is None:
         return None, None
-    from distillkit.tokenizer import fingerprint, load_tokenizer, vocab_size
+    from distillkit.text.tokenizer import fingerprint, load_tokenizer, vocab_size
 
     tokenizer = load_tokenizer(name)
     label = Path(name).resolve().name if Path(name).exists() else name

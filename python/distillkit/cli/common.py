@@ -8,29 +8,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 import click
-from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distillkit.console import progress_console
 from distillkit.errors import DistillKitError
 
-__all__ = [
-    "CONFIG",
-    "SPLIT",
-    "human_bytes",
-    "output",
-    "progress_bar",
-    "progress_console",
-    "run_cli",
-    "show",
-    "stopping_on_sigterm",
-]
+__all__ = ["CONFIG", "SPLIT", "run_cli", "stopping_on_sigterm"]
 
 # Options of all commands that read a published dataset.
 CONFIG = click.option(
@@ -52,45 +41,6 @@ _EXTRAS = {
     "s3fs": "s3",
 }
 """Packages that not every installation has, and the extra that brings each."""
-
-
-def output() -> Console:
-    """The console for what a command was asked for: stdout. Plain text where it is no terminal or `NO_COLOR` is set."""
-    return Console(highlight=False)
-
-
-def progress_console() -> Console:
-    """The console for logs and progress: stderr."""
-    return Console(stderr=True)
-
-
-def show(renderable: RenderableType) -> None:
-    """Prints to stdout without the spaces that rich fills lines up with, which only get in the way of a pipe."""
-    console = output()
-    with console.capture() as captured:
-        console.print(renderable)
-    for line in captured.get().splitlines():
-        click.echo(line.rstrip(), color=console.is_terminal)
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while the block runs, where that is a terminal; call what it gives with done and total."""
-    console = progress_console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def human_bytes(count: float) -> str:
-    """A number of bytes as a person reads it: 999 bytes, 8.4 MB, 1.25 TB (powers of 1000, three digits)."""
-    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB", "PB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    if units[0] == "bytes":
-        return f"{value:.0f} byte" if round(value) == 1 else f"{value:.0f} bytes"
-    return f"{value:.{max(0, 2 - (value >= 9.995) - (value >= 99.95))}f} {units[0]}"
 
 
 def run_cli(command: click.Command) -> NoReturn:

@@ -9,9 +9,10 @@ from typing import Any
 import click
 from rich.table import Table
 
-from distillkit.cli.common import CONFIG, SPLIT, progress_bar, show
-from distillkit.shards.pack import PackReport, pack_dataset
+from distillkit.cli.common import CONFIG, SPLIT
+from distillkit.console import progress_bar, show
 from distillkit.shards.reader import Dataset
+from distillkit.shards.repack import PackReport, pack_dataset
 
 __all__ = ["MAX_LEN", "SHUFFLE_SEED", "pack", "run_pack", "window_option"]
 

@@ -12,12 +12,12 @@ import click
 from rich.table import Table
 
 from distillkit.cli.capture import capture_options, chosen_captures
-from distillkit.cli.common import human_bytes, progress_bar, show
+from distillkit.console import human_bytes, progress_bar, show
 from distillkit.errors import CaptureError
 
 if TYPE_CHECKING:
-    from distillkit.capture.forecast import CodecForecast, Forecast, MemoryForecast, SpeedForecast
-    from distillkit.capture.totals import Amount, TextForecast
+    from distillkit.capture.forecast.forecast import CodecForecast, Forecast, MemoryForecast, SpeedForecast
+    from distillkit.capture.forecast.totals import Amount, TextForecast
 
 __all__ = ["plan"]
 
@@ -50,7 +50,7 @@ def plan(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from distillkit.capture.forecast import forecast
+    from distillkit.capture.forecast.forecast import forecast
 
     disable_progress_bar()
     captures = chosen_captures(context, config, options)

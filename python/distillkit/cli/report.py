@@ -9,7 +9,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from distillkit.cli.common import show
+from distillkit.console import show
 
 __all__ = ["report"]
 
@@ -24,7 +24,8 @@ def report(runs: tuple[Path, ...], folder: Path | None, as_json: bool) -> None:
     Several RUNS are printed side by side, and nothing is written into their folders; with --output, comparison.md and
     comparison.png are written there.
     """
-    from distillkit.report import comparison, names_of, read_run, write_comparison, write_report
+    from distillkit.reports.run_record import read_run
+    from distillkit.reports.run_report import comparison, names_of, write_comparison, write_report
 
     records = [read_run(run) for run in runs]
     if folder is not None and len(records) == 1:

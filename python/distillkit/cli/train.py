@@ -17,9 +17,9 @@ from rich import filesize
 from rich.markup import escape
 from rich.table import Table
 
-from distillkit.cli.common import output, show
-from distillkit.dry_run import DryRun, dry_run
+from distillkit.console import output, show
 from distillkit.errors import ConfigError
+from distillkit.training.dry_run import DryRun, dry_run
 
 __all__ = ["summary_table", "train"]
 
@@ -72,12 +72,12 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
 
 
 def _train(config: Path) -> dict[str, Any]:
-    from distillkit.config import load_config
+    from distillkit.training.config.file import load_config
 
     run = load_config(config)
     from transformers.utils.logging import disable_progress_bar
 
-    from distillkit.run import train as train_student
+    from distillkit.training.run import train as train_student
 
     # Their bars for loading and saving run into ours.
     disable_progress_bar()

@@ -19,8 +19,8 @@ from distillkit.codec.config import (
     LegacyLogitCompressionConfig,
     codec_config,
 )
+from distillkit.codec.topk import is_tensor, native_logits, sparse_from_logits
 from distillkit.errors import CorruptDataError, InputError, TruncatedDataError, UnsupportedVersionError
-from distillkit.topk import is_tensor, native_logits, sparse_from_logits
 from distillkit.types import Array, SparseLogprobs
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from distillkit.lm_head import LMHead, logit_chunks
 from distillkit.losses.config import LossConfig
 from distillkit.losses.positions import Positions, Targets, TeacherLogits
-from distillkit.losses.table import HiddenTerm, Term, hidden_terms_of, loss, terms_of
+from distillkit.losses.registry import HiddenTerm, Term, hidden_terms_of, loss, terms_of
+from distillkit.models.head import LMHead, logit_chunks
 
 __all__ = ["LossResult", "Objective"]
 

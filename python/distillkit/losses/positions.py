@@ -32,12 +32,12 @@ from typing import Literal
 
 import torch
 
-from distillkit.lm_head import LMHead
-from distillkit.losses.student import StudentLogits
-from distillkit.topk import sparse_from_logits
+from distillkit.codec.topk import sparse_from_logits
+from distillkit.losses.logits import StudentLogits
+from distillkit.models.head import LMHead
 from distillkit.types import SparseLogprobs
 
-__all__ = ["Comparison", "DenseTeacher", "Missing", "Positions", "Targets", "Teacher", "TeacherLogits"]
+__all__ = ["Comparison", "DenseTeacher", "Missing", "Positions", "Targets", "TeacherDistribution", "TeacherLogits"]
 
 Missing = Literal["zero", "uniform", "label"]
 
@@ -79,7 +79,7 @@ class DenseTeacher:
         return TeacherLogits(self.head(self.hidden[start:stop], self.weights))
 
 
-Teacher = SparseLogprobs | TeacherLogits | DenseTeacher
+TeacherDistribution = SparseLogprobs | TeacherLogits | DenseTeacher
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Targets:
     """
 
     labels: torch.Tensor
-    teacher: Teacher
+    teacher: TeacherDistribution
     hidden: tuple[torch.Tensor, ...] = ()
     label_logprobs: torch.Tensor | None = None
 
@@ -280,7 +280,7 @@ def _target(
     return scaled - total.unsqueeze(-1), None if remainder is None else remainder - total
 
 
-def _tensors(teacher: Teacher) -> tuple[torch.Tensor, torch.Tensor]:
+def _tensors(teacher: TeacherDistribution) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids (…, k) and log-probabilities (…, k) that are torch tensors."""
     assert isinstance(teacher, SparseLogprobs)
     assert isinstance(teacher.ids, torch.Tensor)

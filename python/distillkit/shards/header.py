@@ -13,7 +13,7 @@ from distillkit import __version__
 from distillkit.codec import Codec
 from distillkit.errors import CorruptDataError, InputError, MismatchError, UnsupportedVersionError
 
-__all__ = ["Header", "canonical_json", "hashed_metadata", "read_hashed_metadata"]
+__all__ = ["Header", "canonical_json", "check_codec", "hashed_metadata", "read_hashed_metadata"]
 
 FORMAT = "distillkit-shard"
 VERSION = 1
@@ -193,3 +193,22 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
             leaves.update(_flat(item, f"{path}.{key}" if path else str(key)))
         return leaves
     return {path: list(value) if isinstance(value, tuple) else value}
+
+
+def check_codec(given: Codec, own: Codec, name: str, what: str) -> None:
+    """Refuses a codec that is not the dataset's own.
+
+    Raises:
+        MismatchError: names the fields and both values.
+    """
+    if given.format != own.format:
+        raise MismatchError(
+            f"{name}: {what} is {own.format}, the configuration given is {given.format}; leave it out, the dataset has "
+            "its own"
+        )
+    ours, theirs = given.to_dict()["config"], own.to_dict()["config"]
+    odd = [f"{key} {theirs[key]!r} (given: {ours[key]!r})" for key in theirs if ours[key] != theirs[key]]
+    if odd:
+        raise MismatchError(
+            f"{name}: {what} has {', '.join(odd)}; leave the configuration out, the dataset has its own"
+        )

@@ -11,10 +11,10 @@ from typing import Any
 import fsspec
 import xxhash
 
+from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import CorruptDataError, UnsupportedVersionError
-from distillkit.fidelity import FidelityStats
-from distillkit.shards.files import Folder
 from distillkit.shards.header import Header, canonical_json
+from distillkit.shards.storage import Folder
 
 __all__ = ["MANIFEST", "Manifest", "ShardInfo", "read_manifest"]
 

@@ -20,10 +20,10 @@ import yaml
 
 from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig, codec_config
 from distillkit.errors import ConfigError, CorruptDataError, InputError
-from distillkit.shards.files import reading
-from distillkit.shards.header import Header, alignment
+from distillkit.shards.header import Header, alignment, check_codec
 from distillkit.shards.manifest import ShardInfo
-from distillkit.shards.reader import Dataset, check_codec, open_parquet
+from distillkit.shards.parquet import open_parquet
+from distillkit.shards.storage import reading
 from distillkit.shards.table import Block, Documents, check_document, document_id, int32_array, make_block
 from distillkit.types import Document
 
@@ -71,8 +71,10 @@ def _mapping(config: ConfigSource) -> Any:
     return content
 
 
-def open_published(name: str, config: ConfigSource, split: str | None, vocab_size: int | None) -> Dataset:
-    """Opens a published dataset; arguments and errors as `Dataset.open`."""
+def open_published(
+    name: str, config: ConfigSource, split: str | None, vocab_size: int | None
+) -> tuple[Header, list[_PublishedFile]]:
+    """Reads what is known of a published dataset, and its files; arguments and errors as `Dataset.open`."""
     folder, paths = _data_files(name, split)
     if not paths:
         raise InputError(f"{name}: no Parquet or Arrow files are there; expected a captured or a published dataset")
@@ -92,7 +94,7 @@ def open_published(name: str, config: ConfigSource, split: str | None, vocab_siz
         logprobs="as published",
         distillkit_version="",
     )
-    return Dataset(name, "published", header, [_PublishedFile(table, header, codec, layout) for table in tables])
+    return header, [_PublishedFile(table, header, codec, layout) for table in tables]
 
 
 # -- finding things ----------------------------------------------------------------------------------------------------

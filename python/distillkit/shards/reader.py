@@ -8,7 +8,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,14 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillkit.codec import Codec, CodecConfig
-from distillkit.errors import CorruptDataError, InputError, MismatchError, TruncatedDataError
-from distillkit.shards.files import open_source, reading
-from distillkit.shards.header import Header
+from distillkit.errors import CorruptDataError, InputError, MismatchError
+from distillkit.shards.header import Header, check_codec
 from distillkit.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
+from distillkit.shards.parquet import open_parquet
+from distillkit.shards.published import load_codec_config, open_published
+from distillkit.shards.storage import reading
 from distillkit.shards.table import SCHEMA, Block, Documents, GroupDigest, ShardRows
 from distillkit.types import Document, SparseLogprobs
 
-__all__ = ["Dataset", "DocumentFile", "ShardFile", "check_codec", "is_captured"]
+__all__ = ["Dataset", "DocumentFile", "ShardFile", "is_captured"]
 
 _CACHED_GROUPS = {"distillkit": 8, "published": 1}
 """Row groups kept in memory: ours are about 1 MB, published ones can be a thousand times larger."""
@@ -150,36 +151,6 @@ class ShardFile:
         return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
 
-@contextmanager
-def open_parquet(path: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
-    """A Parquet file (a path or an fsspec URL), open inside the `with`, its page checksums checked on every read.
-
-    Args:
-        metadata: its footer, where that was read before.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        TruncatedDataError: it does not end the way Parquet files end.
-    """
-    if metadata is None:
-        _check_ends(path)
-    with (
-        reading(path),
-        open_source(path) as file,
-        pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True) as parquet,
-    ):
-        yield parquet
-
-
-def _check_ends(path: str) -> None:
-    filesystem, inner = fsspec.core.url_to_fs(path)
-    if not filesystem.exists(inner):
-        raise FileNotFoundError(2, "no such file", path)
-    size = filesystem.size(inner)
-    if size < 12 or filesystem.cat_file(inner, start=size - 4, end=size) != b"PAR1":
-        raise TruncatedDataError(f"{path}: {size} bytes that do not end as a Parquet file does: it was cut off")
-
-
 class Dataset(Documents):
     """Documents by index, in the order they were captured. Made by `Dataset.open`.
 
@@ -232,8 +203,6 @@ class Dataset(Documents):
             MismatchError: `config` and the shards, or the shards and their manifest, disagree.
             ConfigError, CorruptDataError, TruncatedDataError, UnsupportedVersionError: as they say.
         """
-        from distillkit.shards.published import load_codec_config, open_published
-
         name = str(os.fspath(path)).rstrip("/")
         filesystem, inner = fsspec.core.url_to_fs(name)
         if not filesystem.exists(inner):
@@ -245,7 +214,8 @@ class Dataset(Documents):
             shard = ShardFile(name)
             dataset = Dataset(name, "distillkit", shard.header, [shard])
         else:
-            return open_published(name, config, split, vocab_size)
+            header, files = open_published(name, config, split, vocab_size)
+            return Dataset(name, "published", header, files)
         if config is not None:
             given = Codec(load_codec_config(config))
             check_codec(given, dataset.codec, name, "its codec")
@@ -385,22 +355,3 @@ def _open_folder(name: str, manifest: Manifest) -> Dataset:
         manifest.header.check_same(file.header, where=file.path)
         files.append(file)
     return Dataset(name, "distillkit", manifest.header, files, manifest.shards)
-
-
-def check_codec(given: Codec, own: Codec, name: str, what: str) -> None:
-    """Refuses a codec that is not the dataset's own.
-
-    Raises:
-        MismatchError: names the fields and both values.
-    """
-    if given.format != own.format:
-        raise MismatchError(
-            f"{name}: {what} is {own.format}, the configuration given is {given.format}; leave it out, the dataset has "
-            "its own"
-        )
-    ours, theirs = given.to_dict()["config"], own.to_dict()["config"]
-    odd = [f"{key} {theirs[key]!r} (given: {ours[key]!r})" for key in theirs if ours[key] != theirs[key]]
-    if odd:
-        raise MismatchError(
-            f"{name}: {what} has {', '.join(odd)}; leave the configuration out, the dataset has its own"
-        )

@@ -12,9 +12,9 @@ import fsspec
 
 from distillkit.codec import CodecConfig
 from distillkit.errors import DistillKitError, MismatchError
-from distillkit.shards.files import file_hash
 from distillkit.shards.manifest import ShardInfo
 from distillkit.shards.reader import Dataset, DocumentFile
+from distillkit.shards.storage import file_hash
 from distillkit.types import Document
 
 _T = TypeVar("_T")

@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillkit.codec import Codec
+from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import CorruptDataError, InputError
-from distillkit.fidelity import FidelityStats
-from distillkit.shards.files import Folder, file_hash, writing
 from distillkit.shards.header import Header
 from distillkit.shards.manifest import Manifest, ShardInfo, merged_fidelity, read_manifest
 from distillkit.shards.reader import ShardFile
+from distillkit.shards.storage import Folder, file_hash, writing
 from distillkit.shards.table import SCHEMA, GroupDigest, check_document, document_id, document_table, int32_array
 from distillkit.types import Document, SparseLogprobs
 

@@ -1,0 +1,249 @@
+"""What a capture starts from, loaded without the teacher's weights: settings, tokenizer, head size, plan, header."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich import filesize
+
+from distillkit.capture.settings import CaptureSettings
+from distillkit.capture.shard_plan import ShardPlan, ShardReceipt, make_plan, read_plan
+from distillkit.capture.teachers.base import RowRequest, Teacher
+from distillkit.capture.teachers.hf import load_config, resolve_device, resolve_dtype
+from distillkit.capture.teachers.make import make_teacher
+from distillkit.codec import Codec
+from distillkit.errors import CaptureError, ConfigError, MismatchError
+from distillkit.shards import Header, Manifest
+from distillkit.shards.header import alignment
+from distillkit.shards.storage import Folder
+from distillkit.text.documents import DocumentReader
+from distillkit.text.sources import Source, open_source
+from distillkit.text.tokenizer import fingerprint, load_tokenizer, vocab_size
+
+__all__ = ["CaptureInputs", "check_disk_space", "document_reader", "stored_bytes_per_token"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CaptureInputs:
+    """What a capture starts from, loaded without the teacher's weights."""
+
+    settings: CaptureSettings
+    tokenizer: Any
+    head_size: int
+    device: str
+    dtype: str
+
+    @classmethod
+    def load(cls, settings: CaptureSettings) -> CaptureInputs:
+        """Load the teacher's config and the tokenizer.
+
+        Raises:
+            ConfigError: one is not there, or the settings do not fit the teacher.
+        """
+        trust = settings.trust_remote_code
+        config = load_config(settings.config_source, trust_remote_code=trust)
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and settings.max_seq_len > longest:
+            raise ConfigError(
+                f"max_seq_len: {settings.max_seq_len} tokens are more than the {longest} positions that "
+                f"{settings.model} was made for (max_position_embeddings): give at most those"
+            )
+        device = "server" if settings.engine == "openai" else resolve_device(settings.device)
+        return cls(
+            settings,
+            load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=trust),
+            int(config.get_text_config().vocab_size),
+            device,
+            resolve_dtype(settings.dtype, config, device),
+        )
+
+    @property
+    def codec(self) -> Codec:
+        """The codec; see `CaptureSettings.codec`."""
+        return self.settings.codec(self.head_size)
+
+    @property
+    def request(self) -> RowRequest:
+        """What is kept of the teacher's distributions."""
+        settings, k = self.settings, self.codec.k
+        return RowRequest(k, settings.token_ids(self.tokenizer, k), settings.label_logprobs, settings.last_row)
+
+    def source(self) -> Source:
+        """Open the dataset."""
+        settings = self.settings
+        return open_source(settings.dataset, configuration=settings.dataset_configuration, split=settings.split)
+
+    def header(self, source: Source) -> Header:
+        """Make the header of the shards, without the teacher.
+
+        Raises:
+            MismatchError: the tokenizer knows ids that the teacher has no logits for; or see `CaptureSettings.codec`.
+        """
+        known = vocab_size(self.tokenizer)
+        name = self.settings.tokenizer or self.settings.model
+        if known > self.head_size:
+            raise MismatchError(
+                f"the tokenizer {name} knows {known} ids, the teacher's logits are only {self.head_size} wide: they do "
+                "not belong together"
+            )
+        return Header(
+            codec=self.codec.to_dict(),
+            vocab_size=known,
+            head_size=self.head_size,
+            tokenizer={"name": _public_name(name), "fingerprint": fingerprint(self.tokenizer)},
+            alignment=alignment("L" if self.request.last_row else "L-1"),
+            capture={
+                **self.settings.identity(),
+                "dataset": source.description,
+                "device": self.device.partition(":")[0],
+            },
+        )
+
+    def plan(self, folder: Folder) -> ShardPlan:
+        """The plan in the folder, or a new one.
+
+        Raises:
+            MismatchError: the folder holds a capture with other settings, or the text has changed since.
+            CaptureError: there is nothing to capture.
+            OSError: it can not be written.
+        """
+        source = self.source()
+        header, content = self.header(source), source.fingerprint
+        plan = read_plan(folder)
+        if plan is not None:
+            with _explain_mismatch(folder):
+                plan.check_same(header, content)
+            return plan
+        settings = self.settings
+        reader = document_reader(settings, source, self.tokenizer, id_limit=self.head_size)
+        plan = make_plan(
+            folder,
+            header,
+            reader,
+            settings.shard_tokens,
+            source=content,
+            kept=reader.kept,
+            counts=lambda: reader.counts,
+        )
+        if not plan.shards:
+            plan.remove()
+            raise CaptureError(
+                f"{settings.dataset}: no document of at least 2 tokens in it: {_passed_over(plan.counts)}"
+            )
+        logger.info(
+            "%s: %s documents with %s tokens in %d shards",
+            settings.dataset,
+            f"{plan.documents:,}",
+            f"{plan.tokens:,}",
+            len(plan.shards),
+        )
+        return plan
+
+    def teacher(self) -> Teacher:
+        """Load the teacher."""
+        return make_teacher(self.settings)
+
+    def complete_header(self, plan: ShardPlan, teacher: Teacher, done: Mapping[int, ShardReceipt]) -> Header:
+        """The plan's header with its teacher.
+
+        Raises:
+            MismatchError: the teacher is another than that of shards which are done.
+        """
+        if teacher.head_size != self.head_size:
+            raise MismatchError(
+                f"{self.settings.model}: its logits are {teacher.head_size} wide, its config says {self.head_size}"
+            )
+        header = replace(plan.header, teacher=teacher.identity)
+        with _explain_mismatch(plan.folder):
+            for receipt in done.values():
+                header.check_same(receipt.header, where=plan.folder.of(receipt.info.file))
+        return header
+
+    def check_finished(self, finished: Manifest, folder: Folder) -> None:
+        """Refuse a finished dataset that these inputs would not have made; the teacher's weights are not looked at.
+
+        Raises:
+            MismatchError: names the setting and both values.
+        """
+        stored = finished.header.teacher or {}
+        # A server tells no dtype, and may have another name for the model.
+        known = {} if self.settings.engine == "openai" else {"name": _public_name(self.settings.model)}
+        if "dtype" in stored:
+            known["dtype"] = self.dtype
+        teacher = {**stored, **known}
+        with _explain_mismatch(folder):
+            header = replace(self.header(self.source()), teacher=teacher)
+            header.check_same(finished.header, where=str(folder))
+
+
+def document_reader(settings: CaptureSettings, source: Source, tokenizer: Any, *, id_limit: int) -> DocumentReader:
+    """Make the reader that a capture's settings ask for."""
+    return DocumentReader(
+        source,
+        tokenizer,
+        max_tokens=settings.max_seq_len,
+        id_limit=id_limit,
+        chat=settings.apply_chat_template,
+        samples=settings.samples,
+        seed=settings.seed,
+        shuffle=settings.shuffle,
+        where=settings.row_filters,
+        shortest=settings.min_tokens,
+        longest=settings.max_tokens,
+        overflow=settings.overflow,
+        overlap=settings.overlap,
+        loss_on=settings.loss_on,
+        keep_columns=settings.keep_columns,
+        drop_duplicates=settings.drop_duplicates,
+    )
+
+
+@contextmanager
+def _explain_mismatch(folder: Folder) -> Iterator[None]:
+    try:
+        yield
+    except MismatchError as error:
+        raise MismatchError(
+            f"{error}. {folder} holds a capture with other settings: repeat those to go on with it, or give another "
+            "output folder"
+        ) from error
+
+
+def _public_name(path: str) -> str:
+    """Return a hub id as it is, and of a local folder its name only: headers travel with published datasets."""
+    return Path(path).resolve().name if Path(path).exists() else path
+
+
+def _passed_over(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()) or "it is empty"
+
+
+def stored_bytes_per_token(codec: Codec, settings: CaptureSettings) -> int:
+    """Bytes on disk of a token: its row, its id and its label's log-probability."""
+    # Ids take up to 4 bytes, all the rest of a document some tens: less than a row in a hundred.
+    return codec.bytes_per_token + 4 + (4 if settings.label_logprobs else 0)
+
+
+def check_disk_space(plan: ShardPlan, codec: Codec, settings: CaptureSettings, numbers: Sequence[int]) -> None:
+    """Refuse to begin what the disk can't hold.
+
+    Raises:
+        CaptureError: says how much is needed and free.
+    """
+    free = plan.folder.free_bytes()
+    tokens = sum(plan.shards[number].tokens for number in numbers)
+    needed = tokens * stored_bytes_per_token(codec, settings)
+    if free is not None and needed > free:
+        raise CaptureError(
+            f"{plan.folder}: {tokens:,} tokens × {codec.bytes_per_token} bytes (and their ids) take "
+            f"{filesize.decimal(int(needed))}, and only {filesize.decimal(free)} are free there. Nothing was "
+            "captured: make room, give another output, fewer --samples or a smaller codec (distillkit plan compares "
+            "them)"
+        )

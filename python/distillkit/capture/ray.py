@@ -1,0 +1,137 @@
+"""Shards shared out over a Ray cluster: one actor a worker, each with its own engine, writing where it runs.
+
+Which documents are in a shard is the plan's matter, so the dataset is the same for any number of workers; the shards of
+a worker that is lost are done again by another.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from distillkit.capture.pipeline import StageTimes, capture_shards
+from distillkit.capture.progress import CaptureProgress
+from distillkit.capture.settings import CaptureSettings
+from distillkit.capture.shard_plan import ShardPlan, read_plan
+from distillkit.errors import CaptureError, ConfigError, DistillKitError
+from distillkit.shards.storage import Folder
+
+__all__ = ["capture_with_ray"]
+
+logger = logging.getLogger(__name__)
+
+
+def capture_with_ray(
+    settings: CaptureSettings, plan: ShardPlan, numbers: Sequence[int], progress: CaptureProgress
+) -> StageTimes:
+    """Capture some shards of a plan on the Ray cluster that this process is connected to, or on one it starts here.
+
+    Args:
+        settings: `num_workers`, `worker_gpus` and `worker_cpus` say how many actors, and what each takes.
+        plan: in a folder that all nodes reach.
+        numbers: which shards.
+        progress: told of each shard that is done.
+
+    Returns:
+        The workers' times, added up, but for `wall`.
+
+    Raises:
+        ConfigError: the cluster can't hold a worker.
+        CaptureError: as `capture_shards`, in any worker.
+    """
+    import ray
+    import ray.exceptions
+
+    if not ray.is_initialized():
+        # RAY_ADDRESS, or a cluster running on this node, is found by itself; otherwise one is started for this process.
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    count = min(_worker_count(settings, ray.nodes()), len(numbers))
+    logger.info("%d Ray workers on %d nodes", count, len([node for node in ray.nodes() if node["Alive"]]))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    tasks = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
+    results = tasks.map_batches(
+        _ShardWorker,
+        fn_constructor_args=(settings,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=count),
+        num_cpus=settings.worker_cpus,
+        num_gpus=_gpus(settings, ray.cluster_resources()),
+    )
+    times = StageTimes()
+    try:
+        for result in results.iter_rows():
+            number, problem = int(result.pop("number")), result.pop("problem")
+            if problem:
+                raise CaptureError(f"a worker stopped: {problem}")
+            for name, value in result.items():
+                setattr(times, name, getattr(times, name) + value)
+            progress.scored(plan.shards[number].tokens, 0, 0)
+            progress.finished_shard()
+    except ray.exceptions.RayError as error:
+        raise CaptureError(f"the Ray workers stopped: {error}") from error
+    return times
+
+
+def _worker_count(settings: CaptureSettings, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """How many workers: as many as asked for, else as many as the GPUs of the cluster hold, or one a node.
+
+    Raises:
+        ConfigError: not one.
+    """
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    gpus = [int(node.get("GPU", 0)) for node in resources]
+    each = settings.gpus_per_worker
+    fitting = sum(count // each for count in gpus) if any(gpus) else len(resources)
+    if fitting == 0:
+        raise ConfigError(f"workers: a worker takes {each} GPUs on one node; the nodes have {gpus}")
+    return settings.num_workers or fitting
+
+
+def _gpus(settings: CaptureSettings, cluster: Mapping[str, float]) -> int:
+    return settings.gpus_per_worker if cluster.get("GPU") else 0
+
+
+class _ShardWorker:
+    """Lives in an actor, with its engine, which is loaded with the first shard."""
+
+    def __init__(self, settings: CaptureSettings) -> None:
+        self._settings = settings
+        self._capture: Callable[[int], StageTimes] | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Capture a shard. Errors raised on purpose are told as they are, without Ray's frames around them."""
+        (number,) = batch["number"].tolist()
+        times, problem = StageTimes(), ""
+        try:
+            if self._capture is None:
+                self._capture = self._load()
+            times = self._capture(number)
+        except (DistillKitError, OSError) as error:
+            problem = str(error)
+        return {"number": [number], "problem": [problem], **{name: [value] for name, value in vars(times).items()}}
+
+    def _load(self) -> Callable[[int], StageTimes]:
+        """Load the plan and the engine."""
+        from distillkit.capture.inputs import CaptureInputs
+
+        settings = self._settings
+        plan = read_plan(Folder(settings.output))
+        if plan is None:
+            raise CaptureError(
+                f"{settings.output}: the plan of the capture is not there on this node: the output must be storage "
+                "that all nodes reach, such as s3:// or a shared folder"
+            )
+        inputs = CaptureInputs.load(settings)
+        teacher = inputs.teacher()
+        header = inputs.complete_header(plan, teacher, plan.receipts())
+        request, skip_bad = inputs.request, settings.skip_bad_documents
+
+        def capture(number: int) -> StageTimes:
+            # A worker that is lost may have finished its last shard.
+            if plan.is_done(number):
+                return StageTimes()
+            return capture_shards(teacher, plan, header, [number], request, skip_bad=skip_bad)
+
+        return capture

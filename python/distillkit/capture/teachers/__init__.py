@@ -1,0 +1,1 @@
+"""Teachers that score documents: one interface (`base`), one module an engine."""

@@ -1,0 +1,319 @@
+"""A transformers model as the teacher.
+
+Shape legend: B documents of a batch, S longest of them, N positions of a batch that have a next token, H hidden size, V
+width of the head, k kept ids.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument, keep_ids, refusal
+from distillkit.codec.topk import sparse_from_logits
+from distillkit.errors import CaptureError, ConfigError
+from distillkit.models.head import backbone_hidden, check_lm_head
+from distillkit.text.documents import TokenDocument
+from distillkit.types import SparseLogprobs
+
+__all__ = ["HFTeacher", "length_batches", "load_config", "resolve_device", "resolve_dtype"]
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
+# Placements that accelerate spreads a model by, over all visible devices.
+_PLACEMENTS = ("balanced", "balanced_low_0", "sequential")
+_SAMPLED_VALUES = 256
+
+
+class HFTeacher:
+    """A causal LM of transformers, run without a cache, its head applied to a slice of positions at a time.
+
+    Args:
+        model: folder or hub id.
+        dtype: "auto" or a dtype's name, see `resolve_dtype`.
+        device: "auto", a torch device, or a placement over several devices ("balanced", "sequential").
+        batch_tokens: tokens of a forward, padding included; a longer document is a batch of its own.
+        head_rows: positions whose logits exist at a time: head_rows × V × 4 bytes.
+        head_dtype: "float32" multiplies by the head in float32 whatever the model's dtype is, "auto" in the model's
+            own.
+        trust_remote_code: run the model's own code.
+
+    Raises:
+        ConfigError: the model, dtype or device can't be had.
+        DistillKitError: the model's head can't be applied by itself (see `distillkit.lm_head.check_lm_head`).
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        batch_tokens: int,
+        head_rows: int,
+        head_dtype: str = "float32",
+        trust_remote_code: bool = False,
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        config = load_config(model, trust_remote_code=trust_remote_code)
+        device = resolve_device(device)
+        try:
+            self._model = AutoModelForCausalLM.from_pretrained(
+                model,
+                dtype=_DTYPES[resolve_dtype(dtype, config, device)],
+                device_map=device,
+                trust_remote_code=trust_remote_code,
+            ).eval()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model: {model!r} could not be loaded as a causal language model: {error}") from error
+        self._head = check_lm_head(self._model)
+        self._batch_tokens = batch_tokens
+        self._head_rows = head_rows
+        self._float32_head = head_dtype == "float32"
+        self._name = Path(model).name if Path(model).exists() else model
+
+    @property
+    def head_size(self) -> int:
+        """V."""
+        return self._head.size
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return int(self._model.config.get_text_config().hidden_size)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Name, revision (the hub's commit, or a hash over a sample of the weights for a local folder) and dtype."""
+        revision = getattr(self._model.config, "_commit_hash", None) or self._weights_hash()
+        return {"name": self._name, "revision": revision, "dtype": str(self._model.dtype).removeprefix("torch.")}
+
+    def _weights_hash(self) -> str:
+        """Hash a few values of every weight: two checkpoints of one model differ in them."""
+        digest = xxhash.xxh3_64()
+        for name, parameter in self._model.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().flatten()[:_SAMPLED_VALUES].float().cpu().numpy().tobytes())
+        return f"sample-xxh3-64:{digest.hexdigest()}"
+
+    @torch.inference_mode()
+    def score(
+        self, documents: Sequence[TokenDocument], request: RowRequest
+    ) -> Iterator[ScoredDocument | RejectedDocument]:
+        """Yield every document's distributions; see `Teacher.score`.
+
+        Where a batch does not fit in memory it is halved, and the ones after it are no larger.
+        """
+        weights = self._head.weights()
+        lengths = [len(document.input_ids) for document in documents]
+        batches = deque(length_batches(lengths, self._batch_tokens))
+        while batches:
+            batch = batches.popleft()
+            try:
+                scored = self._score_batch([documents[index] for index in batch], weights, request)
+            except torch.OutOfMemoryError as error:
+                batches.extendleft(reversed(self._smaller(batch, lengths, error)))
+                continue
+            for index, rows in zip(batch, scored, strict=True):
+                yield replace(rows, index=index)
+
+    def _smaller(self, batch: list[int], lengths: Sequence[int], error: torch.OutOfMemoryError) -> list[list[int]]:
+        """Cut a batch that ran out of memory: fewer documents, then fewer positions under the head at a time.
+
+        Raises:
+            CaptureError: it is one document and one position already.
+        """
+        tokens = len(batch) * max(lengths[index] for index in batch)
+        if len(batch) > 1:
+            self._batch_tokens = max(tokens // 2, 1)
+            middle = len(batch) // 2
+            pieces = [batch[:middle], batch[middle:]]
+        elif self._head_rows > 1:
+            self._head_rows //= 2
+            pieces = [batch]
+        else:
+            raise CaptureError(
+                f"out of memory with a single document of {tokens} tokens and one position × {self.head_size} logits "
+                f"at a time: a shorter --max-seq-len, a smaller dtype or more devices would do. {error}"
+            ) from error
+        torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory in a batch of %d documents × %d tokens: going on with %d tokens and %d positions under the "
+            "head at a time (--batch-tokens, --head-rows)",
+            len(batch),
+            tokens // len(batch),
+            self._batch_tokens,
+            self._head_rows,
+        )
+        return pieces
+
+    def _score_batch(
+        self,
+        documents: Sequence[TokenDocument],
+        weights: tuple[torch.Tensor, torch.Tensor | None],
+        request: RowRequest,
+    ) -> list[ScoredDocument | RejectedDocument]:
+        """Score the documents of one forward; indices count in it."""
+        counts = [len(document.input_ids) - (not request.last_row) for document in documents]
+        hidden_NH = self._hidden(documents, counts)
+        labels_N = torch.from_numpy(np.concatenate([_labels(document, request) for document in documents]))
+        slices = [
+            self._slice(hidden_NH[start:stop], labels_N[start:stop], weights, request)
+            for start, stop in _slices(hidden_NH.shape[0], self._head_rows)
+        ]
+        ids, logprobs, label_logprobs = (np.concatenate(parts) for parts in zip(*slices, strict=True))
+        scored: list[ScoredDocument | RejectedDocument] = []
+        for index, (document, stop) in enumerate(zip(documents, np.cumsum(counts).tolist(), strict=True)):
+            start = stop - counts[index]
+            rows = SparseLogprobs(ids[start:stop], logprobs[start:stop])
+            labels = label_logprobs[start : start + len(document.input_ids) - 1] if request.label_logprobs else None
+            reason = refusal(document, rows)
+            scored.append(ScoredDocument(index, rows, labels) if reason is None else RejectedDocument(index, reason))
+        return scored
+
+    def _hidden(self, documents: Sequence[TokenDocument], counts: Sequence[int]) -> torch.Tensor:
+        """Run the backbone on a batch: (N, H) states of the first `counts` positions, document by document."""
+        lengths = torch.tensor([len(document.input_ids) for document in documents])
+        # Padding stands on the right: the positions before it are the same with or without.
+        ids_BS = torch.zeros(len(documents), int(lengths.max()), dtype=torch.long)
+        for row, document in enumerate(documents):
+            ids_BS[row, : lengths[row]] = torch.from_numpy(document.input_ids.astype(np.int64))
+        positions = torch.arange(ids_BS.shape[1])
+        mask_BS = (positions < lengths[:, None]).long()
+        device = self._model.get_input_embeddings().weight.device
+        hidden_BSH = backbone_hidden(self._model, input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device))
+        return hidden_BSH[(positions < torch.tensor(counts)[:, None]).to(hidden_BSH.device)]
+
+    def _slice(
+        self,
+        hidden_nH: torch.Tensor,
+        labels_n: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor | None],
+        request: RowRequest,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Head and top-k of some positions: ids (n, k), log-probs (n, k), those of the labels (n,), as numpy.
+
+        Positions whose logits are no distribution over k ids have NaN.
+        """
+        logits_nV = self._head(hidden_nH, weights, float32_product=self._float32_head)
+        finite_nV = torch.isfinite(logits_nV)
+        bad_n = (torch.isnan(logits_nV) | torch.isposinf(logits_nV)).any(-1) | (finite_nV.sum(-1) < request.k)
+        if bad_n.any():
+            logits_nV = torch.where(bad_n[:, None], torch.zeros_like(logits_nV), logits_nV)
+        rows = sparse_from_logits(logits_nV, request.k)
+        ids_nk, logprobs_nk = torch.as_tensor(rows.ids), torch.as_tensor(rows.logprobs)
+        # log p(id) = logit − logsumexp, the latter by the most probable id's logit and log-prob.
+        first_n1 = logits_nV.gather(1, ids_nk[:, :1]).float() - logprobs_nk[:, :1]
+
+        def logprobs_of(ids: torch.Tensor) -> npt.NDArray[np.float32]:
+            values: npt.NDArray[np.float32] = (
+                (logits_nV.gather(1, ids.to(logits_nV.device)).float() - first_n1).cpu().numpy()
+            )
+            return values
+
+        sparse = SparseLogprobs(ids_nk.cpu().numpy(), logprobs_nk.cpu().numpy())
+        if request.keep_ids:
+            kept = np.asarray(request.keep_ids, dtype=np.int64)
+            sparse = keep_ids(sparse, kept, logprobs_of(torch.from_numpy(kept).expand(len(logits_nV), -1)))
+        bad = bad_n.cpu().numpy()
+        logprobs = np.where(bad[:, None], np.float32(np.nan), sparse.logprobs)
+        label_logprobs = np.where(bad, np.float32(np.nan), np.minimum(logprobs_of(labels_n[:, None])[:, 0], 0))
+        return np.asarray(sparse.ids), logprobs, label_logprobs
+
+
+def _labels(document: TokenDocument, request: RowRequest) -> npt.NDArray[np.int64]:
+    """The next token of each scored position; after the last one, whose next is not known, any."""
+    labels = document.input_ids[1:].astype(np.int64)
+    return np.append(labels, labels[-1]) if request.last_row else labels
+
+
+def _slices(length: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + size, length)) for start in range(0, length, size))
+
+
+def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group documents of like length, the longest first, so that a batch with its padding stays within `batch_tokens`.
+
+    Returns:
+        The indices of each batch; a document longer than `batch_tokens` is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
+    """Load a model's config, without its weights.
+
+    Raises:
+        ConfigError: there is none at that path.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model: no model config could be loaded from {model!r} (a folder or a hub id is expected): {error}"
+        ) from error
+
+
+def resolve_device(device: str) -> str:
+    """Return the device to run on; "auto" is the first CUDA device, or the CPU.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device in _PLACEMENTS:
+        return device
+    try:
+        return str(torch.device(device))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device: {device!r} is none; auto, cpu, cuda, cuda:1, … or one of {', '.join(_PLACEMENTS)} is understood"
+        ) from error
+
+
+def resolve_dtype(dtype: str, config: Any, device: str) -> str:
+    """Return the name of the dtype to run in.
+
+    "auto" is the checkpoint's own on an accelerator. On a CPU it is float32: few CPUs are fast in 16 bits, and the
+    distributions get more exact.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if dtype == "auto":
+        own = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+        return "float32" if device == "cpu" or own is None else str(own).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype: {dtype!r} is not known; auto, {', '.join(_DTYPES)} are")
+    return str(_DTYPES[dtype]).removeprefix("torch.")

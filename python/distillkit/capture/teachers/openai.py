@@ -1,0 +1,298 @@
+"""A running server as the teacher: any with OpenAI's completions that returns log-probabilities of the prompt."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
+from distillkit.capture.teachers.ranked import RankedEntries, scored_document
+from distillkit.errors import CaptureError, ConfigError
+from distillkit.text.documents import TokenDocument
+
+__all__ = ["OpenAITeacher", "echoed_entries", "prompt_entries"]
+
+_KEY_VARIABLES = ("DISTILLKIT_API_KEY", "OPENAI_API_KEY")
+# How a server that is asked for ids writes a token: "token_id:17".
+_TOKEN_ID = "token_id:"
+_CAP = re.compile(r"(?:max(?:imum)?(?: allowed)?|at most|up to)\D{0,20}?(\d+)", re.IGNORECASE)
+_PROBE = 3
+# Bad request, too large, not processable; and what a server says whose own code fails on one document, again and again.
+_DOCUMENT_ERRORS = (400, 413, 422, 500)
+
+
+class OpenAITeacher:
+    """A served model, asked for the log-probabilities of prompts of token ids.
+
+    The key comes from the environment: `DISTILLKIT_API_KEY` or `OPENAI_API_KEY`.
+
+    Args:
+        base_url: the server, with its `/v1`.
+        head_size: V, from the model's config: servers do not tell it.
+        k: ids a row that will be asked for at most; a small probe asks for them at once.
+        max_seq_len: tokens of the longest document.
+        served_model: the name the server has for the model; None: that of the only one it serves.
+        concurrency: requests at a time.
+        max_retries: how often a request is tried again, with growing pauses, after 429, 5xx, a timeout or no answer.
+        timeout: seconds.
+
+    Raises:
+        ConfigError: the package is not installed; the server knows no such model, gives fewer log-probabilities, or
+            takes no documents of that length.
+        CaptureError: the server does not answer.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        head_size: int,
+        k: int,
+        max_seq_len: int,
+        served_model: str | None = None,
+        concurrency: int = 16,
+        max_retries: int = 8,
+        timeout: float = 600.0,
+    ) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise ConfigError("engine: openai is not installed: pip install 'distillkit[openai]'") from error
+        key = next((os.environ[name] for name in _KEY_VARIABLES if os.environ.get(name)), "none")
+        self._client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=max_retries, timeout=timeout)
+        self._errors = openai
+        # Without user and password, which a URL may hold.
+        self._server = urlsplit(base_url).netloc.rpartition("@")[2]
+        self._head_size = head_size
+        self._k = k
+        self._concurrency = concurrency
+        self._model = self._find_model(served_model, max_seq_len)
+        self._echoes = self._probe()
+
+    @property
+    def head_size(self) -> int:
+        """V."""
+        return self._head_size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The served model's name: a server tells neither revision nor dtype."""
+        name = Path(self._model).name if self._model.startswith(("/", ".", "~")) else self._model
+        return {"name": name, "revision": None, "engine": "openai"}
+
+    def score(
+        self, documents: Sequence[TokenDocument], request: RowRequest
+    ) -> Iterator[ScoredDocument | RejectedDocument]:
+        """Yield every document's distributions as the server answers; see `Teacher.score`."""
+        if request.keep_ids:
+            raise ConfigError(
+                "keep_ids: a server gives the top k only, not the log-probabilities of chosen ids; the transformers "
+                "engine (--engine hf) does"
+            )
+        if request.k > self._k:
+            raise ConfigError(f"k: {request.k} ids a row are requested, the server was asked for {self._k}")
+        waiting = iter(enumerate(documents))
+        pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="distillkit-request")
+        try:
+            running: set[Future[ScoredDocument | RejectedDocument]] = set()
+            while True:
+                # One answer more than requests waits at most: memory stays bounded.
+                while len(running) < self._concurrency and (item := next(waiting, None)) is not None:
+                    running.add(pool.submit(self._score_one, *item, request))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _score_one(self, index: int, document: TokenDocument, request: RowRequest) -> ScoredDocument | RejectedDocument:
+        prompt = document.input_ids.tolist()
+        try:
+            choice = self._complete(prompt, request.k, echo=self._echoes, last_row=request.last_row)
+        except self._errors.APIError as error:
+            if getattr(error, "status_code", None) in _DOCUMENT_ERRORS:
+                return RejectedDocument(
+                    index, f"{document.source}: the server refuses this document: {_message(error)}"
+                )
+            raise self._failed(error) from error
+        generated = None
+        try:
+            entries = echoed_entries(choice, len(prompt)) if self._echoes else prompt_entries(choice)
+            if request.last_row:
+                last, generated = _last_entries(choice, request.k)
+                entries = entries.then(last)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            return RejectedDocument(index, f"{document.source}: the server's answer is not understood: {error!r}")
+        return scored_document(index, document, entries, request, self._head_size, generated=generated)
+
+    def _complete(self, prompt: list[int], k: int, *, echo: bool, last_row: bool = False) -> Mapping[str, Any]:
+        """Ask for a prompt's log-probabilities; the answer's only choice, as JSON.
+
+        Raises:
+            openai.APIError: it takes no such request, or fails however often it is asked.
+            CaptureError: it answers something else.
+        """
+        extra: dict[str, Any] = {} if echo else {"prompt_logprobs": k}
+        arguments: dict[str, Any] = {}
+        if echo or last_row:
+            extra["return_tokens_as_token_ids"] = True
+            arguments["logprobs"] = k
+        # The raw answer: the client's classes would make an object of each of its values.
+        response = self._client.completions.with_raw_response.create(
+            model=self._model, prompt=prompt, max_tokens=1, temperature=0.0, echo=echo, extra_body=extra, **arguments
+        )
+        try:
+            choice: Mapping[str, Any] = json.loads(response.http_response.content)["choices"][0]
+            return choice
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise CaptureError(f"{self._server} answers something else than completions: {error!r}") from error
+
+    def _find_model(self, name: str | None, max_seq_len: int) -> str:
+        """Ask what is served, and check its length where the server tells it."""
+        try:
+            served = {model.id: model for model in self._client.models.list()}
+        except self._errors.NotFoundError as error:
+            if name is None:
+                raise ConfigError(
+                    f"{self._server} does not say which models it serves ({_message(error)}): give --served-model, and "
+                    "check that --base-url ends in /v1"
+                ) from error
+            return name
+        except self._errors.APIError as error:
+            raise self._failed(error) from error
+        if name is None and len(served) != 1:
+            raise ConfigError(f"{self._server} serves {', '.join(served) or 'nothing'}: give --served-model")
+        name = name or next(iter(served))
+        if name not in served:
+            raise ConfigError(f"served_model: {self._server} serves {', '.join(served)}, not {name!r}")
+        longest = getattr(served[name], "max_model_len", None)
+        if isinstance(longest, int) and longest < max_seq_len + 1:
+            raise ConfigError(
+                f"max_seq_len: documents of {max_seq_len} tokens and the one that has to be generated are more than "
+                f"the {longest} that {self._server} takes: give --max-seq-len {longest - 1} at most, or start the "
+                f"server with --max-model-len {max_seq_len + 1}"
+            )
+        return name
+
+    def _probe(self) -> bool:
+        """Ask for k log-probabilities of a tiny prompt, and return whether they come by echo.
+
+        Raises:
+            ConfigError: the server gives fewer, or none.
+        """
+        prompt = list(range(1, 1 + _PROBE))
+        try:
+            choice = self._complete(prompt, self._k, echo=False)
+            if choice.get("prompt_logprobs"):
+                return False
+            choice = self._complete(prompt, self._k, echo=True)
+            echoed_entries(choice, _PROBE)
+        except self._errors.APIError as error:
+            if not isinstance(error, self._errors.BadRequestError):
+                raise self._failed(error) from error
+            message = _message(error)
+            cap = _CAP.search(message)
+            if cap is None:
+                raise ConfigError(
+                    f"{self._server} refuses {self._k} log-probabilities a position: {message}"
+                ) from error
+            raise ConfigError(
+                f"{self._server} gives at most {cap[1]} log-probabilities a position, the codec wants {self._k}: start "
+                f"it with --max-logprobs {self._k}, or take a codec with k ≤ {cap[1]}. It says: {message}"
+            ) from error
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ConfigError(
+                f"{self._server} returns no log-probabilities of a prompt with token ids, neither for prompt_logprobs "
+                "(as vLLM does) nor for echo with logprobs: it can not be captured from"
+            ) from error
+        return True
+
+    def _failed(self, error: Any) -> CaptureError | ConfigError:
+        """Say what to do about an error that trying again did not help."""
+        if isinstance(error, (self._errors.AuthenticationError, self._errors.PermissionDeniedError)):
+            return ConfigError(
+                f"{self._server} does not let us in: {_message(error)}. The key is read from the environment: "
+                f"{' or '.join(_KEY_VARIABLES)}"
+            )
+        return CaptureError(
+            f"{self._server} fails, also after {self._client.max_retries} retries: {_message(error)}. The capture can "
+            "be started again once the server is back: it goes on after the last whole shard"
+        )
+
+
+def prompt_entries(choice: Mapping[str, Any]) -> RankedEntries:
+    """Read `prompt_logprobs`: for each position null or a mapping from an id to its log-probability and rank."""
+    positions = choice["prompt_logprobs"][1:]
+    ids: list[int] = []
+    logprobs: list[float] = []
+    ranks: list[int] = []
+    for position in positions:
+        for token, entry in (position or {}).items():
+            ids.append(int(token))
+            logprobs.append(entry["logprob"])
+            ranks.append(entry["rank"])
+    return _entries(ids, logprobs, ranks, [len(position or {}) for position in positions])
+
+
+def echoed_entries(choice: Mapping[str, Any], prompt_tokens: int) -> RankedEntries:
+    """Read the log-probabilities of an echoed prompt whose tokens are written as ids.
+
+    Each position has the k most probable, and one more if the next token is none of them: that one comes last.
+
+    Raises:
+        ValueError: tokens are written as text, which does not tell their ids.
+    """
+    positions = choice["logprobs"]["top_logprobs"][1:prompt_tokens]
+    tokens = choice["logprobs"]["tokens"][1:prompt_tokens]
+    ids: list[int] = []
+    logprobs: list[float] = []
+    ranks: list[int] = []
+    for token, position in zip(tokens, positions, strict=True):
+        least = min(position.values()) if position else 0.0
+        for name, logprob in (position or {}).items():
+            ids.append(_id_of(name))
+            logprobs.append(logprob)
+            # Ranks are not told. What matters is whether the own token is one of the k, or the one more.
+            ranks.append(len(position) if name == token and logprob <= least else 1)
+    return _entries(ids, logprobs, ranks, [len(position or {}) for position in positions])
+
+
+def _last_entries(choice: Mapping[str, Any], k: int) -> tuple[RankedEntries, int]:
+    """Read the distribution after the last token: that of the generated one, which is the most probable."""
+    tokens, positions = choice["logprobs"]["tokens"], choice["logprobs"]["top_logprobs"]
+    position, generated = positions[-1], _id_of(tokens[-1])
+    ids = [_id_of(name) for name in position]
+    ranks = [1] * len(ids)
+    return _entries(ids, list(position.values()), ranks, [len(ids)]), generated
+
+
+def _id_of(token: str) -> int:
+    if not token.startswith(_TOKEN_ID):
+        raise ValueError(f"the token {token!r} is written as text, not as {_TOKEN_ID}…")
+    return int(token.removeprefix(_TOKEN_ID))
+
+
+def _entries(ids: list[int], logprobs: list[float], ranks: list[int], counts: list[int]) -> RankedEntries:
+    return RankedEntries(
+        np.array(ids, dtype=np.int64),
+        np.array(logprobs, dtype=np.float32),
+        np.array(ranks, dtype=np.int64),
+        np.array(counts, dtype=np.int64),
+    )
+
+
+def _message(error: Any) -> str:
+    """What a server said, in one line."""
+    body = getattr(error, "body", None)
+    said = body.get("message") if isinstance(body, Mapping) else None
+    return " ".join(str(said or error).split())

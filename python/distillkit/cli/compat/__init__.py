@@ -1,0 +1,1 @@
+"""The published commands: their names and options, over the commands of this package."""

@@ -1,0 +1,58 @@
+"""What the library may print with: consoles, progress bars, and how bytes and durations are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["duration", "human_bytes", "output", "progress_bar", "progress_console", "show"]
+
+
+def output() -> Console:
+    """The console for what a command was asked for: stdout. Plain text where it is no terminal or `NO_COLOR` is set."""
+    return Console(highlight=False)
+
+
+def progress_console() -> Console:
+    """The console for logs and progress: stderr."""
+    return Console(stderr=True)
+
+
+def show(renderable: RenderableType) -> None:
+    """Prints to stdout without the spaces that rich fills lines up with, which only get in the way of a pipe."""
+    console = output()
+    with console.capture() as captured:
+        console.print(renderable)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip(), color=console.is_terminal)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr while the block runs, where that is a terminal; call what it gives with done and total."""
+    console = progress_console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes as a person reads it: 999 bytes, 8.4 MB, 1.25 TB (powers of 1000, three digits)."""
+    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    if units[0] == "bytes":
+        return f"{value:.0f} byte" if round(value) == 1 else f"{value:.0f} bytes"
+    return f"{value:.{max(0, 2 - (value >= 9.995) - (value >= 99.95))}f} {units[0]}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time as 0:07, 12:05 or 3:04:05."""
+    minutes, rest = divmod(max(round(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,185 @@
+"""Pictures of a dataset, as PNG files. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distillkit.errors import InputError
+from distillkit.reports.inspection import Inspection
+
+__all__ = ["BLUE", "GREEN", "GREY", "INK", "ORANGE", "plot_inspection", "style_axes"]
+
+BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9822b", "#3c9a5f", "#9aa3ad", "#3d4752"
+_STRONG, _LIGHT = (BLUE, ORANGE, GREEN), ("#a9c3e2", "#f0cda5", "#b4dcc3")
+
+
+def plot_inspection(inspection: Inspection, path: str | Path) -> None:
+    """Draws the average distribution with the codec's error, the probability stored, and where the bytes go.
+
+    Raises:
+        InputError: there are no rows to draw.
+        ModuleNotFoundError: matplotlib is not installed.
+        OSError: the file can not be written.
+    """
+    from matplotlib.figure import Figure
+
+    if not inspection.rows_read:
+        raise InputError(f"{inspection.path}: holds no distributions, there is nothing to draw")
+    # A figure of its own, without pyplot: no global state, no display.
+    figure: Any = Figure(figsize=(15, 5.2), dpi=120, layout="constrained")
+    left, middle, right = figure.subfigures(1, 3, width_ratios=[1.3, 1, 0.85])
+    if _curves(inspection):
+        upper, lower = left.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        _error(lower, inspection)
+    else:
+        upper = lower = left.subplots()
+    _distribution(upper, inspection)
+    _rank_axis(lower, len(inspection.logprob_mean))
+    _mass(middle.subplots(), inspection)
+    _bytes(right.subplots(), inspection)
+    figure.suptitle(_title(inspection), fontsize=13, fontweight="bold", color=INK)
+    figure.savefig(path, format="png")
+
+
+def _title(inspection: Inspection) -> str:
+    title = f"{Path(inspection.path).name}: {inspection.rows:,} distributions"
+    if inspection.teacher is not None and inspection.teacher.get("name"):
+        title += f" of {inspection.teacher['name']}"
+    if inspection.documents_read < inspection.documents:
+        title += f" (sample of {inspection.documents_read:,} documents)"
+    return title
+
+
+def _curves(inspection: Inspection) -> dict[str, npt.NDArray[np.float64]]:
+    """By rank, as measured against the original; empty where that is not at hand."""
+    return {} if inspection.fidelity is None else inspection.fidelity.by_rank()
+
+
+def style_axes(axes: Any, title: str) -> None:
+    """Give a diagram its title and the look of all our pictures."""
+    axes.set_title(title, fontsize=11, loc="left", color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+# -- left: values ------------------------------------------------------------------------------------------------------
+
+
+def _distribution(axes: Any, inspection: Inspection) -> None:
+    curves = _curves(inspection)
+    ranks = np.arange(1, len(inspection.logprob_mean) + 1)
+    if curves:
+        middle, spread, error = curves["mean"], curves["std"], curves["rms_error"]
+        low, high = middle - spread, middle + spread
+        about, band, line = "", "original, ± 1 standard deviation", "original, mean"
+    else:
+        low, middle, high = inspection.logprob_quantiles
+        about, band, line = " (the codec's error is not recorded)", "stored, 10% to 90%", "stored, median"
+    axes.fill_between(ranks, low, high, color=BLUE, alpha=0.15, lw=0, label=band)
+    if curves:
+        axes.fill_between(ranks, middle - error, middle + error, color=ORANGE, lw=0, label="codec, ± rms error")
+    axes.plot(ranks, middle, color=BLUE, lw=1.4, label=line)
+    axes.set_ylabel("log-probability (nats)", color=INK)
+    style_axes(axes, f"Average distribution by rank{about}")
+    axes.legend(frameon=False, fontsize=9, loc="lower left", labelcolor=INK)
+    _mark_exact(axes, inspection, label=True)
+
+
+def _error(axes: Any, inspection: Inspection) -> None:
+    error = _curves(inspection)["rms_error"]
+    ranks = np.arange(1, len(error) + 1)
+    axes.fill_between(ranks, error, color=ORANGE, alpha=0.35, lw=0)
+    axes.plot(ranks, error, color=ORANGE, lw=1.4)
+    # Values stored in float32 have no error at all; the axis needs a height nevertheless.
+    axes.set_ylim(0, 1.15 * max(float(error.max()), 1e-6))
+    axes.set_ylabel("nats", color=INK)
+    style_axes(axes, "The codec's rms error by rank")
+    _mark_exact(axes, inspection, label=False)
+
+
+def _mark_exact(axes: Any, inspection: Inspection, *, label: bool) -> None:
+    exact, k = int(inspection.codec["config"]["exact_k"]), int(inspection.codec["config"]["k"])
+    if not 0 < exact < k:
+        return
+    axes.axvline(exact + 0.5, color=GREY, ls="--", lw=1)
+    if label:
+        what = "1st rank stored as a value," if exact == 1 else f"first {exact} ranks stored as values,"
+        # On the side with more room, the ranks being logarithmic.
+        side, shift = ("right", -4) if exact**2 >= 2 * k else ("left", 4)
+        style = {"ha": side, "va": "top", "fontsize": 9, "color": INK, "textcoords": "offset points"}
+        top = axes.get_xaxis_transform()
+        axes.annotate(f"{what}\nthe others as a curve", (exact + 0.5, 1.0), (shift, -2), xycoords=top, **style)
+
+
+def _rank_axis(axes: Any, k: int) -> None:
+    axes.set_xscale("log")
+    axes.set_xlim(0.93, 1.07 * max(k, 2))
+    ticks = [2**power for power in range(k.bit_length())]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("rank", color=INK)
+
+
+# -- middle: mass ------------------------------------------------------------------------------------------------------
+
+
+def _mass(axes: Any, inspection: Inspection) -> None:
+    counts = inspection.mass_histogram
+    share = np.cumsum(counts) / max(counts.sum(), 1)
+    mass = np.arange(len(counts)) / (len(counts) - 1)
+    axes.fill_between(mass, share, color=BLUE, alpha=0.15, lw=0, step="post")
+    axes.plot(mass, share, color=BLUE, lw=1.6, drawstyle="steps-post")
+    # From where a thousandth of the positions is, with room for the label of the worst 1%.
+    low = float(mass[np.argmax(share > 0.001)])
+    low = max(0.0, min(low, inspection.mass_p1 - 0.6 * (1 - inspection.mass_p1)) - 0.01)
+    axes.set_xlim(low, 1.0)
+    for at, level, text in ((inspection.mass_p1, 0.01, "p1"), (inspection.mass_p50, 0.5, "median")):
+        axes.plot(at, level, "o", color=ORANGE, ms=6)
+        place, side = ((-9, 6), "right") if (at - low) / (1 - low) > 0.45 else ((0, 12), "center")
+        if (at - low) / (1 - low) < 0.3:
+            place, side = (9, 2), "left"
+        axes.annotate(
+            f"{text} {at:.2%}", (at, level), place, textcoords="offset points", ha=side, fontsize=9.5, color=INK
+        )
+    axes.annotate(f"mean {inspection.mass_mean:.2%}", (0.03, 0.93), xycoords="axes fraction", fontsize=9.5, color=INK)
+    axes.set_ylim(0, 1.03)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.4%}".rstrip("0%").rstrip(".") + "%" if value else "0%")
+    axes.set_xlabel(f"probability on the {inspection.codec['config']['k']} stored ids", color=INK)
+    axes.set_ylabel("positions with at most that much", color=INK)
+    style_axes(axes, "Probability that is stored")
+
+
+# -- right: bytes ------------------------------------------------------------------------------------------------------
+
+
+def _bytes(axes: Any, inspection: Inspection) -> None:
+    k = inspection.codec["config"]["k"]
+    ours = (inspection.id_bytes, inspection.value_bytes, inspection.overhead_bytes)
+    plain = (4.0 * k, 2.0 * k, 0.0)
+    highest = max(sum(ours), sum(plain))
+    for x, parts, colours, ink in ((0, ours, _STRONG, "white"), (1, plain, _LIGHT, INK)):
+        at = 0.0
+        for name, size, colour in zip(("ids", "values", "overhead"), parts, colours, strict=True):
+            axes.bar(x, size, bottom=at, color=colour, width=0.62)
+            if size > 0.045 * highest:
+                axes.text(x, at + size / 2, f"{name} {size:,.0f}", ha="center", va="center", color=ink, fontsize=10)
+            at += size
+        label = {"ha": "center", "va": "bottom", "color": INK}
+        axes.text(x, at + 0.015 * highest, f"{at:,.0f}", fontsize=11, fontweight="bold", **label)
+        if 0 < parts[2] <= 0.045 * highest:
+            label["color"] = GREEN
+            axes.text(x, at + 0.08 * highest, f"overhead {parts[2]:,.1f}", fontsize=9, **label)
+    axes.set_xticks([0, 1], ["this dataset\n", f"plain top-k bf16\n{inspection.topk_ratio:.2f}× as much"])
+    axes.set_xlim(-0.5, 1.5)
+    axes.set_ylim(0, 1.2 * highest)
+    dense = f"dense bf16: {2 * inspection.head_size:,} bytes, {inspection.dense_ratio:,.0f}× as much"
+    axes.text(0.02, 0.985, dense, transform=axes.transAxes, va="top", fontsize=9.5, color=INK)
+    style_axes(axes, "Bytes a token")

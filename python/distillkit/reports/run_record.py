@@ -1,0 +1,177 @@
+"""What a training run leaves on disk for reports: metrics and a summary, read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from distillkit.errors import CorruptDataError, InputError
+
+__all__ = ["MEASURES", "METRICS", "REPORT", "SUMMARY", "Measure", "RunRecord", "read_metrics", "read_run"]
+
+METRICS, SUMMARY, REPORT = "metrics.jsonl", "summary.json", "report.md"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured on held-out documents.
+
+    Attributes:
+        name: its key in an evaluation's log.
+        label: for people.
+        form: how a value is written.
+        share: a value between 0 and 1, whose change is given in percentage points.
+    """
+
+    name: str
+    label: str
+    form: str
+    share: bool = False
+
+
+MEASURES = (
+    Measure("eval_kl", "KL(teacher ‖ student), nats", "{:.4f}"),
+    Measure("eval_cross_entropy", "cross-entropy, nats", "{:.4f}"),
+    Measure("eval_perplexity", "perplexity", "{:,.2f}"),
+    Measure("eval_top1_agreement", "same first token as the teacher", "{:.1%}", share=True),
+    Measure("eval_topk_overlap", "teacher's top tokens among the student's", "{:.1%}", share=True),
+    Measure("eval_student_mass", "student's probability on the teacher's tokens", "{:.1%}", share=True),
+    Measure("eval_teacher_mass", "teacher's probability on them", "{:.1%}", share=True),
+)
+
+# Keys of a training log that are no losses, for runs that do not say which losses they have.
+_NO_LOSSES = (
+    *("step", "loss", "epoch", "grad_norm", "learning_rate", "tokens_per_second", "data_wait", "peak_memory_gb"),
+    *("teacher_mass", "student_mass", "top1_agreement", "topk_overlap"),
+)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run has left behind.
+
+    Attributes:
+        folder: where.
+        description: what was trained, as `describe` has it; empty for runs that do not say.
+        training, evaluations: logs, each with its `step`, in order.
+        summary: of a finished run; else None.
+    """
+
+    folder: Path
+    description: dict[str, Any]
+    training: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return max([entry["step"] for entry in (*self.training, *self.evaluations)], default=0)
+
+    @cached_property
+    def parts(self) -> dict[str, float | None]:
+        """The losses by name, with their share of the total where it is known."""
+        if "losses" in self.description:
+            return {loss["name"]: loss["weight"] for loss in self.description["losses"]}
+        return {name: None for entry in self.training[:1] for name in entry if name not in _NO_LOSSES}
+
+    def series(self, name: str, *, held_out: bool = False) -> tuple[list[int], list[float]]:
+        """Return the steps and values of a metric, without those that are not finite."""
+        entries = self.evaluations if held_out else self.training
+        found = [(e["step"], float(e[name])) for e in entries if isinstance(e.get(name), (int, float))]
+        finite = [(step, value) for step, value in found if abs(value) < float("inf")]
+        return [step for step, _ in finite], [value for _, value in finite]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the whole run; of an unfinished one the mean of its logs."""
+        return self._overall("tokens_per_second")
+
+    @property
+    def data_wait(self) -> float | None:
+        """The share of the time spent waiting for data, as `tokens_per_second`."""
+        return self._overall("data_wait")
+
+    @property
+    def peak_memory(self) -> float | None:
+        """Bytes: on the GPU if there was one, else resident."""
+        if self.summary is not None:
+            return float(self.summary["peak_cuda_bytes"] or self.summary["peak_rss_bytes"])
+        _, values = self.series("peak_memory_gb")
+        return max(values) * 1e9 if values else None
+
+    def figures(self) -> dict[str, Any]:
+        """Return what it brought and took: the last step, first and last evaluation, throughput, waiting, memory."""
+        return {
+            "step": self.step,
+            "eval_first": self.evaluations[0] if self.evaluations else None,
+            "eval_last": self.evaluations[-1] if self.evaluations else None,
+            "tokens_per_second": self.tokens_per_second,
+            "data_wait": self.data_wait,
+            "peak_memory_bytes": self.peak_memory,
+        }
+
+    def _overall(self, name: str) -> float | None:
+        if self.summary is not None and name in self.summary:
+            return float(self.summary[name])
+        _, values = self.series(name)
+        return sum(values) / len(values) if values else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a file of metrics. A last line that was cut off, as a killed process leaves it, is left out.
+
+    Raises:
+        CorruptDataError: another line is not a log.
+        OSError: it can not be read.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise CorruptDataError(f"{path}: line {number} is not JSON: {error}") from error
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise CorruptDataError(f"{path}: line {number} is not a log: an object with a step is expected")
+        entries.append(entry)
+    return entries
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read what a run has left in its output folder.
+
+    Raises:
+        InputError: it holds no metrics.
+        CorruptDataError: its files can not be understood.
+    """
+    folder = Path(folder)
+    if not (folder / METRICS).is_file():
+        raise InputError(
+            f"{folder}: there is no {METRICS} here; give the output_path of a run of `distillkit CONFIG.yaml`"
+        )
+    entries = read_metrics(folder / METRICS)
+    summary = None
+    if (folder / SUMMARY).is_file():
+        try:
+            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise CorruptDataError(f"{folder / SUMMARY}: not JSON: {error}") from error
+    descriptions = [entry["run"] for entry in entries if "run" in entry]
+    return RunRecord(
+        folder=folder,
+        description=descriptions[-1] if descriptions else {},
+        training=[entry for entry in entries if "loss" in entry],
+        evaluations=[entry for entry in entries if "eval_loss" in entry],
+        summary=summary,
+    )

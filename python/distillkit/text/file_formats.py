@@ -1,0 +1,201 @@
+"""File formats of text datasets: JSON lines, JSON, text, Parquet."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import weakref
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distillkit.errors import ConfigError, InputError
+
+__all__ = []
+
+_PARQUET_BATCH_ROWS = 256
+_SCHEMA_ROWS = 1024
+
+# Columns of captured and published datasets that hold distributions: no text, and most of the bytes.
+TEACHER_COLUMNS = (
+    *("teacher", "compressed_logprobs", "bytepacked_indices", "packed_indices", "exact_values", "coeffs"),
+    *("token_ids", "top_values"),
+)
+
+
+class _Rows(Protocol):
+    """A file's rows by number: (place in the file, row)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How the rows of one kind of file are counted, read (`read` yields (place in the file, row)) and loaded, and what
+    columns they have; types are those of the columns that are asked for at least."""
+
+    count: Callable[[Path], int]
+    read: Callable[[Path], Iterator[tuple[str, Any]]]
+    load: Callable[[Path], _Rows]
+    schema: Callable[[Path, Sequence[str] | None], pa.Schema]
+
+
+def _count_lines(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"line {number}", _parse_json(line, f"{file}, line {number}")
+
+
+class _Lines:
+    """Lines of a JSON-lines file by number."""
+
+    def __init__(self, file: Path) -> None:
+        self._path = file
+        starts, numbers, start = array("q"), array("q"), 0
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    starts.append(start)
+                    numbers.append(number)
+                start += len(line)
+        self._starts, self._numbers = starts, numbers
+        self._file = file.open("rb")
+        weakref.finalize(self, self._file.close)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> tuple[str, Any]:
+        self._file.seek(self._starts[index])
+        number = self._numbers[index]
+        return f"line {number}", _parse_json(self._file.readline(), f"{self._path}, line {number}")
+
+
+def _json_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
+    """Return the types of a JSON file's columns, those of all its rows together."""
+    names: dict[str, None] = {}
+    found = pa.schema([])
+    rows = (row for _, row in FORMATS[file.suffix].read(file) if isinstance(row, Mapping))
+    while batch := list(itertools.islice(rows, _SCHEMA_ROWS)):
+        names |= dict.fromkeys(name for row in batch for name in row)
+        for name in [name for name in names if columns is None or name in columns]:
+            found = _with_values(found, name, [row.get(name) for row in batch], file)
+    # Those that were not asked for are there, so that a message can name them.
+    return pa.schema([found.field(name) if name in found.names else pa.field(name, pa.null()) for name in names])
+
+
+def _with_values(schema: pa.Schema, name: str, values: list[Any], file: Path) -> pa.Schema:
+    """Widen a schema so that a column takes these values."""
+    try:
+        column = pa.schema([(name, pa.array(values).type)])
+        return pa.unify_schemas([schema, column], promote_options="permissive")
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"keep_columns: the values of {name} in {file.name} are of no one type: {error}. Name the columns to keep "
+            "without it"
+        ) from error
+
+
+def _parse_json(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON in UTF-8: {error}") from error
+
+
+def _is_array(file: Path) -> bool:
+    """Whether a `.json` file holds one array; the others are read as JSON lines."""
+    with file.open("rb") as data:
+        return data.read(4096).lstrip().startswith(b"[")
+
+
+def _count_json(file: Path) -> int:
+    return len(_parse_json(file.read_bytes(), str(file))) if _is_array(file) else _count_lines(file)
+
+
+def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
+    if not _is_array(file):
+        yield from _read_lines(file)
+        return
+    for index, row in enumerate(_parse_json(file.read_bytes(), str(file))):
+        yield f"row {index}", row
+
+
+def _load_json(file: Path) -> _Rows:
+    return list(_read_json(file)) if _is_array(file) else _Lines(file)
+
+
+def _text_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
+    return pa.schema([("text", pa.string())])
+
+
+def _read_text(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        yield "", {"text": file.read_text(encoding="utf-8")}
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text: {error}") from error
+
+
+def _open_parquet(file: Path) -> Any:
+    try:
+        return pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{file}: not a Parquet file: {error}") from error
+
+
+def _count_parquet(file: Path) -> int:
+    with _open_parquet(file) as parquet:
+        return int(parquet.metadata.num_rows)
+
+
+def _parquet_columns(parquet: Any) -> list[str]:
+    return [name for name in parquet.schema_arrow.names if name not in TEACHER_COLUMNS]
+
+
+def _parquet_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
+    with _open_parquet(file) as parquet:
+        return pa.schema([parquet.schema_arrow.field(name) for name in _parquet_columns(parquet)])
+
+
+class _Table:
+    """Rows of a Parquet file by number; held in memory."""
+
+    def __init__(self, file: Path) -> None:
+        with _open_parquet(file) as parquet:
+            self._table = parquet.read(columns=_parquet_columns(parquet))
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, index: int) -> tuple[str, Any]:
+        return f"row {index}", self._table.slice(index, 1).to_pylist()[0]
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
+    with _open_parquet(file) as parquet:
+        index = 0
+        for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=_parquet_columns(parquet)):
+            for row in batch.to_pylist():
+                yield f"row {index}", row
+                index += 1
+
+
+FORMATS = {
+    ".jsonl": _Format(_count_lines, _read_lines, _Lines, _json_schema),
+    ".json": _Format(_count_json, _read_json, _load_json, _json_schema),
+    ".txt": _Format(lambda file: 1, _read_text, lambda file: list(_read_text(file)), _text_schema),
+    ".parquet": _Format(_count_parquet, _read_parquet, _Table, _parquet_schema),
+}

@@ -1,0 +1,110 @@
+"""The losses inside the student's forward."""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import ModelOutput
+
+from distillkit.losses.fused import Objective
+from distillkit.losses.positions import Targets
+from distillkit.models.head import LMHead, backbone_layers, bare_model, check_lm_head, lm_head_of
+from distillkit.models.layers import LayerMatching
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+__all__ = ["DistillationInputs", "DistillationOutput", "attach_losses"]
+
+
+class DistillationInputs:
+    """What the student's forward needs to compute losses instead of logits.
+
+    Not a dataclass: under mixed precision FSDP2 casts every tensor that it finds among a forward's arguments, in
+    dataclasses too, and would round the teacher's log-probs to bfloat16.
+
+    Attributes:
+        rows: (N,) int64, counted positions of the flattened batch.
+        targets: of those positions.
+        objective: the losses.
+    """
+
+    def __init__(self, rows: torch.Tensor, targets: Targets, objective: Objective) -> None:
+        self.rows = rows
+        self.targets = targets
+        self.objective = objective
+
+
+@dataclass
+class DistillationOutput(ModelOutput):  # type: ignore[misc]
+    """What the student's forward then returns: small, since mixed precision copies every output to float32.
+
+    Attributes:
+        loss: float32 scalar, the weighted losses summed over positions.
+        statistics: float32 sums over positions, by `Objective.names`.
+    """
+
+    # ModelOutput wants defaults; both are always there.
+    loss: torch.Tensor = None  # type: ignore[assignment]
+    statistics: torch.Tensor = None  # type: ignore[assignment]
+
+
+def attach_losses(model: PreTrainedModel | PeftModel, matching: LayerMatching | None = None) -> LMHead:
+    """Let `model(**inputs, distill=DistillationInputs(…))` return losses. Without `distill` the model is as before.
+
+    Done on the bare model, inside PEFT's wrapper too, before anything else wraps it. Whatever wrapper is called then
+    (DDP, FSDP, autocast), hidden states and head are at hand inside it, its hooks run, and no logits of a whole batch
+    leave the forward.
+
+    Args:
+        model: the bare student.
+        matching: which of its hidden states are compared with the teacher's, if any are.
+
+    Returns:
+        The model's head, as checked against its logits.
+
+    Raises:
+        DistillKitError: the head can't be applied apart from the model.
+    """
+    model = bare_model(model)
+    original = model.forward
+    # ZeRO-3 has sharded the weights while they were loaded: they can be compared when a forward gathers them.
+    checked = not _shard_head(model)
+    head = check_lm_head(model) if checked else lm_head_of(model)
+    wanted = () if matching is None else matching.student_layers
+
+    # The signature stays: generate() and the Trainer read it.
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, distill: DistillationInputs | None = None, **inputs: Any) -> Any:
+        nonlocal checked
+        if distill is None:
+            return original(*args, **inputs)
+        if not checked:
+            check_lm_head(self, original)
+            checked = True
+        hidden, states = backbone_layers(self, wanted, **inputs)
+        counted = [each.flatten(0, 1)[distill.rows] for each in (hidden, *states)]
+        layers = () if matching is None else zip(matching.project(counted[1:]), distill.targets.hidden, strict=True)
+        result = distill.objective(head, counted[0], distill.targets, tuple(layers))
+        return DistillationOutput(loss=result.loss, statistics=result.statistics)
+
+    model.forward = types.MethodType(forward, model)
+    return head
+
+
+def _shard_head(model: PreTrainedModel) -> bool:
+    """Say whether DeepSpeed's ZeRO-3 has sharded the model; if so, have the head's parameters gathered for the forward
+    and backward of the whole model, which uses them outside of the head's own."""
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(head.weight, "ds_id"):
+        return False
+    import deepspeed
+
+    for parameter in head.parameters():
+        deepspeed.zero.register_external_parameter(model, parameter)
+    return True

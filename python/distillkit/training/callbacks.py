@@ -1,0 +1,168 @@
+"""Seeing a training run: a progress bar and a readable line on the console, and every metric in a file."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from distillkit.console import duration
+from distillkit.reports.run_record import METRICS, read_metrics
+
+__all__ = ["ConsoleProgress", "MetricsFile"]
+
+# How metrics are shown on a line, in this order: name, label, format.
+_SHOWN = (
+    ("kl", "KL", "{:.4f}"),
+    ("cross_entropy", "CE", "{:.4f}"),
+    ("perplexity", "perplexity", "{:,.2f}"),
+    ("top1_agreement", "top-1", "{:.1%}"),
+    ("student_mass", "mass", "{:.1%}"),
+    ("learning_rate", "lr", "{:.2e}"),
+    ("grad_norm", "grad", "{:.2f}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("data_wait", "data wait", "{:.0%}"),
+)
+_LABELS = {name: label for name, label, _ in _SHOWN}
+
+
+class MetricsFile(transformers.TrainerCallback):  # type: ignore[misc]
+    """Writes every log as a JSON object a line to `metrics.jsonl`, and remembers the first and last of each kind.
+
+    The file begins with what is trained, `{"step": …, "run": {…}}`. A resumed run continues it after the checkpoint's
+    step, with such a line of its own; another run in the same folder begins it anew.
+
+    Args:
+        folder: where the file goes.
+        description: what is trained; see `describe`.
+    """
+
+    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
+        self.path = folder / METRICS
+        self.description = description
+        self.entries: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = read_metrics(self.path) if state.global_step and self.path.exists() else []
+        self.entries = [entry for entry in earlier if entry["step"] <= state.global_step]
+        run = {**self.description, "max_steps": state.max_steps, "epochs": state.num_train_epochs}
+        self.entries.append({"step": state.global_step, "run": run})
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is None or not state.is_world_process_zero:
+            return
+        entry = {"step": state.global_step, **logs}
+        self.entries.append(entry)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def ends(self) -> dict[str, dict[str, Any] | None]:
+        """Return `eval_first`, `eval_last` and `train_last`, each a log entry or None."""
+        evaluations = [entry for entry in self.entries if "eval_loss" in entry]
+        training = [entry for entry in self.entries if "loss" in entry]
+        return {
+            "eval_first": evaluations[0] if evaluations else None,
+            "eval_last": evaluations[-1] if evaluations else None,
+            "train_last": training[-1] if training else None,
+        }
+
+
+class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
+    """Shows a progress bar with the time left, and a line for every log, on stderr. Into a file or a pipe go the lines
+    alone; colours are left out there and where NO_COLOR is set.
+
+    Args:
+        parts: names of the losses; a training line has their values where there are several.
+        console: where it goes; stderr if None.
+    """
+
+    def __init__(self, parts: tuple[str, ...] = (), console: Console | None = None) -> None:
+        self.parts = parts
+        self.console = console or Console(stderr=True)
+        self.progress: Progress | None = None
+        self.training: TaskID | None = None
+        self.evaluation: TaskID | None = None
+        self._began = (0, time.monotonic())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._began = (state.global_step, time.monotonic())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.progress.start()
+        self.training = self.progress.add_task(
+            "training", total=state.max_steps, completed=state.global_step, left=self._left(state)
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress is not None and self.training is not None:
+            self.progress.update(self.training, completed=state.global_step, left=self._left(state))
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.progress is None:
+            return
+        if self.evaluation is None:
+            self.evaluation = self.progress.add_task("evaluating", total=len(eval_dataloader), left="")
+        self.progress.advance(self.evaluation)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress is not None and self.evaluation is not None:
+            self.progress.remove_task(self.evaluation)
+        self.evaluation = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is None or not state.is_world_process_zero:
+            return
+        prefix = "eval_" if "eval_loss" in logs else ""
+        if f"{prefix}loss" not in logs:
+            return
+        kind, width = "held out" if prefix else "step", len(str(state.max_steps))
+        fields = [f"{kind:>8} {state.global_step:>{width}}/{state.max_steps}", self._loss(logs, prefix)]
+        in_parts = () if prefix else self.parts
+        fields += [
+            f"{label} {form.format(logs[prefix + name])}"
+            for name, label, form in _SHOWN
+            if prefix + name in logs and name not in in_parts
+        ]
+        left = self._left(state)
+        self.console.print("  ".join([*fields, left] if left else fields), highlight=False, soft_wrap=True)
+
+    def _loss(self, logs: dict[str, Any], prefix: str) -> str:
+        """Write the loss and, while training, its parts, which are means without their weights."""
+        total = f"loss {logs[prefix + 'loss']:.4f}"
+        if prefix or len(self.parts) < 2:
+            return total
+        parts = [f"{_LABELS.get(name, name)} {logs[name]:.4f}" for name in self.parts if name in logs]
+        return f"{total} ({', '.join(parts)})"
+
+    def _left(self, state: Any) -> str:
+        """Write the time left at the pace since training began, evaluations and checkpoints included."""
+        step, began = self._began
+        done, to_do = state.global_step - step, state.max_steps - state.global_step
+        if done <= 0 or to_do <= 0:
+            return ""
+        return f"{duration((time.monotonic() - began) / done * to_do)} left"
+
+    def close(self) -> None:
+        """Take the bar away, also where training ended with an error."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,236 @@
+"""The `training_args` section: arguments of `trl.SFTConfig`, checked by name, type and meaning before anything is
+loaded.
+
+All arguments that the trainer acts on pass through. Those that SFTTrainer would act on and this trainer would not are
+refused by name, unless their value asks for what happens anyway. Names that transformers has changed since the
+published configurations were written are understood.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillkit.errors import ConfigError
+from distillkit.training.config.argument_rules import GONE, RENAMED, converted
+from distillkit.training.quantization import bitsandbytes_problem, missing_package
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+    from distillkit.training.config.schema import RunConfig
+
+__all__ = ["WITHOUT_FSDP", "to_plain_value", "training_arguments"]
+
+
+def training_arguments(config: RunConfig) -> SFTConfig:
+    """Build the trainer's arguments from a configuration.
+
+    Where no accelerator is present, training runs on the CPU, without bf16 mixed precision unless it is asked for.
+
+    Raises:
+        ConfigError: a combination of arguments is refused by transformers, or a reporter is not installed.
+    """
+    import torch
+    from trl import SFTConfig
+
+    arguments: dict[str, Any] = {}
+    for name, value in config.training_args.items():
+        if name in GONE or name == "resume_from_checkpoint":
+            continue
+        field = RENAMED.get(name, name)
+        arguments[field] = converted(field, value)
+    defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    accelerated = torch.accelerator.is_available() and not arguments.get("use_cpu")
+    arguments.setdefault("use_cpu", not accelerated)
+    arguments.setdefault("dataloader_pin_memory", accelerated)
+    arguments.setdefault("dataloader_num_workers", _reading_processes(accelerated))
+    if not arguments.get("fp16"):
+        arguments.setdefault("bf16", accelerated and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    if isinstance(arguments.get("fsdp_config"), str):
+        arguments["fsdp_config"] = _read_json(arguments["fsdp_config"], "training_args.fsdp_config")
+    by_fsdp = _sharding_itself(arguments.get("fsdp_config"), "activation_checkpointing")
+    arguments.setdefault("activation_checkpointing", defaults["gradient_checkpointing"] and not by_fsdp)
+    arguments.setdefault("data_seed", config.dataset.seed)
+    arguments.setdefault("project", config.project_name)
+    # A loss that is not finite ends the run; the filter would put an average in its place.
+    arguments.setdefault("logging_nan_inf_filter", False)
+    # DDP would look for unused parameters in every step; a causal LM uses all of them.
+    arguments.setdefault("ddp_find_unused_parameters", False)
+    arguments |= {
+        "output_dir": config.output_path,
+        "max_length": config.sequence_length,
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+    }
+    _check_reporters(arguments.get("report_to", defaults["report_to"]))
+    _check_optimiser(arguments.get("optim"))
+    sharded = _launched_with("ACCELERATE_USE_FSDP") or _launched_with("ACCELERATE_USE_DEEPSPEED")
+    if sharded and config.peft is not None and config.peft.merge_on_save:
+        raise ConfigError(
+            f"{config.source}: peft.merge_on_save: no process holds whole weights as accelerate shards them"
+        )
+    accelerator = torch.accelerator.current_accelerator()
+    _check_sharding(arguments, "cpu" if arguments["use_cpu"] or accelerator is None else accelerator.type)
+    try:
+        return SFTConfig(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{config.source}: training_args: {error}") from error
+
+
+def _reading_processes(accelerated: bool) -> int:
+    """Return how many processes read documents ahead, if the configuration does not say.
+
+    Beside an accelerator two: one reads and decodes some hundred thousand tokens a second, more than a student is
+    trained on; the second keeps the queue full while the first waits for a disk. Fewer where this process has no
+    processors to spare. On a CPU none: they would take their time from the step itself.
+    """
+    if not accelerated:
+        return 0
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(2, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
+# Which package an optimiser needs, by a part of its name. The first that fits counts.
+_OPTIMISERS = (
+    ("galore", "galore_torch", "galore-torch"),
+    ("apollo", "apollo_torch", "apollo-torch"),
+    ("lomo", "lomo_optim", "lomo-optim"),
+    ("grokadamw", "grokadamw", "grokadamw"),
+    ("schedule_free", "schedulefree", "schedulefree"),
+    ("stable_adamw", "optimi", "torch-optimi"),
+    ("torch_8bit", "torchao", "torchao"),
+    ("torch_4bit", "torchao", "torchao"),
+    ("8bit", "bitsandbytes", "bitsandbytes"),
+    ("paged", "bitsandbytes", "bitsandbytes"),
+    ("bnb", "bitsandbytes", "bitsandbytes"),
+    ("ademamix", "bitsandbytes", "bitsandbytes"),
+    ("lion_32bit", "bitsandbytes", "bitsandbytes"),
+)
+
+
+def _check_optimiser(name: str | None) -> None:
+    """Refuse an optimiser whose package is missing, before the Trainer would: after everything is loaded."""
+    for part, module, package in _OPTIMISERS:
+        if name is None or part not in name:
+            continue
+        problem = bitsandbytes_problem() if module == "bitsandbytes" else missing_package(module, package)
+        if problem is not None:
+            raise ConfigError(
+                f"training_args.optim: {name!r} can't be used: {problem}. optim: adamw_torch needs nothing"
+            )
+        return
+
+
+# On these devices accelerate trains under DDP instead, without a word.
+WITHOUT_FSDP: tuple[str, ...] = ("cpu", "mps")
+
+_FSDP_SETTINGS = (
+    "activation_checkpointing",
+    "auto_wrap_policy",
+    "cpu_offload",
+    "cpu_ram_efficient_loading",
+    "min_num_params",
+    "reshard_after_forward",
+    "state_dict_type",
+    "transformer_layer_cls_to_wrap",
+    "version",
+)
+
+
+def _check_sharding(arguments: Mapping[str, Any], device: str) -> None:
+    """Refuse DeepSpeed and FSDP settings that would end in something else than what they ask for.
+
+    Raises:
+        ConfigError: both are asked for, one can't run here, or a setting is unknown.
+    """
+    if _launched_with("ACCELERATE_USE_FSDP") and _launched_with("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ConfigError(
+            "accelerate launch: fsdp_cpu_ram_efficient_loading loads weights in the first process alone, and the "
+            "others could not check the head or run a teacher; set it to false in accelerate's configuration, or "
+            "give training_args.fsdp instead"
+        )
+    fsdp, deepspeed = arguments.get("fsdp"), arguments.get("deepspeed")
+    if fsdp and deepspeed:
+        raise ConfigError("training_args.fsdp: and training_args.deepspeed are two ways to shard; give one")
+    if not fsdp and arguments.get("fsdp_config"):
+        raise ConfigError("training_args.fsdp_config: has no effect without training_args.fsdp: true")
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "LOCAL_RANK" in os.environ
+    for name in ("fsdp", "deepspeed"):
+        if arguments.get(name) and not launched:
+            raise ConfigError(
+                f"training_args.{name}: shards over processes, and this is a single one; start with `torchrun "
+                "--nproc_per_node GPUS -m distillkit CONFIG.yaml`, or leave it out"
+            )
+    if deepspeed:
+        _check_deepspeed(deepspeed)
+    if fsdp:
+        if device in WITHOUT_FSDP:
+            raise ConfigError(
+                f"training_args.fsdp: FSDP does not run on {device}; leave it out (several processes use DDP then)"
+            )
+        _check_fsdp_config(arguments.get("fsdp_config") or {})
+
+
+def _launched_with(variable: str) -> bool:
+    """Say whether `accelerate launch` has switched something on."""
+    return os.environ.get(variable, "false").lower() in ("true", "1")
+
+
+def _check_deepspeed(settings: object) -> None:
+    problem = missing_package("deepspeed", "deepspeed")
+    if problem is not None:
+        raise ConfigError(f"training_args.deepspeed: {problem}; training_args.fsdp: true needs none")
+    if isinstance(settings, str):
+        _read_json(settings, "training_args.deepspeed")
+
+
+def _check_fsdp_config(settings: object) -> None:
+    """Refuse unknown settings, which transformers would ignore, and what FSDP2 does not have."""
+    from distillkit.errors import nearest
+
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"training_args.fsdp_config: a mapping or a JSON file of one is expected, found {settings!r}")
+    for key, value in settings.items():
+        name = str(key).removeprefix("fsdp_")
+        if name not in _FSDP_SETTINGS:
+            raise ConfigError(
+                f"training_args.fsdp_config.{key}: unknown setting of FSDP2{nearest(name, _FSDP_SETTINGS)}"
+            )
+        if name == "version" and int(value) != 2:
+            raise ConfigError(f"training_args.fsdp_config.{key}: {value!r} is not supported; 2 is")
+
+
+def _sharding_itself(settings: object, name: str) -> bool:
+    """Say whether FSDP's own version of a feature is switched on."""
+    return isinstance(settings, Mapping) and bool(settings.get(name) or settings.get(f"fsdp_{name}"))
+
+
+def _read_json(path: str, where: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{where}: {path}: the file can not be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{where}: {path}: not valid JSON: {error}") from error
+
+
+def to_plain_value(setting: Any) -> Any:
+    """Return an argument's value as YAML has it: transformers makes enumerations of some."""
+    return getattr(setting, "value", setting)
+
+
+def _check_reporters(report_to: str | list[str]) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        if name not in ("all", "none", *available):
+            raise ConfigError(
+                f"training_args.report_to: {name!r} is not installed or not known; installed: "
+                f"{', '.join(available) or 'none'} (`pip install {name}`, or report_to: none)"
+            )

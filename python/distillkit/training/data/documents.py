@@ -1,0 +1,219 @@
+"""The documents of a training run, captured or of text."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distillkit.errors import ConfigError
+from distillkit.shards import Dataset as StoredDataset
+from distillkit.shards.packing import pack
+from distillkit.shards.reader import is_captured
+from distillkit.shards.storage import TEMPORARY_PREFIX
+from distillkit.text.sources import Source, open_hub, open_local
+from distillkit.text.training_rows import RowTokenizer, TextOptions
+from distillkit.training.data.examples import DistillationDataset, DocumentSource
+from distillkit.training.data.prepared import SLOW_SECONDS, Part, PreparedDataset, content_hash, prepare
+from distillkit.training.data.stored import check_tokenizer, choose_documents, open_dataset
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+    from distillkit.training.config.schema import DatasetSource, RunConfig
+    from distillkit.training.signals.base import TeacherSignal
+
+__all__ = ["document_lengths", "is_packed", "open_documents", "training_dataset"]
+
+logger = logging.getLogger(__name__)
+
+
+def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFTConfig) -> DocumentSource | None:
+    """Open the documents to train or evaluate on; None if the configuration has none.
+
+    With stored distributions that is a captured or published dataset. With a live teacher it may be one as well (its
+    distributions are left aside), or text, which is prepared here. Call it on one process first.
+
+    Args:
+        config: the run's.
+        part: which of its datasets.
+        tokenizer: the student's; see `configure_tokenizer`.
+        arguments: the trainer's.
+
+    Raises:
+        ConfigError: there is no such data, or a setting does not fit it.
+        InputError: rows that are not understood.
+        MismatchError: captured data of another tokenizer or codec.
+    """
+    from distillkit.training.config.schema import StoredTeacherConfig
+
+    source = config.dataset.train_dataset if part == "train" else config.dataset.eval_dataset
+    if source is None:
+        return None
+    key = f"dataset.{part}_dataset"
+    cache = cache_folder(config)
+    documents: DocumentSource
+    if config.teacher.kind == "dataset" or _is_captured(source):
+        teacher = config.teacher if config.teacher.kind == "dataset" else StoredTeacherConfig(kind="dataset")
+        stored = open_dataset(source, teacher, key)
+        check_tokenizer(stored, tokenizer, config.model, key)
+        documents = stored
+    else:
+        documents = prepare(
+            _open_rows(source, part, key),
+            RowTokenizer(tokenizer, _text_options(arguments)),
+            cache,
+            key=key,
+            samples=_wanted(config, part),
+            seed=config.dataset.seed,
+            samples_key=f"dataset.{_SAMPLES[part]}",
+            processes=arguments.dataset_num_proc or 1,
+        )
+    if is_packed(config, arguments, part):
+        document_lengths(documents, cache)  # kept where reading them takes long
+    return documents
+
+
+def training_dataset(
+    config: RunConfig, part: Part, documents: DocumentSource, signal: TeacherSignal, arguments: SFTConfig
+) -> DistillationDataset:
+    """Make training examples of documents: choose as many as are wanted, and pack them if that is asked for.
+
+    Raises:
+        ConfigError: more documents are wanted than there are.
+    """
+    chosen = None
+    if not isinstance(documents, PreparedDataset):  # there, rows were chosen
+        chosen = choose_documents(
+            len(documents), _wanted(config, part), config.dataset.seed, f"dataset.{_SAMPLES[part]}"
+        )
+    packing = None
+    if is_packed(config, arguments, part):
+        lengths = document_lengths(documents, cache_folder(config))
+        packing = pack(lengths if chosen is None else lengths[chosen], config.sequence_length, seed=config.dataset.seed)
+        logger.info(
+            "dataset.%s_dataset: %s documents packed in %s rows of %s tokens, %.1f%% full",
+            part,
+            f"{len(packing.documents):,}",
+            f"{len(packing):,}",
+            f"{config.sequence_length:,}",
+            100 * packing.fill,
+        )
+    return DistillationDataset(documents, signal, config.sequence_length, chosen, packing=packing)
+
+
+_SAMPLES = {"train": "num_samples", "eval": "num_eval_samples"}
+
+
+def _wanted(config: RunConfig, part: Part) -> int | None:
+    wanted: int | None = getattr(config.dataset, _SAMPLES[part])
+    return wanted
+
+
+def is_packed(config: RunConfig, arguments: SFTConfig, part: Part) -> bool:
+    """Whether several documents share a row: as `packing` or `functionary_packing` say, and for evaluation
+    `eval_packing`. Rows that are packed already stay as they are (`dataset.prepacked`)."""
+    if config.dataset.prepacked:
+        return False
+    if part == "eval" and arguments.eval_packing is not None:
+        return bool(arguments.eval_packing)
+    return bool(arguments.packing or config.functionary_packing)
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Return where prepared data are kept: `prepared_dataset_path`, else in the cache of the datasets library."""
+    if config.dataset.prepared_dataset_path is not None:
+        return Path(config.dataset.prepared_dataset_path).expanduser()
+    from datasets.config import HF_DATASETS_CACHE
+
+    return Path(HF_DATASETS_CACHE) / "distillkit"
+
+
+def _text_options(arguments: SFTConfig) -> TextOptions:
+    return TextOptions(
+        text_column=arguments.dataset_text_field,
+        completion_only=arguments.completion_only_loss,
+        assistant_only=arguments.assistant_only_loss,
+        tokenised=bool((arguments.dataset_kwargs or {}).get("skip_prepare_dataset")),
+    )
+
+
+def _is_captured(source: DatasetSource) -> bool:
+    """Whether a dataset is one of ours, by its manifest."""
+    if source.disk_path is not None:
+        return Path(source.disk_path).exists() and is_captured(source.disk_path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    assert source.repo_id is not None
+    try:
+        hf_hub_download(source.repo_id, "manifest.json", repo_type="dataset", revision=source.revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError):
+        return False  # loading it as text says what is wrong, if something is
+    return True
+
+
+def _open_rows(source: DatasetSource, part: Part, key: str) -> Source:
+    """Open rows of text; without a split, training takes the only one or "train"."""
+    try:
+        if source.disk_path is not None:
+            return _with_default_split(source.split, part, lambda split: open_local(str(source.disk_path), split=split))
+        return _with_default_split(
+            source.split,
+            part,
+            lambda split: open_hub(
+                str(source.repo_id), configuration=source.config_name, split=split, revision=source.revision
+            ),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {str(error).removeprefix('dataset: ')}") from error
+
+
+def _with_default_split(split: str | None, part: Part, opened: Any) -> Source:
+    try:
+        source: Source = opened(split)
+    except ConfigError:
+        if split is not None or part != "train":
+            raise
+        source = opened("train")
+    return source
+
+
+def document_lengths(documents: DocumentSource, cache: Path) -> npt.NDArray[np.int64]:
+    """Return the tokens of each document (D,).
+
+    Of a stored dataset they are read from the column of token ids (12 million tokens a second on two cores) and kept in
+    `cache` if that took long, so that a run that is resumed begins at once.
+    """
+    if not isinstance(documents, StoredDataset):
+        return documents.lengths()
+    identity = _stored_identity(documents)
+    path = cache / f"lengths-{content_hash(identity)}.npy"
+    if identity is not None and path.is_file():
+        kept = np.load(path)
+        if len(kept) == len(documents):
+            return np.asarray(kept, dtype=np.int64)
+    started = time.perf_counter()
+    lengths = documents.lengths()
+    if identity is not None and time.perf_counter() - started > SLOW_SECONDS:
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = cache / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
+        with temporary.open("wb") as file:
+            np.save(file, lengths)
+        os.replace(temporary, path)
+    return lengths
+
+
+def _stored_identity(documents: StoredDataset) -> Any:
+    """Return what tells a stored dataset from others: its shards' hashes, or its files; None if they are remote."""
+    if documents.kind == "distillkit" and all(shard.xxh3_128 for shard in documents.shards):
+        return [[shard.file, shard.documents, shard.xxh3_128] for shard in documents.shards]
+    paths = [Path(file.path) for file in documents.files]
+    if not all(path.is_file() for path in paths):
+        return None
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]

@@ -1,0 +1,280 @@
+"""From documents to batches: which positions count, cutting, packing, padding, order; and whether a dataset fits a
+student at all.
+
+Shape legend: L tokens of a document, P its counted positions, B rows of a batch, S their common length, N counted
+positions of a batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distillkit.errors import CorruptDataError
+from distillkit.shards.alignment import counted_positions
+from distillkit.shards.packing import Packing
+from distillkit.training.signals.base import TeacherSignal
+from distillkit.types import Document
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = [
+    "BLANK",
+    "MODEL_INPUTS",
+    "Collator",
+    "DistillationDataset",
+    "DocumentOrder",
+    "DocumentSource",
+    "Example",
+    "counted_positions",
+    "joined",
+]
+
+logger = logging.getLogger(__name__)
+
+MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What of a batch a model is given, student or teacher; the rest of it becomes the targets."""
+
+IGNORED = -100
+"""The label of tokens that no loss is taken on, as everywhere in PyTorch."""
+
+BLANK = -1
+"""Index of a document without content, which fills the last batches so that every process has as many as the others."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document as it is trained on.
+
+    Attributes:
+        input_ids: (L,) int32, cut to the sequence length.
+        segment_lengths: lengths of the packed documents in it, in order, summing to L.
+        positions: (P,) int64, the counted positions t, ascending: token t + 1 is predicted there.
+        teacher: arrays (P, …) from the teacher's signal.
+        cut_tokens: how many tokens were cut off.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    segment_lengths: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    teacher: dict[str, npt.NDArray[Any]]
+    cut_tokens: int = 0
+
+
+class DocumentSource(Protocol):
+    """Documents by index: a stored dataset, or text that was prepared."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Document: ...
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens of each document (D,), without reading any of them whole."""
+        ...
+
+
+class DistillationDataset(torch.utils.data.Dataset[Example]):
+    """Documents, cut to the sequence length together with their teacher rows; map-style.
+
+    Args:
+        source: the documents.
+        signal: takes what is needed of the teacher.
+        sequence_length: L at most.
+        indices: which documents of the source; all if None.
+        packing: which of these documents share an example; one each if None. An index is then that of a row.
+    """
+
+    def __init__(
+        self,
+        source: DocumentSource,
+        signal: TeacherSignal,
+        sequence_length: int,
+        indices: npt.NDArray[np.int64] | None = None,
+        *,
+        packing: Packing | None = None,
+    ) -> None:
+        self.source = source
+        self.signal = signal
+        self.sequence_length = sequence_length
+        self.indices = np.arange(len(source), dtype=np.int64) if indices is None else indices
+        self.packing = packing
+
+    def __len__(self) -> int:
+        return len(self.indices) if self.packing is None else len(self.packing)
+
+    def __getitem__(self, index: int) -> Example:
+        """Read a document, or the documents of a row; `BLANK` gives an example without tokens.
+
+        Raises:
+            CorruptDataError: a stored document is damaged.
+        """
+        if index == BLANK:
+            return Example(
+                np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.int64), self.signal.empty_targets()
+            )
+        if self.packing is None:
+            return self.cut(self.source[int(self.indices[index])])
+        documents = self.indices[self.packing[index]].tolist()
+        example = joined([self.cut(self.source[document]) for document in documents])
+        if len(example.input_ids) > self.sequence_length:
+            raise CorruptDataError(
+                f"the documents {documents} have {len(example.input_ids):,} tokens where {self.sequence_length:,} at "
+                "most were packed: the data have changed since their lengths were read"
+            )
+        return example
+
+    def cut(self, document: Document) -> Example:
+        """Cut a document to the sequence length and take its counted positions' teacher rows."""
+        length = min(len(document.input_ids), self.sequence_length)
+        lengths = document.segments(length)
+        loss_mask = None if document.loss_mask is None else document.loss_mask[:length]
+        positions = counted_positions(lengths, loss_mask)
+        teacher = self.signal.take(document, positions)
+        return Example(document.input_ids[:length], lengths, positions, teacher, len(document.input_ids) - length)
+
+
+def joined(examples: Sequence[Example]) -> Example:
+    """Put examples one behind the other into one; each stays a document of its own."""
+    if len(examples) == 1:
+        return examples[0]
+    lengths = np.array([len(example.input_ids) for example in examples])
+    starts = (np.cumsum(lengths) - lengths).tolist()
+    return Example(
+        np.concatenate([example.input_ids for example in examples]),
+        np.concatenate([example.segment_lengths for example in examples]),
+        np.concatenate([start + example.positions for start, example in zip(starts, examples, strict=True)]),
+        {name: np.concatenate([example.teacher[name] for example in examples]) for name in examples[0].teacher},
+        sum(example.cut_tokens for example in examples),
+    )
+
+
+class Collator:
+    """Makes a batch of tensors from examples.
+
+    Rows are padded at their end. `attention_mask` is absent: the model keeps packed documents apart by `position_ids`
+    that restart, and no token looks ahead into the padding. Padding simply continues the last document, so that a batch
+    without packed documents needs no mask at all.
+
+    Args:
+        pad_id: token id of the padding; any id of the vocabulary.
+        pad_to_multiple_of: of the common length S.
+        flash_attention: also give the document boundaries of the flattened batch, which FlashAttention needs for packed
+            rows.
+        eos_labels: token ids that become `eos_id` in the labels.
+        eos_id: the tokenizer's end of sequence.
+    """
+
+    def __init__(
+        self,
+        pad_id: int = 0,
+        *,
+        pad_to_multiple_of: int | None = None,
+        flash_attention: bool = False,
+        eos_labels: Sequence[int] = (),
+        eos_id: int | None = None,
+    ) -> None:
+        self.pad_id = pad_id
+        self.multiple = pad_to_multiple_of or 1
+        self.flash_attention = flash_attention
+        self.eos_labels = np.array(sorted(eos_labels), dtype=np.int64)
+        self.eos_id = eos_id
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Collate B examples.
+
+        Returns:
+            input_ids, position_ids, labels: (B, S) int64; labels[b, t + 1] is the token predicted at a counted position
+                t, else −100.
+            rows: (N,) int64, the counted positions of the flattened batch, b·S + t, ascending.
+            teacher_<name>: (N, …) what the signal took.
+            counts: (3,) int64: tokens without padding, documents that were cut, tokens cut off.
+            With packed documents under FlashAttention: cu_seq_lens_q and cu_seq_lens_k int32, max_length_q and
+                max_length_k.
+        """
+        longest = max(1, *(len(example.input_ids) for example in examples))
+        length = -(-longest // self.multiple) * self.multiple
+        input_ids = np.full((len(examples), length), self.pad_id, dtype=np.int64)
+        position_ids = np.empty_like(input_ids)
+        labels = np.full_like(input_ids, IGNORED)
+        for row, example in enumerate(examples):
+            input_ids[row, : len(example.input_ids)] = example.input_ids
+            starts = np.cumsum(example.segment_lengths) - example.segment_lengths
+            # Each position minus the start of its document; the last document takes the padding.
+            position_ids[row] = np.arange(length) - np.repeat(starts, np.diff(starts, append=length))
+            labels[row, example.positions + 1] = example.input_ids[example.positions + 1]
+        if len(self.eos_labels) and self.eos_id is not None:
+            labels[np.isin(labels, self.eos_labels)] = self.eos_id
+        rows = np.concatenate([row * length + example.positions for row, example in enumerate(examples)])
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(input_ids),
+            "position_ids": torch.from_numpy(position_ids),
+            "labels": torch.from_numpy(labels),
+            "rows": torch.from_numpy(rows),
+            "counts": torch.tensor(
+                [
+                    sum(len(example.input_ids) for example in examples),
+                    sum(example.cut_tokens > 0 for example in examples),
+                    sum(example.cut_tokens for example in examples),
+                ]
+            ),
+        }
+        for name in examples[0].teacher:
+            batch[f"teacher_{name}"] = torch.from_numpy(np.concatenate([example.teacher[name] for example in examples]))
+        if self.flash_attention and any(len(example.segment_lengths) > 1 for example in examples):
+            batch |= _boundaries(position_ids)
+        return batch
+
+
+def _boundaries(position_ids: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Boundaries of documents in a flattened batch (B, S), as FlashAttention's variable-length kernels take them."""
+    starts = np.flatnonzero(position_ids.reshape(-1) == 0)
+    bounds = np.append(starts, position_ids.size)
+    longest = int(np.diff(bounds).max())
+    lengths = torch.from_numpy(bounds.astype(np.int32))
+    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
+
+
+class DocumentOrder(torch.utils.data.Sampler[int]):
+    """The order of documents: a permutation that depends on the seed and the epoch alone, then blanks up to whole
+    batches.
+
+    Args:
+        size: number of documents.
+        seed: of the permutation; None keeps the stored order.
+        multiple: the number of indices is rounded up to a multiple of this, with `BLANK`.
+    """
+
+    def __init__(self, size: int, *, seed: int | None, multiple: int = 1) -> None:
+        self.size = size
+        self.seed = seed
+        self.length = -(-size // multiple) * multiple
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order = (
+            np.arange(self.size)
+            if self.seed is None
+            else np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        )
+        return itertools.chain(order.tolist(), itertools.repeat(BLANK, self.length - self.size))
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+# -- does it fit -------------------------------------------------------------------------------------------------------

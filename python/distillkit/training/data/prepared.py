@@ -1,0 +1,334 @@
+"""The documents of a training run: captured ones as they are stored, text and chat made into token ids once and kept.
+
+Prepared data are a folder of flat arrays that are mapped, not read: opening them takes no time whatever their size, and
+no document is touched before it is wanted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from distillkit.console import progress_bar
+from distillkit.errors import ConfigError, CorruptDataError
+from distillkit.shards.header import canonical_json
+from distillkit.shards.storage import TEMPORARY_PREFIX, Folder
+from distillkit.shards.table import document_id
+from distillkit.text import tokenizer as tokenizers
+from distillkit.text.sources import Row, Source
+from distillkit.text.training_rows import RowTokenizer, Tokens
+from distillkit.training.data.stored import choose_documents
+from distillkit.types import Document
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Part", "PreparedDataset", "prepare"]
+
+logger = logging.getLogger(__name__)
+
+Part = Literal["train", "eval"]
+
+VERSION = 1
+"""Goes into the key of prepared data: to be raised when the same settings come to mean other tokens."""
+
+_DESCRIPTION = "prepared.json"
+_ROWS_AT_A_TIME = 64
+SLOW_SECONDS = 1.0
+"""Lengths of stored documents that took longer than this to read are kept."""
+
+# Flat arrays by file name, with their dtype; all documents' values one after the other.
+_ARRAYS: dict[str, str] = {
+    "offsets": "<i8",  # (D + 1,) where in input_ids and loss_mask a document begins
+    "input_ids": "<i4",
+    "loss_mask": "|b1",  # absent where all tokens count
+    "segment_offsets": "<i8",  # (D + 1,) where in segment_lengths a document begins; absent without packed rows
+    "segment_lengths": "<i4",
+}
+
+
+# -- what a configuration asks for -------------------------------------------------------------------------------------
+
+
+# -- the tokenizer -----------------------------------------------------------------------------------------------------
+
+
+# -- lengths of stored documents ---------------------------------------------------------------------------------------
+
+
+# -- preparing text ----------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    rows: Source,
+    tokenize: RowTokenizer,
+    cache: Path,
+    *,
+    key: str,
+    samples: int | None = None,
+    seed: int | None = None,
+    samples_key: str = "dataset.num_samples",
+    processes: int = 1,
+) -> PreparedDataset:
+    """Make documents of rows, or take those that were made before from the same rows in the same way.
+
+    Rows without content, documents of a single token and those without any token to predict are left out.
+
+    Args:
+        rows: where they come from.
+        tokenize: makes tokens of them.
+        cache: the folder for prepared data; each has a folder of its own there.
+        key: dotted path of the dataset in the configuration, for messages.
+        samples, seed, samples_key: how many rows to take, and which; see `choose_documents`.
+        processes: how many processes work on it.
+
+    Raises:
+        ConfigError: no document is left, or a setting does not fit the rows.
+        InputError: a row is not understood.
+    """
+    from filelock import FileLock
+
+    identity = _identity(rows, tokenize, samples, seed)
+    folder = cache / f"prepared-{content_hash(identity)}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if (folder / _DESCRIPTION).is_file():
+            dataset = PreparedDataset(folder)
+            logger.info("%s: %s documents, prepared before in %s", key, f"{len(dataset):,}", folder)
+            return dataset
+        chosen = choose_documents(rows.num_rows, samples, seed, samples_key)
+        temporary = cache / f"{TEMPORARY_PREFIX}{folder.name}"
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was interrupted: the lock is ours
+        try:
+            with progress_bar(f"preparing {key}") as progress:
+                counts = _write(temporary, _chosen(rows, chosen), tokenize, processes, progress, rows.num_rows)
+            if not counts["documents"]:
+                raise ConfigError(
+                    f"{key}: of its {rows.num_rows:,} rows none gives a document ({counts['empty']:,} empty, "
+                    f"{counts['short']:,} of one token, {counts['masked']:,} without a token to predict)"
+                )
+            Folder(temporary).write(_DESCRIPTION, canonical_json({"identity": identity, **counts}).encode())
+            os.replace(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    logger.info(
+        "%s: %s documents of %s tokens, prepared in %s (left out: %s empty, %s of one token, %s without a token to "
+        "predict)",
+        key,
+        *(f"{counts[name]:,}" for name in ("documents", "tokens")),
+        folder,
+        *(f"{counts[name]:,}" for name in ("empty", "short", "masked")),
+    )
+    return PreparedDataset(folder)
+
+
+def _identity(rows: Source, tokenize: RowTokenizer, samples: int | None, seed: int | None) -> dict[str, Any]:
+    """Return everything that decides the prepared data."""
+    tokenizer, options = tokenize.tokenizer, tokenize.options
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pipeline = json.loads(backend.to_str()) if backend is not None else {}
+    for changed_by_use in ("truncation", "padding"):
+        pipeline.pop(changed_by_use, None)
+    return {
+        "version": VERSION,
+        "rows": rows.identity,
+        "sample": None if samples is None else [samples, seed],
+        "tokenizer": [tokenizers.fingerprint(tokenizer), type(tokenizer).__name__, tokenizer.eos_token],
+        "pipeline": content_hash(pipeline),
+        "template": tokenize.template or tokenizer.chat_template,
+        "options": [options.text_column, options.completion_only, options.assistant_only, options.tokenised],
+    }
+
+
+def content_hash(identity: Any) -> str:
+    return str(xxhash.xxh3_128_hexdigest(canonical_json(identity).encode()))
+
+
+def _chosen(rows: Source, chosen: npt.NDArray[np.int64] | None) -> Iterator[Row]:
+    if chosen is None:
+        return rows.rows()
+    wanted = set(chosen.tolist())
+    return (row for index, row in enumerate(rows.rows()) if index in wanted)
+
+
+def _write(
+    folder: Path, rows: Iterator[Row], tokenize: RowTokenizer, processes: int, progress: Any, total: int
+) -> dict[str, int]:
+    """Write the documents of rows into a folder, and count them and what was left out."""
+    folder.mkdir(parents=True)
+    counts = dict.fromkeys(("rows", "documents", "tokens", "empty", "short", "masked"), 0)
+    with _Writer(folder) as writer:
+        for found in _tokenized(rows, tokenize, processes):
+            for tokens in found:
+                left_out = _left_out(tokens)
+                if left_out is not None:
+                    counts[left_out] += 1
+                    continue
+                assert tokens is not None
+                writer.add(tokens)
+                counts["documents"] += 1
+                counts["tokens"] += len(tokens.input_ids)
+            counts["rows"] += len(found)
+            progress(counts["rows"], total)
+    return counts
+
+
+def _left_out(tokens: Tokens | None) -> str | None:
+    """Say why a row gives no document, if it gives none."""
+    if tokens is None:
+        return "empty"
+    if len(tokens.input_ids) < 2:
+        return "short"
+    if tokens.loss_mask is not None and not tokens.loss_mask[1:].any():
+        return "masked"
+    return None
+
+
+def _tokenized(rows: Iterator[Row], tokenize: RowTokenizer, processes: int) -> Iterator[list[Tokens | None]]:
+    """Yield the tokens of rows in their order, some rows at a time."""
+    batches = iter(lambda: list(itertools.islice(rows, _ROWS_AT_A_TIME)), [])
+    if processes == 1:
+        yield from map(tokenize, batches)
+        return
+    # Forked processes have the tokenizer already; each then tokenises on one thread.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(processes, context, _start_worker, (tokenize,)) as pool:
+        pending: deque[Future[list[Tokens | None]]] = deque()
+        for batch in batches:
+            pending.append(pool.submit(_work, batch))
+            if len(pending) > 4 * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+_worker: RowTokenizer | None = None
+
+
+def _start_worker(tokenize: RowTokenizer) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = tokenize
+
+
+def _work(rows: Sequence[Row]) -> list[Tokens | None]:
+    assert _worker is not None
+    return _worker(rows)
+
+
+class _Writer:
+    """Appends documents to the arrays of a folder; masks and segments only if some document has them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = {name: (folder / name).open("wb") for name in _ARRAYS}
+        self._ends = {"offsets": 0, "segment_offsets": 0}
+        self._optional: dict[str, bool] = {"loss_mask": False, "segment_lengths": False}
+
+    def __enter__(self) -> _Writer:
+        for name in self._ends:
+            self._append(name, [0])
+        return self
+
+    def add(self, tokens: Tokens) -> None:
+        length = len(tokens.input_ids)
+        mask, segments = tokens.loss_mask, tokens.segment_lengths
+        self._optional["loss_mask"] |= mask is not None
+        self._optional["segment_lengths"] |= segments is not None
+        self._append("input_ids", tokens.input_ids)
+        self._append("loss_mask", np.ones(length, bool) if mask is None else mask)
+        self._append("segment_lengths", [length] if segments is None else segments)
+        for name, count in (("offsets", length), ("segment_offsets", 1 if segments is None else len(segments))):
+            self._ends[name] += count
+            self._append(name, [self._ends[name]])
+
+    def _append(self, name: str, values: Any) -> None:
+        self._files[name].write(np.asarray(values, dtype=_ARRAYS[name]).tobytes())
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        for file in self._files.values():
+            if kind is None:
+                file.flush()
+                os.fsync(file.fileno())
+            file.close()
+        if not self._optional["loss_mask"]:
+            (self._folder / "loss_mask").unlink()
+        if not self._optional["segment_lengths"]:
+            (self._folder / "segment_lengths").unlink()
+            (self._folder / "segment_offsets").unlink()
+
+
+class PreparedDataset:
+    """Documents of token ids, without a teacher's distributions; map-style.
+
+    Safe in forked and spawned workers: they map the arrays again.
+
+    Args:
+        folder: made by `prepare`.
+
+    Raises:
+        CorruptDataError: its files do not fit each other.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.description: Mapping[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        self._map()
+        documents, tokens = self.description["documents"], self.description["tokens"]
+        offsets = self._arrays["offsets"]
+        if len(offsets) != documents + 1 or offsets[-1] != tokens or len(self._arrays["input_ids"]) != tokens:
+            raise CorruptDataError(
+                f"{folder}: {documents:,} documents of {tokens:,} tokens were written, but the files hold "
+                f"{len(offsets) - 1:,} and {len(self._arrays['input_ids']):,}; remove the folder to prepare them again"
+            )
+
+    def _map(self) -> None:
+        self._arrays: dict[str, npt.NDArray[Any]] = {
+            name: np.memmap(self.folder / name, dtype=dtype, mode="r")
+            for name, dtype in _ARRAYS.items()
+            if (self.folder / name).exists()
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "description": self.description}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+    def __len__(self) -> int:
+        return int(self.description["documents"])
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens of each document (D,)."""
+        return np.diff(self._arrays["offsets"]).astype(np.int64)
+
+    def __getitem__(self, index: int) -> Document:
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        ids = np.array(self._part("input_ids", "offsets", index), dtype=np.int32)
+        mask = np.array(self._part("loss_mask", "offsets", index), bool) if "loss_mask" in self._arrays else None
+        lengths = None
+        if "segment_lengths" in self._arrays:
+            lengths = np.array(self._part("segment_lengths", "segment_offsets", index), dtype=np.int32)
+            lengths = lengths if len(lengths) > 1 else None
+        return Document(document_id(ids, mask, lengths), ids, b"", max(len(ids) - 1, 0), mask, lengths)
+
+    def _part(self, name: str, bounds: str, index: int) -> npt.NDArray[Any]:
+        offsets = self._arrays[bounds]
+        return self._arrays[name][offsets[index] : offsets[index + 1]]

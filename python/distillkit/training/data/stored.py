@@ -1,0 +1,218 @@
+"""Captured datasets for training: opened, and checked against the student."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distillkit.errors import ConfigError, MismatchError
+from distillkit.shards.alignment import shift_rates
+from distillkit.text import tokenizer as tokenizers
+from distillkit.training.data.examples import DocumentSource
+from distillkit.types import Document
+
+if TYPE_CHECKING:
+    from distillkit.shards import Dataset as StoredDataset
+    from distillkit.training.config.schema import DatasetSource, StoredTeacherConfig
+
+__all__ = ["check_dataset", "check_ids", "check_tokenizer", "choose_documents", "open_dataset"]
+
+logger = logging.getLogger(__name__)
+
+# How much of a dataset is read to see whether it fits.
+_SAMPLE_DOCUMENTS = 64
+_SAMPLE_TOKENS = 32_768
+
+
+def choose_documents(size: int, wanted: int | None, seed: int | None, key: str) -> npt.NDArray[np.int64] | None:
+    """Choose some of a dataset's documents at random, or the first ones without a seed.
+
+    Args:
+        size: documents there are.
+        wanted: documents to take; all if None.
+        seed: decides which.
+        key: the setting that says so, for the message.
+
+    Returns:
+        Their indices, ascending; None for all.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if wanted is None:
+        return None
+    if wanted > size:
+        raise ConfigError(f"{key}: {wanted:,} documents are wanted, the dataset has {size:,}")
+    chosen = np.arange(wanted) if seed is None else np.random.default_rng(seed).permutation(size)[:wanted]
+    return np.sort(chosen).astype(np.int64)
+
+
+def open_dataset(source: DatasetSource, teacher: StoredTeacherConfig, key: str) -> StoredDataset:
+    """Open a captured or published dataset with its codec.
+
+    Args:
+        source: where it lies; a hub repository is downloaded into the hub's cache.
+        teacher: the codec of a published dataset; one that contradicts the dataset's own is an error.
+        key: dotted path of `source` in the configuration, for messages.
+
+    Raises:
+        ConfigError: there is no such dataset.
+        MismatchError: the configuration's codec or vocabulary size is not the dataset's.
+    """
+    from distillkit.shards import Dataset
+
+    path = source.disk_path if source.disk_path is not None else _downloaded(source, key)
+    codec = teacher.codec()
+    try:
+        dataset = Dataset.open(
+            path,
+            config=None if codec is None else codec.config,
+            split=source.split,
+            vocab_size=teacher.vocab_size,
+        )
+    except FileNotFoundError as error:
+        raise ConfigError(f"{key}: {error.strerror}: {error.filename}") from error
+    except MismatchError as error:
+        raise MismatchError(f"{key} and teacher: {error}") from error
+    if teacher.vocab_size is not None:
+        known = {dataset.codec.vocab_size, dataset.header.vocab_size, dataset.header.head_size}
+        if teacher.vocab_size not in known:
+            raise MismatchError(
+                f"teacher.vocab_size is {teacher.vocab_size:,}, but {key} ({path}) was captured with a vocabulary of "
+                f"{dataset.header.vocab_size:,} in a head of {dataset.header.head_size:,} (its codec: "
+                f"{dataset.codec.vocab_size:,})"
+            )
+    return dataset
+
+
+def _downloaded(source: DatasetSource, key: str) -> str:
+    """Fetch a hub dataset's files and return their folder."""
+    from pathlib import Path
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    assert source.repo_id is not None
+    inside = "" if source.config_name is None else f"{source.config_name}/"
+    patterns = [f"{inside}**{suffix}" for suffix in (".parquet", ".arrow", ".json", ".yaml", ".yml")]
+    try:
+        folder = snapshot_download(
+            source.repo_id,
+            repo_type="dataset",
+            revision=source.revision,
+            allow_patterns=[*patterns, "compression_config.y*ml"],
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ConfigError(f"{key}.repo_id: {source.repo_id!r} can not be fetched from the hub: {error}") from error
+    path = Path(folder) / (source.config_name or "")
+    if not path.is_dir():
+        raise ConfigError(f"{key}.config_name: {source.repo_id} has no folder {source.config_name!r}")
+    return str(path)
+
+
+def check_tokenizer(dataset: StoredDataset, tokenizer: Any, student: str, key: str) -> None:
+    """Refuse a dataset that was captured with another tokenizer than the student's.
+
+    Raises:
+        MismatchError: with both fingerprints.
+    """
+    recorded = dataset.header.tokenizer
+    if recorded is None:
+        logger.warning(
+            "%s does not say which tokenizer it was captured with; that it is the student's can not be checked", key
+        )
+        return
+    ours = tokenizers.fingerprint(tokenizer)
+    if recorded["fingerprint"] != ours:
+        raise MismatchError(
+            f"{key} was captured with another tokenizer than the student's: {recorded['name']} "
+            f"({recorded['fingerprint']}, {dataset.header.vocab_size:,} ids) against {student} ({ours}, "
+            f"{tokenizers.vocab_size(tokenizer):,} ids). Token ids would mean different tokens; take a student "
+            "with the teacher's tokenizer, or capture again"
+        )
+
+
+def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
+    """Refuse a dataset whose ids the student's head does not have, or whose teacher rows are shifted against its
+    tokens.
+
+    Padded heads may differ in width (151,936 and 152,064 for one tokenizer): only the tokenizer's vocabulary must fit.
+
+    Args:
+        dataset: the stored documents; some of them are read.
+        head_size: width of the student's head.
+        key: dotted path of the dataset in the configuration, for messages.
+
+    Raises:
+        ConfigError: it has no documents.
+        MismatchError: with both values.
+    """
+    if len(dataset) == 0:
+        raise ConfigError(f"{key}: the dataset has no documents")
+    header = dataset.header
+    if header.temperature != 1.0:
+        raise MismatchError(
+            f"{key} was captured at temperature {header.temperature:g}; the losses soften by themselves and need 1"
+        )
+    # A published dataset says no more than the codec's vocabulary size.
+    needed = header.vocab_size if header.tokenizer is not None else dataset.codec.vocab_size
+    if needed > head_size:
+        raise MismatchError(
+            f"{key} holds ids of a vocabulary of {needed:,}, the student's head has {head_size:,} rows. If their "
+            "tokenizers are the same and only the padding differs, set resize_embeddings_to_multiple_of so that the "
+            "head is wide enough"
+        )
+    sample = list(_sample(dataset))
+    for index, document in sample:
+        _check_largest(index, document, head_size, key)
+    rates = shift_rates((document for _, document in sample), dataset.codec)
+    shift = rates.shifted()
+    if shift is not None:
+        raise MismatchError(
+            f"{key}: the teacher's rows are shifted against the tokens by {shift:+d}. The true next token is the "
+            f"teacher's most probable one with the rows moved by: {rates}; that must peak at 0"
+        )
+    logger.info("%s: %s documents; the true next token is the teacher's first: %s", key, f"{len(dataset):,}", rates)
+
+
+def check_ids(documents: DocumentSource, head_size: int, key: str) -> None:
+    """Refuse documents for a live teacher that are none, or whose token ids the student's head does not have.
+
+    Args:
+        documents: some of them are read.
+        head_size: width of the student's head.
+        key: dotted path of the dataset in the configuration, for messages.
+
+    Raises:
+        ConfigError: there are no documents.
+        MismatchError: with both values.
+    """
+    if len(documents) == 0:
+        raise ConfigError(f"{key}: the dataset has no documents")
+    for index, document in _sample(documents):
+        _check_largest(index, document, head_size, key)
+    logger.info("%s: %s documents", key, f"{len(documents):,}")
+
+
+def _check_largest(index: int, document: Document, head_size: int, key: str) -> None:
+    largest = int(document.input_ids.max(initial=0))
+    if largest >= head_size:
+        raise MismatchError(
+            f"{key}: document {index} contains token id {largest:,}, the student's head has {head_size:,} rows"
+        )
+
+
+def _sample(dataset: DocumentSource) -> Iterator[tuple[int, Document]]:
+    """Read documents evenly spread over the dataset, up to a number of documents and tokens."""
+    count = min(len(dataset), _SAMPLE_DOCUMENTS)
+    tokens = 0
+    for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist():
+        document = dataset[index]
+        yield index, document
+        tokens += len(document.input_ids)
+        if tokens >= _SAMPLE_TOKENS:
+            return

@@ -1,0 +1,422 @@
+"""Checking a run without training: everything is loaded as for training, one thing after the other, the first batch
+goes forward and backward, and nothing is kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from distillkit.console import human_bytes
+from distillkit.errors import ConfigError, DistillKitError
+from distillkit.training.config.arguments import to_plain_value
+
+if TYPE_CHECKING:
+    from distillkit.training.config.schema import RunConfig
+    from distillkit.training.memory_estimate import MemoryEstimate
+    from distillkit.training.run import Run
+
+__all__ = ["Check", "DryRun", "dry_run"]
+
+Status = Literal["passed", "warning", "failed", "not checked"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one check.
+
+    Attributes:
+        name: what was checked.
+        status: `warning`: training would run, and something may surprise; `not checked`: what it needs has failed.
+        detail: what was found, for people.
+        figures: the same in numbers.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run has found.
+
+    Attributes:
+        checks: in order.
+        would_write: what training would leave: path and what it is.
+    """
+
+    checks: list[Check]
+    would_write: list[tuple[str, str]]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing has failed."""
+        return all(check.status != "failed" for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON objects."""
+        checks = [
+            {"name": check.name, "status": check.status, "detail": check.detail, **check.figures}
+            for check in self.checks
+        ]
+        return {"ok": self.ok, "checks": checks, "would_write": dict(self.would_write)}
+
+
+def dry_run(path: str | Path) -> DryRun:
+    """Check everything that a training run would need.
+
+    Args:
+        path: the configuration.
+    """
+    from distillkit.training.config.file import load_config
+
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        return DryRun([Check("configuration", "failed", str(error))], [])
+    with tempfile.TemporaryDirectory(prefix="distillkit-dry-run-") as folder:
+        state = _State(config, _harmless(config, folder))
+        checks = [Check("configuration", "passed", f"{path}: all settings are known and agree")]
+        failed: set[str] = set()
+        for step in _STEPS:
+            lacking = [name for name in step.needs if name in failed]
+            check = (
+                Check(step.name, "not checked", f"needs: {', '.join(lacking)}") if lacking else _outcome(step, state)
+            )
+            if check.status in ("failed", "not checked"):
+                failed.add(step.name)
+            checks.append(check)
+    return DryRun(checks, _would_write(state))
+
+
+def _harmless(config: RunConfig, folder: str) -> RunConfig:
+    """Return the same run, but writing into a folder of its own and telling nobody."""
+    arguments = {name: value for name, value in config.training_args.items() if name not in _QUIET}
+    harmless = {"output_path": folder, "training_args": {**arguments, "report_to": "none"}}
+    return config.model_copy(update=harmless)
+
+
+# Arguments that make the trainer's constructor talk to somebody, or that name the output folder once more.
+_QUIET = ("report_to", "push_to_hub", "output_dir")
+
+
+class _State:
+    """What the checks share.
+
+    Attributes:
+        config: the run as asked for.
+        run: its parts, with the harmless output folder.
+        memory, steps, steps_an_epoch, checkpoints, saved: found by earlier checks.
+    """
+
+    def __init__(self, config: RunConfig, harmless: RunConfig) -> None:
+        from distillkit.training.run import Run
+
+        self.config = config
+        self.run: Run = Run(harmless)
+        self.memory: MemoryEstimate | None = None
+        self.steps: int | None = None
+        self.steps_an_epoch: int | None = None
+        self.checkpoints: tuple[int, int] | None = None
+        self.saved: int | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed will divide the student among the processes."""
+        return bool(self.run.trainer.is_fsdp_enabled or self.run.trainer.is_deepspeed_enabled)
+
+
+@dataclass(frozen=True)
+class _Step:
+    name: str
+    needs: tuple[str, ...]
+    check: Callable[[_State], Check | tuple[str, dict[str, Any]]]
+
+
+def _outcome(step: _Step, state: _State) -> Check:
+    import torch
+
+    try:
+        found = step.check(state)
+    except (DistillKitError, OSError) as error:
+        return Check(step.name, "failed", str(error))
+    except torch.OutOfMemoryError as error:
+        return Check(step.name, "failed", f"the memory does not suffice: {str(error).splitlines()[0]}")
+    return found if isinstance(found, Check) else Check(step.name, "passed", *found)
+
+
+# -- the checks, in order ----------------------------------------------------------------------------------------------
+
+
+def _outline(state: _State) -> tuple[str, dict[str, Any]]:
+    assert state.run.outline is not None
+    return f"{state.config.model}: its config, frozen parts and adapters, without weights", {}
+
+
+def _arguments(state: _State) -> tuple[str, dict[str, Any]]:
+    from distillkit.training.config.arguments import training_arguments
+
+    arguments = state.run.arguments
+    # As asked for: the trackers must be there too.
+    asked = training_arguments(state.config)
+    trackers = ", ".join(asked.report_to) or "none"
+    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
+    detail = f"{arguments.device.type}, {precision} mixed precision, processes: {arguments.world_size}"
+    return f"{detail}, trackers: {trackers}", {"device": str(arguments.device), "trackers": list(asked.report_to)}
+
+
+def _output(state: _State) -> Check | tuple[str, dict[str, Any]]:
+    from distillkit.training.run import checkpoint_of
+
+    folder = Path(state.config.output_path)
+    existing = _existing(folder)
+    if not existing.is_dir():
+        raise ConfigError(f"output_path: {existing} is a file, not a folder")
+    # Tried out: permissions alone don't tell on every file system.
+    with tempfile.TemporaryFile(dir=existing):
+        pass
+    resumed = checkpoint_of(state.config)
+    if resumed is not None:
+        return f"{folder}: can be written; training goes on from {resumed}", {"resumes_from": resumed}
+    if (folder / "metrics.jsonl").exists():
+        detail = f"{folder}: holds an earlier run, whose metrics, report and student would be replaced"
+        return Check("output folder", "warning", detail)
+    return f"{folder}: can be written", {}
+
+
+def _tokenizer(state: _State) -> tuple[str, dict[str, Any]]:
+    from distillkit.text.tokenizer import vocab_size
+
+    size = vocab_size(state.run.tokenizer)
+    return f"{type(state.run.tokenizer).__name__}, {size:,} ids", {"ids": size}
+
+
+def _data(state: _State) -> tuple[str, dict[str, Any]]:
+    from distillkit.training.data.prepared import PreparedDataset
+    from distillkit.training.description import tokens_of
+
+    lines: list[str] = []
+    figures: dict[str, Any] = {}
+    assert state.run.eos_labels is not None
+    for key, source in state.run.sources.items():
+        tokens = tokens_of(source)
+        kept = f" (prepared, and kept for training in {source.folder})" if isinstance(source, PreparedDataset) else ""
+        lines.append(f"{key}: {len(source):,} documents, {tokens:,} tokens{kept}")
+        figures[key] = {"documents": len(source), "tokens": tokens}
+    return "; ".join(lines), figures
+
+
+def _student(state: _State) -> tuple[str, dict[str, Any]]:
+    from distillkit.training.student import describe_student
+
+    figures = describe_student(state.config, state.run.model)
+    adapters = " in LoRA adapters" if figures["adapters"] else ""
+    detail = f"{figures['class']}, {figures['parameters']:,} parameters, {figures['trained']:,} trained{adapters}"
+    return f"{detail}, {figures['dtype']}, {figures['attention']} attention", figures
+
+
+def _teacher(state: _State) -> tuple[str, dict[str, Any]]:
+    live, matching = state.run.teacher
+    if live is None:
+        return "stored distributions", {"kind": "dataset"}
+    kept = "all ids" if live.top_k is None else f"top {live.top_k:,}"
+    layers = "" if matching is None else f"; {len(matching.teacher_layers)} pairs of layers matched"
+    return f"live: {state.config.teacher.path}, {kept}{layers}", {"kind": "hf"}  # type: ignore[union-attr]
+
+
+def _fits(state: _State) -> tuple[str, dict[str, Any]]:
+    from distillkit.models.head import rows_of
+
+    head = rows_of(state.run.model.get_output_embeddings().weight)
+    assert state.run.datasets
+    return f"vocabulary, codec and alignment agree with a head of {head:,} rows", {"head_rows": head}
+
+
+def _head(state: _State) -> tuple[str, dict[str, Any]]:
+    trainer, losses = state.run.trainer, state.run.description["losses"]
+    assert trainer.objective is not None
+    terms = " + ".join(f"{loss['weight']:.3g} {loss['name']}" for loss in losses)
+    return f"the head's logits are reproduced; loss = {terms}", {"losses": losses}
+
+
+def _plan(state: _State) -> tuple[str, dict[str, Any]]:
+    trainer, arguments = state.run.trainer, state.run.arguments
+    epochs, per_epoch, _, _, batch, _, steps = trainer.set_initial_training_values(
+        arguments, trainer.get_train_dataloader()
+    )
+    if per_epoch < 1 or steps < 1:
+        raise ConfigError("dataset.train_dataset: there is not one whole batch in it")
+    state.steps, state.steps_an_epoch = steps, per_epoch
+    detail = f"{steps:,} steps, rows a step: {batch:,}; one pass over the data takes {per_epoch:,}"
+    return detail, {"steps": steps, "rows_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}
+
+
+def _memory(state: _State) -> Check:
+    from distillkit.training.memory_estimate import estimate_memory
+
+    arguments, config = state.run.arguments, state.config
+    live, _ = state.run.teacher
+    state.memory = found = estimate_memory(
+        state.run.trainer.model,
+        arguments,
+        state.run.objective,
+        config.sequence_length,
+        teacher=None if live is None or config.teaches_itself else live.model,
+        sharded=state.sharded,
+    )
+    # Processes share a machine's memory; each GPU is one process's own.
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if arguments.device.type == "cpu" else 1
+    at_hand = found.at_hand // sharing
+    parts = {
+        "weights": found.weights,
+        "teacher": found.teacher,
+        "gradients": found.gradients,
+        f"optimiser ({to_plain_value(arguments.optim)})": found.optimizer,
+        "activations of the longest batch": found.activations,
+        "logits and losses": found.losses,
+    }
+    written = [
+        f"{name} {'not known' if size is None else human_bytes(size)}" for name, size in parts.items() if size != 0
+    ]
+    detail = f"about {human_bytes(found.total)} ({', '.join(written)}); at hand: {human_bytes(at_hand)}"
+    figures = {
+        "weights_bytes": found.weights,
+        "teacher_bytes": found.teacher,
+        "gradients_bytes": found.gradients,
+        "optimizer_bytes": found.optimizer,
+        "activations_bytes": found.activations,
+        "losses_bytes": found.losses,
+        "total_bytes": found.total,
+        "at_hand_bytes": at_hand,
+    }
+    if state.sharded:
+        detail = f"{detail}; weights, gradients and optimiser are divided among the processes"
+        return Check("memory", "passed", detail, figures)
+    if found.certain > at_hand:
+        return Check("memory", "failed", f"{detail}. Weights, gradients and optimiser alone don't fit", figures)
+    tight = found.total > at_hand or found.optimizer is None
+    return Check("memory", "warning" if tight else "passed", detail, figures)
+
+
+def _batch(state: _State) -> Check | tuple[str, dict[str, Any]]:
+    """Fetch a step's batches as training does, and take the first of them forward and backward."""
+    import torch
+
+    from distillkit.training.memory_estimate import checkpointing
+
+    trainer, arguments = state.run.trainer, state.run.arguments
+    trainer.start_epoch(0)
+    batches, count = trainer.get_batch_samples(
+        iter(trainer.get_train_dataloader()), arguments.gradient_accumulation_steps, arguments.device
+    )
+    first = batches[0]
+    rows, length = first["input_ids"].shape
+    shape = f"{rows} × {length:,} tokens"
+    if state.sharded:
+        return f"{shape}; not run: the student is sharded when training begins", {"rows": rows, "length": length}
+    model = trainer.model
+    with checkpointing(model, arguments, wanted=arguments.activation_checkpointing):
+        # As accelerate does in the wrapped model's forward.
+        with trainer.accelerator.autocast():
+            loss = trainer.compute_loss(model, trainer._prepare_inputs(first), num_items_in_batch=count)
+        loss.backward()
+    finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+    model.zero_grad(set_to_none=True)
+    averages, _, _ = trainer._window.finish(trainer.accelerator)
+    if not finite or not bool(torch.isfinite(loss)):
+        raise DistillKitError(f"the first batch ({shape}) gives a loss or a gradient that is not finite: {loss.item()}")
+    names = [loss["name"] for loss in state.run.description["losses"]]
+    losses = ", ".join(f"{name} {averages[name]:.4f}" for name in names)
+    detail = (
+        f"{shape}: forward and backward run; {losses}; same first token as the teacher {averages['top1_agreement']:.1%}"
+    )
+    figures = {"rows": rows, "length": length, **{name: averages[name] for name in (*names, "top1_agreement")}}
+    return detail, figures
+
+
+def _disk(state: _State) -> tuple[str, dict[str, Any]]:
+    from distillkit.training.memory_estimate import checkpoint_bytes
+
+    arguments = state.run.arguments
+    optimizer = None if state.memory is None else state.memory.optimizer
+    saved, each = checkpoint_bytes(state.run.model, optimizer, optimizer_too=not arguments.save_only_model)
+    number = _checkpoints(state)
+    if number and arguments.save_total_limit:
+        # The oldest goes when the newest is whole.
+        number = min(number, arguments.save_total_limit + 1)
+    free = shutil.disk_usage(_existing(Path(state.config.output_path))).free
+    needed = saved + number * each
+    state.saved, state.checkpoints = saved, (number, each)
+    found = f"{human_bytes(needed)} needed (student {human_bytes(saved)}, checkpoints: {number} × {human_bytes(each)})"
+    if needed > free:
+        raise ConfigError(
+            f"{found}, {human_bytes(free)} free at output_path; set training_args.save_total_limit, or save less often"
+        )
+    return f"{found}, {human_bytes(free)} free", {"needed_bytes": needed, "free_bytes": free, "checkpoints": number}
+
+
+def _checkpoints(state: _State) -> int:
+    """Count the checkpoints that training will save in all."""
+    arguments, steps, per_epoch = state.run.arguments, state.steps, state.steps_an_epoch
+    assert steps is not None
+    assert per_epoch is not None
+    strategy = str(to_plain_value(arguments.save_strategy))
+    if strategy == "no":
+        return 0
+    if strategy == "epoch":
+        return -(-steps // per_epoch)
+    if strategy == "best":
+        return 2  # the best so far, and the next one while it is written
+    every = arguments.save_steps if arguments.save_steps >= 1 else arguments.save_steps * steps
+    # One is saved at the end in any case.
+    return -int(-steps // max(int(every), 1))
+
+
+_STEPS = (
+    _Step("student's settings", (), _outline),
+    _Step("training arguments", ("student's settings",), _arguments),
+    _Step("output folder", (), _output),
+    _Step("tokenizer", ("training arguments",), _tokenizer),
+    _Step("data", ("tokenizer",), _data),
+    _Step("student", ("tokenizer",), _student),
+    _Step("teacher", ("student",), _teacher),
+    _Step("data fits student", ("data", "teacher"), _fits),
+    _Step("head and losses", ("data fits student",), _head),
+    _Step("steps", ("head and losses",), _plan),
+    _Step("memory", ("head and losses",), _memory),
+    _Step("first batch", ("memory", "steps"), _batch),
+    _Step("disk", ("output folder", "steps"), _disk),
+)
+
+
+# -- what would be written ---------------------------------------------------------------------------------------------
+
+
+def _would_write(state: _State) -> list[tuple[str, str]]:
+    folder = Path(state.config.output_path)
+    size = "" if state.saved is None else f", {human_bytes(state.saved)}"
+    lines = [(str(folder), f"the trained student and its tokenizer{size}")]
+    number, each = state.checkpoints or (0, 0)
+    if number:
+        lines.append((str(folder / "checkpoint-*"), f"{number} at a time, {human_bytes(each)} each"))
+    lines += [
+        (str(folder / "metrics.jsonl"), "every log"),
+        (str(folder / "summary.json"), "the figures at the end"),
+        (str(folder / "report.md"), "the report, with report-quality.png and report-speed.png"),
+        (str(folder / "distillkit_config.yaml"), "the configuration"),
+    ]
+    return lines
+
+
+def _existing(folder: Path) -> Path:
+    """Return a folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder

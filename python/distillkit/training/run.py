@@ -1,0 +1,278 @@
+"""A whole run from its configuration: `Run` loads and checks its parts, one after the other, and `train` trains."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from distillkit.errors import ConfigError
+from distillkit.losses.fused import Objective
+from distillkit.memory import peak_memory
+from distillkit.models.head import rows_of
+from distillkit.models.layers import LayerMatching, match_layers
+from distillkit.reports.run_report import ReportFiles
+from distillkit.shards import Dataset as StoredDataset
+from distillkit.text import tokenizer as tokenizers
+from distillkit.training.callbacks import ConsoleProgress, MetricsFile
+from distillkit.training.config.arguments import training_arguments
+from distillkit.training.config.schema import LiveTeacherConfig
+from distillkit.training.data.documents import open_documents, training_dataset
+from distillkit.training.data.examples import DistillationDataset, DocumentSource
+from distillkit.training.data.prepared import Part
+from distillkit.training.data.stored import check_dataset, check_ids
+from distillkit.training.description import describe
+from distillkit.training.saving import save_student, whole_checkpoint
+from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
+from distillkit.training.signals.stored import OfflineSignal
+from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
+from distillkit.training.student import check_student, load_student
+from distillkit.training.trackers import TrackedDescription, tracking
+from distillkit.training.trainer import DistillationTrainer, ReportWriter
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+    from distillkit.training.config.schema import RunConfig
+
+__all__ = ["Run", "checkpoint_of", "train"]
+
+
+class Run:
+    """The parts of a run. Each is loaded and checked when it is first asked for, after those it depends on: training
+    asks for all of them, a dry run for one after the other.
+
+    Args:
+        config: the run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.folder = Path(config.output_path)
+        self.progress = ConsoleProgress()
+
+    @cached_property
+    def outline(self) -> transformers.PreTrainedModel:
+        """The student without weights, on which its settings were tried out; see `check_student`."""
+        return check_student(self.config)
+
+    @cached_property
+    def arguments(self) -> SFTConfig:
+        """The trainer's arguments."""
+        # They would make DeepSpeed's ZeRO-3 shard the outline of the student already.
+        assert self.outline is not None
+        return training_arguments(self.config)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer."""
+        arguments = self.arguments  # refused, if they are wrong, before anything is loaded
+        tokenizer = tokenizers.load_tokenizer(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        configure_tokenizer(tokenizer, arguments)
+        return tokenizer
+
+    @cached_property
+    def eos_labels(self) -> list[int]:
+        """Token ids that end a document; see `check_eos_labels`."""
+        return check_eos_labels(self.config, self.tokenizer)
+
+    @cached_property
+    def sources(self) -> dict[Part, DocumentSource]:
+        """Training and evaluation data, opened."""
+        with self.arguments.main_process_first(desc="opening the datasets"):
+            return _open_sources(self.config, self.tokenizer, self.arguments)
+
+    @cached_property
+    def model(self) -> transformers.PreTrainedModel:
+        """The student."""
+        # Embeddings that are widened begin with random values.
+        transformers.set_seed(self.arguments.seed)
+        model = load_student(
+            self.config,
+            tokenizers.vocab_size(self.tokenizer),
+            checkpointing=self.arguments.activation_checkpointing,
+        )
+        configure_model(model, self.tokenizer, self.arguments)
+        return model
+
+    @cached_property
+    def teacher(self) -> tuple[OnlineSignal | None, LayerMatching | None]:
+        """The live teacher and the layers matched with it, if the configuration has them."""
+        return _live_teacher(self.config, self.model, self.arguments.device)
+
+    @cached_property
+    def datasets(self) -> dict[Part, DistillationDataset]:
+        """Training and evaluation examples, checked against the student."""
+        live, _ = self.teacher
+        return {
+            part: _dataset(self.config, part, source, self.model, self.arguments, live)
+            for part, source in self.sources.items()
+        }
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The losses."""
+        return Objective.training(self.config.loss_functions)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What is trained, for those who read about it later."""
+        return describe(self.config, self.arguments, self.model, self.datasets)
+
+    @cached_property
+    def metrics(self) -> MetricsFile:
+        """The file of metrics, which begins with what is trained."""
+        return MetricsFile(self.folder, self.description)
+
+    @cached_property
+    def trainer(self) -> DistillationTrainer:
+        """The trainer, with everything of before in it."""
+        # Data that does not belong to the student is refused before anything large is loaded.
+        eos_labels, _ = self.eos_labels, self.sources
+        self.progress.parts = self.objective.losses
+        trainer = DistillationTrainer(
+            self.model,
+            self.arguments,
+            objective=self.objective,
+            train_dataset=self.datasets["train"],
+            eval_dataset=self.datasets.get("eval"),
+            matching=self.teacher[1],
+            processing_class=self.tokenizer,
+            eos_labels=eos_labels,
+            callbacks=[
+                TrackedDescription(self.description),
+                self.metrics,
+                *([] if self.arguments.disable_tqdm else [self.progress]),
+            ],
+        )
+        # Last, so that it finds the log of the evaluation in the file.
+        trainer.add_callback(ReportWriter(trainer, ReportFiles(self.folder)))
+        return trainer
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train a student as a configuration says: load and check everything, train, evaluate, save.
+
+    In `config.output_path` it leaves the trained student with its tokenizer, checkpoints, `metrics.jsonl` (a JSON
+    object a log), `distillkit_config.yaml`, `summary.json` and `report.md` with its plots.
+
+    Returns:
+        The summary: steps, seconds, tokens, share of the time spent waiting for data, peak memory, the first and last
+        evaluation and the last training metrics.
+
+    Raises:
+        ConfigError: a setting can't be followed.
+        MismatchError: tokenizer, vocabulary, codec or alignment of the data don't fit the student.
+    """
+    started = time.perf_counter()
+    checkpoint = checkpoint_of(config)
+    run = Run(config)
+    trainer = run.trainer
+    if trainer.is_world_process_zero():
+        _write_config(config)
+    with tracking(config):
+        try:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            run.progress.close()
+    save_student(trainer, config)
+    summary = {
+        "output_path": config.output_path,
+        "steps": result.global_step,
+        "seconds": time.perf_counter() - started,
+        "train_tokens": trainer.counts["tokens"],
+        "tokens_per_second": trainer.counts["tokens"] / max(trainer.training_seconds, 1e-9),
+        "data_wait": trainer.waiting_seconds / max(trainer.training_seconds, 1e-9),
+        "cut_documents": trainer.counts["cut_documents"],
+        "cut_tokens": trainer.counts["cut_tokens"],
+        **peak_memory(),
+        **run.metrics.ends(),
+    }
+    if trainer.is_world_process_zero():
+        (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        ReportFiles(run.folder).finish()
+    return summary
+
+
+def _open_sources(config: RunConfig, tokenizer: Any, arguments: SFTConfig) -> dict[Part, DocumentSource]:
+    """Open training and evaluation data, and refuse them early where the tokenizer already says so."""
+    if config.teacher.kind == "hf":
+        check_teacher_tokenizer(config, tokenizer)
+    parts: tuple[Part, ...] = ("train", "eval")
+    opened = {part: open_documents(config, part, tokenizer, arguments) for part in parts}
+    return {part: source for part, source in opened.items() if source is not None}
+
+
+def _live_teacher(
+    config: RunConfig, model: transformers.PreTrainedModel, device: torch.device
+) -> tuple[OnlineSignal | None, LayerMatching | None]:
+    """Load the live teacher, if the configuration has one, and match its layers with the student's."""
+    if not isinstance(config.teacher, LiveTeacherConfig):
+        return None, None
+    # A student with adapters is its own teacher where that is its base model, as it is.
+    teacher = model if config.teaches_itself else load_teacher(config, device)
+    matching = None
+    if config.layer_mapping is not None:
+        force = config.force_hidden_state_projection
+        matching = match_layers(config.layer_mapping, model, teacher, force_projection=force)
+    layers = () if matching is None else matching.teacher_layers
+    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers), matching
+
+
+def _dataset(
+    config: RunConfig,
+    part: Part,
+    source: DocumentSource,
+    model: transformers.PreTrainedModel,
+    arguments: SFTConfig,
+    teacher: OnlineSignal | None,
+) -> DistillationDataset:
+    """Check a dataset against the student, and make training examples of it."""
+    head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
+    if teacher is not None:
+        check_ids(source, head_size, key)
+        return training_dataset(config, part, source, teacher, arguments)
+    assert isinstance(source, StoredDataset)
+    check_dataset(source, head_size, key)
+    signal = OfflineSignal(
+        source.codec,
+        head_size,
+        on_device=arguments.device.type == "cuda",
+        label_logprobs=bool((source.header.capture or {}).get("label_logprobs")),
+    )
+    return training_dataset(config, part, source, signal, arguments)
+
+
+def checkpoint_of(config: RunConfig) -> str | None:
+    """Return the checkpoint to resume from, if one is asked for."""
+    wanted = config.training_args.get("resume_from_checkpoint")
+    if not wanted:
+        return None
+    if wanted is True:
+        folder = whole_checkpoint(Path(config.output_path))
+        if folder is None:
+            raise ConfigError(
+                f"{config.source}: training_args.resume_from_checkpoint: there is no checkpoint in "
+                f"{config.output_path}; start without it"
+            )
+        return str(folder)
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise ConfigError(
+            f"{config.source}: training_args.resume_from_checkpoint: {wanted!r} is not a checkpoint's folder (no "
+            "trainer_state.json in it)"
+        )
+    return str(wanted)
+
+
+def _write_config(config: RunConfig) -> None:
+    import yaml
+
+    folder = Path(config.output_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    (folder / "distillkit_config.yaml").write_text(content, encoding="utf-8")

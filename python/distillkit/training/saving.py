@@ -1,0 +1,131 @@
+"""Saving the trained student so that it loads by itself, however it was trained."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import transformers
+
+    from distillkit.training.config.schema import RunConfig
+
+__all__ = ["save_student", "saving", "whole_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# What a vision-language student's folder has beside model and tokenizer.
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+# Less than this is left of a disk that something could not be written to because it is full.
+_FULL_BYTES = 16 << 20
+
+
+@contextmanager
+def saving(folder: Path, *, checkpoint: bool) -> Iterator[None]:
+    """Turn what torch and safetensors raise over a full disk into one message; a checkpoint is whole or removed.
+
+    Args:
+        folder: where is saved.
+        checkpoint: whether that is a checkpoint's folder.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        # They raise errors of their own, without a number.
+        full = getattr(error, "errno", None) == errno.ENOSPC or _free_bytes(folder) < _FULL_BYTES
+        if checkpoint and not is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        if not full:
+            raise
+        resume = "training_args.resume_from_checkpoint: true"
+        if checkpoint:
+            rest = (
+                f"this checkpoint is removed, earlier ones are kept: make room, and go on with {resume} "
+                "(save_total_limit keeps fewer of them, save_only_model makes them smaller)"
+            )
+        else:
+            rest = f"the trained student is not whole: make room, and go on from the last checkpoint with {resume}"
+        raise OSError(errno.ENOSPC, f"No space left on device; {rest}", str(folder)) from error
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's folder has the trainer's state, which is written last."""
+    try:
+        return isinstance(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def whole_checkpoint(folder: Path) -> Path | None:
+    """Find the last whole checkpoint in an output folder; one that a killed run left half written is passed over."""
+    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*") if _numbered(path)]
+    for _, path in sorted(numbered, reverse=True):
+        if is_whole(path):
+            return path
+        logger.warning("%s is not whole (a run was stopped while it was saved): it is passed over", path)
+    return None
+
+
+def _numbered(path: Path) -> bool:
+    return path.is_dir() and path.name.rpartition("-")[2].isdecimal()
+
+
+def save_student(trainer: transformers.Trainer, config: RunConfig) -> None:
+    """Save the trained student, its tokenizer and its processor in the output folder. Every process must call it.
+
+    Args:
+        trainer: after training; with `peft.merge_on_save` its model has no adapters any more then.
+        config: the run.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if trainer.is_fsdp_enabled:
+        # With sharded checkpoints, save_model would leave no model behind at all.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    first = trainer.is_world_process_zero()
+    if config.peft is not None and config.peft.merge_on_save:
+        trainer.model = trainer.model.merge_and_unload(safe_merge=True)
+        if first:
+            _remove_adapters(Path(config.output_path))
+    with saving(Path(config.output_path), checkpoint=False):
+        if first:
+            _copy_processor(config)
+        trainer.save_model()
+
+
+def _remove_adapters(folder: Path) -> None:
+    """Remove adapters that an earlier run left in the folder: `from_pretrained` would put them on top of the merged
+    weights."""
+    for name in _ADAPTER_FILES:
+        if (folder / name).exists():
+            (folder / name).unlink()
+            logger.info("%s, from an earlier run, is removed: the weights saved beside it are whole now", folder / name)
+
+
+def _copy_processor(config: RunConfig) -> None:
+    """Copy the files that turn images into a student's inputs: training from text does not change them."""
+    from transformers.utils import cached_file
+
+    for name in _PROCESSOR_FILES:
+        file = cached_file(config.model, name, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            Path(config.output_path).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, Path(config.output_path) / name)

@@ -1,0 +1,165 @@
+"""A live teacher: a transformers model run beside the student, on the same batches.
+
+Nothing of it is kept: its hidden states of the counted positions are, and its head is applied to them a chunk of
+positions at a time, where the student's is.
+
+Shape legend: B batch, S sequence, N counted positions, H hidden size of the teacher, V width of its head, k kept ids.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+import torch
+
+from distillkit.codec.topk import sparse_from_logits
+from distillkit.errors import ConfigError, MismatchError
+from distillkit.losses.positions import DenseTeacher, Targets
+from distillkit.models.head import backbone_layers, bare_model, check_lm_head, logit_chunks
+from distillkit.text import tokenizer as tokenizers
+from distillkit.training.data.examples import MODEL_INPUTS
+from distillkit.types import Document, SparseLogprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from distillkit.training.config.schema import LiveTeacherConfig, RunConfig
+
+__all__ = ["OnlineSignal", "check_teacher_tokenizer", "load_teacher"]
+
+logger = logging.getLogger(__name__)
+
+
+class OnlineSignal:
+    """Distributions and hidden states of a live teacher.
+
+    Args:
+        model: the teacher, on whatever devices it lies. A student with PEFT adapters is taken without them: it is its
+            own teacher as it was before training.
+        top_k: keep the k most probable ids only; all ids if None.
+        layers: indices into the teacher's hidden states, of those that are wanted.
+
+    Raises:
+        DistillKitError: the teacher's head can't be applied apart from the model.
+        ConfigError: top_k is more than the teacher has ids.
+    """
+
+    def __init__(self, model: Any, *, top_k: int | None = None, layers: tuple[int, ...] = ()) -> None:
+        self.model = model
+        self.layers = layers
+        self.top_k = top_k
+        self.head = check_lm_head(model)
+        if top_k is not None and top_k > self.head.size:
+            raise ConfigError(f"teacher.top_k: {top_k} ids are wanted, the teacher has {self.head.size:,}")
+
+    def take(self, document: Document, positions: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+        """Take nothing: the batch's token ids are enough."""
+        return {}
+
+    def empty_targets(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays of `take` for no position."""
+        return {}
+
+    @torch.no_grad()
+    def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
+        """Run the teacher on a batch: see `TeacherSignal.targets`."""
+        with _as_teacher(self.model) as bare:
+            inputs = {name: _moved(value, bare.device) for name, value in batch.items() if name in MODEL_INPUTS}
+            last, layers = backbone_layers(bare, self.layers, **inputs)
+            weights = self.head.weights()
+        rows = batch["rows"]
+        hidden = tuple(states.flatten(0, 1)[rows.to(states.device)].to(labels.device) for states in layers)
+        counted = last.flatten(0, 1)[rows.to(last.device)]
+        dense = DenseTeacher(counted, self.head, weights)
+        return Targets(labels, dense if self.top_k is None else self._first(dense, labels.device), hidden)
+
+    def _first(self, dense: DenseTeacher, device: torch.device) -> SparseLogprobs:
+        """Keep the k most probable ids of each position."""
+        assert self.top_k is not None
+        parts: list[SparseLogprobs] = []
+        for start, stop in logit_chunks(len(dense.hidden), self.head.size, dense.hidden.device):
+            parts.append(sparse_from_logits(dense.logits(start, stop).logits, self.top_k))
+        if not parts:
+            empty = torch.empty(0, self.top_k, device=device)
+            return SparseLogprobs(empty.long(), empty)
+        ids, logprobs = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logprobs"))
+        return SparseLogprobs(ids.to(device), logprobs.to(device))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+@contextmanager
+def _as_teacher(model: Any) -> Iterator[PreTrainedModel]:
+    """Put a model into the state that teaches: no dropout, no adapters. Gives the bare model."""
+    bare, training = bare_model(model), model.training
+    model.eval()
+    try:
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
+                yield bare
+        else:
+            yield bare
+    finally:
+        model.train(training)
+
+
+def load_teacher(config: RunConfig, device: torch.device) -> PreTrainedModel:
+    """Load the live teacher that a configuration names.
+
+    Its weights have the dtype of its checkpoint unless `teacher.kwargs.dtype` says otherwise, and lie on `device`
+    unless `teacher.kwargs.device_map` places them.
+
+    Raises:
+        ConfigError: it can't be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    teacher: LiveTeacherConfig = config.teacher  # type: ignore[assignment]
+    arguments = {"dtype": "auto", "trust_remote_code": config.trust_remote_code, **teacher.kwargs}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(teacher.path, **arguments)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise ConfigError(
+            f"{config.source}: teacher.path: {teacher.path!r} can not be loaded with {arguments}: {error}"
+        ) from error
+    if "device_map" not in arguments:
+        model.to(device)
+    model.eval().requires_grad_(False)
+    logger.info(
+        "teacher %s: %s, %s parameters, %s on %s",
+        teacher.path,
+        type(model).__name__,
+        f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        str(model.dtype).removeprefix("torch."),
+        model.device,
+    )
+    return model
+
+
+def check_teacher_tokenizer(config: RunConfig, tokenizer: Any) -> None:
+    """Refuse a teacher whose token ids mean other tokens than the student's.
+
+    Args:
+        config: with a live teacher.
+        tokenizer: the student's.
+
+    Raises:
+        MismatchError: with both fingerprints.
+        ConfigError: the teacher has no tokenizer to compare.
+    """
+    teacher: LiveTeacherConfig = config.teacher  # type: ignore[assignment]
+    theirs = tokenizers.load_tokenizer(teacher.path, trust_remote_code=config.trust_remote_code)
+    fingerprints = [tokenizers.fingerprint(each) for each in (theirs, tokenizer)]
+    if fingerprints[0] != fingerprints[1]:
+        sizes = [tokenizers.vocab_size(each) for each in (theirs, tokenizer)]
+        raise MismatchError(
+            f"teacher.path: {teacher.path} has another tokenizer than the student: {fingerprints[0]}, {sizes[0]:,} "
+            f"ids, against {config.model} ({fingerprints[1]}, {sizes[1]:,} ids). Token ids would mean different "
+            "tokens; take a student with the teacher's tokenizer"
+        )

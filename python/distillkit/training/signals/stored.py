@@ -1,0 +1,91 @@
+"""A teacher whose distributions were stored: decoded beside the reading on a CPU, on the device itself on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distillkit.codec import Codec
+from distillkit.losses.positions import Targets
+from distillkit.types import Document, SparseLogprobs
+
+__all__ = ["OfflineSignal"]
+
+
+class OfflineSignal:
+    """Stored distributions of a dataset.
+
+    Args:
+        codec: the dataset's.
+        head_size: width of the student's head. Ids from there on (padding of a wider teacher's head) count as missing
+            mass.
+        on_device: send the encoded bytes to the training device and decode there, instead of decoding on the CPU. Rows
+            then travel in a fifth of the bytes or less.
+        label_logprobs: also take the teacher's log-probability of each next token, of documents that have it.
+    """
+
+    def __init__(self, codec: Codec, head_size: int, *, on_device: bool = False, label_logprobs: bool = False) -> None:
+        self.codec = codec
+        self.head_size = head_size
+        # Only rows of a fixed size can be picked out of a document's bytes.
+        self.on_device = on_device and codec.bytes_per_token is not None
+        self.label_logprobs = label_logprobs
+
+    def take(self, document: Document, positions: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+        """Take the rows of some positions (P,): encoded (P, bytes), or decoded ids and logprobs (P, k); and
+        label_logprobs (P,) if they are wanted, NaN where the document has none.
+
+        Raises:
+            CorruptDataError: the document does not decode.
+        """
+        if self.on_device:
+            taken = {"bytes": self.codec.document_rows(document.teacher, document.num_rows)[positions]}
+        else:
+            rows = self.codec.decode_document(document.teacher, document.num_rows)
+            taken = {"ids": np.asarray(rows.ids)[positions], "logprobs": np.asarray(rows.logprobs)[positions]}
+        if self.label_logprobs:
+            known = document.label_logprobs
+            taken["label_logprobs"] = np.full(len(positions), np.nan, np.float32) if known is None else known[positions]
+        return taken
+
+    def empty_targets(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays of `take` for no position."""
+        if self.on_device:
+            taken: dict[str, npt.NDArray[Any]] = {"bytes": np.empty((0, self.codec.bytes_per_token), dtype=np.uint8)}
+        else:
+            taken = {
+                "ids": np.empty((0, self.codec.k), dtype=np.int64),
+                "logprobs": np.empty((0, self.codec.k), dtype=np.float32),
+            }
+        if self.label_logprobs:
+            taken["label_logprobs"] = np.empty(0, dtype=np.float32)
+        return taken
+
+    def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
+        """Make the targets (N, k) from `teacher_bytes`, or `teacher_ids` and `teacher_logprobs`, and perhaps
+        `teacher_label_logprobs`."""
+        if self.on_device:
+            ids, logprobs = self.codec.decode_torch(batch["teacher_bytes"])
+        else:
+            ids, logprobs = batch["teacher_ids"], batch["teacher_logprobs"]
+        if self.codec.vocab_size > self.head_size and ids.numel():
+            ids, logprobs = _within(ids, logprobs, self.head_size)
+        known = batch.get("teacher_label_logprobs")
+        if known is not None:
+            # A label may be another id than the token the teacher was asked for (eos_label_token_ids).
+            tokens = batch["input_ids"].flatten()[batch["rows"] + 1].to(labels.device)
+            known = known.masked_fill(tokens != labels, torch.nan)
+        return Targets(labels, SparseLogprobs(ids, logprobs), label_logprobs=known)
+
+
+def _within(ids: torch.Tensor, logprobs: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give ids ≥ head_size no probability, under the name of the row's first id that is in the head (it must be some id
+    of the head)."""
+    outside = ids >= head_size
+    first = ids.gather(-1, (~outside).int().argmax(-1, keepdim=True))
+    first = torch.where(first < head_size, first, 0)
+    return torch.where(outside, first, ids), logprobs.masked_fill(outside, -torch.inf)

@@ -1,0 +1,296 @@
+"""The student: loading it as the configuration says, and computing the losses inside its forward."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distillkit.errors import ConfigError, DistillKitError
+from distillkit.models.adapters import add_adapters
+from distillkit.models.head import bare_model, elements_of, lm_head_of, rows_of
+from distillkit.training.quantization import quantization_config_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from distillkit.training.config.schema import RunConfig
+
+__all__ = [
+    "attention_implementation",
+    "check_student",
+    "describe_student",
+    "freeze",
+    "load_student",
+    "student_outline",
+    "widen_embeddings",
+]
+
+logger = logging.getLogger(__name__)
+
+_FLASH = "flash_attention_2"
+
+
+def check_student(config: RunConfig) -> PreTrainedModel | PeftModel:
+    """Check everything about the student that can be checked without its weights.
+
+    The student is built from its config without memory for weights, and what is frozen and where adapters go is tried
+    out on that.
+
+    Returns:
+        The student without weights, with frozen parts and adapters as it will have them.
+
+    Raises:
+        ConfigError: a setting can't be followed here, or does not fit the student.
+    """
+    _load_arguments(config)
+    outline = student_outline(config)
+    with torch.device("meta"):
+        return _prepared(outline, config)
+
+
+def student_outline(config: RunConfig) -> PreTrainedModel:
+    """Build the student without weights: every parameter is there with its name and shape, on the meta device.
+
+    Raises:
+        ConfigError: there is no such model, or the auto class has none for it.
+    """
+    import transformers
+
+    with _loading(config, "its config"):
+        outline_config = transformers.AutoConfig.from_pretrained(
+            config.model, trust_remote_code=config.trust_remote_code
+        )
+        with torch.device("meta"):
+            return _auto_class(config).from_config(outline_config, trust_remote_code=config.trust_remote_code)
+
+
+def load_student(config: RunConfig, vocab_size: int, *, checkpointing: bool = False) -> PreTrainedModel | PeftModel:
+    """Load the student as the configuration says.
+
+    Weights are float32 unless `model_kwargs.dtype` says otherwise, or bfloat16 with FlashAttention, which needs 16
+    bits, and for the unquantised parts of a quantised student.
+
+    Args:
+        config: the run.
+        vocab_size: ids the tokenizer can produce.
+        checkpointing: activations will be recomputed in the backward pass.
+
+    Returns:
+        The model, with `requires_grad` set on what is trained; inside a `PeftModel` if there is a `peft` section.
+
+    Raises:
+        ConfigError: it can't be loaded, or a setting does not fit it.
+    """
+    arguments = _load_arguments(config)
+    if config.use_flash_attention is None and arguments.get("attn_implementation") == "sdpa":
+        reason = _why_no_flash_attention() or "model_kwargs.attn_implementation says so"
+        logger.info("FlashAttention is not used (%s): PyTorch's scaled dot-product attention (sdpa) instead", reason)
+    with _loading(config, arguments):
+        bare = _auto_class(config).from_pretrained(
+            config.model, trust_remote_code=config.trust_remote_code, **arguments
+        )
+    before = rows_of(bare.get_input_embeddings().weight)
+    if config.resize_embeddings_to_multiple_of is not None:
+        widen_embeddings(bare, vocab_size, config.resize_embeddings_to_multiple_of)
+    rows = rows_of(bare.get_input_embeddings().weight)
+    if rows < vocab_size:
+        raise ConfigError(
+            f"{config.source}: model: {config.model} has embeddings for {rows:,} ids, its tokenizer makes "
+            f"{vocab_size:,}; set resize_embeddings_to_multiple_of to widen them"
+        )
+    if config.peft is not None and not config.peft.merge_on_save and rows != before:
+        raise ConfigError(
+            f"{config.source}: resize_embeddings_to_multiple_of: the embeddings grow from {before:,} to {rows:,} rows, "
+            "and adapters alone would not load on the base model then; set peft.merge_on_save: true"
+        )
+    model = _prepared(bare, config)
+    if checkpointing and not bare.get_input_embeddings().weight.requires_grad:
+        # Reentrant checkpointing gives no gradients to a layer none of whose inputs wants one.
+        bare.enable_input_require_grads()
+    _describe(model, config)
+    return model
+
+
+def _prepared(bare: PreTrainedModel, config: RunConfig) -> PreTrainedModel | PeftModel:
+    """Freeze what is to be frozen, and add adapters if there is a `peft` section; see that the head can be used."""
+    try:
+        frozen = freeze(bare, config.frozen_modules, config.frozen_res)
+        if config.peft is None and getattr(bare, "quantization_method", None) is not None:
+            raise ConfigError(
+                f"model: the weights of {config.model} are quantised ({bare.quantization_method}), and such are not "
+                "trained themselves; add a peft section to train LoRA adapters on them"
+            )
+        model = bare if config.peft is None else add_adapters(bare, config.peft, frozen)
+        lm_head_of(model)
+    except DistillKitError as error:
+        raise ConfigError(f"{config.source}: {error}") from error
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"{config.source}: frozen_modules and frozen_res leave nothing to train")
+    return model
+
+
+def _describe(model: PreTrainedModel | PeftModel, config: RunConfig) -> None:
+    """Log what the student is, and what may surprise."""
+    student = describe_student(config, model)
+    logger.info(
+        "student %s: %s, %s parameters (%s trained%s), %s, %s attention",
+        student["path"],
+        student["class"],
+        f"{student['parameters']:,}",
+        f"{student['trained']:,}",
+        " in LoRA adapters" if student["adapters"] else "",
+        student["dtype"],
+        student["attention"],
+    )
+    longest = getattr(bare_model(model).config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.sequence_length > longest:
+        logger.warning(
+            "sequence_length %s is more than the student's max_position_embeddings, %s", config.sequence_length, longest
+        )
+
+
+def _auto_class(config: RunConfig) -> Any:
+    import transformers
+
+    return getattr(transformers, config.model_auto_class)
+
+
+@contextmanager
+def _loading(config: RunConfig, what: object) -> Iterator[None]:
+    """Turn what transformers raises while it loads into one message."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"{config.source}: model: {config.model!r} can not be loaded by {config.model_auto_class} with {what}: "
+            f"{error}"
+        ) from error
+
+
+def _load_arguments(config: RunConfig) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained`, checked as far as that goes without the model.
+
+    Raises:
+        ConfigError: a value is not allowed, or what it asks for is not there.
+    """
+    arguments = dict(config.model_kwargs)
+    attention = attention_implementation(config)
+    if attention is not None:
+        arguments["attn_implementation"] = attention
+    quantisation = quantization_config_of(config, arguments)
+    if quantisation is not None:
+        arguments["quantization_config"] = quantisation
+        if torch.cuda.is_available():
+            arguments.setdefault("device_map", {"": int(os.environ.get("LOCAL_RANK", "0"))})
+    arguments.setdefault("dtype", "bfloat16" if attention == _FLASH or quantisation is not None else "float32")
+    return arguments
+
+
+def attention_implementation(config: RunConfig) -> str | None:
+    """Decide which attention the student gets.
+
+    Returns:
+        A name for `attn_implementation`, or None to leave the choice to `model_kwargs`.
+
+    Raises:
+        ConfigError: FlashAttention is demanded and can't run here, or two settings contradict each other.
+    """
+    wanted, named = config.use_flash_attention, config.model_kwargs.get("attn_implementation")
+    if named is not None:
+        if wanted is not None and wanted != str(named).startswith("flash"):
+            raise ConfigError(
+                f"{config.source}: use_flash_attention: {str(wanted).lower()} contradicts "
+                f"model_kwargs.attn_implementation: {named!r}; give one"
+            )
+        return None
+    if wanted is False:
+        return "sdpa"
+    missing = _why_no_flash_attention()
+    if missing is None:
+        return _FLASH
+    if wanted:
+        raise ConfigError(
+            f"{config.source}: use_flash_attention: true, but {missing}. Install it (`pip install flash-attn "
+            "--no-build-isolation`, on a machine with a CUDA GPU), or set use_flash_attention: false to use "
+            "PyTorch's scaled dot-product attention"
+        )
+    return "sdpa"
+
+
+def _why_no_flash_attention() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    return None
+
+
+def widen_embeddings(model: PreTrainedModel, vocab_size: int, multiple: int) -> None:
+    """Widen embeddings and head to a multiple of `multiple` that holds `vocab_size` ids; never narrow them.
+
+    The tokenizer's vocabulary is often smaller than the checkpoint's padded head, and a teacher may have put
+    probability on those rows.
+    """
+    size = rows_of(model.get_input_embeddings().weight)
+    wanted = -(-max(size, vocab_size) // multiple) * multiple
+    if wanted != size:
+        model.resize_token_embeddings(wanted)
+        logger.info("embeddings and head widened from %s to %s rows", f"{size:,}", f"{wanted:,}")
+
+
+def freeze(model: torch.nn.Module, modules: list[str], expressions: list[str]) -> set[str]:
+    """Stop some parameters from being trained.
+
+    Args:
+        modules: exact names of modules, as `named_modules` has them.
+        expressions: regular expressions, searched in the names of parameters.
+
+    Returns:
+        Names of the parameters that are frozen now; of a tied one, both.
+
+    Raises:
+        ConfigError: there is no such module, or an expression matches nothing.
+    """
+    from distillkit.errors import nearest
+
+    known = dict(model.named_modules())
+    # Tied parameters have two names, and named_parameters would give the first only.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    chosen: list[torch.nn.Parameter] = []
+    for name in modules:
+        if name not in known or not name:
+            raise ConfigError(f"frozen_modules: the student has no module {name!r}{nearest(name, known)}")
+        chosen += known[name].parameters()
+    for expression in expressions:
+        matched = [parameter for name, parameter in parameters.items() if re.search(expression, name)]
+        if not matched:
+            example = next(iter(parameters), "none")
+            raise ConfigError(f"frozen_res: {expression!r} matches no parameter's name (they look like {example!r})")
+        chosen += matched
+    for parameter in chosen:
+        parameter.requires_grad_(False)
+    identities = {id(parameter) for parameter in chosen}
+    return {name for name, parameter in parameters.items() if id(parameter) in identities}
+
+
+def describe_student(config: RunConfig, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """Describe the student: `path`, `class`, `parameters`, `trained`, `adapters`, `dtype`, `attention`."""
+    bare = bare_model(model)
+    sizes = [(elements_of(part), part.requires_grad) for part in bare.parameters()]
+    return {
+        "path": config.model,
+        "class": type(bare).__name__,
+        "parameters": sum(size for size, _ in sizes),
+        "trained": sum(size for size, trained in sizes if trained),
+        "adapters": config.peft is not None,
+        "dtype": str(bare.dtype).removeprefix("torch."),
+        "attention": bare.config._attn_implementation,
+    }

@@ -1,0 +1,418 @@
+"""`DistillationTrainer` trains a student from a teacher's signal. `distillkit.run` makes one from a configuration."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from distillkit.errors import ConfigError, DistillKitError
+from distillkit.losses.fused import Objective
+from distillkit.memory import peak_memory
+from distillkit.models.layers import LayerMatching, exported, load_projections, save_projections, without_projections
+from distillkit.reports.run_report import ReportFiles
+from distillkit.training.attach import DistillationInputs, DistillationOutput, attach_losses
+from distillkit.training.data.examples import MODEL_INPUTS, Collator, DistillationDataset, DocumentOrder
+from distillkit.training.saving import saving
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+
+__all__ = ["DistillationTrainer", "ReportWriter"]
+
+logger = logging.getLogger(__name__)
+
+_COUNTS = ("tokens", "cut_documents", "cut_tokens")
+
+
+class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
+    """A `transformers.Trainer` whose loss is computed inside the student's forward, from hidden states and a teacher's
+    signal.
+
+    The loss of an optimiser step is Σ over its counted positions / their number, over all micro-batches and processes,
+    so that batch size, accumulation and number of processes don't change it. Evaluation is the same mean over the whole
+    held-out set.
+
+    Args:
+        model: the student, a bare causal LM; its forward is extended (`attach_losses`).
+        args: see `training_arguments`.
+        objective: the losses.
+        train_dataset, eval_dataset: documents with their teacher's signal.
+        matching: which of the student's hidden states are compared with the teacher's, if any are.
+        processing_class: the tokenizer, saved beside each checkpoint.
+        eos_labels: token ids that become the tokenizer's end of sequence in the labels.
+        callbacks: as transformers takes them.
+
+    Raises:
+        DistillKitError: the student's head is not understood.
+        ConfigError: several GPUs are visible to one process.
+    """
+
+    control: transformers.TrainerControl
+
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        args: SFTConfig,
+        *,
+        objective: Objective,
+        train_dataset: DistillationDataset,
+        eval_dataset: DistillationDataset | None = None,
+        matching: LayerMatching | None = None,
+        processing_class: Any = None,
+        eos_labels: Sequence[int] = (),
+        callbacks: list[transformers.TrainerCallback] | None = None,
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"{args.n_gpu} GPUs are visible to one process. Start one process for each: `torchrun "
+                f"--nproc_per_node {args.n_gpu} -m distillkit CONFIG.yaml` (or accelerate launch), or choose one "
+                "with CUDA_VISIBLE_DEVICES"
+            )
+        attach_losses(model, matching)
+        use_cache = getattr(model.config, "use_cache", None)
+        pad_id = getattr(processing_class, "pad_token_id", None)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(
+                pad_id=0 if pad_id is None else pad_id,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                flash_attention=str(model.config._attn_implementation).startswith("flash"),
+                eos_labels=eos_labels,
+                eos_id=getattr(processing_class, "eos_token_id", None),
+            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        # The Trainer switches the cache off in the config, which would be saved with the student and make its
+        # generation slow. The losses' forward passes use_cache=False itself.
+        if use_cache is None:  # a vision-language model's config has it for its text part only
+            del model.config.use_cache
+        else:
+            model.config.use_cache = use_cache
+        # Progress and metrics have their own callbacks.
+        self.remove_callback(transformers.PrinterCallback)
+        self.remove_callback(transformers.ProgressCallback)
+        self.objective = objective
+        # compute_loss has divided by the whole step's count.
+        self.loss_is_scaled_for_ga = True
+        self.counts = dict.fromkeys(_COUNTS, 0)
+        self.training_seconds = 0.0
+        self.waiting_seconds = 0.0
+        self._window = _Window(objective, args.device)
+        self._order: DocumentOrder | None = None
+        self.add_callback(_Epochs(self))
+
+    # -- data: every process sees every document of an epoch exactly once, in an order of its own ----------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> DocumentOrder:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = None
+        if self.args.train_sampling_strategy != "sequential":
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        drops = self.args.dataloader_drop_last
+        self._order = DocumentOrder(
+            len(dataset), seed=seed, multiple=1 if drops else self._whole_batches(self._train_batch_size)
+        )
+        return self._order
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> DocumentOrder:
+        return DocumentOrder(len(eval_dataset), seed=None, multiple=self._whole_batches(self.args.eval_batch_size))
+
+    def _whole_batches(self, batch_size: int) -> int:
+        # One process may end with a smaller batch. Several must have the same number of batches; accelerate would
+        # repeat documents.
+        return batch_size * self.args.world_size if self.args.world_size > 1 else 1
+
+    def start_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch.
+
+        The Trainer's own call does not reach the sampler where it resumes with several processes.
+        """
+        if self._order is not None:
+            self._order.set_epoch(epoch)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Fetch the micro-batches of a step, and measure how long that takes.
+
+        What is counted is waiting for the batches alone: reading, decoding and collating that has not been done ahead,
+        and the copy to the device; not the count of their tokens, which waits for the other processes.
+        """
+        return super().get_batch_samples(self._window.waiting(epoch_iterator), num_batches, device)
+
+    # -- loss ----------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a micro-batch, as its share of the whole optimiser step's mean.
+
+        `num_items_in_batch` counts the labels of all micro-batches and processes; gradients are then averaged over
+        processes, hence the factor.
+        """
+        if num_items_in_batch is None:
+            raise RuntimeError("the number of counted positions is unknown: the batch has no labels")
+        output = self._forward(model, inputs, self.objective, self.train_dataset)
+        self._window.add(output.statistics, inputs["counts"])
+        replicas = self.accelerator.num_processes // self.get_tp_size()
+        loss = output.loss / torch.as_tensor(num_items_in_batch).clamp_min(1) * replicas
+        return (loss, output) if return_outputs else loss
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Move a part of a batch to the device. Under DeepSpeed, the Trainer's own would also round the teacher's
+        log-probs to the model's precision."""
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
+    def _forward(self, model: Any, inputs: Mapping[str, Any], objective: Objective, dataset: Any) -> DistillationOutput:
+        rows = inputs["rows"]
+        labels = inputs["labels"].flatten()[rows + 1]
+        targets = dataset.signal.targets(inputs, labels)
+        model_inputs = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
+        output = model(**model_inputs, distill=DistillationInputs(rows, targets, objective))
+        return output  # type: ignore[no-any-return]
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Measure the student against the teacher's signal on held-out documents: means over all counted positions of
+        all processes.
+
+        Returns:
+            Metrics `<prefix>_loss` (as trained), `_kl` (KL(teacher ‖ student) at temperature 1, stored ids
+            renormalised), `_cross_entropy` and `_perplexity` (of the true tokens), `_top1_agreement`, `_topk_overlap`,
+            `_teacher_mass`, `_student_mass` (of the stored ids), `_positions`, and every other loss by its name.
+        """
+        with self._window.paused():
+            model = self._evaluated_model()
+            model.eval()
+            if hasattr(self.optimizer, "eval"):
+                # Schedule-free optimisers evaluate at other weights than they train; training_step switches back.
+                self.optimizer.eval()
+            objective = self.objective.evaluation()
+            sums = _sums(len(objective.names), self.args.device)
+            loss = _sums(1, self.args.device)
+            self.callback_handler.eval_dataloader = dataloader
+            for inputs in dataloader:
+                inputs = self._prepare_inputs(inputs)
+                with self.compute_loss_context_manager():
+                    output = self._forward(model, inputs, objective, dataloader.dataset)
+                sums += output.statistics
+                loss += output.loss
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            totals = self.accelerator.reduce(torch.cat([sums, loss]), reduction="sum").tolist()
+        named = dict(zip(objective.names, totals[:-1], strict=True))
+        positions = named.pop("positions")
+        if not positions:
+            raise DistillKitError(
+                "the evaluation set has no position to predict: its documents are empty, single tokens or masked"
+            )
+        metrics = {name: value / positions for name, value in named.items() if name not in ("kl", "cross_entropy")}
+        for name in ("kl", "cross_entropy"):
+            metrics[name] = metrics.pop(f"eval:{name}")
+        metrics |= {
+            "loss": totals[-1] / positions,
+            "perplexity": math.exp(min(metrics["cross_entropy"], 700.0)),
+            "positions": int(positions),
+        }
+        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=prefixed, num_samples=len(dataloader.dataset))
+
+    def _evaluated_model(self) -> Any:
+        """Return the model to evaluate, prepared for the device and precision if no training has done that."""
+        if self.is_in_train or self.accelerator._models:
+            return self.model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                "under FSDP or DeepSpeed, evaluation needs a running training; use training_args.eval_on_start"
+            )
+        return self.accelerator.prepare_model(self.model, evaluation_mode=True)
+
+    # -- metrics -------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the averages of what was trained since the last time if it is the training loss that is logged.
+
+        Raises:
+            DistillKitError: the loss is not finite.
+        """
+        if "loss" in logs:
+            logs |= self._finish_window() | {"peak_memory_gb": _peak_memory_gb()}
+            if not math.isfinite(logs["loss"]):
+                raise DistillKitError(
+                    f"the training loss is {logs['loss']} at step {self.state.global_step}: lower the learning rate, "
+                    "or train in bfloat16 or float32 instead of float16. The last checkpoint is from before"
+                )
+        elif "train_loss" in logs:
+            # The end of training; steps since the last log still count.
+            self._finish_window()
+        super().log(logs, start_time)
+
+    def _finish_window(self) -> dict[str, float]:
+        averages, counts, seconds = self._window.finish(self.accelerator)
+        self.training_seconds += seconds
+        self.waiting_seconds += averages["data_wait"] * seconds
+        before = self.counts["cut_documents"]
+        for name in _COUNTS:
+            self.counts[name] += counts[name]
+        if not before and self.counts["cut_documents"]:
+            logger.warning(
+                "%s of the documents so far are longer than the sequence length of %s tokens; they are cut, with their "
+                "teacher rows (%s tokens cut off). This is said once",
+                f"{self.counts['cut_documents']:,}",
+                f"{self.train_dataset.sequence_length:,}",
+                f"{self.counts['cut_tokens']:,}",
+            )
+        return averages
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Leave the time in here out of the throughput and of the waiting."""
+        with self._window.paused():
+            yield
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self.untimed(), saving(folder, checkpoint=True):
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the student without projections of hidden states; into a checkpoint, those beside it."""
+        with without_projections(self.model):
+            super()._save(output_dir, None if state_dict is None else exported(state_dict))
+        if output_dir is not None and PREFIX_CHECKPOINT_DIR in Path(output_dir).name and self.args.should_save:
+            save_projections(self.model, output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            # The sharded checkpoint has them in it.
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with without_projections(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_projections(self.model, resume_from_checkpoint)
+
+
+class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
+    """Tells the trainer's document order which epoch begins."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # state.epoch counts finished epochs, with a fraction in the middle of one that is resumed.
+        self.trainer.start_epoch(int(state.epoch or 0))
+
+
+class ReportWriter(transformers.TrainerCallback):  # type: ignore[misc]
+    """Writes the report anew after each evaluation and checkpoint, so that a run which is killed has one."""
+
+    def __init__(self, trainer: DistillationTrainer, files: ReportFiles) -> None:
+        self.trainer = trainer
+        self.files = files
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.files.clear()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(state)
+
+    def _write(self, state: Any) -> None:
+        if state.is_world_process_zero:
+            with self.trainer.untimed():
+                self.files.update()
+
+
+class _Window:
+    """Sums of what was trained since the last log, on the device: asking for their values every step would stall it."""
+
+    def __init__(self, objective: Objective, device: torch.device) -> None:
+        self.objective = objective
+        self.device = device
+        self._restart()
+
+    def _restart(self) -> None:
+        self.statistics = _sums(len(self.objective.names), self.device)
+        self.counts = torch.zeros(len(_COUNTS), dtype=torch.int64, device=self.device)
+        self.began = time.perf_counter()
+        self.waited = 0.0
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield the batches, counting the time until each is there."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, statistics: torch.Tensor, counts: torch.Tensor) -> None:
+        self.statistics += statistics
+        self.counts += counts
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time in here out of the throughput."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.began += time.perf_counter() - start
+
+    def finish(self, accelerator: Any) -> tuple[dict[str, float], dict[str, int], float]:
+        """Average over all processes and begin anew. Every process must call it.
+
+        Returns:
+            Means over counted positions by name, with tokens_per_second and data_wait, the mean over processes of the
+            share of the time that each has waited for batches; the counts; the seconds.
+        """
+        statistics = accelerator.reduce(self.statistics, reduction="sum").tolist()
+        counts = dict(zip(_COUNTS, accelerator.reduce(self.counts, reduction="sum").tolist(), strict=True))
+        seconds = time.perf_counter() - self.began
+        share = torch.tensor([self.waited / max(seconds, 1e-9)], device=self.device)
+        sums = dict(zip(self.objective.names, statistics, strict=True))
+        positions = max(sums.pop("positions"), 1.0)
+        averages = {name: value / positions for name, value in sums.items()}
+        averages["tokens_per_second"] = counts["tokens"] / max(seconds, 1e-9)
+        averages["data_wait"] = accelerator.reduce(share, reduction="mean").item()
+        self._restart()
+        return averages, counts, seconds
+
+
+def _peak_memory_gb() -> float:
+    """Peak memory of this process so far, in 10⁹ bytes: on its GPU if it has one, else resident."""
+    peak = peak_memory()
+    return round((peak["peak_cuda_bytes"] or peak["peak_rss_bytes"]) / 1e9, 3)
+
+
+def _sums(count: int, device: torch.device) -> torch.Tensor:
+    """Zeros to sum into, float64 where the device has it."""
+    return torch.zeros(count, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)

@@ -58,6 +58,16 @@ class SparseLogprobs:
         """Stored ids a row."""
         return int(self.ids.shape[-1])
 
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ids and the log-probabilities, both (..., k), as torch tensors.
+
+        Raises:
+            InputError: they are numpy arrays.
+        """
+        if isinstance(self.ids, np.ndarray) or isinstance(self.logprobs, np.ndarray):
+            raise InputError("ids and logprobs must be torch tensors here, got numpy arrays")
+        return self.ids, self.logprobs
+
     def missing_mass(self) -> Array:
         """(...,) the probability of all ids that are not stored, 1 − Σ exp(logprob), at least 0; float32."""
         if isinstance(self.logprobs, np.ndarray):

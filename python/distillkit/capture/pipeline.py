@@ -298,5 +298,6 @@ class _Encoder:
         self._times.write += time.perf_counter() - clock
 
     def _shard(self) -> _OpenShard:
-        assert self._open is not None, "begin comes before put and end"
+        if self._open is None:
+            raise RuntimeError("a document or the end of a shard came before the shard began")
         return self._open

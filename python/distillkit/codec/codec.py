@@ -309,7 +309,7 @@ class Codec:
         return {
             "packed_indices": np.ascontiguousarray(ids).view("<u8").astype(np.uint64, copy=False),
             "exact_values": np.ascontiguousarray(values[..., :split]).view("<f2").astype(np.float32),
-            "coeffs": _from_stored(np.ascontiguousarray(values[..., split:]), self._coefficient_dtype),
+            "coeffs": _from_stored(np.ascontiguousarray(values[..., split:]), _coefficient_dtype(self.config)),
         }
 
     def from_published(self, columns: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
@@ -333,16 +333,15 @@ class Codec:
                 raise InputError(f"column packed_indices must be uint64 or int64, got {words.dtype}")
             parts = [
                 _to_stored("exact_values", _column(columns, "exact_values", self.config.exact_k), "float16"),
-                _to_stored("coeffs", _column(columns, "coeffs", coefficients), self._coefficient_dtype),
+                _to_stored("coeffs", _column(columns, "coeffs", coefficients), _coefficient_dtype(self.config)),
                 np.ascontiguousarray(words).astype("<u8").view(np.uint8),
             ]
         return np.concatenate(parts, axis=-1)
 
-    @property
-    def _coefficient_dtype(self) -> str:
-        """Stored type of legacy coefficients: the published column is float32, so float64 ones were rounded to it."""
-        assert isinstance(self.config, LegacyLogitCompressionConfig)
-        return "float32" if self.config.term_dtype == "float64" else self.config.term_dtype
+
+def _coefficient_dtype(config: LegacyLogitCompressionConfig) -> str:
+    """Stored type of legacy coefficients: the published column is float32, so float64 ones were rounded to it."""
+    return "float32" if config.term_dtype == "float64" else config.term_dtype
 
 
 def _column(columns: Mapping[str, npt.NDArray[Any]], name: str, width: int) -> npt.NDArray[Any]:

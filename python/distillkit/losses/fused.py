@@ -178,9 +178,7 @@ def _common_statistics(positions: Positions) -> list[torch.Tensor]:
     probable ones.
     """
     student, first = positions.student, positions.first()
-    ids, logprobs = first.ids, first.logprobs
-    assert isinstance(ids, torch.Tensor)
-    assert isinstance(logprobs, torch.Tensor)
+    ids, logprobs = first.tensors()
     # An id of probability 0 may stand for one outside the student's head: it is nowhere in these counts.
     stored = torch.isfinite(logprobs)
     at_ids = student.logits.gather(-1, ids)

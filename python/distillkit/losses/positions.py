@@ -33,6 +33,7 @@ from typing import Literal
 import torch
 
 from distillkit.codec.topk import sparse_from_logits
+from distillkit.errors import InputError
 from distillkit.losses.logits import StudentLogits
 from distillkit.models.head import LMHead
 from distillkit.types import SparseLogprobs
@@ -157,7 +158,7 @@ class Positions:
         self.targets = targets
         labels = targets.labels.unsqueeze(-1)
         if isinstance(targets.teacher, SparseLogprobs):
-            ids, _ = _tensors(targets.teacher)
+            ids, _ = targets.teacher.tensors()
             labels = torch.cat([ids, labels], -1)
         self.student = StudentLogits(logits, labels)
         self._comparisons: dict[tuple[float, Missing], Comparison] = {}
@@ -171,15 +172,15 @@ class Positions:
         teacher = self.targets.teacher
         if isinstance(teacher, SparseLogprobs):
             return None
-        assert isinstance(teacher, TeacherLogits)
+        if isinstance(teacher, DenseTeacher):
+            raise InputError("a dense teacher's logits are not made yet: take positions with Targets.rows first")
         return teacher.logits[:, : self.student.size].to(self.student.logits.device)
 
     def first(self, k: int = _FIRST) -> SparseLogprobs:
         """Return the stored ids; of a teacher that gives all ids, its k most probable ones."""
-        if isinstance(self.targets.teacher, SparseLogprobs):
-            return self.targets.teacher
         logits = self.teacher_logits
-        assert logits is not None
+        if logits is None:
+            return self._stored
         return sparse_from_logits(logits, min(k, logits.shape[-1]))
 
     def label_logprobs(self) -> torch.Tensor:
@@ -200,14 +201,24 @@ class Positions:
         """Compare over the teacher's first ids only: the stored ones, or its k most probable ones."""
         if self.teacher_logits is None:
             return self.comparison(temperature, missing)
-        whole, ids = self.comparison(temperature, missing), self.first(k).ids
-        assert isinstance(ids, torch.Tensor)
+        whole, (ids, _) = self.comparison(temperature, missing), self.first(k).tensors()
         return Comparison(
             whole.log_p.gather(-1, ids), whole.log_q.gather(-1, ids), torch.ones_like(ids).bool(), None, None
         )
 
+    @property
+    def _stored(self) -> SparseLogprobs:
+        """The teacher's stored ids.
+
+        Raises:
+            InputError: the teacher gives all ids.
+        """
+        if not isinstance(self.targets.teacher, SparseLogprobs):
+            raise InputError(f"stored ids are needed, the teacher is {type(self.targets.teacher).__name__}")
+        return self.targets.teacher
+
     def _sparse(self, temperature: float, missing: Missing) -> Comparison:
-        ids, logprobs = _tensors(self.targets.teacher)
+        ids, logprobs = self._stored.tensors()
         everything = ids.shape[-1] >= self.student.size
         # With every id stored there is no remainder; what 1 − Σ p leaves is rounding.
         labels = self.targets.labels
@@ -278,11 +289,3 @@ def _target(
     # A position without any mass: its probabilities come out as 0, and not as NaN.
     total = torch.where(torch.isinf(total), torch.zeros_like(total), total)
     return scaled - total.unsqueeze(-1), None if remainder is None else remainder - total
-
-
-def _tensors(teacher: TeacherDistribution) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids (…, k) and log-probabilities (…, k) that are torch tensors."""
-    assert isinstance(teacher, SparseLogprobs)
-    assert isinstance(teacher.ids, torch.Tensor)
-    assert isinstance(teacher.logprobs, torch.Tensor)
-    return teacher.ids, teacher.logprobs

@@ -369,17 +369,15 @@ def _tokens(
     columns: Mapping[str, pa.Array], index: int, where: str
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     """Token ids and, where there is one, attention mask of a document, as they are stored."""
-    found: list[npt.NDArray[Any] | None] = []
+    found = {}
     for name in _TOKEN_COLUMNS:
         if name not in columns:
-            found.append(None)
             continue
         values = columns[name][index].values
         if values is None or values.null_count:
             raise CorruptDataError(f"{where}: nulls in {name}")
-        found.append(np.asarray(values.to_numpy(zero_copy_only=False)))
-    ids, mask = found
-    assert ids is not None
+        found[name] = np.asarray(values.to_numpy(zero_copy_only=False))
+    ids, mask = found["input_ids"], found.get("attention_mask")
     if mask is not None and len(mask) != len(ids):
         raise CorruptDataError(f"{where}: attention_mask has {len(mask)} entries for {len(ids)} tokens")
     return ids, mask

@@ -263,7 +263,8 @@ class ShardRows(Documents):
     def _view(self, index: int) -> Document:
         where = f"{self._where}, document {self._first + index}"
         input_ids = self._input_ids[index]
-        assert input_ids is not None
+        if input_ids is None:
+            raise CorruptDataError(f"{where}: nulls in input_ids")
         document = Document(
             self._doc_ids[index],
             input_ids,

@@ -60,7 +60,8 @@ def describe(
 def _teacher(config: RunConfig, dataset: DistillationDataset) -> dict[str, Any]:
     if config.teacher.kind == "hf":
         return {"kind": "hf", "name": config.teacher.path, "k": config.teacher.top_k}
-    assert isinstance(dataset.source, StoredDataset)
+    if not isinstance(dataset.source, StoredDataset):
+        raise TypeError(f"stored distributions are needed, the source is {type(dataset.source).__name__}")
     recorded = dataset.source.header.teacher or {}
     return {"kind": "dataset", "name": recorded.get("name"), "k": dataset.source.codec.k}
 

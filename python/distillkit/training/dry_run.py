@@ -121,8 +121,7 @@ class _State:
         self.config = config
         self.run: Run = Run(harmless)
         self.memory: MemoryEstimate | None = None
-        self.steps: int | None = None
-        self.steps_an_epoch: int | None = None
+        self.steps, self.steps_an_epoch = 0, 1
         self.checkpoints: tuple[int, int] | None = None
         self.saved: int | None = None
 
@@ -155,7 +154,7 @@ def _outcome(step: _Step, state: _State) -> Check:
 
 
 def _outline(state: _State) -> tuple[str, dict[str, Any]]:
-    assert state.run.outline is not None
+    state.run.check_student()
     return f"{state.config.model}: its config, frozen parts and adapters, without weights", {}
 
 
@@ -203,7 +202,7 @@ def _data(state: _State) -> tuple[str, dict[str, Any]]:
 
     lines: list[str] = []
     figures: dict[str, Any] = {}
-    assert state.run.eos_labels is not None
+    _ = state.run.eos_labels  # refused, if they are wrong, with the data that they are for
     for key, source in state.run.sources.items():
         tokens = tokens_of(source)
         kept = f" (prepared, and kept for training in {source.folder})" if isinstance(source, PreparedDataset) else ""
@@ -234,13 +233,13 @@ def _fits(state: _State) -> tuple[str, dict[str, Any]]:
     from distillkit.models.head import rows_of
 
     head = rows_of(state.run.model.get_output_embeddings().weight)
-    assert state.run.datasets
+    _ = state.run.datasets  # checked against the student where they are made
     return f"vocabulary, codec and alignment agree with a head of {head:,} rows", {"head_rows": head}
 
 
 def _head(state: _State) -> tuple[str, dict[str, Any]]:
-    trainer, losses = state.run.trainer, state.run.description["losses"]
-    assert trainer.objective is not None
+    _ = state.run.trainer  # tries the head out where it is made
+    losses = state.run.description["losses"]
     terms = " + ".join(f"{loss['weight']:.3g} {loss['name']}" for loss in losses)
     return f"the head's logits are reproduced; loss = {terms}", {"losses": losses}
 
@@ -364,8 +363,6 @@ def _disk(state: _State) -> tuple[str, dict[str, Any]]:
 def _checkpoints(state: _State) -> int:
     """Count the checkpoints that training will save in all."""
     arguments, steps, per_epoch = state.run.arguments, state.steps, state.steps_an_epoch
-    assert steps is not None
-    assert per_epoch is not None
     strategy = str(to_plain_value(arguments.save_strategy))
     if strategy == "no":
         return 0

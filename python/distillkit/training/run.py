@@ -64,9 +64,17 @@ class Run:
     @cached_property
     def arguments(self) -> SFTConfig:
         """The trainer's arguments."""
-        # They would make DeepSpeed's ZeRO-3 shard the outline of the student already.
-        assert self.outline is not None
+        # First: with these arguments DeepSpeed's ZeRO-3 would shard the outline of the student already.
+        self.check_student()
         return training_arguments(self.config)
+
+    def check_student(self) -> None:
+        """Try the student's settings out on its outline.
+
+        Raises:
+            ConfigError: they do not fit the student.
+        """
+        _ = self.outline
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -237,7 +245,8 @@ def _dataset(
     if teacher is not None:
         check_ids(source, head_size, key)
         return training_dataset(config, part, source, teacher, arguments)
-    assert isinstance(source, StoredDataset)
+    if not isinstance(source, StoredDataset):
+        raise TypeError(f"{key}: stored distributions are needed, the source is {type(source).__name__}")
     check_dataset(source, head_size, key)
     signal = OfflineSignal(
         source.codec,

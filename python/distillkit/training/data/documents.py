@@ -145,12 +145,11 @@ def _text_options(arguments: SFTConfig) -> TextOptions:
 
 def _is_captured(source: DatasetSource) -> bool:
     """Whether a dataset is one of ours, by its manifest."""
-    if source.disk_path is not None:
-        return Path(source.disk_path).exists() and is_captured(source.disk_path)
+    if source.repo_id is None:
+        return source.disk_path is not None and Path(source.disk_path).exists() and is_captured(source.disk_path)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    assert source.repo_id is not None
     try:
         hf_hub_download(source.repo_id, "manifest.json", repo_type="dataset", revision=source.revision)
     except (HfHubHTTPError, LocalEntryNotFoundError):

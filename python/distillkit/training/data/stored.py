@@ -65,7 +65,7 @@ def open_dataset(source: DatasetSource, teacher: StoredTeacherConfig, key: str) 
     """
     from distillkit.shards import Dataset
 
-    path = source.disk_path if source.disk_path is not None else _downloaded(source, key)
+    path = source.disk_path or _downloaded(source, str(source.repo_id), key)
     codec = teacher.codec()
     try:
         dataset = Dataset.open(
@@ -89,28 +89,27 @@ def open_dataset(source: DatasetSource, teacher: StoredTeacherConfig, key: str) 
     return dataset
 
 
-def _downloaded(source: DatasetSource, key: str) -> str:
+def _downloaded(source: DatasetSource, repo_id: str, key: str) -> str:
     """Fetch a hub dataset's files and return their folder."""
     from pathlib import Path
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    assert source.repo_id is not None
     inside = "" if source.config_name is None else f"{source.config_name}/"
     patterns = [f"{inside}**{suffix}" for suffix in (".parquet", ".arrow", ".json", ".yaml", ".yml")]
     try:
         folder = snapshot_download(
-            source.repo_id,
+            repo_id,
             repo_type="dataset",
             revision=source.revision,
             allow_patterns=[*patterns, "compression_config.y*ml"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(f"{key}.repo_id: {source.repo_id!r} can not be fetched from the hub: {error}") from error
+        raise ConfigError(f"{key}.repo_id: {repo_id!r} can not be fetched from the hub: {error}") from error
     path = Path(folder) / (source.config_name or "")
     if not path.is_dir():
-        raise ConfigError(f"{key}.config_name: {source.repo_id} has no folder {source.config_name!r}")
+        raise ConfigError(f"{key}.config_name: {repo_id} has no folder {source.config_name!r}")
     return str(path)
 
 

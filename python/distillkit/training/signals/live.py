@@ -75,19 +75,19 @@ class OnlineSignal:
         hidden = tuple(states.flatten(0, 1)[rows.to(states.device)].to(labels.device) for states in layers)
         counted = last.flatten(0, 1)[rows.to(last.device)]
         dense = DenseTeacher(counted, self.head, weights)
-        return Targets(labels, dense if self.top_k is None else self._first(dense, labels.device), hidden)
+        return Targets(labels, dense if self.top_k is None else _first(dense, self.top_k, labels.device), hidden)
 
-    def _first(self, dense: DenseTeacher, device: torch.device) -> SparseLogprobs:
-        """Keep the k most probable ids of each position."""
-        assert self.top_k is not None
-        parts: list[SparseLogprobs] = []
-        for start, stop in logit_chunks(len(dense.hidden), self.head.size, dense.hidden.device):
-            parts.append(sparse_from_logits(dense.logits(start, stop).logits, self.top_k))
-        if not parts:
-            empty = torch.empty(0, self.top_k, device=device)
-            return SparseLogprobs(empty.long(), empty)
-        ids, logprobs = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logprobs"))
-        return SparseLogprobs(ids.to(device), logprobs.to(device))
+
+def _first(dense: DenseTeacher, k: int, device: torch.device) -> SparseLogprobs:
+    """Keep the k most probable ids of each position."""
+    parts: list[SparseLogprobs] = []
+    for start, stop in logit_chunks(len(dense.hidden), dense.head.size, dense.hidden.device):
+        parts.append(sparse_from_logits(dense.logits(start, stop).logits, k))
+    if not parts:
+        empty = torch.empty(0, k, device=device)
+        return SparseLogprobs(empty.long(), empty)
+    ids, logprobs = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logprobs"))
+    return SparseLogprobs(ids.to(device), logprobs.to(device))
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -29,7 +29,7 @@ def captured(folder: Path, teacher: Path, *, codec: Codec, header: dict[str, Any
     import torch
     from transformers import AutoModelForCausalLM
 
-    from training import random_documents, teacher_rows
+    from support.training import random_documents, teacher_rows
 
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     described = Header(codec=codec.to_dict(), vocab_size=TEACHER_VOCAB, head_size=TEACHER_VOCAB, **(header or {}))
@@ -42,7 +42,7 @@ def captured(folder: Path, teacher: Path, *, codec: Codec, header: dict[str, Any
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from training import save_student
+    from support.training import save_student
 
     return Path(save_student(tmp_path_factory.mktemp("models") / "teacher", seed=7))
 
@@ -182,7 +182,7 @@ def _least_probable(teacher: Path, input_ids: Any) -> Any:
 
 
 def test_another_teacher_is_refused(teacher: Path, tmp_path: Path) -> None:
-    from training import save_student
+    from support.training import save_student
 
     dataset = captured(tmp_path / "data", teacher, codec=quantized(exact_k=K, polynomial_terms=[]))
     other = save_student(tmp_path / "other", seed=8)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
+
+from structure import arrows_of_rooms, circles, levels, module_imports, room
 
 PACKAGE = Path(__file__).parents[1] / "python" / "distillkit"
 # Left to right as data flows. Packages that share a place know nothing of each other.
 LAYERS: tuple[set[str], ...] = (
-    {"_native"},
     {"errors"},
     {"types", "memory", "console"},
     {"codec"},
@@ -24,59 +24,29 @@ LAYERS: tuple[set[str], ...] = (
 SPELLINGS = {"__main__", "bits", "config", "pack_logits", "sample_logits_vllm"}
 
 
-def imports() -> dict[str, set[str]]:
-    """Return what each module imports of the package, lazily or not: `codec.codec` → {`_native`, `errors`, …}."""
-    paths = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
-    modules = {".".join(parts).removesuffix(".__init__"): path for parts, path in paths.items()}
-    del modules["__init__"]
-    return {name: _targets(path, modules) - {name, ""} for name, path in modules.items()}
-
-
-def _targets(path: Path, modules: dict[str, Path]) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] != "distillkit":
-            continue
-        parent = (node.module or "").removeprefix("distillkit").removeprefix(".")
-        children = [f"{parent}.{alias.name}".removeprefix(".") for alias in node.names]
-        found |= {child if child in modules or child == "_native" else parent for child in children}
-    return found
+IMPORTS = module_imports(PACKAGE)
+ARROWS = [(name, target) for name, targets in IMPORTS.items() if name not in SPELLINGS for target in targets]
 
 
 def layer(module: str) -> int:
     """Return the place of a module's layer."""
-    return next(place for place, packages in enumerate(LAYERS) if module.partition(".")[0] in packages)
-
-
-def arrows() -> list[tuple[str, str]]:
-    """Return (importing module, imported module) of all modules that are in a layer."""
-    return [(name, target) for name, targets in imports().items() if name not in SPELLINGS for target in targets]
+    return next(place for place, rooms in enumerate(LAYERS) if room(module) in rooms)
 
 
 def test_nothing_imports_to_its_right() -> None:
-    package = {name: name.partition(".")[0] for arrow in arrows() for name in arrow}
-    wrong = [(a, b) for a, b in arrows() if b in SPELLINGS or (package[a] != package[b] and layer(b) >= layer(a))]
+    wrong = [(a, b) for a, b in ARROWS if b in SPELLINGS or (room(a) != room(b) and layer(b) >= layer(a))]
     assert wrong == []
 
 
 def test_capture_and_training_are_independent() -> None:
-    between = {("capture", "training"), ("training", "capture")}
-    assert [(a, b) for a, b in arrows() if (a.partition(".")[0], b.partition(".")[0]) in between] == []
+    between = ({"capture", "training"},)
+    assert [(a, b) for a, b in ARROWS if {room(a), room(b)} in between] == []
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
-    graph, done = imports(), set[str]()
-
-    def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, " → ".join((*path[path.index(module) :], module))
-        if module not in done:
-            for target in sorted(graph.get(module, ())):
-                visit(target, (*path, module))
-            done.add(module)
-
-    for module in sorted(graph):
-        visit(module, ())
+    assert [part for part in circles(IMPORTS) if len(part) > 1] == []
 
 
-def test_the_top_level_is_small() -> None:
+def test_the_house_stays_small_at_the_top() -> None:
+    assert levels(arrows_of_rooms(IMPORTS)) <= 10
     assert len(list(PACKAGE.glob("*.py"))) <= 10

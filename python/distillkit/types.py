@@ -33,6 +33,12 @@ class SparseLogprobs:
 
     Raises:
         InputError: shapes differ, there is no last axis, or a dtype is not int64 / float32.
+
+    Example:
+        >>> import numpy as np
+        >>> rows = SparseLogprobs(np.array([[7, 3]]), np.log(np.array([[0.5, 0.25]], np.float32)))
+        >>> rows.k, rows.missing_mass().tolist()
+        (2, [0.25])
     """
 
     ids: Array

@@ -15,7 +15,12 @@ __all__ = ["pack", "packed_len", "unpack"]
 
 
 def packed_len(count: int, width: int) -> int:
-    """Bytes that `count` values of `width` bits occupy."""
+    """Bytes that `count` values of `width` bits occupy.
+
+    Example:
+        >>> packed_len(128, 17)
+        272
+    """
     return -(-count * width // 8)
 
 
@@ -26,6 +31,11 @@ def pack(values: npt.ArrayLike, width: int) -> npt.NDArray[np.uint8]:
 
     Raises:
         InputError: width is not 1–64, values are no integers, or one needs more than `width` bits.
+
+    Example:
+        >>> import numpy as np
+        >>> pack(np.array([1, 2, 3]), 3)  # 001 010 011, then padding
+        array([ 41, 128], dtype=uint8)
     """
     array = np.asarray(values)
     if array.dtype.kind not in "iu" or array.ndim == 0:
@@ -45,6 +55,11 @@ def unpack(data: npt.NDArray[np.uint8], width: int, count: int) -> npt.NDArray[n
         InputError: width is not 1–64, or data is not uint8.
         TruncatedDataError: the last axis has another length than `count` values need.
         CorruptDataError: a padding bit is set.
+
+    Example:
+        >>> import numpy as np
+        >>> unpack(np.array([41, 128], dtype=np.uint8), 3, 3)
+        array([1, 2, 3], dtype=uint64)
     """
     array: npt.NDArray[Any] = np.asarray(data)
     if array.dtype != np.uint8 or array.ndim == 0:

@@ -54,6 +54,22 @@ class Codec:
 
     Raises:
         ConfigError: the configuration is not valid.
+
+    Example:
+        >>> import numpy as np
+        >>> from distillkit.codec import Codec, preset
+        >>> codec = Codec(preset("budget", vocab_size=1000))
+        >>> codec.k, codec.bytes_per_token, codec.value_bytes, codec.id_bytes
+        (50, 77, 14, 63)
+        >>> logits = np.random.default_rng(0).standard_normal((4, 1000), dtype=np.float32)
+        >>> data = codec.encode_logits(logits)
+        >>> data.shape, data.dtype
+        ((4, 77), dtype('uint8'))
+        >>> ids, logprobs = codec.decode(data)
+        >>> ids.shape, ids.dtype, logprobs.dtype
+        ((4, 50), dtype('int64'), dtype('float32'))
+        >>> bool((ids[:, 0] == logits.argmax(-1)).all())
+        True
     """
 
     def __init__(self, config: CodecConfig | Mapping[str, Any]) -> None:
@@ -94,6 +110,12 @@ class Codec:
             UnsupportedVersionError: the format or its version is not known to this release.
             CorruptDataError: the description is not one.
             ConfigError: its configuration is not valid.
+
+        Example:
+            >>> from distillkit.codec import Codec, preset
+            >>> codec = Codec(preset("recommended", vocab_size=151_936))
+            >>> Codec.from_dict(codec.to_dict()) == codec
+            True
         """
         name, version, config = (description.get(key) for key in ("format", "version", "config"))
         if not isinstance(name, str) or not isinstance(version, int) or not isinstance(config, Mapping):
@@ -300,6 +322,17 @@ class Codec:
 
         Raises:
             InputError, TruncatedDataError: as `decode`.
+
+        Example:
+            >>> import numpy as np
+            >>> from distillkit.codec import Codec, preset
+            >>> codec = Codec(preset("recommended", vocab_size=1000))
+            >>> data = codec.encode_logits(np.zeros((2, 1000), np.float32))
+            >>> columns = codec.to_published(data)
+            >>> {name: column.shape for name, column in columns.items()}
+            {'compressed_logprobs': (2, 56), 'bytepacked_indices': (2, 160)}
+            >>> bool((codec.from_published(columns) == data).all())
+            True
         """
         self._check_row_bytes(data)
         values, ids = data[..., : self.value_bytes], data[..., self.value_bytes :]

@@ -141,6 +141,11 @@ def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
 
     Raises:
         ConfigError: it is none of these, or a field is wrong.
+
+    Example:
+        >>> config = {"d": 1000, "k": 8, "exact_k": 8, "exact_dtype": "float32", "residual_bins": []}
+        >>> codec_config({**config, "delta_encoding": False}).format
+        'quantized'
     """
     if isinstance(config, (DistributionQuantizationConfig, LegacyLogitCompressionConfig)):
         return config

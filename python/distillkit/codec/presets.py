@@ -63,6 +63,11 @@ def preset(name: str, *, vocab_size: int) -> DistributionQuantizationConfig:
 
     Raises:
         ConfigError: there is no such preset, or it does not fit the vocabulary.
+
+    Example:
+        >>> config = preset("recommended", vocab_size=151_936)
+        >>> config.k, config.exact_k, config.polynomial_terms
+        (128, 16, [0, 1, 2, 3, 4, 'sqrt'])
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)

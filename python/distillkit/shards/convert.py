@@ -38,6 +38,11 @@ def convert(
         InputError: the folder holds a finished dataset.
         MismatchError: the folder holds shards of something else.
         CorruptDataError: a document of the source is damaged.
+
+    Example:
+        >>> from distillkit.shards import Dataset, convert
+        >>> convert(Dataset.open("captured"), "converted", shard_tokens=20).shards[0].documents
+        2
     """
     header = replace(
         source.header,

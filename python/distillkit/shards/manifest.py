@@ -75,6 +75,12 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     Raises:
         CorruptDataError: it is damaged.
         UnsupportedVersionError: it is of another version.
+
+    Example:
+        >>> [(shard.file, shard.documents) for shard in read_manifest("captured").shards]
+        [('data-00000.parquet', 3)]
+        >>> read_manifest("elsewhere") is None
+        True
     """
     where = f"{os.fspath(folder).rstrip('/')}/{MANIFEST}"
     filesystem, path = fsspec.core.url_to_fs(where)

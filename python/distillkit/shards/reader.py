@@ -161,6 +161,17 @@ class Dataset(Documents):
         kind: "distillkit" for our shards, "published" for published datasets.
         header: what is known about the data; of a published dataset only codec, sizes and alignment.
         codec: decodes the documents' teacher bytes.
+
+    Example:
+        >>> from distillkit.shards import Dataset
+        >>> dataset = Dataset.open("captured")
+        >>> len(dataset), dataset.num_tokens, dataset.codec.k
+        (3, 30, 50)
+        >>> document = dataset[-1]
+        >>> document.input_ids.shape, document.num_rows
+        ((10,), 9)
+        >>> dataset.codec.decode_document(document.teacher, document.num_rows).ids.shape
+        (9, 50)
     """
 
     def __init__(self, path: str, kind: str, header: Header, files: Sequence[DocumentFile], shards: Any = None) -> None:

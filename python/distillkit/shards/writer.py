@@ -117,6 +117,18 @@ class ShardWriter:
         InputError: the folder holds shards or a finished dataset already.
         MismatchError: its shards have another header.
         CorruptDataError: its shards are damaged.
+
+    Example:
+        >>> import numpy as np
+        >>> from distillkit.codec import Codec, preset
+        >>> from distillkit.shards import Dataset, Header, ShardWriter
+        >>> codec = Codec(preset("budget", vocab_size=1000))
+        >>> logits = np.random.default_rng(0).standard_normal((9, 1000), dtype=np.float32)
+        >>> header = Header(codec=codec.to_dict(), vocab_size=1000, head_size=1000)
+        >>> with ShardWriter("new", header) as writer:
+        ...     writer.write(np.arange(10), codec.encode_logits(logits).tobytes())
+        >>> len(Dataset.open("new"))
+        1
     """
 
     def __init__(

@@ -33,6 +33,11 @@ def load_config(path: str | Path) -> RunConfig:
     Raises:
         ConfigError: there is no such file, it is not YAML, or something in it is wrong; all problems, each by its
             dotted path.
+
+    Example:
+        >>> config = load_config("train.yaml")
+        >>> config.teacher.kind, [loss.function for loss in config.loss_functions]
+        ('dataset', ['cross_entropy', 'kl'])
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

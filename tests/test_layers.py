@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "distillkit"
 LAYERS: tuple[set[str], ...] = (
     {"_native"},
     {"errors"},
-    {"types", "memory", "console"},
+    {"types", "memory", "console", "configuration"},
     {"codec"},
     {"shards", "models"},
     {"text", "losses"},

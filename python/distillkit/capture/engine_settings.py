@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from distillkit.configuration.problems import InvalidConfig, Problem
+from distillkit.configuration.problems import InvalidSettingsError, Problem
 
 __all__ = ["ENGINES", "HFSettings", "OpenAISettings", "VLLMSettings", "engines_with", "nest_settings"]
 
@@ -38,8 +38,8 @@ class HFSettings(_LocalEngineSettings):
 
     device: str = Field(
         default="auto",
-        description="Torch device, such as cpu or cuda:1; auto: the first GPU, or else the CPU; balanced or sequential: "
-        "spread over all GPUs.",
+        description="Torch device, such as cpu or cuda:1; auto: the first GPU, or else the CPU; balanced or "
+        "sequential: spread over all GPUs.",
     )
     head_dtype: Literal["float32", "auto"] = Field(
         default="float32",
@@ -92,9 +92,7 @@ class OpenAISettings(_EngineSettings):
         default=None, description="The server's name for the teacher; only needed if it serves several models."
     )
     concurrency: int = Field(default=16, ge=1, description="Maximum number of concurrent requests.")
-    max_retries: int = Field(
-        default=8, ge=0, description="How often a failed request is retried, with growing pauses."
-    )
+    max_retries: int = Field(default=8, ge=0, description="How often a failed request is retried, with growing pauses.")
     request_timeout: float = Field(default=600.0, gt=0, description="Seconds after which a request has failed.")
 
 
@@ -106,7 +104,9 @@ def engines_with(name: str) -> tuple[str, ...]:
     return tuple(engine for engine, part in ENGINES.items() if name in part.model_fields)
 
 
-def nest_settings(settings: Mapping[Any, Any], engine: object, place: str = "") -> tuple[dict[str, Any], dict[str, str]]:
+def nest_settings(
+    settings: Mapping[Any, Any], engine: object, place: str = ""
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Put settings that only some engines have into their engine's part.
 
     Args:
@@ -138,5 +138,5 @@ def nest_settings(settings: Mapping[Any, Any], engine: object, place: str = "") 
             twice.append(Problem(f"{place}{name}", f"is given as {place}{part}.{name} as well; give one of the two"))
         content[name], written[f"{part}.{name}"] = value, f"{place}{name}"
     if twice:
-        raise InvalidConfig(twice)
+        raise InvalidSettingsError(twice)
     return nested, written

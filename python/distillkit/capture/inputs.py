@@ -244,6 +244,6 @@ def check_disk_space(plan: ShardPlan, codec: Codec, settings: CaptureSettings, n
         raise CaptureError(
             f"{plan.folder}: {tokens:,} tokens × {codec.bytes_per_token} bytes (and their ids) take "
             f"{filesize.decimal(int(needed))}, and only {filesize.decimal(free)} are free there. Nothing was "
-            "captured: make room, give another output, fewer --samples or a smaller codec (distillkit forecast compares "
-            "them)"
+            "captured: make room, give another output, fewer --samples or a smaller codec (distillkit forecast "
+            "compares them)"
         )

@@ -31,7 +31,7 @@ from distillkit.capture.engine_settings import (
 )
 from distillkit.codec import Codec, CodecConfig, codec_config, preset
 from distillkit.codec.presets import PresetName
-from distillkit.configuration.problems import InvalidConfig, Problem, find_problems, refusals
+from distillkit.configuration.problems import InvalidSettingsError, Problem, find_problems, refusals
 from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError, MismatchError, nearest
 from distillkit.text.documents import default_overlap
@@ -134,8 +134,8 @@ class CaptureSettings(BaseModel):
         description="Capture only rows whose column has this value; several conditions must all hold. A value that is "
         "not text is written as JSON.",
     )
-    min_tokens: int | None = Field(default=None, ge=1, description="Leave out documents shorter than this.")
-    max_tokens: int | None = Field(default=None, ge=2, description="Leave out documents longer than this.")
+    min_tokens: int | None = Field(default=None, ge=1, description="Leave out documents with fewer tokens.")
+    max_tokens: int | None = Field(default=None, ge=2, description="Leave out documents with more tokens.")
     drop_duplicates: bool | None = Field(
         default=None,
         description="Leave out documents that repeat an earlier one; on by default unless `keep_columns` is used.",
@@ -148,7 +148,7 @@ class CaptureSettings(BaseModel):
     apply_chat_template: bool = Field(
         default=True, description="Render chat rows with the chat template; if off, chat rows are refused."
     )
-    max_seq_len: int = Field(default=1024, ge=2, description="Maximum tokens of a stored document.")
+    max_seq_len: int = Field(default=1024, ge=2, description="Maximum number of tokens in a stored document.")
     overflow: Literal["window", "truncate", "skip"] = Field(
         default="window",
         description="What to do with longer documents: window captures them in overlapping pieces, truncate captures "
@@ -179,7 +179,7 @@ class CaptureSettings(BaseModel):
     shard_tokens: int = Field(
         default=262_144,
         ge=1,
-        description="Tokens of a shard; an interrupted capture resumes after its last complete shard.",
+        description="Tokens per shard; an interrupted capture resumes after its last complete shard.",
     )
     shard_range: str | None = Field(
         default=None,
@@ -192,19 +192,19 @@ class CaptureSettings(BaseModel):
     num_workers: int | None = Field(
         default=None,
         ge=1,
-        description="Number of Ray workers, each with its own engine; by default as many as the GPUs allow, or one a "
+        description="Number of Ray workers, each with its own engine; by default as many as the GPUs allow, or one per "
         "node without GPUs.",
     )
-    worker_cpus: int = Field(default=1, ge=1, description="CPUs of a Ray worker.")
+    worker_cpus: int = Field(default=1, ge=1, description="CPUs per Ray worker.")
     engine: Literal["hf", "vllm", "openai"] = Field(
         default="hf",
         description="What runs the teacher: hf (Transformers, in this process), vllm, or openai (a running server with "
         "an OpenAI-compatible API).",
     )
-    hf: HFSettings = Field(default_factory=HFSettings, description="Settings of the engine hf.")
-    vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="Settings of the engine vllm.")
+    hf: HFSettings = Field(default_factory=HFSettings, description="Settings that only the engine hf has.")
+    vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="Settings that only the engine vllm has.")
     openai: OpenAISettings = Field(
-        default_factory=OpenAISettings, validate_default=True, description="Settings of the engine openai."
+        default_factory=OpenAISettings, validate_default=True, description="Settings that only the engine openai has."
     )
 
     def __init__(self, /, **settings: Any) -> None:
@@ -214,7 +214,9 @@ class CaptureSettings(BaseModel):
         except ValidationError as error:
             flat = [name for part in ENGINES.values() for name in part.model_fields]
             problems = find_problems(error, CaptureSettings, "capture setting", flat)
-            raise InvalidConfig([Problem(written.get(each.path, each.path), each.message) for each in problems]) from None
+            raise InvalidSettingsError(
+                [Problem(written.get(each.path, each.path), each.message) for each in problems]
+            ) from None
 
     # -- settings that must agree: each is checked with those before it, so that all problems come at once
 
@@ -267,7 +269,7 @@ class CaptureSettings(BaseModel):
         if engine in (None, info.field_name):
             return part
         misplaced = {
-            name: f"is for the engine {' or '.join(engines_with(name))}, and this capture uses {engine} (found {value!r})"
+            name: f"is for engine {' or '.join(engines_with(name))}, but this capture uses {engine} (found {value!r})"
             for name, value in part
             if value != getattr(defaults, name)
         }

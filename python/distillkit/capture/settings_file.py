@@ -9,7 +9,8 @@ from typing import Any
 
 from distillkit.capture.engine_settings import ENGINES, nest_settings
 from distillkit.capture.settings import CaptureSettings
-from distillkit.configuration.problems import InvalidConfig, Problem, report
+from distillkit.configuration.describe import json_schema
+from distillkit.configuration.problems import InvalidSettingsError, Problem, report
 from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError
 
@@ -46,7 +47,7 @@ def load_captures(path: str | Path, overrides: Mapping[str, Any] | None = None) 
         prefix = f"captures.{index}." if "captures" in content else ""
         try:
             captures.append(_settings([("", shared), (prefix, entry), ("", overrides or {})], prefix))
-        except InvalidConfig as error:
+        except InvalidSettingsError as error:
             problems += error.problems
     problems = problems or _shared_outputs(captures)
     if problems:
@@ -79,7 +80,7 @@ def _settings(layers: Sequence[tuple[str, Mapping[Any, Any]]], prefix: str) -> C
     """Make a capture's settings from layers, each with the path that its keys are under.
 
     Raises:
-        InvalidConfig: with paths as the file has them.
+        InvalidSettingsError: with paths as the file has them.
     """
     engines = [layer["engine"] for _, layer in layers if "engine" in layer]
     merged = _Layers()
@@ -87,8 +88,8 @@ def _settings(layers: Sequence[tuple[str, Mapping[Any, Any]]], prefix: str) -> C
         merged.put(*nest_settings(layer, engines[-1] if engines else "hf", place))
     try:
         return CaptureSettings(**merged.settings)
-    except InvalidConfig as error:
-        raise InvalidConfig(
+    except InvalidSettingsError as error:
+        raise InvalidSettingsError(
             [Problem(merged.written.get(each.path, prefix + each.path), each.message) for each in error.problems]
         ) from None
 
@@ -107,10 +108,10 @@ def _shared_outputs(captures: Sequence[CaptureSettings]) -> list[Problem]:
 
 def captures_schema() -> dict[str, Any]:
     """Return the JSON schema of such a file: settings flat or nested, and `captures` with more of them."""
-    schema = CaptureSettings.model_json_schema()
+    schema = json_schema(CaptureSettings)
     properties, required = dict(schema.pop("properties")), schema.pop("required")
     for part in ENGINES.values():
-        properties |= part.model_json_schema()["properties"]
+        properties |= json_schema(part)["properties"]
     entry = {"type": "object", "additionalProperties": False, "properties": properties}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

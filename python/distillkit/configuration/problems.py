@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from distillkit.errors import ConfigError, nearest
 
-__all__ = ["InvalidConfig", "Problem", "find_problems", "refusals", "report"]
+__all__ = ["InvalidSettingsError", "Problem", "find_problems", "refusals", "report"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Problem:
         return f"{self.path}: {self.message}" if self.path else self.message
 
 
-class InvalidConfig(ConfigError):
+class InvalidSettingsError(ConfigError):
     """A configuration with problems, all of which the message lists."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:

@@ -71,12 +71,12 @@ def setting_option(name: str, **attributes: Any) -> Decorator:
     own: dict[str, Any] = {
         "cls": SettingOption,
         "engines": engines_with(name),
-        "default": default,
-        "show_default": default is not None,
         "help": _help(setting.description),
         "metavar": _METAVARS.get(name),
         "multiple": name in _REPEATED,
     }
+    if default is not None:
+        own |= {"default": default, "show_default": True}
     if setting.choices:
         own["type"] = click.Choice(setting.choices)
     elif setting.type in _TYPES:

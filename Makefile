@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 UV := UV_NATIVE_TLS=1 $(BIN)/python -m uv pip
 RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
-.PHONY: help setup demo test test-fast test-vllm test-emulated fuzz miri lint bench wheel clean
+.PHONY: help setup demo docs test test-fast test-vllm test-emulated fuzz miri lint bench wheel clean
 
 help: ## Say what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -29,6 +29,9 @@ setup: .venv/.native ## Make .venv with everything (torch included: about 5 GB)
 
 demo: setup ## Capture a real teacher, inspect the capture, train a student from it
 	$(BIN)/python examples/demo.py
+
+docs: setup ## Write docs/settings.md from the settings' own descriptions
+	$(BIN)/python -m distillkit.cli.schema > docs/settings.md
 
 test: setup ## All tests
 	cargo test --package distillkit-codec --quiet

@@ -41,6 +41,7 @@ def _make() -> Sample:
     sys.path.insert(0, str(ROOT / "examples"))
     from demo import TEACHER, make_teacher
 
+    from distillkit.capture.engine_settings import HFSettings
     from distillkit.capture.teachers.base import RowRequest, ScoredDocument
     from distillkit.capture.teachers.hf import HFTeacher
     from distillkit.text.documents import TokenDocument
@@ -53,7 +54,7 @@ def _make() -> Sample:
     tokens = np.asarray(load_tokenizer(str(folder))(text).input_ids, dtype=np.int32)
     pieces = [tokens[start : start + TOKENS] for start in range(0, DOCUMENTS * TOKENS, TOKENS)]
     documents = [TokenDocument(piece, f"piece {number}") for number, piece in enumerate(pieces)]
-    teacher = HFTeacher(str(folder), batch_tokens=4 * TOKENS, head_rows=256)
+    teacher = HFTeacher(str(folder), HFSettings(batch_tokens=4 * TOKENS, head_rows=256))
     print(f"running {TEACHER} over {DOCUMENTS * TOKENS:,} tokens")
     rows = {
         result.index: result.rows

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 import os
 import signal
@@ -368,11 +366,11 @@ def test_codec_configurations(teacher: Path, text: Path, tmp_path: Path) -> None
     with pytest.raises(MismatchError, match=r"compression_config.yaml: d is 100, the teacher's logits are 128 wide"):
         run(teacher, text, tmp_path / "out", compression_config=path)
     path.write_text("a: [")
-    with pytest.raises(ConfigError, match=r"compression_config.yaml is not YAML"):
+    with pytest.raises(ConfigError, match=r"compression_config.yaml: not valid YAML"):
         run(teacher, text, tmp_path / "out", compression_config=str(path))
-    with pytest.raises(ConfigError, match=r"missing.yaml can not be read: No such file"):
+    with pytest.raises(ConfigError, match=r"missing.yaml: cannot be read: No such file"):
         run(teacher, text, tmp_path / "out", compression_config=tmp_path / "missing.yaml")
-    with pytest.raises(ConfigError, match=r"there is no 'recomended', .* did you mean recommended"):
+    with pytest.raises(ConfigError, match=r"preset: .* found 'recomended'; did you mean 'recommended'"):
         run(teacher, text, tmp_path / "out", preset="recomended")
     assert not (tmp_path / "out").exists()
 
@@ -380,23 +378,23 @@ def test_codec_configurations(teacher: Path, text: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_seq_len": 1}, "max_seq_len: must be a whole number of at least 2, found 1"),
+        ({"max_seq_len": 1}, "max_seq_len: must be at least 2, found 1"),
         ({"max_seq_len": 513}, r"max_seq_len: 513 tokens are more than the 512 positions that .* was made for"),
-        ({"samples": 0}, "samples: must be a whole number of at least 1, found 0"),
-        ({"preset": "budget", "compression_config": {}}, "preset and compression_config: give one of the two"),
-        ({"max_sequence_len": 3}, "capture has no setting 'max_sequence_len'; did you mean max_seq_len"),
+        ({"samples": 0}, "samples: must be at least 1, found 0"),
+        ({"preset": "budget", "compression_config": {}}, "compression_config: .* not both"),
+        ({"max_sequence_len": 3}, "max_sequence_len: unknown capture setting; did you mean 'max_seq_len'"),
         ({"dtype": "int8"}, "dtype: 'int8' is not known; auto, float32"),
         ({"device": "tpu7"}, "device: 'tpu7' is none"),
-        ({"overflow": "cut"}, "overflow: must be window, truncate or skip, found 'cut'"),
-        ({"overlap": 33}, r"overlap: must be 1…32, half of max_seq_len, found 33"),
-        ({"overlap": 0}, r"overlap: must be 1…32, .* the token at a border would have no distribution"),
-        ({"overlap": 3, "overflow": "skip"}, "overlap: belongs to overflow window; it is skip"),
-        ({"loss_on": "user"}, "loss_on: must be auto, all, assistant or completion, found 'user'"),
+        ({"overflow": "cut"}, "overflow: must be .*, found 'cut'"),
+        ({"overlap": 33}, "overlap: must be at most 32, half of max_seq_len, found 33"),
+        ({"overlap": 0}, "overlap: must be at least 1, found 0"),
+        ({"overlap": 3, "overflow": "skip"}, "overlap: .* overflow is skip"),
+        ({"loss_on": "user"}, "loss_on: must be .*, found 'user'"),
         ({"shuffle": "yes"}, "shuffle: must be true or false, found 'yes'"),
-        ({"where": "a"}, "where: must be column=value, found 'a'"),
-        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens and max_tokens: no document has at least 9 and at most 3"),
-        ({"keep_ids": 5}, "keep_ids: must be a list, or text with commas between, found 5"),
-        ({"head_dtype": "half"}, "head_dtype: must be float32 or auto"),
+        ({"where": "a"}, "where: must be COLUMN=VALUE, found 'a'"),
+        ({"min_tokens": 9, "max_tokens": 3}, "max_tokens: must be at least min_tokens, which is 9, found 3"),
+        ({"keep_ids": 5}, "keep_ids: must be a list, .* found 5"),
+        ({"head_dtype": "half"}, "head_dtype: must be .* found 'half'"),
         ({"tokenizer": "./nowhere"}, "no tokenizer could be loaded from './nowhere'"),
         ({"teacher": "./nowhere"}, "model: no model config could be loaded from './nowhere'"),
     ],
@@ -469,19 +467,19 @@ def test_options_are_the_settings_of_the_same_name(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_decides_the_bytes() -> None:
-    settings = CaptureSettings(model="m", dataset="d", output="o")
+    given = {"model": "m", "dataset": "d", "output": "o"}
     changed: dict[str, Any] = {
         **{"overflow": "skip", "loss_on": "all", "samples": 3, "shuffle": True, "where": "a=b", "min_tokens": 3},
         **{"max_tokens": 9, "keep_columns": "all", "drop_duplicates": False, "keep_ids": "5", "label_logprobs": True},
         **{"last_row": True, "overlap": 3, "max_seq_len": 99, "apply_chat_template": False, "shard_tokens": 9},
     }
-    before = settings.identity()
+    before = CaptureSettings(**given).identity()
     for name, value in changed.items():
-        after = dataclasses.replace(settings, **{name: value}).identity()
+        after = CaptureSettings(**{**given, name: value}).identity()
         assert after != before, name
         json.dumps(after)
-    assert dataclasses.replace(settings, seed=3).identity() == before, "nothing is drawn"
-    assert dataclasses.replace(settings, overlap=128).identity() == before, "as if it was not said"
+    assert CaptureSettings(**given, seed=3).identity() == before, "nothing is drawn"
+    assert CaptureSettings(**given, overlap=128).identity() == before, "as if it was not said"
 
 
 def test_kept_ids_by_name_and_number(teacher: Path) -> None:
@@ -493,11 +491,11 @@ def test_kept_ids_by_name_and_number(teacher: Path) -> None:
 
     assert ids("") == ids([]) == ()
     assert ids(f"7,<eos>,{end}") == ids([7, "<eos>"]) == tuple(sorted({7, end}))
-    with pytest.raises(ConfigError, match="keep_ids: '<eoss>' is no token of the tokenizer's; there are '<eos>'"):
+    with pytest.raises(ConfigError, match=r"keep_ids: .* no token '<eoss>'; did you mean '<eos>'"):
         ids("<eoss>")
-    with pytest.raises(ConfigError, match=r"keep_ids: 100000 is no id of the tokenizer's, whose ids are 0…\d+"):
+    with pytest.raises(ConfigError, match=r"keep_ids: .* ids are 0…\d+, found 100000"):
         ids("100000")
-    with pytest.raises(ConfigError, match="keep_ids: 2 ids, but a row has k = 2: give fewer than that"):
+    with pytest.raises(ConfigError, match="keep_ids: must be fewer than the k = 2 ids of a row, found 2"):
         ids("1,2", k=2)
 
 
@@ -528,15 +526,15 @@ def test_several_captures_in_one_file(tmp_path: Path, teacher: Path, text: Path)
     for content, message in (
         (
             FILE.replace("model: b", "modle: b"),
-            r"captures.yaml: captures\[1\].modle is no setting .* did you mean model",
+            r"captures.1.modle: unknown capture setting; did you mean 'model'",
         ),
-        (FILE.replace("dataset:", "datasets:"), r"captures.yaml: datasets is no setting .* did you mean dataset"),
-        (FILE.replace("model: b,", ""), r"captures.yaml: captures\[1\] has no model"),
-        (FILE.replace("out/b", "out/a/"), r"captures\[0\] and captures\[1\] have one output, out/a"),
-        (FILE.replace("[x=1", "[x"), r"captures\[1\].where: must be column=value, found 'x'"),
-        (FILE + "  samples: 0\n", r"captures\[1\].samples|is not YAML"),
-        ("captures: 3", "captures must be a list of mappings, found 3"),
-        ("- a", r"must hold settings of captures \(key: value\), found list"),
+        (FILE.replace("dataset:", "datasets:"), r"datasets: unknown capture setting; did you mean 'dataset'"),
+        (FILE.replace("model: b,", ""), r"captures.yaml: captures.1.model: is required and missing"),
+        (FILE.replace("out/b", "out/a/"), "captures.1.output: is captures.0.output as well: out/a"),
+        (FILE.replace("[x=1", "[x"), "captures.1.where: must be COLUMN=VALUE, found 'x'"),
+        (FILE + "  samples: 0\n", "not valid YAML"),
+        ("captures: 3", "captures: must be a list of mappings, found 3"),
+        ("- a", "must be a mapping of settings, found list"),
     ):
         with pytest.raises(ConfigError, match=message):
             load(content)
@@ -547,12 +545,6 @@ def test_several_captures_in_one_file(tmp_path: Path, teacher: Path, text: Path)
     result = CliRunner().invoke(capture_command, [str(path), "--samples", "2", "--json"])
     assert result.exit_code == 0, result.output
     assert [report["output"] for report in json.loads(result.stdout)] == outputs
-
-
-def test_every_setting_is_an_option() -> None:
-    settings = set(inspect.signature(CaptureSettings).parameters)
-    options = {parameter.name for parameter in capture_command.params}
-    assert settings | {"as_json", "progress", "config"} == options
 
 
 def test_unknown_rows_name_file_and_columns(teacher: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from distillkit.capture import CaptureSettings, capture
+from distillkit.capture.engine_settings import OpenAISettings, VLLMSettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.make import make_teacher
 from distillkit.capture.teachers.openai import OpenAITeacher, echoed_entries, prompt_entries
@@ -208,29 +209,29 @@ def test_another_checkpoint_has_another_hash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "vlm"}, "engine: must be hf, vllm or openai, found 'vlm'"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 is given, but it is for the engine vllm, .* with hf"),
-        ({"engine": "vllm", "head_rows": 7}, "head_rows: 7 is given, but it is for the engine hf"),
-        ({"engine": "vllm", "base_url": "http://a"}, "base_url: 'http://a' is given, but it is for the engine openai"),
-        ({"engine": "openai", "base_url": "x", "dtype": "float32"}, "dtype: .* for the engine hf or vllm"),
-        ({"engine": "openai"}, "base_url: the engine openai needs"),
-        ({"engine": "vllm", "gpu_memory_utilization": 1.0}, "gpu_memory_utilization: must be above 0 and below 1"),
-        ({"engine": "vllm", "max_model_len": 0}, "max_model_len: must be a whole number of at least 1"),
-        ({"engine": "openai", "base_url": "x", "request_timeout": 0}, "request_timeout: must be above 0"),
+        ({"engine": "vlm"}, "engine: must be .*, found 'vlm'; did you mean 'vllm'"),
+        ({"tensor_parallel_size": 2}, r"tensor_parallel_size: is for engine vllm, .* hf \(found 2\)"),
+        ({"engine": "vllm", "head_rows": 7}, r"head_rows: is for engine hf, .* vllm \(found 7\)"),
+        ({"engine": "vllm", "base_url": "http://a"}, "base_url: is for engine openai"),
+        ({"engine": "openai", "base_url": "x", "dtype": "float32"}, "dtype: is for engine hf or vllm"),
+        ({"engine": "openai"}, "base_url: is required by the engine openai"),
+        ({"engine": "vllm", "gpu_memory_utilization": 1.0}, "gpu_memory_utilization: must be less than 1"),
+        ({"engine": "vllm", "max_model_len": 0}, "max_model_len: must be at least 1"),
+        ({"engine": "openai", "base_url": "x", "request_timeout": 0}, "request_timeout: must be greater than 0"),
     ],
 )
 def test_settings_of_another_engine_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        CaptureSettings.of(model="m", dataset="d", output="o", **options)
+        CaptureSettings(model="m", dataset="d", output="o", **options)
 
 
 def test_the_engine_is_in_the_header_where_it_decides() -> None:
     settings = {"model": "m", "dataset": "d", "output": "o"}
-    assert "engine" not in CaptureSettings.of(**settings).identity()
-    deciding = CaptureSettings.of(**settings, engine="vllm", quantization="fp8", batch_tokens=512).identity()
+    assert "engine" not in CaptureSettings(**settings).identity()
+    deciding = CaptureSettings(**settings, engine="vllm", quantization="fp8", batch_tokens=512).identity()
     assert (deciding["engine"], deciding["quantization"]) == ("vllm", "fp8")
     assert "batch_tokens" not in deciding
-    text = json.dumps(CaptureSettings.of(**settings, engine="openai", base_url="http://host:1/v1").identity())
+    text = json.dumps(CaptureSettings(**settings, engine="openai", base_url="http://host:1/v1").identity())
     assert "host" not in text
 
 
@@ -251,7 +252,7 @@ def test_vllm_that_is_not_there(teacher: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_vllm_needs_room_for_a_token_more(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distillkit.capture.teachers.vllm.find_spec", lambda name: True)
     with pytest.raises(ConfigError, match=r"max_model_len: 64 is less than the 64 tokens .* give at least 65"):
-        VLLMTeacher(str(teacher), k=8, max_seq_len=64, max_model_len=64)
+        VLLMTeacher(str(teacher), VLLMSettings(max_model_len=64), k=8, max_seq_len=64)
 
 
 def test_published_options_are_understood(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,8 +270,9 @@ def test_published_options_are_understood(teacher: Path, tmp_path: Path, monkeyp
     files = ["--model", str(teacher), "--tokenizer", str(teacher), "--compression-config", str(tmp_path / "codec.yaml")]
     sample_logits_vllm.main([*files, *arguments], standalone_mode=False)
     (settings,) = taken
-    assert (settings.engine, settings.tensor_parallel_size, settings.pipeline_parallel_size) == ("vllm", 2, 3)
-    assert (settings.max_model_len, settings.quantization, settings.enable_expert_parallel) == (600, "fp8", True)
+    assert (settings.engine, settings.vllm.tensor_parallel_size, settings.vllm.pipeline_parallel_size) == ("vllm", 2, 3)
+    assert (settings.vllm.max_model_len, settings.vllm.quantization) == (600, "fp8")
+    assert settings.vllm.enable_expert_parallel
     assert settings.codec(HEAD).vocab_size == HEAD, "100 in the file"
 
     sample_logits_vllm.main([*files, *arguments, "--no-auto-vocab-size"], standalone_mode=False)
@@ -345,7 +347,7 @@ def ok(choice: dict[str, Any]) -> Reply:
 
 
 def ask(url: str, **options: Any) -> OpenAITeacher:
-    return OpenAITeacher(url, head_size=V, k=K, max_seq_len=64, **options)
+    return OpenAITeacher(OpenAISettings(base_url=url, **options), head_size=V, k=K, max_seq_len=64)
 
 
 DOCUMENTS = [document(np.random.default_rng(n).integers(0, V, n).tolist()) for n in (2, 9, 33, 64, 12)]
@@ -412,7 +414,7 @@ def test_what_a_server_can_not_give_is_said_plainly() -> None:
         with pytest.raises(ConfigError, match="serves tiny, not 'large'"):
             ask(url, served_model="large")
         with pytest.raises(ConfigError, match=r"more than the 65 .* give --max-seq-len 64 at most"):
-            OpenAITeacher(url, head_size=V, k=K, max_seq_len=65)
+            OpenAITeacher(OpenAISettings(base_url=url), head_size=V, k=K, max_seq_len=65)
 
 
 def test_a_document_that_a_server_can_not_do_and_a_server_that_is_gone() -> None:

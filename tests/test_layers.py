@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "distillkit"
 # Left to right as data flows. Packages that share a place know nothing of each other.
 LAYERS: tuple[set[str], ...] = (
     {"errors"},
-    {"types", "memory", "console"},
+    {"types", "memory", "console", "configuration"},
     {"codec"},
     {"shards", "models"},
     {"text", "losses"},

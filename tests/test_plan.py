@@ -1,4 +1,4 @@
-"""`distillkit plan` tells beforehand what a capture then takes, and refuses what does not fit."""
+"""`distillkit forecast` tells beforehand what a capture then takes, and refuses what does not fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distillkit.capture.forecast.forecast import Forecast, forecast
 from distillkit.capture.forecast.totals import SAMPLED_ROWS, total
 from distillkit.capture.inputs import CaptureInputs
 from distillkit.cli.capture import capture as capture_command
-from distillkit.cli.plan import plan as plan_command
+from distillkit.cli.forecast import forecast as plan_command
 from distillkit.codec import PRESETS
 from distillkit.errors import CaptureError, ConfigError, MismatchError
 from distillkit.shards import read_manifest
@@ -34,7 +34,7 @@ SIZES = {"max_seq_len": 64, "batch_tokens": 256, "head_rows": 50, "shard_tokens"
 
 
 def settings(teacher: Path, dataset: Path, output: Path, **options: Any) -> CaptureSettings:
-    return CaptureSettings.of(model=str(teacher), dataset=str(dataset), output=output, **{**SIZES, **options})
+    return CaptureSettings(model=str(teacher), dataset=str(dataset), output=output, **{**SIZES, **options})
 
 
 def planned(teacher: Path, dataset: Path, output: Path, *, seconds: float = 0, **options: Any) -> Forecast:

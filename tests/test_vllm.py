@@ -73,7 +73,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(folder: Path, **options: Any) -> CaptureSettings:
     given: dict[str, Any] = {"max_seq_len": 512, "compression_config": EXACT}
-    return CaptureSettings.of(model=str(folder), dataset="-", output="-", **{**given, **options})
+    return CaptureSettings(model=str(folder), dataset="-", output="-", **{**given, **options})
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ __all__ = [
     "MismatchError",
     "TruncatedDataError",
     "UnsupportedVersionError",
+    "nearest",
 ]
 
 
@@ -57,6 +58,6 @@ class CaptureError(DistillKitError):
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """Return a hint at the known name most like `name`, for the end of a message; empty if none is like it."""
+    """Return a hint for the end of a message: the known name most like `name`, or nothing if none is like it."""
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""

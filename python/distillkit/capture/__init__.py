@@ -35,7 +35,7 @@ def capture(
         preset: name of a codec configuration; "recommended" if neither this nor `compression_config` is given.
         compression_config: a codec configuration: YAML file, mapping or config object.
         progress: show a progress bar on stderr.
-        **options: the other fields of `CaptureSettings`.
+        **options: the other fields of `CaptureSettings`; those of an engine flat or in its part.
 
     Returns:
         What was made.
@@ -48,7 +48,7 @@ def capture(
     """
     from distillkit.capture.run import run_capture
 
-    settings = CaptureSettings.of(
+    settings = CaptureSettings(
         model=model,
         dataset=dataset,
         output=output,

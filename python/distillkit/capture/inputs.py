@@ -55,7 +55,7 @@ class CaptureInputs:
                 f"max_seq_len: {settings.max_seq_len} tokens are more than the {longest} positions that "
                 f"{settings.model} was made for (max_position_embeddings): give at most those"
             )
-        device = "server" if settings.engine == "openai" else resolve_device(settings.device)
+        device = "server" if settings.engine == "openai" else resolve_device(settings.hf.device)
         return cls(
             settings,
             load_tokenizer(settings.tokenizer or settings.model, trust_remote_code=trust),
@@ -244,6 +244,6 @@ def check_disk_space(plan: ShardPlan, codec: Codec, settings: CaptureSettings, n
         raise CaptureError(
             f"{plan.folder}: {tokens:,} tokens × {codec.bytes_per_token} bytes (and their ids) take "
             f"{filesize.decimal(int(needed))}, and only {filesize.decimal(free)} are free there. Nothing was "
-            "captured: make room, give another output, fewer --samples or a smaller codec (distillkit plan compares "
-            "them)"
+            "captured: make room, give another output, fewer --samples or a smaller codec (distillkit forecast "
+            "compares them)"
         )

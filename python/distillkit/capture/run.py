@@ -138,9 +138,9 @@ def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> No
             identity["name"],
             identity["dtype"],
             filesize.decimal(teacher.parameter_bytes),
-            settings.head_rows,
+            settings.hf.head_rows,
             f"{width:,}",
-            filesize.decimal(settings.head_rows * width * 4),
+            filesize.decimal(settings.hf.head_rows * width * 4),
         )
     logger.info(
         "stored: %d bytes a token (values %d, ids %d), against %s in bfloat16 logits",

@@ -1,205 +1,304 @@
-"""What a capture is told, and what it reports."""
+"""What a capture can be told: each setting once, with its type, bounds, default and help text.
+
+Command-line options, the tables of docs/settings.md and the JSON schema are made from these fields.
+"""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
+from distillkit.capture.engine_settings import (
+    ENGINES,
+    HFSettings,
+    OpenAISettings,
+    VLLMSettings,
+    engines_with,
+    nest_settings,
+)
 from distillkit.codec import Codec, CodecConfig, codec_config, preset
-from distillkit.errors import ConfigError, MismatchError
-from distillkit.text.documents import LOSS_ON, OVERFLOWS, default_overlap
+from distillkit.codec.presets import PresetName
+from distillkit.configuration.problems import InvalidSettingsError, Problem, find_problems, refusals
+from distillkit.configuration.yaml_file import read_yaml
+from distillkit.errors import ConfigError, MismatchError, nearest
+from distillkit.text.documents import default_overlap
 
 __all__ = ["CaptureSettings"]
 
 DEFAULT_PRESET = "recommended"
-_RANGE = re.compile(r"\d+:\d+")
-DEFAULT_BATCH_TOKENS = 4096
 
-# Settings that only these engines know.
-_ENGINE_SETTINGS = {
-    **dict.fromkeys(("head_dtype", "device", "head_rows"), ("hf",)),
-    **dict.fromkeys(("dtype", "batch_tokens"), ("hf", "vllm")),
-    **dict.fromkeys(
-        (
-            "max_model_len",
-            "tensor_parallel_size",
-            "pipeline_parallel_size",
-            "enable_expert_parallel",
-            "quantization",
-            "gpu_memory_utilization",
-        ),
-        ("vllm",),
-    ),
-    **dict.fromkeys(("base_url", "served_model", "concurrency", "max_retries", "request_timeout"), ("openai",)),
-}
+_Part = TypeVar("_Part", bound=BaseModel)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CaptureSettings:
-    """Everything a capture can be told. Names are those of the command's options.
+def _plain_text(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
 
-    Attributes:
-        model: the teacher: a folder or a hub id. For a server's: where its config and tokenizer are.
-        dataset: text, chat or token ids: a `.jsonl`, `.json`, `.txt` or `.parquet` file, a folder of them, a
-            `save_to_disk` folder or a hub id.
-        output: the folder for the captured dataset.
-        preset: name of a codec configuration; "recommended" if neither this nor `compression_config` is given.
-        compression_config: a codec configuration: a YAML file (a published `compression_config.yaml` too), a mapping or
-            a config object. Its vocabulary size must be the width of the teacher's logits.
-        dataset_configuration: configuration of a hub dataset.
-        split: split of the dataset.
-        samples: capture a random sample of this many rows, in the dataset's order; None: all.
-        seed: decides the sample and the shuffled order.
-        shuffle: capture rows in a random order.
-        where: capture only rows in which these "column=value" hold, all of them; values that are not text are given as
-            JSON.
-        min_tokens, max_tokens: leave out documents of fewer or more tokens.
-        drop_duplicates: leave out documents that were there before, with equal ids and loss mask; None: not if
-            columns are kept.
-        keep_columns: columns of the dataset that the capture has as well, by name; "all", or "none".
-        tokenizer: a folder or hub id; the teacher's own if not given.
-        apply_chat_template: render chat rows with the tokenizer's chat template; if not, chat rows are refused.
-        max_seq_len: tokens of a stored document, at most.
-        overflow: of longer documents: "window" captures them in pieces, in which each token counts once, "truncate"
-            captures their beginning, "skip" leaves them out.
-        overlap: tokens that a piece repeats of the one before it, as context; None: an eighth of max_seq_len.
-        loss_on: which tokens count in a loss. "auto": of prompt and response the response, of token ids what their
-            own loss_mask or labels say, else all; "all": all, whatever rows say; "assistant": the assistant's turns,
-            the token that ends them included; "completion": the response.
-        keep_ids: ids, or tokens of the tokenizer, that are stored in every row whatever their rank.
-        label_logprobs: also store the teacher's log-probability of each next token, whatever its rank.
-        last_row: also store the distribution after a document's last token.
-        dtype: the teacher's dtype: float32, bfloat16, float16, or "auto": the checkpoint's own, float32 on a CPU.
-        head_dtype: "float32" multiplies by the teacher's head in float32 whatever its dtype is, "auto" in its own
-            (faster in 16 bits, less exact).
-        device: "auto" (the first CUDA device, else the CPU), a torch device, or "balanced" or "sequential" over all
-            devices.
-        trust_remote_code: run code that comes with the model or tokenizer.
-        batch_tokens: tokens of one forward, padding included; None: 4096, with vLLM as many as memory has room for.
-        head_rows: positions whose logits exist at a time.
-        shard_tokens: a shard is finished once it has this many tokens; a capture that was interrupted starts again
-            after the last whole one.
-        shard_range: capture only the shards FIRST:END of the plan (END not included), for jobs that share the work;
-            None: all.
-        skip_bad_documents: leave out up to this many documents that the teacher gives no distributions for.
-        workers: "ray" shares the shards out over a Ray cluster; None: this process does all.
-        num_workers: how many Ray workers; None: as many as the cluster's GPUs hold, without GPUs one a node.
-        worker_cpus: CPUs of a Ray worker.
-        engine: what runs the teacher: "hf" (transformers), "vllm", or "openai": a running server.
-        max_model_len: positions that vLLM plans with; None: `max_seq_len` + 1.
-        tensor_parallel_size, pipeline_parallel_size, enable_expert_parallel: how vLLM spreads the teacher over GPUs.
-        quantization: vLLM's; None: as the checkpoint says.
-        gpu_memory_utilization: share of a GPU's memory for vLLM; the log-probabilities of a batch need some beside it.
-        base_url: the server, with its `/v1`. Its key comes from the environment: `DISTILLKIT_API_KEY` or
-            `OPENAI_API_KEY`.
-        served_model: the server's name for the teacher; None: that of the only one it serves.
-        concurrency: requests to the server at a time.
-        max_retries: how often a failed request is tried again, with growing pauses.
-        request_timeout: seconds until a request has failed.
+
+def _listed(value: object) -> tuple[Any, ...]:
+    """Return a setting of several values, which may be given as a list or as text with commas, as a tuple."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return tuple(part for part in map(str.strip, value.split(",")) if part)
+    if not isinstance(value, Sequence) or any(isinstance(part, bool) for part in value):
+        raise ValueError(f"must be a list, or text with commas between its parts, found {value!r}")
+    return tuple(value)
+
+
+def _conditions(value: object) -> tuple[Any, ...]:
+    """Return conditions as a tuple. A single one may have commas in its value."""
+    conditions = (value,) if isinstance(value, str) and value else _listed(value)
+    for condition in conditions:
+        if not isinstance(condition, str) or "=" not in condition:
+            raise ValueError(f"must be COLUMN=VALUE, found {condition!r}")
+    return conditions
+
+
+def _tokens(value: object) -> tuple[int | str, ...]:
+    """Return ids and tokens as a tuple. In text a number is an id; in a list a token may have commas."""
+    parts = _listed(value)
+    if not all(isinstance(part, (int, str)) for part in parts):
+        raise ValueError(f"must be ids or tokens, found {value!r}")
+    return tuple(int(part) if isinstance(value, str) and part.isdecimal() else part for part in parts)
+
+
+def _list_schema(*types: str) -> WithJsonSchema:
+    item = {"type": types[0] if len(types) == 1 else list(types)}
+    return WithJsonSchema({"anyOf": [{"type": "array", "items": item}, {"type": "string"}]})
+
+
+Text = Annotated[str, BeforeValidator(_plain_text)]
+Conditions = Annotated[tuple[str, ...], BeforeValidator(_conditions), _list_schema("string")]
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed), _list_schema("string")]
+Tokens = Annotated[tuple[int | str, ...], BeforeValidator(_tokens), _list_schema("integer", "string")]
+CodecSource = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]})
+]  # a file, a mapping or a CodecConfig: pydantic would take the mapping apart
+
+
+class CaptureSettings(BaseModel):
+    """Everything a capture can be told.
+
+    Settings of an engine are in its part (`vllm={"tensor_parallel_size": 4}`), and may be given flat as well
+    (`tensor_parallel_size=4`).
 
     Raises:
-        ConfigError: a value is not allowed, or not with this engine; the message names it.
+        ConfigError: settings are unknown, missing or not allowed, or belong to another engine: all of them, each by its
+            dotted path.
     """
 
-    model: str
-    dataset: str
-    output: str | Path
-    preset: str | None = None
-    compression_config: str | Path | Mapping[str, Any] | CodecConfig | None = None
-    dataset_configuration: str | None = None
-    split: str = "train"
-    samples: int | None = None
-    seed: int = 42
-    shuffle: bool = False
-    where: str | Sequence[str] = ()
-    min_tokens: int | None = None
-    max_tokens: int | None = None
-    drop_duplicates: bool | None = None
-    keep_columns: str | Sequence[str] = "none"
-    tokenizer: str | None = None
-    apply_chat_template: bool = True
-    max_seq_len: int = 1024
-    overflow: str = "window"
-    overlap: int | None = None
-    loss_on: str = "auto"
-    keep_ids: str | Sequence[int | str] = ""
-    label_logprobs: bool = False
-    last_row: bool = False
-    dtype: str = "auto"
-    head_dtype: str = "float32"
-    device: str = "auto"
-    trust_remote_code: bool = False
-    batch_tokens: int | None = None
-    head_rows: int = 512
-    shard_tokens: int = 262_144
-    shard_range: str | None = None
-    skip_bad_documents: int = 0
-    workers: str | None = None
-    num_workers: int | None = None
-    worker_cpus: int = 1
-    engine: str = "hf"
-    max_model_len: int | None = None
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    enable_expert_parallel: bool = False
-    quantization: str | None = None
-    gpu_memory_utilization: float = 0.9
-    base_url: str | None = None
-    served_model: str | None = None
-    concurrency: int = 16
-    max_retries: int = 8
-    request_timeout: float = 600.0
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
-    def __post_init__(self) -> None:
-        if self.preset is not None and self.compression_config is not None:
-            raise ConfigError(
-                f"preset and compression_config: give one of the two, not both (found {self.preset!r} and "
-                f"{self.compression_config!r})"
-            )
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}: must be {_one_of(allowed)}, found {getattr(self, name)!r}")
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ConfigError(f"{name}: must be a whole number of at least {least}, found {value!r}")
-        for name in ("apply_chat_template", "trust_remote_code", "shuffle", "label_logprobs", "last_row"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: must be true or false, found {getattr(self, name)!r}")
-        if self.shard_range is not None and not _RANGE.fullmatch(self.shard_range):
-            raise ConfigError(f"shard_range: must be FIRST:END, such as 0:8, found {self.shard_range!r}")
-        self._check_lengths()
-        for name in _LISTS:
-            object.__setattr__(self, name, _list_setting(name, getattr(self, name)))
-        for condition in self.where:
-            if not isinstance(condition, str) or "=" not in condition:
-                raise ConfigError(f"where: must be column=value, found {condition!r}")
-        self._check_engine()
+    model: Text = Field(
+        description="Teacher model: a folder or a Hugging Face hub id. With a server: where the model's config and "
+        "tokenizer are."
+    )
+    dataset: Text = Field(
+        description="Text to run the teacher over: a .jsonl, .json, .txt or .parquet file, a folder of them, a "
+        "save_to_disk folder, a URL of any of these, or a hub id. Rows have text; messages; conversations; instruction "
+        "(+ input) + output; inputs + targets; tools + turns; prompt + response or completion; or input_ids."
+    )
+    output: Text = Field(description="Folder or storage URL for the captured dataset.")
+    preset: PresetName | None = Field(
+        default=None, description="Codec configuration by name; recommended if no codec is chosen."
+    )
+    compression_config: CodecSource = Field(
+        default=None,
+        description="Codec configuration from a YAML file, such as the compression_config.yaml of a published dataset.",
+    )
+    dataset_configuration: str | None = Field(default=None, description="Configuration of a hub dataset.")
+    split: str = Field(
+        default="train",
+        description="Split of the dataset; in a folder of files, those with the split's name in their path.",
+    )
+    samples: int | None = Field(
+        default=None, ge=1, description="Capture only a random sample of this many rows, kept in the dataset's order."
+    )
+    seed: int = Field(default=42, ge=0, description="Seed for `samples` and `shuffle`.")
+    shuffle: bool = Field(default=False, description="Capture rows in random order.")
+    where: Conditions = Field(
+        default=(),
+        description="Capture only rows whose column has this value; several conditions must all hold. A value that is "
+        "not text is written as JSON.",
+    )
+    min_tokens: int | None = Field(default=None, ge=1, description="Leave out documents with fewer tokens.")
+    max_tokens: int | None = Field(default=None, ge=2, description="Leave out documents with more tokens.")
+    drop_duplicates: bool | None = Field(
+        default=None,
+        description="Leave out documents that repeat an earlier one; on by default unless `keep_columns` is used.",
+    )
+    keep_columns: Names = Field(
+        default=("none",),
+        description="Columns of the dataset to copy into the capture: names separated by commas, all or none.",
+    )
+    tokenizer: Text | None = Field(default=None, description="Tokenizer folder or hub id, if not the teacher's own.")
+    apply_chat_template: bool = Field(
+        default=True, description="Render chat rows with the chat template; if off, chat rows are refused."
+    )
+    max_seq_len: int = Field(default=1024, ge=2, description="Maximum number of tokens in a stored document.")
+    overflow: Literal["window", "truncate", "skip"] = Field(
+        default="window",
+        description="What to do with longer documents: window captures them in overlapping pieces, truncate captures "
+        "their beginning, skip leaves them out.",
+    )
+    overlap: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens that each piece repeats from the previous one as context; an eighth of `max_seq_len` by "
+        "default.",
+    )
+    loss_on: Literal["auto", "all", "assistant", "completion"] = Field(
+        default="auto",
+        description="Which tokens count in the loss. assistant: the assistant's turns; completion: the response; all: "
+        "every token; auto: the response if rows have prompt and response, what loss_mask or labels say if rows are "
+        "token ids, otherwise all.",
+    )
+    keep_ids: Tokens = Field(
+        default=(),
+        description="Tokens or ids that every row stores whatever their rank, separated by commas: end of turn, tool "
+        "calls, …",
+    )
+    label_logprobs: bool = Field(
+        default=False, description="Also store the log-probability of each next token, whatever its rank."
+    )
+    last_row: bool = Field(default=False, description="Also store the distribution after a document's last token.")
+    trust_remote_code: bool = Field(default=False, description="Run code that comes with the model or tokenizer.")
+    shard_tokens: int = Field(
+        default=262_144,
+        ge=1,
+        description="Tokens per shard; an interrupted capture resumes after its last complete shard.",
+    )
+    shard_range: str | None = Field(
+        default=None,
+        description="Capture only these shards of the plan, END excluded, so that several jobs can share the work.",
+    )
+    skip_bad_documents: int = Field(
+        default=0, ge=0, description="Leave out up to this many documents that the teacher cannot score."
+    )
+    workers: Literal["ray"] | None = Field(default=None, description="Distribute the shards over a Ray cluster.")
+    num_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of Ray workers, each with its own engine; by default as many as the GPUs allow, or one per "
+        "node without GPUs.",
+    )
+    worker_cpus: int = Field(default=1, ge=1, description="CPUs per Ray worker.")
+    engine: Literal["hf", "vllm", "openai"] = Field(
+        default="hf",
+        description="What runs the teacher: hf (Transformers, in this process), vllm, or openai (a running server with "
+        "an OpenAI-compatible API).",
+    )
+    hf: HFSettings = Field(default_factory=HFSettings, description="Settings that only the engine hf has.")
+    vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="Settings that only the engine vllm has.")
+    openai: OpenAISettings = Field(
+        default_factory=OpenAISettings, validate_default=True, description="Settings that only the engine openai has."
+    )
 
-    def _check_lengths(self) -> None:
-        if self.overlap is not None and self.overflow != "window":
-            raise ConfigError(f"overlap: belongs to overflow window; it is {self.overflow}")
-        if self.overlap is not None and not 1 <= self.overlap <= self.max_seq_len // 2:
-            raise ConfigError(
-                f"overlap: must be 1…{self.max_seq_len // 2}, half of max_seq_len, found {self.overlap}. Without any, "
-                "the token at a border would have no distribution"
-            )
-        if None not in (self.min_tokens, self.max_tokens) and self.min_tokens > self.max_tokens:  # type: ignore[operator]
-            raise ConfigError(
-                f"min_tokens and max_tokens: no document has at least {self.min_tokens} and at most {self.max_tokens}"
-            )
+    def __init__(self, /, **settings: Any) -> None:
+        nested, written = nest_settings(settings, settings.get("engine", "hf"))
+        try:
+            super().__init__(**nested)
+        except ValidationError as error:
+            flat = [name for part in ENGINES.values() for name in part.model_fields]
+            problems = find_problems(error, CaptureSettings, "capture setting", flat)
+            raise InvalidSettingsError(
+                [Problem(written.get(each.path, each.path), each.message) for each in problems]
+            ) from None
+
+    # -- settings that must agree: each is checked with those before it, so that all problems come at once
+
+    @field_validator("compression_config")
+    @classmethod
+    def _one_codec(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("preset") is not None:
+            raise ValueError(f"give this or preset, not both (found {value!r} and {info.data['preset']!r})")
+        if isinstance(value, Mapping):
+            try:
+                codec_config(value)
+            except ConfigError as error:
+                # "SomeConfig: field: why" becomes "field: why", to which the dotted path is prefixed.
+                raise ValueError(re.sub(r"^\w+Config: ", "", str(error))) from None
+        elif value is not None and not isinstance(value, (str, Path, BaseModel)):
+            raise ValueError(f"must be a YAML file or a mapping, found {value!r}")
+        return value
+
+    @field_validator("max_tokens")
+    @classmethod
+    def _some_length(cls, value: int | None, info: ValidationInfo) -> int | None:
+        least = info.data.get("min_tokens")
+        if value is not None and least is not None and value < least:
+            raise ValueError(f"must be at least min_tokens, which is {least}, found {value}")
+        return value
+
+    @field_validator("overlap")
+    @classmethod
+    def _fits_in_a_piece(cls, value: int | None, info: ValidationInfo) -> int | None:
+        overflow, longest = info.data.get("overflow"), info.data.get("max_seq_len")
+        if value is not None and overflow not in (None, "window"):
+            raise ValueError(f"is only for overflow: window, and overflow is {overflow} (found {value})")
+        if value is not None and longest is not None and value > longest // 2:
+            raise ValueError(f"must be at most {longest // 2}, half of max_seq_len, found {value}")
+        return value
+
+    @field_validator("shard_range")
+    @classmethod
+    def _two_numbers(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+:\d+", value):
+            raise ValueError(f"must be FIRST:END, such as 0:8, found {value!r}")
+        return value
+
+    @field_validator("hf", "vllm", "openai")
+    @classmethod
+    def _for_this_engine(cls, part: _Part, info: ValidationInfo) -> _Part:
+        engine, defaults = info.data.get("engine"), type(part)()
+        if engine == "openai" and isinstance(part, OpenAISettings) and part.base_url is None:
+            raise refusals(part, {"base_url": "is required by the engine openai, such as http://localhost:8000/v1"})
+        if engine in (None, info.field_name):
+            return part
+        misplaced = {
+            name: f"is for engine {' or '.join(engines_with(name))}, but this capture uses {engine} (found {value!r})"
+            for name, value in part
+            if value != getattr(defaults, name)
+        }
+        if misplaced:
+            raise refusals(part, misplaced)
+        return part
+
+    # -- what follows from the settings
 
     @property
     def row_filters(self) -> tuple[tuple[str, str], ...]:
         """The (column, value) pairs of `where`."""
-        pairs = (str(condition).partition("=") for condition in self.where)
+        pairs = (condition.partition("=") for condition in self.where)
         return tuple((column.strip(), value.strip()) for column, _, value in pairs)
+
+    @property
+    def dtype(self) -> str:
+        """The teacher's dtype, as its engine is told; a server tells none."""
+        return {"hf": self.hf.dtype, "vllm": self.vllm.dtype}.get(self.engine, "auto")
+
+    @property
+    def gpus_per_worker(self) -> int:
+        """GPUs that one engine runs on, where there are any."""
+        return self.vllm.tensor_parallel_size * self.vllm.pipeline_parallel_size
+
+    @property
+    def config_source(self) -> str:
+        """Where the teacher's config is: a server's may have another name than any folder, the tokenizer's has one."""
+        return self.tokenizer or self.model if self.engine == "openai" else self.model
 
     def token_ids(self, tokenizer: Any, k: int) -> tuple[int, ...]:
         """Return the ids of `keep_ids`, ascending.
@@ -212,28 +311,17 @@ class CaptureSettings:
             ConfigError: the tokenizer has no such token, or there are k of them.
         """
         vocabulary = tokenizer.get_vocab()
-        ids = set()
+        largest, ids = max(vocabulary.values()), set()
         for token in self.keep_ids:
             if isinstance(token, str) and token not in vocabulary:
-                near = difflib.get_close_matches(token, vocabulary, n=3)
-                raise ConfigError(
-                    f"keep_ids: {token!r} is no token of the tokenizer's"
-                    + (f"; there are {', '.join(map(repr, near))}" if near else "")
-                )
+                raise ConfigError(f"keep_ids: the tokenizer has no token {token!r}{nearest(token, vocabulary)}")
             number = vocabulary[token] if isinstance(token, str) else token
-            if not 0 <= number <= max(vocabulary.values()):
-                raise ConfigError(
-                    f"keep_ids: {number} is no id of the tokenizer's, whose ids are 0…{max(vocabulary.values())}"
-                )
+            if not 0 <= number <= largest:
+                raise ConfigError(f"keep_ids: the tokenizer's ids are 0…{largest}, found {number}")
             ids.add(int(number))
         if len(ids) >= k:
-            raise ConfigError(f"keep_ids: {len(ids)} ids, but a row has k = {k}: give fewer than that")
+            raise ConfigError(f"keep_ids: must be fewer than the k = {k} ids of a row, found {len(ids)}")
         return tuple(sorted(ids))
-
-    @property
-    def gpus_per_worker(self) -> int:
-        """GPUs that one engine runs on, where there are any."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def shard_numbers(self, shards: int) -> range:
         """Return which of a plan's shards to capture.
@@ -248,53 +336,6 @@ class CaptureSettings:
             raise ConfigError(f"shard_range: {self.shard_range} of {shards} shards, numbered from 0")
         return range(first, min(end, shards))
 
-    def _check_engine(self) -> None:
-        """Refuse settings that the engine does not know or that it needs and has not.
-
-        Raises:
-            ConfigError: names the setting.
-        """
-        for name, engines in _ENGINE_SETTINGS.items():
-            if self.engine not in engines and getattr(self, name) != default_of(name):
-                raise ConfigError(
-                    f"{name}: {getattr(self, name)!r} is given, but it is for the engine {' or '.join(engines)}, and "
-                    f"this capture is with {self.engine}"
-                )
-        if not 0 < self.gpu_memory_utilization < 1:
-            raise ConfigError(
-                f"gpu_memory_utilization: must be above 0 and below 1 (the log-probabilities of a batch need memory "
-                f"beside it), found {self.gpu_memory_utilization!r}"
-            )
-        if self.request_timeout <= 0:
-            raise ConfigError(f"request_timeout: must be above 0, found {self.request_timeout!r}")
-        if self.engine == "openai" and self.base_url is None:
-            raise ConfigError("base_url: the engine openai needs the server's, such as http://localhost:8000/v1")
-
-    @property
-    def forward_tokens(self) -> int:
-        """Tokens of one forward of transformers."""
-        return self.batch_tokens or DEFAULT_BATCH_TOKENS
-
-    @property
-    def config_source(self) -> str:
-        """Where the teacher's config is: a server's may have another name than any folder, the tokenizer's has one."""
-        return self.tokenizer or self.model if self.engine == "openai" else self.model
-
-    @classmethod
-    def of(cls, **options: Any) -> CaptureSettings:
-        """Make settings from names and values.
-
-        Raises:
-            ConfigError: a name is not known, with the nearest that is; or a value is not allowed.
-        """
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-                raise ConfigError(f"capture has no setting {name!r}{hint}")
-        return cls(**options)
-
     def read_compression_config(self) -> CodecConfig:
         """Read `compression_config`, which must be given.
 
@@ -302,13 +343,16 @@ class CaptureSettings:
             ConfigError: there is no such file, or its content is no codec configuration.
         """
         config: Any = self.compression_config
-        return codec_config(read_yaml(Path(config)) if isinstance(config, (str, Path)) else config)
+        try:
+            return codec_config(read_yaml(config) if isinstance(config, (str, Path)) else config)
+        except ConfigError as error:
+            raise ConfigError(f"compression_config: {error}") from error
 
     def codec(self, head_size: int) -> Codec:
         """Make the codec for a teacher whose logits are `head_size` wide.
 
         Raises:
-            ConfigError: there is no such preset or file, or its content is no codec configuration.
+            ConfigError: there is no such file, or its content is no codec configuration.
             MismatchError: the configuration is for another vocabulary size.
         """
         if self.compression_config is None:
@@ -320,18 +364,17 @@ class CaptureSettings:
             field = "d" if codec.format == "quantized" else "vocab_size"
             raise MismatchError(
                 f"{where}: {field} is {codec.vocab_size}, the teacher's logits are {head_size} wide (the tokenizer may "
-                "know fewer ids): "
-                f"set {field}: {head_size}"
+                f"know fewer ids): set {field}: {head_size}"
             )
         return codec
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide the bytes besides teacher, tokenizer, codec and dataset, for the header."""
-        identity = {name: getattr(self, name) for name in _DECIDING}
+        identity: dict[str, Any] = {name: getattr(self, name) for name in _DECIDING}
         if self.engine == "hf":
             # Which documents share a forward, and how its products are summed, changes last bits.
-            identity |= {name: getattr(self, name) for name in ("head_dtype", "head_rows")}
-            identity["batch_tokens"] = self.forward_tokens
+            identity |= {"head_dtype": self.hf.head_dtype, "head_rows": self.hf.head_rows}
+            identity["batch_tokens"] = self.hf.forward_tokens
         else:
             # These batch by themselves; what they give is the same within their noise only.
             identity["engine"] = self.engine
@@ -342,93 +385,16 @@ class CaptureSettings:
         if self.drop_duplicates is None:
             identity["drop_duplicates"] = self.keep_columns == ("none",)
         for name in _DECIDING_IF_SET:
-            value, default = getattr(self, name), default_of(name)
-            if value != (_list_setting(name, default) if name in _LISTS else default):
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
                 identity[name] = list(value) if isinstance(value, tuple) else value
+        if self.vllm.quantization is not None:
+            identity["quantization"] = self.vllm.quantization
         return identity
 
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "workers": ("ray", None),
-    "engine": ("hf", "vllm", "openai"),
-    "overflow": OVERFLOWS,
-    "loss_on": LOSS_ON,
-    "head_dtype": ("float32", "auto"),
-    "drop_duplicates": (True, False, None),
-}
-_LEAST = {
-    "max_seq_len": 2,
-    "batch_tokens": 1,
-    "head_rows": 1,
-    "shard_tokens": 1,
-    "samples": 1,
-    "seed": 0,
-    "skip_bad_documents": 0,
-    "min_tokens": 1,
-    "max_tokens": 2,
-    "overlap": 0,
-    "num_workers": 1,
-    "worker_cpus": 1,
-    "max_model_len": 1,
-    "tensor_parallel_size": 1,
-    "pipeline_parallel_size": 1,
-    "concurrency": 1,
-    "max_retries": 0,
-}
-_LISTS = ("where", "keep_ids", "keep_columns")
 _DECIDING = ("max_seq_len", "apply_chat_template", "shard_tokens", "overflow", "loss_on")
 _DECIDING_IF_SET = (
     *("samples", "shuffle", "where", "min_tokens", "max_tokens", "drop_duplicates", "keep_columns", "keep_ids"),
-    *("label_logprobs", "last_row", "quantization"),
+    *("label_logprobs", "last_row"),
 )
-
-
-def _one_of(values: Sequence[Any]) -> str:
-    """Write choices for a person."""
-    names = [
-        "true" if value is True else "false" if value is False else str(value) for value in values if value is not None
-    ]
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _list_setting(name: str, value: Any) -> tuple[Any, ...]:
-    """Return a setting of several values, which may be given as a list or as text with commas, as a tuple.
-
-    In the text of `keep_ids` a number is an id, anything else a token; a list may have tokens with commas.
-    """
-    if isinstance(value, str):
-        parts = [part.strip() for part in value.split(",")] if name != "where" else [value]
-        parts = [part for part in parts if part]
-        return tuple(int(part) if name == "keep_ids" and part.isdecimal() else part for part in parts)
-    kinds = (int, str) if name == "keep_ids" else (str,)
-    if value is None:
-        return ()
-    if not isinstance(value, Sequence) or any(isinstance(part, bool) or not isinstance(part, kinds) for part in value):
-        raise ConfigError(f"{name}: must be a list, or text with commas between, found {value!r}")
-    return tuple(value)
-
-
-def setting_names() -> tuple[str, ...]:
-    return tuple(field.name for field in fields(CaptureSettings))
-
-
-def check_names(given: Mapping[Any, Any], where: str, known: Sequence[str]) -> None:
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise ConfigError(f"{where}{name} is no setting of a capture; {hint}")
-
-
-def default_of(name: str) -> Any:
-    """Return the default of a setting, for the command's options."""
-    return next(field.default for field in fields(CaptureSettings) if field.name == name)
-
-
-def read_yaml(path: Path, what: str = "compression_config") -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{what}: {path} can not be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{what}: {path} is not YAML: {error}") from error

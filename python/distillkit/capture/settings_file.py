@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distillkit.capture.settings import CaptureSettings, check_names, read_yaml, setting_names
+from distillkit.capture.engine_settings import ENGINES, nest_settings
+from distillkit.capture.settings import CaptureSettings
+from distillkit.configuration.describe import json_schema
+from distillkit.configuration.problems import InvalidSettingsError, Problem, report
+from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError
 
-__all__ = ["load_captures"]
+__all__ = ["captures_schema", "load_captures"]
 
 
 def load_captures(path: str | Path, overrides: Mapping[str, Any] | None = None) -> list[CaptureSettings]:
@@ -25,50 +30,104 @@ def load_captures(path: str | Path, overrides: Mapping[str, Any] | None = None) 
         The captures in the file's order, with every setting checked.
 
     Raises:
-        ConfigError: the file can not be read, or has an unknown key or a value that is not allowed: the message has its
-            path; or two captures have one output.
+        ConfigError: the file cannot be read; or something in it is wrong: all problems, each by its dotted path.
     """
-    content = read_yaml(Path(path), "captures")
+    content = read_yaml(path)
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{path}: must hold settings of captures (key: value), found {type(content).__name__}")
+        raise ConfigError(
+            f"{path}: must be a mapping of settings, found {'nothing' if content is None else type(content).__name__}"
+        )
     shared = {key: value for key, value in content.items() if key != "captures"}
     entries = content.get("captures", [{}])
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, Mapping) for entry in entries):
-        raise ConfigError(f"{path}: captures must be a list of mappings, found {entries!r:.200}")
-    check_names(shared, f"{path}: ", (*setting_names(), "captures"))
-    captures = []
+        raise ConfigError(f"{path}: captures: must be a list of mappings, found {entries!r:.200}")
+    captures: list[CaptureSettings] = []
+    problems: list[Problem] = []
     for index, entry in enumerate(entries):
-        place = f"captures[{index}]" if "captures" in content else ""
-        check_names(entry, f"{path}: {place}.", setting_names())
-        options = _merged(shared, entry, overrides or {})
-        missing = [name for name in ("model", "dataset", "output") if options.get(name) is None]
-        if missing:
-            raise ConfigError(f"{path}: {place or 'it'} has no {' and no '.join(missing)}")
+        prefix = f"captures.{index}." if "captures" in content else ""
         try:
-            captures.append(CaptureSettings.of(**options))
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {place}{'.' if place else ''}{error}") from error
-    _check_outputs(captures, path)
+            captures.append(_settings([("", shared), (prefix, entry), ("", overrides or {})], prefix))
+        except InvalidSettingsError as error:
+            problems += error.problems
+    problems = problems or _shared_outputs(captures)
+    if problems:
+        raise ConfigError(report(str(path), problems))
     return captures
 
 
-def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Put settings over others. One of preset and compression_config takes the other's place."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
+@dataclass
+class _Layers:
+    """Settings put over others, and how each was written."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    written: dict[str, str] = field(default_factory=dict)
+
+    def put(self, layer: Mapping[str, Any], written: Mapping[str, str]) -> None:
+        """Put nested settings over those before. One of preset and compression_config takes the other's place."""
         if layer.keys() & _CODEC_SETTINGS:
-            merged = {name: value for name, value in merged.items() if name not in _CODEC_SETTINGS}
-        merged |= layer
-    return merged
+            self.settings = {name: value for name, value in self.settings.items() if name not in _CODEC_SETTINGS}
+        for name, value in layer.items():
+            before = self.settings.get(name)
+            merges = name in ENGINES and isinstance(before, dict) and isinstance(value, dict)
+            self.settings[name] = {**before, **value} if merges else value  # type: ignore[dict-item]
+        self.written |= written
 
 
 _CODEC_SETTINGS = {"preset", "compression_config"}
 
 
-def _check_outputs(captures: Sequence[CaptureSettings], path: str | Path) -> None:
-    outputs: dict[str, int] = {}
+def _settings(layers: Sequence[tuple[str, Mapping[Any, Any]]], prefix: str) -> CaptureSettings:
+    """Make a capture's settings from layers, each with the path that its keys are under.
+
+    Raises:
+        InvalidSettingsError: with paths as the file has them.
+    """
+    engines = [layer["engine"] for _, layer in layers if "engine" in layer]
+    merged = _Layers()
+    for place, layer in layers:
+        merged.put(*nest_settings(layer, engines[-1] if engines else "hf", place))
+    try:
+        return CaptureSettings(**merged.settings)
+    except InvalidSettingsError as error:
+        raise InvalidSettingsError(
+            [Problem(merged.written.get(each.path, prefix + each.path), each.message) for each in error.problems]
+        ) from None
+
+
+def _shared_outputs(captures: Sequence[CaptureSettings]) -> list[Problem]:
+    first: dict[str, int] = {}
+    problems = []
     for index, settings in enumerate(captures):
-        output = str(settings.output).rstrip("/")
-        if output in outputs:
-            raise ConfigError(f"{path}: captures[{outputs[output]}] and captures[{index}] have one output, {output}")
-        outputs[output] = index
+        before = first.setdefault(settings.output.rstrip("/"), index)
+        if before != index:
+            problems.append(
+                Problem(f"captures.{index}.output", f"is captures.{before}.output as well: {settings.output}")
+            )
+    return problems
+
+
+def captures_schema() -> dict[str, Any]:
+    """Return the JSON schema of such a file: settings flat or nested, and `captures` with more of them."""
+    schema = json_schema(CaptureSettings)
+    properties, required = dict(schema.pop("properties")), schema.pop("required")
+    for part in ENGINES.values():
+        properties |= json_schema(part)["properties"]
+    entry = {"type": "object", "additionalProperties": False, "properties": properties}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Captures of distillkit",
+        "description": "Settings of one capture, or what several under `captures` share.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            **properties,
+            "captures": {
+                "description": "Settings in which several captures differ, which are run one after the other.",
+                "type": "array",
+                "minItems": 1,
+                "items": {"$ref": "#/$defs/Capture"},
+            },
+        },
+        "anyOf": [{"required": ["captures"]}, {"required": required}],
+        "$defs": {**schema["$defs"], "Capture": entry},
+    }

@@ -1,5 +1,7 @@
-"""`distillkit`: train (the default command), plan, capture, pack and report. Each command's code is imported when it is
-used."""
+"""`distillkit`: train (the default command), forecast, capture, pack, report and schema.
+
+Each command's code is imported when it is used.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,14 @@ __all__ = ["COMMANDS", "cli", "main"]
 
 COMMANDS = {
     "train": ("distillkit.cli.train", "train"),
-    "plan": ("distillkit.cli.plan", "plan"),
+    "forecast": ("distillkit.cli.forecast", "forecast"),
     "capture": ("distillkit.cli.capture", "capture"),
     "pack": ("distillkit.cli.pack", "pack"),
     "report": ("distillkit.cli.report", "report"),
+    "schema": ("distillkit.cli.schema", "schema"),
 }
+# Earlier names, which help does not list.
+ALIASES = {"plan": "forecast"}
 
 
 class _TrainsByDefault(click.Group):
@@ -28,6 +33,7 @@ class _TrainsByDefault(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        cmd_name = ALIASES.get(cmd_name, cmd_name)
         if cmd_name not in COMMANDS:
             return None
         module, name = COMMANDS[cmd_name]
@@ -36,7 +42,7 @@ class _TrainsByDefault(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         first = next((arg for arg in args if not arg.startswith("-")), None)
-        if first is not None and first not in COMMANDS:
+        if first is not None and first not in COMMANDS | ALIASES:
             args = ["train", *args]
         return super().parse_args(ctx, args)
 
@@ -49,10 +55,11 @@ def cli() -> None:
     \b
     distillkit config.yaml            train as the configuration says (the same as: distillkit train config.yaml)
     distillkit config.yaml --dry-run  check everything that training would need, and train nothing
-    distillkit plan --model …         what a capture would take: bytes, time, memory, and which codec fits
+    distillkit forecast --model …     what a capture will cost: bytes, time, memory, and which codec fits
     distillkit capture --model …      run a teacher over text once, and store its distributions
     distillkit pack DATA OUTPUT …     its documents in full rows, on disk (training packs by itself)
     distillkit report TRAINED         what a training run brought; several runs: side by side
+    distillkit schema train           JSON schema of a configuration, for completion in editors
     distillkit-codec inspect DATA     look at what was captured
     """
 

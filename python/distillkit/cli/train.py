@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import gc
 import json
 import logging
@@ -18,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from distillkit.console import output, show
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, nearest
 from distillkit.training.dry_run import DryRun, dry_run
 
 __all__ = ["summary_table", "train"]
@@ -48,9 +47,7 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
     if not config.is_file():
         from distillkit.cli.main import COMMANDS
 
-        near = difflib.get_close_matches(str(config), COMMANDS, n=1)
-        hint = f"; did you mean the command '{near[0]}'?" if near else ""
-        raise ConfigError(f"{config}: there is no such configuration file{hint}")
+        raise ConfigError(f"{config}: there is no such configuration file or command{nearest(config, COMMANDS)}")
     first = os.environ.get("RANK", "0") == "0"
     if verbose:
         logging.getLogger().setLevel(logging.DEBUG if verbose > 1 else logging.INFO)

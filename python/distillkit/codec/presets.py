@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Any
+from typing import Any, Literal
 
 from distillkit.codec.config import DistributionQuantizationConfig
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, nearest
 
-__all__ = ["PRESETS", "preset"]
+__all__ = ["PRESETS", "PresetName", "preset"]
+
+PresetName = Literal["recommended", "budget", "faithful", "balanced", "compact"]
 
 _PUBLISHED: dict[str, Any] = {
     "exact_dtype": "bfloat16",
@@ -70,7 +71,5 @@ def preset(name: str, *, vocab_size: int) -> DistributionQuantizationConfig:
         (128, 16, [0, 1, 2, 3, 4, 'sqrt'])
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"preset: there is no '{name}', there are {', '.join(PRESETS)}{hint}")
+        raise ConfigError(f"preset: must be {', '.join(PRESETS)}, found {name!r}{nearest(name, PRESETS)}")
     return DistributionQuantizationConfig(d=vocab_size, **PRESETS[name])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from distillkit.errors import ConfigError
 
@@ -45,41 +45,56 @@ _HARMLESS = {"temperature": 1.0, "missing_probability_handling": "zero"}
 
 # Published configurations spell the bucket for missing probability in two ways.
 _SYNONYMS = {"symmetric_uniform": "uniform"}
+Handling = Annotated[
+    Literal["zero", "uniform", "label"],
+    BeforeValidator(lambda value: _SYNONYMS.get(value, value) if isinstance(value, str) else value),
+    WithJsonSchema({"enum": ["zero", "uniform", "label", *_SYNONYMS], "type": "string"}),
+]
 
 
 class LossConfig(BaseModel):
-    """One loss of the weighted sum Σ weight·loss / Σ weight.
-
-    Attributes:
-        function: its name in the table of losses.
-        weight: finite and ≥ 0; with 0 the loss is computed and logged, and trains nothing.
-        temperature: T > 0: both distributions are taken at p^(1/T), and the loss is multiplied by T².
-        missing_probability_handling: what becomes of the teacher's probability outside the stored ids: `zero` drops it
-            and renormalises the rest, `uniform` (also spelt `symmetric_uniform`) keeps it as one bucket, for the
-            student too, `label` gives it to the true next token.
-        sparse_chunk_length: most positions whose logits exist at one time; chosen from the vocabulary's size and the
-            memory if not given.
-        margin: of `hinge`, in probability; the teacher's own difference if not given.
-        alpha: of the skewed divergences, 0 < α < 1; 0.1 if not given.
-        top_k: of a ranking loss with a teacher that gives all ids: how many of its first ones are ranked; 128 if not
-            given.
-    """
+    """One loss of the weighted sum Σ weight·loss / Σ weight."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    function: Function
-    weight: float = Field(ge=0, allow_inf_nan=False)
-    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    missing_probability_handling: Literal["zero", "uniform", "label"] | None = None
-    sparse_chunk_length: int | None = Field(default=None, ge=1)
-    margin: float | None = Field(default=None, allow_inf_nan=False)
-    alpha: float | None = Field(default=None, gt=0, lt=1)
-    top_k: int | None = Field(default=None, ge=2)
-
-    @field_validator("missing_probability_handling", mode="before")
-    @classmethod
-    def _one_spelling(cls, value: object) -> object:
-        return _SYNONYMS.get(value, value) if isinstance(value, str) else value
+    function: Function = Field(description="Name of the loss.")
+    weight: float = Field(
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight in the sum; a loss with weight 0 is computed and logged, but trains nothing.",
+    )
+    temperature: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Temperature T: both distributions are taken at p^(1/T), and the loss is multiplied by T²; 1 by "
+        "default.",
+    )
+    missing_probability_handling: Handling | None = Field(
+        default=None,
+        description="What happens to the teacher's probability outside the stored tokens: zero (the default) drops it "
+        "and renormalises the rest, uniform (also spelt symmetric_uniform) keeps it as one bucket, for the student "
+        "too, label gives it to the true next token.",
+    )
+    sparse_chunk_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="Maximum number of positions whose logits are in memory at a time; by default chosen from the size "
+        "of the vocabulary and of memory.",
+    )
+    margin: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="Margin of hinge, as a probability; by default the teacher's own difference.",
+    )
+    alpha: float | None = Field(
+        default=None, gt=0, lt=1, description="Skew of skewed_kl and skewed_reverse_kl; 0.1 by default."
+    )
+    top_k: int | None = Field(
+        default=None,
+        ge=2,
+        description="Number of most probable tokens that a ranking loss ranks with a live teacher; 128 by default.",
+    )
 
     @model_validator(mode="after")
     def _only_what_it_takes(self) -> LossConfig:

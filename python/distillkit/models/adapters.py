@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Set
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,48 +22,68 @@ __all__ = ["LoraSection", "add_adapters"]
 
 _INITIALISATIONS = "true, false, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_N'"
 
+# What each may be is checked below, with one message where pydantic's own for a union are several.
+Names = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})]
+LayerNumbers = Annotated[
+    Any,
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}, {"type": "null"}]}),
+]
+
 
 class LoraSection(BaseModel):
-    """The `peft` section: fields of `peft.LoraConfig` under their own names, and what is saved at the end.
-
-    Attributes:
-        r: rank of the adapters.
-        lora_alpha: the adapters' output is scaled by lora_alpha / r (lora_alpha / √r with `use_rslora`).
-        lora_dropout: of the adapters' input.
-        target_modules: names of layers (or ends of their names), a regular expression for whole names, or `all-linear`:
-            every linear layer but the head.
-        exclude_modules: names (or ends of them), or a regular expression, that get no adapter. Layers that
-            `frozen_modules` or `frozen_res` freeze get none either.
-        modules_to_save: modules trained whole, and kept with the adapters.
-        use_rslora, use_dora, init_lora_weights, bias, lora_bias: see PEFT.
-        layers_to_transform, layers_pattern: adapters in these layers only.
-        rank_pattern, alpha_pattern: other values of r and lora_alpha for some layers.
-        trainable_token_indices: ids whose embeddings are trained.
-        ensure_weight_tying: one trained copy for tied embedding and head.
-        merge_on_save: the trained student is saved with its adapters merged into the weights, as a whole model;
-            otherwise as adapters, which load on top of the base model. Checkpoints always hold adapters.
-    """
+    """LoRA adapters: fields of `peft.LoraConfig` under their own names, and what is saved at the end."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    r: int = Field(default=16, ge=1)
-    lora_alpha: float = Field(default=32, gt=0, allow_inf_nan=False)
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: Any = "all-linear"
-    exclude_modules: Any = None
-    modules_to_save: list[str] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: Any = True
-    bias: Literal["none", "all", "lora_only"] = "none"
-    lora_bias: bool = False
-    layers_to_transform: Any = None
-    layers_pattern: Any = None
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
-    trainable_token_indices: list[int] | None = None
-    ensure_weight_tying: bool = False
-    merge_on_save: bool = False
+    r: int = Field(default=16, ge=1, description="Rank of the adapters.")
+    lora_alpha: float = Field(
+        default=32,
+        gt=0,
+        allow_inf_nan=False,
+        description="The output of the adapters is scaled by lora_alpha / r (lora_alpha / √r with `use_rslora`).",
+    )
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the input of the adapters.")
+    target_modules: Names = Field(
+        default="all-linear",
+        description="Layers to adapt: their names or ends of names, a regular expression for whole names, or "
+        "all-linear (every linear layer but the head).",
+    )
+    exclude_modules: Names | None = Field(
+        default=None,
+        description="Names, ends of names or a regular expression of layers without an adapter. Layers frozen by "
+        "`frozen_modules` or `frozen_res` have none either.",
+    )
+    modules_to_save: list[str] | None = Field(
+        default=None, description="Modules that are trained whole and saved with the adapters."
+    )
+    use_rslora: bool = Field(default=False, description="Rank-stabilised scaling; see `lora_alpha`.")
+    use_dora: bool = Field(default=False, description="Train magnitude and direction of weights apart (DoRA).")
+    init_lora_weights: Any = Field(default=True, description=f"Initialisation of the adapters: {_INITIALISATIONS}.")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        default="none", description="Which of the model's biases are trained."
+    )
+    lora_bias: bool = Field(default=False, description="Give the adapters a bias.")
+    layers_to_transform: LayerNumbers = Field(
+        default=None, description="Adapt these layers only: a number or a list of numbers."
+    )
+    layers_pattern: Names | None = Field(
+        default=None, description="Name of the module list that `layers_to_transform` counts in."
+    )
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict, description="Other values of `r`, by the name or regular expression of layers."
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="Other values of `lora_alpha`, by the name or regular expression of layers."
+    )
+    trainable_token_indices: list[int] | None = Field(
+        default=None, description="Token ids whose embeddings are trained."
+    )
+    ensure_weight_tying: bool = Field(default=False, description="Train one copy where embedding and head are tied.")
+    merge_on_save: bool = Field(
+        default=False,
+        description="Save the trained student as a whole model, with its adapters merged into the weights, instead of "
+        "as adapters for the base model. Checkpoints always hold adapters.",
+    )
 
     @field_validator("target_modules", "exclude_modules", "layers_pattern")
     @classmethod
@@ -161,8 +181,6 @@ def _expression(excluded: Any, frozen: list[str]) -> str:
 
 def _check_saved_modules(model: PreTrainedModel, section: LoraSection, frozen: Set[str]) -> None:
     """Refuse modules to save that are not there, are frozen, or would come apart from what they are tied to."""
-    from distillkit.errors import nearest
-
     modules = dict(model.named_modules())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and embedding.weight is head.weight

@@ -392,10 +392,11 @@ def _check_left_out(teacher: str, compared: int, rows: int) -> None:
 
 
 def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
+    from distillkit.capture.engine_settings import HFSettings
     from distillkit.capture.teachers.hf import HFTeacher
 
     dtype = (dataset.header.teacher or {}).get("dtype") or "auto"
-    engine = HFTeacher(teacher, dtype=dtype, batch_tokens=4096, head_rows=512)
+    engine = HFTeacher(teacher, HFSettings(dtype=dtype))
     if engine.head_size != dataset.header.head_size:
         raise MismatchError(
             f"{teacher}: its logits are {engine.head_size} wide, those of the dataset {dataset.header.head_size}"

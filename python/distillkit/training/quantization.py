@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from distillkit.training.config.schema import RunConfig
@@ -22,8 +22,6 @@ def quantization_config_of(config: RunConfig, arguments: dict[str, Any]) -> Any:
     """
     import transformers
     from transformers.quantizers.auto import AutoQuantizationConfig
-
-    from distillkit.errors import nearest
 
     if config.quantised is None:
         return None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distillkit.errors import ConfigError, DistillKitError
+from distillkit.errors import ConfigError, DistillKitError, nearest
 from distillkit.models.adapters import add_adapters
 from distillkit.models.head import bare_model, elements_of, lm_head_of, rows_of
 from distillkit.training.quantization import quantization_config_of
@@ -259,8 +259,6 @@ def freeze(model: torch.nn.Module, modules: list[str], expressions: list[str]) -
     Raises:
         ConfigError: there is no such module, or an expression matches nothing.
     """
-    from distillkit.errors import nearest
-
     known = dict(model.named_modules())
     # Tied parameters have two names, and named_parameters would give the first only.
     parameters = dict(model.named_parameters(remove_duplicate=False))

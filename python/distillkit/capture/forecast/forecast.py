@@ -393,8 +393,8 @@ def _teacher_bytes(inputs: CaptureInputs) -> dict[str, int]:
     settings = inputs.settings
     config = load_config(settings.model, trust_remote_code=settings.trust_remote_code)
     size = torch.empty(0, dtype=getattr(torch, inputs.dtype)).element_size()
-    parts = {"logits": 4 * settings.head_rows * inputs.head_size}
-    if settings.head_dtype == "float32" and size < 4:
+    parts = {"logits": 4 * settings.hf.head_rows * inputs.head_size}
+    if settings.hf.head_dtype == "float32" and size < 4:
         parts["head in float32"] = 4 * inputs.head_size * int(config.get_text_config().hidden_size)
     count = _parameters(config, settings.trust_remote_code)
     return parts if count is None else {"weights": count * size, **parts}

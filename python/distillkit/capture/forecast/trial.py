@@ -105,7 +105,7 @@ def _batches(settings: CaptureSettings, documents: Sequence[TokenDocument]) -> l
         # These take the next documents before the last ones are done.
         return [[documents[index] for index in random.permutation(len(documents))]]
     # As in a shard: documents of like length share a forward, with hardly any padding.
-    batches = length_batches([len(document.input_ids) for document in documents], settings.forward_tokens)
+    batches = length_batches([len(document.input_ids) for document in documents], settings.hf.forward_tokens)
     return [[documents[index] for index in batches[number]] for number in random.permutation(len(batches))]
 
 

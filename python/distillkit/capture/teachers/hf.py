@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 
+from distillkit.capture.engine_settings import HFSettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument, keep_ids, refusal
 from distillkit.codec.topk import sparse_from_logits
 from distillkit.errors import CaptureError, ConfigError
@@ -46,12 +47,7 @@ class HFTeacher:
 
     Args:
         model: folder or hub id.
-        dtype: "auto" or a dtype's name, see `resolve_dtype`.
-        device: "auto", a torch device, or a placement over several devices ("balanced", "sequential").
-        batch_tokens: tokens of a forward, padding included; a longer document is a batch of its own.
-        head_rows: positions whose logits exist at a time: head_rows × V × 4 bytes.
-        head_dtype: "float32" multiplies by the head in float32 whatever the model's dtype is, "auto" in the model's
-            own.
+        settings: of this engine. A document longer than its `batch_tokens` is a batch of its own.
         trust_remote_code: run the model's own code.
 
     Raises:
@@ -59,34 +55,24 @@ class HFTeacher:
         DistillKitError: the model's head can't be applied by itself (see `distillkit.lm_head.check_lm_head`).
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        dtype: str = "auto",
-        device: str = "auto",
-        batch_tokens: int,
-        head_rows: int,
-        head_dtype: str = "float32",
-        trust_remote_code: bool = False,
-    ) -> None:
+    def __init__(self, model: str, settings: HFSettings, *, trust_remote_code: bool = False) -> None:
         from transformers import AutoModelForCausalLM
 
         config = load_config(model, trust_remote_code=trust_remote_code)
-        device = resolve_device(device)
+        device = resolve_device(settings.device)
         try:
             self._model = AutoModelForCausalLM.from_pretrained(
                 model,
-                dtype=_DTYPES[resolve_dtype(dtype, config, device)],
+                dtype=_DTYPES[resolve_dtype(settings.dtype, config, device)],
                 device_map=device,
                 trust_remote_code=trust_remote_code,
             ).eval()
         except (OSError, ValueError) as error:
             raise ConfigError(f"model: {model!r} could not be loaded as a causal language model: {error}") from error
         self._head = check_lm_head(self._model)
-        self._batch_tokens = batch_tokens
-        self._head_rows = head_rows
-        self._float32_head = head_dtype == "float32"
+        self._batch_tokens = settings.forward_tokens
+        self._head_rows = settings.head_rows
+        self._float32_head = settings.head_dtype == "float32"
         self._name = Path(model).name if Path(model).exists() else model
 
     @property

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from distillkit.capture.engine_settings import OpenAISettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.ranked import RankedEntries, scored_document
 from distillkit.errors import CaptureError, ConfigError
@@ -35,14 +36,10 @@ class OpenAITeacher:
     The key comes from the environment: `DISTILLKIT_API_KEY` or `OPENAI_API_KEY`.
 
     Args:
-        base_url: the server, with its `/v1`.
+        settings: of this engine; its `base_url` must be given.
         head_size: V, from the model's config: servers do not tell it.
         k: ids a row that will be asked for at most; a small probe asks for them at once.
         max_seq_len: tokens of the longest document.
-        served_model: the name the server has for the model; None: that of the only one it serves.
-        concurrency: requests at a time.
-        max_retries: how often a request is tried again, with growing pauses, after 429, 5xx, a timeout or no answer.
-        timeout: seconds.
 
     Raises:
         ConfigError: the package is not installed; the server knows no such model, gives fewer log-probabilities, or
@@ -50,31 +47,26 @@ class OpenAITeacher:
         CaptureError: the server does not answer.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        head_size: int,
-        k: int,
-        max_seq_len: int,
-        served_model: str | None = None,
-        concurrency: int = 16,
-        max_retries: int = 8,
-        timeout: float = 600.0,
-    ) -> None:
+    def __init__(self, settings: OpenAISettings, *, head_size: int, k: int, max_seq_len: int) -> None:
         try:
             import openai
         except ImportError as error:
             raise ConfigError("engine: openai is not installed: pip install 'distillkit[openai]'") from error
         key = next((os.environ[name] for name in _KEY_VARIABLES if os.environ.get(name)), "none")
-        self._client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=max_retries, timeout=timeout)
+        # Retries come after 429, 5xx, a timeout or no answer.
+        self._client = openai.OpenAI(
+            base_url=settings.base_url,
+            api_key=key,
+            max_retries=settings.max_retries,
+            timeout=settings.request_timeout,
+        )
         self._errors = openai
         # Without user and password, which a URL may hold.
-        self._server = urlsplit(base_url).netloc.rpartition("@")[2]
+        self._server = urlsplit(settings.base_url or "").netloc.rpartition("@")[2]
         self._head_size = head_size
         self._k = k
-        self._concurrency = concurrency
-        self._model = self._find_model(served_model, max_seq_len)
+        self._concurrency = settings.concurrency
+        self._model = self._find_model(settings.served_model, max_seq_len)
         self._echoes = self._probe()
 
     @property

@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 from rich import filesize
 
+from distillkit.capture.engine_settings import VLLMSettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.hf import load_config, resolve_device, resolve_dtype
 from distillkit.capture.teachers.ranked import RankedEntries, scored_document
@@ -52,17 +53,10 @@ class VLLMTeacher:
 
     Args:
         model: folder or hub id.
+        settings: of this engine.
         k: ids a row that will be asked for at most.
         max_seq_len: tokens of the longest document.
         tokenizer: folder or hub id if not the model's.
-        dtype: "auto" or a dtype's name, see `distillkit.capture.engines.hf.resolve_dtype`.
-        batch_tokens: tokens that the engine computes at a time; None: as many as memory has room for the logits of.
-        max_model_len: vLLM's; None: `max_seq_len` and the one token that it has to generate.
-        tensor_parallel_size: GPUs that a layer is spread over.
-        pipeline_parallel_size: groups of GPUs that the layers are spread over.
-        enable_expert_parallel: spread the experts of a mixture instead of each one's weights.
-        quantization: vLLM's; None: as the checkpoint says.
-        gpu_memory_utilization: share of a GPU's memory that vLLM plans with; the logits of a batch need some beside it.
         trust_remote_code: run the model's own code.
 
     Raises:
@@ -73,18 +67,11 @@ class VLLMTeacher:
     def __init__(
         self,
         model: str,
+        settings: VLLMSettings,
         *,
         k: int,
         max_seq_len: int,
         tokenizer: str | None = None,
-        dtype: str = "auto",
-        batch_tokens: int | None = None,
-        max_model_len: int | None = None,
-        tensor_parallel_size: int = 1,
-        pipeline_parallel_size: int = 1,
-        enable_expert_parallel: bool = False,
-        quantization: str | None = None,
-        gpu_memory_utilization: float = 0.9,
         trust_remote_code: bool = False,
     ) -> None:
         _check_installed()
@@ -93,7 +80,7 @@ class VLLMTeacher:
         self._head_size = int(text_config.vocab_size)
         self._longest = getattr(text_config, "max_position_embeddings", None)
         on_gpu = resolve_device("auto") != "cpu"
-        self._dtype = resolve_dtype(dtype, config, "cuda" if on_gpu else "cpu")
+        self._dtype = resolve_dtype(settings.dtype, config, "cuda" if on_gpu else "cpu")
         self._model = model
         self._commit = getattr(config, "_commit_hash", None)
         self._k = k
@@ -104,12 +91,12 @@ class VLLMTeacher:
             "model": model,
             "tokenizer": tokenizer or model,
             "dtype": self._dtype,
-            "max_model_len": _model_length(max_model_len, max_seq_len),
-            "tensor_parallel_size": tensor_parallel_size,
-            "pipeline_parallel_size": pipeline_parallel_size,
-            "enable_expert_parallel": enable_expert_parallel,
-            "quantization": quantization,
-            "gpu_memory_utilization": gpu_memory_utilization,
+            "max_model_len": _model_length(settings.max_model_len, max_seq_len),
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "pipeline_parallel_size": settings.pipeline_parallel_size,
+            "enable_expert_parallel": settings.enable_expert_parallel,
+            "quantization": settings.quantization,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
             "trust_remote_code": trust_remote_code,
             "max_logprobs": k,
             "logprobs_mode": "raw_logprobs",
@@ -120,7 +107,9 @@ class VLLMTeacher:
         if not on_gpu:
             # Compiling takes minutes and brings little on a CPU.
             self._engine_args |= {"kv_cache_memory_bytes": _cpu_kv_bytes(), "enforce_eager": True}
-        self._batch_tokens = batch_tokens or self._predicted_batch_tokens(config, gpu_memory_utilization, on_gpu)
+        self._batch_tokens = settings.batch_tokens or self._predicted_batch_tokens(
+            config, settings.gpu_memory_utilization, on_gpu
+        )
         self._start()
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, nearest
 
 __all__ = ["argument_problems"]
 
@@ -126,8 +126,6 @@ def _has_live_teacher(content: Mapping[Any, Any]) -> bool:
 
 def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callable[[Any], bool], str]]) -> str | None:
     """Say what is wrong with one argument by itself."""
-    from distillkit.errors import nearest
-
     if name in GONE:
         harmless, why = GONE[name]
         return None if value == harmless else f"{value!r} is not supported ({why})"
@@ -226,8 +224,6 @@ def converted(name: str, value: Any) -> Any:
         if value is False and "no" in allowed:
             value = "no"
         if value not in allowed:
-            from distillkit.errors import nearest
-
             raise ValueError(
                 f"{value!r} is not allowed; allowed: {', '.join(map(repr, allowed))}{nearest(value, allowed)}"
             )

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, nearest
 from distillkit.training.config.argument_rules import GONE, RENAMED, converted
 from distillkit.training.quantization import bitsandbytes_problem, missing_package
 
@@ -191,8 +191,6 @@ def _check_deepspeed(settings: object) -> None:
 
 def _check_fsdp_config(settings: object) -> None:
     """Refuse unknown settings, which transformers would ignore, and what FSDP2 does not have."""
-    from distillkit.errors import nearest
-
     if not isinstance(settings, Mapping):
         raise ConfigError(f"training_args.fsdp_config: a mapping or a JSON file of one is expected, found {settings!r}")
     for key, value in settings.items():

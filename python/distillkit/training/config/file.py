@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from distillkit.errors import ConfigError, nearest
-from distillkit.losses.config import HIDDEN_LOSSES, LossConfig
-from distillkit.models.adapters import LoraSection
-from distillkit.training.config.schema import (
-    DatasetSection,
-    DatasetSource,
-    LiveTeacherConfig,
-    RunConfig,
-    StoredTeacherConfig,
-)
+from distillkit.configuration.describe import json_schema
+from distillkit.configuration.problems import Problem, find_problems, report
+from distillkit.configuration.yaml_file import read_yaml
+from distillkit.errors import ConfigError
+from distillkit.losses.config import HIDDEN_LOSSES
+from distillkit.training.config.schema import RunConfig
 
-__all__ = ["load_config", "parse_config"]
+__all__ = ["load_config", "parse_config", "training_schema"]
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -39,17 +33,7 @@ def load_config(path: str | Path) -> RunConfig:
         >>> config.teacher.kind, [loss.function for loss in config.loss_functions]
         ('dataset', ['cross_entropy', 'kl'])
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: the configuration can not be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: the configuration is not UTF-8 text: {error}") from error
-    try:
-        content = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    return parse_config(content, source=str(path))
+    return parse_config(read_yaml(path), source=str(path))
 
 
 def parse_config(content: object, *, source: str = "config") -> RunConfig:
@@ -64,74 +48,31 @@ def parse_config(content: object, *, source: str = "config") -> RunConfig:
     """
     if not isinstance(content, Mapping):
         raise ConfigError(
-            f"{source}: a mapping of settings is expected, found "
-            f"{'nothing' if content is None else type(content).__name__}"
+            f"{source}: must be a mapping of settings, found {'nothing' if content is None else type(content).__name__}"
         )
-    problems: list[str] = []
-    config = None
+    problems: list[Problem | str] = []
     try:
         config = RunConfig.model_validate(content)
-    except ValidationError as error:
-        problems += [_problem(item) for item in error.errors()]
-    if config is not None:
         problems += _disagreements(config) + _student_problems(config)
-    arguments = content.get("training_args")
-    if isinstance(arguments, Mapping):
+    except ValidationError as error:
+        problems += find_problems(error, RunConfig)
+    if isinstance(content.get("training_args"), Mapping):
         from distillkit.training.config.argument_rules import argument_problems
 
         problems += argument_problems(content)
     if problems:
-        raise ConfigError(_report(source, problems))
-    assert config is not None
+        raise ConfigError(report(source, problems))
     config._source = source
     return config
 
 
-def _report(source: str, problems: list[str]) -> str:
-    if len(problems) == 1:
-        return f"{source}: {problems[0]}"
-    return "\n".join([f"{source}: {len(problems)} problems", *(f"  {problem}" for problem in problems)])
-
-
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "": RunConfig,
-    "dataset": DatasetSection,
-    "dataset.train_dataset": DatasetSource,
-    "dataset.eval_dataset": DatasetSource,
-    "loss_functions": LossConfig,
-    "peft": LoraSection,
-}
-
-_TEACHERS: dict[str, type[BaseModel]] = {"hf": LiveTeacherConfig, "dataset": StoredTeacherConfig}
-
-
-def _problem(error: Any) -> str:
-    """Describe one pydantic error by its dotted path, what was found and what is allowed."""
-    location = list(error["loc"])
-    section = _SECTIONS.get(".".join(str(part) for part in location[:-1] if not isinstance(part, int)))
-    if location[0] == "teacher" and len(location) > 1 and location[1] in _TEACHERS:
-        # pydantic puts the discriminator's value in the path.
-        section = _TEACHERS[location.pop(1)]
-    path = ".".join(str(part) for part in location)
-    kind, found = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        return f"{path}: unknown key{nearest(location[-1], section.model_fields if section else ())}"
-    if kind == "missing":
-        return f"{path}: is required and missing"
-    if kind == "union_tag_not_found":
-        return f"{path}.kind: is required and missing; allowed: 'dataset' (stored distributions), 'hf' (a live model)"
-    if kind == "union_tag_invalid":
-        hint = nearest(found.get("kind"), _TEACHERS)
-        return f"{path}.kind: {found.get('kind')!r} is not allowed; allowed: 'dataset', 'hf'{hint}"
-    if kind == "literal_error":
-        allowed = error["ctx"]["expected"]
-        hint = nearest(found, re.findall(r"'(\w+)'", allowed))
-        return f"{path}: {found!r} is not allowed; allowed: {allowed}{hint}"
-    if kind == "value_error":
-        cause = error["ctx"]["error"]
-        # A message of ours begins with the key below this path, if it is about one.
-        return f"{path}.{cause}" if re.match(r"[\w.]+: ", str(cause)) else f"{path}: {cause}"
-    return f"{path}: {error['msg'].removeprefix('Value error, ')} (found {found!r})"
+def training_schema() -> dict[str, Any]:
+    """Return the JSON schema of a training configuration."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **json_schema(RunConfig),
+        "title": "Training with distillkit",
+    }
 
 
 def _disagreements(config: RunConfig) -> list[str]:
@@ -183,25 +124,3 @@ def _student_problems(config: RunConfig) -> list[str]:
                 "adapters and merge them afterwards"
             )
     return found
-
-
-class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice, where YAML's own loader would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: dict[object, yaml.Mark] = {}
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"the key '{key}' is given twice, first on line {seen[key].line + 1}",
-                    key_node.start_mark,
-                )
-            seen[key] = key_node.start_mark
-        return super().construct_mapping(node, deep=deep)

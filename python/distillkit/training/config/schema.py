@@ -10,7 +10,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from distillkit.codec import Codec
 from distillkit.errors import ConfigError, nearest
@@ -25,22 +34,31 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+# What a key without a value means for these is that there are none.
+Arguments = Annotated[
+    dict[str, Any],
+    BeforeValidator(lambda value: {} if value is None else value),
+    WithJsonSchema({"type": ["object", "null"]}),
+]
+Names = Annotated[
+    list[str],
+    BeforeValidator(lambda value: [] if value is None else value),
+    WithJsonSchema({"type": ["array", "null"], "items": {"type": "string"}}),
+]
+
+
 class DatasetSource(_Model):
-    """Where a dataset lies: a hub repository, or a folder or file.
+    """A dataset: a hub repository (`repo_id`), or a folder or file (`disk_path`)."""
 
-    Attributes:
-        repo_id, revision, config_name: a dataset on the Hugging Face hub, and what to take of it.
-        disk_path: a folder of shards, or a published dataset (Parquet files, or written by `save_to_disk`). For a live
-            teacher also text, chat or token ids: `.parquet`, `.json`, `.jsonl` or `.txt` files, or a `save_to_disk`
-            folder.
-        split: of a dataset that has splits.
-    """
-
-    repo_id: str | None = None
-    revision: str | None = None
-    config_name: str | None = None
-    disk_path: str | None = None
-    split: str | None = None
+    repo_id: str | None = Field(default=None, description="Dataset on the Hugging Face hub.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the hub dataset.")
+    config_name: str | None = Field(default=None, description="Configuration of the hub dataset.")
+    disk_path: str | None = Field(
+        default=None,
+        description="Folder of captured shards, or a published dataset (Parquet files or a save_to_disk folder). With "
+        "a live teacher also text, chat or token ids: .parquet, .json, .jsonl or .txt files, or a save_to_disk folder.",
+    )
+    split: str | None = Field(default=None, description="Split, if the dataset has splits.")
 
     @model_validator(mode="after")
     def _one_place(self) -> DatasetSource:
@@ -57,28 +75,36 @@ class DatasetSource(_Model):
 
 
 class DatasetSection(_Model):
-    """The `dataset` section.
+    """The documents, and which of them are used."""
 
-    Attributes:
-        train_dataset, eval_dataset: where the data lies.
-        seed: of the choice of samples and of their order; null takes the first samples, and orders by
-            `training_args.seed`.
-        num_samples, num_eval_samples: how many documents to take; all if not given.
-        prepacked: the documents are packed rows, and stay as they are whatever `training_args.packing` says. Where one
-            of their documents ends, datasets say themselves (numbered attention masks, segment lengths).
-        eos_label_token_ids: these ids become the tokenizer's end of sequence in the labels, and nowhere else.
-        prepared_dataset_path: folder for what is made of text once and used again by every run with the same data,
-            tokenizer and settings; the cache of the datasets library if not given. Captured datasets need no preparing.
-    """
-
-    train_dataset: DatasetSource
-    eval_dataset: DatasetSource | None = None
-    seed: int | None = Field(default=42, ge=0)
-    num_samples: int | None = Field(default=None, ge=1)
-    num_eval_samples: int | None = Field(default=None, ge=1)
-    eos_label_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
-    prepared_dataset_path: str | None = Field(default=None, min_length=1)
-    prepacked: bool = False
+    train_dataset: DatasetSource = Field(description="Documents to train on.")
+    eval_dataset: DatasetSource | None = Field(default=None, description="Documents to evaluate on.")
+    seed: int | None = Field(
+        default=42,
+        ge=0,
+        description="Seed for choosing samples and for their order; null takes the first samples, and orders them by "
+        "`training_args.seed`.",
+    )
+    num_samples: int | None = Field(
+        default=None, ge=1, description="Number of documents to train on; all of them by default."
+    )
+    num_eval_samples: int | None = Field(
+        default=None, ge=1, description="Number of documents to evaluate on; all of them by default."
+    )
+    eos_label_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None, description="Token ids that become the tokenizer's end-of-sequence id, in the labels only."
+    )
+    prepared_dataset_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder for tokenised text, which later runs with the same data, tokenizer and settings reuse; by "
+        "default the cache of the datasets library. Captured datasets are ready as they are.",
+    )
+    prepacked: bool = Field(
+        default=False,
+        description="The documents are packed rows already; they stay as they are, whatever `training_args.packing` "
+        "says.",
+    )
 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -100,26 +126,25 @@ def _one_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class LiveTeacherConfig(_Model):
-    """A live teacher (`kind: hf`), run beside the student.
+    """A live teacher, run beside the student (`kind: hf`)."""
 
-    Attributes:
-        path: a folder or a hub id. The student's own base model together with `peft` means: the student without its
-            adapters, which takes no memory of its own.
-        kwargs: passed on when it is loaded (`dtype`, `device_map`, `attn_implementation`, …; `torch_dtype` is taken for
-            `dtype`). Without a `dtype` it has its checkpoint's.
-        top_k: train from its k most probable ids only, as if they had been captured; from its whole distribution if not
-            given.
-    """
-
-    kind: Literal["hf"]
-    path: str = Field(min_length=1)
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-    top_k: int | None = Field(default=None, ge=1)
-
-    @field_validator("kwargs", mode="before")
-    @classmethod
-    def _null_is_empty(cls, value: object) -> object:
-        return {} if value is None else value
+    kind: Literal["hf"] = Field(description="A live model.")
+    path: str = Field(
+        min_length=1,
+        description="Folder or hub id of the model. The student's own base model together with `peft`: the student "
+        "without its adapters, which takes no memory of its own.",
+    )
+    kwargs: Arguments = Field(
+        default_factory=dict,
+        description="Arguments for loading the model (dtype, device_map, attn_implementation, …); without a dtype it "
+        "has its checkpoint's.",
+    )
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train from the teacher's k most probable tokens only, as if they had been captured; by default "
+        "from its whole distribution.",
+    )
 
     @field_validator("kwargs")
     @classmethod
@@ -128,18 +153,20 @@ class LiveTeacherConfig(_Model):
 
 
 class StoredTeacherConfig(_Model):
-    """A teacher whose distributions are stored in the dataset (`kind: dataset`).
+    """A teacher whose distributions are stored in the dataset (`kind: dataset`)."""
 
-    Attributes:
-        logprob_compressor, legacy_logit_compression: the codec of a published dataset. Our own shards name theirs; one
-            given here must agree.
-        vocab_size: if given, checked against the dataset's.
-    """
-
-    kind: Literal["dataset"]
-    logprob_compressor: dict[str, Any] | None = None
-    legacy_logit_compression: dict[str, Any] | None = None
-    vocab_size: int | None = Field(default=None, ge=1)
+    kind: Literal["dataset"] = Field(description="Stored distributions.")
+    logprob_compressor: dict[str, Any] | None = Field(
+        default=None,
+        description="Codec of a published dataset (distribution quantization). Captured shards name their own, and one "
+        "given here must agree.",
+    )
+    legacy_logit_compression: dict[str, Any] | None = Field(
+        default=None, description="Codec of a published dataset in the legacy format."
+    )
+    vocab_size: int | None = Field(
+        default=None, ge=1, description="Vocabulary size, checked against the dataset's if given."
+    )
 
     @model_validator(mode="after")
     def _one_codec(self) -> StoredTeacherConfig:
@@ -164,6 +191,19 @@ class StoredTeacherConfig(_Model):
 TeacherConfig = Annotated[Union[LiveTeacherConfig, StoredTeacherConfig], Field(discriminator="kind")]
 
 
+def _layers(value: object) -> object:
+    """Refuse what are no pairs of layers in one message: pydantic's own for such a union are several."""
+    pairs = isinstance(value, list) and all(
+        isinstance(pair, (list, tuple)) and [type(layer) for layer in pair] == [int, int] for pair in value
+    )
+    if value is None or value == "all" or pairs:
+        return value
+    raise ValueError(f"must be 'all' or pairs of [student layer, teacher layer], found {value!r}")
+
+
+LayerMapping = Annotated[Union[list[tuple[int, int]], Literal["all"], None], BeforeValidator(_layers)]
+
+
 def _default_losses() -> list[LossConfig]:
     # The row that won in docs/losses.md.
     return [
@@ -173,62 +213,67 @@ def _default_losses() -> list[LossConfig]:
 
 
 class RunConfig(_Model):
-    """A training run.
+    """A training run."""
 
-    Attributes:
-        project_name: names the run's project for wandb and trackio.
-        model: the student, a folder or a hub id.
-        output_path: folder for checkpoints, metrics and the trained student.
-        sequence_length: longest training row in tokens; longer documents are cut, together with the teacher's rows.
-        dataset, teacher, loss_functions: see their classes. Without loss_functions: 0.1 cross_entropy + 0.9 kl with
-            missing probability as `uniform` (published: 0.5 + 0.5, `zero`).
-        training_args: arguments of `trl.SFTConfig`; see `distillkit.training_args`.
-        use_flash_attention: true demands FlashAttention, false never uses it, unset uses it where it can run.
-        model_auto_class: the transformers class that loads it, one with a language-model head; for example
-            `AutoModelForImageTextToText` for a vision-language model.
-        model_kwargs: passed on when the student is loaded (`dtype`, `attn_implementation`, …; `torch_dtype` is taken
-            for `dtype`). `quantization_config`, or `load_in_4bit` and `load_in_8bit` with the settings of
-            `transformers.BitsAndBytesConfig`, load it quantised.
-        peft: train LoRA adapters instead of the student's weights; see `distillkit.adapters.LoraSection`.
-        trust_remote_code: run the code in the student's repository.
-        frozen_modules: exact names of modules that are not trained.
-        frozen_res: regular expressions; parameters whose names they match anywhere are not trained.
-        resize_embeddings_to_multiple_of: widen embeddings and head to a multiple of this; they never shrink.
-        functionary_packing: the published switch for packing with documents kept apart. They always are, so it means
-            `training_args.packing: true`.
-        layer_mapping: which hidden states of student and teacher are compared, for hs_mse and hs_cosine: pairs of
-            [student layer, teacher layer], or `all`. 0 is the embeddings' output, n the n-th layer's, −1 the last.
-        force_hidden_state_projection: project the student's hidden states also where their size is the teacher's.
-    """
-
-    project_name: str = "distillkit"
-    model: str = Field(min_length=1)
-    output_path: str = Field(min_length=1)
-    sequence_length: int = Field(ge=2)
-    dataset: DatasetSection
-    teacher: TeacherConfig
-    loss_functions: list[LossConfig] = Field(default_factory=_default_losses, min_length=1)
-    layer_mapping: list[tuple[int, int]] | Literal["all"] | None = None
-    force_hidden_state_projection: bool = False
-    resize_embeddings_to_multiple_of: int | None = Field(default=None, ge=1)
-    use_flash_attention: bool | None = None
-    functionary_packing: bool = False
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    model_auto_class: str = "AutoModelForCausalLM"
-    trust_remote_code: bool = False
-    frozen_modules: list[str] = Field(default_factory=list)
-    frozen_res: list[str] = Field(default_factory=list)
-    peft: LoraSection | None = None
-    training_args: dict[str, Any] = Field(default_factory=dict)
+    project_name: str = Field(default="distillkit", description="Project that wandb and trackio log the run under.")
+    model: str = Field(min_length=1, description="Student model: a folder or a Hugging Face hub id.")
+    output_path: str = Field(min_length=1, description="Folder for checkpoints, metrics and the trained student.")
+    sequence_length: int = Field(
+        ge=2,
+        description="Maximum number of tokens in a training row; longer documents are cut, together with the teacher's "
+        "rows.",
+    )
+    dataset: DatasetSection = Field(description="What the student is trained and evaluated on.")
+    teacher: TeacherConfig = Field(description="Where the teacher's distributions come from.")
+    loss_functions: list[LossConfig] = Field(
+        default_factory=_default_losses,
+        min_length=1,
+        description="Losses of the weighted sum; 0.1 cross_entropy + 0.9 kl (missing probability: uniform) by default.",
+    )
+    layer_mapping: LayerMapping = Field(
+        default=None,
+        description="Hidden states to compare in hs_mse and hs_cosine: pairs of [student layer, teacher layer], or "
+        "all. 0 is the embeddings' output, n that of the n-th layer, −1 the last.",
+    )
+    force_hidden_state_projection: bool = Field(
+        default=False, description="Project the student's hidden states even if their size is the teacher's."
+    )
+    resize_embeddings_to_multiple_of: int | None = Field(
+        default=None, ge=1, description="Widen embeddings and head to a multiple of this; they never shrink."
+    )
+    use_flash_attention: bool | None = Field(
+        default=None,
+        description="true requires FlashAttention, false never uses it; by default it is used where it can run.",
+    )
+    functionary_packing: bool = Field(
+        default=False,
+        description="Published switch for packing with documents kept apart, which they always are: the same as "
+        "`training_args.packing`.",
+    )
+    model_kwargs: Arguments = Field(
+        default_factory=dict,
+        description="Arguments for loading the student (dtype, attn_implementation, …). quantization_config, or "
+        "load_in_4bit or load_in_8bit with other settings of BitsAndBytesConfig, load it quantised.",
+    )
+    model_auto_class: Annotated[str, WithJsonSchema({"type": ["string", "null"]})] = Field(
+        default="AutoModelForCausalLM",
+        description="Transformers class that loads the student, one with a language-model head: "
+        "AutoModelForImageTextToText for a vision-language model, say.",
+    )
+    trust_remote_code: bool = Field(default=False, description="Run code that comes with the student.")
+    frozen_modules: Names = Field(default_factory=list, description="Exact names of modules that are not trained.")
+    frozen_res: Names = Field(
+        default_factory=list,
+        description="Regular expressions; parameters whose names they match anywhere are not trained.",
+    )
+    peft: LoraSection | None = Field(
+        default=None, description="Train LoRA adapters instead of the student's own weights."
+    )
+    training_args: Arguments = Field(
+        default_factory=dict, description="Arguments of TRL's SFTConfig, under their own names."
+    )
 
     _source: str = PrivateAttr(default="config")
-
-    @field_validator("frozen_modules", "frozen_res", "model_kwargs", "training_args", mode="before")
-    @classmethod
-    def _null_is_empty(cls, value: object, info: Any) -> object:
-        if value is None:
-            return [] if info.field_name.startswith("frozen") else {}
-        return value
 
     @field_validator("model_kwargs")
     @classmethod

@@ -1,4 +1,4 @@
-"""`distillkit plan`: what a capture will take, and whether it fits."""
+"""`distillkit forecast`: what a capture will cost, and whether it fits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from rich.table import Table
 
 from distillkit.cli.capture import capture_options, chosen_captures
+from distillkit.cli.setting_options import GroupedCommand
 from distillkit.console import human_bytes, progress_bar, show
 from distillkit.errors import CaptureError
 
@@ -19,46 +20,48 @@ if TYPE_CHECKING:
     from distillkit.capture.forecast.forecast import CodecForecast, Forecast, MemoryForecast, SpeedForecast
     from distillkit.capture.forecast.totals import Amount, TextForecast
 
-__all__ = ["plan"]
+__all__ = ["forecast"]
 
 _WORTH_SAYING = 1_000_000
 """Bytes of memory."""
 
 
-@click.command(short_help="Say what a capture would take, and whether it fits.")
+@click.command(cls=GroupedCommand, short_help="Estimate what a capture will cost, and whether it fits.")
 @capture_options
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0),
     default=10.0,
     show_default=True,
-    help="How long the teacher is run, to see its speed and what each codec keeps; 0: not at all.",
+    help="How long to run the teacher, to measure its speed and what each codec keeps; 0 estimates sizes only.",
 )
 @click.pass_context
-def plan(
+def forecast(
     context: click.Context, /, config: Path | None, as_json: bool, progress: bool, seconds: float, **options: Any
 ) -> None:
-    """Say what a capture with these options would take: tokens, bytes, time, memory and disk, and what each codec
+    """Estimate what a capture with these options will cost (tokens, bytes, time, memory and disk) and what each codec
     keeps of this text's distributions. Nothing is written.
 
-    The exit status is 1 if it does not fit; the message says what would.
+    If the capture does not fit, the exit status is 1 and the message says what would.
 
     \b
     Examples:
-      distillkit plan --model teacher/ --dataset text.jsonl --output captured/
-      distillkit plan teachers.yaml --seconds 0
+      distillkit forecast --model teacher/ --dataset text.jsonl --output captured/
+      distillkit forecast teachers.yaml --seconds 0
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from distillkit.capture.forecast.forecast import forecast
+    from distillkit.capture.forecast.forecast import forecast as forecast_captures
 
     disable_progress_bar()
     captures = chosen_captures(context, config, options)
     if progress:
         with progress_bar("running the teacher") as advance:
-            found = forecast(captures, seconds=seconds, progress=lambda done, total: advance(int(done), int(total)))
+            found = forecast_captures(
+                captures, seconds=seconds, progress=lambda done, total: advance(int(done), int(total))
+            )
     else:
-        found = forecast(captures, seconds=seconds)
+        found = forecast_captures(captures, seconds=seconds)
     if as_json:
         results = [result.to_dict() for result in found]
         click.echo(json.dumps(results[0] if len(results) == 1 else results, indent=1))
@@ -81,7 +84,7 @@ def _show(result: Forecast) -> None:
 
 
 def _summary(result: Forecast) -> Table:
-    table = Table(title=f"plan: {result.output}", show_header=False, title_justify="left")
+    table = Table(title=f"forecast: {result.output}", show_header=False, title_justify="left")
     _add_text(table, result.text)
     if result.speed is not None:
         _add_speed(table, result.speed)

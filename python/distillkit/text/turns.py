@@ -47,7 +47,7 @@ def marked_turns(
         options: further variables of the template.
 
     Returns:
-        The text, and the marked parts of it.
+        The text, and the marked parts of it, which may be empty.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -58,7 +58,7 @@ def marked_turns(
         return_assistant_tokens_mask=True,
         **{**tokenizer.special_tokens_map, **options},
     )
-    return texts[0], [(start, stop) for start, stop in spans[0] if stop > start]
+    return texts[0], list(spans[0])
 
 
 def rendered_turns(
@@ -167,7 +167,7 @@ def _unclear(where: str, why: str) -> InputError:
     )
 
 
-def overlapping(offsets: npt.NDArray[Any], spans: Sequence[Span]) -> npt.NDArray[np.bool_]:
+def overlapping(offsets: npt.NDArray[Any], spans: Sequence[Span], *, empty: bool) -> npt.NDArray[np.bool_]:
     """Return which tokens have a character in one of the spans.
 
     A token that reaches over a span's border is counted: some of it must be predicted.
@@ -175,9 +175,10 @@ def overlapping(offsets: npt.NDArray[Any], spans: Sequence[Span]) -> npt.NDArray
     Args:
         offsets: (L, 2) first character of each token, and the one after its last; equal for tokens of no character.
         spans: in the same text.
+        empty: whether tokens without characters count inside a span.
     """
     begin, end = offsets[:, 0], offsets[:, 1]
     mask = np.zeros(len(offsets), bool)
     for start, stop in spans:
         mask |= (begin < stop) & (end > start)
-    return mask & (end > begin)
+    return mask if empty else mask & (end > begin)

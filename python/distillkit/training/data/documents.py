@@ -16,8 +16,10 @@ from distillkit.shards import Dataset as StoredDataset
 from distillkit.shards.packing import pack
 from distillkit.shards.reader import is_captured
 from distillkit.shards.storage import TEMPORARY_PREFIX
+from distillkit.text.policy import TextOptions, training_policy
+from distillkit.text.rows import RowReader
 from distillkit.text.sources import Source, open_hub, open_local
-from distillkit.text.training_rows import RowTokenizer, TextOptions
+from distillkit.text.tokenizer import vocab_size
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
 from distillkit.training.data.prepared import SLOW_SECONDS, Part, PreparedDataset, content_hash, prepare
 from distillkit.training.data.stored import check_tokenizer, choose_documents, open_dataset
@@ -66,7 +68,7 @@ def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFT
     else:
         documents = prepare(
             _open_rows(source, part, key),
-            RowTokenizer(tokenizer, _text_options(arguments)),
+            RowReader(tokenizer, training_policy(tokenizer, _text_options(arguments)), vocab_size(tokenizer)),
             cache,
             key=key,
             samples=_wanted(config, part),

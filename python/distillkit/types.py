@@ -1,10 +1,11 @@
-"""The data that passes between the parts: sparse teacher distributions and stored documents.
+"""The data that passes between the parts: sparse teacher distributions and documents.
 
 Shape legend: k stored ids a row, R rows (positions), L tokens of a document, S packed documents of a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
 
@@ -16,7 +17,7 @@ from distillkit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Document", "SparseLogprobs"]
+__all__ = ["Document", "SparseLogprobs", "TokenDocument"]
 
 Array = Union[npt.NDArray[Any], "torch.Tensor"]
 
@@ -81,6 +82,26 @@ class SparseLogprobs:
             return np.asarray(np.clip(1.0 - total, 0.0, None), dtype=np.float32)
         missing: torch.Tensor = 1.0 - self.logprobs.double().exp().sum(-1)
         return missing.clamp_min(0.0).float()
+
+
+@dataclass(frozen=True)
+class TokenDocument:
+    """The token ids of one sequence, and which of them count in a loss.
+
+    Attributes:
+        input_ids: (L,) int32.
+        source: where it comes from, for messages.
+        loss_mask: (L,) bool, which tokens count in a loss; None means all of them.
+        columns: of the source's row, kept as they are in a captured dataset.
+        segment_lengths: (S,) int32, lengths of the documents packed in this one, in order, summing to L; None means
+            one document.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    source: str
+    loss_mask: npt.NDArray[np.bool_] | None = None
+    columns: Mapping[str, Any] | None = None
+    segment_lengths: npt.NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)

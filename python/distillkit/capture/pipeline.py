@@ -24,8 +24,7 @@ from distillkit.errors import CaptureError, InputError
 from distillkit.shards import Header
 from distillkit.shards.storage import Folder
 from distillkit.shards.writer import NewShard, encode_rows, make_document, shard_name
-from distillkit.text.documents import TokenDocument
-from distillkit.types import Document
+from distillkit.types import Document, TokenDocument
 
 __all__ = ["BYTES_A_VALUE", "StageTimes", "capture_shards", "queue_bytes"]
 

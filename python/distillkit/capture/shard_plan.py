@@ -30,7 +30,7 @@ from distillkit.shards import Header, ShardInfo
 from distillkit.shards.header import canonical_json
 from distillkit.shards.storage import Folder, reading, writing
 from distillkit.shards.writer import kept_array, shard_name
-from distillkit.text.documents import TokenDocument
+from distillkit.types import TokenDocument
 
 __all__ = ["FOLDER", "PlannedShard", "ShardPlan", "ShardReceipt", "make_plan", "read_plan"]
 

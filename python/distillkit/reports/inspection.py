@@ -407,7 +407,7 @@ def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
 def _scored(engine: HFTeacher, dataset: Dataset, document: Document) -> SparseLogprobs:
     """The teacher's rows of a document, computed now, with twice as many ids as are stored."""
     from distillkit.capture.teachers.base import RejectedDocument, RowRequest
-    from distillkit.text.documents import TokenDocument
+    from distillkit.types import TokenDocument
 
     if document.segment_lengths is not None:
         raise InputError(f"{dataset.path}: document {document.doc_id} is packed; a teacher would read it as one")

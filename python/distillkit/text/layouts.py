@@ -13,6 +13,8 @@ from distillkit.errors import InputError
 
 __all__ = [
     "CHATS",
+    "COMPLETION",
+    "PROMPTS",
     "chat_messages",
     "find_layout",
     "given_ids",
@@ -22,7 +24,7 @@ __all__ = [
     "read_tools",
 ]
 
-# What rows are understood, by the columns they need; the first that fits a row is taken.
+# Columns that rows may be read by: conversations, and prompts with what is answered to them.
 CHATS = (
     ("messages",),
     ("conversations",),
@@ -31,32 +33,13 @@ CHATS = (
     ("tools", "turns"),
 )
 
-PROMPTS = (("prompt", "response"), ("prompt", "completion"))
-
-LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "auto": (("input_ids",), ("text",), *CHATS, *PROMPTS),
-    "all": (("input_ids",), ("text",), *CHATS, *PROMPTS),
-    # Where a row has the columns of several, one that has such a part goes first.
-    "assistant": (("input_ids",), *CHATS, *PROMPTS, ("text",)),
-    "completion": (("input_ids",), *PROMPTS, *CHATS, ("text",)),
-}
-
-UNDERSTOOD = (
-    "text; messages; conversations; instruction (+ input) + output; inputs + targets; tools + turns; prompt + response "
-    "or completion; or input_ids"
-)
+COMPLETION = ("prompt", "completion")
+PROMPTS = (("prompt", "response"), COMPLETION)
 
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
     **{role: role for role in ("system", "user", "assistant", "tool", "developer")},
-}
-
-# Columns of tokenised rows that say which tokens count, by what a loss is wanted on; labels come before them.
-MASKS = {
-    "auto": ("loss_mask", "completion_mask", "assistant_masks"),
-    "assistant": ("assistant_masks", "loss_mask"),
-    "completion": ("completion_mask", "loss_mask"),
 }
 
 
@@ -131,17 +114,26 @@ def find_layout(
     row: Mapping[str, Any],
     where: str,
     layouts: Sequence[tuple[str, ...]],
-    understood: str,
+    text_column: str,
 ) -> tuple[str, ...] | None:
     """Return the columns to read a row by: the first of `layouts` whose columns all have values.
 
     None if the row has the columns of one, but all of them without a value.
 
+    Args:
+        row: with all of its columns.
+        where: it is, for messages.
+        layouts: see `ReadingPolicy`.
+        text_column: the one of plain text.
+
     Raises:
-        InputError: it has the columns of none.
+        InputError: it does not have all columns of any layout.
     """
     known = [columns for columns in layouts if all(column in row for column in columns)]
     if not known:
+        first, last = (text_column,), ("input_ids",)
+        between = [columns for columns in layouts if columns not in (first, last)]
+        understood = "; ".join(" + ".join(columns) for columns in (first, *between, last))
         raise InputError(
             f"{where}: found the columns {', '.join(map(str, row)) or '(none)'}; understood are {understood}"
         )

@@ -21,7 +21,7 @@ import xxhash
 from distillkit.errors import ConfigError, InputError
 from distillkit.text.file_formats import FORMATS, TEACHER_COLUMNS
 
-__all__ = ["Row", "Source", "kept_schema", "open_hub", "open_local", "open_source"]
+__all__ = ["Row", "Source", "chosen_rows", "kept_schema", "open_hub", "open_local", "open_source"]
 
 Row = tuple[str, Mapping[str, Any]]
 """(where the row is, for messages; its columns)"""
@@ -158,6 +158,12 @@ def _the_split(wanted: str | None, there: Sequence[str], where: Path | str) -> s
     if wanted not in there:
         raise ConfigError(f"{where}: it has no split {wanted!r}, but {', '.join(there)}")
     return wanted
+
+
+def chosen_rows(source: Source, numbers: npt.NDArray[np.int64]) -> Iterator[Row]:
+    """Yield the rows with these numbers in the source's order, whatever their own."""
+    chosen = set(numbers.tolist())
+    return (row for number, row in enumerate(source.rows()) if number in chosen)
 
 
 def kept_schema(source: Source, keep_columns: str | Sequence[str]) -> pa.Schema:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from distillkit.errors import InputError
 
-__all__ = ["Span", "has_marks", "marked_turns", "opening", "overlapping", "rendered_turns"]
+__all__ = ["Chat", "Span", "opening", "overlapping", "rendered_turns"]
 
 Span = tuple[int, int]
 """Characters from the first to before the last."""
@@ -30,35 +30,44 @@ _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PLACEHOLDER = "distillkitplaceholdercontent7219"
 
 
-def has_marks(template: str) -> bool:
-    """Whether a chat template marks what the assistant wrote."""
-    return _MARK.search(template) is not None
+@dataclass(frozen=True)
+class Chat:
+    """How a row's messages are rendered.
 
-
-def marked_turns(
-    tokenizer: Any, template: str, messages: list[dict[str, Any]], tools: list[Any] | None, options: Mapping[str, Any]
-) -> tuple[str, list[Span]]:
-    """Render a conversation with a template that marks the assistant's turns.
-
-    Args:
-        tokenizer: whose template it is.
-        template: see `has_marks`.
-        messages, tools: the conversation.
+    Attributes:
+        tokenizer: whose chat template it is.
+        template: in place of the tokenizer's own; None: that.
+        tools: definitions that the template is given.
         options: further variables of the template.
-
-    Returns:
-        The text, and the marked parts of it.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, spans = render_jinja_template(
-        conversations=[messages],
-        tools=tools,
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **{**tokenizer.special_tokens_map, **options},
-    )
-    return texts[0], [(start, stop) for start, stop in spans[0] if stop > start]
+    tokenizer: Any
+    template: str | None
+    tools: list[Any] | None
+    options: Mapping[str, Any]
+
+    def render(self, messages: Sequence[dict[str, Any]], **more: Any) -> str:
+        """Return messages as text."""
+        rendered = self.tokenizer.apply_chat_template(
+            list(messages), tools=self.tools, chat_template=self.template, tokenize=False, **more, **self.options
+        )
+        return str(rendered)
+
+    def marked_turns(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]] | None:
+        """Return messages as text, and what the template marks in it, which may be empty; None if it marks nothing."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self.tokenizer.get_chat_template(self.template, self.tools)
+        if _MARK.search(template) is None:
+            return None
+        texts, spans = render_jinja_template(
+            conversations=[messages],
+            tools=self.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **self.options},
+        )
+        return texts[0], list(spans[0])
 
 
 def rendered_turns(
@@ -167,7 +176,7 @@ def _unclear(where: str, why: str) -> InputError:
     )
 
 
-def overlapping(offsets: npt.NDArray[Any], spans: Sequence[Span]) -> npt.NDArray[np.bool_]:
+def overlapping(offsets: npt.NDArray[Any], spans: Sequence[Span], *, empty: bool) -> npt.NDArray[np.bool_]:
     """Return which tokens have a character in one of the spans.
 
     A token that reaches over a span's border is counted: some of it must be predicted.
@@ -175,9 +184,10 @@ def overlapping(offsets: npt.NDArray[Any], spans: Sequence[Span]) -> npt.NDArray
     Args:
         offsets: (L, 2) first character of each token, and the one after its last; equal for tokens of no character.
         spans: in the same text.
+        empty: whether tokens without characters count inside a span.
     """
     begin, end = offsets[:, 0], offsets[:, 1]
     mask = np.zeros(len(offsets), bool)
     for start, stop in spans:
         mask |= (begin < stop) & (end > start)
-    return mask & (end > begin)
+    return mask if empty else mask & (end > begin)

@@ -30,8 +30,7 @@ from distillkit.errors import ConfigError, DistillKitError
 from distillkit.memory import available_memory, peak_memory
 from distillkit.shards.storage import Folder
 from distillkit.shards.writer import encode_rows
-from distillkit.text.documents import TokenDocument
-from distillkit.types import SparseLogprobs
+from distillkit.types import SparseLogprobs, TokenDocument
 
 __all__ = ["CodecForecast", "Forecast", "MemoryForecast", "SpeedForecast", "compared_codecs", "forecast"]
 

@@ -14,7 +14,7 @@ from distillkit.capture.shard_plan import ShardPlan, read_plan
 from distillkit.errors import ConfigError
 from distillkit.shards import Manifest, read_manifest
 from distillkit.shards.storage import Folder
-from distillkit.text.documents import TokenDocument
+from distillkit.types import TokenDocument
 
 __all__ = ["SAMPLED_ROWS", "Amount", "TextForecast", "read_totals", "total"]
 

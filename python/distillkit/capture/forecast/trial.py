@@ -15,8 +15,7 @@ import numpy as np
 from distillkit.capture.settings import CaptureSettings
 from distillkit.capture.teachers.base import RowRequest, ScoredDocument
 from distillkit.capture.teachers.hf import length_batches
-from distillkit.text.documents import TokenDocument
-from distillkit.types import SparseLogprobs
+from distillkit.types import SparseLogprobs, TokenDocument
 
 __all__ = ["Trial", "try_teacher"]
 

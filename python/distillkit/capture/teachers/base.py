@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Union
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.text.documents import TokenDocument
-from distillkit.types import SparseLogprobs
+from distillkit.types import SparseLogprobs, TokenDocument
 
 if TYPE_CHECKING:
     pass

@@ -23,8 +23,7 @@ from distillkit.capture.teachers.base import RejectedDocument, RowRequest, Score
 from distillkit.codec.topk import sparse_from_logits
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.models.head import backbone_hidden, check_lm_head
-from distillkit.text.documents import TokenDocument
-from distillkit.types import SparseLogprobs
+from distillkit.types import SparseLogprobs, TokenDocument
 
 __all__ = ["HFTeacher", "length_batches", "load_config", "resolve_device", "resolve_dtype"]
 

@@ -17,7 +17,7 @@ from distillkit.capture.engine_settings import OpenAISettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.ranked import RankedEntries, scored_document
 from distillkit.errors import CaptureError, ConfigError
-from distillkit.text.documents import TokenDocument
+from distillkit.types import TokenDocument
 
 __all__ = ["OpenAITeacher", "echoed_entries", "prompt_entries"]
 

@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument, refusal
-from distillkit.text.documents import TokenDocument
-from distillkit.types import SparseLogprobs
+from distillkit.types import SparseLogprobs, TokenDocument
 
 __all__ = ["RankedEntries", "scored_document"]
 

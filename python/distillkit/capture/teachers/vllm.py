@@ -25,7 +25,7 @@ from distillkit.capture.teachers.base import RejectedDocument, RowRequest, Score
 from distillkit.capture.teachers.hf import load_config, resolve_device, resolve_dtype
 from distillkit.capture.teachers.ranked import RankedEntries, scored_document
 from distillkit.errors import CaptureError, ConfigError
-from distillkit.text.documents import TokenDocument
+from distillkit.types import TokenDocument
 
 __all__ = ["VLLMTeacher", "batch_tokens_that_fit", "checkpoint_hash", "flat_entries"]
 

@@ -16,11 +16,13 @@ from distillkit.shards import Dataset as StoredDataset
 from distillkit.shards.packing import pack
 from distillkit.shards.reader import is_captured
 from distillkit.shards.storage import TEMPORARY_PREFIX
+from distillkit.text.policy import TextOptions, training_policy
+from distillkit.text.rows import RowReader
 from distillkit.text.sources import Source, open_hub, open_local
-from distillkit.text.training_rows import RowTokenizer, TextOptions
+from distillkit.text.tokenizer import vocab_size
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
 from distillkit.training.data.prepared import SLOW_SECONDS, Part, PreparedDataset, content_hash, prepare
-from distillkit.training.data.stored import check_tokenizer, choose_documents, open_dataset
+from distillkit.training.data.stored import Sample, check_tokenizer, open_dataset
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -66,12 +68,10 @@ def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFT
     else:
         documents = prepare(
             _open_rows(source, part, key),
-            RowTokenizer(tokenizer, _text_options(arguments)),
+            RowReader(tokenizer, training_policy(tokenizer, _text_options(arguments)), vocab_size(tokenizer)),
             cache,
             key=key,
-            samples=_wanted(config, part),
-            seed=config.dataset.seed,
-            samples_key=f"dataset.{_SAMPLES[part]}",
+            sample=_sample(config, part),
             processes=arguments.dataset_num_proc or 1,
         )
     if is_packed(config, arguments, part):
@@ -87,11 +87,8 @@ def training_dataset(
     Raises:
         ConfigError: more documents are wanted than there are.
     """
-    chosen = None
-    if not isinstance(documents, PreparedDataset):  # there, rows were chosen
-        chosen = choose_documents(
-            len(documents), _wanted(config, part), config.dataset.seed, f"dataset.{_SAMPLES[part]}"
-        )
+    # Of text, the rows were chosen when it was prepared.
+    chosen = None if isinstance(documents, PreparedDataset) else _sample(config, part).choose(len(documents))
     packing = None
     if is_packed(config, arguments, part):
         lengths = document_lengths(documents, cache_folder(config))
@@ -107,12 +104,9 @@ def training_dataset(
     return DistillationDataset(documents, signal, config.sequence_length, chosen, packing=packing)
 
 
-_SAMPLES = {"train": "num_samples", "eval": "num_eval_samples"}
-
-
-def _wanted(config: RunConfig, part: Part) -> int | None:
-    wanted: int | None = getattr(config.dataset, _SAMPLES[part])
-    return wanted
+def _sample(config: RunConfig, part: Part) -> Sample:
+    setting = {"train": "num_samples", "eval": "num_eval_samples"}[part]
+    return Sample(getattr(config.dataset, setting), config.dataset.seed, f"dataset.{setting}")
 
 
 def is_packed(config: RunConfig, arguments: SFTConfig, part: Part) -> bool:

@@ -15,8 +15,9 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,13 +29,10 @@ from distillkit.shards.header import canonical_json
 from distillkit.shards.storage import TEMPORARY_PREFIX, Folder
 from distillkit.shards.table import document_id
 from distillkit.text import tokenizer as tokenizers
-from distillkit.text.sources import Row, Source
-from distillkit.text.training_rows import RowTokenizer, Tokens
-from distillkit.training.data.stored import choose_documents
-from distillkit.types import Document
-
-if TYPE_CHECKING:
-    pass
+from distillkit.text.rows import RowReader
+from distillkit.text.sources import Row, Source, chosen_rows
+from distillkit.training.data.stored import Sample
+from distillkit.types import Document, TokenDocument
 
 __all__ = ["Part", "PreparedDataset", "prepare"]
 
@@ -60,27 +58,13 @@ _ARRAYS: dict[str, str] = {
 }
 
 
-# -- what a configuration asks for -------------------------------------------------------------------------------------
-
-
-# -- the tokenizer -----------------------------------------------------------------------------------------------------
-
-
-# -- lengths of stored documents ---------------------------------------------------------------------------------------
-
-
-# -- preparing text ----------------------------------------------------------------------------------------------------
-
-
 def prepare(
     rows: Source,
-    tokenize: RowTokenizer,
+    reader: RowReader,
     cache: Path,
     *,
     key: str,
-    samples: int | None = None,
-    seed: int | None = None,
-    samples_key: str = "dataset.num_samples",
+    sample: Sample | None = None,
     processes: int = 1,
 ) -> PreparedDataset:
     """Make documents of rows, or take those that were made before from the same rows in the same way.
@@ -89,10 +73,10 @@ def prepare(
 
     Args:
         rows: where they come from.
-        tokenize: makes tokens of them.
+        reader: makes token documents of them; must keep packed rows whole.
         cache: the folder for prepared data; each has a folder of its own there.
         key: dotted path of the dataset in the configuration, for messages.
-        samples, seed, samples_key: how many rows to take, and which; see `choose_documents`.
+        sample: how many rows to take, and which; all if None.
         processes: how many processes work on it.
 
     Raises:
@@ -101,7 +85,8 @@ def prepare(
     """
     from filelock import FileLock
 
-    identity = _identity(rows, tokenize, samples, seed)
+    sample = sample or Sample()
+    identity = _identity(rows, reader, sample)
     folder = cache / f"prepared-{content_hash(identity)}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
@@ -109,12 +94,13 @@ def prepare(
             dataset = PreparedDataset(folder)
             logger.info("%s: %s documents, prepared before in %s", key, f"{len(dataset):,}", folder)
             return dataset
-        chosen = choose_documents(rows.num_rows, samples, seed, samples_key)
+        chosen = sample.choose(rows.num_rows)
         temporary = cache / f"{TEMPORARY_PREFIX}{folder.name}"
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was interrupted: the lock is ours
         try:
             with progress_bar(f"preparing {key}") as progress:
-                counts = _write(temporary, _chosen(rows, chosen), tokenize, processes, progress, rows.num_rows)
+                read = rows.rows() if chosen is None else chosen_rows(rows, chosen)
+                counts = _write(temporary, _documents(read, reader, processes), progress, rows.num_rows)
             if not counts["documents"]:
                 raise ConfigError(
                     f"{key}: of its {rows.num_rows:,} rows none gives a document ({counts['empty']:,} empty, "
@@ -136,21 +122,23 @@ def prepare(
     return PreparedDataset(folder)
 
 
-def _identity(rows: Source, tokenize: RowTokenizer, samples: int | None, seed: int | None) -> dict[str, Any]:
+def _identity(rows: Source, reader: RowReader, sample: Sample) -> dict[str, Any]:
     """Return everything that decides the prepared data."""
-    tokenizer, options = tokenize.tokenizer, tokenize.options
+    tokenizer = reader.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pipeline = json.loads(backend.to_str()) if backend is not None else {}
     for changed_by_use in ("truncation", "padding"):
         pipeline.pop(changed_by_use, None)
+    policy = asdict(reader.policy)
+    del policy["names"]
     return {
         "version": VERSION,
         "rows": rows.identity,
-        "sample": None if samples is None else [samples, seed],
+        "sample": None if sample.documents is None else [sample.documents, sample.seed],
         "tokenizer": [tokenizers.fingerprint(tokenizer), type(tokenizer).__name__, tokenizer.eos_token],
         "pipeline": content_hash(pipeline),
-        "template": tokenize.template or tokenizer.chat_template,
-        "options": [options.text_column, options.completion_only, options.assistant_only, options.tokenised],
+        "template": tokenizer.chat_template,
+        "policy": policy,
     }
 
 
@@ -158,57 +146,44 @@ def content_hash(identity: Any) -> str:
     return str(xxhash.xxh3_128_hexdigest(canonical_json(identity).encode()))
 
 
-def _chosen(rows: Source, chosen: npt.NDArray[np.int64] | None) -> Iterator[Row]:
-    if chosen is None:
-        return rows.rows()
-    wanted = set(chosen.tolist())
-    return (row for index, row in enumerate(rows.rows()) if index in wanted)
-
-
-def _write(
-    folder: Path, rows: Iterator[Row], tokenize: RowTokenizer, processes: int, progress: Any, total: int
-) -> dict[str, int]:
+def _write(folder: Path, batches: Iterator[list[list[TokenDocument]]], progress: Any, total: int) -> dict[str, int]:
     """Write the documents of rows into a folder, and count them and what was left out."""
     folder.mkdir(parents=True)
     counts = dict.fromkeys(("rows", "documents", "tokens", "empty", "short", "masked"), 0)
     with _Writer(folder) as writer:
-        for found in _tokenized(rows, tokenize, processes):
-            for tokens in found:
-                left_out = _left_out(tokens)
-                if left_out is not None:
-                    counts[left_out] += 1
-                    continue
-                assert tokens is not None
-                writer.add(tokens)
-                counts["documents"] += 1
-                counts["tokens"] += len(tokens.input_ids)
-            counts["rows"] += len(found)
+        for batch in batches:
+            for documents in batch:
+                counts["empty"] += not documents
+                for document in documents:
+                    _add(document, writer, counts)
+            counts["rows"] += len(batch)
             progress(counts["rows"], total)
     return counts
 
 
-def _left_out(tokens: Tokens | None) -> str | None:
-    """Say why a row gives no document, if it gives none."""
-    if tokens is None:
-        return "empty"
-    if len(tokens.input_ids) < 2:
-        return "short"
-    if tokens.loss_mask is not None and not tokens.loss_mask[1:].any():
-        return "masked"
-    return None
+def _add(document: TokenDocument, writer: _Writer, counts: dict[str, int]) -> None:
+    """Write a document, unless nothing of it is to be predicted; count it."""
+    if len(document.input_ids) < 2:
+        counts["short"] += 1
+    elif document.loss_mask is not None and not document.loss_mask[1:].any():
+        counts["masked"] += 1
+    else:
+        writer.add(document)
+        counts["documents"] += 1
+        counts["tokens"] += len(document.input_ids)
 
 
-def _tokenized(rows: Iterator[Row], tokenize: RowTokenizer, processes: int) -> Iterator[list[Tokens | None]]:
-    """Yield the tokens of rows in their order, some rows at a time."""
+def _documents(rows: Iterator[Row], reader: RowReader, processes: int) -> Iterator[list[list[TokenDocument]]]:
+    """Yield what the reader makes of rows, in their order, some rows at a time."""
     batches = iter(lambda: list(itertools.islice(rows, _ROWS_AT_A_TIME)), [])
     if processes == 1:
-        yield from map(tokenize, batches)
+        yield from map(reader, batches)
         return
     # Forked processes have the tokenizer already; each then tokenises on one thread.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(processes, context, _start_worker, (tokenize,)) as pool:
-        pending: deque[Future[list[Tokens | None]]] = deque()
+    with ProcessPoolExecutor(processes, context, _start_worker, (reader,)) as pool:
+        pending: deque[Future[list[list[TokenDocument]]]] = deque()
         for batch in batches:
             pending.append(pool.submit(_work, batch))
             if len(pending) > 4 * processes:
@@ -217,18 +192,17 @@ def _tokenized(rows: Iterator[Row], tokenize: RowTokenizer, processes: int) -> I
             yield pending.popleft().result()
 
 
-_worker: RowTokenizer | None = None
+_worker_reader: RowReader
 
 
-def _start_worker(tokenize: RowTokenizer) -> None:
-    global _worker
+def _start_worker(reader: RowReader) -> None:
+    global _worker_reader
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = tokenize
+    _worker_reader = reader
 
 
-def _work(rows: Sequence[Row]) -> list[Tokens | None]:
-    assert _worker is not None
-    return _worker(rows)
+def _work(rows: Sequence[Row]) -> list[list[TokenDocument]]:
+    return _worker_reader(rows)
 
 
 class _Writer:
@@ -245,12 +219,12 @@ class _Writer:
             self._append(name, [0])
         return self
 
-    def add(self, tokens: Tokens) -> None:
-        length = len(tokens.input_ids)
-        mask, segments = tokens.loss_mask, tokens.segment_lengths
+    def add(self, document: TokenDocument) -> None:
+        length = len(document.input_ids)
+        mask, segments = document.loss_mask, document.segment_lengths
         self._optional["loss_mask"] |= mask is not None
         self._optional["segment_lengths"] |= segments is not None
-        self._append("input_ids", tokens.input_ids)
+        self._append("input_ids", document.input_ids)
         self._append("loss_mask", np.ones(length, bool) if mask is None else mask)
         self._append("segment_lengths", [length] if segments is None else segments)
         for name, count in (("offsets", length), ("segment_offsets", 1 if segments is None else len(segments))):

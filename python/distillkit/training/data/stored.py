@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from distillkit.shards import Dataset as StoredDataset
     from distillkit.training.config.schema import DatasetSource, StoredTeacherConfig
 
-__all__ = ["check_dataset", "check_ids", "check_tokenizer", "choose_documents", "open_dataset"]
+__all__ = ["Sample", "check_dataset", "check_ids", "check_tokenizer", "choose_documents", "open_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,25 @@ def choose_documents(size: int, wanted: int | None, seed: int | None, key: str) 
         raise ConfigError(f"{key}: {wanted:,} documents are wanted, the dataset has {size:,}")
     chosen = np.arange(wanted) if seed is None else np.random.default_rng(seed).permutation(size)[:wanted]
     return np.sort(chosen).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How many documents a run takes of a dataset, and which.
+
+    Attributes:
+        documents: to take; None: all.
+        seed: decides which; None: the first ones.
+        setting: that says so, for messages.
+    """
+
+    documents: int | None = None
+    seed: int | None = None
+    setting: str = "dataset.num_samples"
+
+    def choose(self, size: int) -> npt.NDArray[np.int64] | None:
+        """See `choose_documents`."""
+        return choose_documents(size, self.documents, self.seed, self.setting)
 
 
 def open_dataset(source: DatasetSource, teacher: StoredTeacherConfig, key: str) -> StoredDataset:

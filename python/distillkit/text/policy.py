@@ -1,0 +1,201 @@
+"""How rows are read: all in which capture and training differ, as options with a reason each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from distillkit.errors import ConfigError
+from distillkit.text.layouts import CHATS, COMPLETION, PROMPTS
+
+__all__ = ["LOSS_ON", "ReadingPolicy", "SettingNames", "TextOptions", "capture_policy", "training_policy"]
+
+LOSS_ON = ("auto", "all", "assistant", "completion")
+
+
+@dataclass(frozen=True)
+class SettingNames:
+    """What messages about rows call the settings that would help.
+
+    Attributes:
+        assistant, completion: ask for a loss on that part alone.
+        template: gives a tokenizer, or a chat template.
+        everything: what to do for a loss on all tokens.
+    """
+
+    assistant: str
+    completion: str
+    template: str
+    everything: str
+
+
+@dataclass(frozen=True)
+class ReadingPolicy:
+    """How rows become token documents.
+
+    Attributes:
+        names: of settings, for messages.
+        layouts: the columns a row may be read by, the preferred ones first. Both take token ids where there are some.
+            Capture then takes what has the part that its loss is on. Training takes chats before text, as TRL does, and
+            of prompt pairs knows TRL's alone.
+        text_column: the column of plain text.
+        assistant: only the assistant's turns count.
+        completion: only the response of a prompt counts, and rows must have one; None: of those that have one.
+        mask_columns: columns of tokenised rows that say which tokens count, all of which must say so; None: all tokens
+            count, whatever rows say.
+        needed_masks: (setting, columns) whose setting needs one of these columns in a tokenised row, or labels. Capture
+            takes a row's general loss_mask for the part it asks for; to TRL it is not the same.
+        template: chat template in place of the tokenizer's own: TRL has variants that mark the assistant's turns.
+        render_chats: chat rows may be rendered; if not, they are refused.
+        tokenised_only: rows must be token ids, as TRL's skip_prepare_dataset has it.
+        end_text: plain text ends with the end-of-sequence token, which the tokenizer must have. TRL adds it, so that a
+            student learns to stop; a teacher only reads, and what it would predict after a text's end is not asked for.
+        keep_packed: documents that are packed in a row of token ids stay one document, with the lengths of its parts.
+            A trainer keeps them apart by their positions; a teacher must not see one as the other's context.
+        prefix_is_prompt: a response begins where the tokens of its prompt, tokenised alone, and those of both part. So
+            TRL has it, and slow tokenizers can do it; capture asks which characters a token covers, which holds where
+            prompt and response join in a token.
+        count_empty: in the assistant's turns tokens without characters count, and so does a token around an empty turn.
+            Those are the masks of transformers, which TRL takes. Capture does not count them, and its masks are stored.
+    """
+
+    names: SettingNames
+    layouts: tuple[tuple[str, ...], ...]
+    text_column: str = "text"
+    assistant: bool = False
+    completion: bool | None = None
+    mask_columns: tuple[str, ...] | None = None
+    needed_masks: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    template: str | None = None
+    render_chats: bool = True
+    tokenised_only: bool = False
+    end_text: bool = False
+    keep_packed: bool = False
+    prefix_is_prompt: bool = False
+    count_empty: bool = False
+
+
+# -- capture -----------------------------------------------------------------------------------------------------------
+
+_CAPTURE_NAMES = SettingNames(
+    assistant="loss_on: assistant",
+    completion="loss_on: completion",
+    template="--tokenizer",
+    everything="capture with --loss-on all",
+)
+_TEXT_FIRST = (("input_ids",), ("text",), *CHATS, *PROMPTS)
+_CAPTURE_LAYOUTS = {
+    "auto": _TEXT_FIRST,
+    "all": _TEXT_FIRST,
+    "assistant": (("input_ids",), *CHATS, *PROMPTS, ("text",)),
+    "completion": (("input_ids",), *PROMPTS, *CHATS, ("text",)),
+}
+_CAPTURE_MASKS = {
+    "auto": ("loss_mask", "completion_mask", "assistant_masks"),
+    "all": None,
+    "assistant": ("assistant_masks", "loss_mask"),
+    "completion": ("completion_mask", "loss_mask"),
+}
+
+
+def capture_policy(loss_on: str, *, render_chats: bool = True) -> ReadingPolicy:
+    """Return how a capture reads rows.
+
+    Args:
+        loss_on: what counts, one of `LOSS_ON`. "auto": what a row's own loss_mask, labels, … say, of prompt and
+            response the response, else all; "all": all, whatever rows say; "assistant": the assistant's turns;
+            "completion": the response.
+        render_chats: whether the chat template may be used.
+    """
+    masks = _CAPTURE_MASKS[loss_on]
+    part = loss_on in ("assistant", "completion")
+    return ReadingPolicy(
+        _CAPTURE_NAMES,
+        _CAPTURE_LAYOUTS[loss_on],
+        assistant=loss_on == "assistant",
+        completion={"auto": None, "completion": True}.get(loss_on, False),
+        mask_columns=masks,
+        needed_masks=((f"loss_on: {loss_on}", masks),) if part and masks else (),
+        render_chats=render_chats,
+    )
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+_TRAINING_NAMES = SettingNames(
+    assistant="training_args.assistant_only_loss: true",
+    completion="training_args.completion_only_loss: true",
+    template="training_args.chat_template_path",
+    everything="leave training_args.assistant_only_loss out",
+)
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The `training_args` that decide how rows are read.
+
+    Attributes:
+        text_column: name of the column with plain text (dataset_text_field); if it is not "text", it goes before all
+            others.
+        completion_only: the loss is taken on completions alone (completion_only_loss); None: where rows have prompt and
+            completion.
+        assistant_only: the loss is taken on the assistant's turns alone (assistant_only_loss).
+        tokenised: rows must be token ids already (dataset_kwargs: skip_prepare_dataset).
+    """
+
+    text_column: str = "text"
+    completion_only: bool | None = None
+    assistant_only: bool = False
+    tokenised: bool = False
+
+
+def training_policy(tokenizer: Any, options: TextOptions) -> ReadingPolicy:
+    """Return how training reads rows: it makes the token ids and labels that TRL's SFTTrainer makes of them.
+
+    Raises:
+        ConfigError: the assistant's turns cannot be told by the chat template.
+    """
+    text = (options.text_column,)
+    first = [text] if options.text_column != "text" else []
+    masks = ("loss_mask", "assistant_masks", *(("completion_mask",) if options.completion_only is not False else ()))
+    needed = (
+        (options.assistant_only, _TRAINING_NAMES.assistant, ("assistant_masks",)),
+        (options.completion_only, _TRAINING_NAMES.completion, ("completion_mask",)),
+    )
+    return ReadingPolicy(
+        _TRAINING_NAMES,
+        (("input_ids",), *first, COMPLETION, *CHATS, text),
+        text_column=options.text_column,
+        assistant=options.assistant_only,
+        completion=options.completion_only,
+        mask_columns=masks,
+        needed_masks=tuple((setting, columns) for asked, setting, columns in needed if asked),
+        template=_marked_template(tokenizer) if options.assistant_only else None,
+        tokenised_only=options.tokenised,
+        end_text=True,
+        keep_packed=True,
+        prefix_is_prompt=True,
+        count_empty=True,
+    )
+
+
+def _marked_template(tokenizer: Any) -> str | None:
+    """Return a chat template that marks the assistant's tokens; None if the tokenizer's own does."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "training_args.assistant_only_loss: the student's tokenizer has no chat template; give one with "
+            "training_args.chat_template_path"
+        )
+    if has_generation_markers(tokenizer.chat_template):
+        return None
+    try:
+        template: str | None = get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise ConfigError(
+            "training_args.assistant_only_loss: the tokenizer's chat template does not mark the assistant's tokens "
+            f"({{% generation %}}), and TRL knows no variant of it that does; give one with "
+            f"training_args.chat_template_path ({error})"
+        ) from error
+    return template

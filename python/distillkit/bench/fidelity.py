@@ -40,7 +40,7 @@ F64 = npt.NDArray[np.float64]
 LIKELY = 1e-6
 """Ids of at least this probability count in `worst_likely`."""
 _CHUNK = 4096
-_ORDERS = 50
+_ORDERS = 100
 """Orders of the ranks in which the published encoder's spread is measured."""
 _HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-24}
 """Half a unit in the last place, relative; decoded values are float32 at best."""
@@ -204,11 +204,11 @@ def _line_search(basis_nm: F64, x_Nm: F64, p_Nn: F64, step_Nm: F64) -> F64:
 class PublishedSpread:
     """Mean KL of the published encoder in settings that make no difference in exact arithmetic.
 
-    They do where float32 does not resolve the terms (see `is_resolved`): rounding errors differ from one to the next.
+    They do make one where float32 does not resolve the terms (see `is_resolved`): rounding errors differ.
 
     Attributes:
         one_thread, all_threads: with one thread of torch, and with as many as torch takes.
-        threads: how many those are.
+        threads: how many that is.
         orders: number of orders of the ranks that were tried, with one thread.
         least, most: of all these settings.
         normalized: the same configuration with `normalize_t`, whose terms float32 does resolve; None where the format

@@ -40,7 +40,7 @@ F64 = npt.NDArray[np.float64]
 LIKELY = 1e-6
 """Ids of at least this probability count in `worst_likely`."""
 _CHUNK = 4096
-_ORDERS = 100
+_ORDERS = 50
 """Orders of the ranks in which the published encoder's spread is measured."""
 _HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-24}
 """Half a unit in the last place, relative; decoded values are float32 at best."""

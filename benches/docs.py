@@ -216,10 +216,10 @@ def spread_section() -> list[str]:
         table(headings, lines),
         prose(
             f""""All settings" is the range over both numbers of threads and {orders} orders in which the decomposition
-            takes the ranks; in exact arithmetic all of them give the same result. Another machine can fall outside it. With `normalize_t`, which puts the
-            ranks on [0, 1], float32 resolves the terms, and the result is the same in every setting: that is the
-            published code at its best in this layout, and the figure to compare ours with. The published preset does
-            not set it."""
+            takes the ranks; in exact arithmetic all of them give the same result. Other machines may leave this range.
+            With `normalize_t`, which puts the ranks on [0, 1], float32 resolves the terms, and the result is the same
+            in every setting: that is the published code at its best in this layout, and the figure to compare ours
+            with. The published preset does not set it."""
         ),
     ]
 

@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 UV := UV_NATIVE_TLS=1 $(BIN)/python -m uv pip
 RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
-.PHONY: help setup demo docs test test-fast test-vllm test-emulated fuzz miri lint bench wheel clean
+.PHONY: help setup demo docs test test-fast test-vllm test-emulated fuzz miri lint bench bench-docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -101,6 +101,9 @@ lint: setup ## Check formatting, lints and types
 bench: setup ## Measure fidelity and speed, into benches/results/
 	BITS_CSV=$(CURDIR)/benches/results/$$(date +%F)-$$(uname -m)-bits.csv cargo bench --package distillkit-codec
 	$(BIN)/python benches/bench.py
+
+bench-docs: setup ## Make docs/benchmarks.md of the newest figures in benches/results/
+	$(BIN)/python benches/docs.py
 
 wheel: setup ## Build a wheel in dist/
 	$(BIN)/maturin build --release --out dist

@@ -1,9 +1,13 @@
-"""Fidelity and speed of the codec on this machine: two tables, and their figures in benches/results/.
+"""Fidelity and speed of the codec on this machine: tables, and their figures in benches/results/.
 
-    python benches/bench.py [--markdown]
+    python benches/bench.py [fidelity] [speed] [decode]
 
-Fidelity is measured for every configuration of tests/golden/cases.json and every preset, on more than 20,000 real
-positions of the demo's teacher (`benches/sample.py` makes them once). The tables are those of `distillkit-codec bench`.
+- `fidelity`: every preset and every configuration of tests/golden/cases.json, on more than 20,000 real positions of the
+  demo's teacher (`benches/sample.py` makes them once); and the presets on the rows that come with distillkit.
+- `speed`: encoding, decoding and reading, as `distillkit-codec bench` times them.
+- `decode`: decoding of every preset in several runs, for their spread.
+
+Without arguments all three are measured. `make bench-docs` makes docs/benchmarks.md of the newest figures.
 """
 
 from __future__ import annotations
@@ -12,17 +16,26 @@ import argparse
 import datetime
 import json
 import platform
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from sample import benchmark_sample
 
 from distillkit import __version__
 from distillkit.bench.fidelity import measure_fidelity
-from distillkit.bench.speed import DENSE_VOCABULARY, PACKED_ROWS, SpeedRow, machine, measure_speed
-from distillkit.bench.tables import fidelity_markdown, fidelity_table, speed_markdown, speed_table, write_csv
+from distillkit.bench.sample import Sample, bundled_sample
+from distillkit.bench.speed import (
+    DENSE_VOCABULARY,
+    PACKED_ROWS,
+    SpeedRow,
+    machine,
+    measure_decoding,
+    measure_speed,
+)
+from distillkit.bench.tables import csv_rows, fidelity_table, speed_table, write_csv
 from distillkit.codec import PRESETS, CodecConfig, codec_config, preset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +52,10 @@ RATIOS = {
 ONE_CORE = ("shard to decoded arrays, one core", 2e6)
 LEAST_OF_READING = 0.5
 MOST_OF_MEMORY = 1 / 8
+DECODE_RUNS = 7
+
+Writer = Callable[[str, Sequence[Mapping[str, Any]]], None]
+"""Writes lines to the CSV of a kind."""
 
 
 def configurations(vocab_size: int) -> dict[str, CodecConfig]:
@@ -73,30 +90,69 @@ def goals(rows: Sequence[SpeedRow]) -> list[tuple[str, str, bool]]:
     return found
 
 
+def bench_fidelity(sample: Sample, write: Writer) -> None:
+    """Fidelity on the benchmark's sample, and of the presets on the bundled rows."""
+    rows = list(measure_fidelity(sample, configurations(sample.vocab_size)))
+    print_tables(fidelity_table(rows, sample))
+    write("fidelity", csv_rows(rows, {"sample": sample.about}))
+    bundled = bundled_sample()
+    presets = {name: preset(name, vocab_size=bundled.vocab_size) for name in PRESETS}
+    rows = list(measure_fidelity(bundled, presets))
+    print_tables(fidelity_table(rows, bundled))
+    write("bundled", csv_rows(rows, {"sample": bundled.about}))
+
+
+def bench_speed(sample: Sample, write: Writer) -> None:
+    """The speed table, and whether it reaches what it has to."""
+    rows = list(measure_speed(sample, vocab_size=sample.vocab_size, dense_vocab_size=DENSE_VOCABULARY))
+    print_tables(speed_table(rows))
+    for work, text, reached in goals(rows):
+        print(f"{'reached' if reached else 'MISSED '}  {work}: {text}")
+    write("speed", csv_rows(rows, {}))
+
+
+def bench_decode(sample: Sample, write: Writer) -> None:
+    """Decoding of every preset in turn, and again, with the spread of the runs."""
+    runs = [list(measure_decoding(sample, list(PRESETS), vocab_size=sample.vocab_size)) for _ in range(DECODE_RUNS)]
+    lines: list[dict[str, Any]] = []
+    for same in zip(*runs, strict=True):
+        line: dict[str, Any] = {"work": same[0].work, "rows": same[0].rows, "bytes_per_token": same[0].bytes_per_token}
+        line["runs"] = len(same)
+        for side, name in (("tokens_per_second", "ours"), ("published", "published")):
+            speeds = [getattr(row, side) for row in same]
+            for what, value in (("median", median(speeds)), ("slowest", min(speeds)), ("fastest", max(speeds))):
+                line[f"{name}_{what}"] = float(f"{value:.6g}")
+        print(line)
+        lines.append(line)
+    write("decode", lines)
+
+
+PARTS = {"fidelity": bench_fidelity, "speed": bench_speed, "decode": bench_decode}
+
+
+def print_tables(*tables: Group) -> None:
+    Console(highlight=False).print(*tables, "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--markdown", action="store_true", help="print the tables as the README has them")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)} (default: all)")
     parser.add_argument("--results", type=Path, default=ROOT / "benches" / "results", help="folder of the CSV files")
     arguments = parser.parse_args()
+    unknown = [part for part in arguments.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
     sample = benchmark_sample()
-    started = time.perf_counter()
-    configs = configurations(sample.vocab_size)
-    fidelity = list(measure_fidelity(sample, configs))
-    speed = list(measure_speed(sample, vocab_size=sample.vocab_size, dense_vocab_size=DENSE_VOCABULARY))
-    if arguments.markdown:
-        print(f"On {len(sample):,} {sample.about}:\n\n{fidelity_markdown(fidelity)}")
-        print(f"On {machine()}:\n\n{speed_markdown(speed)}")
-    else:
-        console = Console(highlight=False)
-        console.print(fidelity_table(fidelity, sample), "", speed_table(speed), "")
-    for work, text, reached in goals(speed):
-        print(f"{'reached' if reached else 'MISSED '}  {work}: {text}")
     about = {"machine": machine(), "version": __version__}
     stem = f"{datetime.date.today()}-{platform.machine()}"
-    paths = {"fidelity": arguments.results / f"{stem}-fidelity.csv", "speed": arguments.results / f"{stem}-speed.csv"}
-    write_csv(paths["fidelity"], fidelity, {**about, "sample": sample.about})
-    write_csv(paths["speed"], speed, about)
-    print(f"{time.perf_counter() - started:.0f} seconds; written to {paths['fidelity']} and {paths['speed']}")
+
+    def write(kind: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        path = arguments.results / f"{stem}-{kind}.csv"
+        write_csv(path, [{**line, **about} for line in lines])
+        print(f"figures in {path}")
+
+    for part in arguments.parts or PARTS:
+        PARTS[part](sample, write)
 
 
 if __name__ == "__main__":

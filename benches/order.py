@@ -5,28 +5,34 @@
 For presets and recorded configurations with the terms 0 and 1, without residuals and differences; in float64 and in
 units of the least KL without roundings and bounds (`optimum`): the rounding of the exact values to nearest alone; then
 with the approximated values in order, too, below the last exact value, which is rounded to nearest or to the neighbour
-above, whichever is better in the row; and what our encoder reaches. Coefficients are not rounded and errors not
-bounded: no encoder that rounds the other exact values to nearest and keeps order gets below the second (ours rounds
-them together). Every fourth row of the benchmark's sample.
+above, whichever is better in the row; and what our encoder reaches. Without arguments the figures of `recommended` and
+`budget` also go to benches/results/. Coefficients are not rounded and errors not bounded: no encoder that rounds the
+other exact values to nearest and keeps order gets below the second (ours rounds them together). Every fourth row of the
+benchmark's sample.
 
 Shape legend: N rows, n approximated ranks, m coefficients.
 """
 
 from __future__ import annotations
 
+import datetime
+import platform
 import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from bench import configurations
+from bench import ROOT, configurations
 from sample import benchmark_sample
 
 from distillkit.bench.fidelity import optimum, orthonormal_terms
+from distillkit.bench.speed import machine
+from distillkit.bench.tables import write_csv
 from distillkit.codec import Codec, DistributionQuantizationConfig
 from distillkit.codec.fidelity import kl_rows
 
+RESULTS = ROOT / "benches" / "results"
 F64 = npt.NDArray[np.float64]
 BARRIERS = 10.0 ** np.arange(-3, -11.5, -0.5)
 """Weights of the barrier, in turn: the last moves KL by n · 3e-12."""
@@ -111,6 +117,7 @@ def costs(
 def main() -> None:
     sample = benchmark_sample()
     known = configurations(sample.vocab_size)
+    lines: list[dict[str, Any]] = []
     for name in sys.argv[1:] or ("recommended", "budget"):
         config = known.get(name)
         if not isinstance(config, DistributionQuantizationConfig):
@@ -118,6 +125,9 @@ def main() -> None:
         ids, logprobs = sample.top(config.k, config.d)
         for what, ratio in costs(config, ids[::EVERY].copy(), logprobs[::EVERY].copy()).items():
             print(f"{name}: {what}: {ratio:.4f}")
+            lines.append({"config": name, "what": what, "ratio": f"{ratio:.6g}", "machine": machine()})
+    if not sys.argv[1:]:
+        write_csv(RESULTS / f"{datetime.date.today()}-{platform.machine()}-order.csv", lines)
 
 
 if __name__ == "__main__":

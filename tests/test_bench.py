@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -13,10 +14,10 @@ import pytest
 import torch
 
 from distillkit.bench.fidelity import Figures, compare, figures, least_squares, optimum
-from distillkit.bench.published import published_codec
+from distillkit.bench.published import is_resolved, published_codec
 from distillkit.bench.sample import Sample, bundled_sample, load_sample, save_sample
 from distillkit.bench.speed import machine
-from distillkit.bench.tables import fidelity_markdown, write_csv
+from distillkit.bench.tables import csv_rows, write_csv
 from distillkit.codec import PRESETS, Codec, preset
 from distillkit.errors import InputError
 from distillkit.shards import ShardWriter
@@ -47,8 +48,12 @@ def test_baseline_is_the_published_codec(name: str) -> None:
     descending = original.sort(descending=True).values.numpy()
     own = reference.kl_renormalised(descending, baseline.decode(written)[1].numpy()).mean()
     theirs = reference.kl_renormalised(descending, recorded["out_logprobs"]).mean()
-    # Singular values near the float32 cutoff fall on either side of it with the machine's order of additions.
-    assert theirs / 4 - 1e-9 <= own <= 4 * theirs + 1e-9
+    if is_resolved(codec.config):
+        assert theirs / 1.25 - 1e-9 <= own <= 1.25 * theirs + 1e-9
+    else:
+        # Its coefficients are rounding errors, which differ from machine to machine.
+        least = reference.kl_renormalised(descending, optimum(codec.config, descending)).mean()
+        assert least <= min(own, theirs)
 
 
 def test_baseline_takes_dense_logits() -> None:
@@ -120,8 +125,15 @@ def test_a_row_of_the_table(tmp_path: Path) -> None:
     assert row.optimum is not None
     assert row.over_optimum is not None
     assert row.rows == 64
-    assert row.ours.kl_mean < 0.01 < row.published.kl_mean
     assert 0.98 < row.over_optimum < 1.2
+    # The published encoder's figure depends on rounding errors: compare with its best.
+    spread = row.published_spread
+    assert spread is not None
+    assert spread.normalized is not None
+    assert spread.least <= min(spread.one_thread, spread.all_threads)
+    assert max(spread.one_thread, spread.all_threads) <= spread.most
+    assert row.ours.kl_mean < spread.normalized < spread.least < 0.75 * spread.most
+    assert compare("budget", preset("budget", vocab_size=300), sample).published_spread is None
     bins = [{"scale_dtype": "float32", "element_bits": 8, "num_elements": 4}]
     delta = compare("delta", codec_of(k=8, exact_k=4, residual_bins=bins).config, sample)
     assert (delta.optimum, delta.least_squares) == (None, None)
@@ -129,10 +141,12 @@ def test_a_row_of_the_table(tmp_path: Path) -> None:
     assert skipped.skipped
     assert skipped.note == "stores 200 ids a row, the sample has 128"
     rows = [row, delta, skipped]
-    lines = fidelity_markdown(rows).splitlines()
-    assert len({line.count("|") for line in lines}) == 1
-    write_csv(tmp_path / "results" / "table.csv", rows, {"machine": machine()})
-    assert len((tmp_path / "results" / "table.csv").read_text().splitlines()) == 4
+    write_csv(tmp_path / "results" / "table.csv", csv_rows(rows, {"machine": machine()}))
+    with (tmp_path / "results" / "table.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["config"] for line in lines] == ["recommended", "delta", "wide"]
+    assert float(lines[0]["published_spread_least"]) == pytest.approx(spread.least, rel=1e-5)
+    assert {line["machine"] for line in lines} == {machine()}
 
 
 def test_samples_of_files_and_datasets(tmp_path: Path) -> None:
@@ -170,13 +184,16 @@ def test_bench_shows_both_tables(tmp_path: Path) -> None:
     assert [row["config"] for row in found["fidelity"]] == list(PRESETS)
     assert found["sample"]["rows"] == 256
     for row in found["fidelity"]:
-        assert 0 < row["ours"]["kl_mean"] < row["published"]["kl_mean"]
         # Residual bins have no such limit.
-        assert (row["over_optimum"] is None) == bool(PRESETS[row["config"]]["residual_bins"])
-        assert row["over_optimum"] is None or row["over_optimum"] > 0.9
+        if PRESETS[row["config"]]["residual_bins"]:
+            assert row["over_optimum"] is None
+            assert 0 < row["ours"]["kl_mean"] < row["published"]["kl_mean"]
+        else:
+            assert 0.9 < row["over_optimum"] < 1.2
     works = [row["work"] for row in found["speed"]]
     assert works[:4] == ["encode recommended", "decode recommended", "encode budget", "decode budget"]
-    assert len(works) == 10
+    assert len(works) == 13
+    assert works[4:7] == ["decode faithful", "decode balanced", "decode compact"]
     for row in found["speed"]:
         assert row["tokens_per_second"] > 0
         assert row["limit"] > 0

@@ -13,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distillkit.bench.fidelity import optimum
+from distillkit.bench.published import is_resolved
 from distillkit.codec import Codec, DistributionQuantizationConfig, LegacyLogitCompressionConfig, codec_config, preset
 from distillkit.errors import ConfigError, CorruptDataError, InputError, TruncatedDataError, UnsupportedVersionError
 from support import reference
@@ -101,9 +103,15 @@ def test_encodes_close_and_the_published_way(name: str) -> None:
     np.testing.assert_array_equal(oracle_ids, ids[0])
     np.testing.assert_allclose(logprobs[0], oracle, rtol=1e-6, atol=1e-6)
     ours = reference.kl_renormalised(recorded["in_logprobs"], logprobs).mean()
-    theirs = reference.kl_renormalised(recorded["in_logprobs"], recorded["out_logprobs"]).mean()
-    # These few rows are half synthetic; on real rows the margin is orders of magnitude (benches/results).
-    assert ours <= 1.1 * theirs + 1e-9, f"KL {ours:.3e}, published encoder {theirs:.3e}"
+    if is_resolved(codec.config):
+        theirs = reference.kl_renormalised(recorded["in_logprobs"], recorded["out_logprobs"]).mean()
+        # These few rows are half synthetic.
+        assert ours <= 1.1 * theirs + 1e-9, f"KL {ours:.3e}, published encoder {theirs:.3e}"
+    else:
+        # The recorded values depend on rounding errors: compare with the optimum instead.
+        descending = -np.sort(-recorded["in_logprobs"], axis=1)
+        least = reference.kl_renormalised(descending, optimum(codec.config, descending)).mean()
+        assert ours <= 1.2 * least, f"KL {ours:.3e}, the least possible {least:.3e}"
 
 
 def test_bytes_do_not_depend_on_how_rows_are_batched() -> None:

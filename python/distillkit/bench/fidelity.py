@@ -9,6 +9,7 @@ Shape legend: N rows, k stored ids a row, n approximated ranks, m terms.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distillkit.bench.published import PublishedCodec, published_codec, term_matrix
+from distillkit.bench.published import PublishedCodec, is_resolved, published_codec, term_matrix
 from distillkit.bench.sample import Sample
 from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig
 from distillkit.codec.fidelity import kl_rows
@@ -25,6 +26,7 @@ from distillkit.errors import CorruptDataError, DistillKitError
 __all__ = [
     "FidelityRow",
     "Figures",
+    "PublishedSpread",
     "compare",
     "figures",
     "least_squares",
@@ -38,6 +40,8 @@ F64 = npt.NDArray[np.float64]
 LIKELY = 1e-6
 """Ids of at least this probability count in `worst_likely`."""
 _CHUNK = 4096
+_ORDERS = 50
+"""Orders of the ranks in which the published encoder's spread is measured."""
 _HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-24}
 """Half a unit in the last place, relative; decoded values are float32 at best."""
 
@@ -197,6 +201,30 @@ def _line_search(basis_nm: F64, x_Nm: F64, p_Nn: F64, step_Nm: F64) -> F64:
 
 
 @dataclass(frozen=True)
+class PublishedSpread:
+    """Mean KL of the published encoder in settings that make no difference in exact arithmetic.
+
+    They do make one where float32 does not resolve the terms (see `is_resolved`): rounding errors differ.
+
+    Attributes:
+        one_thread, all_threads: with one thread of torch, and with as many as torch takes.
+        threads: how many that is.
+        orders: number of orders of the ranks that were tried, with one thread.
+        least, most: of all these settings.
+        normalized: the same configuration with `normalize_t`, whose terms float32 does resolve; None where the format
+            has no such field, or where it does not help.
+    """
+
+    one_thread: float
+    all_threads: float
+    threads: int
+    orders: int
+    least: float
+    most: float
+    normalized: float | None
+
+
+@dataclass(frozen=True)
 class FidelityRow:
     """One configuration's figures.
 
@@ -205,7 +233,8 @@ class FidelityRow:
         bytes_per_token: of a row, ours and published alike.
         rows: how many were compared.
         ours: our encoder.
-        published: the published encoder; None if it fails.
+        published: the published encoder, with one thread; None if it fails.
+        published_spread: range of its mean KL; None where float32 resolves the terms.
         least_squares, optimum: limits of the layout (see the functions); None where another part of the layout (delta
             encoding, residual bins) or nothing approximated makes them meaningless, and the optimum also where no term
             is constant.
@@ -219,6 +248,7 @@ class FidelityRow:
     published: Figures | None = None
     least_squares: Figures | None = None
     optimum: Figures | None = None
+    published_spread: PublishedSpread | None = None
     note: str = ""
     skipped: bool = False
 
@@ -261,9 +291,8 @@ def compare(name: str, config: CodecConfig, sample: Sample) -> FidelityRow:
     decoded_ids, decoded = codec.decode(data)
     if not np.array_equal(decoded_ids, ids):
         raise DistillKitError(f"{name}: the decoded ids are not those that were encoded; this is a bug")
-    baseline = published_codec(config)
-    _check_readable(name, codec, baseline, data, decoded)
-    published, note = _published(codec, baseline, ids, original)
+    _check_readable(name, codec, published_codec(config), data, decoded)
+    published, spread, note = _published(codec, ids, original)
     limited = _has_limits(config)
     return FidelityRow(
         name,
@@ -273,19 +302,61 @@ def compare(name: str, config: CodecConfig, sample: Sample) -> FidelityRow:
         published=published,
         least_squares=figures(original, least_squares(config, original)) if limited else None,
         optimum=figures(original, optimum(config, original)) if limited and _has_constant(config) else None,
+        published_spread=spread,
         note=note,
     )
 
 
 def _published(
-    codec: Codec, baseline: PublishedCodec, ids: npt.NDArray[np.int64], original: npt.NDArray[np.float32]
-) -> tuple[Figures | None, str]:
-    """Figures of the published encoder, or why there are none."""
-    data = baseline.encode(torch.from_numpy(ids), torch.from_numpy(original))
+    codec: Codec, ids: npt.NDArray[np.int64], original: npt.NDArray[np.float32]
+) -> tuple[Figures | None, PublishedSpread | None, str]:
+    """Figures of the published encoder and their spread, or why there are none."""
     try:
-        return figures(original, codec.decode(data.numpy())[1]), ""
+        with _threads(1):
+            found = _published_figures(codec, ids, original)
+        spread = None if is_resolved(codec.config) else _published_spread(codec, ids, original, found.kl_mean)
+        return found, spread, ""
     except CorruptDataError as error:
-        return None, f"published encoder: {error}"
+        return None, None, f"published encoder: {error}"
+
+
+def _published_figures(
+    codec: Codec,
+    ids: npt.NDArray[np.int64],
+    original: npt.NDArray[np.float32],
+    order_n: torch.Tensor | None = None,
+) -> Figures:
+    data = published_codec(codec.config, order_n).encode(torch.from_numpy(ids), torch.from_numpy(original))
+    return figures(original, codec.decode(data.numpy())[1])
+
+
+def _published_spread(
+    codec: Codec, ids: npt.NDArray[np.int64], original: npt.NDArray[np.float32], one_thread: float
+) -> PublishedSpread:
+    config, threads = codec.config, torch.get_num_threads()
+    all_threads = _published_figures(codec, ids, original).kl_mean
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(config.k - config.exact_k, generator=generator) for _ in range(_ORDERS)]
+    with _threads(1):
+        losses = [_published_figures(codec, ids, original, order_n).kl_mean for order_n in orders]
+        normalized = None
+        if isinstance(config, DistributionQuantizationConfig):
+            better = config.model_copy(update={"normalize_t": True})
+            if is_resolved(better):
+                normalized = _published_figures(Codec(better), ids, original).kl_mean
+    losses += [one_thread, all_threads]
+    return PublishedSpread(one_thread, all_threads, threads, _ORDERS, min(losses), max(losses), normalized)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Runs torch with `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_readable(

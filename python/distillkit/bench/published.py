@@ -23,11 +23,13 @@ from distillkit.codec.config import (
 )
 from distillkit.errors import ConfigError
 
-__all__ = ["PublishedCodec", "published_codec", "term_matrix"]
+__all__ = ["PublishedCodec", "is_resolved", "published_codec", "term_matrix"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _CUTOFF = 1e-5
 """Singular values below this count as zero, whatever the size of the largest."""
+_RESOLUTION = 2.0**-23
+"""What float32 resolves, relative to the largest singular value."""
 _WIDEST_CODE = 53
 
 
@@ -44,13 +46,33 @@ class PublishedCodec(Protocol):
         """(N, V) logits → (N, B) uint8."""
 
 
-def published_codec(config: CodecConfig) -> PublishedCodec:
+def published_codec(config: CodecConfig, order_n: torch.Tensor | None = None) -> PublishedCodec:
     """The baseline for a configuration.
+
+    Args:
+        order_n: permutation of the approximated ranks in which the decomposition takes them. Every order gives the
+            same pseudo-inverse, but for float32's rounding errors (see `is_resolved`).
 
     Raises:
         ConfigError: residual codes of more than 53 bits, which it does not do.
     """
-    return _Legacy(config) if isinstance(config, LegacyLogitCompressionConfig) else _Quantized(config)
+    if isinstance(config, LegacyLogitCompressionConfig):
+        return _Legacy(config, order_n)
+    return _Quantized(config, order_n)
+
+
+def is_resolved(config: CodecConfig) -> bool:
+    """Whether float32 resolves all singular values of the terms.
+
+    Where it does not, the smallest ones that the published encoder divides by are rounding errors of the largest. They
+    are far above its cutoff, so it keeps them, and its coefficients change with the order in which numbers are added:
+    with the processor, the library and the number of threads.
+    """
+    terms_mn = term_matrix(config)
+    if not terms_mn.numel():
+        return True
+    singular = torch.linalg.svdvals(terms_mn.T)
+    return bool(singular[-1] > _RESOLUTION * singular[0])
 
 
 def term_matrix(config: CodecConfig) -> torch.Tensor:
@@ -71,8 +93,10 @@ def term_matrix(config: CodecConfig) -> torch.Tensor:
     return torch.stack(terms) if terms else torch.zeros(0, n, dtype=torch.float64)
 
 
-def _pseudo_inverse(terms_mn: torch.Tensor) -> torch.Tensor:
+def _pseudo_inverse(terms_mn: torch.Tensor, order_n: torch.Tensor | None) -> torch.Tensor:
     """(n, m) float32 with coefficients = values @ it, by SVD in float32 with the absolute cutoff."""
+    if order_n is not None:
+        return _pseudo_inverse(terms_mn[:, order_n], None)[order_n.argsort()]
     u, singular, vt = torch.linalg.svd(terms_mn.float().T, full_matrices=False)
     inverse = torch.where(singular > _CUTOFF, 1 / singular, 0.0)
     pseudo_inverse: torch.Tensor = (u * inverse) @ vt
@@ -106,7 +130,7 @@ def _floats(data_NB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Quantized:
-    def __init__(self, config: DistributionQuantizationConfig) -> None:
+    def __init__(self, config: DistributionQuantizationConfig, order_n: torch.Tensor | None) -> None:
         for number, bin_ in enumerate(config.residual_bins):
             if bin_.element_bits > _WIDEST_CODE:
                 raise ConfigError(
@@ -118,7 +142,7 @@ class _Quantized:
         self._id_bits = math.ceil(math.log2(config.d))
         exact = term_matrix(config)
         self._terms_mn = exact.to(_DTYPES[config.term_dtype])
-        self._inverse_nm = _pseudo_inverse(self._terms_mn) if len(exact) else None
+        self._inverse_nm = _pseudo_inverse(self._terms_mn, order_n) if len(exact) else None
 
     def encode(self, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
         config = self._config
@@ -209,14 +233,14 @@ def _diffused_codes(steps_NC: torch.Tensor, bits: int, carried_N: torch.Tensor) 
 
 
 class _Legacy:
-    def __init__(self, config: LegacyLogitCompressionConfig) -> None:
+    def __init__(self, config: LegacyLogitCompressionConfig, order_n: torch.Tensor | None) -> None:
         self._config = config
         self._id_bits = math.ceil(math.log2(config.vocab_size))
         dtype = _DTYPES[config.term_dtype]
         self._terms_mn = term_matrix(config).to(dtype)
         # The published column holds float32, so wider coefficients were rounded to it.
         self._stored = torch.float32 if dtype == torch.float64 else dtype
-        self._inverse_nm = _pseudo_inverse(self._terms_mn) if config.exact_k < config.k else None
+        self._inverse_nm = _pseudo_inverse(self._terms_mn, order_n) if config.exact_k < config.k else None
 
     def encode(self, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
         exact_k = self._config.exact_k

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,12 @@ from distillkit.bench.child import best_of, one_core_reading, peak_memory
 from distillkit.bench.fidelity import published_tolerance
 from distillkit.bench.published import PublishedCodec, published_codec
 from distillkit.bench.sample import Sample, bundled_sample
-from distillkit.codec import Codec, preset
+from distillkit.codec import PRESETS, Codec, preset
 from distillkit.errors import DistillKitError
 from distillkit.shards import Dataset, Header, ShardWriter
 from distillkit.types import SparseLogprobs
 
-__all__ = ["DENSE_VOCABULARY", "SpeedRow", "cores", "machine", "measure_speed"]
+__all__ = ["DENSE_VOCABULARY", "SpeedRow", "cores", "machine", "measure_decoding", "measure_speed"]
 
 PACKED_ROWS = 8192
 """Rows of a call: a packed sequence of the published datasets."""
@@ -38,6 +38,8 @@ DOCUMENT_ROWS = 512
 DENSE_VOCABULARY = 151_936
 """Width of the dense logits where nothing else is asked for: Qwen's vocabulary."""
 _DOCUMENTS, _COLLATED = 64, 16
+_WITH_ALL = "recommended", "budget"
+"""The published presets, whose encoding and decoding is timed at both sizes. Of the others, decoding is."""
 _COPYING = "copying as many bytes"
 
 
@@ -127,9 +129,11 @@ def measure_speed(
     """
     seconds = 0.15 if quick else 1.0
     sizes = (PACKED_ROWS,) if quick else (PACKED_ROWS, DOCUMENT_ROWS)
-    codecs = [(name, rows) for name in ("recommended", "budget") for rows in sizes]
+    codecs = [(name, rows) for name in _WITH_ALL for rows in sizes]
+    others = [name for name in PRESETS if name not in _WITH_ALL]
     parts = [
         *((2, partial(_codec_rows, sample, name, vocab_size, rows, seconds)) for name, rows in codecs),
+        (len(others), partial(measure_decoding, sample, others, vocab_size=vocab_size, seconds=seconds)),
         (1, partial(_torch_rows, sample, vocab_size, seconds)),
         (2, partial(_dense_rows, dense_vocab_size, 32 if quick else 256, seconds)),
         (3, partial(_reading_rows, sample, vocab_size, seconds)),
@@ -142,6 +146,14 @@ def measure_speed(
             done += 1
             progress(done, total)
             yield row
+
+
+def measure_decoding(
+    sample: Sample, names: Sequence[str], *, vocab_size: int, seconds: float = 1.0
+) -> Iterator[SpeedRow]:
+    """Decoding alone, of packed sequences: one row of the table for each of the presets."""
+    for name in names:
+        yield from _codec_rows(sample, name, vocab_size, PACKED_ROWS, seconds, works=("decode",))
 
 
 # -- rows in, bytes out, and back --------------------------------------------------------------------------------------
@@ -185,7 +197,14 @@ def _copying(size: int) -> Callable[[], Any]:
     return partial(target.copy_, source)
 
 
-def _codec_rows(sample: Sample, name: str, vocab_size: int, count: int, seconds: float) -> Iterator[SpeedRow]:
+def _codec_rows(
+    sample: Sample,
+    name: str,
+    vocab_size: int,
+    count: int,
+    seconds: float,
+    works: Sequence[str] = ("encode", "decode"),
+) -> Iterator[SpeedRow]:
     codec = Codec(preset(name, vocab_size=vocab_size))
     baseline = published_codec(codec.config)
     rows, note = _rows_of(sample, codec.k, vocab_size, count)
@@ -194,11 +213,12 @@ def _codec_rows(sample: Sample, name: str, vocab_size: int, count: int, seconds:
     ids, logprobs, tensor = torch.from_numpy(rows.ids), torch.from_numpy(rows.logprobs), torch.from_numpy(data)
     moved = 12 * codec.k
     copying = _copying(count * moved)
-    works: tuple[tuple[str, Callable[[], Any], Callable[[], Any]], ...] = (
-        ("encode", lambda: codec.encode(rows.ids, rows.logprobs), lambda: baseline.encode(ids, logprobs)),
-        ("decode", lambda: codec.decode(data), lambda: baseline.decode(tensor)),
-    )
-    for work, ours, published in works:
+    sides: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "encode": (lambda: codec.encode(rows.ids, rows.logprobs), lambda: baseline.encode(ids, logprobs)),
+        "decode": (lambda: codec.decode(data), lambda: baseline.decode(tensor)),
+    }
+    for work in works:
+        ours, published = sides[work]
         fast, slow, limit = (count / time for time in best_of((ours, published, copying), seconds))
         what = f"{work} {name}"
         yield SpeedRow(what, count, fast, slow, codec.bytes_per_token, moved, limit, _COPYING, note=note)

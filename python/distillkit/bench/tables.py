@@ -1,9 +1,9 @@
-"""The two tables, for a terminal, as Markdown and as CSV."""
+"""The two tables, for a terminal and as CSV."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from distillkit.bench.fidelity import FidelityRow, Figures
 from distillkit.bench.sample import Sample
 from distillkit.bench.speed import SpeedRow, machine
 
-__all__ = ["fidelity_markdown", "fidelity_table", "speed_markdown", "speed_table", "write_csv"]
+__all__ = ["csv_rows", "fidelity_table", "short_number", "speed_table", "write_csv"]
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def short_number(value: float | None, digits: int = 3) -> str:
     """A few digits: 0, 0.5, 1.67e-4, 12.3, 4,100, 10.4 M."""
     if value is None:
         return "–"
@@ -72,51 +72,42 @@ def fidelity_table(rows: Sequence[FidelityRow], sample: Sample) -> Group:
             ("  least KL", row.optimum),
         ):
             if found is not None:
-                table.add_row(label, *_cells(found, digits=2))
+                table.add_row(label, *_cells(found))
     title = f"fidelity on {len(sample):,} {sample.about}"
-    notes = [f"{row.config}: {row.note}" for row in rows if row.note]
+    notes = [f"{row.config}: {note}" for row in rows for note in (row.note, _spread_note(row)) if note]
     near = ", ".join(f"{row.config} {row.over_optimum:.2f}" for row in rows if row.over_optimum is not None)
     if near:
         notes.append(f"mean KL of ours over the least possible: {near}")
     return _headed(title, _FIDELITY_ABOUT, table, [sample.caution, *notes])
 
 
-def _cells(found: Figures, digits: int = 3) -> tuple[str, ...]:
+def _spread_note(row: FidelityRow) -> str:
+    spread = row.published_spread
+    if spread is None:
+        return ""
+    note = (
+        "float32 does not resolve the terms that the published encoder fits, so its mean KL depends on the order of "
+        f"additions: {short_number(spread.one_thread)} with 1 thread, {short_number(spread.all_threads)} with "
+        f"{spread.threads}, {short_number(spread.least)} to {short_number(spread.most)} over {spread.orders} orders of "
+        "the ranks"
+    )
+    if spread.normalized is None:
+        return note
+    return f"{note}; its best is {short_number(spread.normalized)}, with normalize_t"
+
+
+def _cells(found: Figures, digits: int = 2) -> tuple[str, ...]:
     return (
-        _number(found.kl_mean, digits),
-        _number(found.kl_p99, digits),
-        _number(found.kl_max, digits),
-        _number(found.mass_error, digits),
+        short_number(found.kl_mean, digits),
+        short_number(found.kl_p99, digits),
+        short_number(found.kl_max, digits),
+        short_number(found.mass_error, digits),
         _share(found.mass_above_one),
         _share(found.top1_agreement),
-        _number(found.worst_error, digits),
-        _number(found.worst_likely, digits),
+        short_number(found.worst_error, digits),
+        short_number(found.worst_likely, digits),
         f"{found.increasing:.0%}",
     )
-
-
-def fidelity_markdown(rows: Sequence[FidelityRow]) -> str:
-    """A line for each configuration; ours / published in each cell."""
-    headings = "KL mean", "KL p99", "KL max", "mass error", "top-1 agreement", "worst error", "worst, p > 1e-6"
-    lines = [
-        f"| configuration | bytes a token | {' | '.join(headings)} | ours / least KL |",
-        "|---|---|" + "---|" * (len(headings) + 1),
-    ]
-    for row in rows:
-        if row.ours is None:
-            lines.append(f"| `{row.config}` | {row.bytes_per_token:,} | skipped: {row.note} |" + " |" * len(headings))
-            continue
-        ours = _chosen(row.ours)
-        published = ("fails",) * len(ours) if row.published is None else _chosen(row.published)
-        cells = [f"**{own}** / {other}" for own, other in zip(ours, published, strict=True)]
-        versus = "" if row.over_optimum is None else f"{row.over_optimum:.3f}"
-        lines.append(f"| `{row.config}` | {row.bytes_per_token:,} | {' | '.join(cells)} | {versus} |")
-    return "\n".join(lines) + "\n"
-
-
-def _chosen(found: Figures) -> tuple[str, ...]:
-    mean, p99, most, mass_error, _, top1, worst, likely, _ = _cells(found)
-    return mean, p99, most, mass_error, top1, worst, likely
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
@@ -133,8 +124,8 @@ def speed_table(rows: Sequence[SpeedRow]) -> Group:
     headings = "", "rows\na call", "ours\ntokens/s", "published\ntokens/s", "\nratio", "bytes\na token", "\nMB/s"
     table = _table((*headings, "of the\nlimit"))
     for row in rows:
-        ratio = "–" if row.ratio is None else f"{_number(row.ratio)}×"
-        speeds = _number(row.tokens_per_second), _number(row.published)
+        ratio = "–" if row.ratio is None else f"{short_number(row.ratio)}×"
+        speeds = short_number(row.tokens_per_second), short_number(row.published)
         share = f"{_share(row.of_limit)}"
         table.add_row(row.work, f"{row.rows:,}", *speeds, ratio, str(row.bytes_per_token), _megabytes(row), share)
     notes = [f"{row.work}: {_memory_note(row)}" for row in rows if _memory_note(row)]
@@ -155,41 +146,25 @@ def _memory_note(row: SpeedRow) -> str:
     return f"memory beyond inputs and outputs, at the peak: {ours:.1f} MB, published {published:.1f} MB"
 
 
-def speed_markdown(rows: Sequence[SpeedRow]) -> str:
-    """A line for each kind of work."""
-    lines = [
-        "| work | rows a call | tokens/s | published, tokens/s | ratio | bytes a token | MB/s | limit, tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ratio = "" if row.ratio is None else f"**{_number(row.ratio)}×**"
-        cells = (
-            row.work,
-            f"{row.rows:,}",
-            _number(row.tokens_per_second),
-            "" if row.published is None else _number(row.published),
-            ratio,
-            str(row.bytes_per_token),
-            _megabytes(row),
-            f"{_number(row.limit)} ({row.limit_is})",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"{row.work}: {_memory_note(row)}." for row in rows if _memory_note(row))]
-    return "\n".join(lines) + "\n"
-
-
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def write_csv(path: Path, rows: Sequence[FidelityRow] | Sequence[SpeedRow], about: dict[str, Any]) -> None:
-    """One line a row, figures in columns of their own, and `about` (machine, version) at the end of each."""
-    flat = [{**_flat(row.to_dict()), **about} for row in rows]
-    columns = list(dict.fromkeys(name for row in flat for name in row))
+_NESTED = "ours", "published", "least_squares", "optimum", "published_spread"
+
+
+def csv_rows(rows: Sequence[FidelityRow] | Sequence[SpeedRow], about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One line a row: figures in columns of their own, and `about` at the end of each."""
+    return [{**_flat(row.to_dict()), **about} for row in rows]
+
+
+def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Lines with the columns of all of them."""
+    columns = list(dict.fromkeys(name for line in lines for name in line))
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(flat)
+        writer.writerows(lines)
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +172,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     for name, value in row.items():
         if isinstance(value, dict):
             flat |= {f"{name}_{part}": _rounded(figure) for part, figure in value.items()}
-        elif name not in ("ours", "published", "least_squares", "optimum") or value is not None:
+        elif name not in _NESTED or value is not None:
             flat[name] = _rounded(value)
     return flat
 

@@ -1,0 +1,501 @@
+"""Makes docs/benchmarks.md of the newest figures of each kind in benches/results/.
+
+    python benches/docs.py
+
+Recorded test layouts (`q_…`, `legacy_…`) are left out. A test holds that the page is up to date.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distillkit.bench.published import term_matrix
+from distillkit.bench.tables import short_number
+from distillkit.codec import PRESETS, preset
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benches" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+WIDTH = 100
+
+Row = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file of benches/results: its date and processor architecture, by its name, and its lines."""
+
+    date: str
+    architecture: str
+    rows: Sequence[Row]
+
+    @property
+    def measured(self) -> str:
+        """When and where: "2026-11-29 on AMD EPYC, 2 cores (x86_64)"."""
+        machine = self.rows[0].get("machine")
+        return f"{self.date} on {f'{machine} ({self.architecture})' if machine else self.architecture}"
+
+
+def newest(kind: str, results: Path = RESULTS) -> Table:
+    """The newest table of a kind ("fidelity", "speed", …)."""
+    pattern = re.compile(rf"(\d{{4}}-\d\d-\d\d)-([^-]+)-{re.escape(kind)}\.csv")
+    found = sorted((match.groups(), path) for path in results.iterdir() if (match := pattern.fullmatch(path.name)))
+    if not found:
+        raise SystemExit(f"{results} has no {kind} figures")
+    (date, architecture), path = found[-1]
+    with path.open(newline="", encoding="utf-8") as file:
+        return Table(date, architecture, list(csv.DictReader(file)))
+
+
+# -- Markdown ----------------------------------------------------------------------------------------------------------
+
+
+def prose(text: str) -> str:
+    """A paragraph in lines of at most `WIDTH` characters."""
+    return textwrap.fill(" ".join(text.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def bullets(items: Iterable[str]) -> str:
+    """A list with one item a paragraph."""
+    fill = {"initial_indent": "- ", "subsequent_indent": "  "}
+    return "\n".join(
+        textwrap.fill(" ".join(item.split()), WIDTH, break_long_words=False, break_on_hyphens=False, **fill)
+        for item in items
+    )
+
+
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; numbers, in all columns but the first, to the right."""
+    rows = [headings, ["---"] + ["---:"] * (len(headings) - 1), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def number(row: Row, column: str) -> str:
+    return short_number(float(row[column])) if row[column] else "–"
+
+
+def percent(row: Row, column: str, digits: int = 1) -> str:
+    return f"{float(row[column]):.{digits}%}"
+
+
+def span(row: Row, least: str, most: str) -> str:
+    return f"{number(row, least)} to {number(row, most)}"
+
+
+def of_presets(found: Table) -> list[Row]:
+    return [row for row in found.rows if row["config"] in PRESETS]
+
+
+def named(rows: Iterable[Row], **values: str) -> Row:
+    """The row with these values."""
+    return next(row for row in rows if all(row[column] == value for column, value in values.items()))
+
+
+# -- sections ----------------------------------------------------------------------------------------------------------
+
+
+def at_a_glance() -> list[str]:
+    fidelity, decode = newest("fidelity"), newest("decode")
+    lines = []
+    for row in of_presets(fidelity):
+        speed = named(decode.rows, work=f"decode {row['config']}")
+        lines.append(
+            [
+                f"`{row['config']}`",
+                row["bytes_per_token"],
+                number(row, "ours_kl_mean"),
+                percent(row, "ours_top1_agreement"),
+                number(speed, "ours_median"),
+            ]
+        )
+    rows = int(fidelity.rows[0]["rows"])
+    return [
+        "## At a glance",
+        table(["preset", "bytes a token", "mean KL, nats", "top-1 agreement", "decoded tokens/s"], lines),
+        prose(
+            f"""KL and agreement are measured on {rows:,} {fidelity.rows[0]["sample"]}, between the stored ids before
+            and after; `recommended` and `faithful` store 128 ids a token, the others 50, and KL is comparable only for
+            the same number. Speed is the median of {decode.rows[0]["runs"]} runs on all cores, {decode.measured}.
+            Bytes are those of a vocabulary of 32,769 to 65,536 ids."""
+        ),
+    ]
+
+
+FIDELITY = {
+    "KL mean": "kl_mean",
+    "KL p99": "kl_p99",
+    "KL max": "kl_max",
+    "mass error": "mass_error",
+    "top-1": "top1_agreement",
+    "worst error": "worst_error",
+    "worst, p > 1e-6": "worst_likely",
+}
+
+
+def fidelity_line(row: Row) -> list[str]:
+    show = {column: percent if column == "top1_agreement" else number for column in FIDELITY.values()}
+    cells = [
+        f"**{show[column](row, f'ours_{column}')}** / {show[column](row, f'published_{column}')}" for column in show
+    ]
+    over = f"{float(row['over_optimum']):.3f}" if row["over_optimum"] else ""
+    return [f"`{row['config']}`", row["bytes_per_token"], *cells, over]
+
+
+def fidelity_section() -> list[str]:
+    found = newest("fidelity")
+    rows = of_presets(found)
+    return [
+        "## Fidelity",
+        prose(
+            f"""**Ours** / the published encoder in the same bytes, both read by the same decoder, on
+            {int(rows[0]["rows"]):,} {rows[0]["sample"]}. KL(original ‖ decoded) is in nats, both sides renormalised
+            over the stored ids; mass error is the mean of |Σp̂ − Σp|; top-1 is the share of rows whose most probable id
+            stays the most probable; errors are of log-probabilities. The last column is our mean KL over the least that
+            the layout allows with unrounded coefficients and values in any order."""
+        ),
+        table(["preset", "bytes a token", *FIDELITY, "ours / least KL"], map(fidelity_line, rows)),
+        prose(
+            f"""Measured {found.measured}. The published algorithm is written down in plain torch
+            (`python/distillkit/bench/published.py`); bytes of both encoders are readable by both decoders, which is
+            checked first. Its figures here are those with one thread; for `recommended` they say little: see below."""
+        ),
+        prose(
+            """Without residuals and with float32 coefficients (`recommended`, `budget`), no decoded row rises from one
+            id to the next, and none has a total probability above 1. Presets with residuals (`faithful`, `balanced`,
+            `compact`) are closer in KL, but neighbours may change places beyond the exact ranks. In every layout,
+            errors of ids with p > 1e-6 stay within the largest one of the row's unweighted fit, or slightly above it
+            where the order of the values demands it."""
+        ),
+        prose(
+            """What would change these figures: another teacher or another text, whose distributions have other shapes.
+            The load and the number of threads change nothing but the published encoder's figures."""
+        ),
+    ]
+
+
+def spread_section() -> list[str]:
+    singular = np.linalg.svd(term_matrix(preset("recommended", vocab_size=65_536)).numpy(), compute_uv=False)
+    resolved = singular[0] * 2.0**-23
+    lines, samples = [], (newest("fidelity"), newest("bundled"))
+    for found in samples:
+        row = named(found.rows, config="recommended")
+        spread = "published_spread_"
+        lines.append(
+            [
+                f"{int(row['rows']):,} {'positions' if found is samples[0] else 'bundled positions'}",
+                number(row, f"{spread}one_thread"),
+                number(row, f"{spread}all_threads"),
+                span(row, f"{spread}least", f"{spread}most"),
+                number(row, f"{spread}normalized"),
+                number(row, "ours_kl_mean"),
+                number(row, "optimum_kl_mean"),
+            ]
+        )
+    row = samples[0].rows[0]
+    threads, orders = row["published_spread_threads"], row["published_spread_orders"]
+    headings = ["sample", "1 thread", f"{threads} threads", "all settings", "`normalize_t`", "ours", "least KL"]
+    return [
+        "## The published encoder on `recommended`",
+        prose(
+            f"""The published encoder has no single figure for `recommended`: its KL changes with the number of threads.
+            It fits the coefficients by a singular value decomposition in float32. The terms, powers of the rank up to
+            111⁴ beside its square root, have singular values from {singular[0] / 1e6:.0f} million
+            down to {singular[-1]:.2f}, of which float32 cannot resolve those below about {resolved:.0f}:
+            {int((singular < resolved).sum())} of the {len(singular)}. What the encoder divides by are rounding errors,
+            and those depend on the order in which numbers are added: on the number of threads, the processor and the
+            library. Its cutoff, an absolute 1e-5, lies far below all of them and removes none. Mean KL of the same
+            algorithm on the same rows:"""
+        ),
+        table(headings, lines),
+        prose(
+            f""""All settings" is the range over both numbers of threads and {orders} orders in which the decomposition
+            takes the ranks; in exact arithmetic all of them give the same result. Other machines may leave this range.
+            With `normalize_t`, which puts the ranks on [0, 1], float32 resolves the terms, and the result is the same
+            in every setting: that is the published code at its best in this layout, and the figure to compare ours
+            with. The published preset does not set it."""
+        ),
+    ]
+
+
+def order_section() -> list[str]:
+    found = newest("order")
+    whats = list(dict.fromkeys(row["what"] for row in found.rows))
+    configs = list(dict.fromkeys(row["config"] for row in found.rows))
+    lines = [
+        [f"`{config}`", *(f"{float(named(found.rows, config=config, what=what)['ratio']) - 1:.1%}" for what in whats)]
+        for config in configs
+    ]
+    return [
+        "## What is left to gain",
+        prose(
+            """How far above the least KL of its layout a row must be, if its exact values are rounded to the nearest
+            bfloat16; if its values must also not rise from one to the next; and what our encoder reaches:"""
+        ),
+        table(["preset", *whats], lines),
+        prose(
+            f"""Ours can be below such a bound because it rounds exact values jointly: the KL of renormalised rows does
+            not see an error that all values share, and rows with much missing probability use that, at the price of a
+            larger mass error. Measured {found.measured}, on every fourth row of the sample."""
+        ),
+    ]
+
+
+def speed_section() -> list[str]:
+    found = newest("speed")
+    lines = []
+    memory = ""
+    for row in found.rows:
+        lines.append(
+            [
+                row["work"],
+                f"{int(row['rows']):,}",
+                number(row, "tokens_per_second"),
+                number(row, "published"),
+                f"**{number(row, 'ratio')}×**" if row["ratio"] else "–",
+                row["bytes_per_token"],
+                f"{float(row['mb_per_second']):,.0f}",
+                f"{number(row, 'limit')} ({row['limit_is']})",
+            ]
+        )
+        if row["published_extra_bytes"]:
+            sizes = [float(row[column]) / 1e6 for column in ("extra_bytes", "published_extra_bytes")]
+            sides = ["less than 1 MB" if size < 1 else f"{size:.0f} MB" for size in sizes]
+            memory = f"""At its peak, decoding on CPU tensors takes {sides[0]} beyond inputs and outputs, the published
+            algorithm {sides[1]}."""
+    headings = ["work", "rows a call", "tokens/s", "published, tokens/s", "ratio", "bytes a token", "MB/s"]
+    return [
+        "## Speed",
+        prose(
+            f"""Ours and the published algorithm in batched torch, in turns in one process, with all cores unless the
+            row says otherwise; the best of several calls. What is timed is checked first. MB/s are of the decoded ids
+            and values (12 bytes for each of k), or of the logits. The limit is what the same machine does with as many
+            bytes. Measured {found.measured}."""
+        ),
+        table([*headings, "limit, tokens/s"], lines),
+        prose(memory),
+        prose(
+            """What would change these figures: the number of cores; AVX-512 (the codec falls back to AVX2 or portable
+            code); memory bandwidth, which moved by a third between runs on this machine; and other work on the machine.
+            The published algorithm expands every id to a tensor of its bits, so its speed depends on whether these
+            tensors fit into the caches: compare calls of 512 rows with those of 8,192."""
+        ),
+    ]
+
+
+def decode_section() -> list[str]:
+    found = newest("decode")
+    lines = [
+        [
+            f"`{row['work'].removeprefix('decode ')}`",
+            row["bytes_per_token"],
+            number(row, "ours_median"),
+            span(row, "ours_slowest", "ours_fastest"),
+            number(row, "published_median"),
+            span(row, "published_slowest", "published_fastest"),
+        ]
+        for row in found.rows
+    ]
+    headings = ["preset", "bytes a token", "tokens/s, median", "slowest to fastest run", "published, median"]
+    first = found.rows[0]
+    return [
+        "### Decoding, preset by preset",
+        prose(
+            f"""{first["runs"]} runs of decoding {int(first["rows"]):,} rows a call, with the spread of the runs; each
+            run's figure is its best call. Measured {found.measured}, while the machine did other work too; the table
+            above is from a quiet one."""
+        ),
+        table([*headings, "slowest to fastest run"], lines),
+    ]
+
+
+def packer_section() -> list[str]:
+    found = newest("bits")
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in found.rows:
+        groups.setdefault((row["work"], row["values"], row["best_other_name"]), []).append(row)
+    lines = []
+    for (work, values, other), rows in groups.items():
+        widths = [int(row["width"]) for row in rows]
+        ours = [max(float(row[name] or 0) for name in ("portable", "avx2", "avx512")) for row in rows]
+        theirs = [float(row["best_other"]) for row in rows]
+        ratios = [1 / float(row["other_to_ours"]) for row in rows]
+        lines.append(
+            [
+                f"{work} {values.replace('u', '')}-bit integers",
+                f"{min(widths)} to {max(widths)}",
+                f"{min(ours) / 1e9:.1f} to {max(ours) / 1e9:.1f}",
+                f"{other}: {min(theirs) / 1e9:.1f} to {max(theirs) / 1e9:.1f}",
+                f"{min(ratios):.2f} to {max(ratios):.2f}",
+            ]
+        )
+    return [
+        "## The bit packer",
+        prose(
+            f"""Billions of integers a second on one core, beside the fastest of the crates fastlanes and bitpacking at
+            each width; the range is over the widths. All buffers lie in the first-level cache, and every packer's
+            values are checked before its time counts. The other crates interleave values in layouts of their own; ours
+            is the published one. Measured {found.measured}; without AVX-512 our rates are lower (columns `portable`
+            and `avx2` of the CSV)."""
+        ),
+        table(["work", "bits wide", "ours", "fastest other", "ours / other"], lines),
+    ]
+
+
+def capture_section() -> list[str]:
+    found = newest("capture")
+    lines = []
+    for row in found.rows:
+        tokens = int(row["tokens"])
+        alone, captured = (tokens / float(row[column]) for column in ("bare", "captured"))
+        work = 1e6 * (float(row["encode"]) + float(row["write"])) / tokens
+        memory = row["teacher"] == "from memory"
+        lines.append(
+            [
+                row["teacher"],
+                f"{tokens:,}",
+                short_number(alone),
+                short_number(captured),
+                "–" if memory else percent(row, "overhead"),
+                "–" if memory else f"{percent(row, 'least')} to {percent(row, 'most')}",
+                f"{work:.1f}",
+            ]
+        )
+    headings = ["teacher", "tokens", "alone, tokens/s", "captured, tokens/s", "overhead (median of shards)", "range"]
+    return [
+        "## What capturing costs",
+        prose(
+            f"""The same documents scored by the teacher with nothing kept, and captured with `recommended`; shard by
+            shard in turns. The second row is a teacher whose answers are in memory already: the speed of the pipeline
+            itself. Measured {found.measured}. A faster teacher spends a larger share on capturing; the time of the
+            encoder's thread, in the last column, hardly changes."""
+        ),
+        table([*headings, "encoder and writer, µs a token"], lines),
+    ]
+
+
+def engines_section() -> list[str]:
+    found = newest("engines")
+    seeds = [column for column in found.rows[0] if column.startswith("held_out_kl_seed_")]
+    first = found.rows[0]
+    lines = [
+        [
+            row["engine"],
+            f"{int(row['tokens']):,}",
+            number(row, "tokens_per_second"),
+            *(f"{float(row[s]):.5f}" for s in seeds),
+        ]
+        for row in found.rows
+    ]
+    return [
+        "## transformers and vLLM",
+        prose(
+            f"""The demo's teacher in float32 on a CPU, captured by both engines, and the demo's student trained from
+            either capture. Over {int(first["rows"]):,} rows, {percent(first, "same_first_id")} have the same most
+            probable id, {percent(first, "shared_ids", 4)} of the stored ids are the same, and the KL between the stored
+            distributions is {number(first, "kl_mean")} on average and {number(first, "kl_p99")} at the 99th percentile.
+            Measured {found.measured}. A GPU, or a lower precision, would change both the speed and the distance."""
+        ),
+        table(["engine", "tokens", "tokens/s", *(f"held-out KL, seed {s.rsplit('_', 1)[1]}" for s in seeds)], lines),
+    ]
+
+
+def losses_section() -> list[str]:
+    found = newest("losses")
+    fused, whole = (named(found.rows, side=side) for side in ("fused", "whole"))
+    lines = [
+        [
+            what,
+            f"{float(fused[column]) / unit:,.{digits}f} {name}",
+            f"{float(whole[column]) / unit:,.{digits}f} {name}",
+            f"{float(fused[column]) / float(whole[column]):.2f}",
+        ]
+        for what, column, unit, name, digits in (
+            ("peak memory beyond the weight's gradient", "bytes", 1e6, "MB", 0),
+            ("time", "seconds", 1.0, "s", 1),
+        )
+    ]
+    return [
+        "## Losses without whole logits",
+        prose(
+            f"""Cross-entropy and KL, forward and backward in float32, with the head's products made in chunks, and with
+            all logits made first: V = {int(fused["vocabulary"]):,}, {int(fused["positions"]):,} positions, hidden size
+            {int(fused["hidden"]):,}, k = {fused["k"]}. Both sides are checked to agree. Measured {found.measured}. The
+            saving grows with the number of positions and the vocabulary."""
+        ),
+        table(["", "in chunks", "all logits first", "ratio"], lines),
+    ]
+
+
+def which_loss_section() -> list[str]:
+    found = newest("which-loss")
+    lines = [
+        [
+            f"`{row['function']}`",
+            row["missing"] or "–",
+            row["k"] if row["missing"] else "–",
+            f"{float(row['eval_kl']):.3f}",
+            f"{float(row['eval_perplexity']):.0f}",
+            percent(row, "eval_top1_agreement"),
+        ]
+        for row in found.rows
+    ]
+    return [
+        "## Which loss",
+        prose(
+            f"""The demo's student trained with each loss for the same {found.rows[0]["steps"]} steps over the same
+            documents, one seed, {found.measured}; see [losses.md](losses.md) for what follows from it. Differences of
+            a few hundredths may be due to the seed, and a longer run may rank them differently."""
+        ),
+        table(["loss", "missing probability", "k", "held-out KL", "perplexity", "top-1 agreement"], lines),
+    ]
+
+
+RERUN = [
+    "`make bench`: fidelity, speed, decoding and the bit packer, written to benches/results/ under today's date.",
+    "`python benches/bench.py fidelity`, `speed` or `decode`: one of them. They run on positions of the demo's "
+    "teacher, which `benches/sample.py` collects once, in a few minutes.",
+    "`python benches/order.py`, `benches/capture.py`, `benches/losses.py`, `benches/engines.py` and "
+    "`benches/which_loss.py`: the other sections. The last two need `make demo` first, engines also `make test-vllm`.",
+    "`make bench-docs`: this page, from the newest file of each kind.",
+    "`distillkit-codec bench --quick --sample ./captured`: fidelity and speed on your machine and your own data.",
+]
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [
+        "# Benchmarks",
+        prose(
+            """Generated by `make bench-docs` (`benches/docs.py`) from the newest CSV files in
+            [benches/results](../benches/results); do not edit it by hand. Every section says when, where and how its
+            figures were measured, and what would change them. How to measure them again is at the end."""
+        ),
+    ]
+    sections = (
+        at_a_glance,
+        fidelity_section,
+        spread_section,
+        order_section,
+        speed_section,
+        decode_section,
+        packer_section,
+        capture_section,
+        engines_section,
+        losses_section,
+        which_loss_section,
+    )
+    for section in sections:
+        parts += section()
+    parts += ["## How to measure again", bullets(RERUN)]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -540,9 +540,8 @@ def test_verify_names_every_problem(folder: Path) -> None:
     assert 0 < report.documents < 12
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
+def test_impossible_headers_are_refused(subtests: pytest.Subtests) -> None:
+    impossible = [
         ("alignment", {"row": "t predicts t", "rows": "L-1"}),
         ("alignment", {}),
         ("vocab_size", VOCAB + 1),
@@ -550,13 +549,13 @@ def test_verify_names_every_problem(folder: Path) -> None:
         ("temperature", -1.0),
         ("codec", None),
         ("teacher", "a name"),
-    ],
-)
-def test_impossible_headers_are_refused(field: str, value: Any) -> None:
-    with refused(InputError, field):
-        replace(HEADER, **{field: value})
-    with refused(CorruptDataError, "here", field):
-        Header.from_dict({**HEADER.to_dict(), field: value}, where="here")
+    ]
+    for field, value in impossible:
+        with subtests.test(field=field, value=value):
+            with refused(InputError, field):
+                replace(HEADER, **{field: value})
+            with refused(CorruptDataError, "here", field):
+                Header.from_dict({**HEADER.to_dict(), field: value}, where="here")
 
 
 def test_a_newer_version_says_so(folder: Path) -> None:

@@ -26,6 +26,7 @@ from distillkit.models.head import LMHead, lm_head_of
 from distillkit.types import SparseLogprobs
 from support import reference
 from support.pairwise import pairwise
+from support.refusals import refused
 
 MISSING = ["zero", "uniform", "label"]
 DIVERGENCES = ["kl", "reverse_kl", "jsd", "tvd", "skewed_kl", "skewed_reverse_kl", "adaptive_kl"]
@@ -536,5 +537,5 @@ def test_what_a_pass_needs_is_freed_at_once() -> None:
 
 
 def test_weights_that_sum_to_zero_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"\b0\b"):
+    with refused(ConfigError, "0"):
         Objective.training([LossConfig(function="kl", weight=0)])

@@ -38,7 +38,7 @@ def test_an_example_is_a_valid_configuration(path: Path) -> None:
     text = path.read_text()
     if any(name in text or (name == "bitsandbytes" and "8bit" in text) for name in missing):
         pytest.skip(f"needs {', '.join(missing)}")
-    load_config(path)
+    assert load_config(path).model_fields_set == yaml.safe_load(text).keys()
 
 
 def published_rows(folder: Path, legacy: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.types import SparseLogprobs
 from support import reference
+from support.refusals import refused
 
 
 def rows(count: int, k: int, noise: float, seed: int = 0) -> tuple[SparseLogprobs, SparseLogprobs]:
@@ -60,7 +61,7 @@ def test_one_id_a_row_and_no_rows() -> None:
 
 def test_refusals() -> None:
     original, decoded = rows(3, 4, 0.1)
-    with pytest.raises(InputError, match="same ids"):
+    with refused(InputError, "ids"):
         FidelityStats().update(original, SparseLogprobs(decoded.ids + 1, decoded.logprobs))
-    with pytest.raises(CorruptDataError, match="no fidelity figures"):
+    with refused(CorruptDataError, "sums"):
         FidelityStats.from_dict({"rows": 1})

@@ -15,6 +15,7 @@ from distillkit.codec import Codec
 from distillkit.errors import ConfigError, CorruptDataError, InputError, MismatchError
 from distillkit.shards import Dataset, convert, verify_dataset
 from distillkit.types import SparseLogprobs
+from support.refusals import refused
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = ["upstream_v1", "upstream_legacy"]
@@ -43,7 +44,7 @@ def test_published_datasets_are_read_and_converted(name: str, tmp_path: Path) ->
     assert converted.header.teacher == {"name": "t"}
     assert [d.teacher for d in converted] == [d.teacher for d in source]
     assert verify_dataset(tmp_path / "shards").ok
-    with pytest.raises(InputError, match="finished dataset"):
+    with refused(InputError, str(tmp_path / "shards")):
         convert(source, tmp_path / "shards")
 
 
@@ -56,7 +57,7 @@ def test_save_to_disk_folders(splits: bool, tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     if splits:
         datasets.DatasetDict({"train": loaded, "test": loaded.select([1, 2]).flatten_indices()}).save_to_disk(folder)
-        with pytest.raises(InputError, match="splits train, test; say which"):
+        with refused(InputError, "train", "test"):
             Dataset.open(folder, config=config)
         assert len(Dataset.open(folder, config=config, split="test")) == 2
         check_against_recording(Dataset.open(folder, config=config, split="train"), "upstream_v1")
@@ -94,33 +95,31 @@ def test_packed_rows_with_numbered_masks(tmp_path: Path) -> None:
 
 
 def test_padding_in_the_middle_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        CorruptDataError, match=r"data_0.parquet, document 0: attention_mask has padding before its end"
-    ):
+    with refused(CorruptDataError, "data_0.parquet, document 0", "attention_mask"):
         list(Dataset.open(packed(tmp_path, [1] * 50 + [0] * 60 + [1] * 49)))
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "message"),
+    ("column", "value", "facts"),
     [
-        ("input_ids", pa.array([[2**32 + 5] * 160], pa.list_(pa.uint64())), "input_ids go from"),
-        ("input_ids", pa.array([[1.5] * 160]), "input_ids must be one axis of integers"),
-        ("input_ids", pa.array([[1, None] * 80]), "nulls in input_ids"),
-        ("compressed_logprobs", pa.array([[[256] * 56] * 159]), "compressed_logprobs must be bytes"),
+        ("input_ids", pa.array([[2**32 + 5] * 160], pa.list_(pa.uint64())), ["input_ids", str(2**32 + 5)]),
+        ("input_ids", pa.array([[1.5] * 160]), ["input_ids", "float64"]),
+        ("input_ids", pa.array([[1, None] * 80]), ["input_ids"]),
+        ("compressed_logprobs", pa.array([[[256] * 56] * 159]), ["compressed_logprobs", "255"]),
         (
             "compressed_logprobs",
             pa.array([[[1] * 56] * 150], pa.list_(pa.list_(pa.uint8()))),
-            "150 rows for 160 tokens",
+            ["150 rows", "160 tokens"],
         ),
-        ("compressed_logprobs", pa.array([[[1] * 56] * 158 + [[1]]]), "rows of 1 and of 56 values"),
+        ("compressed_logprobs", pa.array([[[1] * 56] * 158 + [[1]]]), ["1", "56"]),
     ],
 )
-def test_values_that_do_not_fit_are_refused(column: str, value: Any, message: str, tmp_path: Path) -> None:
+def test_values_that_do_not_fit_are_refused(column: str, value: Any, facts: list[str], tmp_path: Path) -> None:
     shutil.copy(GOLDEN / "upstream_v1" / "compression_config.yaml", tmp_path)
     table = pq.read_table(GOLDEN / "upstream_v1" / "data_0.parquet").slice(0, 1)
     columns = {name: table.column(name) for name in ("input_ids", "compressed_logprobs", "bytepacked_indices")}
     pq.write_table(pa.table({**columns, column: value}), tmp_path / "data_0.parquet")
-    with pytest.raises(CorruptDataError, match=message):
+    with refused(CorruptDataError, "data_0.parquet, document 0", *facts):
         list(Dataset.open(tmp_path))
 
 
@@ -131,7 +130,7 @@ def test_columns_of_another_kind_are_refused(kind: pa.DataType, tmp_path: Path) 
     pq.write_table(
         pa.table({**columns, "bytepacked_indices": columns["compressed_logprobs"]}), tmp_path / "data_0.parquet"
     )
-    with pytest.raises(InputError, match=r"column compressed_logprobs is .*, expected list of list of numbers"):
+    with refused(InputError, "data_0.parquet", "compressed_logprobs"):
         Dataset.open(tmp_path)
 
 
@@ -145,7 +144,7 @@ def test_plain_topk(tmp_path: Path) -> None:
         "top_values": pa.array([values.tolist()], pa.list_(pa.list_(pa.float32()))),
     }
     pq.write_table(pa.table(columns), tmp_path / "data_0.parquet")
-    with pytest.raises(ConfigError, match="vocabulary size"):
+    with refused(ConfigError, "vocab_size"):
         Dataset.open(tmp_path)
     dataset = Dataset.open(tmp_path, vocab_size=500)
     assert Dataset.open(tmp_path, config={"d": 500}).codec == dataset.codec
@@ -180,29 +179,29 @@ def test_legacy_words_that_use_all_their_bits(signed: bool, tmp_path: Path) -> N
 
 def test_a_wrong_configuration_is_refused(tmp_path: Path) -> None:
     config = Dataset.open(GOLDEN / "upstream_v1").codec.config.model_dump()
-    with pytest.raises(MismatchError, match="is quantized, the configuration given is legacy"):
+    with refused(MismatchError, "quantized", "legacy"):
         Dataset.open(GOLDEN / "upstream_v1", config=GOLDEN / "upstream_legacy" / "compression_config.yaml")
-    with pytest.raises(MismatchError, match=r"compression_config.yaml has exact_k 16 \(given: 17\)"):
+    with refused(MismatchError, "compression_config.yaml", "exact_k", "16", "17"):
         Dataset.open(GOLDEN / "upstream_v1", config={**config, "exact_k": 17})
-    with pytest.raises(ConfigError, match="no such codec configuration file"):
+    with refused(ConfigError, str(tmp_path / "none.yaml")):
         Dataset.open(GOLDEN / "upstream_v1", config=tmp_path / "none.yaml")
     shutil.copy(GOLDEN / "upstream_v1" / "data_0.parquet", tmp_path)
-    with pytest.raises(ConfigError, match="does not say how it was encoded"):
+    with refused(ConfigError, str(tmp_path), "compression_config.yaml"):
         Dataset.open(tmp_path)
-    with pytest.raises(ConfigError, match="columns are those of the quantized format, the configuration is legacy"):
+    with refused(ConfigError, "quantized", "legacy"):
         Dataset.open(tmp_path, config=GOLDEN / "upstream_legacy" / "compression_config.yaml")
-    with pytest.raises(CorruptDataError, match=r"data_0.parquet, document 0: .*56 values a row, this codec's has 58"):
+    with refused(CorruptDataError, "data_0.parquet, document 0", "56", "58"):
         list(Dataset.open(tmp_path, config={**config, "exact_k": 17}))
-    with pytest.raises(CorruptDataError, match=r"data_0.parquet, document 1: token ids"):
+    with refused(CorruptDataError, "data_0.parquet, document 1", "33000"):
         list(Dataset.open(tmp_path, config={**config, "d": 33_000}))
 
 
 def test_other_files_are_refused_with_what_was_found(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "data_0.parquet")
-    with pytest.raises(InputError, match="the columns are text; expected input_ids and compressed_logprobs"):
+    with refused(InputError, "data_0.parquet", "text", "input_ids", "compressed_logprobs"):
         Dataset.open(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no Parquet or Arrow files"):
+    with refused(InputError, str(tmp_path / "empty")):
         Dataset.open(tmp_path / "empty")
 
 
@@ -213,7 +212,7 @@ def test_resumed_conversion_of_something_else_is_refused(tmp_path: Path) -> None
     source = Dataset.open(GOLDEN / "upstream_v1")
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "shards", shard_tokens=100, progress=interrupted)
-    with pytest.raises(MismatchError, match="teacher"):
+    with refused(MismatchError, "teacher"):
         convert(source, tmp_path / "shards", shard_tokens=100, teacher={"name": "another"})
     convert(source, tmp_path / "shards", shard_tokens=100)
     check_against_recording(Dataset.open(tmp_path / "shards"), "upstream_v1")

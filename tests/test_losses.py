@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,13 @@ from distillkit.losses.registry import HIDDEN, LOSSES, loss
 from distillkit.models.head import LMHead, lm_head_of
 from distillkit.types import SparseLogprobs
 from support import reference
+from support.pairwise import pairwise
+from support.refusals import refused
 
 MISSING = ["zero", "uniform", "label"]
 DIVERGENCES = ["kl", "reverse_kl", "jsd", "tvd", "skewed_kl", "skewed_reverse_kl", "adaptive_kl"]
 RANKING = ["hinge", "logistic_ranking"]
+EVERY_LOSS = pytest.mark.parametrize("name", [*DIVERGENCES, *RANKING])
 
 
 def teacher_rows(positions: int, vocabulary: int, k: int, seed: int = 0, spread: float = 2.0) -> SparseLogprobs:
@@ -45,6 +49,16 @@ def some_labels(positions: int, vocabulary: int) -> torch.Tensor:
 
 def value_of(name: str, logits: torch.Tensor, targets: Targets, **settings: Any) -> torch.Tensor:
     return loss(name, **settings)(Positions(logits, targets))
+
+
+def value_and_gradient(
+    name: str, logits: torch.Tensor, targets: Targets, temperature: float, missing: Any
+) -> tuple[float, torch.Tensor]:
+    logits = logits.clone().requires_grad_()
+    value = value_of(name, logits, targets, temperature=temperature, missing_probability_handling=missing)
+    value.backward()
+    assert logits.grad is not None
+    return value.item(), logits.grad
 
 
 def oracle(
@@ -87,15 +101,15 @@ def check(name: str, logits: torch.Tensor, targets: Targets, temperature: float,
     np.testing.assert_allclose(logits.grad.float().numpy(), reference.gradient(expected, exact), rtol=3e-4, atol=5e-6)
 
 
-@pytest.mark.parametrize("missing", MISSING)
-@pytest.mark.parametrize(
-    ("positions", "vocabulary", "k", "temperature"),
-    [(3, 37, 5, 1.0), (2, 23, 5, 2.5), (2, 23, 5, 0.5), (3, 11, 1, 1.0), (2, 11, 10, 2.0), (2, 7, 7, 2.0)],
-)
-@pytest.mark.parametrize("name", [*DIVERGENCES, *RANKING])
+# Positions, vocabulary, k and temperature.
+SIZES = [(3, 37, 5, 1.0), (2, 23, 5, 2.5), (2, 23, 5, 0.5), (3, 11, 1, 1.0), (2, 11, 10, 2.0), (2, 7, 7, 2.0)]
+
+
+@pytest.mark.parametrize(("name", "sizes", "missing"), pairwise([*DIVERGENCES, *RANKING], SIZES, MISSING))
 def test_a_loss_has_the_value_and_gradient_of_its_definition(
-    name: str, positions: int, vocabulary: int, k: int, temperature: float, missing: Any
+    name: str, sizes: tuple[int, int, int, float], missing: Any
 ) -> None:
+    positions, vocabulary, k, temperature = sizes
     targets = Targets(some_labels(positions, vocabulary), teacher_rows(positions, vocabulary, k))
     check(name, student_logits(positions, vocabulary), targets, temperature, missing)
 
@@ -108,13 +122,12 @@ def test_settings_of_a_loss(name: str, settings: dict[str, Any]) -> None:
     check(name, student_logits(3, 17), Targets(some_labels(3, 17), teacher_rows(3, 17, 6)), 1.0, "zero", **settings)
 
 
-@pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_the_label_takes_what_is_missing_wherever_it_is(name: str, inside: bool) -> None:
+def test_the_label_takes_what_is_missing_wherever_it_is(name: str) -> None:
     teacher = teacher_rows(3, 17, 4)
     others = torch.tensor([next(i for i in range(17) if i not in row) for row in teacher.ids.tolist()])
-    labels = teacher.ids[:, 1] if inside else others
-    check(name, student_logits(3, 17), Targets(labels, teacher), 1.7, "label")
+    for labels in (teacher.ids[:, 1], others):
+        check(name, student_logits(3, 17), Targets(labels, teacher), 1.7, "label")
 
 
 def with_label_logprobs(positions: int, vocabulary: int, k: int, seed: int = 0) -> tuple[Targets, torch.Tensor]:
@@ -128,41 +141,33 @@ def with_label_logprobs(positions: int, vocabulary: int, k: int, seed: int = 0) 
     return Targets(labels, stored, label_logprobs=known), logits
 
 
-@pytest.mark.parametrize("missing", MISSING)
-@pytest.mark.parametrize(
-    ("vocabulary", "k", "temperature"), [(23, 5, 1.0), (23, 5, 2.5), (11, 1, 0.5), (11, 10, 2.0), (7, 7, 1.0)]
-)
-@pytest.mark.parametrize("name", [*DIVERGENCES, *RANKING])
-def test_a_label_whose_probability_is_known_is_an_outcome_of_its_own(
-    name: str, vocabulary: int, k: int, temperature: float, missing: Any
-) -> None:
-    targets, _ = with_label_logprobs(4, vocabulary, k)
-    assert targets.label_logprobs is not None
-    unknown = targets.label_logprobs.clone()
-    unknown[3] = torch.nan
-    for known in (targets.label_logprobs, unknown):
-        changed = Targets(targets.labels, targets.teacher, label_logprobs=known)
-        check(name, student_logits(4, vocabulary), changed, temperature, missing)
+@EVERY_LOSS
+def test_a_label_whose_probability_is_known_is_an_outcome_of_its_own(name: str, subtests: pytest.Subtests) -> None:
+    sizes = [(23, 5, 1.0), (23, 5, 2.5), (11, 1, 0.5), (11, 10, 2.0), (7, 7, 1.0)]
+    for (vocabulary, k, temperature), missing, all_known in pairwise(sizes, MISSING, [True, False]):
+        targets, _ = with_label_logprobs(4, vocabulary, k)
+        assert targets.label_logprobs is not None
+        if not all_known:
+            targets.label_logprobs[3] = torch.nan
+        with subtests.test(vocabulary=vocabulary, k=k, temperature=temperature, missing=missing, all_known=all_known):
+            check(name, student_logits(4, vocabulary), targets, temperature, missing)
 
 
-@pytest.mark.parametrize("missing", MISSING)
-@pytest.mark.parametrize("name", [*DIVERGENCES, *RANKING])
-def test_a_label_among_the_stored_ids_or_zero_changes_nothing(name: str, missing: Any) -> None:
+@EVERY_LOSS
+def test_a_label_among_the_stored_ids_or_zero_changes_nothing(name: str) -> None:
     targets, _ = with_label_logprobs(6, 40, 5)
-    rows = slice(None) if missing == "zero" else slice(0, None, 2)
-    inside = Targets(targets.labels[rows], SparseLogprobs(targets.teacher.ids[rows], targets.teacher.logprobs[rows]))
     assert targets.label_logprobs is not None
-    results = []
-    # Whatever was stored of it.
-    for known in (None, targets.label_logprobs[rows], targets.label_logprobs[rows] - 1, inside.labels * torch.nan):
-        logits = student_logits(len(inside), 40).requires_grad_()
-        changed = Targets(inside.labels, inside.teacher, label_logprobs=known)
-        value = value_of(name, logits, changed, temperature=1.7, missing_probability_handling=missing)
-        value.backward()
-        results.append((value.item(), logits.grad))
-    for value, gradient in results[1:]:
-        assert value == results[0][0]
-        assert torch.equal(gradient, results[0][1])
+    for missing in MISSING:
+        rows = slice(None) if missing == "zero" else slice(0, None, 2)
+        stored = SparseLogprobs(targets.teacher.ids[rows], targets.teacher.logprobs[rows])
+        labels, results = targets.labels[rows], []
+        # Whatever was stored of it.
+        for known in (None, targets.label_logprobs[rows], targets.label_logprobs[rows] - 1, labels * torch.nan):
+            changed = Targets(labels, stored, label_logprobs=known)
+            results.append(value_and_gradient(name, student_logits(len(labels), 40), changed, 1.7, missing))
+        for value, gradient in results[1:]:
+            assert value == results[0][0], missing
+            assert torch.equal(gradient, results[0][1]), missing
 
 
 @given(st.integers(0, 2**31), st.integers(2, 40), st.data())
@@ -184,44 +189,41 @@ def test_known_labels_bring_kl_nearer_to_the_whole_teachers(seed: int, vocabular
         assert fine <= whole * (1 + 1e-5) + 1e-5
 
 
-@pytest.mark.parametrize(("widths"), [(13, 13), (13, 11), (11, 13)], ids=["equal", "wider student", "wider teacher"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("name", [*DIVERGENCES, *RANKING])
-def test_a_dense_teacher(name: str, temperature: float, widths: tuple[int, int]) -> None:
-    student, teacher = (student_logits(3, width, seed) for width, seed in zip(widths, (1, 2), strict=True))
-    targets = Targets(some_labels(3, min(widths)), TeacherLogits(teacher))
-    if name in RANKING:
-        # Over its first ids: those of a sparse teacher with as many.
-        value = value_of(name, student, targets, top_k=5, temperature=temperature)
-        width = min(widths)
-        full = (teacher[:, :width] / temperature).log_softmax(-1)
-        outcomes = [
-            [(p, q) for p, q in sorted(zip(full_row.exp().tolist(), row, strict=True), reverse=True)[:5]]
-            for full_row, row in zip(
-                full.double(), ((student / temperature).double().softmax(-1))[:, :width].tolist(), strict=True
-            )
-        ]
-        expected = temperature**2 * sum(reference.measure_of(name, row, None) for row in outcomes)
-        assert value.item() == pytest.approx(expected, rel=1e-5)
-    else:
-        check(name, student, targets, temperature, "zero")
+@EVERY_LOSS
+def test_a_dense_teacher(name: str, subtests: pytest.Subtests) -> None:
+    """Heads of equal width, a wider student and a wider teacher."""
+    for widths in ((13, 13), (13, 11), (11, 13)):
+        student, teacher = (student_logits(3, width, seed) for width, seed in zip(widths, (1, 2), strict=True))
+        targets = Targets(some_labels(3, min(widths)), TeacherLogits(teacher))
+        for temperature in (1.0, 2.0):
+            with subtests.test(widths=widths, temperature=temperature):
+                if name in RANKING:
+                    value = value_of(name, student, targets, top_k=5, temperature=temperature)
+                    assert value.item() == pytest.approx(
+                        ranking_of_first(name, student, teacher, temperature), rel=1e-5
+                    )
+                else:
+                    check(name, student, targets, temperature, "zero")
 
 
-@pytest.mark.parametrize("missing", MISSING)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("name", [*DIVERGENCES, *RANKING])
-def test_storing_every_id_is_the_dense_loss(name: str, temperature: float, missing: Any) -> None:
+def ranking_of_first(name: str, student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> float:
+    """A ranking loss over a dense teacher's five most probable ids, as far as both heads have them."""
+    width = min(student.shape[-1], teacher.shape[-1])
+    p = (teacher[:, :width].double() / temperature).softmax(-1).tolist()
+    q = (student.double() / temperature).softmax(-1)[:, :width].tolist()
+    outcomes = [sorted(zip(*rows, strict=True), reverse=True)[:5] for rows in zip(p, q, strict=True)]
+    return temperature**2 * sum(reference.measure_of(name, row, None) for row in outcomes)
+
+
+@EVERY_LOSS
+def test_storing_every_id_is_the_dense_loss(name: str) -> None:
     teacher, student, labels = student_logits(6, 23, seed=5), student_logits(6, 23, seed=6), some_labels(6, 23)
-    stored = Targets(labels, sparse_from_logits(teacher, 23))
-    values, gradients = [], []
-    for targets in (stored, Targets(labels, TeacherLogits(teacher))):
-        logits = student.clone().requires_grad_()
-        value = value_of(name, logits, targets, temperature=temperature, missing_probability_handling=missing)
-        value.backward()
-        values.append(value.item())
-        gradients.append(logits.grad)
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    stored, dense = Targets(labels, sparse_from_logits(teacher, 23)), Targets(labels, TeacherLogits(teacher))
+    for temperature, missing in product((1.0, 2.0), MISSING):
+        value, gradient = value_and_gradient(name, student, stored, temperature, missing)
+        expected, expected_gradient = value_and_gradient(name, student, dense, temperature, missing)
+        assert value == pytest.approx(expected, rel=1e-5), (temperature, missing)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_cross_entropy_has_the_value_and_gradient_of_its_definition() -> None:
@@ -250,50 +252,43 @@ def test_a_bfloat16_student_is_computed_in_float32(name: str) -> None:
     assert logits.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("missing", MISSING)
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_a_student_equal_to_the_target_has_no_divergence(name: str, missing: Any) -> None:
+def test_a_student_equal_to_the_target_has_no_divergence(name: str) -> None:
+    """What is outside has no probability, or all that is missing, or the label has it."""
     logits, labels = student_logits(4, 30, seed=9), some_labels(4, 30)
     teacher = sparse_from_logits(logits, 6)
-    # Equal to the target: what is outside has no probability, or all that is missing, or the label has it.
-    student = logits
-    if missing != "uniform":
-        outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, teacher.ids, False)
-        student = logits.log_softmax(-1).masked_fill(outside, -80.0)
-    if missing == "label":
-        left = torch.as_tensor(teacher.missing_mass()).log()
-        rows = torch.arange(4)
-        student[rows, labels] = torch.logaddexp(student[rows, labels], left)
-    value = value_of(name, student, Targets(labels, teacher), missing_probability_handling=missing)
-    assert value.item() == pytest.approx(0, abs=3e-6)
+    outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, teacher.ids, False)
+    alone = logits.log_softmax(-1).masked_fill(outside, -80.0)
+    with_label, rows = alone.clone(), torch.arange(4)
+    left = torch.as_tensor(teacher.missing_mass()).log()
+    with_label[rows, labels] = torch.logaddexp(alone[rows, labels], left)
+    for missing, student in {"zero": alone, "uniform": logits, "label": with_label}.items():
+        value = value_of(name, student, Targets(labels, teacher), missing_probability_handling=missing)
+        assert value.item() == pytest.approx(0, abs=3e-6), missing
 
 
-@pytest.mark.parametrize("missing", MISSING)
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-@pytest.mark.parametrize("name", [*DIVERGENCES, *RANKING])
-def test_certainty_and_zero_probabilities_give_no_nan_or_infinity(name: str, missing: Any, temperature: float) -> None:
-    vocabulary = 12
-    certain_inside, certain_outside, flat = (torch.full((vocabulary,), fill) for fill in (-500.0, -500.0, 0.0))
-    certain_inside[2], certain_outside[9] = 500.0, 500.0
-    ids = torch.tensor([2, 0, 1, 3])
-    teachers = [
-        [0.0, -200.0, -1e4, -float("inf")],  # a certain teacher: nothing is missing, and some probabilities are 0
-        [np.log(0.25)] * 4,  # exactly nothing missing
-        [np.log(0.25) + 1e-3] * 4,  # rounding of a codec: more than everything is stored
-        [-20.0, -25.0, -30.0, -60.0],  # almost everything is missing
-        [-float("inf")] * 4,  # no mass at all
-    ]
-    for row in (certain_inside, certain_outside, flat):
-        for target in teachers:
-            for label in (0, 9):
-                logits = row.unsqueeze(0).clone().requires_grad_()
-                teacher = SparseLogprobs(ids.unsqueeze(0), torch.tensor([target], dtype=torch.float32))
-                targets = Targets(torch.tensor([label]), teacher)
-                value = value_of(name, logits, targets, temperature=temperature, missing_probability_handling=missing)
-                value.backward()
-                assert torch.isfinite(value), (row, target)
-                assert torch.isfinite(logits.grad).all(), (row, target)
-                assert value.item() >= -1e-5
+CERTAIN_INSIDE, CERTAIN_OUTSIDE, FLAT = (torch.full((1, 12), fill) for fill in (-500.0, -500.0, 0.0))
+CERTAIN_INSIDE[0, 2], CERTAIN_OUTSIDE[0, 9] = 500.0, 500.0
+EXTREME_TEACHERS = [
+    [0.0, -200.0, -1e4, -float("inf")],  # a certain teacher: nothing is missing, and some probabilities are 0
+    [np.log(0.25)] * 4,  # exactly nothing missing
+    [np.log(0.25) + 1e-3] * 4,  # rounding of a codec: more than everything is stored
+    [-20.0, -25.0, -30.0, -60.0],  # almost everything is missing
+    [-float("inf")] * 4,  # no mass at all
+]
+
+
+@EVERY_LOSS
+def test_certainty_and_zero_probabilities_give_no_nan_or_infinity(name: str) -> None:
+    ids = torch.tensor([[2, 0, 1, 3]])
+    for missing, temperature in product(MISSING, (0.5, 1.0, 4.0)):
+        for row, logprobs, label in product((CERTAIN_INSIDE, CERTAIN_OUTSIDE, FLAT), EXTREME_TEACHERS, (0, 9)):
+            targets = Targets(torch.tensor([label]), SparseLogprobs(ids, torch.tensor([logprobs], dtype=torch.float32)))
+            value, gradient = value_and_gradient(name, row, targets, temperature, missing)
+            case = (missing, temperature, row, logprobs, label)
+            assert np.isfinite(value), case
+            assert torch.isfinite(gradient).all(), case
+            assert value >= -1e-5, case
 
 
 def test_a_certain_student_still_feels_the_missing_mass() -> None:
@@ -542,5 +537,5 @@ def test_what_a_pass_needs_is_freed_at_once() -> None:
 
 
 def test_weights_that_sum_to_zero_are_refused() -> None:
-    with pytest.raises(ConfigError, match="weights sum to 0"):
+    with refused(ConfigError, "0"):
         Objective.training([LossConfig(function="kl", weight=0)])

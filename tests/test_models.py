@@ -20,6 +20,7 @@ from distillkit.training.attach import DistillationInputs, attach_losses
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.student import attention_implementation, freeze, load_student, widen_embeddings
 from distillkit.types import SparseLogprobs
+from support.refusals import names, refused
 from support.training import VOCABULARY, run_config, save_student, teacher_rows, tiny_model
 
 
@@ -70,21 +71,17 @@ def test_without_targets_the_model_is_as_before() -> None:
 
 def test_flash_attention_is_never_replaced_in_silence(student: str, caplog: pytest.LogCaptureFixture) -> None:
     assert not torch.cuda.is_available()
-    with pytest.raises(
-        ConfigError, match=r"use_flash_attention: true, but there is no CUDA GPU.*set use_flash_attention: false"
-    ):
+    with refused(ConfigError, "use_flash_attention: true", "CUDA", "use_flash_attention: false"):
         load_student(config(student, use_flash_attention=True), VOCABULARY)
-    said = "FlashAttention is not used (there is no CUDA GPU): PyTorch's scaled dot-product attention (sdpa) instead"
     with caplog.at_level(logging.INFO, logger="distillkit"):
         assert load_student(config(student), VOCABULARY).config._attn_implementation == "sdpa"
-    assert [record.message for record in caplog.records].count(said) == 1
+    (said,) = (record.message for record in caplog.records if "FlashAttention" in record.message)
+    names(said, "CUDA", "sdpa")
     caplog.clear()
     assert attention_implementation(config(student, use_flash_attention=False)) == "sdpa"
     assert attention_implementation(config(student, model_kwargs={"attn_implementation": "eager"})) is None
     assert not caplog.records
-    with pytest.raises(
-        ConfigError, match=r"use_flash_attention: true contradicts model_kwargs.attn_implementation: 'eager'"
-    ):
+    with refused(ConfigError, "use_flash_attention: true", "model_kwargs.attn_implementation", "eager"):
         attention_implementation(
             config(student, use_flash_attention=True, model_kwargs={"attn_implementation": "eager"})
         )
@@ -99,23 +96,23 @@ def test_model_kwargs_reach_the_model(student: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "facts"),
     [
-        ({"model": "/no/such/folder"}, r"model: '/no/such/folder' can not be loaded"),
+        ({"model": "/no/such/folder"}, ["model", "/no/such/folder"]),
         (
             {"model_kwargs": {"dtype": "float13"}},
-            r"model_kwargs.dtype: 'float13' is not allowed; allowed: auto, float32",
+            ["model_kwargs.dtype", "float13", "auto", "float32"],
         ),
         (
             {"frozen_modules": ["model.embed_token"]},
-            r"no module 'model.embed_token'; did you mean 'model.embed_tokens'",
+            ["frozen_modules", "model.embed_token", "model.embed_tokens"],
         ),
-        ({"frozen_res": ["visual"]}, r"frozen_res: 'visual' matches no parameter's name"),
-        ({"frozen_res": ["."]}, "leave nothing to train"),
+        ({"frozen_res": ["visual"]}, ["frozen_res", "visual"]),
+        ({"frozen_res": ["."]}, ["frozen_modules", "frozen_res"]),
     ],
 )
-def test_settings_that_do_not_fit_the_student(student: str, settings: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_settings_that_do_not_fit_the_student(student: str, settings: dict[str, Any], facts: list[str]) -> None:
+    with refused(ConfigError, *facts):
         load_student(run_config(settings.pop("model", student), Path("out"), "data", **settings), VOCABULARY)
 
 
@@ -147,6 +144,6 @@ def test_embeddings_are_widened_and_never_narrowed(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings(student: str) -> None:
-    with pytest.raises(ConfigError, match=r"embeddings for 64 ids, its tokenizer makes 70; set resize_embeddings"):
+    with refused(ConfigError, "64", "70", "resize_embeddings_to_multiple_of"):
         load_student(config(student), 70)
     assert load_student(config(student, resize_embeddings_to_multiple_of=8), 70).config.vocab_size == 72

@@ -18,6 +18,7 @@ from distillkit.shards import Dataset, ShardWriter, verify_dataset
 from distillkit.shards.repack import pack_dataset
 from distillkit.training.data.examples import DistillationDataset
 from distillkit.training.signals.stored import OfflineSignal
+from support.refusals import refused
 from support.training import VOCABULARY, exact_codec, header_for, random_documents, teacher_rows, tiny_model
 
 MAX_LEN = 32
@@ -110,7 +111,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(tmp_path: Path)
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "packed").iterdir())
     assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "packed" / name).read_bytes() for name in names)
-    with pytest.raises(InputError, match="holds a finished dataset"):
+    with refused(InputError, str(tmp_path / "packed")):
         run(tmp_path / "packed")
 
 
@@ -122,7 +123,7 @@ def test_another_packing_is_not_mixed_in(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         pack_dataset(source, tmp_path / "packed", MAX_LEN, shard_tokens=100, progress=stop)
-    with pytest.raises(MismatchError, match=r"capture.packed.max_len is 32 there, expected 16"):
+    with refused(MismatchError, "capture.packed.max_len", "32", "16"):
         pack_dataset(source, tmp_path / "packed", 16)
 
 
@@ -134,7 +135,7 @@ def test_what_was_not_written_as_it_was_read_is_noticed(tmp_path: Path, monkeypa
         honest(self, input_ids, bytes(teacher[-64:]) + bytes(teacher[:-64]), **rest)
 
     monkeypatch.setattr(ShardWriter, "write", careless)
-    with pytest.raises(CorruptDataError, match=r"document \d+ of .*source reads back differently"):
+    with pytest.raises(CorruptDataError, match=r"packed.*\bdocument \d+ .*source"):
         pack_dataset(source, tmp_path / "packed", MAX_LEN)
 
 
@@ -142,9 +143,9 @@ def test_nothing_to_pack(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "source", header_for(exact_codec())) as writer:
         writer.write(np.array([5]), b"")
     source = Dataset.open(tmp_path / "source")
-    with pytest.raises(InputError, match="none of its 1 documents has two tokens"):
+    with refused(InputError, str(tmp_path / "source"), "1"):
         pack_dataset(source, tmp_path / "packed", 8)
-    with pytest.raises(InputError, match="room for at least 2 tokens"):
+    with refused(InputError, "max_len", "1", "2"):
         pack_dataset(source, tmp_path / "packed", 1)
 
 
@@ -161,9 +162,10 @@ def test_the_command_and_its_published_name_do_the_same(tmp_path: Path) -> None:
         pack_logits.main, ["--dataset", str(GOLDEN), "--output", str(tmp_path / "b"), *options.split()]
     )
     assert theirs.exit_code == 0, theirs.output
-    assert "with every document read back and compared" in theirs.stdout
     for name in ("manifest.json", "data-00000.parquet"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     shuffled = ["--dataset", str(GOLDEN), "--output", str(tmp_path / "c"), "--max-len", "64", "--shuffle-seed", "1"]
     assert runner.invoke(pack_logits.main, shuffled).exit_code == 0
-    assert sorted(Dataset.open(tmp_path / "c").lengths()) != []
+    assert len(Dataset.open(tmp_path / "c")) == len(Dataset.open(tmp_path / "a"))
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in "ac"]
+    assert manifests[0] != manifests[1]

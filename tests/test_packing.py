@@ -45,9 +45,9 @@ def realistic_lengths(count: int) -> np.ndarray:
     return np.random.default_rng(0).lognormal(5.8, 1.0, count).astype(np.int64) + 2
 
 
-@pytest.mark.parametrize("capacity", [1024, 8192, 16384])
-def test_rows_are_full(capacity: int) -> None:
-    assert pack(realistic_lengths(5_000), capacity, seed=1).fill > 0.98
+def test_rows_are_full() -> None:
+    for capacity in (1024, 8192, 16384):
+        assert pack(realistic_lengths(5_000), capacity, seed=1).fill > 0.98, capacity
 
 
 def test_a_million_documents_are_packed_as_the_seed_decides() -> None:
@@ -94,30 +94,34 @@ def some_documents(rows: str) -> list[Document]:
     return documents
 
 
-@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("rows", ["L", "L-1"])
-def test_documents_keep_their_tokens_and_teacher_rows(rows: str, on_device: bool) -> None:
+def test_documents_keep_their_tokens_and_teacher_rows(rows: str) -> None:
     source = Sources(some_documents(rows))
     indices = np.arange(1, 40)
-    signal = OfflineSignal(exact_codec(), VOCABULARY, on_device=on_device)
-    alone = DistillationDataset(source, signal, 24, indices)
     packing = pack(source.lengths()[indices], 24, seed=0)
-    packed = DistillationDataset(source, signal, 24, indices, packing=packing)
-    assert len(packed) < len(alone)
-    for row in range(len(packed)):
-        example, start = packed[row], 0
-        apart = [alone[int(document)] for document in packing[row]]
-        assert example.segment_lengths.tolist() == [length for part in apart for length in part.segment_lengths]
-        assert example.cut_tokens == sum(part.cut_tokens for part in apart)
-        for part in apart:
-            stop = start + len(part.input_ids)
-            assert example.input_ids[start:stop].tolist() == part.input_ids.tolist()
-            inside = (example.positions >= start) & (example.positions < stop)
-            assert (example.positions[inside] - start).tolist() == part.positions.tolist()
-            for name, values in part.teacher.items():
-                assert np.array_equal(example.teacher[name][inside], values)
-            start = stop
-    assert len(packed[BLANK].input_ids) == 0
+    for on_device in (False, True):
+        signal = OfflineSignal(exact_codec(), VOCABULARY, on_device=on_device)
+        alone = DistillationDataset(source, signal, 24, indices)
+        packed = DistillationDataset(source, signal, 24, indices, packing=packing)
+        assert len(packed) < len(alone)
+        for row in range(len(packed)):
+            check_joined(packed[row], [alone[int(document)] for document in packing[row]])
+        assert len(packed[BLANK].input_ids) == 0
+
+
+def check_joined(example: Example, parts: list[Example]) -> None:
+    """An example is these documents, one after the other."""
+    assert example.segment_lengths.tolist() == [length for part in parts for length in part.segment_lengths]
+    assert example.cut_tokens == sum(part.cut_tokens for part in parts)
+    start = 0
+    for part in parts:
+        stop = start + len(part.input_ids)
+        assert example.input_ids[start:stop].tolist() == part.input_ids.tolist()
+        inside = (example.positions >= start) & (example.positions < stop)
+        assert (example.positions[inside] - start).tolist() == part.positions.tolist()
+        for name, values in part.teacher.items():
+            assert np.array_equal(example.teacher[name][inside], values)
+        start = stop
 
 
 def test_position_ids_restart_and_flash_attention_gets_the_bounds() -> None:
@@ -135,7 +139,7 @@ def test_data_that_changed_under_a_packing_are_refused() -> None:
     source = Sources(some_documents("L"))
     packing = pack(np.ones(40, np.int64), 24)
     data = DistillationDataset(source, OfflineSignal(exact_codec(), VOCABULARY), 24, packing=packing)
-    with pytest.raises(CorruptDataError, match="have changed since their lengths were read"):
+    with pytest.raises(CorruptDataError):
         data[0]
 
 
@@ -154,10 +158,10 @@ def test_lengths_are_read_from_the_token_column_alone(tmp_path: Path, monkeypatc
     assert np.array_equal(document_lengths(dataset, tmp_path / "cache"), kept)
 
 
-@pytest.mark.parametrize("name", ["upstream_v1", "upstream_legacy"])
-def test_lengths_of_published_datasets(name: str) -> None:
-    dataset = Dataset.open(str(Path(__file__).parent / "golden" / name))
-    assert dataset.lengths().tolist() == [len(document.input_ids) for document in dataset]
+def test_lengths_of_published_datasets() -> None:
+    for name in ("upstream_v1", "upstream_legacy"):
+        dataset = Dataset.open(str(Path(__file__).parent / "golden" / name))
+        assert dataset.lengths().tolist() == [len(document.input_ids) for document in dataset], name
 
 
 # -- what a configuration asks for -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -70,5 +71,7 @@ def test_the_search_finds_better_ones(monkeypatch: pytest.MonkeyPatch, capsys: p
     better = script.winner(members, reference)
     assert better.found.kl_mean < reference.found.kl_mean
     script.show(sample, 20, members, {"budget": reference})
-    assert "budget's fields are beaten" in capsys.readouterr().out
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["d"] == sample.vocab_size
+    assert printed["exact_k"] == better.fields["exact_k"]
     assert script.measure(sample, start | {"exact_k": 21}) is None

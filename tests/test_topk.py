@@ -8,19 +8,20 @@ import torch
 
 from distillkit.codec.topk import _topk_on_device, sparse_from_logits
 from distillkit.errors import InputError
+from support.refusals import refused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "k"), [((3, 47), 1), ((3, 47), 47), ((2, 5, 1031), 128), ((0, 9), 3)])
-def test_equals_the_definition(dtype: torch.dtype, shape: tuple[int, ...], k: int) -> None:
-    logits = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 6).to(dtype)
-    exact = torch.log_softmax(logits.double(), -1)
-    for sparse in (sparse_from_logits(logits, k), _topk_on_device(logits, k)):
-        torch.testing.assert_close(exact.gather(-1, sparse.ids).float(), sparse.logprobs, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(sparse.logprobs, exact.topk(k).values.float(), rtol=1e-5, atol=1e-5)
-    if dtype != torch.bfloat16:
-        array = sparse_from_logits(logits.numpy(), k)
-        np.testing.assert_array_equal(array.ids, sparse_from_logits(logits, k).ids.numpy())
+def test_equals_the_definition(dtype: torch.dtype) -> None:
+    for shape, k in [((3, 47), 1), ((3, 47), 47), ((2, 5, 1031), 128), ((0, 9), 3)]:
+        logits = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 6).to(dtype)
+        exact = torch.log_softmax(logits.double(), -1)
+        for sparse in (sparse_from_logits(logits, k), _topk_on_device(logits, k)):
+            torch.testing.assert_close(exact.gather(-1, sparse.ids).float(), sparse.logprobs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(sparse.logprobs, exact.topk(k).values.float(), rtol=1e-5, atol=1e-5)
+        if dtype != torch.bfloat16:
+            array = sparse_from_logits(logits.numpy(), k)
+            np.testing.assert_array_equal(array.ids, sparse_from_logits(logits, k).ids.numpy())
 
 
 def test_equal_logits_come_in_order_of_their_ids() -> None:
@@ -37,7 +38,7 @@ def test_masked_logits_are_allowed_while_enough_are_left() -> None:
     logits = np.full((1, 6), -np.inf, np.float32)
     logits[0, [1, 4]] = 2.0
     assert sparse_from_logits(logits, 2).ids.tolist() == [[1, 4]]
-    with pytest.raises(InputError, match="only 2 logits are finite, fewer than k = 3"):
+    with refused(InputError, "2", "k = 3"):
         sparse_from_logits(logits, 3)
 
 
@@ -45,14 +46,14 @@ def test_masked_logits_are_allowed_while_enough_are_left() -> None:
 def test_non_finite_logits_are_refused(bad: float) -> None:
     logits = np.zeros((3, 6), np.float32)
     logits[2, 1] = bad
-    with pytest.raises(InputError, match="row 2"):
+    with refused(InputError, "row 2"):
         sparse_from_logits(logits, 2)
-    with pytest.raises(InputError, match="NaN or infinite"):
+    with refused(InputError, "NaN"):
         _topk_on_device(torch.from_numpy(logits), 2)
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(InputError, match="k = 7"):
+    with refused(InputError, "k = 7"):
         sparse_from_logits(np.zeros((1, 6), np.float32), 7)
-    with pytest.raises(InputError, match="float64"):
+    with refused(InputError, "float64"):
         sparse_from_logits(np.zeros((1, 6)), 2)

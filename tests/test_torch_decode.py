@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from distillkit.codec import Codec, bits, preset, torch_decode
 from distillkit.errors import InputError, TruncatedDataError
-from test_codec import CASES, golden
+from support.golden import CASES, golden
 
 
 def recommended(rows: int, vocab_size: int = 151_936) -> tuple[Codec, torch.Tensor]:
@@ -32,14 +33,13 @@ def assert_decodes(codec: Codec, data: torch.Tensor, found: tuple[torch.Tensor, 
     np.testing.assert_array_equal(found[1].numpy(), logprobs)
 
 
-@pytest.mark.parametrize("width", range(1, 65))
-def test_every_width_unpacks_as_natively(width: int) -> None:
-    generator = np.random.default_rng(width)
-    for count in (0, 1, 2, 7, 31, 64, 129):
+def test_every_width_unpacks_as_natively() -> None:
+    for width, count in product(range(1, 65), (0, 1, 2, 7, 31, 64, 129)):
+        generator = np.random.default_rng(width)
         values = generator.integers(0, 2**64, (3, count), dtype=np.uint64) >> np.uint64(64 - width)
         data = bits.pack(values, width)
-        found = torch_decode.unpack_bits(torch.from_numpy(data), width, count)
-        np.testing.assert_array_equal(found.numpy().view(np.uint64), bits.unpack(data, width, count))
+        found = torch_decode.unpack_bits(torch.from_numpy(data), width, count).numpy().view(np.uint64)
+        np.testing.assert_array_equal(found, bits.unpack(data, width, count), f"{count} values of {width} bits")
 
 
 def test_rows_of_any_layout() -> None:
@@ -65,20 +65,23 @@ def test_outputs_can_be_given() -> None:
     assert found[1] is out[1]
     assert_decodes(codec, data.view(3, 4, -1), out)
     for bad in ((out[0], out[1].double()), (out[0].int(), out[1]), (out[0][:2], out[1]), (out[0], out[1].mT)):
-        with pytest.raises(InputError, match=r"out: (ids|logprobs) must be a contiguous"):
+        with pytest.raises(InputError, match=r"out\b.*\b(ids|logprobs)\b"):
             codec.decode_torch(data.view(3, 4, -1), out=bad)
 
 
 def test_wrong_bytes_are_refused() -> None:
     codec, data = recommended(2)
-    with pytest.raises(TruncatedDataError, match="344 bytes, found shape"):
+    with pytest.raises(TruncatedDataError, match=r"\b344\b.*\b343\b"):
         codec.decode_torch(data[:, :-1])
-    with pytest.raises(InputError, match="must be uint8"):
+    with pytest.raises(InputError, match=r"uint8\b.*\bint16\b"):
         codec.decode_torch(data.short())
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", ["q_recommended", "q_readme_bins", "q_delta_ed", "q_wide_vocab_262k", "legacy_readme"])
+COMPILED = ["q_recommended", "q_readme_bins", "q_delta_ed", "q_wide_vocab_262k", "legacy_readme"]
+
+
+# The backend "eager" runs the graph as it was traced, "aot_eager" without its changes in place.
+@pytest.mark.parametrize(("name", "backend"), [("q_recommended", "eager"), *product(COMPILED, ["aot_eager"])])
 def test_compiles_into_one_graph(name: str, backend: str) -> None:
     codec, _, rows = golden(name)
     data = torch.from_numpy(rows)
@@ -89,19 +92,20 @@ def test_compiles_into_one_graph(name: str, backend: str) -> None:
     assert_decodes(codec, data, codec.decode_torch(data))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_inference_mode_leaves_nothing_behind(name: str) -> None:
+def test_inference_mode_leaves_nothing_behind(subtests: pytest.Subtests) -> None:
     """What is kept from call to call serves in every mode."""
-    codec, _, rows = golden(name)
     torch_decode._DECODERS.clear()
-    data = torch.from_numpy(rows)
-    with torch.inference_mode():
-        assert codec.decode_torch(data)[1].is_inference()
-    found = codec.decode_torch(data)
-    assert_decodes(codec, data, found)
-    scale = torch.ones((), requires_grad=True)
-    (found[1] * scale).sum().backward()
-    assert scale.grad is not None
+    for name in CASES:
+        with subtests.test(case=name):
+            codec, _, rows = golden(name)
+            data = torch.from_numpy(rows)
+            with torch.inference_mode():
+                assert codec.decode_torch(data)[1].is_inference()
+            found = codec.decode_torch(data)
+            assert_decodes(codec, data, found)
+            scale = torch.ones((), requires_grad=True)
+            (found[1] * scale).sum().backward()
+            assert scale.grad is not None
 
 
 class LiveMemory(TorchDispatchMode):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import fsspec
 
@@ -41,6 +41,10 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
+
+    def __bool__(self) -> NoReturn:
+        # `assert verify_dataset(path)` would hold whatever is wrong.
+        raise TypeError("the truth value of a VerifyReport is ambiguous; use .ok")
 
 
 def verify_dataset(

@@ -44,6 +44,7 @@ class Processes:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._server.stdin.close()
         self._server.wait(SECONDS)
+        self._server.stdout.close()
 
     def train(self, config: Any, folder: Path, script: str | None = None, *, count: int = 2) -> None:
         """Train as a configuration says, with this script in the place of the command."""

@@ -381,7 +381,7 @@ def test_a_server_that_only_echoes(monkeypatch: pytest.MonkeyPatch) -> None:
         check(ask(url).score(DOCUMENTS, RowRequest(K, label_logprobs=True)))
     with (
         server(lambda body: reply(body, False)) as (url, _),
-        pytest.raises(ConfigError),
+        refused(ConfigError, "prompt_logprobs", "echo"),
     ):
         ask(url)
 

@@ -3,7 +3,6 @@ killed."""
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os

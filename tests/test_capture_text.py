@@ -26,7 +26,6 @@ from distillkit.text.documents import DocumentReader, default_overlap, windows
 from distillkit.text.policy import TextOptions, training_policy
 from distillkit.text.rows import RowReader
 from distillkit.text.sources import kept_schema, open_source
-from distillkit.text.training_rows import RowTokenizer, TextOptions
 from support.refusals import refused
 
 WORDS = ["<unk>", "<bos>", "[", "]", "user", "assistant", "system", "tool", "a", "b", "c", "d", "e"]

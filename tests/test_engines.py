@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from distillkit.capture import CaptureSettings, capture
-from distillkit.capture.engine_settings import OpenAISettings, VLLMSettings
+from distillkit.capture.engine_settings import OpenAISettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.make import make_teacher
 from distillkit.capture.teachers.openai import OpenAITeacher, echoed_entries, prompt_entries

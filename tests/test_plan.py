@@ -19,7 +19,7 @@ from distillkit.capture.forecast import forecast as forecasting
 from distillkit.capture.forecast.forecast import Forecast, forecast
 from distillkit.capture.forecast.totals import SAMPLED_ROWS, total
 from distillkit.capture.inputs import CaptureInputs, document_reader
-from distillkit.cli.plan import plan as plan_command
+from distillkit.cli.forecast import forecast as plan_command
 from distillkit.codec import PRESETS
 from distillkit.errors import CaptureError, ConfigError, MismatchError
 from distillkit.shards import read_manifest

@@ -386,7 +386,7 @@ def test_codec_configurations(teacher: Path, text: Path, tmp_path: Path) -> None
         ({"dtype": "int8"}, "dtype: 'int8' is not known; auto, float32"),
         ({"device": "tpu7"}, "device: 'tpu7' is none"),
         ({"overflow": "cut"}, "overflow: must be .*, found 'cut'"),
-        ({"overlap": 33}, "overlap: must be at most 32, half of max_seq_len, found 33"),
+        ({"overlap": 33}, "overlap: must be between 1 and 32, half of max_seq_len, found 33"),
         ({"overlap": 0}, "overlap: must be at least 1, found 0"),
         ({"overlap": 3, "overflow": "skip"}, "overlap: .* overflow is skip"),
         ({"loss_on": "user"}, "loss_on: must be .*, found 'user'"),

@@ -249,7 +249,7 @@ class CaptureSettings(BaseModel):
         if value is not None and overflow not in (None, "window"):
             raise ValueError(f"is only for overflow: window, and overflow is {overflow} (found {value})")
         if value is not None and longest is not None and value > longest // 2:
-            raise ValueError(f"must be at most {longest // 2}, half of max_seq_len, found {value}")
+            raise ValueError(f"must be between 1 and {longest // 2}, half of max_seq_len, found {value}")
         return value
 
     @field_validator("shard_range")

@@ -84,7 +84,7 @@ def test_all_problems_come_at_once_each_by_its_path() -> None:
     }
     for path, says in {
         "samples": "at least 1, found 0",
-        "overlap": "at most 32",
+        "overlap": "between 1 and 32",
         "max_tokens": "min_tokens, which is 5, found 3",
         "overflow": "found 'windows'; did you mean 'window'?",
         "preset": "found 'budgt'; did you mean 'budget'?",

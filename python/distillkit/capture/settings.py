@@ -84,9 +84,8 @@ Text = Annotated[str, BeforeValidator(_plain_text)]
 Conditions = Annotated[tuple[str, ...], BeforeValidator(_conditions), _list_schema("string")]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), _list_schema("string")]
 Tokens = Annotated[tuple[int | str, ...], BeforeValidator(_tokens), _list_schema("integer", "string")]
-CodecSource = Annotated[
-    Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]})
-]  # a file, a mapping or a CodecConfig: pydantic would take the mapping apart
+# A file, a mapping or a CodecConfig, as it was given: pydantic would make one of another.
+CodecSource = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]})]
 
 
 class CaptureSettings(BaseModel):
@@ -250,7 +249,7 @@ class CaptureSettings(BaseModel):
         if value is not None and overflow not in (None, "window"):
             raise ValueError(f"is only for overflow: window, and overflow is {overflow} (found {value})")
         if value is not None and longest is not None and value > longest // 2:
-            raise ValueError(f"must be at most {longest // 2}, half of max_seq_len, found {value}")
+            raise ValueError(f"must be between 1 and {longest // 2}, half of max_seq_len, found {value}")
         return value
 
     @field_validator("shard_range")

@@ -25,7 +25,7 @@ from distillkit.training.data.examples import (
     Example,
     counted_positions,
 )
-from distillkit.training.data.stored import check_dataset, check_tokenizer, choose_documents, open_dataset
+from distillkit.training.data.stored import Sample, check_dataset, check_tokenizer, open_dataset
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.types import Document, SparseLogprobs
 from support.refusals import refused
@@ -184,15 +184,15 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
 
 def test_samples_are_chosen_by_the_seed() -> None:
-    chosen = choose_documents(100, 10, 42, "dataset.num_samples")
+    chosen = Sample(10, 42, "dataset.num_samples").choose(100)
     assert chosen is not None
     assert len(set(chosen.tolist())) == 10
-    assert chosen.tolist() == choose_documents(100, 10, 42, "x").tolist()  # type: ignore[union-attr]
-    assert chosen.tolist() != choose_documents(100, 10, 43, "x").tolist()  # type: ignore[union-attr]
-    assert choose_documents(100, 3, None, "x").tolist() == [0, 1, 2]  # type: ignore[union-attr]
-    assert choose_documents(100, None, 1, "x") is None
+    assert chosen.tolist() == Sample(10, 42, "x").choose(100).tolist()  # type: ignore[union-attr]
+    assert chosen.tolist() != Sample(10, 43, "x").choose(100).tolist()  # type: ignore[union-attr]
+    assert Sample(3, None, "x").choose(100).tolist() == [0, 1, 2]  # type: ignore[union-attr]
+    assert Sample(None, 1, "x").choose(100) is None
     with refused(ConfigError, "dataset.num_samples", "101", "100"):
-        choose_documents(100, 101, 1, "dataset.num_samples")
+        Sample(101, 1, "dataset.num_samples").choose(100)
 
 
 def test_a_batch_without_any_counted_position_is_whole() -> None:

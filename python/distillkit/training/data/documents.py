@@ -21,7 +21,7 @@ from distillkit.text.rows import RowReader
 from distillkit.text.sources import Source, open_hub, open_local
 from distillkit.text.tokenizer import vocab_size
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
-from distillkit.training.data.prepared import SLOW_SECONDS, Part, PreparedDataset, content_hash, prepare
+from distillkit.training.data.prepared import Part, PreparedDataset, content_hash, prepare
 from distillkit.training.data.stored import Sample, check_tokenizer, open_dataset
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["document_lengths", "is_packed", "open_documents", "training_dataset"]
 
 logger = logging.getLogger(__name__)
+
+SLOW_SECONDS = 1.0
+"""Lengths of stored documents that took longer than this to read are kept."""
 
 
 def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFTConfig) -> DocumentSource | None:

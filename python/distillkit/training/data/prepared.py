@@ -45,8 +45,6 @@ VERSION = 1
 
 _DESCRIPTION = "prepared.json"
 _ROWS_AT_A_TIME = 64
-SLOW_SECONDS = 1.0
-"""Lengths of stored documents that took longer than this to read are kept."""
 
 # Flat arrays by file name, with their dtype; all documents' values one after the other.
 _ARRAYS: dict[str, str] = {

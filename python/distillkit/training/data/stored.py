@@ -20,36 +20,13 @@ if TYPE_CHECKING:
     from distillkit.shards import Dataset as StoredDataset
     from distillkit.training.config.schema import DatasetSource, StoredTeacherConfig
 
-__all__ = ["Sample", "check_dataset", "check_ids", "check_tokenizer", "choose_documents", "open_dataset"]
+__all__ = ["Sample", "check_dataset", "check_ids", "check_tokenizer", "open_dataset"]
 
 logger = logging.getLogger(__name__)
 
 # How much of a dataset is read to see whether it fits.
 _SAMPLE_DOCUMENTS = 64
 _SAMPLE_TOKENS = 32_768
-
-
-def choose_documents(size: int, wanted: int | None, seed: int | None, key: str) -> npt.NDArray[np.int64] | None:
-    """Choose some of a dataset's documents at random, or the first ones without a seed.
-
-    Args:
-        size: documents there are.
-        wanted: documents to take; all if None.
-        seed: decides which.
-        key: the setting that says so, for the message.
-
-    Returns:
-        Their indices, ascending; None for all.
-
-    Raises:
-        ConfigError: there are fewer.
-    """
-    if wanted is None:
-        return None
-    if wanted > size:
-        raise ConfigError(f"{key}: {wanted:,} documents are wanted, the dataset has {size:,}")
-    chosen = np.arange(wanted) if seed is None else np.random.default_rng(seed).permutation(size)[:wanted]
-    return np.sort(chosen).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -67,8 +44,18 @@ class Sample:
     setting: str = "dataset.num_samples"
 
     def choose(self, size: int) -> npt.NDArray[np.int64] | None:
-        """See `choose_documents`."""
-        return choose_documents(size, self.documents, self.seed, self.setting)
+        """Return the indices of those to take of `size` documents, ascending; None for all.
+
+        Raises:
+            ConfigError: there are fewer.
+        """
+        count = self.documents
+        if count is None:
+            return None
+        if count > size:
+            raise ConfigError(f"{self.setting}: {count:,} documents are wanted, the dataset has {size:,}")
+        chosen = np.arange(count) if self.seed is None else np.random.default_rng(self.seed).permutation(size)[:count]
+        return np.sort(chosen).astype(np.int64)
 
 
 def open_dataset(source: DatasetSource, teacher: StoredTeacherConfig, key: str) -> StoredDataset:

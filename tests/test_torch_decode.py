@@ -81,6 +81,7 @@ COMPILED = ["q_recommended", "q_readme_bins", "q_delta_ed", "q_wide_vocab_262k",
 
 
 # The backend "eager" runs the graph as it was traced, "aot_eager" without its changes in place.
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend"), [("q_recommended", "eager"), *product(COMPILED, ["aot_eager"])])
 def test_compiles_into_one_graph(name: str, backend: str) -> None:
     codec, _, rows = golden(name)

@@ -128,6 +128,7 @@ def test_what_a_killed_run_left_is_enough(trained: Path, tmp_path: Path) -> None
         read_run(folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_has_its_report(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +153,7 @@ def test_a_run_that_is_interrupted_has_its_report(
     assert (tmp_path / "report-speed.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_a_picture_never_ends_a_run(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

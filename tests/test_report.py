@@ -185,7 +185,7 @@ def test_runs_without_evaluations_or_description(tmp_path: Path) -> None:
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
     text = markdown(record, [])
     check_names(text, "99")
-    assert "held-out" not in text
+    assert "nats" not in text, "nothing was evaluated"
 
 
 def test_runs_side_by_side(parts: dict[str, str], trained: Path, tmp_path: Path) -> None:

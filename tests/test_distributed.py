@@ -14,25 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.run import train
-from support.training import launch, random_documents, run_config, save_student, write_dataset
+from support.processes import Processes
+from support.training import run_config
 
 FSDP = str(Path(__file__).parent / "support" / "launch_fsdp.py")
 DEEPSPEED = str(Path(__file__).parent / "support" / "launch_deepspeed.py")
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 16}
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("distributed")
-    return {
-        "untied": save_student(folder / "untied"),
-        "tied": save_student(folder / "tied", tie_word_embeddings=True),
-        "teacher": save_student(folder / "teacher", seed=5, hidden_size=48),
-        "train": write_dataset(folder / "train", random_documents(24)),
-        "eval": write_dataset(folder / "eval", random_documents(7, seed=1)),
-    }
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]
 
 
 def run(parts: dict[str, str], output: Path, student: str, processes: int, **settings: Any) -> RunConfig:
@@ -86,13 +75,13 @@ def check_resumed(whole: Path, resumed: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("teacher", ["dataset", "itself"])
-def test_adapters_under_ddp(parts: dict[str, str], tmp_path: Path, teacher: str) -> None:
+def test_adapters_under_ddp(parts: dict[str, str], tmp_path: Path, processes: Processes, teacher: str) -> None:
     settings: dict[str, Any] = {"peft": LORA}
     if teacher == "itself":
-        settings["teacher"] = {"kind": "hf", "path": parts["untied"]}
+        settings["teacher"] = {"kind": "hf", "path": parts["student"]}
     checkpointing = {"gradient_checkpointing": teacher == "dataset"}
-    train(run(parts, tmp_path / "one", "untied", 1, **settings))
-    launch(run(parts, tmp_path / "two", "untied", 2, **settings, training_args=checkpointing), tmp_path)
+    train(run(parts, tmp_path / "one", "student", 1, **settings))
+    processes.train(run(parts, tmp_path / "two", "student", 2, **settings, training_args=checkpointing), tmp_path)
     check_same(tmp_path / "one", tmp_path / "two", 1e-4)
 
 
@@ -105,20 +94,25 @@ OWN_GROUP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "Linear"]}
 @pytest.mark.parametrize(
     ("student", "fsdp_config", "settings"),
     [
-        ("untied", {}, {}),
+        ("student", {}, {}),
         ("tied", {"state_dict_type": "SHARDED_STATE_DICT"}, {}),
-        ("untied", OWN_GROUP, {}),
+        ("student", OWN_GROUP, {}),
         ("tied", {"activation_checkpointing": True}, {"frozen_modules": ["model.embed_tokens"]}),
-        ("untied", {}, {"peft": LORA}),
+        ("student", {}, {"peft": LORA}),
     ],
     ids=["untied", "tied-sharded", "head-apart", "tied-frozen-recomputed", "adapters"],
 )
 def test_fsdp2(
-    parts: dict[str, str], tmp_path: Path, student: str, fsdp_config: dict[str, Any], settings: dict[str, Any]
+    parts: dict[str, str],
+    tmp_path: Path,
+    processes: Processes,
+    student: str,
+    fsdp_config: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     train(run(parts, tmp_path / "one", student, 1, **settings))
     fsdp = {"fsdp": True, "fsdp_config": fsdp_config}
-    launch(run(parts, tmp_path / "two", student, 2, training_args=fsdp, **settings), tmp_path, FSDP)
+    processes.train(run(parts, tmp_path / "two", student, 2, training_args=fsdp, **settings), tmp_path, FSDP)
     check_same(tmp_path / "one", tmp_path / "two")
     checkpoint = tmp_path / "two" / "checkpoint-4"
     assert any(path.name.startswith("pytorch_model_fsdp") for path in checkpoint.iterdir()), "it is FSDP that trained"
@@ -130,50 +124,43 @@ def test_fsdp2(
     if fsdp_config == OWN_GROUP or "frozen_modules" in settings:
         return  # resuming is another part, seen in the others
     resumed = {**fsdp, "resume_from_checkpoint": str(checkpoint)}
-    launch(run(parts, tmp_path / "resumed", student, 2, training_args=resumed, **settings), tmp_path, FSDP)
+    processes.train(run(parts, tmp_path / "resumed", student, 2, training_args=resumed, **settings), tmp_path, FSDP)
     check_resumed(tmp_path / "two", tmp_path / "resumed")
 
 
-def test_packed_rows_in_two_processes(parts: dict[str, str], tmp_path: Path) -> None:
+def test_packed_rows_in_two_processes(parts: dict[str, str], tmp_path: Path, processes: Processes) -> None:
     """Four rows of several documents a step, in one process or two of each."""
     one = {"packing": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     two = {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    train(run(parts, tmp_path / "one", "untied", 1, training_args=one))
-    launch(run(parts, tmp_path / "two", "untied", 2, training_args=two), tmp_path)
+    train(run(parts, tmp_path / "one", "student", 1, training_args=one))
+    processes.train(run(parts, tmp_path / "two", "student", 2, training_args=two), tmp_path)
     check_same(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_live_teachers_and_projections(parts: dict[str, str], tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("script", [None, FSDP], ids=["ddp", "fsdp"])
+def test_live_teachers_and_projections(
+    parts: dict[str, str], tmp_path: Path, processes: Processes, script: str | None
+) -> None:
     """A teacher with wider layers beside the student, whose projections are trained with it."""
     settings: dict[str, Any] = {
-        "teacher": {"kind": "hf", "path": parts["teacher"]},
-        "layer_mapping": "all",
+        "teacher": {"kind": "hf", "path": parts["wide"]},
+        "layer_mapping": [[0, 0], [1, 2], [-1, -1]],
         "loss_functions": [{"function": "kl", "weight": 0.5}, {"function": "hs_mse", "weight": 0.5}],
     }
-    fsdp = {"fsdp": True} if kind == "fsdp" else {}
-    train(run(parts, tmp_path / "one", "untied", 1, **settings))
-    launch(
-        run(parts, tmp_path / "two", "untied", 2, training_args=fsdp, **settings),
-        tmp_path,
-        *([FSDP] if kind == "fsdp" else []),
-    )
+    fsdp = {} if script is None else {"fsdp": True}
+    train(run(parts, tmp_path / "one", "student", 1, **settings))
+    processes.train(run(parts, tmp_path / "two", "student", 2, training_args=fsdp, **settings), tmp_path, script)
     check_same(tmp_path / "one", tmp_path / "two")
-    checkpoint = str(tmp_path / "two" / "checkpoint-4")
-    resumed = {**fsdp, "resume_from_checkpoint": checkpoint}
-    launch(
-        run(parts, tmp_path / "resumed", "untied", 2, training_args=resumed, **settings),
-        tmp_path,
-        *([FSDP] if kind == "fsdp" else []),
-    )
+    resumed = {**fsdp, "resume_from_checkpoint": str(tmp_path / "two" / "checkpoint-4")}
+    processes.train(run(parts, tmp_path / "resumed", "student", 2, training_args=resumed, **settings), tmp_path, script)
     check_resumed(tmp_path / "two", tmp_path / "resumed")
 
 
-def test_fsdp2_keeps_the_teachers_precision(parts: dict[str, str], tmp_path: Path) -> None:
+def test_fsdp2_keeps_the_teachers_precision(parts: dict[str, str], tmp_path: Path, processes: Processes) -> None:
     """Its mixed precision rounds the inputs of every forward to bfloat16."""
-    train(run(parts, tmp_path / "one", "untied", 1, training_args={"bf16": True}))
+    train(run(parts, tmp_path / "one", "student", 1, training_args={"bf16": True}))
     arguments = {"fsdp": True, "bf16": True}
-    launch(run(parts, tmp_path / "two", "untied", 2, training_args=arguments), tmp_path, FSDP)
+    processes.train(run(parts, tmp_path / "two", "student", 2, training_args=arguments), tmp_path, FSDP)
     expected, found = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     for name in expected:
         if "loss" in name:
@@ -184,11 +171,13 @@ def test_fsdp2_keeps_the_teachers_precision(parts: dict[str, str], tmp_path: Pat
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("stage", "student", "settings"),
-    [(2, "untied", {}), (3, "untied", {}), (3, "tied", {}), (3, "untied", {"peft": LORA})],
+    [(2, "student", {}), (3, "tied", {}), (3, "student", {"peft": LORA})],
+    ids=["stage-2", "tied", "adapters"],
 )
 def test_deepspeed(
     parts: dict[str, str],
     tmp_path: Path,
+    processes: Processes,
     stage: int,
     student: str,
     settings: dict[str, Any],
@@ -211,9 +200,13 @@ def test_deepspeed(
         ),
     }
     train(run(parts, tmp_path / "one", student, 1, **settings))
-    launch(run(parts, tmp_path / "two", student, 2, training_args={"deepspeed": zero}, **settings), tmp_path, DEEPSPEED)
+    processes.train(
+        run(parts, tmp_path / "two", student, 2, training_args={"deepspeed": zero}, **settings), tmp_path, DEEPSPEED
+    )
     check_same(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two" / "checkpoint-4" / "zero_to_fp32.py").exists(), "it is DeepSpeed that trained"
     resumed = {"deepspeed": zero, "resume_from_checkpoint": str(tmp_path / "two" / "checkpoint-4")}
-    launch(run(parts, tmp_path / "resumed", student, 2, training_args=resumed, **settings), tmp_path, DEEPSPEED)
+    processes.train(
+        run(parts, tmp_path / "resumed", student, 2, training_args=resumed, **settings), tmp_path, DEEPSPEED
+    )
     check_resumed(tmp_path / "two", tmp_path / "resumed")

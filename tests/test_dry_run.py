@@ -172,6 +172,7 @@ def test_a_live_teacher_and_adapters(parts: dict[str, str], tmp_path: Path) -> N
 # -- estimates ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_optimisers_state_is_as_large_as_estimated(parts: dict[str, str], tmp_path: Path) -> None:
     for optimizer in ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop"):
         config = config_for(parts, tmp_path, arguments={"optim": optimizer, "max_steps": 1, "save_strategy": "no"})

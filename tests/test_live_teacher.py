@@ -66,6 +66,7 @@ def test_a_dense_teacher_is_compared_with_over_every_id(parts: dict[str, str], t
     assert measured["eval_teacher_mass"] == 1.0
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_do_not_depend_on_how_a_step_is_cut(parts: dict[str, str], tmp_path: Path) -> None:
     before = AutoModelForCausalLM.from_pretrained(parts["student"]).state_dict()
     start = torch.cat([value.double().flatten() for value in before.values()])
@@ -112,6 +113,7 @@ def test_hidden_losses_are_means_over_positions_and_pairs(parts: dict[str, str],
     assert measured["eval_loss"] == pytest.approx((measured["eval_hs_mse"] + measured["eval_hs_cosine"]) / 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_projections_are_trained_saved_reloaded_and_not_exported(parts: dict[str, str], tmp_path: Path) -> None:
     def config(output: Path, **arguments: Any) -> RunConfig:
         steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **arguments}
@@ -140,6 +142,7 @@ def test_a_projection_between_equal_sizes_may_be_forced(parts: dict[str, str], t
     assert tuple(weight.shape) == (32, 32)
 
 
+@pytest.mark.slow
 def test_a_padded_head_is_no_other_vocabulary(parts: dict[str, str], tmp_path: Path) -> None:
     """Heads of one tokenizer are padded to different widths: the teacher's wider, then narrower."""
     model = tiny_model(7)

@@ -128,6 +128,7 @@ def test_what_a_killed_run_left_is_enough(trained: Path, tmp_path: Path) -> None
         read_run(folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_has_its_report(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +153,7 @@ def test_a_run_that_is_interrupted_has_its_report(
     assert (tmp_path / "report-speed.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_a_picture_never_ends_a_run(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -183,7 +185,7 @@ def test_runs_without_evaluations_or_description(tmp_path: Path) -> None:
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
     text = markdown(record, [])
     check_names(text, "99")
-    assert "held-out" not in text
+    assert "nats" not in text, "nothing was evaluated"
 
 
 def test_runs_side_by_side(parts: dict[str, str], trained: Path, tmp_path: Path) -> None:

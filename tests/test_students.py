@@ -103,6 +103,7 @@ def test_loss_and_gradients_of_adapters_are_those_of_merged_weights(settings: di
     assert after.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT, when it loads
 def test_adapters_learn_the_same_however_activations_are_kept(parts: dict[str, str], tmp_path: Path) -> None:
     """And what is saved loads on the base model."""
@@ -126,6 +127,7 @@ def test_adapters_learn_the_same_however_activations_are_kept(parts: dict[str, s
     assert losses[2] == pytest.approx(losses[0], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_merged_students_are_whole_models(parts: dict[str, str], tmp_path: Path) -> None:
     """With adapters of an earlier run in the folder, which must not be applied on top."""
@@ -139,6 +141,7 @@ def test_merged_students_are_whole_models(parts: dict[str, str], tmp_path: Path)
     assert (tmp_path / "checkpoint-8" / "adapter_model.safetensors").exists(), "checkpoints hold adapters"
 
 
+@pytest.mark.slow
 def test_adapters_are_resumed(parts: dict[str, str], tmp_path: Path) -> None:
     steps = {"save_strategy": "steps", "save_steps": 4, "eval_steps": 4}
     train(run(parts, tmp_path / "whole", peft=LORA, training_args=steps))
@@ -169,6 +172,7 @@ def test_what_is_frozen_gets_no_adapter(parts: dict[str, str]) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_tied_head_is_trained_as_one(parts: dict[str, str], tmp_path: Path) -> None:
     """Embedding and head are one matrix in the trained and merged student too."""
     section = {**LORA, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True, "merge_on_save": True}
@@ -208,6 +212,7 @@ VISION: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", [None, {**LORA, "merge_on_save": True}], ids=["whole", "adapters"])
 def test_a_vision_language_student_trains_from_text(
     vision: dict[str, str], tmp_path: Path, peft: dict[str, Any] | None
@@ -230,6 +235,7 @@ def test_a_vision_language_student_trains_from_text(
     assert "use_cache" not in json.loads((tmp_path / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("settings", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])

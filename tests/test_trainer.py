@@ -3,8 +3,11 @@ disk."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +28,12 @@ from distillkit.training.trainer import DistillationTrainer
 from distillkit.types import SparseLogprobs
 from support import reference
 from support.disks import fill, mounted
+from support.processes import Processes
+from support.refusals import check_names, refused
 from support.training import (
     VOCABULARY,
-    captured_parts,
     exact_codec,
     header_for,
-    launch,
     losses_of,
     metrics_of,
     random_documents,
@@ -42,13 +45,9 @@ from support.training import (
     write_dataset,
 )
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A student, and captured documents of a random teacher: some to train on, some held out."""
-    return captured_parts(tmp_path_factory.mktemp("parts"))
 
 
 def weights_of(folder: Path | str) -> dict[str, torch.Tensor]:
@@ -176,6 +175,7 @@ def packed(documents: Sequence[np.ndarray], folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_packed_documents_do_not_see_each_other(parts: dict[str, str], tmp_path: Path) -> None:
     documents = random_documents(24)
     data = packed(documents, tmp_path / "packed")
@@ -230,13 +230,13 @@ def gradient_of(parts: dict[str, str], output: Path) -> torch.Tensor:
     return torch.cat([(before[name] - after[name]).double().flatten() for name in before])
 
 
-@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("kind", ["padded", pytest.param("packed", marks=pytest.mark.slow)])
 def test_loss_and_gradient_do_not_depend_on_how_a_step_is_cut(
     parts: dict[str, str], packed_data: str, tmp_path: Path, kind: str
 ) -> None:
     data = parts["train"] if kind == "padded" else packed_data
     results = []
-    for batch, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
+    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
         output = tmp_path / f"{batch}x{accumulation}"
         train(one_step(parts, output, data, batch, accumulation, gradient_checkpointing=batch == 2))
         results.append((losses_of(output)[1], gradient_of(parts, output)))
@@ -247,6 +247,7 @@ def test_loss_and_gradient_do_not_depend_on_how_a_step_is_cut(
         assert ((gradient - whole_gradient).norm() / whole_gradient.norm()).item() < 1e-6
 
 
+@pytest.mark.slow
 def test_packing_changes_neither_loss_nor_gradient(parts: dict[str, str], tmp_path: Path) -> None:
     """All 24 documents in one step: one a row, packed in full rows, and packed in rows of several micro-batches."""
     train(one_step(parts, tmp_path / "padded", parts["train"], 24, 1))
@@ -280,12 +281,6 @@ def test_labels_of_named_ids_become_the_end_of_sequence(parts: dict[str, str], t
     assert losses_of(tmp_path / "out")[1] == pytest.approx(entropy / positions, rel=1e-5)
 
 
-def test_a_label_id_that_is_no_token_is_refused(parts: dict[str, str], tmp_path: Path) -> None:
-    config = run_config(parts["student"], tmp_path, parts["train"], dataset={"eos_label_token_ids": [3, 64]})
-    with pytest.raises(ConfigError, match=r"dataset.eos_label_token_ids: 64 is no token of the student's"):
-        train(config)
-
-
 def resumable(parts: dict[str, str], output: Path, **arguments: Any) -> RunConfig:
     """8 steps over 24 documents, 8 a step: the checkpoints are in the middle of the second epoch, and at its end."""
     return run_config(
@@ -305,6 +300,7 @@ def resumable(parts: dict[str, str], output: Path, **arguments: Any) -> RunConfi
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"packing": True, "per_device_train_batch_size": 1}], ids=["", "packed"])
 def test_a_resumed_run_equals_the_uninterrupted_one(
     parts: dict[str, str], tmp_path: Path, settings: dict[str, Any]
@@ -346,6 +342,7 @@ def test_every_checkpoint_loads_with_its_tokenizer(parts: dict[str, str], tmp_pa
     assert fingerprint(AutoTokenizer.from_pretrained(folder)) == fingerprint(tiny_tokenizer())
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_whole_checkpoints(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -365,8 +362,9 @@ def test_a_full_disk_leaves_whole_checkpoints(
         output = tmp_path / "disk" / "student"
         with monkeypatch.context() as patch:
             patch.setattr(DistillationTrainer, "_save_checkpoint", filling)
-            with pytest.raises(OSError, match="No space left on device; this checkpoint is removed") as full:
+            with pytest.raises(OSError) as full:  # noqa: PT011 - its number and file are checked
                 train(resumable(parts, output))
+        assert full.value.errno == errno.ENOSPC
         assert full.value.filename == str(output / "checkpoint-4")
         assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
 
@@ -375,21 +373,12 @@ def test_a_full_disk_leaves_whole_checkpoints(
         shutil.copytree(output / "checkpoint-2", output / "checkpoint-6")
         (output / "checkpoint-6" / "trainer_state.json").unlink()
         train(resumable(parts, output, resume_from_checkpoint=True))
-        assert "checkpoint-6 is not whole" in caplog.text
+        check_names(caplog.text, "checkpoint-6")
         assert losses_of(output) == losses_of(tmp_path / "expected")
 
         fill(tmp_path / "disk" / "filler")
-        with pytest.raises(OSError, match="No space left on device"):
+        with refused(OSError, os.strerror(errno.ENOSPC)):
             train(resumable(parts, output, resume_from_checkpoint=True))
-
-
-@pytest.mark.parametrize(
-    ("value", "says"),
-    [(True, "there is no checkpoint in"), ("elsewhere", "'elsewhere' is not a checkpoint's folder")],
-)
-def test_a_checkpoint_that_is_not_there(parts: dict[str, str], tmp_path: Path, value: Any, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        train(resumable(parts, tmp_path, resume_from_checkpoint=value))
 
 
 def test_long_documents_are_cut_counted_and_named_once(
@@ -408,7 +397,7 @@ def test_long_documents_are_cut_counted_and_named_once(
     assert summary["cut_documents"] == sum(length > 16 for length in lengths)
     assert summary["cut_tokens"] == sum(max(0, length - 16) for length in lengths)
     assert summary["train_tokens"] == sum(min(length, 16) for length in lengths)
-    warnings = [record for record in caplog.records if "longer than the sequence length of 16 tokens" in record.message]
+    warnings = [record for record in caplog.records if re.search(r"\b16\b", record.message)]
     assert len(warnings) == 1
 
 
@@ -442,6 +431,7 @@ def test_frozen_parameters_stay_and_the_rest_trains(parts: dict[str, str], tmp_p
     assert unchanged == {name for name in before if "lm_head" in name or "embed" in name or ".layers.0." in name}
 
 
+@pytest.mark.slow
 def test_bf16_autocast_and_workers(parts: dict[str, str], tmp_path: Path) -> None:
     """Mixed precision copies a forward's outputs to float32; they are small, and the losses stay what they are."""
     losses = []
@@ -453,6 +443,7 @@ def test_bf16_autocast_and_workers(parts: dict[str, str], tmp_path: Path) -> Non
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+@pytest.mark.slow
 def test_reading_processes_change_nothing(parts: dict[str, str], tmp_path: Path) -> None:
     """They are forked after the codec's threads have worked here, and read packed rows ahead."""
     losses = []
@@ -466,53 +457,50 @@ def test_reading_processes_change_nothing(parts: dict[str, str], tmp_path: Path)
 
 def test_a_loss_that_is_not_finite_ends_the_run(parts: dict[str, str], tmp_path: Path) -> None:
     arguments = {"optim": "sgd", "learning_rate": 1e30, "max_grad_norm": 0.0}
-    with pytest.raises(DistillKitError, match=r"the training loss is (nan|inf) at step 2: lower the learning rate"):
+    with pytest.raises(DistillKitError, match=r"\b(nan|inf)\b.*\b2\b"):
         train(run_config(parts["student"], tmp_path, parts["train"], training_args=arguments))
 
 
 # -- refused before the first step -------------------------------------------------------------------------------------
 
 
-def test_a_student_with_another_tokenizer_is_refused(parts: dict[str, str], tmp_path: Path) -> None:
-    tiny_model(1).save_pretrained(tmp_path / "student")
-    tiny_tokenizer(prefix="other").save_pretrained(tmp_path / "student")
-    with pytest.raises(MismatchError, match=r"dataset.train_dataset was captured with another tokenizer"):
-        train(run_config(str(tmp_path / "student"), tmp_path / "out", parts["train"]))
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-def test_held_out_data_is_checked_too(parts: dict[str, str], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_before_the_first_step(parts: dict[str, str], tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "eval", random_documents(3), tokenizer=tiny_tokenizer(prefix="other"))
-    with pytest.raises(MismatchError, match=r"dataset.eval_dataset was captured with another tokenizer"):
-        train(run_config(parts["student"], tmp_path / "out", parts["train"], other))
-
-
-def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    student = save_student(tmp_path / "student")
-    config = run_config(student, tmp_path / "out", str(GOLDEN / "upstream_v1"))
-    with pytest.raises(MismatchError, match=r"a vocabulary of 49,152, the student's head has 64 rows"):
-        train(config)
-
-
-def test_data_that_is_not_there(parts: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"dataset.train_dataset: no such file or folder: .*nowhere"):
-        train(run_config(parts["student"], tmp_path / "out", str(tmp_path / "nowhere")))
+    fingerprints = [fingerprint(tiny_tokenizer()), fingerprint(tiny_tokenizer(prefix="other"))]
+    student, captured, golden = parts["student"], parts["train"], str(GOLDEN / "upstream_v1")
+    for error, config, facts in (
+        (MismatchError, (parts["other"], captured), ["dataset.train_dataset", *fingerprints]),
+        (MismatchError, (student, captured, other), ["dataset.eval_dataset", *fingerprints]),
+        (MismatchError, (student, golden), ["dataset.train_dataset", "49,152", "64"]),
+        (ConfigError, (student, str(tmp_path / "nowhere")), ["dataset.train_dataset", str(tmp_path / "nowhere")]),
+    ):
+        model, *data = config
+        with refused(error, *facts):
+            train(run_config(model, tmp_path / "out", *data))
+    labels = run_config(student, tmp_path / "out", captured, dataset={"eos_label_token_ids": [3, 64]})
+    with refused(ConfigError, "dataset.eos_label_token_ids", "64"):
+        train(labels)
+    for value, facts in ((True, [str(tmp_path / "out")]), ("elsewhere", ["'elsewhere'"])):
+        with refused(ConfigError, "training_args.resume_from_checkpoint", *facts):
+            train(resumable(parts, tmp_path / "out", resume_from_checkpoint=value))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 # -- published datasets ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "vocabulary", "key"),
-    [("upstream_v1", 49152, "logprob_compressor"), ("upstream_legacy", 129280, "legacy_logit_compression")],
+    [("upstream_v1", 49152, None), ("upstream_legacy", 129280, "legacy_logit_compression")],
+    ids=["codec-beside", "legacy-codec-in-configuration"],
 )
-@pytest.mark.parametrize("codec_from", ["beside", "configuration"])
-def test_published_datasets_train(tmp_path: Path, name: str, vocabulary: int, key: str, codec_from: str) -> None:
+def test_published_datasets_train(tmp_path: Path, name: str, vocabulary: int, key: str | None) -> None:
     student = save_student(
         tmp_path / "student", vocabulary=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1
     )
     teacher: dict[str, Any] = {"kind": "dataset"}
-    if codec_from == "configuration":
+    if key is not None:
         teacher[key] = yaml.safe_load((GOLDEN / name / "compression_config.yaml").read_text())
     config = run_config(
         student,
@@ -540,16 +528,20 @@ def test_published_datasets_train(tmp_path: Path, name: str, vocabulary: int, ke
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_loss_and_gradient_of_one(parts: dict[str, str], tmp_path: Path) -> None:
+def test_two_processes_have_the_loss_and_gradient_of_one(
+    parts: dict[str, str], tmp_path: Path, processes: Processes
+) -> None:
     train(one_step(parts, tmp_path / "one", parts["train"], 8, 1))
-    launch(one_step(parts, tmp_path / "two", parts["train"], 2, 2), tmp_path)
+    processes.train(one_step(parts, tmp_path / "two", parts["train"], 2, 2), tmp_path)
     assert losses_of(tmp_path / "two")[1] == pytest.approx(losses_of(tmp_path / "one")[1], rel=1e-6)
     one, two = gradient_of(parts, tmp_path / "one"), gradient_of(parts, tmp_path / "two")
     assert ((two - one).norm() / one.norm()).item() < 1e-6
 
 
 @pytest.mark.slow
-def test_two_processes_see_every_document_once_evaluate_alike_and_resume(parts: dict[str, str], tmp_path: Path) -> None:
+def test_two_processes_see_every_document_once_evaluate_alike_and_resume(
+    parts: dict[str, str], tmp_path: Path, processes: Processes
+) -> None:
     """23 documents do not divide among two processes of two: the last batches are filled with blanks."""
     settings: dict[str, Any] = {"dataset": {"num_samples": 23}}
     arguments = {"max_steps": 9, "save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 3}
@@ -564,7 +556,7 @@ def test_two_processes_see_every_document_once_evaluate_alike_and_resume(parts: 
         return run_config(parts["student"], output, parts["train"], parts["eval"], training_args=merged, **settings)
 
     train(config(tmp_path / "one", 8, 1))
-    launch(config(tmp_path / "two", 2, 2), tmp_path)
+    processes.train(config(tmp_path / "two", 2, 2), tmp_path)
     # The order of sums differs, and grows over nine steps.
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
     evaluations = [
@@ -581,7 +573,7 @@ def test_two_processes_see_every_document_once_evaluate_alike_and_resume(parts: 
     assert tokens[0] == tokens[1]
     # Step 4 is in the second epoch.
     checkpoint = str(tmp_path / "two" / "checkpoint-4")
-    launch(config(tmp_path / "resumed", 2, 2, resume_from_checkpoint=checkpoint), tmp_path)
+    processes.train(config(tmp_path / "resumed", 2, 2, resume_from_checkpoint=checkpoint), tmp_path)
     expected = {step: loss for step, loss in losses_of(tmp_path / "two").items() if step > 4}
     assert losses_of(tmp_path / "resumed") == expected
 

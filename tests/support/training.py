@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -177,27 +172,3 @@ def save_vision_student(folder: Path, seed: int = 1) -> str:
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-def launch(config: RunConfig, tmp_path: Path, *script: str, processes: int = 2) -> str:
-    """Run `distillkit CONFIG` under torchrun on the CPU, or another script in its place.
-
-    Returns:
-        What it wrote to stderr.
-    """
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    result = subprocess.run(
-        [*command, *(script or ("-m", "distillkit")), str(path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-8000:]
-    return result.stderr

@@ -54,7 +54,7 @@ class MismatchError(DistillKitError):
 
 
 class CaptureError(DistillKitError):
-    """A teacher returned something that can not be stored."""
+    """A teacher returned something that cannot be stored."""
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

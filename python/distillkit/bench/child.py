@@ -56,7 +56,7 @@ def peak_memory(who: str, codec: Codec, data: Path) -> int | None:
         data: .npy file of (N, bytes_per_token) uint8.
 
     Returns:
-        None on systems where a process can not reset its peak, which are all but Linux.
+        None on systems where a process cannot reset its peak, which are all but Linux.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None

@@ -112,7 +112,7 @@ class CaptureInputs:
         Raises:
             MismatchError: the folder holds a capture with other settings, or the text has changed since.
             CaptureError: there is nothing to capture.
-            OSError: it can not be written.
+            OSError: it cannot be written.
         """
         source = self.source()
         header, content = self.header(source), source.fingerprint

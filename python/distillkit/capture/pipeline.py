@@ -77,8 +77,8 @@ def capture_shards(
         progress: told of each document.
 
     Raises:
-        CaptureError: the teacher can not go on, or refuses more than `skip_bad` documents.
-        OSError: a shard can not be written; the ones before it stay.
+        CaptureError: the teacher cannot go on, or refuses more than `skip_bad` documents.
+        OSError: a shard cannot be written; the ones before it stay.
     """
     times = StageTimes()
     started = time.perf_counter()
@@ -267,7 +267,7 @@ class _Encoder:
                 label_logprobs=result.label_logprobs,
             )
         except InputError as error:
-            reason = f"{document.source}: what the teacher gives can not be stored: {error}"
+            reason = f"{document.source}: what the teacher gives cannot be stored: {error}"
             self._skip(result.index, reason)
             return None
         shard.summary.add(stored, result.rows)

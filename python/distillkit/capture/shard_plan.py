@@ -208,7 +208,7 @@ def make_plan(
         counts: asked for what was passed over once `documents` are read.
 
     Raises:
-        OSError: it can not be written.
+        OSError: it cannot be written.
     """
     inside = folder.inner(FOLDER)
     inside.make()

@@ -119,7 +119,7 @@ class Codec:
         """
         name, version, config = (description.get(key) for key in ("format", "version", "config"))
         if not isinstance(name, str) or not isinstance(version, int) or not isinstance(config, Mapping):
-            raise CorruptDataError(f"a codec is described by format, version and config; found {dict(description)!r}")
+            raise CorruptDataError(f"a codec description has format, version and config; found {dict(description)!r}")
         if name not in _VERSIONS or version > _VERSIONS[name] or version < 1:
             known = ", ".join(f"{known} up to version {newest}" for known, newest in _VERSIONS.items())
             raise UnsupportedVersionError(
@@ -149,7 +149,8 @@ class Codec:
             return self._encode_tensors(ids, logprobs, out)
         if is_tensor(ids) or is_tensor(logprobs):
             raise InputError(
-                f"ids is a {type(ids).__name__} and logprobs a {type(logprobs).__name__}: pass two of a kind"
+                f"ids is a {type(ids).__name__} and logprobs a {type(logprobs).__name__}: pass two numpy arrays or "
+                "two torch tensors"
             )
         ids, logprobs = np.asarray(ids), np.asarray(logprobs)
         if ids.dtype.kind not in "iu" or logprobs.dtype.kind != "f":
@@ -260,7 +261,8 @@ class Codec:
         """
         if logits.ndim == 0 or logits.shape[-1] != self.vocab_size:
             raise InputError(
-                f"logits of shape {tuple(logits.shape)} do not end in the codec's vocabulary size, {self.vocab_size}"
+                f"logits of shape {tuple(logits.shape)} must have the codec's vocabulary size, {self.vocab_size}, as "
+                "last axis"
             )
         if is_tensor(logits) and logits.device.type != "cpu":
             sparse = sparse_from_logits(logits, self.k)
@@ -383,7 +385,8 @@ def _column(columns: Mapping[str, npt.NDArray[Any]], name: str, width: int) -> n
     column = np.asarray(columns[name])
     if column.ndim == 0 or column.shape[-1] != width:
         raise InputError(
-            f"column {name} has {column.shape[-1] if column.ndim else 'no'} values a row, this codec's has {width}"
+            f"column {name} has {column.shape[-1] if column.ndim else 'no'} values per row, but this codec's has "
+            f"{width}"
         )
     return column
 
@@ -404,7 +407,7 @@ def _to_stored(name: str, values: npt.NDArray[Any], dtype: str) -> npt.NDArray[n
         with np.errstate(over="ignore"):
             stored = exact.astype({"float16": "<f2", "float32": "<f4"}[dtype])
     if not np.array_equal(_from_stored(stored.view(np.uint8), dtype), values, equal_nan=True):
-        raise InputError(f"column {name} has values that are not {dtype}, which this codec stores")
+        raise InputError(f"column {name} has values that {dtype}, which this codec stores, cannot represent")
     return stored.view(np.uint8)
 
 
@@ -424,7 +427,7 @@ def _output(name: str, out: Any, shape: tuple[int, ...], dtype: type[np.generic]
     if out is None:
         return np.empty(shape, dtype)
     if not isinstance(out, np.ndarray):
-        raise InputError(f"{name} is a {type(out).__name__}, must be of the same kind as the inputs, on the CPU")
+        raise InputError(f"{name} is a {type(out).__name__}, but must be of the same kind as the inputs, on the CPU")
     if out.shape != shape or out.dtype != dtype:
         raise InputError(f"{name} must be {np.dtype(dtype)} of shape {shape}, got {out.dtype} of shape {out.shape}")
     if not (out.flags.c_contiguous and out.flags.aligned and out.flags.writeable):

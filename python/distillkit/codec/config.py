@@ -155,7 +155,7 @@ def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
         if key in config:
             others = sorted(str(name) for name in config if name != key)
             if others:
-                raise ConfigError(f"beside {key}, a codec configuration has no other keys; found {', '.join(others)}")
+                raise ConfigError(f"a codec configuration has no keys beside {key}; found {', '.join(others)}")
             fields = config[key]
             if not isinstance(fields, Mapping):
                 raise ConfigError(f"{key} must be a mapping, found {type(fields).__name__}: {fields!r}")
@@ -165,6 +165,6 @@ def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
     if "vocab_size" in config:
         return LegacyLogitCompressionConfig(**config)
     raise ConfigError(
-        f"this is no codec configuration: found the keys {', '.join(sorted(map(str, config))) or '(none)'}, expected "
+        f"not a codec configuration: found the keys {', '.join(sorted(map(str, config))) or '(none)'}, expected "
         "logprob_compressor, legacy_logit_compression, or the fields of one of them (with d, or with vocab_size)"
     )

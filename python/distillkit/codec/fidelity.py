@@ -174,5 +174,5 @@ class FidelityStats:
             if sums["ranks"] is not None:
                 stats._rank_rows = np.asarray(sums["ranks"], dtype=np.float64)
         except (KeyError, TypeError, ValueError) as error:
-            raise CorruptDataError(f"these are no fidelity figures: {error!r}") from error
+            raise CorruptDataError(f"not fidelity figures: {error!r}") from error
         return stats

@@ -39,7 +39,9 @@ def sparse_from_logits(logits: Array, k: int) -> SparseLogprobs:
         InputError: wrong dtype or k, NaN or +∞ in a row, or fewer finite logits in a row than k.
     """
     if logits.ndim == 0 or not 1 <= k <= logits.shape[-1]:
-        raise InputError(f"k = {k} does not fit logits of shape {tuple(logits.shape)}: it must be 1 … their last axis")
+        raise InputError(
+            f"k = {k} does not fit logits of shape {tuple(logits.shape)}: it must be between 1 and their last axis"
+        )
     if is_tensor(logits) and logits.device.type != "cpu":
         return _topk_on_device(logits, k)
     rows, bfloat16 = native_logits(logits)

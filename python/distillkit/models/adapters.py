@@ -51,7 +51,7 @@ class LoraSection(BaseModel):
     exclude_modules: Names | None = Field(
         default=None,
         description="Names, ends of names or a regular expression of layers without an adapter. Layers frozen by "
-        "`frozen_modules` or `frozen_res` have none either.",
+        "`frozen_modules` or `frozen_res` have none anyway.",
     )
     modules_to_save: list[str] | None = Field(
         default=None, description="Modules that are trained whole and saved with the adapters."
@@ -98,7 +98,7 @@ class LoraSection(BaseModel):
                 raise ValueError(f"{value!r} is not a regular expression: {error}") from None
             return value
         if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
-            raise ValueError(f"a list of names or a regular expression is expected, found {value!r}")
+            raise ValueError(f"must be a list of names or a regular expression, found {value!r}")
         return value
 
     @field_validator("layers_to_transform")
@@ -106,7 +106,7 @@ class LoraSection(BaseModel):
     def _layers(cls, value: Any) -> Any:
         layers = value if isinstance(value, list) else [value]
         if value is not None and not all(type(layer) is int and layer >= 0 for layer in layers):
-            raise ValueError(f"a layer's number or a list of them is expected, found {value!r}")
+            raise ValueError(f"must be the number of a layer or a list of numbers, found {value!r}")
         return value
 
     @field_validator("init_lora_weights")
@@ -123,8 +123,8 @@ class LoraSection(BaseModel):
         names = self.target_modules
         if self.layers_to_transform is not None and isinstance(names, str) and names != "all-linear":
             raise ValueError(
-                "layers_to_transform: works with a list of target_modules, not with an expression; name the layers in "
-                "the expression"
+                "layers_to_transform: requires target_modules to be a list, not a regular expression; select the "
+                "layers in the expression instead"
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern: has no meaning without layers_to_transform")
@@ -192,12 +192,11 @@ def _check_saved_modules(model: PreTrainedModel, section: LoraSection, frozen: S
             parameters = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
             if parameters and frozen >= set(parameters):
                 raise ConfigError(
-                    f"peft.modules_to_save: {name!r} is frozen by frozen_modules or frozen_res; it can't be trained "
-                    "as well"
+                    f"peft.modules_to_save: {name!r} is frozen by frozen_modules or frozen_res, so it cannot be trained"
                 )
             if tied and (module is embedding or module is head) and not section.ensure_weight_tying:
                 raise ConfigError(
-                    f"peft.modules_to_save: {name!r} is embedding and head in one matrix in this student "
-                    "(tie_word_embeddings), and a trained copy would come apart from it; set peft.ensure_weight_tying: "
-                    "true to train one copy for both, with the embedding in modules_to_save"
+                    f"peft.modules_to_save: {name!r} is both embedding and head in this student "
+                    "(tie_word_embeddings), and a trained copy would diverge from it; to train one copy for both, set "
+                    "peft.ensure_weight_tying: true and name the embedding in modules_to_save"
                 )

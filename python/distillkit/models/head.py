@@ -3,7 +3,7 @@
 Capture and the losses apply the head to a slice of positions at a time, so that [batch, sequence, vocabulary] logits
 never exist. That needs the head's arithmetic outside the model's own forward. Most heads are `hidden @ weight.T`; some
 families add a bias, a scale or a soft cap. `LMHead` reproduces those from the model's config, and `check_lm_head`
-compares the result with the model's own logits, so a head that is not understood is refused and never computed wrongly.
+compares the result with the model's own logits, so an unknown kind of head is refused, never computed wrongly.
 
 Shape legend: B batch, S sequence, N positions of a slice, H hidden size, V width of the head (at least the tokenizer's
 vocabulary).
@@ -277,8 +277,8 @@ def check_lm_head(model: Any, forward: Callable[..., Any] | None = None) -> LMHe
         bare.train(training)
     if ours.shape != theirs.shape:
         raise DistillKitError(
-            f"{type(bare).__name__} returns logits of shape {tuple(theirs.shape)}, its head gives {tuple(ours.shape)}: "
-            "it is not understood"
+            f"{type(bare).__name__} returns logits of shape {tuple(theirs.shape)}, but its head gives "
+            f"{tuple(ours.shape)}: this model is not supported"
         )
     # Each of scale, cap and product may round once in the model's own dtype where ours are float32.
     precision = torch.finfo(next(bare.parameters()).dtype).eps
@@ -286,11 +286,11 @@ def check_lm_head(model: Any, forward: Callable[..., Any] | None = None) -> LMHe
     difference = float((ours - theirs).abs().max())
     if not difference <= allowed:
         raise DistillKitError(
-            f"the head of {type(bare).__name__} (model_type {bare.config.model_type!r}) can't be reproduced: applied "
-            "to the hidden states it "
+            f"the head of {type(bare).__name__} (model_type {bare.config.model_type!r}) cannot be reproduced: "
+            "applied to the hidden states, it "
             f"differs from the model's own logits by {difference:.3g} (allowed {allowed:.3g}; scale {head.scale:g}, "
             f"soft cap {head.softcap}). "
-            "This model does something to its logits that distillkit does not know"
+            "This model transforms its logits in a way that distillkit does not know"
         )
     return head
 
@@ -353,7 +353,7 @@ def _first_number(config: Any, names: tuple[str, ...]) -> float | None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise DistillKitError(f"{type(config).__name__}.{name} is {value!r}; a number or null is understood")
+            raise DistillKitError(f"{type(config).__name__}.{name} is {value!r}; expected a number or null")
         return float(value)
     return None
 
@@ -366,8 +366,8 @@ def _whole(parameter: Any) -> torch.Tensor:
 
     if parameter.device_mesh.ndim != 1:
         raise DistillKitError(
-            f"the head's weight is sharded over a mesh of {parameter.device_mesh.ndim} dimensions; plain FSDP2 (one "
-            "dimension) is understood"
+            f"the head's weight is sharded over a mesh of {parameter.device_mesh.ndim} dimensions; only plain FSDP2 "
+            "(one dimension) is supported"
         )
     # Without the placement the gradient of the gathered weight would stay unreduced over the processes.
     return parameter.full_tensor(grad_placements=[Partial("avg")])  # type: ignore[no-any-return]

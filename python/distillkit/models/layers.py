@@ -156,4 +156,4 @@ def load_projections(model: Any, folder: str) -> None:
     try:
         projections.load_state_dict(load_file(path))
     except RuntimeError as error:
-        raise ConfigError(f"{path}: the projections don't fit layer_mapping: {error}") from error
+        raise ConfigError(f"{path}: the projections do not fit layer_mapping: {error}") from error

@@ -111,7 +111,7 @@ class Inspection:
 
     @property
     def alignment(self) -> Literal["ok", "shifted", "undecided"]:
-        """Whether the rows stand beside the tokens they belong to; undecided where too little data can not tell."""
+        """Whether the rows stand beside the tokens they belong to; undecided where too little data cannot tell."""
         if self.shifts.shifted() is not None:
             return "shifted"
         return "ok" if self.shifts.rate(0) > max(self.shifts.rate(-1), self.shifts.rate(1)) else "undecided"
@@ -354,7 +354,7 @@ def recompute_fidelity(
         MismatchError: the teacher's head has another size, most of its first ids differ, or most rows hold ids that
             are not among its most probable: it is not this dataset's.
         InputError: documents are packed, or the logits were divided by a temperature.
-        ConfigError: the model can not be loaded.
+        ConfigError: the model cannot be loaded.
     """
     if dataset.header.temperature != 1:
         raise InputError(

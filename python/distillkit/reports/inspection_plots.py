@@ -23,7 +23,7 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
     Raises:
         InputError: there are no rows to draw.
         ModuleNotFoundError: matplotlib is not installed.
-        OSError: the file can not be written.
+        OSError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 

@@ -31,7 +31,7 @@ def plot_quality(run: RunRecord, path: Path) -> None:
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        OSError: the file can not be written.
+        OSError: the file cannot be written.
     """
     figure, axes = _figure()
     held_out = bool(run.evaluations)
@@ -51,7 +51,7 @@ def plot_speed(run: RunRecord, path: Path) -> None:
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        OSError: the file can not be written.
+        OSError: the file cannot be written.
     """
     figure, axes = _figure()
     for place, name, title, form in (
@@ -80,7 +80,7 @@ def plot_comparison(runs: Sequence[RunRecord], names: Sequence[str], path: Path)
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        OSError: the file can not be written.
+        OSError: the file cannot be written.
     """
     figure, axes = _figure(legend=True)
     for place, name, title, held_out, form in (

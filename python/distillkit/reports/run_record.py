@@ -131,7 +131,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         CorruptDataError: another line is not a log.
-        OSError: it can not be read.
+        OSError: it cannot be read.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     entries = []
@@ -153,7 +153,7 @@ def read_run(folder: str | Path) -> RunRecord:
 
     Raises:
         InputError: it holds no metrics.
-        CorruptDataError: its files can not be understood.
+        CorruptDataError: its files cannot be understood.
     """
     folder = Path(folder)
     if not (folder / METRICS).is_file():

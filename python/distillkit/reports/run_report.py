@@ -74,7 +74,7 @@ def write_report(run: RunRecord) -> list[Path]:
         The files written. Without matplotlib there are no plots, and the report says so.
 
     Raises:
-        OSError: a file can not be written.
+        OSError: a file cannot be written.
     """
     pictures = _draw(run)
     path = run.folder / REPORT
@@ -338,7 +338,7 @@ def write_comparison(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        OSError: a file can not be written.
+        OSError: a file cannot be written.
     """
     from distillkit.reports.run_plots import plot_comparison
 

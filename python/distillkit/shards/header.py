@@ -52,7 +52,7 @@ class Header:
         distillkit_version: the release that wrote it.
 
     Raises:
-        InputError: a field has a value that it can not have.
+        InputError: a field has a value that it cannot have.
     """
 
     codec: Mapping[str, Any]
@@ -74,7 +74,7 @@ class Header:
         for name, ok, expected in (
             ("version", self.version == VERSION, str(VERSION)),
             ("codec", isinstance(self.codec, Mapping), "a mapping"),
-            ("vocab_size", all(isinstance(size, int) for size in sizes), "a whole number, and head_size too"),
+            ("vocab_size", all(isinstance(size, int) for size in sizes), "an integer, like head_size"),
             ("temperature", isinstance(self.temperature, (int, float)) and self.temperature > 0, "a positive number"),
             ("alignment", self.alignment in (alignment("L-1"), alignment("L")), f"{alignment('L-1')} or rows 'L'"),
             ("capture", isinstance(self.capture, Mapping), "a mapping"),
@@ -145,11 +145,12 @@ class Header:
             UnsupportedVersionError: it is of another version.
         """
         if not isinstance(description, Mapping) or description.get("format") != FORMAT:
-            raise CorruptDataError(f"{where}: the header is none of format {FORMAT!r}: {description!r:.200}")
+            raise CorruptDataError(f"{where}: not a header of format {FORMAT!r}: {description!r:.200}")
         version = description.get("version")
         if isinstance(version, int) and version > VERSION:
             raise UnsupportedVersionError(
-                f"{where}: shard format version {version}; this release reads up to {VERSION}: update distillkit"
+                f"{where}: shard format version {version} is newer than {VERSION}, the newest that this release "
+                "reads: update distillkit"
             )
         known = {item.name for item in fields(Header)}
         if set(description) != known:
@@ -175,7 +176,7 @@ def read_hashed_metadata(metadata: Mapping[bytes, bytes] | None, key: bytes, *, 
     """
     text, expected = (metadata or {}).get(key), (metadata or {}).get(key + b".xxh3")
     if text is None or expected is None:
-        raise CorruptDataError(f"{where}: no {key.decode()} in the file's metadata; it is no shard, or damaged")
+        raise CorruptDataError(f"{where}: no {key.decode()} in the file's metadata: not a shard, or damaged")
     found = xxhash.xxh3_128_hexdigest(text)
     if found.encode() != expected:
         raise CorruptDataError(

@@ -89,12 +89,13 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     try:
         content = json.loads(filesystem.cat_file(path))
     except ValueError as error:
-        raise CorruptDataError(f"{where}: is not JSON: {error}") from error
+        raise CorruptDataError(f"{where}: not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CorruptDataError(f"{where}: is no distillkit manifest")
+        raise CorruptDataError(f"{where}: not a distillkit manifest")
     if not isinstance(content.get("version"), int) or content["version"] > VERSION:
         raise UnsupportedVersionError(
-            f"{where}: manifest version {content.get('version')}; this release reads up to {VERSION}: update distillkit"
+            f"{where}: manifest version {content.get('version')} is newer than {VERSION}, the newest that this "
+            "release reads: update distillkit"
         )
     if content.get("xxh3") != _content_hash(content):
         raise CorruptDataError(f"{where}: its hash is {_content_hash(content)}, expected {content.get('xxh3')}")
@@ -102,7 +103,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     try:
         shards = tuple(ShardInfo(**shard) for shard in content["shards"])
     except (KeyError, TypeError) as error:
-        raise CorruptDataError(f"{where}: its list of shards is not one: {error}") from error
+        raise CorruptDataError(f"{where}: invalid list of shards: {error}") from error
     return Manifest(header, shards, content.get("capture"))
 
 

@@ -41,4 +41,4 @@ def _check_ends(path: str) -> None:
         raise FileNotFoundError(2, "no such file", path)
     size = filesystem.size(inner)
     if size < 12 or filesystem.cat_file(inner, start=size - 4, end=size) != b"PAR1":
-        raise TruncatedDataError(f"{path}: {size} bytes that do not end as a Parquet file does: it was cut off")
+        raise TruncatedDataError(f"{path}: {size} bytes that do not end like a Parquet file: the file is truncated")

@@ -49,7 +49,7 @@ def load_codec_config(config: ConfigSource) -> CodecConfig:
     """A codec configuration from a YAML file, a mapping, or a configuration itself.
 
     Raises:
-        ConfigError: it can not be read, or is none.
+        ConfigError: it cannot be read, or is none.
     """
     return codec_config(_mapping(config))
 
@@ -77,7 +77,7 @@ def open_published(
     """Reads what is known of a published dataset, and its files; arguments and errors as `Dataset.open`."""
     folder, paths = _data_files(name, split)
     if not paths:
-        raise InputError(f"{name}: no Parquet or Arrow files are there; expected a captured or a published dataset")
+        raise InputError(f"{name}: contains no Parquet or Arrow files; expected a captured or a published dataset")
     tables = [_TableFile(path) for path in paths]
     layout = _layout(tables[0])
     if layout == "plain":
@@ -109,10 +109,10 @@ def _data_files(name: str, split: str | None) -> tuple[str, list[str]]:
     folder = name
     if splits:
         if split is None and len(splits) > 1:
-            raise InputError(f"{name}: has the splits {', '.join(splits)}; say which")
+            raise InputError(f"{name}: has the splits {', '.join(splits)}: choose one with split")
         chosen = split or splits[0]
         if chosen not in splits:
-            raise InputError(f"{name}: has no split {chosen!r}, but {', '.join(splits)}")
+            raise InputError(f"{name}: has no split {chosen!r}; its splits are {', '.join(splits)}")
         folder = f"{name}/{chosen}"
     paths = sorted(
         (
@@ -126,7 +126,7 @@ def _data_files(name: str, split: str | None) -> tuple[str, list[str]]:
         with reading(f"{folder}/state.json"):
             state = json.loads(filesystem.cat_file(f"{_inner(folder)}/state.json"))
         if state.get("_indices_files") or state.get("_indices_data_files"):
-            raise InputError(f"{folder}: holds a selection by indices; save it after `flatten_indices()`")
+            raise InputError(f"{folder}: is a selection by indices; call `flatten_indices()` before saving it")
         paths = [entry["filename"] for entry in state["_data_files"]]
     elif split is not None and not splits:
         # Parquet files of a hub dataset: data/train-00000-of-00002.parquet.
@@ -170,7 +170,8 @@ def _layout(table: _TableFile) -> str:
     if layout is None or "input_ids" not in table.columns:
         expected = ", or ".join(" and ".join(columns) for columns in _LAYOUTS.values())
         raise InputError(
-            f"{table.path}: no published layout: the columns are {', '.join(table.columns)}; expected input_ids and "
+            f"{table.path}: not a published layout: found the columns {', '.join(table.columns)}; expected input_ids "
+            "and "
             f"{expected}"
         )
     for name, depth in (*((name, 1) for name in _TOKEN_COLUMNS), *((name, 2) for name in _LAYOUTS[layout])):
@@ -197,7 +198,7 @@ def _published_codec(layout: str, config: ConfigSource, beside: str | None, name
     if config is not None and beside is not None:
         check_codec(codec, Codec(load_codec_config(beside)), name, f"the codec in {CONFIG_FILE}")
     if codec.format != layout:
-        raise ConfigError(f"{name}: its columns are those of the {layout} format, the configuration is {codec.format}")
+        raise ConfigError(f"{name}: its columns have the {layout} format, but the configuration is for {codec.format}")
     return codec
 
 
@@ -210,7 +211,7 @@ def _plain_codec(table: _TableFile, config: ConfigSource, vocab_size: int | None
     size = vocab_size if stated is None else stated
     if not isinstance(size, int):
         raise ConfigError(
-            f"{name}: plain top-k columns do not say the vocabulary size: give vocab_size, or a configuration with d"
+            f"{name}: plain top-k columns do not record the vocabulary size: pass vocab_size, or a configuration with d"
         )
     first = table.load(0, ("token_ids",))
     rows = _nested(first["token_ids"], 0, f"{table.path}, document 0, token_ids")
@@ -232,7 +233,8 @@ def _alignment_of(tables: list[_TableFile], codec: Codec, layout: str) -> Any:
             if tokens in (rows, rows + 1):
                 return "L" if tokens == rows else "L-1"
             raise CorruptDataError(
-                f"{table.path}, document {index}: {rows} rows for {tokens} tokens; expected one fewer, or as many"
+                f"{table.path}, document {index}: {rows} rows for {tokens} tokens; expected as many rows as tokens, "
+                "or one fewer"
             )
     raise InputError(f"{tables[0].path}: holds no documents")
 
@@ -393,7 +395,9 @@ def _nested(column: pa.Array, index: int, where: str) -> npt.NDArray[Any]:
     offsets = rows.offsets.to_numpy()
     widths = np.unique(np.diff(offsets))
     if len(widths) > 1:
-        raise CorruptDataError(f"{where}: rows of {widths.min()} and of {widths.max()} values; they must all be alike")
+        raise CorruptDataError(
+            f"{where}: rows of {widths.min()} and of {widths.max()} values; all rows must have the same width"
+        )
     values = rows.values.slice(offsets[0], offsets[-1] - offsets[0]) if len(offsets) else rows.values
     if values.null_count:
         raise CorruptDataError(f"{where}: nulls")

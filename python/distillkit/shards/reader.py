@@ -81,8 +81,7 @@ class ShardFile:
         self._starts = list(itertools.accumulate(self._groups, initial=0))
         if stored != self._groups or self._metadata.num_rows != sum(stored):
             raise CorruptDataError(
-                f"{path}: row groups of {stored} documents, {self._metadata.num_rows} in all, but written were "
-                f"{self._groups}"
+                f"{path}: row groups of {stored} documents, {self._metadata.num_rows} in total, expected {self._groups}"
             )
         self._columns = [name for name in SCHEMA.names if name in schema.names]
         for field in SCHEMA:
@@ -129,7 +128,7 @@ class ShardFile:
             table = table.append_column(SCHEMA.field("teacher"), teacher.column("teacher"))
             found = GroupDigest.of(table)
         if found != self._digests[group]:
-            raise CorruptDataError(f"{where}: they are not the documents that were written, or not in that order")
+            raise CorruptDataError(f"{where}: the documents are not those that were written, or are in another order")
         return ShardRows(table, self.header, self._codec, self.path, self._starts[group])
 
     def _where(self, groups: range) -> str:
@@ -255,7 +254,7 @@ class Dataset(Documents):
         """(D,) tokens of each document, read from the column of token ids alone, some files at a time.
 
         Raises:
-            CorruptDataError: a file can not be read.
+            CorruptDataError: a file cannot be read.
         """
         with ThreadPoolExecutor() as pool:
             return np.concatenate([np.empty(0, np.int64), *pool.map(lambda file: file.lengths(), self._files)])
@@ -334,8 +333,8 @@ def _is_shard(name: str) -> bool:
     shards = sorted(filesystem.glob(f"{inner}/data-*.parquet"))
     if shards and _has_header(f"{name}/{Path(shards[0]).name}"):
         raise InputError(
-            f"{name}: {len(shards)} shards but no {MANIFEST}: the capture is not finished; run it again to go on, or "
-            "open one shard by itself"
+            f"{name}: {len(shards)} shards but no {MANIFEST}: the capture is unfinished; run it again to resume it, "
+            "or open a single shard"
         )
     return False
 
@@ -361,7 +360,7 @@ def _open_folder(name: str, manifest: Manifest) -> Dataset:
         if size != shard.bytes or file.documents != shard.documents:
             raise MismatchError(
                 f"{name}/{shard.file}: {size} bytes and {file.documents} documents, but {MANIFEST} says {shard.bytes} "
-                f"and {shard.documents}: they are of different captures"
+                f"and {shard.documents}: the files belong to different captures"
             )
         manifest.header.check_same(file.header, where=file.path)
         files.append(file)

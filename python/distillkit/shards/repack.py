@@ -95,9 +95,11 @@ def pack_dataset(
     """
     started = time.perf_counter()
     if max_len < 2:
-        raise InputError(f"max_len is {max_len}; a row needs room for at least 2 tokens")
+        raise InputError(f"max_len is {max_len}; a row must hold at least 2 tokens")
     if source.codec.bytes_per_token is None:
-        raise InputError(f"{source.path}: rows of the format {source.codec.format} have no fixed size to be cut at")
+        raise InputError(
+            f"{source.path}: rows of the format {source.codec.format} have no fixed size, so they cannot be cut"
+        )
     lengths = source.lengths()
     plan = PackingPlan.of(source, lengths, max_len, seed, window)
     settings = {"max_len": max_len, "seed": seed, "window": window, "documents": len(source)}
@@ -146,7 +148,9 @@ class PackingPlan:
         order = np.arange(len(lengths)) if seed is None else np.random.default_rng(seed).permutation(len(lengths))
         order = order[lengths[order] > 1]
         if not len(order):
-            raise InputError(f"{source.path}: none of its {len(lengths):,} documents has two tokens; nothing to pack")
+            raise InputError(
+                f"{source.path}: none of its {len(lengths):,} documents has at least 2 tokens: nothing to pack"
+            )
         width = source.codec.bytes_per_token or 0
         number = np.maximum(np.arange(len(order)) // window, np.cumsum(lengths[order] * width) // _WINDOW_BYTES)
         borders = np.flatnonzero(np.diff(number)) + 1
@@ -214,7 +218,7 @@ def _compare(source: Dataset, folder: str, plan: PackingPlan, max_len: int, prog
                 )
                 if not same:
                     raise CorruptDataError(
-                        f"{folder}: document {indices[i]} of {source.path} reads back differently: remove the folder "
+                        f"{folder}: document {indices[i]} of {source.path} differs when read back: remove the folder "
                         "and pack again"
                     )
                 start = stop

@@ -88,7 +88,7 @@ class Folder:
         """Writes a whole file, durably and at once.
 
         Raises:
-            OSError: it can not be written; says which, and that finished shards are kept.
+            OSError: it cannot be written; says which, and that finished shards are kept.
         """
         with writing(self.of(name)), self.new_file(name) as file:
             file.stream.write(data)
@@ -170,7 +170,7 @@ class _LocalFile(NewFile):
             os.close(directory)
 
     def abandon(self) -> None:
-        # What is buffered is thrown away with the file; that it can not be written either is no news.
+        # What is buffered is thrown away with the file; that it cannot be written either is no news.
         with contextlib.suppress(OSError):
             self.stream.close()
         self._temporary.unlink(missing_ok=True)
@@ -196,7 +196,7 @@ class _RemoteFile(NewFile):
             self._filesystem.mv(beside, target)
         found = self._folder.size(self._name)
         if found != size:
-            raise OSError(errno.EIO, f"{found} bytes arrived of {size}", self._folder.of(self._name))
+            raise OSError(errno.EIO, f"{found} of {size} bytes arrived", self._folder.of(self._name))
         self.stream.close()
 
     def abandon(self) -> None:
@@ -213,7 +213,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.filename == str(path):
             raise
         reason = error.strerror or str(error)
-        message = f"{reason}; it was not written, finished shards are kept: run again to go on after them"
+        message = f"{reason}; the file was not written, finished shards are kept: run the command again to resume"
         raise OSError(error.errno, message, str(path)) from error
 
 
@@ -238,7 +238,7 @@ def reading(where: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise CorruptDataError(f"{where}: can not be read: {error}") from error
+        raise CorruptDataError(f"{where}: cannot be read: {error}") from error
 
 
 def open_source(path: str) -> Any:

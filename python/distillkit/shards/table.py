@@ -63,7 +63,7 @@ def int32_array(values: Any, name: str) -> npt.NDArray[np.int32]:
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise InputError(f"{name} must be one axis of integers, got {array.dtype} of shape {array.shape}")
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < 2**31:
-        raise InputError(f"{name} go from {array.min()} to {array.max()}; they must be between 0 and 2³¹ − 1")
+        raise InputError(f"{name} range from {array.min()} to {array.max()}; they must be between 0 and 2³¹ − 1")
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
@@ -99,7 +99,7 @@ class GroupDigest:
         try:
             return [cls(int(documents), str(digest)) for documents, digest in content]
         except (TypeError, ValueError) as error:
-            raise CorruptDataError(f"{where}: its list of row groups is not one: {error}") from error
+            raise CorruptDataError(f"{where}: invalid list of row groups: {error}") from error
 
 
 def _fields(document: Document) -> Iterator[Any]:
@@ -277,8 +277,8 @@ class ShardRows(Documents):
         found, stored = checksum(document), self._checksums[index]
         if found != stored:
             raise CorruptDataError(
-                f"{where}: checksum {found}, expected {stored}: the document was changed; capture or fetch its shard "
-                "again"
+                f"{where}: checksum {found}, expected {stored}: the document was modified; capture or download "
+                "its shard again"
             )
         check_document(document, self._header, self._codec, where)
         return document
@@ -330,8 +330,8 @@ def check_document(document: Document, header: Header, codec: Codec, where: str)
     labels = document.label_logprobs
     if labels is not None and (len(labels) != max(tokens - 1, 0) or not (labels <= _HIGHEST_LOGPROB).all()):
         raise CorruptDataError(
-            f"{where}: label_logprobs has {len(labels)} entries for {tokens} tokens, or some that are positive or NaN"
+            f"{where}: label_logprobs has {len(labels)} entries for {tokens} tokens, or values that are positive or NaN"
         )
     lengths = document.segment_lengths
     if lengths is not None and (int(lengths.sum()) != tokens or (len(lengths) and int(lengths.min()) < 1)):
-        raise CorruptDataError(f"{where}: segment_lengths {lengths.tolist()} do not make up {tokens} tokens")
+        raise CorruptDataError(f"{where}: segment_lengths {lengths.tolist()} do not add up to {tokens} tokens")

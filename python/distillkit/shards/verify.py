@@ -61,7 +61,7 @@ def verify_dataset(
         progress: called with documents done and documents in all.
 
     Raises:
-        FileNotFoundError, DistillKitError: the dataset can not be opened at all, as `Dataset.open`.
+        FileNotFoundError, DistillKitError: the dataset cannot be opened at all, as `Dataset.open`.
 
     Example:
         >>> report = verify_dataset("captured")
@@ -146,4 +146,4 @@ def _check_hash(file: DocumentFile, expected: str | None) -> None:
     with filesystem.open(inner, "rb") as content:
         found = file_hash(content)
     if found != expected:
-        raise MismatchError(f"{file.path}: the file's hash is {found}, the manifest says {expected}")
+        raise MismatchError(f"{file.path}: the file's hash is {found}, but the manifest says {expected}")

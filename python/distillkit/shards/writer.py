@@ -140,7 +140,7 @@ class ShardWriter:
         resume: bool = False,
     ) -> None:
         if header.fidelity is not None:
-            raise InputError("a writer measures fidelity itself: pass a header without")
+            raise InputError("the writer measures fidelity itself: pass a header without fidelity")
         self._folder = Folder(folder)
         self._header = header
         self._codec = header.make_codec()
@@ -187,7 +187,7 @@ class ShardWriter:
 
         Raises:
             InputError: wrong values or shapes, or a number of rows that the header's alignment does not give.
-            OSError: the file can not be written (a full disk, for example); whole shards stay, and this writer writes
+            OSError: the file cannot be written (a full disk, for example); whole shards stay, and this writer writes
                 no more.
         """
         self._check_usable()
@@ -230,11 +230,11 @@ class ShardWriter:
 
     def _check_usable(self) -> None:
         if self._failed:
-            raise InputError(f"{self._folder}: an earlier write failed; go on with a new writer and resume=True")
+            raise InputError(f"{self._folder}: an earlier write failed; continue with a new writer and resume=True")
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Where something can not be written, documents are lost: nothing may be built on what is left."""
+        """Where something cannot be written, documents are lost: nothing may be built on what is left."""
         try:
             yield
         except BaseException:
@@ -252,7 +252,7 @@ class ShardWriter:
             return self._manifest
         self.finish_shard()
         if not self._shards:
-            raise InputError(f"{self._folder}: no documents were written, so there is no dataset")
+            raise InputError(f"{self._folder}: no documents were written, so there is no dataset to finish")
         manifest = Manifest(replace(self._header, fidelity=merged_fidelity(self._headers)), tuple(self._shards))
         with self._failing():
             manifest.write(self._folder)
@@ -318,7 +318,7 @@ def _mask(loss_mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     mask = np.asarray(loss_mask)
     if mask.dtype != np.bool_ and not (mask.dtype.kind in "iu" and np.isin(mask, (0, 1)).all()):
         raise InputError(
-            f"loss_mask must be bool, or 0 and 1; got {mask.dtype} with values such as {mask[:8].tolist()}"
+            f"loss_mask must be bool, or 0 and 1; got {mask.dtype}, with values such as {mask[:8].tolist()}"
         )
     return mask.astype(np.bool_)
 
@@ -335,7 +335,7 @@ class NewShard:
         documents, tokens, rows: what it has so far.
 
     Raises:
-        OSError: it can not be written; says which file, and that finished shards are kept.
+        OSError: it cannot be written; says which file, and that finished shards are kept.
     """
 
     def __init__(self, folder: Folder, name: str, kept: pa.Schema | None = None) -> None:
@@ -408,7 +408,7 @@ class NewShard:
 
     def abort(self) -> None:
         """Throws it away."""
-        # What is buffered is thrown away with the file; that it can not be written either is no news.
+        # What is buffered is thrown away with the file; that it cannot be written either is no news.
         with contextlib.suppress(OSError, ValueError):
             self._writer.close()
         self._file.abandon()
@@ -424,7 +424,7 @@ def kept_array(values: list[Any], field: pa.Field) -> pa.Array:
         return pa.array(values, type=field.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise InputError(
-            f"the source's column {field.name}, which is to be kept, is of {field.type}: {error}"
+            f"the source's column {field.name}, which is to be kept, has the type {field.type}: {error}"
         ) from error
 
 

@@ -84,7 +84,7 @@ class DocumentReader:
         """The source's columns that documents bring with them, with their types.
 
         Raises:
-            ConfigError: the source has no such column, or it can not be kept.
+            ConfigError: the source has no such column, or it cannot be kept.
         """
         return kept_schema(self.source, self.keep_columns)
 

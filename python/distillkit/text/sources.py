@@ -108,7 +108,7 @@ def _fetched(url: str, split: str) -> Source:
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"dataset: {url} can not be opened: {error}") from error
+        raise ConfigError(f"dataset: {url} cannot be opened: {error}") from error
     root = root.rstrip("/")
     wanted = (*FORMATS, ".arrow")
     files = [file for file in filesystem.find(root) if file.endswith(wanted)]
@@ -188,7 +188,7 @@ def kept_schema(source: Source, keep_columns: str | Sequence[str]) -> pa.Schema:
     taken = [name for name in names if name in SCHEMA.names]
     if taken:
         raise ConfigError(
-            f"keep_columns: {', '.join(taken)} can not be kept: captured datasets have columns "
+            f"keep_columns: {', '.join(taken)} cannot be kept: captured datasets have columns "
             f"{', '.join(SCHEMA.names)} of their own"
         )
     return source.schema(names)
@@ -364,7 +364,7 @@ def open_hub(
     """Open a dataset of the hub; without a split there must not be several.
 
     Raises:
-        ConfigError: it can not be loaded, or has no such split.
+        ConfigError: it cannot be loaded, or has no such split.
     """
     import datasets
 

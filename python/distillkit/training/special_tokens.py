@@ -36,7 +36,7 @@ def configure_tokenizer(tokenizer: Any, arguments: SFTConfig) -> None:
         try:
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"training_args.chat_template_path: {path} can not be read: {error}") from error
+            raise ConfigError(f"training_args.chat_template_path: {path} cannot be read: {error}") from error
         return
     other = tokenizers.load_tokenizer(path)
     if not other.chat_template:

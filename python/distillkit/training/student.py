@@ -170,7 +170,7 @@ def _loading(config: RunConfig, what: object) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"{config.source}: model: {config.model!r} can not be loaded by {config.model_auto_class} with {what}: "
+            f"{config.source}: model: {config.model!r} cannot be loaded by {config.model_auto_class} with {what}: "
             f"{error}"
         ) from error
 

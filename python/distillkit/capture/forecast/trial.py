@@ -61,7 +61,7 @@ def try_teacher(
         progress: told of the seconds that are over, and how many there will be.
 
     Raises:
-        CaptureError: the teacher can not go on.
+        CaptureError: the teacher cannot go on.
     """
     batches = deque(_batches(settings, documents))
     rate, trial = _warm_up(teacher, documents, batches[0][0], request), Trial()

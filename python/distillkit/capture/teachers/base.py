@@ -81,12 +81,12 @@ class Teacher(Protocol):
         They depend on these documents alone, so that a capture that starts again writes the same bytes.
 
         Raises:
-            CaptureError: the teacher can not go on, whatever the document.
+            CaptureError: the teacher cannot go on, whatever the document.
         """
 
 
 def refusal(document: TokenDocument, rows: SparseLogprobs) -> str | None:
-    """Say why a document's rows can not be stored, naming the first position; None if all of them are finite.
+    """Say why a document's rows cannot be stored, naming the first position; None if all of them are finite.
 
     Repeated ids, ids out of range and positive log-probabilities are refused by the codec.
     """

@@ -205,7 +205,7 @@ class OpenAITeacher:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ConfigError(
                 f"{self._server} returns no log-probabilities of a prompt with token ids, neither for prompt_logprobs "
-                "(as vLLM does) nor for echo with logprobs: it can not be captured from"
+                "(as vLLM does) nor for echo with logprobs: it cannot be captured from"
             ) from error
         return True
 

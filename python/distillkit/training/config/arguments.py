@@ -212,7 +212,7 @@ def _read_json(path: str, where: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{where}: {path}: the file can not be read: {error.strerror}") from error
+        raise ConfigError(f"{where}: {path}: the file cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{where}: {path}: not valid JSON: {error}") from error
 

@@ -113,7 +113,7 @@ def _downloaded(source: DatasetSource, repo_id: str, key: str) -> str:
             allow_patterns=[*patterns, "compression_config.y*ml"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(f"{key}.repo_id: {repo_id!r} can not be fetched from the hub: {error}") from error
+        raise ConfigError(f"{key}.repo_id: {repo_id!r} cannot be fetched from the hub: {error}") from error
     path = Path(folder) / (source.config_name or "")
     if not path.is_dir():
         raise ConfigError(f"{key}.config_name: {repo_id} has no folder {source.config_name!r}")
@@ -129,7 +129,7 @@ def check_tokenizer(dataset: StoredDataset, tokenizer: Any, student: str, key: s
     recorded = dataset.header.tokenizer
     if recorded is None:
         logger.warning(
-            "%s does not say which tokenizer it was captured with; that it is the student's can not be checked", key
+            "%s does not say which tokenizer it was captured with; that it is the student's cannot be checked", key
         )
         return
     ours = tokenizers.fingerprint(tokenizer)

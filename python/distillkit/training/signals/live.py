@@ -126,7 +126,7 @@ def load_teacher(config: RunConfig, device: torch.device) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(teacher.path, **arguments)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise ConfigError(
-            f"{config.source}: teacher.path: {teacher.path!r} can not be loaded with {arguments}: {error}"
+            f"{config.source}: teacher.path: {teacher.path!r} cannot be loaded with {arguments}: {error}"
         ) from error
     if "device_map" not in arguments:
         model.to(device)

@@ -214,7 +214,7 @@ class Positions:
             InputError: the teacher gives all ids.
         """
         if not isinstance(self.targets.teacher, SparseLogprobs):
-            raise InputError(f"stored ids are needed, the teacher is {type(self.targets.teacher).__name__}")
+            raise InputError(f"expected a teacher with stored ids, found {type(self.targets.teacher).__name__}")
         return self.targets.teacher
 
     def _sparse(self, temperature: float, missing: Missing) -> Comparison:

@@ -358,8 +358,8 @@ def recompute_fidelity(
     """
     if dataset.header.temperature != 1:
         raise InputError(
-            f"{dataset.path}: holds distributions at temperature {dataset.header.temperature}; only those at 1 can be "
-            "computed again"
+            f"{dataset.path}: holds distributions at temperature {dataset.header.temperature}; only those at "
+            "temperature 1 can be recomputed"
         )
     engine = _teacher_of(dataset, teacher)
     stats, rows, agreeing = FidelityStats(), 0, 0
@@ -375,7 +375,7 @@ def recompute_fidelity(
     if agreeing < 0.5 * rows:
         raise MismatchError(
             f"{teacher}: its most probable token is the stored one at only {agreeing / rows:.1%} of {rows:,} "
-            "positions: it is not the teacher of this dataset"
+            "positions: this is not the dataset's teacher"
         )
     _check_left_out(teacher, stats.rows, rows)
     return stats
@@ -386,7 +386,7 @@ def _check_left_out(teacher: str, compared: int, rows: int) -> None:
     left_out = rows - compared
     said = f"{left_out:,} of {rows:,} rows hold ids that are not among its most probable"
     if left_out > 0.5 * rows:
-        raise MismatchError(f"{teacher}: {said}: it is not the teacher of this dataset, or the ids are wrong")
+        raise MismatchError(f"{teacher}: {said}: this is not the dataset's teacher, or the ids are wrong")
     if left_out:
         logger.warning("%s: %s; fidelity is of the others", teacher, said)
 
@@ -399,7 +399,7 @@ def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
     engine = HFTeacher(teacher, HFSettings(dtype=dtype))
     if engine.head_size != dataset.header.head_size:
         raise MismatchError(
-            f"{teacher}: its logits are {engine.head_size} wide, those of the dataset {dataset.header.head_size}"
+            f"{teacher}: its logits are {engine.head_size} wide, but the dataset's are {dataset.header.head_size}"
         )
     return engine
 
@@ -410,7 +410,9 @@ def _scored(engine: HFTeacher, dataset: Dataset, document: Document) -> SparseLo
     from distillkit.types import TokenDocument
 
     if document.segment_lengths is not None:
-        raise InputError(f"{dataset.path}: document {document.doc_id} is packed; a teacher would read it as one")
+        raise InputError(
+            f"{dataset.path}: document {document.doc_id} is packed, and a teacher would read it as a single document"
+        )
     wide = min(2 * dataset.codec.k, engine.head_size)
     [scored] = engine.score([TokenDocument(document.input_ids, dataset.path)], RowRequest(wide))
     if isinstance(scored, RejectedDocument):

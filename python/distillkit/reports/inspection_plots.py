@@ -28,7 +28,7 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     if not inspection.rows_read:
-        raise InputError(f"{inspection.path}: holds no distributions, there is nothing to draw")
+        raise InputError(f"{inspection.path}: holds no distributions, so there is nothing to plot")
     # A figure of its own, without pyplot: no global state, no display.
     figure: Any = Figure(figsize=(15, 5.2), dpi=120, layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=[1.3, 1, 0.85])

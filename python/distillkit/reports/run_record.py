@@ -143,7 +143,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 break
             raise CorruptDataError(f"{path}: line {number} is not JSON: {error}") from error
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            raise CorruptDataError(f"{path}: line {number} is not a log: an object with a step is expected")
+            raise CorruptDataError(f"{path}: line {number} is not a log entry: expected an object with a step")
         entries.append(entry)
     return entries
 
@@ -157,9 +157,7 @@ def read_run(folder: str | Path) -> RunRecord:
     """
     folder = Path(folder)
     if not (folder / METRICS).is_file():
-        raise InputError(
-            f"{folder}: there is no {METRICS} here; give the output_path of a run of `distillkit CONFIG.yaml`"
-        )
+        raise InputError(f"{folder}: contains no {METRICS}; pass the output_path of a run of `distillkit CONFIG.yaml`")
     entries = read_metrics(folder / METRICS)
     summary = None
     if (folder / SUMMARY).is_file():

@@ -61,7 +61,7 @@ class ReportFiles:
             write_report(read_run(self.folder))
         except Exception as error:  # noqa: BLE001 - a picture is no reason to lose hours of training
             logger.warning(
-                "the report in %s could not be written: %s; `distillkit report` does it again", self.folder, error
+                "the report in %s could not be written: %s; run `distillkit report` to try again", self.folder, error
             )
         end = time.monotonic()
         self._next = end + _PATIENCE * (end - start)
@@ -248,7 +248,7 @@ def _advice(run: RunRecord) -> list[str]:
     workers = run.description.get("settings", {}).get("workers")
     now = "" if workers is None else f" (now {workers})"
     return [
-        f"The processor waited for data during {run.data_wait:.0%} of the time: raise "
+        f"The device waited for data during {run.data_wait:.0%} of the time: raise "
         f"`training_args.dataloader_num_workers`{now}."
     ]
 

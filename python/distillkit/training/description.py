@@ -61,7 +61,7 @@ def _teacher(config: RunConfig, dataset: DistillationDataset) -> dict[str, Any]:
     if config.teacher.kind == "hf":
         return {"kind": "hf", "name": config.teacher.path, "k": config.teacher.top_k}
     if not isinstance(dataset.source, StoredDataset):
-        raise TypeError(f"stored distributions are needed, the source is {type(dataset.source).__name__}")
+        raise TypeError(f"expected stored distributions, found {type(dataset.source).__name__}")
     recorded = dataset.source.header.teacher or {}
     return {"kind": "dataset", "name": recorded.get("name"), "k": dataset.source.codec.k}
 

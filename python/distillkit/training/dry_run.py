@@ -146,7 +146,7 @@ def _outcome(step: _Step, state: _State) -> Check:
     except (DistillKitError, OSError) as error:
         return Check(step.name, "failed", str(error))
     except torch.OutOfMemoryError as error:
-        return Check(step.name, "failed", f"the memory does not suffice: {str(error).splitlines()[0]}")
+        return Check(step.name, "failed", f"not enough memory: {str(error).splitlines()[0]}")
     return found if isinstance(found, Check) else Check(step.name, "passed", *found)
 
 
@@ -182,9 +182,9 @@ def _output(state: _State) -> Check | tuple[str, dict[str, Any]]:
         pass
     resumed = checkpoint_of(state.config)
     if resumed is not None:
-        return f"{folder}: can be written; training goes on from {resumed}", {"resumes_from": resumed}
+        return f"{folder}: writable; training resumes from {resumed}", {"resumes_from": resumed}
     if (folder / "metrics.jsonl").exists():
-        detail = f"{folder}: holds an earlier run, whose metrics, report and student would be replaced"
+        detail = f"{folder}: contains an earlier run, whose metrics, report and student would be overwritten"
         return Check("output folder", "warning", detail)
     return f"{folder}: can be written", {}
 
@@ -205,7 +205,7 @@ def _data(state: _State) -> tuple[str, dict[str, Any]]:
     _ = state.run.eos_labels  # refused, if they are wrong, with the data that they are for
     for key, source in state.run.sources.items():
         tokens = tokens_of(source)
-        kept = f" (prepared, and kept for training in {source.folder})" if isinstance(source, PreparedDataset) else ""
+        kept = f" (prepared, and cached for training in {source.folder})" if isinstance(source, PreparedDataset) else ""
         lines.append(f"{key}: {len(source):,} documents, {tokens:,} tokens{kept}")
         figures[key] = {"documents": len(source), "tokens": tokens}
     return "; ".join(lines), figures
@@ -250,9 +250,9 @@ def _plan(state: _State) -> tuple[str, dict[str, Any]]:
         arguments, trainer.get_train_dataloader()
     )
     if per_epoch < 1 or steps < 1:
-        raise ConfigError("dataset.train_dataset: there is not one whole batch in it")
+        raise ConfigError("dataset.train_dataset: it does not contain a single full batch")
     state.steps, state.steps_an_epoch = steps, per_epoch
-    detail = f"{steps:,} steps, rows a step: {batch:,}; one pass over the data takes {per_epoch:,}"
+    detail = f"{steps:,} steps of {batch:,} rows; one pass over the data takes {per_epoch:,} steps"
     return detail, {"steps": steps, "rows_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}
 
 
@@ -283,7 +283,7 @@ def _memory(state: _State) -> Check:
     written = [
         f"{name} {'not known' if size is None else human_bytes(size)}" for name, size in parts.items() if size != 0
     ]
-    detail = f"about {human_bytes(found.total)} ({', '.join(written)}); at hand: {human_bytes(at_hand)}"
+    detail = f"about {human_bytes(found.total)} ({', '.join(written)}); available: {human_bytes(at_hand)}"
     figures = {
         "weights_bytes": found.weights,
         "teacher_bytes": found.teacher,
@@ -298,7 +298,7 @@ def _memory(state: _State) -> Check:
         detail = f"{detail}; weights, gradients and optimiser are divided among the processes"
         return Check("memory", "passed", detail, figures)
     if found.certain > at_hand:
-        return Check("memory", "failed", f"{detail}. Weights, gradients and optimiser alone don't fit", figures)
+        return Check("memory", "failed", f"{detail}. Weights, gradients and optimiser alone do not fit", figures)
     tight = found.total > at_hand or found.optimizer is None
     return Check("memory", "warning" if tight else "passed", detail, figures)
 
@@ -318,7 +318,10 @@ def _batch(state: _State) -> Check | tuple[str, dict[str, Any]]:
     rows, length = first["input_ids"].shape
     shape = f"{rows} × {length:,} tokens"
     if state.sharded:
-        return f"{shape}; not run: the student is sharded when training begins", {"rows": rows, "length": length}
+        return f"{shape}; not run, because the student is sharded only when training begins", {
+            "rows": rows,
+            "length": length,
+        }
     model = trainer.model
     with checkpointing(model, arguments, wanted=arguments.activation_checkpointing):
         # As accelerate does in the wrapped model's forward.
@@ -329,7 +332,7 @@ def _batch(state: _State) -> Check | tuple[str, dict[str, Any]]:
     model.zero_grad(set_to_none=True)
     averages, _, _ = trainer._window.finish(trainer.accelerator)
     if not finite or not bool(torch.isfinite(loss)):
-        raise DistillKitError(f"the first batch ({shape}) gives a loss or a gradient that is not finite: {loss.item()}")
+        raise DistillKitError(f"the first batch ({shape}) gives a non-finite loss or gradient: {loss.item()}")
     names = [loss["name"] for loss in state.run.description["losses"]]
     losses = ", ".join(f"{name} {averages[name]:.4f}" for name in names)
     detail = (
@@ -355,7 +358,7 @@ def _disk(state: _State) -> tuple[str, dict[str, Any]]:
     found = f"{human_bytes(needed)} needed (student {human_bytes(saved)}, checkpoints: {number} × {human_bytes(each)})"
     if needed > free:
         raise ConfigError(
-            f"{found}, {human_bytes(free)} free at output_path; set training_args.save_total_limit, or save less often"
+            f"{found}, {human_bytes(free)} free at output_path; set training_args.save_total_limit or save less often"
         )
     return f"{found}, {human_bytes(free)} free", {"needed_bytes": needed, "free_bytes": free, "checkpoints": number}
 

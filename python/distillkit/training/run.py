@@ -246,7 +246,7 @@ def _dataset(
         check_ids(source, head_size, key)
         return training_dataset(config, part, source, teacher, arguments)
     if not isinstance(source, StoredDataset):
-        raise TypeError(f"{key}: stored distributions are needed, the source is {type(source).__name__}")
+        raise TypeError(f"{key}: expected stored distributions, found {type(source).__name__}")
     check_dataset(source, head_size, key)
     signal = OfflineSignal(
         source.codec,
@@ -266,14 +266,14 @@ def checkpoint_of(config: RunConfig) -> str | None:
         folder = whole_checkpoint(Path(config.output_path))
         if folder is None:
             raise ConfigError(
-                f"{config.source}: training_args.resume_from_checkpoint: there is no checkpoint in "
-                f"{config.output_path}; start without it"
+                f"{config.source}: training_args.resume_from_checkpoint: {config.output_path} contains no "
+                "checkpoint; remove this setting"
             )
         return str(folder)
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise ConfigError(
-            f"{config.source}: training_args.resume_from_checkpoint: {wanted!r} is not a checkpoint's folder (no "
-            "trainer_state.json in it)"
+            f"{config.source}: training_args.resume_from_checkpoint: {wanted!r} is not a checkpoint (it contains no "
+            "trainer_state.json)"
         )
     return str(wanted)
 

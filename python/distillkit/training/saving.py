@@ -51,11 +51,11 @@ def saving(folder: Path, *, checkpoint: bool) -> Iterator[None]:
         resume = "training_args.resume_from_checkpoint: true"
         if checkpoint:
             rest = (
-                f"this checkpoint is removed, earlier ones are kept: make room, and go on with {resume} "
+                f"this checkpoint was removed, earlier ones are kept: free some space, then resume with {resume} "
                 "(save_total_limit keeps fewer of them, save_only_model makes them smaller)"
             )
         else:
-            rest = f"the trained student is not whole: make room, and go on from the last checkpoint with {resume}"
+            rest = f"the trained student is incomplete: free some space, then resume with {resume}"
         raise OSError(errno.ENOSPC, f"No space left on device; {rest}", str(folder)) from error
 
 
@@ -79,7 +79,7 @@ def whole_checkpoint(folder: Path) -> Path | None:
     for _, path in sorted(numbered, reverse=True):
         if is_whole(path):
             return path
-        logger.warning("%s is not whole (a run was stopped while it was saved): it is passed over", path)
+        logger.warning("%s is incomplete, because a run was stopped while saving it; it is ignored", path)
     return None
 
 
@@ -117,7 +117,9 @@ def _remove_adapters(folder: Path) -> None:
     for name in _ADAPTER_FILES:
         if (folder / name).exists():
             (folder / name).unlink()
-            logger.info("%s, from an earlier run, is removed: the weights saved beside it are whole now", folder / name)
+            logger.info(
+                "removing %s of an earlier run: the student beside it is now saved as a whole model", folder / name
+            )
 
 
 def _copy_processor(config: RunConfig) -> None:

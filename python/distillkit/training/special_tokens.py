@@ -47,7 +47,7 @@ def configure_tokenizer(tokenizer: Any, arguments: SFTConfig) -> None:
     if strange:
         raise ConfigError(
             f"training_args.chat_template_path: the template in {path} writes {', '.join(strange)}, which the "
-            "student's vocabulary does not have: add them to the student first, or take another template"
+            "student's vocabulary lacks: add them to the student first, or use another template"
         )
     tokenizer.chat_template = template
 
@@ -63,7 +63,7 @@ def check_eos_labels(config: RunConfig, tokenizer: Any) -> list[int]:
     for token in ids:
         if token >= size:
             raise ConfigError(
-                f"dataset.eos_label_token_ids: {token:,} is no token of the student's, whose ids end at {size - 1:,}"
+                f"dataset.eos_label_token_ids: {token:,} is not a token of the student, whose ids end at {size - 1:,}"
             )
     if ids and tokenizer.eos_token_id is None:
         raise ConfigError(

@@ -103,13 +103,13 @@ def load_student(config: RunConfig, vocab_size: int, *, checkpointing: bool = Fa
     rows = rows_of(bare.get_input_embeddings().weight)
     if rows < vocab_size:
         raise ConfigError(
-            f"{config.source}: model: {config.model} has embeddings for {rows:,} ids, its tokenizer makes "
+            f"{config.source}: model: {config.model} has embeddings for {rows:,} ids, but its tokenizer produces "
             f"{vocab_size:,}; set resize_embeddings_to_multiple_of to widen them"
         )
     if config.peft is not None and not config.peft.merge_on_save and rows != before:
         raise ConfigError(
-            f"{config.source}: resize_embeddings_to_multiple_of: the embeddings grow from {before:,} to {rows:,} rows, "
-            "and adapters alone would not load on the base model then; set peft.merge_on_save: true"
+            f"{config.source}: resize_embeddings_to_multiple_of: the embeddings grow from {before:,} to {rows:,} "
+            "rows, and adapters alone would then not load on the base model; set peft.merge_on_save: true"
         )
     model = _prepared(bare, config)
     if checkpointing and not bare.get_input_embeddings().weight.requires_grad:
@@ -125,8 +125,8 @@ def _prepared(bare: PreTrainedModel, config: RunConfig) -> PreTrainedModel | Pef
         frozen = freeze(bare, config.frozen_modules, config.frozen_res)
         if config.peft is None and getattr(bare, "quantization_method", None) is not None:
             raise ConfigError(
-                f"model: the weights of {config.model} are quantised ({bare.quantization_method}), and such are not "
-                "trained themselves; add a peft section to train LoRA adapters on them"
+                f"model: the weights of {config.model} are quantised ({bare.quantization_method}), and cannot be "
+                "trained; add a peft section to train LoRA adapters on them"
             )
         model = bare if config.peft is None else add_adapters(bare, config.peft, frozen)
         lm_head_of(model)
@@ -208,7 +208,7 @@ def attention_implementation(config: RunConfig) -> str | None:
         if wanted is not None and wanted != str(named).startswith("flash"):
             raise ConfigError(
                 f"{config.source}: use_flash_attention: {str(wanted).lower()} contradicts "
-                f"model_kwargs.attn_implementation: {named!r}; give one"
+                f"model_kwargs.attn_implementation: {named!r}; set only one"
             )
         return None
     if wanted is False:

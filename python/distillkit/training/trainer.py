@@ -226,7 +226,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         positions = named.pop("positions")
         if not positions:
             raise DistillKitError(
-                "the evaluation set has no position to predict: its documents are empty, single tokens or masked"
+                "the evaluation set has no position to predict: all its documents are empty, single tokens or masked"
             )
         metrics = {name: value / positions for name, value in named.items() if name not in ("kl", "cross_entropy")}
         for name in ("kl", "cross_entropy"):
@@ -245,7 +245,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             return self.model
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError(
-                "under FSDP or DeepSpeed, evaluation needs a running training; use training_args.eval_on_start"
+                "under FSDP or DeepSpeed, evaluation only works during training; use training_args.eval_on_start"
             )
         return self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
@@ -262,7 +262,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             if not math.isfinite(logs["loss"]):
                 raise DistillKitError(
                     f"the training loss is {logs['loss']} at step {self.state.global_step}: lower the learning rate, "
-                    "or train in bfloat16 or float32 instead of float16. The last checkpoint is from before"
+                    "or train in bfloat16 or float32 instead of float16. The last checkpoint was saved before this"
                 )
         elif "train_loss" in logs:
             # The end of training; steps since the last log still count.
@@ -278,8 +278,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             self.counts[name] += counts[name]
         if not before and self.counts["cut_documents"]:
             logger.warning(
-                "%s of the documents so far are longer than the sequence length of %s tokens; they are cut, with their "
-                "teacher rows (%s tokens cut off). This is said once",
+                "%s of the documents so far are longer than the sequence length of %s tokens; they are cut, together "
+                "with their teacher rows (%s tokens cut off). Logged once",
                 f"{self.counts['cut_documents']:,}",
                 f"{self.train_dataset.sequence_length:,}",
                 f"{self.counts['cut_tokens']:,}",

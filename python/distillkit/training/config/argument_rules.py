@@ -31,7 +31,7 @@ GONE: dict[str, tuple[object, str]] = {
     "save_safetensors": (True, "models are always saved as safetensors"),
 }
 
-_PREPARES_TEXT = "it prepares text for a live teacher, and captured documents are token ids already; leave it out"
+_PREPARES_TEXT = "it prepares text for a live teacher, but captured documents are already token ids; remove it"
 _LOSS_MASK = "it is for a live teacher; the captured documents' loss mask decides: leave it out"
 _NO_PREDICTIONS = "evaluation keeps no predictions; leave it out"
 
@@ -39,12 +39,12 @@ _NO_PREDICTIONS = "evaluation keeps no predictions; leave it out"
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "accelerator_config": (
         lambda value: not isinstance(value, dict) or not {"split_batches", "dispatch_batches"} & set(value),
-        "each process reads its own batches; leave split_batches and dispatch_batches out",
+        "each process reads its own batches; remove split_batches and dispatch_batches",
     ),
     "activation_offloading": (lambda value: not value, "not supported yet"),
     "average_tokens_across_devices": (
         lambda value: value is True,
-        "the loss is always divided by the tokens of all processes; leave it out",
+        "the loss is always divided by the token count of all processes; remove it",
     ),
     "batch_eval_metrics": (lambda value: not value, _NO_PREDICTIONS),
     "dataset_num_proc": (
@@ -75,7 +75,7 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "truncation_mode": (lambda value: value == "keep_start", "not supported yet: documents are cut at their end"),
     "trust_remote_code": (lambda value: not value, "put it at the top level"),
-    "use_cache": (lambda value: not value, "must be false: with a cache, packed documents would see each other"),
+    "use_cache": (lambda value: not value, "must be false: with a cache, packed documents would attend to each other"),
     "use_liger_kernel": (lambda value: not value, "not supported yet"),
 }
 
@@ -88,9 +88,9 @@ _FOR_TEXT: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 _PACKING_STRATEGIES = {
-    "bfd_split": "the pieces of a cut document would be without the text before them that the teacher read; allowed: "
+    "bfd_split": "later pieces of a split document would lack the context that the teacher saw; allowed: "
     "'bfd', which cuts documents that are longer than sequence_length",
-    "wrapped": "it would cut documents anywhere and let them see each other; allowed: 'bfd'",
+    "wrapped": "it would cut documents anywhere and let them attend to each other; allowed: 'bfd'",
 }
 
 
@@ -113,7 +113,7 @@ def argument_problems(content: Mapping[Any, Any]) -> list[str]:
     for old, new in RENAMED.items():
         if old in arguments and new in arguments:
             problems.append(
-                f"training_args.{old}: {arguments[old]!r} is an older name of {new}, which is given as well: "
+                f"training_args.{old}: {arguments[old]!r} is the old name of {new}, which is also set: "
                 f"{arguments[new]!r}"
             )
     return problems + _disagreements(content, arguments)
@@ -132,7 +132,11 @@ def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callabl
     field = RENAMED.get(name, name)
     if name == "resume_from_checkpoint":
         good = value is None or isinstance(value, (bool, str))
-        return None if good else f"{value!r} is not allowed; a checkpoint's folder, true for the newest one, or false"
+        return (
+            None
+            if good
+            else f"{value!r} is not allowed; allowed: a checkpoint's folder, true for the newest one, or false"
+        )
     hints = _hints()
     if field not in hints:
         return f"unknown training argument{nearest(name, [*hints, *RENAMED])}"
@@ -178,8 +182,8 @@ def _disagreements(content: Mapping[Any, Any], arguments: Mapping[Any, Any]) -> 
     ):
         if name in arguments and arguments[name] != content.get(section):
             problems.append(
-                f"training_args.{name}: {arguments[name]!r} disagrees with {section}: {content.get(section)!r}; give "
-                f"{section} alone"
+                f"training_args.{name}: {arguments[name]!r} contradicts {section}: {content.get(section)!r}; set "
+                f"only {section}"
             )
     if dataset.get("eval_dataset") is None:
         evaluating = ("eval_strategy", "evaluation_strategy", "eval_on_start")

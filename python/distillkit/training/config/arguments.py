@@ -72,7 +72,7 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     sharded = _launched_with("ACCELERATE_USE_FSDP") or _launched_with("ACCELERATE_USE_DEEPSPEED")
     if sharded and config.peft is not None and config.peft.merge_on_save:
         raise ConfigError(
-            f"{config.source}: peft.merge_on_save: no process holds whole weights as accelerate shards them"
+            f"{config.source}: peft.merge_on_save: no process holds the whole weights when accelerate shards them"
         )
     accelerator = torch.accelerator.current_accelerator()
     _check_sharding(arguments, "cpu" if arguments["use_cpu"] or accelerator is None else accelerator.type)
@@ -121,7 +121,7 @@ def _check_optimiser(name: str | None) -> None:
         problem = bitsandbytes_problem() if module == "bitsandbytes" else missing_package(module, package)
         if problem is not None:
             raise ConfigError(
-                f"training_args.optim: {name!r} can't be used: {problem}. optim: adamw_torch needs nothing"
+                f"training_args.optim: {name!r} cannot be used: {problem}. optim: adamw_torch needs no extra package"
             )
         return
 
@@ -156,22 +156,22 @@ def _check_sharding(arguments: Mapping[str, Any], device: str) -> None:
         )
     fsdp, deepspeed = arguments.get("fsdp"), arguments.get("deepspeed")
     if fsdp and deepspeed:
-        raise ConfigError("training_args.fsdp: and training_args.deepspeed are two ways to shard; give one")
+        raise ConfigError("training_args.fsdp: and training_args.deepspeed both shard the student; set only one")
     if not fsdp and arguments.get("fsdp_config"):
         raise ConfigError("training_args.fsdp_config: has no effect without training_args.fsdp: true")
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "LOCAL_RANK" in os.environ
     for name in ("fsdp", "deepspeed"):
         if arguments.get(name) and not launched:
             raise ConfigError(
-                f"training_args.{name}: shards over processes, and this is a single one; start with `torchrun "
-                "--nproc_per_node GPUS -m distillkit CONFIG.yaml`, or leave it out"
+                f"training_args.{name}: shards across processes, but this is a single process; start with `torchrun "
+                "--nproc_per_node GPUS -m distillkit CONFIG.yaml`, or remove it"
             )
     if deepspeed:
         _check_deepspeed(deepspeed)
     if fsdp:
         if device in WITHOUT_FSDP:
             raise ConfigError(
-                f"training_args.fsdp: FSDP does not run on {device}; leave it out (several processes use DDP then)"
+                f"training_args.fsdp: FSDP does not run on {device}; remove it (several processes then use DDP)"
             )
         _check_fsdp_config(arguments.get("fsdp_config") or {})
 
@@ -184,7 +184,7 @@ def _launched_with(variable: str) -> bool:
 def _check_deepspeed(settings: object) -> None:
     problem = missing_package("deepspeed", "deepspeed")
     if problem is not None:
-        raise ConfigError(f"training_args.deepspeed: {problem}; training_args.fsdp: true needs none")
+        raise ConfigError(f"training_args.deepspeed: {problem}; training_args.fsdp: true needs no extra package")
     if isinstance(settings, str):
         _read_json(settings, "training_args.deepspeed")
 
@@ -192,7 +192,9 @@ def _check_deepspeed(settings: object) -> None:
 def _check_fsdp_config(settings: object) -> None:
     """Refuse unknown settings, which transformers would ignore, and what FSDP2 does not have."""
     if not isinstance(settings, Mapping):
-        raise ConfigError(f"training_args.fsdp_config: a mapping or a JSON file of one is expected, found {settings!r}")
+        raise ConfigError(
+            f"training_args.fsdp_config: must be a mapping or the path of a JSON file, found {settings!r}"
+        )
     for key, value in settings.items():
         name = str(key).removeprefix("fsdp_")
         if name not in _FSDP_SETTINGS:
@@ -200,7 +202,7 @@ def _check_fsdp_config(settings: object) -> None:
                 f"training_args.fsdp_config.{key}: unknown setting of FSDP2{nearest(name, _FSDP_SETTINGS)}"
             )
         if name == "version" and int(value) != 2:
-            raise ConfigError(f"training_args.fsdp_config.{key}: {value!r} is not supported; 2 is")
+            raise ConfigError(f"training_args.fsdp_config.{key}: {value!r} is not supported; only 2 is")
 
 
 def _sharding_itself(settings: object, name: str) -> bool:
@@ -229,6 +231,6 @@ def _check_reporters(report_to: str | list[str]) -> None:
     for name in [report_to] if isinstance(report_to, str) else report_to:
         if name not in ("all", "none", *available):
             raise ConfigError(
-                f"training_args.report_to: {name!r} is not installed or not known; installed: "
+                f"training_args.report_to: {name!r} is unknown or not installed; installed: "
                 f"{', '.join(available) or 'none'} (`pip install {name}`, or report_to: none)"
             )

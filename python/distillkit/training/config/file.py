@@ -81,7 +81,7 @@ def _disagreements(config: RunConfig) -> list[str]:
     hidden = [loss.function for loss in config.loss_functions if loss.function in HIDDEN_LOSSES]
     if hidden and config.layer_mapping is None:
         found.append(
-            f"layer_mapping: is missing, and {hidden[0]} needs it: 'all', or pairs of [student layer, teacher layer]"
+            f"layer_mapping: missing, but {hidden[0]} needs it: 'all', or pairs of [student layer, teacher layer]"
         )
     if hidden and config.teacher.kind != "hf":
         found.append(
@@ -102,25 +102,25 @@ def _student_problems(config: RunConfig) -> list[str]:
     found: list[str] = []
     sharding = [name for name in ("fsdp", "deepspeed") if config.training_args.get(name)]
     own = "teacher.path: is the student itself, which teaches with its adapters switched off"
-    remedy = "give teacher.kwargs (a dtype, say) to load the teacher apart from it"
+    remedy = "give teacher.kwargs (a dtype, say) to load a separate teacher"
     if config.teaches_itself and config.peft is not None and config.peft.changes_base_weights:
-        found.append(f"{own}, but peft.bias or peft.init_lora_weights change its own weights too; {remedy}")
+        found.append(f"{own}, but peft.bias or peft.init_lora_weights change its own weights as well; {remedy}")
     if config.teaches_itself and sharding:
-        found.append(f"{own}; it can't under training_args.{sharding[0]}; {remedy}")
+        found.append(f"{own}, which is not possible under training_args.{sharding[0]}; {remedy}")
     if config.quantised is not None and config.peft is None:
         found.append(
-            f"model_kwargs.{config.quantised}: quantised weights are not trained themselves; add a peft section to "
+            f"model_kwargs.{config.quantised}: quantised weights cannot be trained; add a peft section to "
             "train LoRA adapters on them (QLoRA)"
         )
     if config.peft is not None and config.peft.merge_on_save:
         if config.quantised is not None:
             found.append(
-                f"peft.merge_on_save: merging into quantised weights (model_kwargs.{config.quantised}) would round the "
-                "adapters away; save them as they are and merge into the unquantised model"
+                f"peft.merge_on_save: merging into quantised weights (model_kwargs.{config.quantised}) would round "
+                "the adapters away; save the adapters and merge them into the unquantised model"
             )
         if sharding:
             found.append(
-                f"peft.merge_on_save: no process holds whole weights under training_args.{sharding[0]}; save the "
+                f"peft.merge_on_save: no process holds the whole weights under training_args.{sharding[0]}; save the "
                 "adapters and merge them afterwards"
             )
     return found

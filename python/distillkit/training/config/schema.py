@@ -68,9 +68,11 @@ class DatasetSource(_Model):
         if self.disk_path is not None:
             for name in ("revision", "config_name"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: belongs to a hub dataset (repo_id), not to a folder (disk_path)")
+                    raise ValueError(f"{name}: applies to a hub dataset (repo_id), not to a folder (disk_path)")
         if self.split is not None and not re.fullmatch(r"[\w.\-]+", self.split):
-            raise ValueError(f"split: {self.split!r} is not a split's name; for a part of one use dataset.num_samples")
+            raise ValueError(
+                f"split: {self.split!r} is not the name of a split; for part of a split use dataset.num_samples"
+            )
         return self
 
 
@@ -114,7 +116,8 @@ def _one_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
     """Call `dtype` what older configurations call `torch_dtype`, and check its value."""
     if "torch_dtype" in arguments and "dtype" in arguments:
         raise ValueError(
-            f"dtype: {arguments['dtype']!r} and torch_dtype: {arguments['torch_dtype']!r} are one setting; give dtype"
+            f"dtype: {arguments['dtype']!r} and torch_dtype: {arguments['torch_dtype']!r} are the same setting; use "
+            "dtype"
         )
     arguments = {("dtype" if key == "torch_dtype" else key): value for key, value in arguments.items()}
     dtype = arguments.get("dtype")
@@ -281,10 +284,10 @@ class RunConfig(_Model):
         if "trust_remote_code" in value:
             raise ValueError("trust_remote_code: put it at the top level")
         if value.get("quantization_config") is not None and not isinstance(value["quantization_config"], dict):
-            raise ValueError(f"quantization_config: a mapping is expected, found {value['quantization_config']!r}")
+            raise ValueError(f"quantization_config: must be a mapping, found {value['quantization_config']!r}")
         given = [name for name in ("quantization_config", "load_in_4bit", "load_in_8bit") if value.get(name)]
         if len(given) > 1:
-            raise ValueError(f"{given[0]}: and {given[1]} are two ways to quantise; give one")
+            raise ValueError(f"{given[0]}: and {given[1]} both quantise; set only one")
         return value
 
     @field_validator("model_auto_class", mode="before")

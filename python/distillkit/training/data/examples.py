@@ -127,7 +127,7 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
         if len(example.input_ids) > self.sequence_length:
             raise CorruptDataError(
                 f"the documents {documents} have {len(example.input_ids):,} tokens where {self.sequence_length:,} at "
-                "most were packed: the data have changed since their lengths were read"
+                "most were packed: the data changed after their lengths were read"
             )
         return example
 

@@ -101,7 +101,7 @@ def prepare(
                 counts = _write(temporary, _documents(read, reader, processes), progress, rows.num_rows)
             if not counts["documents"]:
                 raise ConfigError(
-                    f"{key}: of its {rows.num_rows:,} rows none gives a document ({counts['empty']:,} empty, "
+                    f"{key}: none of its {rows.num_rows:,} rows gives a document ({counts['empty']:,} empty, "
                     f"{counts['short']:,} of one token, {counts['masked']:,} without a token to predict)"
                 )
             Folder(temporary).write(_DESCRIPTION, canonical_json({"identity": identity, **counts}).encode())

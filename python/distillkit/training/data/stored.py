@@ -53,7 +53,7 @@ class Sample:
         if count is None:
             return None
         if count > size:
-            raise ConfigError(f"{self.setting}: {count:,} documents are wanted, the dataset has {size:,}")
+            raise ConfigError(f"{self.setting}: {count:,} documents were requested, but the dataset has only {size:,}")
         chosen = np.arange(count) if self.seed is None else np.random.default_rng(self.seed).permutation(size)[:count]
         return np.sort(chosen).astype(np.int64)
 
@@ -113,7 +113,7 @@ def _downloaded(source: DatasetSource, repo_id: str, key: str) -> str:
             allow_patterns=[*patterns, "compression_config.y*ml"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(f"{key}.repo_id: {repo_id!r} cannot be fetched from the hub: {error}") from error
+        raise ConfigError(f"{key}.repo_id: {repo_id!r} cannot be downloaded from the hub: {error}") from error
     path = Path(folder) / (source.config_name or "")
     if not path.is_dir():
         raise ConfigError(f"{key}.config_name: {repo_id} has no folder {source.config_name!r}")
@@ -137,8 +137,8 @@ def check_tokenizer(dataset: StoredDataset, tokenizer: Any, student: str, key: s
         raise MismatchError(
             f"{key} was captured with another tokenizer than the student's: {recorded['name']} "
             f"({recorded['fingerprint']}, {dataset.header.vocab_size:,} ids) against {student} ({ours}, "
-            f"{tokenizers.vocab_size(tokenizer):,} ids). Token ids would mean different tokens; take a student "
-            "with the teacher's tokenizer, or capture again"
+            f"{tokenizers.vocab_size(tokenizer):,} ids). Token ids would mean different tokens; use a student with "
+            "the teacher's tokenizer, or capture again"
         )
 
 
@@ -162,13 +162,14 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
     header = dataset.header
     if header.temperature != 1.0:
         raise MismatchError(
-            f"{key} was captured at temperature {header.temperature:g}; the losses soften by themselves and need 1"
+            f"{key} was captured at temperature {header.temperature:g}; the losses apply their own temperature and "
+            "need 1"
         )
     # A published dataset says no more than the codec's vocabulary size.
     needed = header.vocab_size if header.tokenizer is not None else dataset.codec.vocab_size
     if needed > head_size:
         raise MismatchError(
-            f"{key} holds ids of a vocabulary of {needed:,}, the student's head has {head_size:,} rows. If their "
+            f"{key} holds ids of a vocabulary of {needed:,}, but the student's head has {head_size:,} rows. If their "
             "tokenizers are the same and only the padding differs, set resize_embeddings_to_multiple_of so that the "
             "head is wide enough"
         )
@@ -179,7 +180,7 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
     shift = rates.shifted()
     if shift is not None:
         raise MismatchError(
-            f"{key}: the teacher's rows are shifted against the tokens by {shift:+d}. The true next token is the "
+            f"{key}: the teacher's rows are shifted by {shift:+d} against the tokens. The true next token is the "
             f"teacher's most probable one with the rows moved by: {rates}; that must peak at 0"
         )
     logger.info("%s: %s documents; the true next token is the teacher's first: %s", key, f"{len(dataset):,}", rates)
@@ -208,7 +209,7 @@ def _check_largest(index: int, document: Document, head_size: int, key: str) -> 
     largest = int(document.input_ids.max(initial=0))
     if largest >= head_size:
         raise MismatchError(
-            f"{key}: document {index} contains token id {largest:,}, the student's head has {head_size:,} rows"
+            f"{key}: document {index} contains token id {largest:,}, but the student's head has {head_size:,} rows"
         )
 
 

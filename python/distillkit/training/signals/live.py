@@ -54,7 +54,7 @@ class OnlineSignal:
         self.top_k = top_k
         self.head = check_lm_head(model)
         if top_k is not None and top_k > self.head.size:
-            raise ConfigError(f"teacher.top_k: {top_k} ids are wanted, the teacher has {self.head.size:,}")
+            raise ConfigError(f"teacher.top_k: {top_k} ids were requested, but the teacher has only {self.head.size:,}")
 
     def take(self, document: Document, positions: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
         """Take nothing: the batch's token ids are enough."""
@@ -161,5 +161,5 @@ def check_teacher_tokenizer(config: RunConfig, tokenizer: Any) -> None:
         raise MismatchError(
             f"teacher.path: {teacher.path} has another tokenizer than the student: {fingerprints[0]}, {sizes[0]:,} "
             f"ids, against {config.model} ({fingerprints[1]}, {sizes[1]:,} ids). Token ids would mean different "
-            "tokens; take a student with the teacher's tokenizer"
+            "tokens; use a student with the teacher's tokenizer"
         )

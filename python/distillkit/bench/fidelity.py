@@ -372,7 +372,7 @@ def _check_readable(
         row, rank = np.unravel_index(int(np.nanargmax(excess)), excess.shape)
         raise DistillKitError(
             f"{name}: the published decoder reads {values[row, rank]:.6g} at row {row}, rank {rank} where ours reads "
-            f"{decoded[row, rank]:.6g}; its roundings do not explain that, this is a bug"
+            f"{decoded[row, rank]:.6g}; rounding does not explain the difference; this is a bug"
         )
 
 

@@ -107,8 +107,8 @@ def _load_arrays(path: Path) -> Sample:
     missing = [name for name in ("ids", "logprobs") if name not in arrays]
     if missing:
         raise InputError(
-            f"{path}: arrays ids and logprobs of shape (rows, k) are expected, {' and '.join(missing)} not found; it "
-            f"has {', '.join(sorted(arrays)) or 'none'}"
+            f"{path}: expected arrays ids and logprobs of shape (rows, k); {' and '.join(missing)} not found among "
+            f"{', '.join(sorted(arrays)) or 'none'}"
         )
     ids, logprobs = arrays["ids"], arrays["logprobs"]
     if ids.ndim != 2 or ids.shape != logprobs.shape or ids.dtype.kind not in "iu" or logprobs.dtype.kind != "f":
@@ -143,7 +143,7 @@ def _caution(config: CodecConfig) -> str:
         if exact and not config.delta_encoding:
             return ""
     return (
-        "The originals of this table were read from a lossy capture: what its codec lost is not seen here, and a "
+        "The originals of this table were read from a lossy capture: what its codec lost does not show here, so a "
         "configuration like it looks better than it is. Rows captured exactly (exact_k = k, float32) are best."
     )
 

@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich import filesize
-
 from distillkit.capture.settings import CaptureSettings
 from distillkit.capture.shard_plan import ShardPlan, ShardReceipt, make_plan, read_plan
 from distillkit.capture.teachers.base import RowRequest, Teacher
 from distillkit.capture.teachers.hf import load_config, resolve_device, resolve_dtype
 from distillkit.capture.teachers.make import make_teacher
 from distillkit.codec import Codec
+from distillkit.console import human_bytes
 from distillkit.errors import CaptureError, ConfigError, MismatchError
 from distillkit.shards import Header, Manifest
 from distillkit.shards.header import alignment
@@ -52,8 +51,8 @@ class CaptureInputs:
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and settings.max_seq_len > longest:
             raise ConfigError(
-                f"max_seq_len: {settings.max_seq_len} tokens are more than the {longest} positions that "
-                f"{settings.model} was made for (max_position_embeddings): give at most those"
+                f"max_seq_len: {settings.max_seq_len} exceeds the {longest} positions that {settings.model} supports "
+                "(max_position_embeddings)"
             )
         device = "server" if settings.engine == "openai" else resolve_device(settings.hf.device)
         return cls(
@@ -90,8 +89,8 @@ class CaptureInputs:
         name = self.settings.tokenizer or self.settings.model
         if known > self.head_size:
             raise MismatchError(
-                f"the tokenizer {name} knows {known} ids, the teacher's logits are only {self.head_size} wide: they do "
-                "not belong together"
+                f"the tokenizer {name} has {known} ids, but the teacher's logits are only {self.head_size} wide: "
+                "tokenizer and teacher do not match"
             )
         return Header(
             codec=self.codec.to_dict(),
@@ -135,7 +134,7 @@ class CaptureInputs:
         if not plan.shards:
             plan.remove()
             raise CaptureError(
-                f"{settings.dataset}: no document of at least 2 tokens in it: {_passed_over(plan.counts)}"
+                f"{settings.dataset}: contains no document of at least 2 tokens: {_passed_over(plan.counts)}"
             )
         logger.info(
             "%s: %s documents with %s tokens in %d shards",
@@ -158,7 +157,7 @@ class CaptureInputs:
         """
         if teacher.head_size != self.head_size:
             raise MismatchError(
-                f"{self.settings.model}: its logits are {teacher.head_size} wide, its config says {self.head_size}"
+                f"{self.settings.model}: its logits are {teacher.head_size} wide, but its config says {self.head_size}"
             )
         header = replace(plan.header, teacher=teacher.identity)
         with _explain_mismatch(plan.folder):
@@ -211,7 +210,7 @@ def _explain_mismatch(folder: Folder) -> Iterator[None]:
         yield
     except MismatchError as error:
         raise MismatchError(
-            f"{error}. {folder} holds a capture with other settings: repeat those to go on with it, or give another "
+            f"{error}. {folder} contains a capture with other settings: use those to resume it, or choose another "
             "output folder"
         ) from error
 
@@ -243,7 +242,6 @@ def check_disk_space(plan: ShardPlan, codec: Codec, settings: CaptureSettings, n
     if free is not None and needed > free:
         raise CaptureError(
             f"{plan.folder}: {tokens:,} tokens × {codec.bytes_per_token} bytes (and their ids) take "
-            f"{filesize.decimal(int(needed))}, and only {filesize.decimal(free)} are free there. Nothing was "
-            "captured: make room, give another output, fewer --samples or a smaller codec (distillkit forecast "
-            "compares them)"
+            f"{human_bytes(needed)}, but only {human_bytes(free)} are free there. Nothing was captured: free some "
+            "space, choose another output, fewer --samples or a smaller codec (distillkit forecast compares them)"
         )

@@ -267,7 +267,7 @@ class _Encoder:
                 label_logprobs=result.label_logprobs,
             )
         except InputError as error:
-            reason = f"{document.source}: what the teacher gives cannot be stored: {error}"
+            reason = f"{document.source}: the teacher's output cannot be stored: {error}"
             self._skip(result.index, reason)
             return None
         shard.summary.add(stored, result.rows)
@@ -287,7 +287,7 @@ class _Encoder:
         shard = self._shard()
         if shard.written != len(shard.documents):
             missing = shard.documents[shard.written].source
-            raise CaptureError(f"{missing}: the teacher gave no distributions for this document")
+            raise CaptureError(f"{missing}: the teacher returned no distributions for this document")
         clock = time.perf_counter()
         header = replace(self._header, fidelity=shard.file.fidelity())
         info = shard.file.finish(header)

@@ -85,7 +85,7 @@ def _worker_count(settings: CaptureSettings, nodes: Sequence[Mapping[str, Any]])
     each = settings.gpus_per_worker
     fitting = sum(count // each for count in gpus) if any(gpus) else len(resources)
     if fitting == 0:
-        raise ConfigError(f"workers: a worker takes {each} GPUs on one node; the nodes have {gpus}")
+        raise ConfigError(f"workers: a worker needs {each} GPUs on one node, but the nodes have {gpus}")
     return settings.num_workers or fitting
 
 
@@ -120,8 +120,8 @@ class _ShardWorker:
         plan = read_plan(Folder(settings.output))
         if plan is None:
             raise CaptureError(
-                f"{settings.output}: the plan of the capture is not there on this node: the output must be storage "
-                "that all nodes reach, such as s3:// or a shared folder"
+                f"{settings.output}: this node cannot see the plan of the capture: the output must be storage that "
+                "all nodes can reach, such as s3:// or a shared folder"
             )
         inputs = CaptureInputs.load(settings)
         teacher = inputs.teacher()

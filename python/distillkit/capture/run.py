@@ -6,8 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from rich import filesize
-
 from distillkit.capture.inputs import CaptureInputs, check_disk_space
 from distillkit.capture.pipeline import StageTimes, capture_shards
 from distillkit.capture.progress import CaptureProgress
@@ -18,6 +16,7 @@ from distillkit.capture.summary import QUANTILES, ShardSummary
 from distillkit.capture.teachers.base import Teacher
 from distillkit.capture.teachers.hf import HFTeacher
 from distillkit.codec import Codec
+from distillkit.console import human_bytes
 from distillkit.errors import CaptureError
 from distillkit.memory import peak_memory
 from distillkit.shards import Manifest, read_manifest
@@ -38,7 +37,7 @@ def run_capture(settings: CaptureSettings, *, progress: bool = True) -> CaptureR
         inputs.check_finished(finished, folder)
         # A run that was killed right after the manifest left it.
         folder.inner(FOLDER).remove_all()
-        logger.info("%s is complete already, with these settings: nothing to do", folder)
+        logger.info("%s is already complete with these settings: nothing to do", folder)
         return _report(folder, finished, StageTimes(), resumed=sum(shard.documents for shard in finished.shards))
 
     plan = inputs.plan(folder)
@@ -58,7 +57,9 @@ def _capture(
     """Load the teacher and capture some shards."""
     settings = inputs.settings
     if done:
-        logger.info("%s: %d of %d shards are whole: going on with the others", plan.folder, len(done), len(plan.shards))
+        logger.info(
+            "%s: %d of %d shards are complete: resuming with the others", plan.folder, len(done), len(plan.shards)
+        )
     tokens = sum(plan.shards[number].tokens for number in numbers)
     before = sum(plan.shards[number].tokens for number in done)
     bar = CaptureProgress(before + tokens, len(done) + len(numbers), before, len(done), shown=progress)
@@ -87,7 +88,7 @@ def _finish(plan: ShardPlan, times: StageTimes, resumed: int, skip_bad: int) -> 
     receipts = plan.receipts()
     if len(receipts) < len(plan.shards):
         logger.info(
-            "%s: %d of %d shards are whole; the manifest is written when all of them are",
+            "%s: %d of %d shards are complete; the manifest is written when all of them are",
             plan.folder,
             len(receipts),
             len(plan.shards),
@@ -98,8 +99,8 @@ def _finish(plan: ShardPlan, times: StageTimes, resumed: int, skip_bad: int) -> 
     skipped = sum(len(receipt.skipped) for receipt in receipts.values())
     if skipped > skip_bad:
         raise CaptureError(
-            f"{plan.folder}: {skipped} documents were left out by all workers together, allowed are {skip_bad} "
-            "(--skip-bad-documents)"
+            f"{plan.folder}: {skipped} documents were left out by all workers together; at most {skip_bad} are "
+            "allowed (--skip-bad-documents)"
         )
     manifest = _manifest(plan, receipts)
     plan.folder.remove_leftovers()
@@ -137,17 +138,17 @@ def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> No
             "teacher %s in %s: weights %s; logits %d positions × %s × 4 B = %s at a time",
             identity["name"],
             identity["dtype"],
-            filesize.decimal(teacher.parameter_bytes),
+            human_bytes(teacher.parameter_bytes),
             settings.hf.head_rows,
             f"{width:,}",
-            filesize.decimal(settings.hf.head_rows * width * 4),
+            human_bytes(settings.hf.head_rows * width * 4),
         )
     logger.info(
         "stored: %d bytes a token (values %d, ids %d), against %s in bfloat16 logits",
         codec.bytes_per_token,
         codec.value_bytes,
         codec.id_bytes,
-        filesize.decimal(2 * width),
+        human_bytes(2 * width),
     )
 
 

@@ -54,7 +54,7 @@ def _listed(value: object) -> tuple[Any, ...]:
     if isinstance(value, str):
         return tuple(part for part in map(str.strip, value.split(",")) if part)
     if not isinstance(value, Sequence) or any(isinstance(part, bool) for part in value):
-        raise ValueError(f"must be a list, or text with commas between its parts, found {value!r}")
+        raise ValueError(f"must be a list, or text separated by commas, found {value!r}")
     return tuple(value)
 
 
@@ -332,7 +332,9 @@ class CaptureSettings(BaseModel):
             return range(shards)
         first, end = map(int, self.shard_range.split(":"))
         if first > shards or end < first:
-            raise ConfigError(f"shard_range: {self.shard_range} of {shards} shards, numbered from 0")
+            raise ConfigError(
+                f"shard_range: {self.shard_range} is outside the plan's {shards} shards, which are numbered from 0"
+            )
         return range(first, min(end, shards))
 
     def read_compression_config(self) -> CodecConfig:
@@ -362,8 +364,8 @@ class CaptureSettings(BaseModel):
             where = str(given) if isinstance(given, (str, Path)) else "compression_config"
             field = "d" if codec.format == "quantized" else "vocab_size"
             raise MismatchError(
-                f"{where}: {field} is {codec.vocab_size}, the teacher's logits are {head_size} wide (the tokenizer may "
-                f"know fewer ids): set {field}: {head_size}"
+                f"{where}: {field} is {codec.vocab_size}, but the teacher's logits are {head_size} wide (the "
+                f"tokenizer may have fewer ids): set {field}: {head_size}"
             )
         return codec
 

@@ -104,7 +104,7 @@ class ShardPlan:
         place = self._inside.of(name)
         data = self._inside.read(name)
         if data is None:
-            raise CorruptDataError(f"{place} is missing: remove {self._inside} to plan the capture anew")
+            raise CorruptDataError(f"{place} is missing: remove {self._inside} to plan the capture again")
         with reading(place):
             table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         kept = [table.column(name).to_pylist() for name in self.kept.names]
@@ -149,8 +149,8 @@ class ShardPlan:
         found = self.folder.size(receipt.info.file)
         if found != receipt.info.bytes:
             raise CorruptDataError(
-                f"{self.folder.of(receipt.info.file)} has {found or 'no'} bytes, expected {receipt.info.bytes}: it was "
-                f"changed since it was captured. Remove {place} to capture it again"
+                f"{self.folder.of(receipt.info.file)} has {found or 'no'} bytes, expected {receipt.info.bytes}: it "
+                f"was modified after it was captured. Remove {place} to capture it again"
             )
         return receipt
 
@@ -177,8 +177,8 @@ class ShardPlan:
         header.check_same(self.header, where=self._inside.of(_PLAN))
         if source != self.source:
             raise MismatchError(
-                f"{self._inside.of(_PLAN)}: the dataset's content is {self.source} there, expected {source}: it has "
-                "changed since this capture began"
+                f"{self._inside.of(_PLAN)}: the dataset's content is {self.source}, expected {source}: the dataset "
+                "has changed since this capture began"
             )
 
     @property
@@ -247,7 +247,7 @@ def read_plan(folder: Folder) -> ShardPlan | None:
         raise CorruptDataError(f"{place} is no plan of a capture")
     if content["version"] > _VERSION:
         raise UnsupportedVersionError(
-            f"{place}: version {content['version']}; this release knows up to {_VERSION}: update distillkit"
+            f"{place}: version {content['version']}; this release reads up to {_VERSION}: update distillkit"
         )
     try:
         return ShardPlan(
@@ -315,7 +315,7 @@ def _read_json(folder: Folder, name: str) -> dict[str, Any]:
         raise CorruptDataError(f"{folder.of(name)} is not JSON: {error}") from error
     found = content.pop("xxh3", None) if isinstance(content, dict) else None
     if found is None or found != _hash(content):
-        raise CorruptDataError(f"{folder.of(name)} was changed: its hash differs. Remove it to do its work again")
+        raise CorruptDataError(f"{folder.of(name)} was modified: its hash differs. Remove it to repeat its work")
     return dict(content)
 
 

@@ -102,7 +102,7 @@ def _table(report: CaptureReport) -> Table:
     table.add_row("tokens", f"{report.tokens:,}  ({report.rows:,} distributions in {report.shards} shards)")
     if report.unfinished_shards:
         table.add_row(
-            "unfinished", f"{report.unfinished_shards:,} shards are left to do; the manifest comes with the last"
+            "unfinished", f"{report.unfinished_shards:,} shards are left; the manifest is written with the last one"
         )
     table.add_row("bytes a token", f"{report.bytes_per_token:g}  ({human_bytes(report.disk_bytes)} on disk)")
     if report.kl_mean is not None and report.kl_p99 is not None:
@@ -118,7 +118,7 @@ def _table(report: CaptureReport) -> Table:
     if report.already_complete:
         table.add_row("this run", "nothing to do: it was complete")
     elif not report.new_tokens:
-        table.add_row("this run", "nothing captured: the plan is made, or its part was there")
+        table.add_row("this run", "nothing captured: only the plan was made, or these shards were already complete")
     else:
         speed = f"{report.new_tokens:,} tokens in {report.seconds:,.1f} s: {report.tokens_per_second:,.0f} tokens/s"
         table.add_row("this run", speed)
@@ -131,7 +131,7 @@ def _table(report: CaptureReport) -> Table:
 def _alignment(report: CaptureReport) -> str:
     """Say where the next token is the teacher's first id."""
     rates = ", ".join(f"{rate:.1%} at {shift}" for shift, rate in report.next_token_rates.items())
-    verdict = "" if report.shifted is None else f". Rows fit the tokens at {report.shifted:+d}: THEY ARE SHIFTED"
+    verdict = "" if report.shifted is None else f". Rows match the tokens at {report.shifted:+d}: THEY ARE SHIFTED"
     return f"the next token is the teacher's first id: {rates}{verdict}"
 
 
@@ -143,7 +143,7 @@ def _stages(report: CaptureReport) -> str:
         "write": report.write_seconds,
     }
     rates = ", ".join(f"{name} {report.new_tokens / seconds:,.0f}" for name, seconds in stages.items() if seconds > 0)
-    return f"{rates} tokens/s; the teacher waited {report.blocked_seconds:,.1f} s for the others"
+    return f"{rates} tokens/s; the teacher waited {report.blocked_seconds:,.1f} s for them"
 
 
 def _documents(report: CaptureReport) -> str:
@@ -152,7 +152,7 @@ def _documents(report: CaptureReport) -> str:
     if report.resumed_documents and not report.already_complete:
         notes.append(f"{report.resumed_documents:,} from an earlier run")
     if report.skipped:
-        notes.append(f"{len(report.skipped):,} that the teacher can't score left out")
+        notes.append(f"{len(report.skipped):,} left out because the teacher cannot score them")
     for name, count in report.passed_over.items():
         if name != "rows" and count:
             notes.append(f"{count:,} {name.replace('_', ' ')} passed over")

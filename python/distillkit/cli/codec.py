@@ -44,9 +44,7 @@ def cli() -> None:
 @click.option(
     "--sample", type=click.IntRange(min=1), help="Look at this many documents, evenly spread, instead of all."
 )
-@click.option(
-    "--teacher", help="Measure fidelity again with this model (folder or hub id), on --sample documents or 16."
-)
+@click.option("--teacher", help="Recompute fidelity with this model (folder or hub id), on --sample documents or 16.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the distribution, the mass and the sizes (PNG).")
 @_JSON
 def inspect(
@@ -97,14 +95,15 @@ def inspect(
             output().print(f"plot: {plot}", soft_wrap=True, markup=False)
     if not inspection.plausible:
         raise DistillKitError(
-            f"{path}: the probabilities of {inspection.mass_impossible:.1%} of the rows add up to more than 1.1, where "
-            "at most 1 is possible: the codec's settings are not those that wrote the dataset. Check --config or its "
+            f"{path}: the probabilities of {inspection.mass_impossible:.1%} of the rows add up to more than 1.1, "
+            "where at most 1 is possible: the codec's settings are not those the dataset was written with. Check "
+            "--config or its "
             "compression_config.yaml"
         )
     if inspection.alignment == "shifted":
         raise DistillKitError(
-            f"{path}: the rows are shifted by {inspection.shifts.shifted():+d} against the tokens: the next "
-            f"token is the stored first at {inspection.shifts}. A student would learn the wrong positions"
+            f"{path}: the rows are shifted by {inspection.shifts.shifted():+d} against the tokens: the next token is "
+            f"the first stored id at {inspection.shifts}. A student would learn from the wrong positions"
         )
 
 
@@ -191,7 +190,7 @@ def _size(inspection: Inspection) -> _Section:
 
 
 def _content(inspection: Inspection) -> _Section:
-    section = _Section("content", "probability on the stored ids, and where the true next token is")
+    section = _Section("content", "probability of the stored ids, and rank of the true next token")
     if not inspection.rows_read:
         section.add("nothing stored", "")
         return section
@@ -209,7 +208,7 @@ def _content(inspection: Inspection) -> _Section:
 
 
 def _alignment(inspection: Inspection) -> _Section:
-    section = _Section("alignment", "the true next token is the stored first, with the rows shifted by")
+    section = _Section("alignment", "the true next token is the first stored id, with the rows shifted by")
     shifts = inspection.shifts
     for shift in SHIFTS:
         note = f"of {shifts.positions:,} positions" if shift == 0 else ""
@@ -217,7 +216,7 @@ def _alignment(inspection: Inspection) -> _Section:
     verdict, style, note = {
         "ok": ("ok", "bold green", "the rows stand beside their tokens"),
         "undecided": ("undecided", "yellow", "no shift stands out: too little data, or another text"),
-        "shifted": ("FAILED", "bold white on red", "THE ROWS STAND BESIDE OTHER TOKENS: do not train on them"),
+        "shifted": ("FAILED", "bold white on red", "THE ROWS BELONG TO OTHER TOKENS: do not train on them"),
     }[inspection.alignment]
     section.add("verdict", Text(verdict, style), note)
     return section
@@ -261,7 +260,7 @@ def verify(path: str, config: str | None, split: str | None, as_json: bool) -> N
         output().print(f"{'sound' if report.ok else 'sound only'}: {found}", soft_wrap=True)
     if not report.ok:
         count = len(report.problems)
-        heading = f"{count} file{'s' if count > 1 else ''} of {path} not sound"
+        heading = f"{count} file{'s' if count > 1 else ''} of {path} damaged"
         raise DistillKitError("\n".join((heading, *report.problems)))
 
 
@@ -311,7 +310,7 @@ def convert_command(
     before = human_bytes(sum(shard.bytes for shard in dataset.shards))
     output().print(
         f"{documents:,} documents, {tokens:,} tokens in {len(manifest.shards)} shards: {destination}\n"
-        f"{size}, from {before}; every distribution byte for byte as it was",
+        f"{size}, from {before}; every distribution unchanged, byte for byte",
         soft_wrap=True,
         markup=False,
     )
@@ -341,7 +340,9 @@ def _tokenizer_facts(name: str | None) -> tuple[dict[str, Any] | None, int | Non
     type=click.IntRange(min=256),
     help="Vocabulary of the codecs and of the dense logits (default: the sample's; 151,936 logits without --sample).",
 )
-@click.option("--quick", is_flag=True, help="Shorter runs and fewer rows: seconds instead of a minute, less exact.")
+@click.option(
+    "--quick", is_flag=True, help="Shorter runs and fewer rows: seconds instead of a minute, but less accurate."
+)
 @_JSON
 def bench(sample: str | None, vocab_size: int | None, quick: bool, as_json: bool) -> None:
     """Show how faithful and how fast the codec is, on this machine and with your own data.

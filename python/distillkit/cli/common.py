@@ -40,7 +40,7 @@ _EXTRAS = {
     "ray": "ray",
     "s3fs": "s3",
 }
-"""Packages that not every installation has, and the extra that brings each."""
+"""Optional packages, and the extra that installs each."""
 
 
 def run_cli(command: click.Command) -> NoReturn:
@@ -68,7 +68,7 @@ def run_cli(command: click.Command) -> NoReturn:
         progress_console().print("interrupted")
         sys.exit(130)
     except Terminated:
-        progress_console().print("stopped by SIGTERM: what is whole is kept, run the same command again to go on")
+        progress_console().print("stopped by SIGTERM: complete files are kept, run the same command again to resume")
         sys.exit(128 + signal.SIGTERM)
     except BrokenPipeError:
         # Whoever read the output has gone, as `| head` does. What Python flushes at its end must go somewhere else.

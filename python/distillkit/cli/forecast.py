@@ -105,13 +105,13 @@ def _add_text(table: Table, text: TextForecast) -> None:
     if text.captured_tokens or text.left_tokens != text.tokens:
         table.add_row(
             "of them",
-            f"{text.captured_tokens:,} are captured already, {_count(text.left_tokens)} are to be by this run",
+            f"{text.captured_tokens:,} already captured, {_count(text.left_tokens)} left for this run",
         )
     if text.passed_over:
         reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in text.passed_over.items())
         table.add_row("passed over", f"{reasons}  (in the rows that were read)")
     if text.duplicates_unknown:
-        table.add_row("", "duplicates of rows that were not read are not known: there may be fewer tokens")
+        table.add_row("", "duplicates among unread rows are unknown: there may be fewer tokens")
 
 
 def _add_speed(table: Table, speed: SpeedForecast) -> None:

@@ -30,7 +30,7 @@ def window_option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         type=click.IntRange(min=1),
         default=10_000,
         show_default=True,
-        help="Documents packed together; they are in memory at a time.",
+        help="Documents packed together, all of which are held in memory.",
     )
 
 

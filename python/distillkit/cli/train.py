@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich import filesize
 from rich.markup import escape
 from rich.table import Table
 
-from distillkit.console import output, show
+from distillkit.console import human_bytes, output, show
 from distillkit.errors import ConfigError, nearest
 from distillkit.training.dry_run import DryRun, dry_run
 
@@ -47,7 +46,7 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
     if not config.is_file():
         from distillkit.cli.main import COMMANDS
 
-        raise ConfigError(f"{config}: there is no such configuration file or command{nearest(config, COMMANDS)}")
+        raise ConfigError(f"{config}: no such configuration file or command{nearest(config, COMMANDS)}")
     first = os.environ.get("RANK", "0") == "0"
     if verbose:
         logging.getLogger().setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
@@ -110,7 +109,7 @@ def _show_checks(config: Path, result: DryRun) -> None:
     if failed:
         click.echo(f"training would not run: {', '.join(failed)}")
         return
-    click.echo("everything is there. Nothing was trained or written in the output folder; training would write:")
+    click.echo("all checks passed. Nothing was trained or written to the output folder; training would write:")
     width = max(len(path) for path, _ in result.would_write)
     for path, what in result.would_write:
         click.echo(f"  {path:<{width}}  {what}")
@@ -133,7 +132,7 @@ def _leave_process_group() -> None:
 def summary_table(summary: dict[str, Any]) -> Table:
     """Lay out a run's summary for a person: what it took, and what it brought on the held-out documents."""
     table = Table(title=f"trained: {summary['output_path']}", title_justify="left", show_header=False)
-    cuda = f", {filesize.decimal(summary['peak_cuda_bytes'])} on the GPU" if summary["peak_cuda_bytes"] else ""
+    cuda = f", {human_bytes(summary['peak_cuda_bytes'])} on the GPU" if summary["peak_cuda_bytes"] else ""
     speed = f"{summary['train_tokens']:,} ({summary['tokens_per_second']:,.0f} a second)"
     table.add_row("steps", f"{summary['steps']:,}")
     table.add_row("tokens", speed)
@@ -141,7 +140,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         table.add_row("cut", f"{summary['cut_documents']:,} documents, {summary['cut_tokens']:,} tokens")
     table.add_row("time", f"{summary['seconds']:,.1f} s")
     table.add_row("waiting for data", f"{summary['data_wait']:.1%} of the training time")
-    table.add_row("peak memory", f"{filesize.decimal(summary['peak_rss_bytes'])}{cuda}")
+    table.add_row("peak memory", f"{human_bytes(summary['peak_rss_bytes'])}{cuda}")
     first, last = summary["eval_first"], summary["eval_last"]
     for name, label, form in _MEASURES if last is not None else ():
         value = form.format(last[name])

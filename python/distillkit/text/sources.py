@@ -113,7 +113,7 @@ def _fetched(url: str, split: str) -> Source:
     wanted = (*FORMATS, ".arrow")
     files = [file for file in filesystem.find(root) if file.endswith(wanted)]
     if not files:
-        raise ConfigError(f"dataset: there are no {', '.join(wanted)} files at {url}")
+        raise ConfigError(f"dataset: {url} contains no {', '.join(wanted)} files")
     folder = tempfile.TemporaryDirectory(prefix="distillkit-")
     top = Path(folder.name) / root.rsplit("/", 1)[-1]
     for file in files:
@@ -139,9 +139,7 @@ def open_local(dataset: str, *, split: str | None = None) -> Source:
     if not path.is_file():
         raise ConfigError(f"dataset: there is no file or folder {dataset}")
     if path.suffix not in FORMATS:
-        raise ConfigError(
-            f"{path}: files of {', '.join(FORMATS)} are understood, not {path.suffix or 'files without a suffix'!r}"
-        )
+        raise ConfigError(f"{path}: expected a file of {', '.join(FORMATS)}, found {path.suffix or 'no suffix'!r}")
     return _Files(path, [path])
 
 
@@ -154,9 +152,9 @@ def _the_split(wanted: str | None, there: Sequence[str], where: Path | str) -> s
     if wanted is None and len(there) == 1:
         return there[0]
     if wanted is None:
-        raise ConfigError(f"{where}: it has the splits {', '.join(there)}; say which with split")
+        raise ConfigError(f"{where}: it has the splits {', '.join(there)}: choose one with split")
     if wanted not in there:
-        raise ConfigError(f"{where}: it has no split {wanted!r}, but {', '.join(there)}")
+        raise ConfigError(f"{where}: it has no split {wanted!r}; its splits are {', '.join(there)}")
     return wanted
 
 
@@ -188,8 +186,8 @@ def kept_schema(source: Source, keep_columns: str | Sequence[str]) -> pa.Schema:
     taken = [name for name in names if name in SCHEMA.names]
     if taken:
         raise ConfigError(
-            f"keep_columns: {', '.join(taken)} cannot be kept: captured datasets have columns "
-            f"{', '.join(SCHEMA.names)} of their own"
+            f"keep_columns: {', '.join(taken)} cannot be kept: captured datasets use the columns "
+            f"{', '.join(SCHEMA.names)} themselves"
         )
     return source.schema(names)
 
@@ -200,7 +198,8 @@ def _of_columns(schema: pa.Schema, columns: Sequence[str] | None, where: str) ->
     missing = [name for name in wanted if name not in schema.names]
     if missing:
         raise ConfigError(
-            f"keep_columns: {where} has no column {', '.join(missing)}; there are {', '.join(schema.names) or 'none'}"
+            f"keep_columns: {where} has no column {', '.join(missing)}; its columns are "
+            f"{', '.join(schema.names) or 'none'}"
         )
     return pa.schema([schema.field(name).remove_metadata() for name in wanted])
 
@@ -270,7 +269,7 @@ class _Files:
                 [FORMATS[file.suffix].schema(file, columns) for file in self._files], promote_options="permissive"
             )
         except pa.ArrowException as error:
-            raise ConfigError(f"{self._root}: its files have columns of different types: {error}") from error
+            raise ConfigError(f"{self._root}: the types of its files' columns differ: {error}") from error
         return _of_columns(found, columns, str(self._root))
 
 
@@ -287,9 +286,7 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
     if not files:
-        raise ConfigError(
-            f"{folder}: no {', '.join(FORMATS)} files in it, and it is no folder of datasets' save_to_disk"
-        )
+        raise ConfigError(f"{folder}: contains no {', '.join(FORMATS)} files, and was not written by save_to_disk")
     named = {file: _split_of(file.relative_to(folder)) for file in files}
     found = {name for name in named.values() if name is not None}
     if not found:
@@ -300,7 +297,7 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
     chosen = [file for file, name in named.items() if (name or "train") == wanted]
     if not chosen:
         raise ConfigError(
-            f"{folder}: no files of split {split!r}; by their names there are files of {', '.join(sorted(found))}"
+            f"{folder}: no files of split {split!r}; by their names, its files belong to {', '.join(sorted(found))}"
         )
     return chosen
 
@@ -372,7 +369,7 @@ def open_hub(
         loaded = datasets.load_dataset(name, name=configuration, split=split, revision=revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"dataset: {name!r} is no local file or folder, and loading it from the hub (configuration "
+            f"dataset: {name!r} is not a local file or folder, and loading it from the hub (configuration "
             f"{configuration}, split {split}) failed: {error}"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):

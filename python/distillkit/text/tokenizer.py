@@ -61,7 +61,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"no tokenizer could be loaded from {path!r} (a model folder or a hub id is expected): {error}"
+            f"no tokenizer could be loaded from {path!r} (expected a model folder or a hub id): {error}"
         ) from error
 
 

@@ -146,13 +146,16 @@ class _Turn:
         # token, with what follows it, must be there exactly once before the next message's content.
         endings = [closed.rindex(token) for token in special_tokens if token in closed[start:]]
         if self.index + 1 == len(self.messages) or not endings or not closed.startswith(self.text[:start]):
-            raise _unclear(self.where, "the chat template ends this turn in another way where it is rendered by itself")
+            raise _unclear(
+                self.where, "the chat template ends this turn differently when the turn is rendered by itself"
+            )
         ending = closed[max(endings) :]
         before_next = self._before_content(self.index + 1) or ""
         if before_next.count(ending, start) != 1:
             raise _unclear(
                 self.where,
-                f"the end of this turn ({ending!r}) is not there exactly once before the next message in the rendered "
+                f"the end of this turn ({ending!r}) does not occur exactly once before the next message in the "
+                "rendered "
                 "conversation",
             )
         return before_next.index(ending, start) + len(ending)
@@ -171,7 +174,8 @@ def _without_last(text: str, tokens: Collection[str]) -> str:
 
 def _unclear(where: str, why: str) -> InputError:
     return InputError(
-        f"{where}: {why}, so the assistant's tokens can't be told. Give a tokenizer (--tokenizer) whose chat template "
+        f"{where}: {why}, so the assistant's tokens cannot be identified. Use a tokenizer (--tokenizer) whose chat "
+        "template "
         "marks them with {% generation %}, or capture with --loss-on all"
     )
 

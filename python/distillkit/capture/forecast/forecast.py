@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich import filesize
 
 from distillkit.capture.forecast.totals import Amount, TextForecast, read_totals
 from distillkit.capture.forecast.trial import Trial, try_teacher
@@ -26,6 +25,7 @@ from distillkit.capture.pipeline import BYTES_A_VALUE, queue_bytes
 from distillkit.capture.settings import DEFAULT_PRESET, CaptureSettings
 from distillkit.capture.teachers.hf import load_config
 from distillkit.codec import PRESETS, Codec, CodecConfig, preset
+from distillkit.console import human_bytes
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.memory import available_memory, peak_memory
 from distillkit.shards.storage import Folder
@@ -422,19 +422,18 @@ def _disk_problems(result: Forecast) -> list[str]:
     # A capture that was begun goes on with its own settings only.
     if result.text.sampled_rows:
         others = [
-            f"{codec.name} ({codec.bytes_per_token} bytes a token, {filesize.decimal(codec.left_bytes.value)})"
+            f"{codec.name} ({codec.bytes_per_token} bytes a token, {human_bytes(codec.left_bytes.value)})"
             for codec in result.codecs
             if codec.fits
         ]
         remedies += [f"a smaller codec: {', '.join(others)}"] if others else []
         rows = int(result.text.rows * max(free - result.reserved_bytes, 0) / chosen.left_bytes.value)
         remedies += [f"--samples {rows} or fewer"] if rows else []
-    before = f", and captures before this one take {filesize.decimal(result.reserved_bytes)} of them"
+    before = f", and captures before this one take {human_bytes(result.reserved_bytes)} of them"
     return [
-        f"{result.output}: {chosen.name} takes {filesize.decimal(chosen.left_bytes.value)} for "
-        f"{result.text.left_tokens.value:,} tokens, and only {filesize.decimal(free)} are free there"
-        f"{before if result.reserved_bytes else ''}. What would do: "
-        f"{'; '.join([*remedies, 'an output with more room'])}"
+        f"{result.output}: {chosen.name} takes {human_bytes(chosen.left_bytes.value)} for "
+        f"{result.text.left_tokens.value:,} tokens, but only {human_bytes(free)} are free there"
+        f"{before if result.reserved_bytes else ''}. Try: {'; '.join([*remedies, 'an output with more free space'])}"
     ]
 
 
@@ -443,12 +442,12 @@ def _memory_problems(result: Forecast) -> list[str]:
     memory = result.memory
     if memory.fits is not False or memory.free_bytes is None:
         return []
-    parts = ", ".join(f"{name} {filesize.decimal(count)}" for name, count in memory.teacher.items())
+    parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in memory.teacher.items())
     remedies = (
         "a smaller --dtype, fewer --head-rows, --device balanced over several GPUs, --engine vllm with "
         "--tensor-parallel-size, or a smaller teacher"
     )
     return [
-        f"{result.model}: the teacher takes at least {filesize.decimal(memory.least)} ({parts}), of {memory.device} "
-        f"{filesize.decimal(memory.free_bytes)} are free. What would do: {remedies}"
+        f"{result.model}: the teacher takes at least {human_bytes(memory.least)} ({parts}), but {memory.device} has "
+        f"only {human_bytes(memory.free_bytes)} free. Try: {remedies}"
     ]

@@ -148,7 +148,7 @@ def _sampled_text(inputs: CaptureInputs) -> tuple[TextForecast, list[TokenDocume
     )
     if not documents and everything:
         raise ConfigError(
-            f"{settings.dataset}: no document of at least 2 tokens in it: {text.passed_over or 'no rows'}"
+            f"{settings.dataset}: contains no document of at least 2 tokens: {text.passed_over or 'no rows'}"
         )
     return text, documents
 

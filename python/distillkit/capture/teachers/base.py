@@ -96,8 +96,8 @@ def refusal(document: TokenDocument, rows: SparseLogprobs) -> str | None:
     row = int(bad.argmax())
     return (
         f"{document.source}: after token {row} of {len(document.input_ids)} (id {document.input_ids[row]}) the "
-        f"teacher gives NaN, infinity, or fewer than {rows.k} finite logits. Is the checkpoint whole? "
-        "float16 overflows easily: bfloat16 or float32 would not"
+        f"teacher returns NaN, infinity, or fewer than {rows.k} finite logits. Is the checkpoint complete? float16 "
+        "overflows easily: try bfloat16 or float32"
     )
 
 

@@ -141,12 +141,12 @@ class HFTeacher:
         else:
             raise CaptureError(
                 f"out of memory with a single document of {tokens} tokens and one position × {self.head_size} logits "
-                f"at a time: a shorter --max-seq-len, a smaller dtype or more devices would do. {error}"
+                f"at a time: try a shorter --max-seq-len, a smaller --dtype or more devices. {error}"
             ) from error
         torch.cuda.empty_cache()
         logger.warning(
-            "out of memory in a batch of %d documents × %d tokens: going on with %d tokens and %d positions under the "
-            "head at a time (--batch-tokens, --head-rows)",
+            "out of memory in a batch of %d documents × %d tokens: continuing with %d tokens and %d positions under "
+            "the head at a time (--batch-tokens, --head-rows)",
             len(batch),
             tokens // len(batch),
             self._batch_tokens,
@@ -265,7 +265,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model: no model config could be loaded from {model!r} (a folder or a hub id is expected): {error}"
+            f"model: no model config could be loaded from {model!r} (expected a folder or a hub id): {error}"
         ) from error
 
 
@@ -283,7 +283,8 @@ def resolve_device(device: str) -> str:
         return str(torch.device(device))
     except RuntimeError as error:
         raise ConfigError(
-            f"device: {device!r} is none; auto, cpu, cuda, cuda:1, … or one of {', '.join(_PLACEMENTS)} is understood"
+            f"device: {device!r} is not a torch device; expected auto, cpu, cuda, cuda:1, … or one of "
+            f"{', '.join(_PLACEMENTS)}"
         ) from error
 
 
@@ -300,5 +301,5 @@ def resolve_dtype(dtype: str, config: Any, device: str) -> str:
         own = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
         return "float32" if device == "cpu" or own is None else str(own).removeprefix("torch.")
     if dtype not in _DTYPES:
-        raise ConfigError(f"dtype: {dtype!r} is not known; auto, {', '.join(_DTYPES)} are")
+        raise ConfigError(f"dtype: must be auto, {', '.join(_DTYPES)}, found {dtype!r}")
     return str(_DTYPES[dtype]).removeprefix("torch.")

@@ -86,11 +86,11 @@ class OpenAITeacher:
         """Yield every document's distributions as the server answers; see `Teacher.score`."""
         if request.keep_ids:
             raise ConfigError(
-                "keep_ids: a server gives the top k only, not the log-probabilities of chosen ids; the transformers "
-                "engine (--engine hf) does"
+                "keep_ids: a server returns only the top k, not the log-probabilities of chosen ids; use the "
+                "transformers engine (--engine hf)"
             )
         if request.k > self._k:
-            raise ConfigError(f"k: {request.k} ids a row are requested, the server was asked for {self._k}")
+            raise ConfigError(f"k: {request.k} ids per row were requested, but the server was set up for {self._k}")
         waiting = iter(enumerate(documents))
         pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="distillkit-request")
         try:
@@ -114,7 +114,7 @@ class OpenAITeacher:
         except self._errors.APIError as error:
             if getattr(error, "status_code", None) in _DOCUMENT_ERRORS:
                 return RejectedDocument(
-                    index, f"{document.source}: the server refuses this document: {_message(error)}"
+                    index, f"{document.source}: the server rejected this document: {_message(error)}"
                 )
             raise self._failed(error) from error
         generated = None
@@ -124,7 +124,7 @@ class OpenAITeacher:
                 last, generated = _last_entries(choice, request.k)
                 entries = entries.then(last)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            return RejectedDocument(index, f"{document.source}: the server's answer is not understood: {error!r}")
+            return RejectedDocument(index, f"{document.source}: unexpected answer from the server: {error!r}")
         return scored_document(index, document, entries, request, self._head_size, generated=generated)
 
     def _complete(self, prompt: list[int], k: int, *, echo: bool, last_row: bool = False) -> Mapping[str, Any]:
@@ -147,7 +147,7 @@ class OpenAITeacher:
             choice: Mapping[str, Any] = json.loads(response.http_response.content)["choices"][0]
             return choice
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise CaptureError(f"{self._server} answers something else than completions: {error!r}") from error
+            raise CaptureError(f"{self._server} did not answer with completions: {error!r}") from error
 
     def _find_model(self, name: str | None, max_seq_len: int) -> str:
         """Ask what is served, and check its length where the server tells it."""
@@ -156,22 +156,22 @@ class OpenAITeacher:
         except self._errors.NotFoundError as error:
             if name is None:
                 raise ConfigError(
-                    f"{self._server} does not say which models it serves ({_message(error)}): give --served-model, and "
-                    "check that --base-url ends in /v1"
+                    f"{self._server} does not report which models it serves ({_message(error)}): pass "
+                    "--served-model, and check that --base-url ends in /v1"
                 ) from error
             return name
         except self._errors.APIError as error:
             raise self._failed(error) from error
         if name is None and len(served) != 1:
-            raise ConfigError(f"{self._server} serves {', '.join(served) or 'nothing'}: give --served-model")
+            raise ConfigError(f"{self._server} serves {', '.join(served) or 'nothing'}: pass --served-model")
         name = name or next(iter(served))
         if name not in served:
             raise ConfigError(f"served_model: {self._server} serves {', '.join(served)}, not {name!r}")
         longest = getattr(served[name], "max_model_len", None)
         if isinstance(longest, int) and longest < max_seq_len + 1:
             raise ConfigError(
-                f"max_seq_len: documents of {max_seq_len} tokens and the one that has to be generated are more than "
-                f"the {longest} that {self._server} takes: give --max-seq-len {longest - 1} at most, or start the "
+                f"max_seq_len: documents of {max_seq_len} tokens and the one that must be generated exceed the "
+                f"{longest} that {self._server} accepts: lower --max-seq-len to {longest - 1}, or start the "
                 f"server with --max-model-len {max_seq_len + 1}"
             )
         return name
@@ -196,16 +196,17 @@ class OpenAITeacher:
             cap = _CAP.search(message)
             if cap is None:
                 raise ConfigError(
-                    f"{self._server} refuses {self._k} log-probabilities a position: {message}"
+                    f"{self._server} refuses {self._k} log-probabilities per position: {message}"
                 ) from error
             raise ConfigError(
-                f"{self._server} gives at most {cap[1]} log-probabilities a position, the codec wants {self._k}: start "
-                f"it with --max-logprobs {self._k}, or take a codec with k ≤ {cap[1]}. It says: {message}"
+                f"{self._server} returns at most {cap[1]} log-probabilities per position, but the codec needs "
+                f"{self._k}: start it with --max-logprobs {self._k}, or choose a codec with k ≤ {cap[1]}. Its "
+                f"answer: {message}"
             ) from error
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ConfigError(
-                f"{self._server} returns no log-probabilities of a prompt with token ids, neither for prompt_logprobs "
-                "(as vLLM does) nor for echo with logprobs: it cannot be captured from"
+                f"{self._server} returns no log-probabilities of a prompt with token ids, neither for "
+                "prompt_logprobs (as vLLM does) nor for echo with logprobs, so it cannot be captured"
             ) from error
         return True
 
@@ -213,12 +214,12 @@ class OpenAITeacher:
         """Say what to do about an error that trying again did not help."""
         if isinstance(error, (self._errors.AuthenticationError, self._errors.PermissionDeniedError)):
             return ConfigError(
-                f"{self._server} does not let us in: {_message(error)}. The key is read from the environment: "
+                f"{self._server} refuses access: {_message(error)}. The key is read from the environment: "
                 f"{' or '.join(_KEY_VARIABLES)}"
             )
         return CaptureError(
-            f"{self._server} fails, also after {self._client.max_retries} retries: {_message(error)}. The capture can "
-            "be started again once the server is back: it goes on after the last whole shard"
+            f"{self._server} failed even after {self._client.max_retries} retries: {_message(error)}. Run the "
+            "capture again once the server is back: it resumes after the last complete shard"
         )
 
 

@@ -97,7 +97,7 @@ def _describe(document: TokenDocument, problem: _Problem) -> str:
     if problem.row is None:
         return f"{document.source}: the engine gave {problem.text}"
     token = f"after token {problem.row} of {len(document.input_ids)} (id {document.input_ids[problem.row]})"
-    return f"{document.source}: {token} the engine gave {problem.text}"
+    return f"{document.source}: {token} the engine returned {problem.text}"
 
 
 def _rows(

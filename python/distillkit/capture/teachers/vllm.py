@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from rich import filesize
 
 from distillkit.capture.engine_settings import VLLMSettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.hf import load_config, resolve_device, resolve_dtype
 from distillkit.capture.teachers.ranked import RankedEntries, scored_document
+from distillkit.console import human_bytes
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.types import TokenDocument
 
@@ -147,11 +147,11 @@ class VLLMTeacher:
         """
         if request.keep_ids:
             raise ConfigError(
-                "keep_ids: vLLM gives the top k only, not the log-probabilities of chosen ids; the transformers engine "
-                "(--engine hf) does"
+                "keep_ids: vLLM returns only the top k, not the log-probabilities of chosen ids; use the "
+                "transformers engine (--engine hf)"
             )
         if request.k > self._k:
-            raise ConfigError(f"k: {request.k} ids a row are requested, the engine was started for {self._k}")
+            raise ConfigError(f"k: {request.k} ids per row were requested, but the engine was started for {self._k}")
         params, fatal = _sampling_params(request), _fatal_errors()
         waiting = deque(range(len(documents)))
         running: dict[str, int] = {}
@@ -196,7 +196,7 @@ class VLLMTeacher:
             try:
                 self._engine.add_request(str(index), prompt, params)
             except (ValueError, VLLMValidationError) as error:
-                raise CaptureError(f"{documents[index].source}: vLLM does not take this document: {error}") from error
+                raise CaptureError(f"{documents[index].source}: vLLM rejected this document: {error}") from error
             tokens += len(documents[index].input_ids)
 
     def _step(self) -> list[Any]:
@@ -241,7 +241,7 @@ class VLLMTeacher:
             return scored_document(index, document, entries, request, self._head_size)
         completion = output.outputs[0] if output.outputs else None
         if completion is None or not completion.token_ids or not completion.logprobs:
-            return RejectedDocument(index, f"{document.source}: vLLM gave no distribution after the last token")
+            return RejectedDocument(index, f"{document.source}: vLLM returned no distribution after the last token")
         entries = entries.then(flat_entries(completion.logprobs))
         return scored_document(
             index, document, entries, request, self._head_size, generated=int(completion.token_ids[0])
@@ -254,15 +254,15 @@ class VLLMTeacher:
 
             total = current_platform.get_device_total_memory()
             free = int(total * (1 - gpu_memory_utilization))
-            where = f"{filesize.decimal(total)} of the GPU × (1 − gpu_memory_utilization {gpu_memory_utilization:g})"
+            where = f"{human_bytes(total)} of the GPU × (1 − gpu_memory_utilization {gpu_memory_utilization:g})"
             remedy = "a smaller --gpu-memory-utilization or more memory"
         else:
             available, weights = _available_memory(), _weight_bytes(Path(self._model), config, self._dtype)
             kv_bytes = int(self._engine_args["kv_cache_memory_bytes"])
             free = (available - weights - kv_bytes) // 2
             where = (
-                f"half of what {filesize.decimal(available)} available − weights {filesize.decimal(weights)} "
-                f"− keys and values {filesize.decimal(kv_bytes)} leave"
+                f"half of what {human_bytes(available)} available − weights {human_bytes(weights)} "
+                f"− keys and values {human_bytes(kv_bytes)} leave"
             )
             remedy = "a smaller --dtype, a smaller teacher or more memory"
         tokens = batch_tokens_that_fit(free, self._head_size, _itemsize(self._dtype), where=where, remedy=remedy)
@@ -272,8 +272,8 @@ class VLLMTeacher:
             tokens,
             f"{self._head_size:,}",
             _itemsize(self._dtype) + 4,
-            filesize.decimal(tokens * token_bytes),
-            filesize.decimal(free),
+            human_bytes(tokens * token_bytes),
+            human_bytes(free),
             where,
         )
         return tokens
@@ -301,8 +301,8 @@ class VLLMTeacher:
                 raise ConfigError(f"vLLM does not take these settings: {error}") from error
             except (RuntimeError, MemoryError) as error:
                 raise CaptureError(
-                    f"vLLM does not start: {error} (its own log above says why). If memory was short: fewer "
-                    "--batch-tokens, a smaller --gpu-memory-utilization, more --tensor-parallel-size"
+                    f"vLLM did not start: {error} (its log above says why). If memory ran out, try fewer "
+                    "--batch-tokens, a smaller --gpu-memory-utilization or more --tensor-parallel-size"
                 ) from error
         # Also when this object, or the program, ends without `close`.
         self._shut_down = weakref.finalize(self, self._engine.engine_core.shutdown)
@@ -317,9 +317,9 @@ class VLLMTeacher:
         halved = self._batch_tokens // 2
         if halved < _LEAST_BATCH_TOKENS:
             raise CaptureError(
-                f"vLLM's engine died with batches of only {self._batch_tokens} tokens (its own log above says of "
-                f"what). If memory was short: a smaller --gpu-memory-utilization leaves more for the logits, a "
-                f"smaller --dtype or more --tensor-parallel-size would do. {error}"
+                f"vLLM's engine died with batches of only {self._batch_tokens} tokens (its log above says why). If "
+                "memory ran out, try a smaller --gpu-memory-utilization, which leaves more for the logits, a "
+                f"smaller --dtype or more --tensor-parallel-size. {error}"
             ) from error
         logger.warning(
             "vLLM's engine died (%s: %s), most likely out of memory; its own log above says more. It starts anew with "
@@ -355,8 +355,8 @@ def batch_tokens_that_fit(free: int, head_size: int, logit_bytes: int = 2, *, wh
     if tokens < _LEAST_BATCH_TOKENS:
         raise ConfigError(
             f"memory: the log-probabilities of a batch of {_LEAST_BATCH_TOKENS} tokens take {_LEAST_BATCH_TOKENS} × "
-            f"{head_size:,} logits × {logit_bytes + 4} B = {filesize.decimal(_LEAST_BATCH_TOKENS * token_bytes)}; "
-            f"there are {filesize.decimal(max(free, 0))} ({where}). {remedy} would do, or fewer "
+            f"{head_size:,} logits × {logit_bytes + 4} B = {human_bytes(_LEAST_BATCH_TOKENS * token_bytes)}; "
+            f"there are {human_bytes(max(free, 0))} ({where}). {remedy} would do, or fewer "
             "--batch-tokens"
         )
     return min(tokens, _MOST_BATCH_TOKENS)

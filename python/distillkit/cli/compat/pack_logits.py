@@ -24,9 +24,9 @@ logger = logging.getLogger("distillkit")
 @click.option("--output", required=True, help="Folder for the packed dataset.")
 @SHUFFLE_SEED
 @window_option("--batch-size")
-@click.option("--num-proc", type=click.IntRange(min=1), help="Taken and not needed: bytes are moved, not encoded.")
-@click.option("--max-iters", type=click.IntRange(min=1), help="Taken and not needed: one pass fills the rows.")
-@click.option("--remove-columns", multiple=True, help="Taken and not needed: shards have only the columns they need.")
+@click.option("--num-proc", type=click.IntRange(min=1), help="Accepted for compatibility; ignored.")
+@click.option("--max-iters", type=click.IntRange(min=1), help="Accepted for compatibility; ignored.")
+@click.option("--remove-columns", multiple=True, help="Accepted for compatibility; ignored.")
 def main(
     dataset: str,
     split: str | None,
@@ -39,7 +39,7 @@ def main(
     """Pack the documents of a dataset in full rows, on disk: the same as `distillkit pack`."""
     for name, value in not_needed.items():
         if value:
-            logger.info("--%s changes nothing here", name.replace("_", "-"))
+            logger.info("--%s is accepted for compatibility and ignored", name.replace("_", "-"))
     source: Dataset
     if Path(dataset).exists() or dataset.startswith(("/", ".", "~")):
         source = Dataset.open(dataset, split=split)

@@ -45,7 +45,7 @@ def main(macrobatch_size: int, max_workers: int | None, auto_vocab_size: bool, *
     The same as: distillkit capture --engine vllm. Run it again to resume an interrupted capture.
     """
     if macrobatch_size != 256 or max_workers is not None:
-        logger.info("--macrobatch-size and --max-workers change nothing here")
+        logger.info("--macrobatch-size and --max-workers are accepted for compatibility and ignored")
     settings = CaptureSettings(engine="vllm", **options)
     if auto_vocab_size and settings.compression_config is not None:
         settings = _with_vocab_size(settings)

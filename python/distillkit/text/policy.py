@@ -1,4 +1,4 @@
-"""How rows are read: all in which capture and training differ, as options with a reason each."""
+"""How capture and training read rows: everything in which they differ is an option here, with its reason."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LOSS_ON = ("auto", "all", "assistant", "completion")
 
 @dataclass(frozen=True)
 class SettingNames:
-    """What messages about rows call the settings that would help.
+    """What messages about rows call the user's settings.
 
     Attributes:
-        assistant, completion: ask for a loss on that part alone.
-        template: gives a tokenizer, or a chat template.
-        everything: what to do for a loss on all tokens.
+        assistant, completion: restrict the loss to that part.
+        template: names a tokenizer or a chat template.
+        everything: how to take the loss on all tokens instead.
     """
 
     assistant: str
@@ -34,29 +34,30 @@ class ReadingPolicy:
     """How rows become token documents.
 
     Attributes:
-        names: of settings, for messages.
-        layouts: the columns a row may be read by, the preferred ones first. Both take token ids where there are some.
-            Capture then takes what has the part that its loss is on. Training takes chats before text, as TRL does, and
-            of prompt pairs knows TRL's alone.
+        names: what messages call the settings.
+        layouts: sets of columns to read a row by, in order of preference; token ids come first. Capture then prefers a
+            layout that has the part its loss is on. Training prefers chats to text, and knows prompt + completion but
+            not prompt + response, as TRL does.
         text_column: the column of plain text.
         assistant: only the assistant's turns count.
-        completion: only the response of a prompt counts, and rows must have one; None: of those that have one.
-        mask_columns: columns of tokenised rows that say which tokens count, all of which must say so; None: all tokens
-            count, whatever rows say.
-        needed_masks: (setting, columns) whose setting needs one of these columns in a tokenised row, or labels. Capture
-            takes a row's general loss_mask for the part it asks for; to TRL it is not the same.
-        template: chat template in place of the tokenizer's own: TRL has variants that mark the assistant's turns.
-        render_chats: chat rows may be rendered; if not, they are refused.
-        tokenised_only: rows must be token ids, as TRL's skip_prepare_dataset has it.
-        end_text: plain text ends with the end-of-sequence token, which the tokenizer must have. TRL adds it, so that a
-            student learns to stop; a teacher only reads, and what it would predict after a text's end is not asked for.
-        keep_packed: documents that are packed in a row of token ids stay one document, with the lengths of its parts.
-            A trainer keeps them apart by their positions; a teacher must not see one as the other's context.
-        prefix_is_prompt: a response begins where the tokens of its prompt, tokenised alone, and those of both part. So
-            TRL has it, and slow tokenizers can do it; capture asks which characters a token covers, which holds where
-            prompt and response join in a token.
-        count_empty: in the assistant's turns tokens without characters count, and so does a token around an empty turn.
-            Those are the masks of transformers, which TRL takes. Capture does not count them, and its masks are stored.
+        completion: only the response to a prompt counts. True: every row must have one; None: where there is one.
+        mask_columns: columns of tokenised rows that say which tokens count; a token counts if all of them say so. None:
+            every token counts, whatever the row says.
+        needed_masks: pairs of a setting and the columns of which, beside labels, a tokenised row must have one for it.
+            Capture accepts a plain loss_mask for the part that is asked for; TRL does not.
+        template: chat template to use instead of the tokenizer's. TRL has variants that mark the assistant's turns.
+        render_chats: whether chat rows may be rendered with a template; otherwise they are an error.
+        tokenised_only: only rows of token ids are accepted (TRL's skip_prepare_dataset).
+        end_text: plain text ends with the end-of-sequence token, and a tokenizer without one is an error. TRL adds it
+            so that the student learns to stop; a teacher is shown the text as it is.
+        keep_packed: documents packed in one row of token ids stay together, with their lengths. A trainer separates
+            them by position ids; a teacher must score each without the others as context.
+        prefix_is_prompt: the response begins at the first token that differs from those of the prompt tokenised alone,
+            which is TRL's rule and needs no fast tokenizer. Otherwise a token belongs to the response if it covers one
+            of its characters, which is exact even where the prompt's last characters tokenise differently on their own.
+        count_empty: in an assistant's turn, tokens that cover no characters count (spaces, where a tokenizer trims them
+            from its offsets), and so does a token around an empty turn. This is the mask of transformers, and so TRL's;
+            the masks of captured datasets have never counted them.
     """
 
     names: SettingNames

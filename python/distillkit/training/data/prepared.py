@@ -93,22 +93,14 @@ def prepare(
             logger.info("%s: %s documents, prepared before in %s", key, f"{len(dataset):,}", folder)
             return dataset
         chosen = sample.choose(rows.num_rows)
-        temporary = cache / f"{TEMPORARY_PREFIX}{folder.name}"
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was interrupted: the lock is ours
-        try:
-            with progress_bar(f"preparing {key}") as progress:
-                read = rows.rows() if chosen is None else chosen_rows(rows, chosen)
-                counts = _write(temporary, _documents(read, reader, processes), progress, rows.num_rows)
-            if not counts["documents"]:
-                raise ConfigError(
-                    f"{key}: none of its {rows.num_rows:,} rows gives a document ({counts['empty']:,} empty, "
-                    f"{counts['short']:,} of one token, {counts['masked']:,} without a token to predict)"
-                )
-            Folder(temporary).write(_DESCRIPTION, canonical_json({"identity": identity, **counts}).encode())
-            os.replace(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        read = rows.rows() if chosen is None else chosen_rows(rows, chosen)
+        with progress_bar(f"preparing {key}") as progress:
+            counts = _make(folder, identity, _documents(read, reader, processes), progress, rows.num_rows)
+        if not counts["documents"]:
+            raise ConfigError(
+                f"{key}: none of its {rows.num_rows:,} rows gives a document ({counts['empty']:,} empty, "
+                f"{counts['short']:,} of one token, {counts['masked']:,} without a token to predict)"
+            )
     logger.info(
         "%s: %s documents of %s tokens, prepared in %s (left out: %s empty, %s of one token, %s without a token to "
         "predict)",
@@ -124,17 +116,16 @@ def _identity(rows: Source, reader: RowReader, sample: Sample) -> dict[str, Any]
     """Return everything that decides the prepared data."""
     tokenizer = reader.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    pipeline = json.loads(backend.to_str()) if backend is not None else {}
-    for changed_by_use in ("truncation", "padding"):
-        pipeline.pop(changed_by_use, None)
+    # Truncation and padding change with use. They come first in the text, which takes long to parse.
+    pipeline = None if backend is None else backend.to_str().partition('"added_tokens"')[2]
     policy = asdict(reader.policy)
     del policy["names"]
     return {
         "version": VERSION,
         "rows": rows.identity,
         "sample": None if sample.documents is None else [sample.documents, sample.seed],
-        "tokenizer": [tokenizers.fingerprint(tokenizer), type(tokenizer).__name__, tokenizer.eos_token],
-        "pipeline": content_hash(pipeline),
+        "tokenizer": [type(tokenizer).__name__, tokenizer.eos_token],
+        "tokens": tokenizers.fingerprint(tokenizer) if pipeline is None else content_hash(pipeline),
         "template": tokenizer.chat_template,
         "policy": policy,
     }
@@ -144,8 +135,28 @@ def content_hash(identity: Any) -> str:
     return str(xxhash.xxh3_128_hexdigest(canonical_json(identity).encode()))
 
 
-def _write(folder: Path, batches: Iterator[list[list[TokenDocument]]], progress: Any, total: int) -> dict[str, int]:
-    """Write the documents of rows into a folder, and count them and what was left out."""
+Batches = Iterator[list[list[TokenDocument]]]
+"""The documents of each row, some rows at a time."""
+
+
+def _make(folder: Path, identity: Any, batches: Batches, progress: Any, total: int) -> dict[str, int]:
+    """Write the documents of rows, and count them and what was left out; there is no folder without documents.
+
+    It gets its name once everything is in it. What an interrupted run left is removed: the caller holds the lock.
+    """
+    temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        counts = _write(temporary, batches, progress, total)
+        if counts["documents"]:
+            Folder(temporary).write(_DESCRIPTION, canonical_json({"identity": identity, **counts}).encode())
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return counts
+
+
+def _write(folder: Path, batches: Batches, progress: Any, total: int) -> dict[str, int]:
     folder.mkdir(parents=True)
     counts = dict.fromkeys(("rows", "documents", "tokens", "empty", "short", "masked"), 0)
     with _Writer(folder) as writer:
@@ -171,8 +182,8 @@ def _add(document: TokenDocument, writer: _Writer, counts: dict[str, int]) -> No
         counts["tokens"] += len(document.input_ids)
 
 
-def _documents(rows: Iterator[Row], reader: RowReader, processes: int) -> Iterator[list[list[TokenDocument]]]:
-    """Yield what the reader makes of rows, in their order, some rows at a time."""
+def _documents(rows: Iterator[Row], reader: RowReader, processes: int) -> Batches:
+    """Yield the documents of rows, in their order."""
     batches = iter(lambda: list(itertools.islice(rows, _ROWS_AT_A_TIME)), [])
     if processes == 1:
         yield from map(reader, batches)

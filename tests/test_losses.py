@@ -105,7 +105,7 @@ def check(name: str, logits: torch.Tensor, targets: Targets, temperature: float,
 SIZES = [(3, 37, 5, 1.0), (2, 23, 5, 2.5), (2, 23, 5, 0.5), (3, 11, 1, 1.0), (2, 11, 10, 2.0), (2, 7, 7, 2.0)]
 
 
-@pytest.mark.parametrize(("name", "sizes", "missing"), pairwise([*DIVERGENCES, *RANKING], SIZES, MISSING))
+@pytest.mark.parametrize(("name", "sizes", "missing"), pairwise([*DIVERGENCES, *RANKING], SIZES, MISSING), ids=str)
 def test_a_loss_has_the_value_and_gradient_of_its_definition(
     name: str, sizes: tuple[int, int, int, float], missing: Any
 ) -> None:
@@ -415,9 +415,12 @@ def plain_loss(head: LMHead, hidden: torch.Tensor, targets: Targets) -> torch.Te
     return torch.stack(parts).sum() / 4
 
 
-@pytest.mark.parametrize("positions", [1, 4, 11])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_the_fused_pass_equals_losses_of_whole_logits(positions: int, softcap: float | None) -> None:
+# Chunks are of 4 positions at most: one block, or blocks of 3 and 1.
+@pytest.mark.parametrize(("positions", "softcap", "block"), pairwise([1, 4, 11], [None, 5.0], [100, 3]))
+def test_the_fused_pass_equals_losses_of_whole_logits(
+    positions: int, softcap: float | None, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillkit.losses.fused._block_elements", lambda device: block * 97)
     head, targets = tiny_head(softcap=softcap), with_label_logprobs(positions, 97, 7)[0]
     weight = head.model.lm_head.weight
     hidden = torch.randn(positions, 16, generator=torch.Generator().manual_seed(4)).requires_grad_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import subprocess
@@ -269,6 +270,20 @@ def test_an_exception_leaves_whole_shards_and_nothing_else(written: tuple[Path, 
     assert files(folder) == complete
     with refused(InputError, str(folder)):
         ShardWriter(folder, HEADER, resume=True)
+
+
+def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is stopped before the end leaves none: with it, shards that are not there yet would be lost."""
+    named, rename = list[str](), os.replace
+
+    def recorded(source: Path, target: Path) -> None:
+        named.append(Path(target).name)
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", recorded)
+    write(tmp_path / "data", make_documents(12))
+    assert len(named) > 2
+    assert named == [*sorted(files(tmp_path / "data").keys() - {"manifest.json"}), "manifest.json"]
 
 
 def test_resuming_something_else_is_refused(written: tuple[Path, Written], folder: Path) -> None:

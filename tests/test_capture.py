@@ -1,8 +1,9 @@
-"""A capture holds the teacher's own distributions, in the text's order, and the same bytes however often it was "
-"killed."""
+"""A capture holds the teacher's own distributions, in the text's order, and the same bytes however often it was
+killed."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ from distillkit.shards import Dataset, verify_dataset, whole_shards
 from distillkit.text.documents import windows
 from distillkit.text.tokenizer import fingerprint, load_tokenizer
 from support.capturing import COMMAND, files, run
+from support.refusals import check_names, refused
 from support.teachers import EXACT, HEAD, WORDS
 
 # -- what is captured --------------------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ def test_rows_are_the_teachers_own_distributions(teacher: Path, text: Path, tmp_
     assert (report.documents, report.tokens) == (len(read), sum(map(len, read)))
     assert report.rows == report.tokens - report.documents == dataset.num_rows
     assert report.documents > 120, "documents of more than 64 tokens were split"
-    assert verify_dataset(tmp_path / "out")
+    assert verify_dataset(tmp_path / "out").ok
     assert report.shards == len(dataset.shards) > 5
     assert report.kl_mean == pytest.approx(0.0, abs=1e-9)
     assert report.bytes_per_token == 8 * 4 + 7
@@ -71,8 +73,10 @@ def test_the_header_says_what_was_captured(teacher: Path, text: Path, tmp_path: 
     header = Dataset.open(tmp_path / "out").header
     assert header.teacher is not None
     assert header.tokenizer is not None
-    assert (header.vocab_size, header.head_size) == (100, HEAD) or header.vocab_size < HEAD == header.head_size
-    assert header.tokenizer == {"name": teacher.name, "fingerprint": fingerprint(load_tokenizer(str(teacher)))}
+    tokenizer = load_tokenizer(str(teacher))
+    assert (header.vocab_size, header.head_size) == (len(tokenizer), HEAD)
+    assert len(tokenizer) < HEAD
+    assert header.tokenizer == {"name": teacher.name, "fingerprint": fingerprint(tokenizer)}
     assert (header.teacher["name"], header.teacher["dtype"]) == (teacher.name, "float32")
     assert header.teacher["revision"].startswith("sample-xxh3-64:")
     assert header.alignment == {"row": "t predicts t+1", "rows": "L-1"}
@@ -225,6 +229,7 @@ def test_responses_one_has_already(teacher: Path, tmp_path: Path) -> None:
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_writes_the_same_bytes(teacher: Path, text: Path, tmp_path: Path) -> None:
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     options = ["--max-seq-len", "64", "--batch-tokens", "128", "--head-rows", "50", "--shard-tokens", "200"]
@@ -287,29 +292,26 @@ def test_a_finished_capture_is_left_alone(
     assert files(tmp_path / "out") == before
 
 
-OTHER_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "max_seq_len": ({"max_seq_len": 32}, "capture.max_seq_len is 64 there, expected 32"),
-    "samples": ({"samples": 21}, "capture.samples is 20 there, expected 21"),
-    "all instead of a sample": ({"samples": None}, "capture.samples is 20 there, expected None"),
-    "dtype": ({"dtype": "bfloat16"}, "teacher.dtype is 'float32' there, expected 'bfloat16'"),
-    "codec": ({"preset": "budget"}, r"codec.config.\w+ is .* there, expected"),
-}
+# A setting that was another one, and what the message names: where it is written, what is there, what was expected.
+OTHER_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"max_seq_len": 32}, ["capture.max_seq_len", "64", "32"]),
+    ({"samples": 21}, ["capture.samples", "20", "21"]),
+    ({"samples": None}, ["capture.samples", "20", "None"]),
+    ({"dtype": "bfloat16"}, ["teacher.dtype", "'float32'", "'bfloat16'"]),
+    ({"preset": "budget"}, ["codec.config"]),
+]
 
 
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("setting", OTHER_SETTINGS)
-def test_other_settings_in_the_same_folder_are_refused(
-    setting: str, finished: bool, teacher: Path, text: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    run(teacher, text, out, samples=20, shard_range=None if finished else "0:1")
-    before = files(out)
-    assert ("manifest.json" in before) == finished
-    changed, message = OTHER_SETTINGS[setting]
-    with pytest.raises(MismatchError, match=message) as caught:
-        run(teacher, text, out, **{"samples": 20, **changed})
-    assert "give another output folder" in str(caught.value)
-    assert files(out) == before
+def test_other_settings_in_the_same_folder_are_refused(teacher: Path, text: Path, tmp_path: Path) -> None:
+    for name, shard_range in (("finished", None), ("begun", "0:1")):
+        out = tmp_path / name
+        run(teacher, text, out, samples=20, shard_range=shard_range)
+        before = files(out)
+        assert ("manifest.json" in before) == (name == "finished")
+        for changed, facts in OTHER_SETTINGS:
+            with refused(MismatchError, *facts):
+                run(teacher, text, out, **{"samples": 20, **changed})
+            assert files(out) == before
 
 
 def test_another_teacher_or_text_is_refused(teacher: Path, text: Path, tmp_path: Path) -> None:
@@ -319,7 +321,7 @@ def test_another_teacher_or_text_is_refused(teacher: Path, text: Path, tmp_path:
 
     # The same name, size and number of rows, one word changed.
     rows.write_bytes(text.read_bytes().replace(b" cat ", b" dog ", 1))
-    with pytest.raises(MismatchError, match=r"content is \w{32} there, expected \w{32}: it has changed"):
+    with pytest.raises(MismatchError, match=r"\bcontent\b.*\b\w{32}\b.*\b\w{32}\b"):
         run(teacher, rows, out)
     rows.write_bytes(text.read_bytes())
 
@@ -329,9 +331,7 @@ def test_another_teacher_or_text_is_refused(teacher: Path, text: Path, tmp_path:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1.01)
     model.save_pretrained(other)
-    with pytest.raises(
-        MismatchError, match=r"teacher.revision is 'sample-xxh3-64:\w+' there, expected 'sample-xxh3-64"
-    ):
+    with pytest.raises(MismatchError, match=r"teacher\.revision\b.*'sample-xxh3-64:\w+'.*'sample-xxh3-64:\w+'"):
         run(other, rows, out)
 
 
@@ -348,7 +348,7 @@ def test_logits_that_are_no_distribution(teacher: Path, tmp_path: Path, monkeypa
         return hidden.masked_fill((input_ids == 9)[..., None], float("nan"))
 
     monkeypatch.setattr("distillkit.capture.teachers.hf.backbone_hidden", overflowing)
-    with pytest.raises(CaptureError, match=r"rows.jsonl, line 2: after token 5 of 7 \(id 9\) the teacher gives NaN"):
+    with refused(CaptureError, "rows.jsonl, line 2", "5", "7", "9", "NaN"):
         run(teacher, rows, tmp_path / "out", head_rows=3)
     assert files(tmp_path / "out") == {}
 
@@ -362,64 +362,62 @@ def test_codec_configurations(teacher: Path, text: Path, tmp_path: Path) -> None
     assert Dataset.open(tmp_path / "0").codec == Dataset.open(tmp_path / "1").codec
     assert Dataset.open(tmp_path / "2").codec.format == "legacy"
 
+    out = tmp_path / "out"
     path.write_text(yaml.safe_dump({**EXACT, "d": 100}))
-    with pytest.raises(MismatchError, match=r"compression_config.yaml: d is 100, the teacher's logits are 128 wide"):
-        run(teacher, text, tmp_path / "out", compression_config=path)
+    with refused(MismatchError, str(path), "d", "100", "128"):
+        run(teacher, text, out, compression_config=path)
     path.write_text("a: [")
-    with pytest.raises(ConfigError, match=r"compression_config.yaml: not valid YAML"):
-        run(teacher, text, tmp_path / "out", compression_config=str(path))
-    with pytest.raises(ConfigError, match=r"missing.yaml: cannot be read: No such file"):
-        run(teacher, text, tmp_path / "out", compression_config=tmp_path / "missing.yaml")
-    with pytest.raises(ConfigError, match=r"preset: .* found 'recomended'; did you mean 'recommended'"):
-        run(teacher, text, tmp_path / "out", preset="recomended")
-    assert not (tmp_path / "out").exists()
+    with refused(ConfigError, str(path), "line 1"):
+        run(teacher, text, out, compression_config=str(path))
+    with refused(ConfigError, str(tmp_path / "missing.yaml"), os.strerror(errno.ENOENT)):
+        run(teacher, text, out, compression_config=tmp_path / "missing.yaml")
+    with refused(ConfigError, "'recomended'", "recommended"):
+        run(teacher, text, out, preset="recomended")
+    assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_seq_len": 1}, "max_seq_len: must be at least 2, found 1"),
-        ({"max_seq_len": 513}, r"max_seq_len: 513 tokens are more than the 512 positions that .* was made for"),
-        ({"samples": 0}, "samples: must be at least 1, found 0"),
-        ({"preset": "budget", "compression_config": {}}, "compression_config: .* not both"),
-        ({"max_sequence_len": 3}, "max_sequence_len: unknown capture setting; did you mean 'max_seq_len'"),
-        ({"dtype": "int8"}, "dtype: 'int8' is not known; auto, float32"),
-        ({"device": "tpu7"}, "device: 'tpu7' is none"),
-        ({"overflow": "cut"}, "overflow: must be .*, found 'cut'"),
-        ({"overlap": 33}, "overlap: must be between 1 and 32, half of max_seq_len, found 33"),
-        ({"overlap": 0}, "overlap: must be at least 1, found 0"),
-        ({"overlap": 3, "overflow": "skip"}, "overlap: .* overflow is skip"),
-        ({"loss_on": "user"}, "loss_on: must be .*, found 'user'"),
-        ({"shuffle": "yes"}, "shuffle: must be true or false, found 'yes'"),
-        ({"where": "a"}, "where: must be COLUMN=VALUE, found 'a'"),
-        ({"min_tokens": 9, "max_tokens": 3}, "max_tokens: must be at least min_tokens, which is 9, found 3"),
-        ({"keep_ids": 5}, "keep_ids: must be a list, .* found 5"),
-        ({"head_dtype": "half"}, "head_dtype: must be .* found 'half'"),
-        ({"tokenizer": "./nowhere"}, "no tokenizer could be loaded from './nowhere'"),
-        ({"teacher": "./nowhere"}, "model: no model config could be loaded from './nowhere'"),
-    ],
-)
-def test_settings_that_are_refused(
-    options: dict[str, Any], message: str, teacher: Path, text: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        run(**{"teacher": teacher, "dataset": text, "output": tmp_path / "out", **options})
-    assert not (tmp_path / "out").exists()
+# A setting that is not allowed, and what the message names.
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"max_seq_len": 1}, ["max_seq_len", "2", "1"]),
+    ({"max_seq_len": 513}, ["max_seq_len", "513", "512"]),
+    ({"samples": 0}, ["samples", "1", "0"]),
+    ({"preset": "budget", "compression_config": {}}, ["preset", "compression_config"]),
+    ({"max_sequence_len": 3}, ["max_sequence_len", "max_seq_len"]),
+    ({"dtype": "int8"}, ["dtype", "'int8'", "float32"]),
+    ({"device": "tpu7"}, ["device", "'tpu7'"]),
+    ({"overflow": "cut"}, ["overflow", "'cut'", "window", "truncate", "skip"]),
+    ({"overlap": 33}, ["overlap", "1", "32", "33"]),
+    ({"overlap": 0}, ["overlap", "1", "0"]),
+    ({"overlap": 3, "overflow": "skip"}, ["overlap", "overflow", "window", "skip"]),
+    ({"loss_on": "user"}, ["loss_on", "'user'", "auto", "all", "assistant", "completion"]),
+    ({"shuffle": "yes"}, ["shuffle", "'yes'"]),
+    ({"where": "a"}, ["where", "'a'"]),
+    ({"min_tokens": 9, "max_tokens": 3}, ["min_tokens", "max_tokens", "9", "3"]),
+    ({"keep_ids": 5}, ["keep_ids", "5"]),
+    ({"head_dtype": "half"}, ["head_dtype", "float32", "auto"]),
+    ({"tokenizer": "./nowhere"}, ["'./nowhere'"]),
+    ({"teacher": "./nowhere"}, ["model", "'./nowhere'"]),
+]
+
+
+def test_settings_that_are_refused(teacher: Path, text: Path, tmp_path: Path) -> None:
+    for options, facts in REFUSED:
+        with refused(ConfigError, *facts):
+            run(**{"teacher": teacher, "dataset": text, "output": tmp_path / "out", **options})
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_that_knows_more_than_the_teacher(teacher: Path, text: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(teacher))
     tokenizer.add_tokens([f"word{index}" for index in range(HEAD)])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(MismatchError, match=r"knows \d+ ids, the teacher's logits are only 128 wide"):
+    with refused(MismatchError, str(len(tokenizer)), "128"):
         run(teacher, text, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
 
 
 def test_text_without_documents(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": ""}\n{"input_ids": [5]}\n')
-    with pytest.raises(
-        CaptureError, match=r"no document of at least 2 tokens .*2 rows, 1 empty rows, 1 documents of one"
-    ):
+    with refused(CaptureError, "2", "1"):
         run(teacher, tmp_path / "rows.jsonl", tmp_path / "out")
 
 
@@ -443,8 +441,7 @@ def test_command(teacher: Path, text: Path, tmp_path: Path) -> None:
 
     again = CliRunner().invoke(capture_command, [*arguments, "--max-seq-len", "64", "--preset", "budget"])
     assert again.exit_code == 0, again.output
-    for shown in ("KL mean", "nothing to do", f"{report['tokens']:,}"):
-        assert shown in again.stdout
+    check_names(again.stdout, "KL", f"{report['tokens']:,}")
 
     refused = CliRunner().invoke(capture_command, [*arguments, "--max-seq-len", "65", "--preset", "budget"])
     assert isinstance(refused.exception, MismatchError)
@@ -491,11 +488,11 @@ def test_kept_ids_by_name_and_number(teacher: Path) -> None:
 
     assert ids("") == ids([]) == ()
     assert ids(f"7,<eos>,{end}") == ids([7, "<eos>"]) == tuple(sorted({7, end}))
-    with pytest.raises(ConfigError, match=r"keep_ids: .* no token '<eoss>'; did you mean '<eos>'"):
+    with refused(ConfigError, "keep_ids", "'<eoss>'", "'<eos>'"):
         ids("<eoss>")
-    with pytest.raises(ConfigError, match=r"keep_ids: .* ids are 0…\d+, found 100000"):
+    with refused(ConfigError, "keep_ids", "100000", str(len(tokenizer) - 1)):
         ids("100000")
-    with pytest.raises(ConfigError, match="keep_ids: must be fewer than the k = 2 ids of a row, found 2"):
+    with refused(ConfigError, "keep_ids", "2"):
         ids("1,2", k=2)
 
 
@@ -523,20 +520,18 @@ def test_several_captures_in_one_file(tmp_path: Path, teacher: Path, text: Path)
     )
     assert {settings.preset for settings in load(FILE, preset="compact")} == {"compact"}
     assert len(load("{model: a, dataset: d, output: o}")) == 1
-    for content, message in (
-        (
-            FILE.replace("model: b", "modle: b"),
-            r"captures.1.modle: unknown capture setting; did you mean 'model'",
-        ),
-        (FILE.replace("dataset:", "datasets:"), r"datasets: unknown capture setting; did you mean 'dataset'"),
-        (FILE.replace("model: b,", ""), r"captures.yaml: captures.1.model: is required and missing"),
-        (FILE.replace("out/b", "out/a/"), "captures.1.output: is captures.0.output as well: out/a"),
-        (FILE.replace("[x=1", "[x"), "captures.1.where: must be COLUMN=VALUE, found 'x'"),
-        (FILE + "  samples: 0\n", "not valid YAML"),
-        ("captures: 3", "captures: must be a list of mappings, found 3"),
-        ("- a", "must be a mapping of settings, found list"),
+    for content, facts in (
+        (FILE.replace("model: b", "modle: b"), ["captures.1.modle", "'model'"]),
+        (FILE.replace("dataset:", "datasets:"), ["datasets", "dataset"]),
+        (FILE.replace("model: b,", ""), ["captures.1.model"]),
+        (FILE.replace("out/b", "out/a/"), ["captures.0.output", "captures.1.output", "out/a"]),
+        (FILE.replace("[x=1", "[x"), ["captures.1.where", "'x'"]),
+        (FILE.replace("- {model: b", "- {samples: 0, model: b"), ["captures.1.samples", "1", "0"]),
+        (FILE + "  samples: 0\n", ["line 7"]),
+        ("captures: 3", ["captures", "3"]),
+        ("- a", ["list"]),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with refused(ConfigError, str(path), *facts):
             load(content)
 
     shared = {"dataset": str(text), "model": str(teacher), "preset": "budget", "max_seq_len": 64}
@@ -549,7 +544,5 @@ def test_several_captures_in_one_file(tmp_path: Path, teacher: Path, text: Path)
 
 def test_unknown_rows_name_file_and_columns(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
-    with pytest.raises(
-        InputError, match=r"rows.jsonl, line 1: found the columns prompt; understood are text; messages"
-    ):
+    with refused(InputError, "rows.jsonl, line 1", "prompt", "text", "messages"):
         run(teacher, tmp_path / "rows.jsonl", tmp_path / "out")

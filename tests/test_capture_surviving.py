@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from distillkit.text.documents import TokenDocument
 from distillkit.types import SparseLogprobs
 from support.capturing import everything, files, run
 from support.disks import fill, mounted
+from support.refusals import check_names, refused
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,7 @@ def test_killed_200_times(teacher: Path, text: Path, tmp_path: Path) -> None:
     assert figures["different"] == 0
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_whole_shards_and_says_so(
     teacher: Path,
     text: Path,
@@ -72,7 +75,7 @@ def test_sigterm_leaves_whole_shards_and_says_so(
     process.terminate()
     _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, errors
-    assert "stopped by SIGTERM: what is whole is kept" in errors
+    check_names(errors, "SIGTERM")
     assert not [name for name in everything(out) if ".incomplete-" in name]
     assert 0 < len(files(out)) < len(files(whole))
     assert files(out).items() < files(whole).items()
@@ -102,8 +105,9 @@ def test_a_full_disk(
 
         with monkeypatch.context() as patch:
             patch.setattr(ShardPlan, "write_receipt", filling)
-            with pytest.raises(OSError, match=r"No space left on device; .* finished shards are kept") as full:
+            with pytest.raises(OSError) as full:  # noqa: PT011 - its number and file are checked
                 run(teacher, text, out)
+        assert full.value.errno == errno.ENOSPC
         assert "data-00002.parquet" in str(full.value.filename)
         assert files(out).items() < files(whole).items()
         assert len(files(out)) == 2
@@ -112,16 +116,15 @@ def test_a_full_disk(
         run(teacher, text, out)
         assert everything(out) == everything(whole)
 
-    message = r"[\d,]+ tokens × 39 bytes .* only .* free there. Nothing was captured"
-    with mounted(tmp_path / "small", "size=100k"), pytest.raises(CaptureError, match=message):
+    with mounted(tmp_path / "small", "size=100k"), refused(CaptureError, "39"):
         run(teacher, text, tmp_path / "small" / "out")
 
 
 def test_a_folder_that_can_not_be_written(teacher: Path, text: Path, tmp_path: Path) -> None:
-    with mounted(tmp_path / "disk", "ro"), pytest.raises(OSError, match="Read-only file system"):
+    with mounted(tmp_path / "disk", "ro"), refused(OSError, os.strerror(errno.EROFS)):
         run(teacher, text, tmp_path / "disk" / "out")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"File exists|Not a directory"):
+    with pytest.raises((FileExistsError, NotADirectoryError)):
         run(teacher, text, tmp_path / "file" / "out")
 
 
@@ -191,43 +194,44 @@ def _with(
     return ScoredDocument(result.index, SparseLogprobs(ids, logprobs))
 
 
-BAD: dict[str, tuple[Any, str]] = {
-    "not finite": (lambda r: [_with(r, (0, 3), logprob=-np.inf)], "can not be stored"),
-    "a repeated id": (lambda r: [_with(r, (0, 3), token=int(r.rows.ids[0, 0]))], "can not be stored"),
-    "an id beyond the vocabulary": (lambda r: [_with(r, (0, 3), token=128)], "can not be stored"),
-    "positive": (lambda r: [_with(r, (0, 0), logprob=0.5)], "can not be stored"),
-    "refused": (
-        lambda r: [RejectedDocument(r.index, "rows.jsonl: no distribution after token 3")],
-        "no distribution after",
-    ),
-    "too few rows": (
-        lambda r: [ScoredDocument(r.index, type(r.rows)(r.rows.ids[1:], r.rows.logprobs[1:]))],
-        "can not be stored",
-    ),
-    "twice": (lambda r: [r, r], "twice"),
-    "missing": (lambda r: [], "gave no distributions for this document"),
-}
+def _rejected(result: ScoredDocument) -> list[RejectedDocument]:
+    return [RejectedDocument(result.index, "rows.jsonl: no distribution after token 3")]
 
 
-@pytest.mark.parametrize("kind", BAD)
+def _not_finite(result: ScoredDocument) -> list[ScoredDocument]:
+    return [_with(result, (0, 3), logprob=-np.inf)]
+
+
+# What the teacher gives for a document, and what the message names besides its file.
+BAD: list[tuple[Any, list[str]]] = [
+    (_not_finite, []),
+    (lambda r: [_with(r, (0, 3), token=int(r.rows.ids[0, 0]))], []),
+    (lambda r: [_with(r, (0, 3), token=128)], ["128"]),
+    (lambda r: [_with(r, (0, 0), logprob=0.5)], []),
+    (_rejected, ["no distribution after token 3"]),
+    (lambda r: [ScoredDocument(r.index, SparseLogprobs(r.rows.ids[1:], r.rows.logprobs[1:]))], []),
+    (lambda r: [r, r], []),
+    (lambda r: [], []),
+]
+
+
 def test_a_bad_document_is_named_and_nothing_wrong_is_stored(
-    kind: str,
-    teacher: Path,
-    text: Path,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    teacher: Path, text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change, message = BAD[kind]
-    seen = iter(range(10**6))
-    with monkeypatch.context() as patch:
-        changed(patch, lambda result: change(result) if next(seen) == 40 else [result])
-        with pytest.raises(CaptureError, match=message) as error:
-            run(teacher, text, tmp_path / "out")
-    assert "rows.jsonl" in str(error.value)
-    assert files(tmp_path / "out").items() < files(whole).items()
-    run(teacher, text, tmp_path / "out")
-    assert everything(tmp_path / "out") == everything(whole)
+    for number, (change, facts) in enumerate(BAD):
+        out, seen = tmp_path / str(number), iter(range(10**6))
+
+        def once(result: ScoredDocument, change: Any = change, seen: Iterator[int] = seen) -> Any:
+            return change(result) if next(seen) == 40 else [result]
+
+        with monkeypatch.context() as patch:
+            changed(patch, once)
+            with refused(CaptureError, "rows.jsonl", *facts):
+                run(teacher, text, out)
+        assert files(out).items() < files(whole).items()
+    # All leave the same behind, and the next run goes on from there.
+    run(teacher, text, out)
+    assert everything(out) == everything(whole)
 
 
 def test_bad_documents_can_be_left_out(
@@ -237,7 +241,7 @@ def test_bad_documents_can_be_left_out(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bad = {3: BAD["refused"][0], 40: BAD["not finite"][0]}
+    bad: dict[int, Any] = {3: _rejected, 40: _not_finite}
 
     def change(result: ScoredDocument) -> list[ScoredDocument | RejectedDocument]:
         return bad.get(next(seen), lambda r: [r])(result)
@@ -245,7 +249,7 @@ def test_bad_documents_can_be_left_out(
     seen = iter(range(10**6))
     with monkeypatch.context() as patch:
         changed(patch, change)
-        with pytest.raises(CaptureError, match="would leave out more than 1 such documents"):
+        with refused(CaptureError, "rows.jsonl", "1"):
             run(teacher, text, tmp_path / "one", skip_bad_documents=1)
     seen = iter(range(10**6))
     with monkeypatch.context() as patch:
@@ -313,14 +317,14 @@ def test_a_damaged_plan_or_shard_is_not_built_on(teacher: Path, text: Path, tmp_
     shard = out / "data-00001.parquet"
     data = shard.read_bytes()
     shard.write_bytes(data[:-1])
-    with pytest.raises(CorruptDataError, match=r"data-00001.parquet has \d+ bytes, expected \d+"):
+    with refused(CorruptDataError, "data-00001.parquet", str(len(data) - 1), str(len(data))):
         run(teacher, text, out)
     shard.write_bytes(data)
     for name in ("plan.json", "data-00000.json", "documents-00003.parquet"):
         path = out / ".capture" / name
         before = path.read_bytes()
         path.write_bytes(before.replace(b"1", b"2", 1) if name.endswith(".json") else before[: len(before) // 2])
-        with pytest.raises(CorruptDataError, match=name):
+        with refused(CorruptDataError, name):
             run(teacher, text, out)
         path.write_bytes(before)
     run(teacher, text, out)
@@ -330,7 +334,7 @@ def test_a_damaged_plan_or_shard_is_not_built_on(teacher: Path, text: Path, tmp_
 def test_an_empty_shard(teacher: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard all of whose documents were left out is a file of none."""
     with monkeypatch.context() as patch:
-        changed(patch, BAD["refused"][0])
+        changed(patch, _rejected)
         run(teacher, text, tmp_path / "out", samples=3, shard_tokens=1, shard_range="0:1", skip_bad_documents=1)
     plan = read_plan(Folder(tmp_path / "out"))
     assert plan is not None

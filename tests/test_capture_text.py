@@ -1,5 +1,5 @@
-"""Every source and every layout of rows becomes the same documents of token ids; what is not understood is refused by "
-"place and columns."""
+"""Every source and every layout of rows becomes the same documents of token ids; what is not understood is refused by
+place and columns."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from distillkit.errors import ConfigError, InputError
 from distillkit.text.documents import DocumentReader, default_overlap, windows
 from distillkit.text.sources import kept_schema, open_source
 from distillkit.text.training_rows import RowTokenizer, TextOptions
+from support.refusals import refused
 
 WORDS = ["<unk>", "<bos>", "[", "]", "user", "assistant", "system", "tool", "a", "b", "c", "d", "e"]
 TEMPLATE = "<bos> {% for m in messages %}[ {{ m.role }} ] {{ m.content }} {% endfor %}"
@@ -98,13 +99,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, tmp_path: Path, tokenizer: Any) -> None:
-    row, expected = LAYOUTS[layout]
-    (document,) = reader(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer)
-    assert words(document.input_ids) == expected
-    assert document.input_ids.dtype == np.int32
-    assert document.source == "rows.jsonl, line 1"
+def test_layouts(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    for layout, (row, expected) in LAYOUTS.items():
+        (document,) = reader(write_rows(path, [row]), tokenizer)
+        assert words(document.input_ids) == expected, layout
+        assert document.input_ids.dtype == np.int32
+        assert document.source == "rows.jsonl, line 1"
 
 
 def test_tool_calls_reach_the_template(tmp_path: Path, tokenizer: Any) -> None:
@@ -122,58 +123,37 @@ def test_packed_and_padded_ids_are_taken_apart(tmp_path: Path, tokenizer: Any) -
     assert [words(document.input_ids) for document in documents] == ["a b", "c d e"]
 
 
-@pytest.mark.parametrize(
-    ("row", "error", "message"),
-    [
-        (
-            {"question": "a", "answer": "b"},
-            InputError,
-            "rows.jsonl, line 3: found the columns question, answer; understood are text; messages",
-        ),
-        ({"instruction": "a"}, InputError, "rows.jsonl, line 3: found the columns instruction; understood are"),
-        ({"text": ["a"]}, InputError, "rows.jsonl, line 3: text must be text, found list"),
-        ({"messages": "a"}, InputError, "rows.jsonl, line 3: messages must be a list, found str"),
-        (
-            {"messages": [{"content": "a"}]},
-            InputError,
-            r"line 3: messages\[0\] must have role and content, or from and value",
-        ),
-        (
-            {"conversations": [{"from": "robot", "value": "a"}]},
-            InputError,
-            r"conversations\[0\]: the role 'robot' is not known",
-        ),
-        ({"input_ids": [8, 13]}, InputError, "line 3: input_ids has 13; the model knows ids 0…12"),
-        (
-            {"input_ids": [8, 9], "attention_mask": [1]},
-            InputError,
-            r"attention_mask has shape \(1,\), input_ids \(2,\)",
-        ),
-        (["a"], InputError, "line 3: a row must be an object with named columns, found list"),
-    ],
-)
-def test_rows_that_are_not_understood(
-    row: Any, error: type[Exception], message: str, tmp_path: Path, tokenizer: Any
-) -> None:
-    # A blank line stands between the rows, as `write_rows` writes them.
-    path = write_rows(tmp_path / "rows.jsonl", [{"text": "a b"}, row])
-    with pytest.raises(error, match=message):
-        list(reader(path, tokenizer))
+# Rows, and what the message names besides file and line.
+MISFITS: list[tuple[Any, list[str]]] = [
+    ({"question": "a", "answer": "b"}, ["question", "answer", "text", "messages"]),
+    ({"instruction": "a"}, ["instruction", "text", "messages"]),
+    ({"text": ["a"]}, ["text", "list"]),
+    ({"messages": "a"}, ["messages", "str"]),
+    ({"messages": [{"content": "a"}]}, ["messages[0]", "role", "content", "from", "value"]),
+    ({"conversations": [{"from": "robot", "value": "a"}]}, ["conversations[0]", "'robot'"]),
+    ({"input_ids": [8, 13]}, ["input_ids", "13", "0…12"]),
+    ({"input_ids": [8, 9], "attention_mask": [1]}, ["attention_mask", "(1,)", "input_ids", "(2,)"]),
+    (["a"], ["list"]),
+]
+
+
+def test_rows_that_are_not_understood(tmp_path: Path, tokenizer: Any) -> None:
+    for row, facts in MISFITS:
+        # A blank line stands between the rows, as `write_rows` writes them.
+        path = write_rows(tmp_path / "rows.jsonl", [{"text": "a b"}, row])
+        with refused(InputError, "rows.jsonl, line 3", *facts):
+            list(reader(path, tokenizer))
 
 
 def test_chat_needs_a_template(tmp_path: Path, tokenizer: Any) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [LAYOUTS["messages"][0]])
-    with pytest.raises(ConfigError, match=r"line 1: a row of messages needs the chat template, which is switched off"):
+    with refused(ConfigError, "line 1", "messages"):
         list(reader(path, tokenizer, chat=False))
-    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(
-        ConfigError, match=r"line 1: a row of messages needs a chat template, and the tokenizer has none"
-    ):
-        list(reader(path, without))
-    strict = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, chat_template="{{ raise_exception('no such turn') }}"
-    )
-    with pytest.raises(InputError, match=r"line 1: the tokenizer's chat template refuses this row: no such turn"):
+    backend = tokenizer.backend_tokenizer
+    with refused(ConfigError, "line 1", "messages"):
+        list(reader(path, PreTrainedTokenizerFast(tokenizer_object=backend)))
+    strict = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template="{{ raise_exception('no such turn') }}")
+    with refused(InputError, "line 1", "no such turn"):
         list(reader(path, strict))
 
 
@@ -350,27 +330,27 @@ TURNS = {
 }
 
 
-@pytest.mark.parametrize("template", TURNS)
-def test_the_assistants_turns_of_templates_without_marks(template: str) -> None:
-    messages, expected = TURNS[template]
-    assert counted_text([{"messages": messages}], byte_tokenizer(template), loss_on="assistant") == [expected]
+def test_the_assistants_turns_of_templates_without_marks() -> None:
+    for template, (messages, expected) in TURNS.items():
+        found = counted_text([{"messages": messages}], byte_tokenizer(template), loss_on="assistant")
+        assert found == [expected], template
 
 
-@pytest.mark.parametrize("messages", [CONVERSATION, TOOLS], ids=["turns", "tools"])
-@pytest.mark.parametrize("template", ["lfm2", "llama3", "qwen2_5_vl", "qwen3_instruct_2507"])
-def test_turns_are_what_a_marked_template_marks(template: str, messages: Any) -> None:
+def test_turns_are_what_a_marked_template_marks() -> None:
     """TRL's variants of these templates mark the assistant's turns and render the same text."""
-    marked = byte_tokenizer(f"{template}_training")
-    expected = marked.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=False
-    )
-    for tokenizer in (byte_tokenizer(template), marked):
-        (document,) = DocumentReader(
-            _Rows([{"messages": messages}]), tokenizer, max_tokens=4096, id_limit=1 << 20, loss_on="assistant"
-        )
-        assert document.input_ids.tolist() == expected["input_ids"]
-        assert document.loss_mask is not None
-        assert document.loss_mask.astype(int).tolist() == expected["assistant_masks"]
+    for template in ("lfm2", "llama3", "qwen2_5_vl", "qwen3_instruct_2507"):
+        plain, marked = byte_tokenizer(template), byte_tokenizer(f"{template}_training")
+        for messages in (CONVERSATION, TOOLS):
+            expected = marked.apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            for tokenizer in (plain, marked):
+                (document,) = DocumentReader(
+                    _Rows([{"messages": messages}]), tokenizer, max_tokens=4096, id_limit=1 << 20, loss_on="assistant"
+                )
+                assert document.input_ids.tolist() == expected["input_ids"], template
+                assert document.loss_mask is not None
+                assert document.loss_mask.astype(int).tolist() == expected["assistant_masks"], template
 
 
 @pytest.mark.parametrize("columns", [("prompt", "response"), ("prompt", "completion")])
@@ -413,41 +393,33 @@ def test_masks_of_token_ids() -> None:
     assert masks({**packed, "loss_mask": [0, 1, 1, 0, 1, 0]}) == [None, [1, 0, 1]]
     assert masks({**ids, "loss_mask": [1, 0, 0, 0]}) == [], "nothing of it counts"
 
-    for wrong, message in (
-        ({"labels": [8, 9, 10, 12]}, "row 0: labels differ from input_ids"),
-        ({"loss_mask": [1]}, r"row 0: loss_mask has shape \(1,\), input_ids \(4,\)"),
-    ):
-        with pytest.raises(InputError, match=message.replace("row 0", "0")):
-            masks({**ids, **wrong})
-    with pytest.raises(ConfigError, match="loss_on: assistant is wanted, but 0 is a row of input_ids without"):
+    with refused(InputError, "0", "labels", "input_ids"):
+        masks({**ids, "labels": [8, 9, 10, 12]})
+    with refused(InputError, "0", "loss_mask", "(1,)", "input_ids", "(4,)"):
+        masks({**ids, "loss_mask": [1]})
+    with refused(ConfigError, "loss_on", "assistant", "0", "input_ids"):
         masks(ids, loss_on="assistant")
 
 
 def test_losses_that_rows_do_not_allow() -> None:
     tokenizer = byte_tokenizer("gptoss")
 
-    def refused(row: Any, loss_on: str, message: str, error: type[Exception] = ConfigError, **options: Any) -> None:
-        with pytest.raises(error, match=message):
-            counted_text([row], options.get("tokenizer", tokenizer), loss_on=loss_on)
+    def check(error: type[Exception], row: Any, loss_on: str, facts: list[str], tokenizer: Any = tokenizer) -> None:
+        with refused(error, "0", *facts):
+            counted_text([row], tokenizer, loss_on=loss_on)
 
-    refused({"text": "a"}, "assistant", r"loss_on: assistant needs chat rows, 0 is a row of plain text \(text\)")
-    refused({"prompt": "a", "response": "b"}, "assistant", "assistant needs chat rows, 0 is a row of plain text")
-    refused(
-        {"messages": CONVERSATION}, "completion", "completion needs rows of prompt . response, 0 is a row of messages"
-    )
-    unclear = r"0, message 1: the end of this turn \('<\|return\|>'\) is not there exactly once before the next message"
-    refused({"messages": CONVERSATION}, "assistant", unclear, InputError)
-    nemotron = byte_tokenizer("nemotron_3_nano")
-    unclear = r"0, message 1: the prompt that the chat template renders for this answer is not .*--loss-on all"
-    refused({"messages": CONVERSATION}, "assistant", unclear, InputError, tokenizer=nemotron)
+    chat = {"messages": CONVERSATION}
+    check(ConfigError, {"text": "a"}, "assistant", ["loss_on", "assistant", "text"])
+    check(ConfigError, {"prompt": "a", "response": "b"}, "assistant", ["loss_on", "assistant"])
+    check(ConfigError, chat, "completion", ["loss_on", "completion", "prompt", "messages"])
+    check(InputError, chat, "assistant", ["1", "'<|return|>'"])
+    check(InputError, chat, "assistant", ["1", "--loss-on all"], byte_tokenizer("nemotron_3_nano"))
 
     class Slow:
         is_fast = False
         chat_template = "x"
 
-    refused(
-        {"messages": CONVERSATION}, "assistant", "a loss on part of a text needs a fast tokenizer", tokenizer=Slow()
-    )
+    check(ConfigError, chat, "assistant", [], Slow())
     # Nobody's turn: nothing to learn.
     reader = DocumentReader(
         _Rows([{"messages": CONVERSATION[:1]}]), tokenizer, max_tokens=100, id_limit=999, loss_on="assistant"
@@ -489,24 +461,24 @@ def make_source(kind: str, folder: Path) -> Path:
     return write_rows(folder / f"rows.{kind}", NUMBERED)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "saved", "several"])
-def test_rows_in_a_random_order(kind: str, tmp_path: Path) -> None:
+def test_rows_in_a_random_order(tmp_path: Path) -> None:
     (tmp_path / "several").mkdir()
-    source = open_source(str(make_source(kind, tmp_path)))
+    for kind in ("jsonl", "json", "parquet", "saved", "several"):
+        source = open_source(str(make_source(kind, tmp_path)))
 
-    def read(**options: Any) -> list[tuple[int, str]]:
-        documents = DocumentReader(source, None, max_tokens=100, id_limit=1000, **options)
-        return [(int(document.input_ids[2]) - 8, document.source) for document in documents]
+        def read(source: Any = source, **options: Any) -> list[tuple[int, str]]:
+            documents = DocumentReader(source, None, max_tokens=100, id_limit=1000, **options)
+            return [(int(document.input_ids[2]) - 8, document.source) for document in documents]
 
-    everything = read()
-    assert [number for number, _ in everything] == list(range(300))
-    shuffled = read(shuffle=True)
-    assert shuffled == read(shuffle=True) != everything
-    assert sorted(shuffled) == everything, "the same rows from the same places"
-    assert read(shuffle=True, seed=1) != shuffled
-    sample = read(shuffle=True, samples=20)
-    assert sample != sorted(sample)
-    assert sorted(sample) == read(samples=20)
+        everything = read()
+        assert [number for number, _ in everything] == list(range(300))
+        shuffled = read(shuffle=True)
+        assert shuffled == read(shuffle=True) != everything
+        assert sorted(shuffled) == everything, "the same rows from the same places"
+        assert read(shuffle=True, seed=1) != shuffled
+        sample = read(shuffle=True, samples=20)
+        assert sample != sorted(sample)
+        assert sorted(sample) == read(samples=20)
 
 
 def test_filters_and_duplicates(tmp_path: Path) -> None:
@@ -530,33 +502,31 @@ def test_filters_and_duplicates(tmp_path: Path) -> None:
     conditions = [("lang", "en"), ("good", "true")]
     assert read(where=conditions, drop_duplicates=False) == ([0, 1, 2, 3, 4, 5], {"rows_left_out_by_where": 3})
     assert read(where=[("good", "null")])[0] == [7]
-    with pytest.raises(ConfigError, match="where: no row of the dataset has a column langs"):
+    with refused(ConfigError, "where", "langs"):
         read(where=[("langs", "en")])
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
-def test_columns_that_are_kept(kind: str, tmp_path: Path) -> None:
-    source = open_source(str(make_source(kind, tmp_path)))
+def test_columns_that_are_kept(tmp_path: Path) -> None:
+    for kind in ("jsonl", "parquet", "saved"):
+        source = open_source(str(make_source(kind, tmp_path)))
 
-    def kept(columns: Any) -> DocumentReader:
-        return DocumentReader(source, None, max_tokens=2, id_limit=1000, keep_columns=columns, overlap=1)
+        def kept(columns: Any, source: Any = source) -> DocumentReader:
+            return DocumentReader(source, None, max_tokens=2, id_limit=1000, keep_columns=columns, overlap=1)
 
-    assert kept("none").kept == pyarrow.schema([])
-    assert all(document.columns is None for document in kept("none"))
-    assert kept("lang").kept == pyarrow.schema([("lang", pyarrow.string())])
-    both = pyarrow.schema([("number", pyarrow.int64()), ("lang", pyarrow.string())])
-    assert kept("all").kept == both, "the ids are there anyway"
-    # Every piece of a row brings the row's columns; rows that are equal stay.
-    documents = list(kept(("number", "lang")))
-    assert [d.columns for d in documents] == [
-        {"number": row["number"], "lang": row["lang"]} for row in NUMBERED for _ in range(2)
-    ]
-    with pytest.raises(ConfigError, match="has no column numbers; there are input_ids, number, lang"):
-        list(kept("lang,numbers"))
-    with pytest.raises(
-        ConfigError, match="keep_columns: input_ids can not be kept: captured datasets have columns doc_id"
-    ):
-        list(kept("input_ids"))
+        assert kept("none").kept == pyarrow.schema([])
+        assert all(document.columns is None for document in kept("none"))
+        assert kept("lang").kept == pyarrow.schema([("lang", pyarrow.string())])
+        both = pyarrow.schema([("number", pyarrow.int64()), ("lang", pyarrow.string())])
+        assert kept("all").kept == both, "the ids are there anyway"
+        # Every piece of a row brings the row's columns; rows that are equal stay.
+        documents = list(kept(("number", "lang")))
+        assert [d.columns for d in documents] == [
+            {"number": row["number"], "lang": row["lang"]} for row in NUMBERED for _ in range(2)
+        ]
+        with refused(ConfigError, "keep_columns", "numbers", "input_ids, number, lang"):
+            list(kept("lang,numbers"))
+        with refused(ConfigError, "keep_columns", "input_ids", "doc_id"):
+            list(kept("input_ids"))
 
 
 def test_types_of_json_columns_are_those_of_all_rows(tmp_path: Path) -> None:
@@ -567,7 +537,7 @@ def test_types_of_json_columns_are_those_of_all_rows(tmp_path: Path) -> None:
     assert schema.names == ["meta", "score", "none", "late"]
     meta = pyarrow.struct([("a", pyarrow.int64()), ("b", pyarrow.list_(pyarrow.string()))])
     assert schema.types == [meta, pyarrow.float64(), pyarrow.null(), pyarrow.bool_()]
-    with pytest.raises(ConfigError, match=r"keep_columns: the values of mixed in rows.jsonl are of no one type"):
+    with refused(ConfigError, "keep_columns", "mixed", "rows.jsonl"):
         kept_schema(source, "all")
 
 
@@ -584,13 +554,11 @@ def documents_of(dataset: Any, tokenizer: Any, split: str = "train") -> list[str
     return found
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-def test_files(suffix: str, tmp_path: Path, tokenizer: Any) -> None:
-    assert documents_of(write_rows(tmp_path / f"rows{suffix}", ROWS), tokenizer) == EXPECTED
-
-
-def test_a_json_file_may_hold_lines(tmp_path: Path, tokenizer: Any) -> None:
-    assert documents_of(write_rows(tmp_path / "rows.jsonl", ROWS).rename(tmp_path / "rows.json"), tokenizer) == EXPECTED
+def test_files(tmp_path: Path, tokenizer: Any) -> None:
+    for suffix in (".jsonl", ".json", ".parquet"):
+        assert documents_of(write_rows(tmp_path / f"rows{suffix}", ROWS), tokenizer) == EXPECTED
+    lines = write_rows(tmp_path / "lines.jsonl", ROWS).rename(tmp_path / "lines.json")
+    assert documents_of(lines, tokenizer) == EXPECTED
 
 
 def test_a_folder_is_read_by_name_and_a_text_file_is_one_document(tmp_path: Path, tokenizer: Any) -> None:
@@ -610,9 +578,7 @@ def test_splits_of_a_folder(tmp_path: Path, tokenizer: Any) -> None:
     write_rows(tmp_path / "more.jsonl", ROWS[2:])
     assert documents_of(tmp_path, tokenizer) == [EXPECTED[2], EXPECTED[0]]
     assert documents_of(tmp_path, tokenizer, split="validation") == [EXPECTED[1]]
-    with pytest.raises(
-        ConfigError, match=r"no files of split 'test'; by their names there are files of train, validation"
-    ):
+    with refused(ConfigError, "'test'", "train, validation"):
         open_source(str(tmp_path), split="test")
 
 
@@ -624,53 +590,47 @@ def test_save_to_disk_folders(tmp_path: Path, tokenizer: Any) -> None:
     assert documents_of(tmp_path / "plain", tokenizer) == EXPECTED
     assert documents_of(tmp_path / "splits", tokenizer) == EXPECTED
     assert documents_of(tmp_path / "splits", tokenizer, split="test") == EXPECTED[1:2]
-    with pytest.raises(ConfigError, match="it has no split 'dev', but train, test"):
+    with refused(ConfigError, "'dev'", "train, test"):
         open_source(str(tmp_path / "splits"), split="dev")
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "saved", "several"])
-def test_urls(kind: str, tmp_path: Path) -> None:
+def test_urls(tmp_path: Path) -> None:
     (tmp_path / "several").mkdir()
-    path = make_source(kind, tmp_path)
     memory = fsspec.filesystem("memory")
-    memory.put(str(path), f"/bucket/{path.name}", recursive=True)
-    source, local = open_source(f"memory://bucket/{path.name}"), open_source(str(path))
-    assert (source.description, source.fingerprint) == (local.description, local.fingerprint)
-    assert list(source.rows()) == list(local.rows())
-    with pytest.raises(ConfigError, match=r"there are no .* files at memory://bucket/none"):
-        open_source("memory://bucket/none")
-    with pytest.raises(ConfigError, match="dataset: nowhere://a can not be opened: Protocol not known"):
-        open_source("nowhere://a")
+    for kind in ("jsonl", "saved", "several"):
+        path = make_source(kind, tmp_path)
+        memory.put(str(path), f"/bucket/{path.name}", recursive=True)
+        source, local = open_source(f"memory://bucket/{path.name}"), open_source(str(path))
+        assert (source.description, source.fingerprint) == (local.description, local.fingerprint)
+        assert list(source.rows()) == list(local.rows())
+    for url in ("memory://bucket/none", "nowhere://a"):
+        with refused(ConfigError, url):
+            open_source(url)
 
 
 def test_what_can_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"there is no file or folder .*missing.jsonl"):
+    with refused(ConfigError, str(tmp_path / "missing.jsonl")):
         open_source(str(tmp_path / "missing.jsonl"))
     (tmp_path / "data.csv").write_text("a")
-    with pytest.raises(ConfigError, match=r"files of .jsonl, .json, .txt, .parquet are understood, not '.csv'"):
+    suffixes = ".jsonl, .json, .txt, .parquet"
+    with refused(ConfigError, suffixes, "'.csv'"):
         open_source(str(tmp_path / "data.csv"))
-    with pytest.raises(ConfigError, match=r"no .jsonl, .json, .txt, .parquet files in it"):
+    with refused(ConfigError, str(tmp_path), suffixes):
         open_source(str(tmp_path))
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *args, **kwargs: (_ for _ in ()).throw(FileNotFoundError("nothing there"))
     )
-    with pytest.raises(
-        ConfigError,
-        match=r"'some/name' is no local file or folder, and loading it from the hub .* failed: nothing there",
-    ):
+    with refused(ConfigError, "'some/name'", "nothing there"):
         open_source("some/name")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
-        ("a.json", b'[{"text": "a"}', "a.json: not JSON"),
-        ("a.txt", b"\xff\xfe", "a.txt: not UTF-8"),
-        ("a.parquet", b"PAR1", "a.parquet: not a Parquet file"),
-    ],
-)
-def test_damaged_files_are_named(name: str, content: bytes, message: str, tmp_path: Path, tokenizer: Any) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        list(reader(tmp_path / name, tokenizer))
+def test_damaged_files_are_named(tmp_path: Path, tokenizer: Any) -> None:
+    for name, content, facts in (
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl, line 2"]),
+        ("a.json", b'[{"text": "a"}', ["a.json"]),
+        ("a.txt", b"\xff\xfe", ["a.txt"]),
+        ("a.parquet", b"PAR1", ["a.parquet"]),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with refused(InputError, *facts):
+            list(reader(tmp_path / name, tokenizer))

@@ -21,26 +21,10 @@ from distillkit.training.config.schema import RunConfig
 from distillkit.training.dry_run import DryRun, dry_run
 from distillkit.training.memory_estimate import optimizer_bytes
 from distillkit.training.run import Run, train
-from support.training import (
-    captured_parts,
-    run_config,
-    save_student,
-    tiny_model,
-    tiny_tokenizer,
-)
+from support.refusals import check_names
+from support.training import run_config, save_student, tiny_model
 
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("parts")
-    other = folder / "other"
-    tiny_model(1).save_pretrained(other)
-    tiny_tokenizer(prefix="other").save_pretrained(other)
-    return {
-        **captured_parts(folder, held_out=5),
-        "other": str(other),
-        "teacher": save_student(folder / "teacher", seed=7),
-    }
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 def config_for(parts: dict[str, str], output: Path, **settings: Any) -> RunConfig:
@@ -76,8 +60,7 @@ def test_all_is_well_and_nothing_is_left(
     before = sorted(tmp_path.rglob("*"))
     result = CliRunner(env={"COLUMNS": "200"}).invoke(cli, [str(config), "--dry-run"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("✓") == 14
-    assert "everything is there. Nothing was trained or written" in result.stdout
+    assert (result.stdout.count("✓"), result.stdout.count("✗")) == (14, 0)
     assert f"{tmp_path / 'out' / 'report.md'}" in result.stdout
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -105,39 +88,44 @@ def test_the_first_batch_is_the_first_of_training(parts: dict[str, str], tmp_pat
     assert figures(resumed, "output folder")["resumes_from"].endswith("checkpoint-4")
 
 
-FAILURES: list[tuple[dict[str, Any], str, str, set[str]]] = [
-    ({"student": "nowhere/at/all"}, "student's settings", "can not be loaded", {"tokenizer", "student", "data"}),
-    ({"train": "nowhere"}, "data", "no such file or folder", {"data fits student", "first batch"}),
-    ({"student": "other"}, "data", "captured with another tokenizer", {"data fits student", "memory"}),
-    ({"arguments": {"report_to": "mlflow"}}, "training arguments", "'mlflow' is not installed", {"tokenizer"}),
-    ({"dataset": {"num_samples": 1000}}, "data fits student", "1,000 documents are wanted", {"steps"}),
-    ({"frozen_res": ["nothing"]}, "student's settings", "matches no parameter's name", {"student"}),
-    ({"arguments": {"resume_from_checkpoint": True}}, "output folder", "there is no checkpoint in", {"disk"}),
+# What is changed; the check that fails, and what it names; what can not be checked then.
+FAILURES: list[tuple[dict[str, Any], str, list[str], set[str]]] = [
+    ({"student": "nowhere/at/all"}, "student's settings", ["'nowhere/at/all'"], {"tokenizer", "student", "data"}),
+    ({"train": "nowhere"}, "data", ["dataset.train_dataset", "nowhere"], {"data fits student", "first batch"}),
+    ({"student": "other"}, "data", ["dataset.train_dataset", "xxh3-128"], {"data fits student", "memory"}),
+    (
+        {"arguments": {"report_to": "mlflow"}},
+        "training arguments",
+        ["training_args.report_to", "'mlflow'"],
+        {"tokenizer"},
+    ),
+    ({"dataset": {"num_samples": 1000}}, "data fits student", ["dataset.num_samples", "1,000", "24"], {"steps"}),
+    ({"frozen_res": ["nothing"]}, "student's settings", ["frozen_res", "'nothing'"], {"student"}),
+    (
+        {"arguments": {"resume_from_checkpoint": True}},
+        "output folder",
+        ["training_args.resume_from_checkpoint", "out"],
+        {"disk"},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("settings", "failing", "says", "unchecked"), FAILURES, ids=[row[1] for row in FAILURES])
 def test_what_fails_is_named_and_the_rest_is_checked(
-    parts: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    failing: str,
-    says: str,
-    unchecked: set[str],
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Whether the tracker is installed depends on the machine.
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: [])
-    settings = {key: parts.get(value, value) if isinstance(value, str) else value for key, value in settings.items()}
-    config = written(config_for(parts, tmp_path / "out", **settings), tmp_path)
-    result = CliRunner().invoke(cli, [str(config), "--dry-run", "--json"], catch_exceptions=False)
-    assert result.exit_code == 1
-    checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
-    assert [name for name, check in checks.items() if check["status"] == "failed"] == [failing]
-    assert says in checks[failing]["detail"]
-    assert unchecked <= {name for name, check in checks.items() if check["status"] == "not checked"}
-    assert checks["configuration"]["status"] == "passed"
-    assert not (tmp_path / "out").exists()
+    for changes, failing, facts, unchecked in FAILURES:
+        settings = {key: parts.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
+        config = written(config_for(parts, tmp_path / "out", **settings), tmp_path)
+        result = CliRunner().invoke(cli, [str(config), "--dry-run", "--json"], catch_exceptions=False)
+        assert result.exit_code == 1
+        checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+        assert [name for name, check in checks.items() if check["status"] == "failed"] == [failing]
+        check_names(checks[failing]["detail"], *facts)
+        assert unchecked <= {name for name, check in checks.items() if check["status"] == "not checked"}
+        assert checks["configuration"]["status"] == "passed"
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_configuration_with_mistakes_is_all_that_is_said(parts: dict[str, str], tmp_path: Path) -> None:
@@ -146,8 +134,8 @@ def test_a_configuration_with_mistakes_is_all_that_is_said(parts: dict[str, str]
     result = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["--dry-run", str(path)], catch_exceptions=False)
     assert result.exit_code == 1
     assert "✗" in result.stdout
-    assert "did you mean 'sequence_length'?" in result.stdout
-    assert "training would not run: configuration" in result.stdout
+    assert "✓" not in result.stdout
+    check_names(result.stdout, "sequence_lenght", "'sequence_length'", "configuration")
 
 
 def test_too_little_memory_and_disk(parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +155,7 @@ def test_too_little_memory_and_disk(parts: dict[str, str], tmp_path: Path, monke
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**6, 10**6, 7 * weights - 1))
     failed = [check for check in dry_run(path).checks if check.status == "failed"]
     assert [check.name for check in failed] == ["disk"]
-    assert "set training_args.save_total_limit, or save less often" in failed[0].detail
+    check_names(failed[0].detail, "training_args.save_total_limit")
 
 
 def test_a_live_teacher_and_adapters(parts: dict[str, str], tmp_path: Path) -> None:
@@ -184,17 +172,17 @@ def test_a_live_teacher_and_adapters(parts: dict[str, str], tmp_path: Path) -> N
 # -- estimates ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop"])
-def test_an_optimisers_state_is_as_large_as_estimated(parts: dict[str, str], tmp_path: Path, optimizer: str) -> None:
-    config = config_for(parts, tmp_path, arguments={"optim": optimizer, "max_steps": 1, "save_strategy": "no"})
-    trainer = Run(config).trainer
-    trainer.train()
-    state = trainer.optimizer.optimizer.state_dict()["state"]
-    tensors = [value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
-    real = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    estimated = optimizer_bytes(list(trainer.model.parameters()), optimizer)
-    # Step counters and the like are left out.
-    assert estimated == pytest.approx(real, rel=0.02, abs=200)
+def test_an_optimisers_state_is_as_large_as_estimated(parts: dict[str, str], tmp_path: Path) -> None:
+    for optimizer in ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop"):
+        config = config_for(parts, tmp_path, arguments={"optim": optimizer, "max_steps": 1, "save_strategy": "no"})
+        trainer = Run(config).trainer
+        trainer.train()
+        state = trainer.optimizer.optimizer.state_dict()["state"]
+        tensors = [value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
+        real = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        estimated = optimizer_bytes(list(trainer.model.parameters()), optimizer)
+        # Step counters and the like are left out.
+        assert estimated == pytest.approx(real, rel=0.02, abs=200), optimizer
 
 
 def test_an_unknown_optimisers_state_is_not_made_up() -> None:
@@ -202,18 +190,18 @@ def test_an_unknown_optimisers_state_is_not_made_up() -> None:
     assert optimizer_bytes([torch.nn.Parameter(torch.zeros(1000))], "adamw_8bit") == pytest.approx(2000, rel=0.05)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_measured(parts: dict[str, str], tmp_path: Path, checkpointing: bool) -> None:
+def test_activations_are_measured(parts: dict[str, str], tmp_path: Path) -> None:
     """Two short forwards tell what a long one keeps."""
     student = save_student(tmp_path / "student", num_hidden_layers=6, max_position_embeddings=512)
-    config = config_for(parts, tmp_path / "out", student=student, arguments={"gradient_checkpointing": checkpointing})
-    run = Run(config)
-    model, arguments = run.trainer.model, run.arguments
-    estimated = estimate._activations(model, arguments, 400)
-    with estimate.checkpointing(model, arguments, wanted=checkpointing):
-        real = estimate._kept(model, arguments, 400)
-    whole = estimate._kept(model, arguments, 400)
-    # Recomputing keeps the inputs of the layers, and for a while all of one layer.
-    expected = real + whole / 6 if checkpointing else real
-    assert estimated == pytest.approx(expected, rel=0.1)
-    assert (estimated < whole / 2) is checkpointing
+    for checkpointing in (False, True):
+        arguments = {"gradient_checkpointing": checkpointing}
+        run = Run(config_for(parts, tmp_path / "out", student=student, arguments=arguments))
+        model, settings = run.trainer.model, run.arguments
+        estimated = estimate._activations(model, settings, 400)
+        with estimate.checkpointing(model, settings, wanted=checkpointing):
+            real = estimate._kept(model, settings, 400)
+        whole = estimate._kept(model, settings, 400)
+        # Recomputing keeps the inputs of the layers, and for a while all of one layer.
+        expected = real + whole / 6 if checkpointing else real
+        assert estimated == pytest.approx(expected, rel=0.1)
+        assert (estimated < whole / 2) is checkpointing

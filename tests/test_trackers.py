@@ -20,17 +20,10 @@ import yaml
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.training.run import train
 from distillkit.training.trackers import tracking
-from support.training import (
-    captured_parts,
-    run_config,
-)
+from support.refusals import refused
+from support.training import run_config
 
 LOSSES = [{"function": "cross_entropy", "weight": 1}, {"function": "kl", "weight": 1}, {"function": "kl", "weight": 1}]
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return captured_parts(tmp_path_factory.mktemp("parts"), train=16, held_out=3)
 
 
 def config_for(parts: dict[str, str], output: Path, **arguments: Any) -> Any:
@@ -168,19 +161,16 @@ def test_trackers_get_every_metric_once_and_send_nothing(
     assert len(list((tmp_path / "out" / "runs").glob("*/events.out.tfevents.*"))) == 1
 
 
-@pytest.mark.parametrize("name", ["mlflow", "wandbb"])
 def test_a_tracker_that_is_missing_is_one_message_before_any_model_loads(
-    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "distillkit.text.tokenizer.load_tokenizer", lambda *_, **__: pytest.fail("it has begun to load")
     )
     # What is found here depends on what is installed: it is asked for, and must not be there.
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
-    with pytest.raises(
-        ConfigError, match=rf"training_args.report_to: '{name}' is not installed or not known; installed: tensorboard"
-    ):
-        train(config_for(parts, tmp_path, report_to=["tensorboard", name]))
+    with refused(ConfigError, "training_args.report_to", "'mlflow'", "tensorboard"):
+        train(config_for(parts, tmp_path, report_to=["tensorboard", "mlflow"]))
 
 
 class FakeWandb:
@@ -220,7 +210,7 @@ def test_a_run_of_wandb_ends_with_the_training(
     with pytest.raises(KeyboardInterrupt):
         ending_with(KeyboardInterrupt())
     assert fake.finished == [0, 1]
-    with pytest.raises(DistillKitError, match=r"wandb: api_key not configured. Log in with `wandb login`, or keep"):
+    with refused(DistillKitError, "wandb", "api_key not configured"):
         ending_with(fake.errors.Error("api_key not configured"))
     # One that was there before is somebody else's.
     fake.run = object()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -126,7 +126,7 @@ def _sampled_text(inputs: CaptureInputs) -> tuple[TextForecast, list[TokenDocume
     there = source.num_rows
     rows = min(settings.samples or there, there)
     everything = rows <= SAMPLED_ROWS
-    chosen = settings if everything else replace(settings, samples=SAMPLED_ROWS, shuffle=False)
+    chosen = settings if everything else settings.model_copy(update={"samples": SAMPLED_ROWS, "shuffle": False})
     reader = document_reader(chosen, source, inputs.tokenizer, id_limit=inputs.head_size)
     documents, tokens_of, documents_of = [], dict[int, int](), dict[int, int]()
     for document in reader:

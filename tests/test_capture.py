@@ -387,7 +387,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"device": "tpu7"}, ["device", "'tpu7'"]),
     ({"overflow": "cut"}, ["overflow", "'cut'", "window", "truncate", "skip"]),
     ({"overlap": 33}, ["overlap", "1", "32", "33"]),
-    ({"overlap": 0}, ["overlap", "1", "32"]),
+    ({"overlap": 0}, ["overlap", "1", "0"]),
     ({"overlap": 3, "overflow": "skip"}, ["overlap", "overflow", "window", "skip"]),
     ({"loss_on": "user"}, ["loss_on", "'user'", "auto", "all", "assistant", "completion"]),
     ({"shuffle": "yes"}, ["shuffle", "'yes'"]),
@@ -521,12 +521,12 @@ def test_several_captures_in_one_file(tmp_path: Path, teacher: Path, text: Path)
     assert {settings.preset for settings in load(FILE, preset="compact")} == {"compact"}
     assert len(load("{model: a, dataset: d, output: o}")) == 1
     for content, facts in (
-        (FILE.replace("model: b", "modle: b"), ["captures[1]", "modle", "model"]),
+        (FILE.replace("model: b", "modle: b"), ["captures.1.modle", "'model'"]),
         (FILE.replace("dataset:", "datasets:"), ["datasets", "dataset"]),
-        (FILE.replace("model: b,", ""), ["captures[1]", "model"]),
-        (FILE.replace("out/b", "out/a/"), ["captures[0]", "captures[1]", "out/a"]),
-        (FILE.replace("[x=1", "[x"), ["captures[1].where", "'x'"]),
-        (FILE.replace("- {model: b", "- {samples: 0, model: b"), ["captures[1].samples", "1", "0"]),
+        (FILE.replace("model: b,", ""), ["captures.1.model"]),
+        (FILE.replace("out/b", "out/a/"), ["captures.0.output", "captures.1.output", "out/a"]),
+        (FILE.replace("[x=1", "[x"), ["captures.1.where", "'x'"]),
+        (FILE.replace("- {model: b", "- {samples: 0, model: b"), ["captures.1.samples", "1", "0"]),
         (FILE + "  samples: 0\n", ["line 7"]),
         ("captures: 3", ["captures", "3"]),
         ("- a", ["list"]),

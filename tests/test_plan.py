@@ -1,4 +1,4 @@
-"""`distillkit forecast` tells beforehand what a capture then takes, and refuses what does not fit."""
+"""`distillkit plan` tells beforehand what a capture then takes, and refuses what does not fit."""
 
 from __future__ import annotations
 

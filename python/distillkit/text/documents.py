@@ -13,14 +13,13 @@ import pyarrow as pa
 
 from distillkit.errors import ConfigError
 from distillkit.text.layouts import has_value
-from distillkit.text.policy import LOSS_ON, capture_policy
+from distillkit.text.policy import capture_policy
 from distillkit.text.rows import RowReader
 from distillkit.text.sources import Row, Source, chosen_rows, kept_schema
 from distillkit.types import TokenDocument
 
-__all__ = ["LOSS_ON", "OVERFLOWS", "DocumentReader", "TokenDocument", "default_overlap", "windows"]
+__all__ = ["DocumentReader", "TokenDocument", "default_overlap", "windows"]
 
-OVERFLOWS = ("window", "truncate", "skip")
 
 # Rows that are tokenised together: fast tokenizers use all cores for a batch.
 _TOKENIZE_ROWS = 64

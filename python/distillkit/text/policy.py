@@ -8,9 +8,7 @@ from typing import Any
 from distillkit.errors import ConfigError
 from distillkit.text.layouts import CHATS, COMPLETION, PROMPTS
 
-__all__ = ["LOSS_ON", "ReadingPolicy", "SettingNames", "TextOptions", "capture_policy", "training_policy"]
-
-LOSS_ON = ("auto", "all", "assistant", "completion")
+__all__ = ["ReadingPolicy", "SettingNames", "TextOptions", "capture_policy", "training_policy"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def capture_policy(loss_on: str, *, render_chats: bool = True) -> ReadingPolicy:
     """Return how a capture reads rows.
 
     Args:
-        loss_on: what counts, one of `LOSS_ON`. "auto": what a row's own loss_mask, labels, … say, of prompt and
+        loss_on: what counts. "auto": what a row's own loss_mask, labels, … say, of prompt and
             response the response, else all; "all": all, whatever rows say; "assistant": the assistant's turns;
             "completion": the response.
         render_chats: whether the chat template may be used.

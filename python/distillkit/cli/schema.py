@@ -42,7 +42,7 @@ A YAML file has the settings of a training run (`distillkit config.yaml`) or of 
 reported at once, before anything is loaded.
 
 Editors that know the YAML language server complete settings, show what they mean and mark mistakes.
-Write the JSON schemas to files, and begin a YAML file with the line that names its schema, as below:
+Write the JSON schemas to files, and begin a YAML file with a line that names its schema, as below:
 
 ```bash
 distillkit schema train > train.schema.json

@@ -73,8 +73,8 @@ fuzz: ## Fuzz the codec: each of FUZZ_TARGETS (all) for FUZZ_SECONDS (300)
 # dense logits use: those are run without. Minutes each.
 MIRI := PROPTEST_CASES=2 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --package distillkit-codec --lib --
 miri: ## The core's unsafe code under Miri: needs `rustup toolchain install nightly --component miri,rust-src`
-	RUSTFLAGS="-Ctarget-feature=+avx2,+bmi1,+bmi2,+f16c,+lzcnt,+popcnt" $(MIRI) bits:: simd::
-	$(MIRI) topk:: lanes:: --skip exp_is_close
+	RUSTFLAGS="-Ctarget-feature=+avx2,+bmi1,+bmi2,+f16c,+lzcnt,+popcnt" $(MIRI) bits:: simd::tests::
+	$(MIRI) topk:: simd::lanes:: --skip exp_is_close
 
 # Debian's packages: qemu-user gcc-aarch64-linux-gnu gcc-s390x-linux-gnu libc6-dev-arm64-cross libc6-dev-s390x-cross. The standard library
 # of s390x, which is big-endian, is built here.

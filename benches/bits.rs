@@ -1,10 +1,12 @@
-//! Speed of the bit packer on one core, every width and backend, beside the crates fastlanes and bitpacking.
+//! Speed of the bit packer on one core, every width and backend, beside the crates fastlanes and
+//! bitpacking.
 //!
-//! Rates are values a second, of 32-bit integers (widths up to 32) and of 64-bit integers apart: fastlanes packs both, bitpacking the
-//! former. All buffers lie in the first-level cache and begin with a cache line. The others' layouts are their own (interleaved, least
-//! significant bit first, blocks of 128, 256 or 1,024 values). Every backend must write the same bytes and every packer return the values
-//! before its time counts. After criterion's lines a table follows, which `BITS_CSV=FILE` also writes as CSV. Rates are the best sample of
-//! several rounds.
+//! Rates are values a second, of 32-bit integers (widths up to 32) and of 64-bit integers apart:
+//! fastlanes packs both, bitpacking the former. All buffers lie in the first-level cache and begin
+//! with a cache line. The others' layouts are their own (interleaved, least significant bit first,
+//! blocks of 128, 256 or 1,024 values). Every backend must write the same bytes and every packer
+//! return the values before its time counts. After criterion's lines a table follows, which
+//! `BITS_CSV=FILE` also writes as CSV. Rates are the best sample of several rounds.
 
 #![expect(missing_docs, reason = "criterion_group makes a public function")]
 
@@ -14,17 +16,20 @@ use std::ops::{Deref, DerefMut};
 use std::time::{Duration, Instant};
 
 use bitpacking::{BitPacker, BitPacker4x, BitPacker8x};
-use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
+use criterion::{
+    BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime,
+};
 use distillkit_codec::Backend;
 use distillkit_codec::bits::{self, Value};
 use fastlanes::BitPacking;
 
 const COUNT: usize = 1024;
-/// Everything is measured this many times, a minute apart: what else the machine does would slow some of it down.
+/// Everything is measured this many times, a minute apart: what else the machine does would slow
+/// some of it down.
 const ROUNDS: usize = 3;
 
-/// `count` zeros from a cache line's border on: a store that lies across two lines takes twice the time, and where an allocation begins
-/// is chance.
+/// `count` zeros from a cache line's border on: a store that lies across two lines takes twice the
+/// time, and where an allocation begins is chance.
 struct Buffer<T> {
     memory: Vec<T>,
     start: usize,
@@ -76,7 +81,13 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn measure<T>(&mut self, work: &'static str, width: u32, who: &'static str, mut run: impl FnMut()) {
+    fn measure<T>(
+        &mut self,
+        work: &'static str,
+        width: u32,
+        who: &'static str,
+        mut run: impl FnMut(),
+    ) {
         let values = std::any::type_name::<T>();
         let mut best = f64::INFINITY;
         self.group.bench_function(format!("{work} {width} of {values} {who}"), |bencher| {
@@ -95,20 +106,32 @@ impl Bench<'_> {
         let mut portable = vec![0; bits::packed_len(COUNT, width)];
         bits::pack_on(Backend::Portable, values, width, &mut portable).expect("packs");
         for backend in Backend::available() {
-            let (mut packed, mut back) = (Buffer::new(portable.len()), Buffer::<T>::new(COUNT));
+            let mut packed = Buffer::new(portable.len());
+            let mut back = Buffer::<T>::new(COUNT);
             bits::pack_on(backend, values, width, &mut packed).expect("packs");
             bits::unpack_on(backend, &packed, width, &mut back).expect("unpacks");
-            assert_eq!((&packed[..], &back[..]), (&portable[..], values), "{} {width}", backend.name());
+            assert_eq!(
+                (&packed[..], &back[..]),
+                (&portable[..], values),
+                "{} {width}",
+                backend.name()
+            );
             self.measure::<T>("pack", width, backend.name(), || {
-                bits::pack_on(backend, black_box(values), width, black_box(&mut packed)).expect("packs");
+                bits::pack_on(backend, black_box(values), width, black_box(&mut packed))
+                    .expect("packs");
             });
             self.measure::<T>("unpack", width, backend.name(), || {
-                bits::unpack_on(backend, black_box(&packed), width, black_box(&mut back)).expect("unpacks");
+                bits::unpack_on(backend, black_box(&packed), width, black_box(&mut back))
+                    .expect("unpacks");
             });
         }
     }
 
-    fn fastlanes<T: BitPacking + Copy + Default + PartialEq + Debug>(&mut self, width: u32, values: &[T]) {
+    fn fastlanes<T: BitPacking + Copy + Default + PartialEq + Debug>(
+        &mut self,
+        width: u32,
+        values: &[T],
+    ) {
         let who = "fastlanes";
         let mut packed = Buffer::new(128 * width as usize / size_of::<T>());
         let mut back = Buffer::new(COUNT);
@@ -120,9 +143,13 @@ impl Bench<'_> {
         }
         assert_eq!(&back[..], values, "{who} {width}");
         // SAFETY: as above.
-        self.measure::<T>("pack", width, who, || unsafe { T::unchecked_pack(w, black_box(values), black_box(&mut packed)) });
+        self.measure::<T>("pack", width, who, || unsafe {
+            T::unchecked_pack(w, black_box(values), black_box(&mut packed))
+        });
         // SAFETY: as above.
-        self.measure::<T>("unpack", width, who, || unsafe { T::unchecked_unpack(w, black_box(&packed), black_box(&mut back)) });
+        self.measure::<T>("unpack", width, who, || unsafe {
+            T::unchecked_unpack(w, black_box(&packed), black_box(&mut back))
+        });
     }
 
     fn bitpacking<P: BitPacker>(&mut self, of: P, who: &'static str, width: u32, values: &[u32]) {
@@ -131,12 +158,16 @@ impl Bench<'_> {
         let mut packed = Buffer::new(block * COUNT / P::BLOCK_LEN);
         let mut back = Buffer::new(COUNT);
         let pack = |values: &[u32], packed: &mut [u8]| {
-            for (values, packed) in values.chunks_exact(P::BLOCK_LEN).zip(packed.chunks_exact_mut(block)) {
+            for (values, packed) in
+                values.chunks_exact(P::BLOCK_LEN).zip(packed.chunks_exact_mut(block))
+            {
                 of.compress(values, packed, num_bits);
             }
         };
         let unpack = |packed: &[u8], values: &mut [u32]| {
-            for (values, packed) in values.chunks_exact_mut(P::BLOCK_LEN).zip(packed.chunks_exact(block)) {
+            for (values, packed) in
+                values.chunks_exact_mut(P::BLOCK_LEN).zip(packed.chunks_exact(block))
+            {
                 of.decompress(packed, values, num_bits);
             }
         };
@@ -144,25 +175,47 @@ impl Bench<'_> {
         unpack(&packed, &mut back);
         assert_eq!(&back[..], values, "{who} {width}");
         self.measure::<u32>("pack", width, who, || pack(black_box(values), black_box(&mut packed)));
-        self.measure::<u32>("unpack", width, who, || unpack(black_box(&packed), black_box(&mut back)));
+        self.measure::<u32>("unpack", width, who, || {
+            unpack(black_box(&packed), black_box(&mut back))
+        });
     }
 }
 
-/// One line per work, type of values and width: our backends, the best of the others, and how many times as fast as our best it is.
+/// One line per work, type of values and width: our backends, the best of the others, and how many
+/// times as fast as our best it is.
 fn table(rates: &[Rate]) -> String {
     let backends: Vec<&str> = Backend::available().into_iter().map(Backend::name).collect();
-    let mut text = format!("work,values,width,{},best_other,best_other_name,other_to_ours,machine,version\n", backends.join(","));
-    let (machine, version) = (machine(), env!("CARGO_PKG_VERSION"));
+    let mut text = format!(
+        "work,values,width,{},best_other,best_other_name,other_to_ours,machine,version\n",
+        backends.join(",")
+    );
+    let machine = machine();
+    let version = env!("CARGO_PKG_VERSION");
     for (work, values) in [("pack", "u32"), ("pack", "u64"), ("unpack", "u32"), ("unpack", "u64")] {
         for width in 1..=64 {
-            let of_line = rates.iter().filter(|rate| (rate.work, rate.values, rate.width) == (work, values, width));
-            let (ours, others): (Vec<&Rate>, Vec<&Rate>) = of_line.partition(|rate| backends.contains(&rate.who));
-            let (Some(our_best), Some(other)) = (best(ours.iter().copied()), best(others.into_iter())) else { continue };
-            let of_backend = |who| best(ours.iter().copied().filter(|rate| rate.who == who)).map_or(0.0, |rate| rate.values_per_second);
-            let ours: Vec<String> = backends.iter().map(|&who| format!("{:.3e}", of_backend(who))).collect();
-            let (ours, who, other) = (ours.join(","), other.who, other.values_per_second);
+            let of_line = rates
+                .iter()
+                .filter(|rate| (rate.work, rate.values, rate.width) == (work, values, width));
+            let (ours, others): (Vec<&Rate>, Vec<&Rate>) =
+                of_line.partition(|rate| backends.contains(&rate.who));
+            let (Some(our_best), Some(other)) =
+                (best(ours.iter().copied()), best(others.into_iter()))
+            else {
+                continue;
+            };
+            let of_backend = |who| {
+                best(ours.iter().copied().filter(|rate| rate.who == who))
+                    .map_or(0.0, |rate| rate.values_per_second)
+            };
+            let ours: Vec<String> =
+                backends.iter().map(|&who| format!("{:.3e}", of_backend(who))).collect();
+            let ours = ours.join(",");
+            let who = other.who;
+            let other = other.values_per_second;
             let ratio = other / our_best.values_per_second;
-            writeln!(text, "{work},{values},{width},{ours},{other:.3e},{who},{ratio:.2},\"{machine}\",{version}").expect("a string");
+            let rates = format!("{ours},{other:.3e},{who},{ratio:.2}");
+            let line = format!("{work},{values},{width},{rates},\"{machine}\",{version}");
+            writeln!(text, "{line}").expect("a string");
         }
     }
     text
@@ -175,9 +228,16 @@ fn best<'a>(rates: impl Iterator<Item = &'a Rate>) -> Option<&'a Rate> {
 /// The processor and its cores, as the other tables have them.
 fn machine() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':')).map(|(_, name)| name.trim());
+    let name = info
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':'))
+        .map(|(_, name)| name.trim());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    format!("{}, {cores} core{}", name.unwrap_or(std::env::consts::ARCH), if cores > 1 { "s" } else { "" })
+    format!(
+        "{}, {cores} core{}",
+        name.unwrap_or(std::env::consts::ARCH),
+        if cores > 1 { "s" } else { "" }
+    )
 }
 
 fn packing(c: &mut Criterion) {
@@ -185,10 +245,17 @@ fn packing(c: &mut Criterion) {
     for round in 1..=ROUNDS {
         let mut group = c.benchmark_group(format!("bits, round {round}"));
         group.throughput(Throughput::Elements(COUNT as u64));
-        group.warm_up_time(Duration::from_millis(10)).measurement_time(Duration::from_millis(45)).sample_size(20).nresamples(1000);
+        group
+            .warm_up_time(Duration::from_millis(10))
+            .measurement_time(Duration::from_millis(45))
+            .sample_size(20)
+            .nresamples(1000);
         let mut bench = Bench { group, rates };
         for width in 1..=64 {
-            let values = Buffer::of((0..COUNT).map(|i| (i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - width)));
+            let values = Buffer::of(
+                (0..COUNT)
+                    .map(|i| (i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - width)),
+            );
             bench.ours(width, &values);
             bench.fastlanes(width, &values);
             if width <= 32 {
@@ -210,7 +277,10 @@ fn packing(c: &mut Criterion) {
 fn report(table: &str) {
     for line in table.lines() {
         // Without the last two columns, which are the same everywhere.
-        println!("{}", line.split(',').take(6 + Backend::available().len()).collect::<Vec<_>>().join("\t"));
+        println!(
+            "{}",
+            line.split(',').take(6 + Backend::available().len()).collect::<Vec<_>>().join("\t")
+        );
     }
     if let Ok(path) = std::env::var("BITS_CSV") {
         std::fs::write(&path, table).expect("the CSV can be written");

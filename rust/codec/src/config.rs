@@ -1,6 +1,7 @@
 //! Codec configurations: their fields, what makes them valid, and the sizes that follow.
 //!
-//! Every field is part of the meaning of the bytes except `error_diffusion`, which only steers the encoder.
+//! Every field is part of the meaning of the bytes except `error_diffusion`, which only steers the
+//! encoder.
 
 use serde::{Deserialize, Serialize};
 
@@ -55,7 +56,7 @@ pub struct ResidualBin {
     pub scale_dtype: FloatType,
     /// Bits of one code, 1–64.
     pub element_bits: u32,
-    /// How many ranks the bin covers, at least 1.
+    /// How many ranks have a residual in this bin, at least 1.
     pub num_elements: usize,
 }
 
@@ -114,13 +115,13 @@ impl QuantizedConfig {
         self.k - self.exact_k
     }
 
-    /// Approximated ranks that a residual bin covers; they come first.
+    /// Approximated ranks with a residual of their own; they come first.
     #[must_use]
-    pub fn covered(&self) -> usize {
+    pub fn residual_count(&self) -> usize {
         self.residual_bins.iter().map(|bin| bin.num_elements).fold(0, usize::saturating_add)
     }
 
-    /// The terms, none when there are none.
+    /// The terms; empty where the configuration has none.
     #[must_use]
     pub fn terms(&self) -> &[Term] {
         self.polynomial_terms.as_deref().unwrap_or(&[])
@@ -157,7 +158,7 @@ impl QuantizedConfig {
         }
     }
 
-    /// Refuses what can not be encoded, naming the field.
+    /// Refuses what cannot be encoded, and names the field.
     pub fn validate(&self) -> Result<()> {
         check_sizes("d", self.d, self.k, self.exact_k)?;
         self.validate_terms()?;
@@ -167,17 +168,24 @@ impl QuantizedConfig {
                 return config_error(format!("residual_bins.{i}.element_bits"), message);
             }
             if bin.num_elements == 0 {
-                return config_error(format!("residual_bins.{i}.num_elements"), "is 0, must be at least 1");
+                return config_error(
+                    format!("residual_bins.{i}.num_elements"),
+                    "is 0, must be at least 1",
+                );
             }
         }
-        let covered = self.covered();
-        if covered > self.approximated() {
-            let message = format!("cover {covered} ranks, but only k − exact_k = {} ranks are not exact", self.approximated());
+        let residual_count = self.residual_count();
+        if residual_count > self.approximated() {
+            let message = format!(
+                "cover {residual_count} ranks, but only k − exact_k = {} ranks are not exact",
+                self.approximated()
+            );
             return config_error("residual_bins", message);
         }
-        if self.approximated() > 0 && self.terms().is_empty() && covered == 0 {
+        if self.approximated() > 0 && self.terms().is_empty() && residual_count == 0 {
             let message = format!(
-                "exact_k = {} < k = {}, and neither polynomial_terms nor residual_bins describe the other ranks",
+                "exact_k = {} < k = {}, and neither polynomial_terms nor residual_bins describe \
+                 the other ranks",
                 self.exact_k, self.k
             );
             return config_error("polynomial_terms", message);
@@ -188,14 +196,18 @@ impl QuantizedConfig {
     fn validate_terms(&self) -> Result<()> {
         let terms = self.terms();
         if terms.len() > MAX_TERMS {
-            return config_error("polynomial_terms", format!("has {} terms, at most {MAX_TERMS} are allowed", terms.len()));
+            return config_error(
+                "polynomial_terms",
+                format!("has {} terms, at most {MAX_TERMS} are allowed", terms.len()),
+            );
         }
         for (i, term) in terms.iter().enumerate() {
             for j in 0..self.approximated() {
                 let value = self.term_dtype.round(term.at(self.t(j)));
                 if !value.is_finite() {
                     let message = format!(
-                        "is not finite at t = {} in {:?} (term_dtype); use a smaller term, a wider term_dtype or normalize_t",
+                        "is not finite at t = {} in {:?} (term_dtype); use a smaller term, a wider \
+                         term_dtype or normalize_t",
                         self.t(j),
                         self.term_dtype
                     );
@@ -206,26 +218,28 @@ impl QuantizedConfig {
         Ok(())
     }
 
-    /// What is valid but probably not wanted.
+    /// What is valid but probably not intended.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
         let low = matches!(self.term_dtype, FloatType::Float16 | FloatType::Bfloat16);
-        let largest = (self.terms().iter()).map(|term| term.at(self.t(self.approximated().saturating_sub(1))).abs()).fold(0.0, f64::max);
+        let last = self.t(self.approximated().saturating_sub(1));
+        let largest = self.terms().iter().map(|term| term.at(last).abs()).fold(0.0, f64::max);
         if low && largest > 256.0 {
             warnings.push(format!(
-                "term_dtype {:?} has too few bits for terms that reach {largest:.3e}: the fit will be coarse; \
-                 use float32 or normalize_t",
+                "term_dtype {:?} has too few bits for terms that reach {largest:.3e}: the fit will \
+                 be coarse; use float32 or normalize_t",
                 self.term_dtype
             ));
         }
-        if self.terms().is_empty() && self.covered() < self.approximated() {
-            let first = self.exact_k + self.covered();
-            warnings.push(if self.delta_encoding {
-                format!("without polynomial_terms, the ranks from {first} on all repeat the value before them")
+        if self.terms().is_empty() && self.residual_count() < self.approximated() {
+            let first = self.exact_k + self.residual_count();
+            let what = if self.delta_encoding {
+                "all repeat the value before them"
             } else {
-                format!("without polynomial_terms, the ranks from {first} on decode to log-probability 0, probability 1")
-            });
+                "decode to log-probability 0, probability 1"
+            };
+            warnings.push(format!("without polynomial_terms, the ranks from {first} on {what}"));
         }
         warnings
     }
@@ -290,7 +304,8 @@ impl LegacyConfig {
         self.k.div_ceil(self.ids_per_word())
     }
 
-    /// Type that coefficients are stored in: the published column is float32, so a float64 coefficient is rounded to it.
+    /// Type that coefficients are stored in: the published column is float32, so a float64
+    /// coefficient is rounded to it.
     #[must_use]
     pub const fn coefficient_type(&self) -> FloatType {
         match self.term_dtype {
@@ -302,7 +317,8 @@ impl LegacyConfig {
     /// Bytes of the exact values and coefficients.
     #[must_use]
     pub fn value_bytes(&self) -> usize {
-        self.exact_k * FloatType::Float16.size() + self.terms().len() * self.coefficient_type().size()
+        self.exact_k * FloatType::Float16.size()
+            + self.terms().len() * self.coefficient_type().size()
     }
 
     /// Bytes of the words.
@@ -311,7 +327,7 @@ impl LegacyConfig {
         self.words() * 8
     }
 
-    /// Refuses what can not be encoded, naming the field.
+    /// Refuses what cannot be encoded, and names the field.
     pub fn validate(&self) -> Result<()> {
         check_sizes("vocab_size", self.vocab_size, self.k, self.exact_k)?;
         if self.polynomial_degree as usize >= MAX_TERMS {
@@ -321,7 +337,10 @@ impl LegacyConfig {
         for (i, term) in self.terms().iter().enumerate() {
             let last = self.approximated() as f64;
             if !self.term_dtype.round(term.at(last)).is_finite() {
-                let message = format!("term {i} is not finite at a = {last} in {:?} (term_dtype)", self.term_dtype);
+                let message = format!(
+                    "term {i} is not finite at a = {last} in {:?} (term_dtype)",
+                    self.term_dtype
+                );
                 return config_error("polynomial_degree", message);
             }
         }
@@ -339,7 +358,13 @@ fn check_sizes(vocab_field: &str, d: u64, k: usize, exact_k: usize) -> Result<()
         return config_error(vocab_field, format!("is {d}, must be between 2 and {MAX_VOCAB}"));
     }
     if k == 0 || k > MAX_K || k as u64 > d {
-        return config_error("k", format!("is {k}, must be between 1 and {} (the vocabulary, at most {MAX_K})", d.min(MAX_K as u64)));
+        return config_error(
+            "k",
+            format!(
+                "is {k}, must be between 1 and {} (the vocabulary, at most {MAX_K})",
+                d.min(MAX_K as u64)
+            ),
+        );
     }
     if exact_k > k {
         return config_error("exact_k", format!("is {exact_k}, must be between 0 and k = {k}"));
@@ -357,7 +382,8 @@ pub enum Config {
 }
 
 impl Config {
-    /// Parses and validates the JSON of a configuration of the named format, `quantized` or `legacy`.
+    /// Parses and validates the JSON of a configuration of the named format, `quantized` or
+    /// `legacy`.
     pub fn from_json(format: &str, json: &str) -> Result<Self> {
         match format {
             "quantized" => {
@@ -370,12 +396,18 @@ impl Config {
                 config.validate()?;
                 Ok(Self::Legacy(config))
             }
-            other => config_error("format", format!("is '{other}', must be 'quantized' or 'legacy'")),
+            other => {
+                config_error("format", format!("is '{other}', must be 'quantized' or 'legacy'"))
+            }
         }
     }
 }
 
 fn parse<T: for<'de> Deserialize<'de>>(json: &str) -> Result<T> {
-    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(json))
-        .map_err(|error| CodecError::Config { field: error.path().to_string(), message: error.inner().to_string() })
+    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(json)).map_err(
+        |error| CodecError::Config {
+            field: error.path().to_string(),
+            message: error.inner().to_string(),
+        },
+    )
 }

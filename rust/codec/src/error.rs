@@ -1,8 +1,8 @@
-//! The one error type of the codec, split by who is at fault.
+//! The one error type of the codec, divided by who is at fault.
 
 use thiserror::Error;
 
-/// What can go wrong; every message says what was found and what was expected.
+/// What can go wrong. Every message says what was found and what was expected.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum CodecError {
@@ -25,15 +25,18 @@ pub enum CodecError {
     Truncated {
         /// What was being read.
         what: String,
-        /// Bytes at hand.
+        /// The number of bytes at hand.
         found: usize,
-        /// Bytes needed.
+        /// The number of bytes needed.
         expected: usize,
     },
 }
 
 /// Result with [`CodecError`].
 pub type Result<T> = std::result::Result<T, CodecError>;
+
+/// What came of a run of rows; a failure names the failing row, counted from the start of the run.
+pub(crate) type RowResult<T = ()> = std::result::Result<T, (usize, CodecError)>;
 
 pub(crate) fn config_error<T>(field: impl Into<String>, message: impl Into<String>) -> Result<T> {
     Err(CodecError::Config { field: field.into(), message: message.into() })

@@ -3,11 +3,13 @@
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
-use crate::lanes::all_finite;
+use crate::simd::lanes::all_finite;
 
 /// xⁿ by squaring: std's `powi` rounds differently from machine to machine.
 pub(crate) fn power(x: f64, n: i32) -> f64 {
-    let (mut result, mut square, mut left) = (1.0, x, n.unsigned_abs());
+    let mut result = 1.0;
+    let mut square = x;
+    let mut left = n.unsigned_abs();
     loop {
         if left % 2 == 1 {
             result *= square;
@@ -20,8 +22,9 @@ pub(crate) fn power(x: f64, n: i32) -> f64 {
     }
 }
 
-/// The float32 that rounds to every narrower type as `value` does: cut off, with the last bit set where that is not exact (Boldo and
-/// Melquiond 2008). Direct conversions from float64 differ between machines: some round twice, some do not see the lowest bits.
+/// The float32 that rounds to every narrower type as `value` does: cut off, with the last bit set
+/// where that is not exact (Boldo and Melquiond 2008). Direct conversions from float64 differ
+/// between machines: some round twice, some do not see the lowest bits.
 #[inline(always)]
 fn to_odd(value: f64) -> f32 {
     let narrow = value as f32;
@@ -32,9 +35,11 @@ fn to_odd(value: f64) -> f32 {
     f32::from_bits((narrow.to_bits() - u32::from(wide.abs() > value.abs())) | 1)
 }
 
-/// The bfloat16 nearest to a value that is not NaN, ties to even: every bfloat16 and every value between two of them is a float32.
+/// The bfloat16 nearest to a value that is not NaN, ties to even: every bfloat16 and every value
+/// between two of them is a float32.
 ///
-/// Half a step is added (a bit less where the last kept bit is even), what is below the kept bits is cut off.
+/// Half a step is added (a bit less where the last kept bit is even), what is below the kept bits
+/// is cut off.
 #[inline(always)]
 pub(crate) fn nearest_bfloat16(value: f32) -> f32 {
     let bits = value.to_bits();
@@ -121,7 +126,9 @@ impl FloatType {
         };
         match self {
             Self::Float16 => f16::from_bits(down(f16::from_f64(value).to_bits())).to_f64(),
-            Self::Bfloat16 => f64::from(f32::from_bits(u32::from(down(((value as f32).to_bits() >> 16) as u16)) << 16)),
+            Self::Bfloat16 => f64::from(f32::from_bits(
+                u32::from(down(((value as f32).to_bits() >> 16) as u16)) << 16,
+            )),
             Self::Float32 => f64::from((value as f32).next_down()),
             Self::Float64 => value.next_down(),
         }
@@ -133,15 +140,19 @@ impl FloatType {
         -self.next_down(-value)
     }
 
-    /// Stores a `value` of this type at the start of `out`, returning the rest; other values are rounded, to bfloat16 towards 0.
+    /// Stores a `value` of this type at the start of `out`, returning the rest; other values are
+    /// rounded, to bfloat16 towards 0.
     ///
-    /// `out` holds at least [`FloatType::size`] bytes: layouts are computed before anything is written.
+    /// `out` holds at least [`FloatType::size`] bytes: layouts are computed before anything is
+    /// written.
     #[inline(always)]
     pub(crate) fn write(self, value: f64, out: &mut [u8]) -> &mut [u8] {
         let (here, rest) = out.split_at_mut(self.size());
         match self {
             Self::Float16 => here.copy_from_slice(&f16::from_f64(value).to_le_bytes()),
-            Self::Bfloat16 => here.copy_from_slice(&(((value as f32).to_bits() >> 16) as u16).to_le_bytes()),
+            Self::Bfloat16 => {
+                here.copy_from_slice(&(((value as f32).to_bits() >> 16) as u16).to_le_bytes());
+            }
             Self::Float32 => here.copy_from_slice(&(value as f32).to_le_bytes()),
             Self::Float64 => here.copy_from_slice(&value.to_le_bytes()),
         }
@@ -152,9 +163,15 @@ impl FloatType {
     #[inline(always)]
     pub(crate) fn round_all(self, values: &[f32], out: &mut Vec<f64>) {
         match self {
-            Self::Bfloat16 if all_finite(values) => out.extend(values.iter().map(|&value| f64::from(nearest_bfloat16(value)))),
-            Self::Bfloat16 | Self::Float16 => out.extend(values.iter().map(|&value| self.round(f64::from(value)))),
-            Self::Float32 | Self::Float64 => out.extend(values.iter().map(|&value| f64::from(value))),
+            Self::Bfloat16 if all_finite(values) => {
+                out.extend(values.iter().map(|&value| f64::from(nearest_bfloat16(value))));
+            }
+            Self::Bfloat16 | Self::Float16 => {
+                out.extend(values.iter().map(|&value| self.round(f64::from(value))));
+            }
+            Self::Float32 | Self::Float64 => {
+                out.extend(values.iter().map(|&value| f64::from(value)));
+            }
         }
     }
 
@@ -222,11 +239,14 @@ mod tests {
 
     #[test]
     fn rounds_once() {
-        for (dtype, half_step) in [(FloatType::Float16, 2f64.powi(-11)), (FloatType::Bfloat16, 2f64.powi(-8))] {
+        for (dtype, half_step) in
+            [(FloatType::Float16, 2f64.powi(-11)), (FloatType::Bfloat16, 2f64.powi(-8))]
+        {
             let tie = 1.0 + half_step;
             for sign in [1.0, -1.0] {
                 assert_eq!(dtype.round(sign * tie), sign, "ties to even");
-                // Below the last bit of a float32, and below that of the 32 upper bits of a float64.
+                // Below the last bit of a float32, and below that of the 32 upper bits of a
+                // float64.
                 for little in [2f64.powi(-30), 2f64.powi(-50)] {
                     assert_eq!(dtype.round(sign * (tie - little)), sign);
                     assert_eq!(dtype.round(sign * (tie + little)), sign * (1.0 + 2.0 * half_step));

@@ -1,10 +1,11 @@
-//! The recorded vectors of the published formats: ids and exact values bit for bit, the others to the recorded decoder's roundings.
+//! The recorded vectors of the published formats: ids and exact values bit for bit, the others to
+//! the recorded decoder's roundings.
 
 use std::fs::File;
 use std::io::BufReader;
 use std::path::PathBuf;
 
-use distillkit_codec::{Backend, Codec, Config, FloatType, bits, f16};
+use distillkit_codec::{Backend, Codec, Config, FloatType, QuantizedConfig, bits, f16};
 use npyz::{Deserialize, npz::NpzArchive};
 use serde_json::Value;
 
@@ -16,7 +17,10 @@ struct Recorded(NpzArchive<BufReader<File>>);
 
 impl Recorded {
     fn open(name: &str) -> Self {
-        Self(NpzArchive::open(golden().join(format!("{name}.npz"))).expect("recorded vectors are in tests/golden"))
+        Self(
+            NpzArchive::open(golden().join(format!("{name}.npz")))
+                .expect("recorded vectors are in tests/golden"),
+        )
     }
 
     /// A (rows, width) array as its values and its width.
@@ -48,11 +52,14 @@ fn bit_packing() {
 /// The recorded columns as rows of bytes, and the number of rows.
 fn rows(recorded: &mut Recorded, config: &Config) -> (Vec<u8>, usize) {
     let columns: Vec<(Vec<u8>, usize)> = match config {
-        Config::Quantized(_) => vec![recorded.array("compressed_logprobs"), recorded.array("bytepacked_indices")],
+        Config::Quantized(_) => {
+            vec![recorded.array("compressed_logprobs"), recorded.array("bytepacked_indices")]
+        }
         Config::Legacy(config) => {
             let (exact, exact_k) = recorded.array::<f32>("exact_values");
             let (words, count) = recorded.array::<i64>("packed_indices");
-            let exact = exact.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect();
+            let exact =
+                exact.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect();
             let words = words.iter().flat_map(|word| word.to_le_bytes()).collect();
             let mut columns = vec![(exact, 2 * exact_k)];
             if !config.terms().is_empty() {
@@ -69,11 +76,14 @@ fn rows(recorded: &mut Recorded, config: &Config) -> (Vec<u8>, usize) {
         }
     };
     let count = columns[0].0.len() / columns[0].1;
-    let row = |i: usize| columns.iter().flat_map(move |(data, width)| data[i * width..(i + 1) * width].to_vec());
+    let row = |i: usize| {
+        columns.iter().flat_map(move |(data, width)| data[i * width..(i + 1) * width].to_vec())
+    };
     ((0..count).flat_map(row).collect(), count)
 }
 
-/// How far the recorded decoder's roundings can take it from the sum: for exact ranks, and for the others.
+/// How far the recorded decoder's roundings can take it from the sum: for exact ranks, and for the
+/// others.
 fn tolerance(config: &Config, largest: f32) -> (f32, f32) {
     let half_ulp = |kind: FloatType| match kind {
         FloatType::Float16 => 2f32.powi(-11),
@@ -84,9 +94,14 @@ fn tolerance(config: &Config, largest: f32) -> (f32, f32) {
         // Sums of terms hundreds of times larger than the result.
         Config::Legacy(_) => (0.0, 2e-3),
         Config::Quantized(config) => {
-            let exact = if config.delta_encoding { 1.01 * half_ulp(config.exact_dtype) * largest + 1e-6 } else { 0.0 };
+            let exact = if config.delta_encoding {
+                1.01 * half_ulp(config.exact_dtype) * largest + 1e-6
+            } else {
+                0.0
+            };
             let rounded = config.delta_encoding || !config.residual_bins.is_empty();
-            let mut rest = if rounded { 2.02 * half_ulp(config.exact_dtype) * largest } else { 0.0 };
+            let mut rest =
+                if rounded { 2.02 * half_ulp(config.exact_dtype) * largest } else { 0.0 };
             if config.term_dtype.size() == 2 {
                 let steps = if config.delta_encoding { config.approximated() as f32 } else { 1.0 };
                 rest += half_ulp(config.term_dtype) * (2.02 * largest + 0.1 * steps);
@@ -98,21 +113,26 @@ fn tolerance(config: &Config, largest: f32) -> (f32, f32) {
 
 #[test]
 fn decoding() {
-    let cases: Value = serde_json::from_reader(File::open(golden().join("cases.json")).expect("cases.json")).expect("JSON");
+    let cases: Value =
+        serde_json::from_reader(File::open(golden().join("cases.json")).expect("cases.json"))
+            .expect("JSON");
     let cases = cases.as_object().expect("an object of cases");
     assert_eq!(cases.len(), 37);
     for (name, case) in cases {
         let format = if case["format"] == "legacy" { "legacy" } else { "quantized" };
-        let config = Config::from_json(format, &case["config"].to_string()).expect("a valid configuration");
+        let config =
+            Config::from_json(format, &case["config"].to_string()).expect("a valid configuration");
         let codec = Codec::new(config.clone()).expect("a valid configuration");
         let mut recorded = Recorded::open(name);
         let (data, count) = rows(&mut recorded, &config);
         assert_eq!(data.len(), count * codec.bytes_per_row(), "{name}");
 
         let k = codec.k();
-        let (mut ids, mut logprobs) = (vec![0; count * k], vec![0.0; count * k]);
+        let mut ids = vec![0; count * k];
+        let mut logprobs = vec![0.0; count * k];
         codec.decode(&data, &mut ids, &mut logprobs).expect("decodes");
-        let expected_ids: Vec<i64> = recorded.array::<i32>("out_ids").0.into_iter().map(i64::from).collect();
+        let expected_ids: Vec<i64> =
+            recorded.array::<i32>("out_ids").0.into_iter().map(i64::from).collect();
         assert_eq!(ids, expected_ids, "{name}");
 
         let (expected, _) = recorded.array::<f32>("out_logprobs");
@@ -121,48 +141,76 @@ fn decoding() {
         let exact_k = case["config"]["exact_k"].as_u64().expect("a number") as usize;
         for (i, (found, expected)) in logprobs.iter().zip(&expected).enumerate() {
             let allowed = if i % k < exact_k { exact } else { rest };
-            assert!((found - expected).abs() <= allowed, "{name}, row {}, rank {}: {found} {expected}", i / k, i % k);
+            assert!(
+                (found - expected).abs() <= allowed,
+                "{name}, row {}, rank {}: {found} {expected}",
+                i / k,
+                i % k
+            );
         }
     }
 }
 
 /// FNV-1a.
 fn hash(data: &[u8]) -> u64 {
-    data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
-/// The bytes that the recorded rows encode to, on every instruction set of this machine, are those recorded here: they depend on no
-/// machine. What is encoded is in order and has a total probability of at most 1 wherever coefficients are float32 and alone.
+/// The bytes that the recorded rows encode to, on every instruction set of this machine, are those
+/// recorded here: they depend on no machine. What is encoded is in order and has a total
+/// probability of at most 1 wherever coefficients are float32 and alone.
 #[test]
 fn encoding() {
     const RECORDED: u64 = 0xcbf8_c0a9_899b_edcb;
-    let cases: Value = serde_json::from_reader(File::open(golden().join("cases.json")).expect("cases.json")).expect("JSON");
+    let cases: Value =
+        serde_json::from_reader(File::open(golden().join("cases.json")).expect("cases.json"))
+            .expect("JSON");
     let mut all = Vec::new();
     for (name, case) in cases.as_object().expect("an object of cases") {
         let format = if case["format"] == "legacy" { "legacy" } else { "quantized" };
-        let config = Config::from_json(format, &case["config"].to_string()).expect("a valid configuration");
+        let config =
+            Config::from_json(format, &case["config"].to_string()).expect("a valid configuration");
         let mut recorded = Recorded::open(name);
         let ids: Vec<i64> = recorded.array::<i32>("in_ids").0.into_iter().map(i64::from).collect();
         let (logprobs, k) = recorded.array::<f32>("in_logprobs");
         let encoded = |backend| {
-            let codec = Codec::with_backend(config.clone(), backend).expect("a valid configuration");
+            let codec =
+                Codec::with_backend(config.clone(), backend).expect("a valid configuration");
             let mut data = vec![0; ids.len() / k * codec.bytes_per_row()];
             codec.encode(&ids, &logprobs, &mut data).expect("encodes");
             (codec, data)
         };
         let (codec, data) = encoded(Backend::Portable);
         for backend in Backend::available() {
-            assert!(encoded(backend).1 == data, "{name}: {} writes other bytes than portable", backend.name());
+            assert!(
+                encoded(backend).1 == data,
+                "{name}: {} writes other bytes than portable",
+                backend.name()
+            );
         }
-        if matches!(&config, Config::Quantized(config) if config.residual_bins.is_empty() && config.term_dtype == FloatType::Float32) {
-            let (mut back_ids, mut back) = (vec![0; ids.len()], vec![0.0f32; ids.len()]);
+        let is_plain = |config: &QuantizedConfig| {
+            config.residual_bins.is_empty() && config.term_dtype == FloatType::Float32
+        };
+        if matches!(&config, Config::Quantized(config) if is_plain(config)) {
+            let mut back_ids = vec![0; ids.len()];
+            let mut back = vec![0.0f32; ids.len()];
             codec.decode(&data, &mut back_ids, &mut back).expect("decodes");
             for (row, values) in back.chunks(k).enumerate() {
                 assert!(values.is_sorted_by(|a, b| a >= b), "{name}, row {row}: {values:?}");
-                assert!(values.iter().map(|&value| f64::from(value).exp()).sum::<f64>() < 1.0 + 1e-5, "{name}, row {row}");
+                assert!(
+                    values.iter().map(|&value| f64::from(value).exp()).sum::<f64>() < 1.0 + 1e-5,
+                    "{name}, row {row}"
+                );
             }
         }
         all.extend(data);
     }
-    assert_eq!(hash(&all), RECORDED, "the encoder writes other bytes than it did: if that was meant, record {:#018x}", hash(&all));
+    assert_eq!(
+        hash(&all),
+        RECORDED,
+        "the encoder writes other bytes than it did: if that was meant, record {:#018x}",
+        hash(&all)
+    );
 }

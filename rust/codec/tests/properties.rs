@@ -1,6 +1,11 @@
-//! What must hold for every valid configuration and every input, through the public interface alone.
+//! What must hold for every valid configuration and every input, through the public interface
+//! alone.
 
-#![expect(clippy::panic, clippy::unwrap_used, reason = "tests: a failure panics, and exact means exact")]
+#![expect(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "tests: a failure panics, and exact means exact"
+)]
 
 use distillkit_codec::bits::{max_value, pack, packed_len, unpack};
 use distillkit_codec::{Codec, CodecError, Config, FloatType, Logit, bf16, f16, topk};
@@ -9,7 +14,8 @@ use proptest::sample::select;
 use rayon::ThreadPoolBuilder;
 use serde_json::{Value, json};
 
-/// A configuration of each format in its valid range; the few whose terms overflow their type are drawn again.
+/// A configuration of each format in its valid range; the few whose terms overflow their type are
+/// drawn again.
 fn configs() -> impl Strategy<Value = Config> {
     prop_oneof![3 => quantized(), 1 => legacy()]
 }
@@ -20,13 +26,22 @@ fn float_type() -> impl Strategy<Value = &'static str> {
 
 /// Vocabulary size and k.
 fn sizes() -> impl Strategy<Value = (u64, usize)> {
-    let d = prop_oneof![select(&[2, 3, 256, 257, 65_536, 65_537, 131_072, 131_073, 1 << 20, 1 << 62, 1 << 63]), 2u64..1 << 20];
+    let d = prop_oneof![
+        select(&[2, 3, 256, 257, 65_536, 65_537, 131_072, 131_073, 1 << 20, 1 << 62, 1 << 63]),
+        2u64..1 << 20
+    ];
     (d, 1usize..=200).prop_map(|(d, k)| (d, k.min(d as usize)))
 }
 
 fn term() -> impl Strategy<Value = Value> {
-    // Negative powers need a t that is never 0, so they are valid only where no rank is approximated.
-    prop_oneof![6 => (0..=6).prop_map(|power| json!(power)), 2 => Just(json!("sqrt")), 1 => Just(json!("exp")), 1 => Just(json!(-2))]
+    // Negative powers need a t that is never 0, so they are valid only where no rank is
+    // approximated.
+    prop_oneof![
+        6 => (0..=6).prop_map(|power| json!(power)),
+        2 => Just(json!("sqrt")),
+        1 => Just(json!("exp")),
+        1 => Just(json!(-2)),
+    ]
 }
 
 fn quantized() -> impl Strategy<Value = Config> {
@@ -43,12 +58,24 @@ fn quantized() -> impl Strategy<Value = Config> {
                 let num_elements = (share * left as f64).ceil() as usize;
                 left -= num_elements;
                 if num_elements > 0 {
-                    residual_bins.push(json!({"scale_dtype": scale_dtype, "element_bits": element_bits, "num_elements": num_elements}));
+                    residual_bins.push(json!({
+                        "scale_dtype": scale_dtype,
+                        "element_bits": element_bits,
+                        "num_elements": num_elements,
+                    }));
                 }
             }
             let fields = json!({
-                "d": d, "k": k, "exact_k": exact_k, "exact_dtype": exact_dtype, "polynomial_terms": terms, "term_dtype": term_dtype,
-                "residual_bins": residual_bins, "delta_encoding": delta, "error_diffusion": diffusion, "normalize_t": normalize,
+                "d": d,
+                "k": k,
+                "exact_k": exact_k,
+                "exact_dtype": exact_dtype,
+                "polynomial_terms": terms,
+                "term_dtype": term_dtype,
+                "residual_bins": residual_bins,
+                "delta_encoding": delta,
+                "error_diffusion": diffusion,
+                "normalize_t": normalize,
             });
             Config::from_json("quantized", &fields.to_string()).ok()
         },
@@ -60,8 +87,13 @@ fn legacy() -> impl Strategy<Value = Config> {
         "a term is not finite",
         |((d, k), share, degree, invert, sqrt, term_dtype)| {
             let fields = json!({
-                "vocab_size": d, "k": k, "exact_k": (share * k as f64) as usize, "polynomial_degree": degree,
-                "invert_polynomial": invert, "with_sqrt_term": sqrt, "term_dtype": term_dtype,
+                "vocab_size": d,
+                "k": k,
+                "exact_k": (share * k as f64) as usize,
+                "polynomial_degree": degree,
+                "invert_polynomial": invert,
+                "with_sqrt_term": sqrt,
+                "term_dtype": term_dtype,
             });
             Config::from_json("legacy", &fields.to_string()).ok()
         },
@@ -95,7 +127,8 @@ impl Random {
     }
 }
 
-/// A valid row of k: distinct ids up to the vocabulary's last, and log-probabilities of one of the shapes that rows come in.
+/// A valid row of k: distinct ids up to the vocabulary's last, and log-probabilities of one of the
+/// shapes that rows come in.
 fn row(d: u64, k: usize, random: &mut Random) -> (Vec<i64>, Vec<f32>) {
     let stride = 1 + random.below(d / k as u64);
     let lowest = random.below(d - stride * (k as u64 - 1));
@@ -133,7 +166,8 @@ fn row(d: u64, k: usize, random: &mut Random) -> (Vec<i64>, Vec<f32>) {
 /// `count` rows one after the other.
 fn rows(codec: &Codec, count: usize, seed: u64) -> (Vec<i64>, Vec<f32>) {
     let mut random = Random(seed);
-    let (ids, logprobs): (Vec<_>, Vec<_>) = (0..count).map(|_| row(codec.vocab_size(), codec.k(), &mut random)).unzip();
+    let (ids, logprobs): (Vec<_>, Vec<_>) =
+        (0..count).map(|_| row(codec.vocab_size(), codec.k(), &mut random)).unzip();
     (ids.concat(), logprobs.concat())
 }
 
@@ -145,7 +179,8 @@ fn encode(codec: &Codec, ids: &[i64], logprobs: &[f32]) -> Result<Vec<u8>, Codec
 
 fn decode(codec: &Codec, data: &[u8]) -> Result<(Vec<i64>, Vec<f32>), CodecError> {
     let count = data.len() / codec.bytes_per_row() * codec.k();
-    let (mut ids, mut logprobs) = (vec![-1; count], vec![f32::NAN; count]);
+    let mut ids = vec![-1; count];
+    let mut logprobs = vec![f32::NAN; count];
     codec.decode(data, &mut ids, &mut logprobs)?;
     Ok((ids, logprobs))
 }
@@ -175,28 +210,37 @@ fn rounding(kind: FloatType, size: f64) -> f64 {
     size * relative + absolute
 }
 
-/// The exact ranks come back as a neighbour in their type (not always the nearest: the mass of the row has a say); where differences are
-/// stored, errors do not add up.
+/// The exact ranks come back as a neighbour in their type (not always the nearest: the mass of the
+/// row has a say); where differences are stored, errors do not add up.
 fn check_exact(config: &Config, expected: &[f32], found: &[f32]) -> Result<(), TestCaseError> {
     let (exact_k, kind, delta) = exact_part(config);
-    let (mut before, mut worst) = (0.0, 0.0f64);
+    let mut before = 0.0;
+    let mut worst = 0.0f64;
     for (rank, (&expected, &found)) in expected.iter().zip(found).take(exact_k).enumerate() {
         let value = f64::from(expected);
         let allowed = if delta {
-            // Around the mean error of the ranks before, and all of them lowered where the mass would exceed 1.
+            // Around the mean error of the ranks before, and all of them lowered where the mass
+            // would exceed 1.
             worst = worst.max(rounding(kind, (value - before).abs() + 2.0 * worst));
             4.0 * worst + rounding(FloatType::Float32, value.abs()) + 1e-2
         } else {
             2.0 * rounding(kind, value.abs())
         };
-        prop_assert!((f64::from(found) - value).abs() <= allowed, "rank {}: {} {}, allowed {}", rank, found, value, allowed);
+        prop_assert!(
+            (f64::from(found) - value).abs() <= allowed,
+            "rank {}: {} {}, allowed {}",
+            rank,
+            found,
+            value,
+            allowed
+        );
         before = value;
     }
     Ok(())
 }
 
-/// `count` cases, more or fewer in proportion to `PROPTEST_CASES` (256 if not set). Nothing is written beside the sources: a failure prints
-/// its minimal case.
+/// `count` cases, more or fewer in proportion to `PROPTEST_CASES` (256 if not set). Nothing is
+/// written beside the sources: a failure prints its minimal case.
 fn cases(count: u32) -> ProptestConfig {
     let default = ProptestConfig::default();
     ProptestConfig { cases: count * default.cases / 256, failure_persistence: None, ..default }
@@ -212,14 +256,16 @@ proptest! {
         let data = encode(&codec, &ids, &logprobs).unwrap();
         let (found_ids, found) = decode(&codec, &data).unwrap();
         prop_assert!(found.iter().all(|value| value.is_finite()), "{:?}", found);
-        let (k, bytes) = (codec.k(), codec.bytes_per_row());
+        let k = codec.k();
+        let bytes = codec.bytes_per_row();
         for (i, (ids, logprobs)) in ids.chunks(k).zip(logprobs.chunks(k)).enumerate() {
             let (sorted_ids, sorted_logprobs) = sorted(ids, logprobs);
             prop_assert_eq!(&found_ids[i * k..(i + 1) * k], &sorted_ids);
             check_exact(&config, &sorted_logprobs, &found[i * k..(i + 1) * k])?;
             // By itself, and sorted beforehand, a row has the same bytes.
-            prop_assert_eq!(&encode(&codec, ids, logprobs).unwrap(), &data[i * bytes..(i + 1) * bytes]);
-            prop_assert_eq!(&encode(&codec, &sorted_ids, &sorted_logprobs).unwrap(), &data[i * bytes..(i + 1) * bytes]);
+            let row = &data[i * bytes..(i + 1) * bytes];
+            prop_assert_eq!(&encode(&codec, ids, logprobs).unwrap(), row);
+            prop_assert_eq!(&encode(&codec, &sorted_ids, &sorted_logprobs).unwrap(), row);
         }
     }
 
@@ -232,20 +278,28 @@ proptest! {
         data.push(0);
         let bytes = codec.bytes_per_row();
         for len in 0..=data.len() {
-            let (mut found, mut values) = (vec![0; len / bytes * codec.k()], vec![0.0; len / bytes * codec.k()]);
+            let mut found = vec![0; len / bytes * codec.k()];
+            let mut values = vec![0.0; len / bytes * codec.k()];
             let result = codec.decode(&data[..len], &mut found, &mut values);
             if len % bytes == 0 {
                 prop_assert_eq!(result, Ok(()));
                 prop_assert_eq!(&found, &ids[..found.len()]);
             } else {
-                let Err(CodecError::Truncated { found, expected, .. }) = result else { panic!("{len}: {result:?}") };
+                let Err(CodecError::Truncated { found, expected, .. }) = result else {
+                    panic!("{len}: {result:?}")
+                };
                 prop_assert_eq!((found, expected), (len, (len / bytes + 1) * bytes));
             }
         }
     }
 
     #[test]
-    fn arbitrary_bytes_decode_or_are_corrupt(config in configs(), valid_ids: bool, kind in 0..3, seed: u64) {
+    fn arbitrary_bytes_decode_or_are_corrupt(
+        config in configs(),
+        valid_ids: bool,
+        kind in 0..3,
+        seed: u64,
+    ) {
         let codec = Codec::new(config.clone()).unwrap();
         let mut random = Random(seed);
         let mut data: Vec<u8> = (0..codec.bytes_per_row()).map(|_| match kind {
@@ -260,21 +314,26 @@ proptest! {
         }
         match decode(&codec, &data) {
             Ok((ids, logprobs)) => {
-                prop_assert!(ids.iter().all(|&id| id >= 0 && (id as u64) < codec.vocab_size()), "{:?}", ids);
+                let known = |&id: &i64| id >= 0 && (id as u64) < codec.vocab_size();
+                prop_assert!(ids.iter().all(known), "{:?}", ids);
                 prop_assert!(logprobs.iter().all(|value| value.is_finite()), "{:?}", logprobs);
                 // Ids have one spelling.
                 prop_assert_eq!(id_bytes(&config, &ids), &data[codec.value_bytes()..]);
             }
             Err(CodecError::Corrupt(message)) => {
                 prop_assert!(message.starts_with("row 0: "), "{}", message);
-                prop_assert!(!valid_ids || message.contains("finite") || message.contains("padding"), "{}", message);
+                let of_values = message.contains("finite") || message.contains("padding");
+                prop_assert!(!valid_ids || of_values, "{}", message);
             }
             Err(other) => panic!("{other:?}"),
         }
     }
 
     #[test]
-    fn bits_have_one_spelling(width in 1u32..=64, data in prop::collection::vec(any::<u8>(), 0..100)) {
+    fn bits_have_one_spelling(
+        width in 1u32..=64,
+        data in prop::collection::vec(any::<u8>(), 0..100),
+    ) {
         let mut values = vec![0; data.len() * 8 / width as usize];
         match unpack(&data, width, &mut values) {
             Ok(()) => {
@@ -283,12 +342,15 @@ proptest! {
                 prop_assert_eq!(again, data);
             }
             Err(CodecError::Corrupt(_)) => prop_assert!(data.last().is_some_and(|&last| last != 0)),
-            Err(CodecError::Truncated { .. }) => prop_assert_ne!(packed_len(values.len(), width), data.len()),
+            Err(CodecError::Truncated { .. }) => {
+                prop_assert_ne!(packed_len(values.len(), width), data.len());
+            }
             Err(other) => panic!("{other:?}"),
         }
         values.push(u64::from(width < 64) << (width % 64));
         let mut out = vec![0; packed_len(values.len(), width)];
-        prop_assert_eq!(pack(&values, width, &mut out).is_ok(), width == 64, "2^{} does not fit", width);
+        let packs = pack(&values, width, &mut out).is_ok();
+        prop_assert_eq!(packs, width == 64, "2^{} does not fit", width);
         prop_assert!(values[..values.len() - 1].iter().all(|&value| value <= max_value(width)));
     }
 }
@@ -308,7 +370,12 @@ fn id_bytes(config: &Config, ids: &[i64]) -> Vec<u8> {
             out
         }
         Config::Legacy(config) => {
-            let word = |ids: &[u64]| ids.iter().enumerate().map(|(i, id)| id << (i as u32 * config.id_bits())).sum::<u64>();
+            let word = |ids: &[u64]| {
+                ids.iter()
+                    .enumerate()
+                    .map(|(i, id)| id << (i as u32 * config.id_bits()))
+                    .sum::<u64>()
+            };
             words.chunks(config.ids_per_word()).flat_map(|ids| word(ids).to_le_bytes()).collect()
         }
     }
@@ -320,15 +387,25 @@ enum Spoiled {
     Value(f32),
     Id(i64),
     RepeatedId,
-    /// Every log-probability 0: each may be, all can not.
+    /// Every log-probability 0: each of them may be, but not all.
     Mass,
 }
 
-fn spoil(codec: &Codec, how: Spoiled, rank: usize, ids: &mut [i64], logprobs: &mut [f32]) -> String {
+fn spoil(
+    codec: &Codec,
+    how: Spoiled,
+    rank: usize,
+    ids: &mut [i64],
+    logprobs: &mut [f32],
+) -> String {
     match how {
         Spoiled::Value(value) => {
             logprobs[rank] = value;
-            if value.is_finite() { "not log-probabilities".into() } else { format!("{value} at rank {rank} is not finite") }
+            if value.is_finite() {
+                "not log-probabilities".into()
+            } else {
+                format!("{value} at rank {rank} is not finite")
+            }
         }
         Spoiled::Id(id) => {
             ids[rank] = id;
@@ -352,15 +429,24 @@ proptest! {
     fn bad_rows_are_refused_by_the_first_of_them(
         config in configs(),
         which in 0usize..9,
-        (count, first, second) in (1usize..200).prop_flat_map(|count| (Just(count), 0..count, 0..count)),
+        (count, first, second) in
+            (1usize..200).prop_flat_map(|count| (Just(count), 0..count, 0..count)),
         seed: u64,
     ) {
         let codec = Codec::new(config).unwrap();
-        let (d, k) = (codec.vocab_size(), codec.k());
+        let d = codec.vocab_size();
+        let k = codec.k();
         let outside = if d < 1 << 63 { d as i64 } else { i64::MIN };
         let how = [
-            Spoiled::Value(f32::NAN), Spoiled::Value(f32::INFINITY), Spoiled::Value(f32::NEG_INFINITY), Spoiled::Value(0.02),
-            Spoiled::Id(-1), Spoiled::Id(i64::MIN), Spoiled::Id(outside), Spoiled::RepeatedId, Spoiled::Mass,
+            Spoiled::Value(f32::NAN),
+            Spoiled::Value(f32::INFINITY),
+            Spoiled::Value(f32::NEG_INFINITY),
+            Spoiled::Value(0.02),
+            Spoiled::Id(-1),
+            Spoiled::Id(i64::MIN),
+            Spoiled::Id(outside),
+            Spoiled::RepeatedId,
+            Spoiled::Mass,
         ][which];
         prop_assume!(k > 1 || !matches!(how, Spoiled::RepeatedId | Spoiled::Mass));
         let (mut ids, mut logprobs) = rows(&codec, count, seed);
@@ -373,11 +459,14 @@ proptest! {
         let rank = seed as usize % k;
         let mut expected = String::new();
         for row in [first.max(second), first.min(second)] {
-            expected = spoil(&codec, how, rank, &mut ids[row * k..(row + 1) * k], &mut logprobs[row * k..(row + 1) * k]);
+            let ids = &mut ids[row * k..(row + 1) * k];
+            let logprobs = &mut logprobs[row * k..(row + 1) * k];
+            expected = spoil(&codec, how, rank, ids, logprobs);
         }
         let error = encode(&codec, &ids, &logprobs).unwrap_err();
         let CodecError::Input(message) = &error else { panic!("{error:?}") };
-        prop_assert!(message.starts_with(&format!("row {}: ", first.min(second))), "{} {}", message, first.min(second));
+        let row = first.min(second);
+        prop_assert!(message.starts_with(&format!("row {row}: ")), "{} {}", message, row);
         prop_assert!(message.contains(&expected), "{}; expected {}", message, expected);
     }
 }
@@ -406,27 +495,45 @@ proptest! {
 /// A dense row in float32 and its top-k by definition: descending, equal ones by ascending id.
 fn naive_topk(row: &[f32], k: usize) -> (Vec<i64>, Vec<f64>) {
     let highest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let log_sum = row.iter().map(|&logit| f64::from(logit - highest).exp()).sum::<f64>().ln() + f64::from(highest);
+    let log_sum = row.iter().map(|&logit| f64::from(logit - highest).exp()).sum::<f64>().ln()
+        + f64::from(highest);
     let mut order: Vec<usize> = (0..row.len()).collect();
     order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
     order.truncate(k);
-    (order.iter().map(|&id| id as i64).collect(), order.iter().map(|&id| f64::from(row[id]) - log_sum).collect())
+    (
+        order.iter().map(|&id| id as i64).collect(),
+        order.iter().map(|&id| f64::from(row[id]) - log_sum).collect(),
+    )
 }
 
 /// [`topk`] is the definition, and [`Codec::encode_logits`] is [`Codec::encode`] of it.
 fn check_logits<L: Logit>(logits: &[L], width: usize, k: usize) -> Result<(), TestCaseError> {
     let count = logits.len() / width;
-    let (mut ids, mut logprobs, mut logsumexp) = (vec![-1; count * k], vec![f32::NAN; count * k], vec![f32::NAN; count]);
+    let mut ids = vec![-1; count * k];
+    let mut logprobs = vec![f32::NAN; count * k];
+    let mut logsumexp = vec![f32::NAN; count];
     topk(logits, width, k, &mut ids, &mut logprobs, &mut logsumexp).unwrap();
     for (i, row) in logits.chunks(width).enumerate() {
         let row: Vec<f32> = row.iter().map(|logit| logit.to_f32()).collect();
         let (expected_ids, expected) = naive_topk(&row, k);
         prop_assert_eq!(&ids[i * k..(i + 1) * k], &expected_ids);
         for (found, expected) in logprobs[i * k..].iter().zip(expected) {
-            prop_assert!((f64::from(*found) - expected).abs() <= 1e-5 + 1e-6 * expected.abs(), "{} {}", found, expected);
+            prop_assert!(
+                (f64::from(*found) - expected).abs() <= 1e-5 + 1e-6 * expected.abs(),
+                "{} {}",
+                found,
+                expected
+            );
         }
     }
-    let fields = json!({"d": width, "k": k, "exact_k": 0, "polynomial_terms": [0, 1], "normalize_t": true, "residual_bins": []});
+    let fields = json!({
+        "d": width,
+        "k": k,
+        "exact_k": 0,
+        "polynomial_terms": [0, 1],
+        "normalize_t": true,
+        "residual_bins": [],
+    });
     let codec = Codec::new(Config::from_json("quantized", &fields.to_string()).unwrap()).unwrap();
     let mut data = vec![0xAA; count * codec.bytes_per_row()];
     codec.encode_logits(logits, width, &mut data).unwrap();
@@ -453,8 +560,10 @@ proptest! {
             _ => random.unit() as f32,
         }).collect();
         check_logits(&logits, width, k)?;
-        check_logits(&logits.iter().map(|&logit| bf16::from_f32(logit)).collect::<Vec<_>>(), width, k)?;
-        check_logits(&logits.iter().map(|&logit| f16::from_f32(logit)).collect::<Vec<_>>(), width, k)?;
+        let bfloat16: Vec<bf16> = logits.iter().map(|&logit| bf16::from_f32(logit)).collect();
+        check_logits(&bfloat16, width, k)?;
+        let float16: Vec<f16> = logits.iter().map(|&logit| f16::from_f32(logit)).collect();
+        check_logits(&float16, width, k)?;
     }
 }
 
@@ -487,7 +596,8 @@ proptest! {
                 prop_assert!(values.iter().all(|value| value.is_finite()), "{:?}", values);
             }
             Err(CodecError::Input(message)) => {
-                prop_assert!(message.starts_with("row 0: ") && message.contains("at rank "), "{}", message);
+                let named = message.starts_with("row 0: ") && message.contains("at rank ");
+                prop_assert!(named, "{}", message);
             }
             Err(other) => panic!("{other:?}"),
         }
@@ -496,18 +606,29 @@ proptest! {
 
 #[test]
 fn logits_as_far_apart_as_floats_go_have_finite_log_probabilities_or_are_refused() {
-    let (mut ids, mut logprobs, mut logsumexp) = ([0; 2], [0.0f32; 2], [0.0f32]);
+    let mut ids = [0; 2];
+    let mut logprobs = [0.0f32; 2];
+    let mut logsumexp = [0.0f32];
     match topk(&[f32::MIN, f32::MAX], 2, 2, &mut ids, &mut logprobs, &mut logsumexp) {
-        Ok(()) => assert!(ids == [1, 0] && logprobs.iter().all(|value| value.is_finite()), "{logprobs:?}"),
+        Ok(()) => {
+            assert!(ids == [1, 0] && logprobs.iter().all(|value| value.is_finite()), "{logprobs:?}")
+        }
         Err(error) => assert!(matches!(error, CodecError::Input(_)), "{error:?}"),
     }
 }
 
-/// Rows of one value, with hardly any probability missing: raising exact values to make place for the others would cost their total.
+/// Rows of one value, with hardly any probability missing: raising exact values to make room for
+/// the others would cost their total.
 #[test]
 fn tied_rows_stay_close() {
     let fields = json!({
-        "d": 100, "k": 30, "exact_k": 16, "exact_dtype": "bfloat16", "polynomial_terms": [0], "delta_encoding": false, "residual_bins": [],
+        "d": 100,
+        "k": 30,
+        "exact_k": 16,
+        "exact_dtype": "bfloat16",
+        "polynomial_terms": [0],
+        "delta_encoding": false,
+        "residual_bins": [],
     });
     let codec = Codec::new(Config::from_json("quantized", &fields.to_string()).unwrap()).unwrap();
     let ids: Vec<i64> = (0..30).collect();
@@ -523,13 +644,21 @@ fn tied_rows_stay_close() {
 #[test]
 fn the_largest_configurations_round_trip() {
     let bins = json!([{"scale_dtype": "float32", "element_bits": 64, "num_elements": 60_000}]);
-    for (d, terms, residual_bins) in
-        [(65_536, json!([0, 1, "sqrt"]), json!([])), (1u64 << 63, json!([]), bins.clone()), (65_537, json!([0]), bins)]
-    {
+    for (d, terms, residual_bins) in [
+        (65_536, json!([0, 1, "sqrt"]), json!([])),
+        (1u64 << 63, json!([]), bins.clone()),
+        (65_537, json!([0]), bins),
+    ] {
         let fields = json!({
-            "d": d, "k": 65_536, "exact_k": 5_536, "polynomial_terms": terms, "normalize_t": true, "residual_bins": residual_bins,
+            "d": d,
+            "k": 65_536,
+            "exact_k": 5_536,
+            "polynomial_terms": terms,
+            "normalize_t": true,
+            "residual_bins": residual_bins,
         });
-        let codec = Codec::new(Config::from_json("quantized", &fields.to_string()).unwrap()).unwrap();
+        let codec =
+            Codec::new(Config::from_json("quantized", &fields.to_string()).unwrap()).unwrap();
         let (ids, logprobs) = rows(&codec, 1, d);
         let (found, values) = decode(&codec, &encode(&codec, &ids, &logprobs).unwrap()).unwrap();
         assert_eq!(found, sorted(&ids, &logprobs).0);
@@ -543,29 +672,60 @@ fn sizes_that_do_not_fit_are_refused() {
     let codec = Codec::new(Config::from_json("quantized", &config.to_string()).unwrap()).unwrap();
     let bytes = codec.bytes_per_row();
     let refused = |result: Result<(), CodecError>, parts: &[&str]| match result {
-        Err(CodecError::Input(message)) => assert!(parts.iter().all(|part| message.contains(part)), "{message}: {parts:?}"),
+        Err(CodecError::Input(message)) => {
+            assert!(parts.iter().all(|part| message.contains(part)), "{message}: {parts:?}")
+        }
         other => panic!("{other:?}"),
     };
-    let (ids, logprobs) = ([0, 1, 2, 3, 4, 5, 6, 7], [-2.0f32; 8]);
+    let ids = [0, 1, 2, 3, 4, 5, 6, 7];
+    let logprobs = [-2.0f32; 8];
     let mut out = vec![0; 2 * bytes + 1];
-    refused(codec.encode(&ids[..7], &logprobs[..7], &mut out[..2 * bytes]), &["7 ids", "rows of 4"]);
-    refused(codec.encode(&ids, &logprobs[..7], &mut out[..2 * bytes]), &["8 ids", "7 log-probabilities"]);
+    refused(
+        codec.encode(&ids[..7], &logprobs[..7], &mut out[..2 * bytes]),
+        &["7 ids", "rows of 4"],
+    );
+    refused(
+        codec.encode(&ids, &logprobs[..7], &mut out[..2 * bytes]),
+        &["8 ids", "7 log-probabilities"],
+    );
     for len in [0, bytes, 2 * bytes - 1, 2 * bytes + 1] {
-        refused(codec.encode(&ids, &logprobs, &mut out[..len]), &[&format!("{len} output bytes"), &format!("need {} bytes", 2 * bytes)]);
+        refused(
+            codec.encode(&ids, &logprobs, &mut out[..len]),
+            &[&format!("{len} output bytes"), &format!("need {} bytes", 2 * bytes)],
+        );
     }
     codec.encode(&ids, &logprobs, &mut out[..2 * bytes]).unwrap();
 
-    let (mut ids, mut values) = ([0; 9], [0.0; 9]);
+    let mut ids = [0; 9];
+    let mut values = [0.0; 9];
     for (id_len, value_len) in [(7, 8), (8, 7), (9, 9), (4, 4), (0, 0)] {
         let found = format!("outputs of {id_len} and {value_len} values");
-        refused(codec.decode(&out[..2 * bytes], &mut ids[..id_len], &mut values[..value_len]), &[&found, "need 8"]);
+        refused(
+            codec.decode(&out[..2 * bytes], &mut ids[..id_len], &mut values[..value_len]),
+            &[&found, "need 8"],
+        );
     }
 
     let logits = [0.0f32; 200];
-    refused(codec.encode_logits(&logits[..198], 99, &mut out[..2 * bytes]), &["99 columns", "vocabulary size is 100"]);
-    refused(codec.encode_logits(&logits[..199], 100, &mut out[..2 * bytes]), &["199 logits", "rows of 100"]);
-    refused(codec.encode_logits(&logits, 100, &mut out[..bytes]), &[&format!("output of {bytes} bytes"), &format!("need {}", 2 * bytes)]);
+    refused(
+        codec.encode_logits(&logits[..198], 99, &mut out[..2 * bytes]),
+        &["99 columns", "vocabulary size is 100"],
+    );
+    refused(
+        codec.encode_logits(&logits[..199], 100, &mut out[..2 * bytes]),
+        &["199 logits", "rows of 100"],
+    );
+    refused(
+        codec.encode_logits(&logits, 100, &mut out[..bytes]),
+        &[&format!("output of {bytes} bytes"), &format!("need {}", 2 * bytes)],
+    );
     refused(topk(&logits, 100, 0, &mut [], &mut [], &mut [0.0; 2]), &["k = 0"]);
-    refused(topk(&logits, 100, 101, &mut [0; 202], &mut [0.0; 202], &mut [0.0; 2]), &["rows of 100", "k = 101"]);
-    refused(topk(&logits, 100, 4, &mut ids[..7], &mut values[..8], &mut [0.0; 2]), &["7 ids", "8 log-probabilities"]);
+    refused(
+        topk(&logits, 100, 101, &mut [0; 202], &mut [0.0; 202], &mut [0.0; 2]),
+        &["rows of 100", "k = 101"],
+    );
+    refused(
+        topk(&logits, 100, 4, &mut ids[..7], &mut values[..8], &mut [0.0; 2]),
+        &["7 ids", "8 log-probabilities"],
+    );
 }

@@ -1,7 +1,9 @@
-//! What the fuzz targets share: configurations from arbitrary bytes, and what must hold of anything that decodes.
+//! What the fuzz targets share: configurations from arbitrary bytes, and what must hold of anything
+//! that decodes.
 //!
-//! Configurations go through their JSON, as they do in use, and are often not valid: fields are drawn from a little more than their range.
-//! k is mostly small: an input's time and the bytes that it needs for a row grow with it.
+//! Configurations go through their JSON, as they do in use, and are often not valid: fields are
+//! drawn from a little more than their range. k is mostly small: an input's time and the bytes that
+//! it needs for a row grow with it.
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use distillkit_codec::{Backend, Codec, CodecError, Config};
@@ -20,7 +22,21 @@ fn float_type(u: &mut Unstructured) -> Result<&'static str> {
 }
 
 fn vocab(u: &mut Unstructured) -> Result<u64> {
-    let d = *u.choose(&[2, 3, 255, 256, 257, 65_536, 65_537, 131_072, 131_073, 1 << 32, 1 << 62, 1 << 63, 0])?;
+    let d = *u.choose(&[
+        2,
+        3,
+        255,
+        256,
+        257,
+        65_536,
+        65_537,
+        131_072,
+        131_073,
+        1 << 32,
+        1 << 62,
+        1 << 63,
+        0,
+    ])?;
     if d == 0 { u.arbitrary() } else { Ok(d) }
 }
 
@@ -48,7 +64,11 @@ impl Fields {
         while left > 0 && bins.len() < 8 && u.arbitrary()? {
             let size = u.int_in_range(1..=left)?;
             left -= size;
-            bins.push(json!({"scale_dtype": float_type(u)?, "element_bits": u.int_in_range(1..=64u8)?, "num_elements": size}));
+            bins.push(json!({
+                "scale_dtype": float_type(u)?,
+                "element_bits": u.int_in_range(1..=64u8)?,
+                "num_elements": size,
+            }));
         }
         let terms = (0..u.int_in_range(0..=6u8)?).map(|_| term(u)).collect::<Result<Vec<_>>>()?;
         let json = json!({
@@ -81,14 +101,18 @@ impl Fields {
         Ok(Self { format: "legacy", json })
     }
 
-    /// The codec on every backend of this CPU, the portable one first, or nothing for fields that were refused as a configuration.
+    /// The codec on every backend of this CPU, the portable one first, or nothing for fields that
+    /// were refused as a configuration.
     pub fn codecs(&self) -> Option<Vec<Codec>> {
         let config = match Config::from_json(self.format, &self.json.to_string()) {
             Ok(config) => config,
             Err(CodecError::Config { .. }) => return None,
             Err(other) => panic!("{} is refused with {other:?}", self.json),
         };
-        let codec = |backend| Codec::with_backend(config.clone(), backend).expect("a valid configuration makes a codec");
+        let codec = |backend| {
+            Codec::with_backend(config.clone(), backend)
+                .expect("a valid configuration makes a codec")
+        };
         Some(Backend::available().into_iter().map(codec).collect())
     }
 }
@@ -99,21 +123,31 @@ impl Arbitrary<'_> for Fields {
     }
 }
 
-/// Decodes any bytes: they are refused as truncated or corrupt, or the answer is one, and the same on every backend.
+/// Decodes any bytes: they are refused as truncated or corrupt, or the answer is one, and the same
+/// on every backend.
 pub fn decode(codecs: &[Codec], data: &[u8]) -> distillkit_codec::Result<(Vec<i64>, Vec<f32>)> {
     let decoded = decode_on(&codecs[0], data);
     for codec in &codecs[1..] {
-        let (here, first) = (decode_on(codec, data), codecs[0].backend());
+        let here = decode_on(codec, data);
+        let first = codecs[0].backend();
         // Bits, as 0 and −0 are not the same.
-        let bits = |(ids, logprobs): &(Vec<i64>, Vec<f32>)| (ids.clone(), logprobs.iter().map(|value| value.to_bits()).collect::<Vec<_>>());
-        assert_eq!(here.as_ref().map(bits), decoded.as_ref().map(bits), "{:?}, {first:?}", codec.backend());
+        let bits = |(ids, logprobs): &(Vec<i64>, Vec<f32>)| {
+            (ids.clone(), logprobs.iter().map(|value| value.to_bits()).collect::<Vec<_>>())
+        };
+        assert_eq!(
+            here.as_ref().map(bits),
+            decoded.as_ref().map(bits),
+            "{:?}, {first:?}",
+            codec.backend()
+        );
     }
     decoded
 }
 
 fn decode_on(codec: &Codec, data: &[u8]) -> distillkit_codec::Result<(Vec<i64>, Vec<f32>)> {
     let rows = data.len() / codec.bytes_per_row();
-    let (mut ids, mut logprobs) = (vec![-1; rows * codec.k()], vec![f32::NAN; rows * codec.k()]);
+    let mut ids = vec![-1; rows * codec.k()];
+    let mut logprobs = vec![f32::NAN; rows * codec.k()];
     let whole = data.len() == rows * codec.bytes_per_row();
     match codec.decode(data, &mut ids, &mut logprobs) {
         Ok(()) => {
@@ -125,7 +159,9 @@ fn decode_on(codec: &Codec, data: &[u8]) -> distillkit_codec::Result<(Vec<i64>, 
         Err(error) => {
             match &error {
                 CodecError::Truncated { .. } => assert!(!whole),
-                CodecError::Corrupt(message) => assert!(whole && message.starts_with("row "), "{message}"),
+                CodecError::Corrupt(message) => {
+                    assert!(whole && message.starts_with("row "), "{message}")
+                }
                 other => panic!("bytes are refused with {other:?}"),
             }
             Err(error)
@@ -134,7 +170,11 @@ fn decode_on(codec: &Codec, data: &[u8]) -> distillkit_codec::Result<(Vec<i64>, 
 }
 
 /// Encodes a row: the bytes, or why it is refused, and the same on every backend.
-pub fn encode(codecs: &[Codec], ids: &[i64], logprobs: &[f32]) -> distillkit_codec::Result<Vec<u8>> {
+pub fn encode(
+    codecs: &[Codec],
+    ids: &[i64],
+    logprobs: &[f32],
+) -> distillkit_codec::Result<Vec<u8>> {
     let encode_on = |codec: &Codec| {
         let mut data = vec![0xAA; codec.bytes_per_row()];
         codec.encode(ids, logprobs, &mut data).map(|()| data)
@@ -152,7 +192,10 @@ pub fn corpus(result: Result<()>) -> Corpus {
 }
 
 /// Takes the fields of a configuration, and decodes what is left of the input as its rows.
-pub fn decode_any(input: &[u8], fields: impl FnOnce(&mut Unstructured) -> Result<Fields>) -> Result<()> {
+pub fn decode_any(
+    input: &[u8],
+    fields: impl FnOnce(&mut Unstructured) -> Result<Fields>,
+) -> Result<()> {
     let mut u = Unstructured::new(input);
     if let Some(codecs) = fields(&mut u)?.codecs() {
         let _ = decode(&codecs, &rows(&codecs[0], u.take_rest()));
@@ -160,13 +203,16 @@ pub fn decode_any(input: &[u8], fields: impl FnOnce(&mut Unstructured) -> Result
     Ok(())
 }
 
-/// Arbitrary bytes, cut or repeated to a whole number of rows unless the first of them says otherwise.
+/// Arbitrary bytes, cut or repeated to a whole number of rows unless the first of them says
+/// otherwise.
 pub fn rows(codec: &Codec, raw: &[u8]) -> Vec<u8> {
     let bytes = codec.bytes_per_row();
     match raw.split_first() {
         None => Vec::new(),
         Some((0, rest)) => rest.to_vec(),
         Some((_, [])) => vec![0; bytes],
-        Some((_, rest)) => rest.iter().copied().cycle().take(rest.len().div_ceil(bytes) * bytes).collect(),
+        Some((_, rest)) => {
+            rest.iter().copied().cycle().take(rest.len().div_ceil(bytes) * bytes).collect()
+        }
     }
 }

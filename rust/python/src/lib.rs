@@ -1,9 +1,13 @@
-//! `distillkit._native`: borrow arrays, release the GIL, call the codec, wrap what comes out. Nothing else.
+//! `distillkit._native`: borrow arrays, release the GIL, call the codec, wrap what comes out.
+//! Nothing else.
 
 #![expect(clippy::needless_pass_by_value, reason = "extracted arguments are owned")]
 
 use distillkit_codec::{self as core, CodecError, Config, HalfBitsSliceExt, bf16, f16};
-use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyReadwriteArray2, PyUntypedArrayMethods};
+use numpy::{
+    IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyReadwriteArray2,
+    PyUntypedArrayMethods,
+};
 use pyo3::prelude::*;
 
 mod errors {
@@ -31,12 +35,22 @@ fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> core::Result<T> + Se
     py.detach(work).map_err(raise)
 }
 
-fn contiguous<'a, T: numpy::Element>(name: &str, array: &'a PyReadonlyArray2<'_, T>) -> PyResult<&'a [T]> {
-    array.as_slice().map_err(|_| errors::InputError::new_err(format!("{name} must be C-contiguous")))
+fn contiguous<'a, T: numpy::Element>(
+    name: &str,
+    array: &'a PyReadonlyArray2<'_, T>,
+) -> PyResult<&'a [T]> {
+    array
+        .as_slice()
+        .map_err(|_| errors::InputError::new_err(format!("{name} must be C-contiguous")))
 }
 
-fn contiguous_mut<'a, T: numpy::Element>(name: &str, array: &'a mut PyReadwriteArray2<'_, T>) -> PyResult<&'a mut [T]> {
-    array.as_slice_mut().map_err(|_| errors::InputError::new_err(format!("{name} must be C-contiguous")))
+fn contiguous_mut<'a, T: numpy::Element>(
+    name: &str,
+    array: &'a mut PyReadwriteArray2<'_, T>,
+) -> PyResult<&'a mut [T]> {
+    array
+        .as_slice_mut()
+        .map_err(|_| errors::InputError::new_err(format!("{name} must be C-contiguous")))
 }
 
 /// Dense logits in one of the types they come in; 16-bit types arrive as their bits.
@@ -53,11 +67,13 @@ macro_rules! with_logits {
     ($logits:expr, $bfloat16:expr, |$slice:ident, $width:ident| $run:expr) => {
         match &$logits {
             Logits::Float32(array) => {
-                let ($slice, $width) = (contiguous("logits", array)?, array.shape()[1]);
+                let $slice = contiguous("logits", array)?;
+                let $width = array.shape()[1];
                 $run
             }
             Logits::Bits16(array) => {
-                let (bits, $width) = (contiguous("logits", array)?, array.shape()[1]);
+                let bits = contiguous("logits", array)?;
+                let $width = array.shape()[1];
                 if $bfloat16 {
                     let $slice = bits.reinterpret_cast::<bf16>();
                     $run
@@ -70,11 +86,17 @@ macro_rules! with_logits {
     };
 }
 
-fn two_dimensional<T: numpy::Element>(py: Python<'_>, data: Vec<T>, rows: usize, columns: usize) -> PyResult<Bound<'_, PyArray2<T>>> {
+fn two_dimensional<T: numpy::Element>(
+    py: Python<'_>,
+    data: Vec<T>,
+    rows: usize,
+    columns: usize,
+) -> PyResult<Bound<'_, PyArray2<T>>> {
     data.into_pyarray(py).reshape([rows, columns])
 }
 
-/// A codec of one configuration. Arrays are C-contiguous; shapes (rows, k), (rows, `bytes_per_row`), (rows, vocabulary).
+/// A codec of one configuration. Arrays are C-contiguous; shapes (rows, k), (rows,
+/// `bytes_per_row`), (rows, vocabulary).
 #[pyclass(frozen, module = "distillkit._native")]
 struct Codec {
     inner: core::Codec,
@@ -84,7 +106,8 @@ struct Codec {
 impl Codec {
     #[new]
     fn new(format: &str, config_json: &str) -> PyResult<Self> {
-        let inner = Config::from_json(format, config_json).and_then(core::Codec::new).map_err(raise)?;
+        let inner =
+            Config::from_json(format, config_json).and_then(core::Codec::new).map_err(raise)?;
         Ok(Self { inner })
     }
 
@@ -153,8 +176,12 @@ impl Codec {
     /// (terms, approximated ranks) float64: the terms as a decoder evaluates them.
     fn terms<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray2<f64>>> {
         let (terms, m, n) = match self.inner.format() {
-            core::Format::Quantized(format) => (format.terms(), format.config().terms().len(), format.config().approximated()),
-            core::Format::Legacy(format) => (format.terms(), format.config().terms().len(), format.config().approximated()),
+            core::Format::Quantized(format) => {
+                (format.terms(), format.config().terms().len(), format.config().approximated())
+            }
+            core::Format::Legacy(format) => {
+                (format.terms(), format.config().terms().len(), format.config().approximated())
+            }
         };
         two_dimensional(py, terms.to_vec(), m, n)
     }
@@ -167,7 +194,9 @@ impl Codec {
         logprobs: PyReadonlyArray2<'_, f32>,
         mut out: PyReadwriteArray2<'_, u8>,
     ) -> PyResult<()> {
-        let (ids, logprobs, out) = (contiguous("ids", &ids)?, contiguous("logprobs", &logprobs)?, contiguous_mut("out", &mut out)?);
+        let ids = contiguous("ids", &ids)?;
+        let logprobs = contiguous("logprobs", &logprobs)?;
+        let out = contiguous_mut("out", &mut out)?;
         detached(py, || self.inner.encode(ids, logprobs, out))
     }
 
@@ -179,15 +208,24 @@ impl Codec {
         mut ids: PyReadwriteArray2<'_, i64>,
         mut logprobs: PyReadwriteArray2<'_, f32>,
     ) -> PyResult<()> {
-        let (ids, logprobs) = (contiguous_mut("ids", &mut ids)?, contiguous_mut("logprobs", &mut logprobs)?);
+        let ids = contiguous_mut("ids", &mut ids)?;
+        let logprobs = contiguous_mut("logprobs", &mut logprobs)?;
         let data = contiguous("data", &data)?;
         detached(py, || self.inner.decode(data, ids, logprobs))
     }
 
     /// Encodes the k most probable ids of dense logits into `out` (rows, `bytes_per_row`).
-    fn encode_logits(&self, py: Python<'_>, logits: Logits<'_>, bfloat16: bool, mut out: PyReadwriteArray2<'_, u8>) -> PyResult<()> {
+    fn encode_logits(
+        &self,
+        py: Python<'_>,
+        logits: Logits<'_>,
+        bfloat16: bool,
+        mut out: PyReadwriteArray2<'_, u8>,
+    ) -> PyResult<()> {
         let out = contiguous_mut("out", &mut out)?;
-        with_logits!(logits, bfloat16, |slice, width| detached(py, || self.inner.encode_logits(slice, width, out)))
+        with_logits!(logits, bfloat16, |slice, width| detached(py, || self
+            .inner
+            .encode_logits(slice, width, out)))
     }
 }
 
@@ -203,25 +241,37 @@ fn topk<'py>(
     with_logits!(logits, bfloat16, |slice, width| {
         let rows = slice.len() / width.max(1);
         let (ids, logprobs, logsumexp) = detached(py, || {
-            let (mut ids, mut logprobs, mut logsumexp) = (vec![0; rows * k], vec![0.0; rows * k], vec![0.0; rows]);
+            let mut ids = vec![0; rows * k];
+            let mut logprobs = vec![0.0; rows * k];
+            let mut logsumexp = vec![0.0; rows];
             core::topk(slice, width, k, &mut ids, &mut logprobs, &mut logsumexp)?;
             Ok((ids, logprobs, logsumexp))
         })?;
-        Ok((two_dimensional(py, ids, rows, k)?, two_dimensional(py, logprobs, rows, k)?, logsumexp.into_pyarray(py)))
+        Ok((
+            two_dimensional(py, ids, rows, k)?,
+            two_dimensional(py, logprobs, rows, k)?,
+            logsumexp.into_pyarray(py),
+        ))
     })
 }
 
 /// Packs each row of `values`; (rows, n) uint64 → (rows, bytes) uint8.
 #[pyfunction]
-fn pack_bits<'py>(py: Python<'py>, values: PyReadonlyArray2<'py, u64>, width: u32) -> PyResult<Bound<'py, PyArray2<u8>>> {
-    let (rows, n) = (values.shape()[0], values.shape()[1]);
+fn pack_bits<'py>(
+    py: Python<'py>,
+    values: PyReadonlyArray2<'py, u64>,
+    width: u32,
+) -> PyResult<Bound<'py, PyArray2<u8>>> {
+    let rows = values.shape()[0];
+    let n = values.shape()[1];
     let values = contiguous("values", &values)?;
     let bytes = core::bits::packed_len(n, width.min(64));
     let data = detached(py, || {
         let mut data = vec![0; rows * bytes];
         if bytes > 0 {
             for (row, out) in data.chunks_mut(bytes).enumerate() {
-                core::bits::pack(&values[row * n..(row + 1) * n], width, out).map_err(|error| error.at_row(row))?;
+                core::bits::pack(&values[row * n..(row + 1) * n], width, out)
+                    .map_err(|error| error.at_row(row))?;
             }
         }
         Ok(data)
@@ -231,14 +281,21 @@ fn pack_bits<'py>(py: Python<'py>, values: PyReadonlyArray2<'py, u64>, width: u3
 
 /// Unpacks `count` values from each row of `data`; (rows, bytes) uint8 → (rows, count) uint64.
 #[pyfunction]
-fn unpack_bits<'py>(py: Python<'py>, data: PyReadonlyArray2<'py, u8>, width: u32, count: usize) -> PyResult<Bound<'py, PyArray2<u64>>> {
-    let (rows, bytes) = (data.shape()[0], data.shape()[1]);
+fn unpack_bits<'py>(
+    py: Python<'py>,
+    data: PyReadonlyArray2<'py, u8>,
+    width: u32,
+    count: usize,
+) -> PyResult<Bound<'py, PyArray2<u64>>> {
+    let rows = data.shape()[0];
+    let bytes = data.shape()[1];
     let data = contiguous("data", &data)?;
     let values = detached(py, || {
         let mut values = vec![0; rows * count];
         for row in 0..rows {
             let out = &mut values[row * count..(row + 1) * count];
-            core::bits::unpack(&data[row * bytes..(row + 1) * bytes], width, out).map_err(|error| error.at_row(row))?;
+            core::bits::unpack(&data[row * bytes..(row + 1) * bytes], width, out)
+                .map_err(|error| error.at_row(row))?;
         }
         Ok(values)
     })?;

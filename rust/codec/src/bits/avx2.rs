@@ -1,8 +1,9 @@
 //! Unpacking with AVX2: byte permutes within 128 bits and shifts by another count for every value.
 
 use std::arch::x86_64::{
-    __m128i, __m256i, _mm_loadu_si128, _mm256_and_si256, _mm256_blendv_epi8, _mm256_cmpgt_epi64, _mm256_loadu_si256, _mm256_max_epu32,
-    _mm256_or_si256, _mm256_set_m128i, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_sllv_epi32,
+    __m128i, __m256i, _mm_loadu_si128, _mm256_and_si256, _mm256_blendv_epi8, _mm256_cmpgt_epi64,
+    _mm256_loadu_si256, _mm256_max_epu32, _mm256_or_si256, _mm256_set_m128i, _mm256_set1_epi32,
+    _mm256_set1_epi64x, _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_sllv_epi32,
     _mm256_srlv_epi32, _mm256_srlv_epi64, _mm256_storeu_si256, _mm256_sub_epi32,
 };
 
@@ -68,7 +69,9 @@ pub(super) fn unpack<V: Value>(data: &[u8], width: u32, out: &mut [V]) -> u64 {
         ValuesMut::U32(out) if five_bytes(width) => unpack_fours::<true>(data, width, out),
         ValuesMut::U32(out) => unpack_fours::<false>(data, width, out),
         // Signed comparisons of 64 bits do not order these, and there are no others.
-        ValuesMut::U64(out) if width == 64 || nine_bytes(width as usize) => portable::unpack(data, width, out),
+        ValuesMut::U64(out) if width == 64 || nine_bytes(width as usize) => {
+            portable::unpack(data, width, out)
+        }
         ValuesMut::U64(out) if width <= 32 => unpack_pairs::<true>(data, width, out),
         ValuesMut::U64(out) => unpack_pairs::<false>(data, width, out),
     }
@@ -79,12 +82,15 @@ pub(super) fn unpack<V: Value>(data: &[u8], width: u32, out: &mut [V]) -> u64 {
 fn unpack_fours<const FIVE: bool>(data: &[u8], width: u32, out: &mut [u32]) -> u64 {
     let fours = Fours::of(width);
     let both = |bytes: &[[u8; 16]; 2]| _mm256_set_m128i(load_16(&bytes[1]), load_16(&bytes[0]));
-    let (last, before, after) = (both(&fours.last), both(&fours.before), load_8(&fours.after));
+    let last = both(&fours.last);
+    let before = both(&fours.before);
+    let after = load_8(&fours.after);
     let missing = _mm256_sub_epi32(_mm256_set1_epi32(32), after);
     let mask = _mm256_set1_epi32(max_value(width) as i32);
     let mut largest = _mm256_setzero_si256();
     let (groups, last_values) = out.as_chunks_mut::<8>();
-    let (mut rest, mut padded) = (data, [0; 32]);
+    let mut rest = data;
+    let mut padded = [0; 32];
     for out in groups {
         // The second four of the last groups lacks some of its 16 bytes.
         let group = if rest.len() < fours.second + 16 {
@@ -98,7 +104,10 @@ fn unpack_fours<const FIVE: bool>(data: &[u8], width: u32, out: &mut [u32]) -> u
         let mut values = _mm256_srlv_epi32(_mm256_shuffle_epi8(loaded, last), after);
         if FIVE {
             // A shift by 32 leaves nothing, and is where the last byte ends with the value.
-            values = _mm256_or_si256(values, _mm256_sllv_epi32(_mm256_shuffle_epi8(loaded, before), missing));
+            values = _mm256_or_si256(
+                values,
+                _mm256_sllv_epi32(_mm256_shuffle_epi8(loaded, before), missing),
+            );
         }
         let values = _mm256_and_si256(values, mask);
         largest = _mm256_max_epu32(largest, values);
@@ -122,21 +131,32 @@ fn larger<const SHORT: bool>(a: __m256i, b: __m256i) -> __m256i {
 #[target_feature(enable = "avx2")]
 fn unpack_pairs<const SHORT: bool>(data: &[u8], width: u32, out: &mut [u64]) -> u64 {
     let pairs = Pairs::of(width);
-    let bytes = [0, 2].map(|pair| _mm256_set_m128i(load_16(&pairs.bytes[pair + 1]), load_16(&pairs.bytes[pair])));
-    let after = [load_4(&[pairs.after[0], pairs.after[1]]), load_4(&[pairs.after[2], pairs.after[3]])];
+    let bytes = [0, 2]
+        .map(|pair| _mm256_set_m128i(load_16(&pairs.bytes[pair + 1]), load_16(&pairs.bytes[pair])));
+    let after =
+        [load_4(&[pairs.after[0], pairs.after[1]]), load_4(&[pairs.after[2], pairs.after[3]])];
     let mask = _mm256_set1_epi64x(max_value(width) as i64);
     let mut largest = [_mm256_setzero_si256(); 2];
     let [second, third, fourth] = [pairs.start[1], pairs.start[2], pairs.start[3]];
-    assert!(pairs.start[0] == 0 && second <= fourth && third <= fourth, "the pairs follow each other");
+    assert!(
+        pairs.start[0] == 0 && second <= fourth && third <= fourth,
+        "the pairs follow each other"
+    );
     // Groups whose last pair has its 16 bytes.
-    let groups = ((data.len() + width as usize).saturating_sub(fourth + 16) / width as usize).min(out.len() / 8);
+    let groups = ((data.len() + width as usize).saturating_sub(fourth + 16) / width as usize)
+        .min(out.len() / 8);
     let mut rest = data;
     for out in &mut out.as_chunks_mut::<8>().0[..groups] {
         let group = &rest[..fourth + 16];
-        // SAFETY: the group has 16 bytes from the last pair's start on, and that is the largest of all starts.
+        // SAFETY: the group has 16 bytes from the last pair's start on, and that is the largest of
+        // all starts.
         let (low, high) = unsafe { (load_16s(group, 0, second), load_16s(group, third, fourth)) };
-        let low = _mm256_and_si256(_mm256_srlv_epi64(_mm256_shuffle_epi8(low, bytes[0]), after[0]), mask);
-        let high = _mm256_and_si256(_mm256_srlv_epi64(_mm256_shuffle_epi8(high, bytes[1]), after[1]), mask);
+        let low =
+            _mm256_and_si256(_mm256_srlv_epi64(_mm256_shuffle_epi8(low, bytes[0]), after[0]), mask);
+        let high = _mm256_and_si256(
+            _mm256_srlv_epi64(_mm256_shuffle_epi8(high, bytes[1]), after[1]),
+            mask,
+        );
         largest = [larger::<SHORT>(largest[0], low), larger::<SHORT>(largest[1], high)];
         let (halves, _) = out.as_chunks_mut::<4>();
         store_4(&mut halves[0], low);

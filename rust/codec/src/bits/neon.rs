@@ -1,9 +1,11 @@
-//! Unpacking with NEON: byte permutes and shifts by another count for every value, two or four values at a time.
+//! Unpacking with NEON: byte permutes and shifts by another count for every value, two or four
+//! values at a time.
 
 use std::arch::aarch64::{
-    int32x4_t, int64x2_t, uint8x16_t, uint32x4_t, uint64x2_t, vandq_u32, vandq_u64, vbslq_u64, vcgtq_u64, vdupq_n_u32, vdupq_n_u64,
-    vgetq_lane_u64, vld1q_s32, vld1q_s64, vld1q_u8, vmaxq_u32, vmaxvq_u32, vorrq_u32, vqtbl1q_u8, vreinterpretq_u32_u8,
-    vreinterpretq_u64_u8, vshlq_u32, vshlq_u64, vst1q_u32, vst1q_u64,
+    int32x4_t, int64x2_t, uint8x16_t, uint32x4_t, uint64x2_t, vandq_u32, vandq_u64, vbslq_u64,
+    vcgtq_u64, vdupq_n_u32, vdupq_n_u64, vgetq_lane_u64, vld1q_s32, vld1q_s64, vld1q_u8, vmaxq_u32,
+    vmaxvq_u32, vorrq_u32, vqtbl1q_u8, vreinterpretq_u32_u8, vreinterpretq_u64_u8, vshlq_u32,
+    vshlq_u64, vst1q_u32, vst1q_u64,
 };
 
 use super::pairs::{Fours, Pairs};
@@ -75,14 +77,16 @@ pub(super) fn unpack<V: Value>(data: &[u8], width: u32, out: &mut [V]) -> u64 {
 fn unpack_fours<const FIVE: bool>(data: &[u8], width: u32, out: &mut [u32]) -> u64 {
     let fours = Fours::of(width);
     let start = [0, fours.second];
-    let (last, before) = (fours.last.map(|bytes| load_16(&bytes)), fours.before.map(|bytes| load_16(&bytes)));
+    let last = fours.last.map(|bytes| load_16(&bytes));
+    let before = fours.before.map(|bytes| load_16(&bytes));
     // Shifts to the right, and for the bytes before to the left; those by 32 leave nothing.
     let right = fours.after.map(|after| load_4(after.map(|count| -(count as i32))));
     let left = fours.after.map(|after| load_4(after.map(|count| 32 - count as i32)));
     let mask = vdupq_n_u32(max_value(width) as u32);
     let mut largest = vdupq_n_u32(0);
     let (groups, last_values) = out.as_chunks_mut::<8>();
-    let (mut rest, mut padded) = (data, [0; 32]);
+    let mut rest = data;
+    let mut padded = [0; 32];
     for out in groups {
         // The second four of the last groups lacks some of its 16 bytes.
         let group = if rest.len() < fours.second + 16 {
@@ -94,7 +98,8 @@ fn unpack_fours<const FIVE: bool>(data: &[u8], width: u32, out: &mut [u32]) -> u
         for (four, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
             // SAFETY: the group has 16 bytes from the second four's start on, which is at most 16.
             let loaded = unsafe { load_16_at(group, start[four]) };
-            let mut values = vshlq_u32(vreinterpretq_u32_u8(vqtbl1q_u8(loaded, last[four])), right[four]);
+            let mut values =
+                vshlq_u32(vreinterpretq_u32_u8(vqtbl1q_u8(loaded, last[four])), right[four]);
             if FIVE {
                 let upper = vreinterpretq_u32_u8(vqtbl1q_u8(loaded, before[four]));
                 values = vorrq_u32(values, vshlq_u32(upper, left[four]));
@@ -119,12 +124,14 @@ fn unpack_pairs(data: &[u8], width: u32, out: &mut [u64]) -> u64 {
     let start = pairs.start;
     assert!(start.iter().all(|&start| start <= pairs.start[3]), "the pairs follow each other");
     // Groups whose last pair has its 16 bytes.
-    let groups = ((data.len() + width as usize).saturating_sub(start[3] + 16) / width as usize).min(out.len() / 8);
+    let groups = ((data.len() + width as usize).saturating_sub(start[3] + 16) / width as usize)
+        .min(out.len() / 8);
     let mut rest = data;
     for out in &mut out.as_chunks_mut::<8>().0[..groups] {
         let group = &rest[..start[3] + 16];
         for (pair, out) in out.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            // SAFETY: the group has 16 bytes from the last pair's start on, and that is the largest of all starts.
+            // SAFETY: the group has 16 bytes from the last pair's start on, and that is the largest
+            // of all starts.
             let loaded = unsafe { load_16_at(group, start[pair]) };
             let heads = vreinterpretq_u64_u8(vqtbl1q_u8(loaded, bytes[pair]));
             let values = vandq_u64(vshlq_u64(heads, shift[pair]), mask);

@@ -1,4 +1,5 @@
-//! Where two or four neighbouring values lie in 16 bytes: the tables of the instruction sets that permute bytes within 128 bits.
+//! Where two or four neighbouring values lie in 16 bytes: the tables of the instruction sets that
+//! permute bytes within 128 bits.
 
 /// Eight values of one width in four pairs.
 pub(super) struct Pairs {
@@ -15,9 +16,11 @@ impl Pairs {
         let mut pairs = Self { start: [0; 4], bytes: [[0; 16]; 4], after: [[0; 2]; 4] };
         let mut value = 0;
         while value < 8 {
-            let (pair, half) = (value / 2, value % 2);
+            let pair = value / 2;
+            let half = value % 2;
             let start = 2 * pair * width / 8;
-            let (byte, before) = (value * width / 8 - start, value * width % 8);
+            let byte = value * width / 8 - start;
+            let before = value * width % 8;
             pairs.start[pair] = start;
             pairs.after[pair][half] = 64u64.saturating_sub((width + before) as u64);
             let mut i = 0;
@@ -50,8 +53,8 @@ impl Pairs {
 pub(super) struct Fours {
     /// The byte that the second four's 16 bytes begin with.
     pub(super) second: usize,
-    /// Per value, the four bytes up to the one with its last bit, that one first. Those before the 16 bytes have numbers from 128 on, which
-    /// permute as zeros; no bit of the value is in them.
+    /// Per value, the four bytes up to the one with its last bit, that one first. Those before the
+    /// 16 bytes have numbers from 128 on, which permute as zeros; no bit of the value is in them.
     pub(super) last: [[u8; 16]; 2],
     /// The same for the four bytes before those.
     pub(super) before: [[u8; 16]; 2],
@@ -62,10 +65,12 @@ pub(super) struct Fours {
 impl Fours {
     const fn new(width: usize) -> Self {
         let second = 4 * width / 8;
-        let mut fours = Self { second, last: [[0; 16]; 2], before: [[0; 16]; 2], after: [[0; 4]; 2] };
+        let mut fours =
+            Self { second, last: [[0; 16]; 2], before: [[0; 16]; 2], after: [[0; 4]; 2] };
         let mut value = 0;
         while value < 8 {
-            let (four, lane) = (value / 4, value % 4);
+            let four = value / 4;
+            let lane = value % 4;
             let end = (value + 1) * width - 1 - 8 * four * second;
             fours.after[four][lane] = 7 - end as u32 % 8;
             let mut i = 0;

@@ -6,8 +6,10 @@ use super::{Value, nine_bytes, pack_with};
 
 macro_rules! every_width {
     ($function:ident) => {
-        &every_width!($function: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38
-            39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63 64)
+        &every_width!($function:
+            1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32
+            33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61
+            62 63 64)
     };
     ($function:ident: $($width:literal)+) => { [$($function::<V, $width>),+] };
 }
@@ -41,7 +43,7 @@ fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(word)
 }
 
-/// Stops the loops of widths that the type has not, and makes them nothing but this.
+/// Stops the loops of widths that the type does not have, and reduces them to this check.
 #[inline(always)]
 fn assert_holds<V: Value>(width: usize) {
     assert!(width <= V::BITS as usize, "the width is checked before");
@@ -50,13 +52,16 @@ fn assert_holds<V: Value>(width: usize) {
 fn unpack_as<V: Value, const WIDTH: usize>(data: &[u8], out: &mut [V]) -> u64 {
     assert_holds::<V>(WIDTH);
     let nine = nine_bytes(WIDTH);
-    let touched = 7 * WIDTH / 8 + 8 + usize::from(nine); // bytes that the loads of eight values touch
+    // The bytes that the loads of eight values touch.
+    let touched = 7 * WIDTH / 8 + 8 + usize::from(nine);
     let mut largest = V::default();
-    let (mut group_data, mut done) = (data, 0);
+    let mut group_data = data;
+    let mut done = 0;
     for group in out.chunks_exact_mut(8) {
         let Some(bytes) = group_data.get(..touched) else { break };
         for (i, value) in group.iter_mut().enumerate() {
-            let (byte, before) = (i * WIDTH / 8, i * WIDTH % 8);
+            let byte = i * WIDTH / 8;
+            let before = i * WIDTH % 8;
             let mut head = word(bytes, byte) << before;
             if nine {
                 head |= u64::from(bytes[byte + 8]) >> (8 - before);
@@ -64,14 +69,16 @@ fn unpack_as<V: Value, const WIDTH: usize>(data: &[u8], out: &mut [V]) -> u64 {
             *value = V::low(head >> (64 - WIDTH));
             largest = largest.max(*value);
         }
-        (group_data, done) = (&group_data[WIDTH..], done + 8);
+        group_data = &group_data[WIDTH..];
+        done += 8;
     }
     unpack_last(data, WIDTH, done, out).max(largest.into())
 }
 
-/// Unpacks the values from `done` on, without a load across the end of `data`. Returns the largest of them.
+/// Unpacks the values from `done` on, without a load across the end of `data`. Returns the largest
+/// of them.
 pub(super) fn unpack_last<V: Value>(data: &[u8], width: usize, done: usize, out: &mut [V]) -> u64 {
-    let (data, padded) = (data, &mut [0; 8]);
+    let padded = &mut [0; 8];
     let data = if data.len() < 8 {
         padded[..data.len()].copy_from_slice(data);
         &padded[..]
@@ -101,7 +108,10 @@ fn pack_as<V: Value, const WIDTH: usize>(values: &[V], out: &mut [u8]) -> u64 {
     let (packed, packed_rest) = out.split_at_mut(groups.len() * WIDTH);
     let mut any = 0;
     for (group, packed) in groups.iter().zip(packed.chunks_exact_mut(WIDTH)) {
-        let (mut pending, mut bits, mut at) = (0, 0, 0); // the upper `bits` bits of `pending` are not written yet
+        // The upper `bits` bits of `pending` are not written yet.
+        let mut pending = 0;
+        let mut bits = 0;
+        let mut at = 0;
         for &value in group {
             let value: u64 = value.into();
             any |= value;

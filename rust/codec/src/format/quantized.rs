@@ -1,24 +1,28 @@
-//! The published "distribution quantization" format (`logprob_compressor`); bytes in FORMAT.md §2.
+//! The published "distribution quantization" format (`logprob_compressor`); its bytes are in
+//! FORMAT.md §2.
+
+use std::sync::Arc;
 
 use super::{RowFormat, outside_vocabulary};
 use crate::bits::{Packing, check_padding, pack_ids_body, unpack_ids_body};
-use crate::config::QuantizedConfig;
+use crate::config::{QuantizedConfig, Term};
 use crate::error::Result;
 use crate::float::FloatType;
-use crate::values::{Layout, Values};
+use crate::values::{Layout, Terms, ValueDecoder};
 
 /// A prepared configuration.
 #[derive(Debug, Clone)]
 pub struct Quantized {
     config: QuantizedConfig,
-    values: Values,
+    values: Arc<ValueDecoder>,
 }
 
 impl Quantized {
     pub(crate) fn new(config: QuantizedConfig) -> Self {
         let n = config.approximated();
-        let at = |term: &crate::config::Term, j| config.term_dtype.round(term.at(config.t(j)));
-        let terms = config.terms().iter().flat_map(|term| (0..n).map(move |j| at(term, j))).collect();
+        let terms = config.terms();
+        let at = |term: &Term, j: usize| config.term_dtype.round(term.at(config.t(j)));
+        let values = terms.iter().flat_map(|term| (0..n).map(move |j| at(term, j))).collect();
         let layout = Layout {
             exact_k: config.exact_k,
             exact_dtype: config.exact_dtype,
@@ -26,10 +30,9 @@ impl Quantized {
             wide: config.term_dtype == FloatType::Float64,
             residual_bins: config.residual_bins.clone(),
             delta_encoding: config.delta_encoding,
-            error_diffusion: config.error_diffusion,
         };
-        let values = Values::new(layout, n, config.terms().len(), terms);
-        Self { config, values }
+        let values = ValueDecoder::new(layout, Terms::new(values, terms.len(), n));
+        Self { config, values: Arc::new(values) }
     }
 
     /// The configuration.
@@ -38,10 +41,11 @@ impl Quantized {
         &self.config
     }
 
-    /// The terms at the approximated ranks, m rows of n, rounded to `term_dtype`: what a decoder multiplies coefficients with.
+    /// The terms at the approximated ranks, m rows of n, rounded to `term_dtype`: what a decoder
+    /// multiplies coefficients with.
     #[must_use]
     pub fn terms(&self) -> &[f64] {
-        self.values.terms()
+        self.values.terms().values()
     }
 }
 
@@ -62,7 +66,7 @@ impl RowFormat for Quantized {
         self.config.id_bytes()
     }
 
-    fn values(&self) -> &Values {
+    fn values(&self) -> &Arc<ValueDecoder> {
         &self.values
     }
 

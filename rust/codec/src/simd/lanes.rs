@@ -1,8 +1,9 @@
 //! Sixteen float32 numbers at a time, each of another row.
 //!
-//! Plain arithmetic on arrays, which the compiler turns into the vectors of the instruction set that the caller was compiled for. A lane
-//! never sees another lane, every operation is rounded by itself (no fused multiply-add), and so a row's result depends neither on the
-//! machine nor on the rows beside it.
+//! Plain arithmetic on arrays, which the compiler turns into the vectors of the instruction set
+//! that the caller was compiled for. A lane never sees another lane, every operation is rounded by
+//! itself (no fused multiply-add), and so a row's result depends neither on the machine nor on the
+//! rows beside it.
 
 use std::ops::{Add, AddAssign, Div, Mul, Sub, SubAssign};
 
@@ -116,10 +117,11 @@ impl Lanes {
     }
 }
 
-/// Marks the body of a loop whose steps are vectors already ([`Lanes`] of a rank, a chunk): keeps the compiler from making vectors across
-/// steps, which it would have to shuffle into. No instruction; Miri and other targets go without.
+/// Marks the body of a loop whose steps are vectors already ([`Lanes`] of a rank, a chunk): keeps
+/// the compiler from making vectors across steps, which it would have to shuffle into. No
+/// instruction; Miri and other targets go without.
 #[inline(always)]
-pub(crate) fn one_step() {
+pub(crate) fn no_unroll() {
     #[cfg(all(not(miri), any(target_arch = "x86_64", target_arch = "aarch64")))]
     // SAFETY: there is no code in it, and it touches neither memory, nor the stack, nor flags.
     unsafe {
@@ -157,12 +159,14 @@ impl SubAssign for Lanes {
 /// Exponents below this count as this.
 pub(crate) const LEAST_EXPONENT: f32 = -87.0;
 /// 2ᶠ ≈ ((a·f + b)·f² + (c·f + d))·f² + (e·f + 1) as ((a, b), (c, d), (e, 1)).
-pub(crate) const POLYNOMIAL: [(f32, f32); 3] = [(1.326_696_8e-3, 9.675_462e-3), (5.550_742_6e-2, 0.240_221_22), (0.693_146_95, 1.0)];
+pub(crate) const POLYNOMIAL: [(f32, f32); 3] =
+    [(1.326_696_8e-3, 9.675_462e-3), (5.550_742_6e-2, 0.240_221_22), (0.693_146_95, 1.0)];
 
 /// eˣ for x ≤ 88 with a relative error below 1e-7·(3 + |x|); e⁻⁸⁷ = 1.6e-38 for less, NaN for NaN.
 ///
-/// eˣ = 2ⁿ·2ᶠ with n the integer nearest to x·log₂ e and |f| ≤ ½, and a polynomial of degree 5 for 2ᶠ (least relative error on that
-/// interval, but 1 at 0). Plain arithmetic without branches: it vectorises, and gives the same bits on every machine.
+/// eˣ = 2ⁿ·2ᶠ with n the integer nearest to x·log₂ e and |f| ≤ ½, and a polynomial of degree 5 for
+/// 2ᶠ (least relative error on that interval, but 1 at 0). Plain arithmetic without branches: it
+/// vectorises, and gives the same bits on every machine.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     /// Adding and subtracting this rounds to an integer, which is then in the low bits of the sum.
@@ -187,7 +191,9 @@ pub(crate) fn larger(a: f32, b: f32) -> f32 {
 /// Whether no value is infinite or NaN.
 #[inline(always)]
 pub(crate) fn all_finite(values: &[f32]) -> bool {
-    values.iter().fold(true, |finite, value| finite & (value.to_bits() << 1 < f32::INFINITY.to_bits() << 1))
+    values
+        .iter()
+        .fold(true, |finite, value| finite & (value.to_bits() << 1 < f32::INFINITY.to_bits() << 1))
 }
 
 /// Σ eˣ over the values, each at most 88.
@@ -196,7 +202,7 @@ pub(crate) fn sum_exp(values: &[f32]) -> f64 {
     let (vectors, rest) = values.as_chunks::<LANES>();
     let mut sums = Lanes::ZERO;
     for vector in vectors {
-        one_step();
+        no_unroll();
         sums += Lanes(*vector).exp();
     }
     if let (Some(last), false) = (values.last_chunk::<LANES>(), rest.is_empty()) {
@@ -205,20 +211,21 @@ pub(crate) fn sum_exp(values: &[f32]) -> f64 {
     }
     let mut sum = sums.sum();
     for &value in rest {
-        one_step();
+        no_unroll();
         sum += exp(value);
     }
     f64::from(sum)
 }
 
-/// Whether the values do not increase (false where one is NaN), and Σ eˣ over them, which is meaningless where one is above 88.
+/// Whether the values do not increase (false where one is NaN), and Σ eˣ over them, which is
+/// meaningless where one is above 88.
 #[inline(always)]
 pub(crate) fn order_and_mass(values: &[f32]) -> (bool, f64) {
     let mut unordered = [0u32; LANES];
     let pairs = values.len().saturating_sub(1);
     let mut at = 0;
     while at + LANES <= pairs {
-        one_step();
+        no_unroll();
         mark_increasing(&values[at..], &mut unordered);
         at += LANES;
     }
@@ -227,7 +234,7 @@ pub(crate) fn order_and_mass(values: &[f32]) -> (bool, f64) {
         mark_increasing(&values[pairs - LANES..], &mut unordered);
     } else {
         for t in at..pairs {
-            one_step();
+            no_unroll();
             ordered &= values[t] >= values[t + 1];
         }
     }
@@ -238,7 +245,7 @@ pub(crate) fn order_and_mass(values: &[f32]) -> (bool, f64) {
 /// Sets where a value is not at least the one after it.
 #[inline(always)]
 fn mark_increasing(values: &[f32], marks: &mut [u32; LANES]) {
-    let (values, after) = (&values[..LANES], &values[1..=LANES]);
+    let after = &values[1..=LANES];
     for lane in 0..LANES {
         // NaN is in no order.
         let ordered = values[lane] >= after[lane];
@@ -261,8 +268,9 @@ fn last_of(values: &[f32; LANES], count: usize) -> Lanes {
 pub(crate) fn prefetch<T>(values: &[T]) {
     #[cfg(all(not(miri), target_arch = "x86_64"))]
     for line in values.chunks((64 / size_of::<T>()).max(1)) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         // SAFETY: a hint; it reads nothing, and every x86-64 CPU has it.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.as_ptr().cast()) };
+        unsafe { _mm_prefetch::<{ _MM_HINT_T1 }>(line.as_ptr().cast()) };
     }
     #[cfg(not(all(not(miri), target_arch = "x86_64")))]
     let _ = values;
@@ -277,7 +285,10 @@ mod tests {
         for i in 0..300_000 {
             let x = 40.0 - 127.0 * (i as f32 / 300_000.0);
             let exact = f64::from(x).exp();
-            assert!((f64::from(exp(x)) / exact - 1.0).abs() < 1e-7 * (3.0 + f64::from(x.abs())), "{x}");
+            assert!(
+                (f64::from(exp(x)) / exact - 1.0).abs() < 1e-7 * (3.0 + f64::from(x.abs())),
+                "{x}"
+            );
         }
         assert!(exp(-1e30) < 2e-38 && exp(f32::NEG_INFINITY) < 2e-38);
         assert!(exp(f32::NAN).is_nan());

@@ -1,25 +1,27 @@
-//! The published legacy format (`legacy_logit_compression`); bytes in FORMAT.md §3.
+//! The published legacy format (`legacy_logit_compression`); its bytes are in FORMAT.md §3.
+
+use std::sync::Arc;
 
 use super::{RowFormat, outside_vocabulary};
-use crate::bits::Packing;
-use crate::bits::max_value;
-use crate::config::LegacyConfig;
+use crate::bits::{Packing, max_value};
+use crate::config::{LegacyConfig, Term};
 use crate::error::{CodecError, Result};
 use crate::float::FloatType;
-use crate::values::{Layout, Values};
+use crate::values::{Layout, Terms, ValueDecoder};
 
 /// A prepared configuration.
 #[derive(Debug, Clone)]
 pub struct Legacy {
     config: LegacyConfig,
-    values: Values,
+    values: Arc<ValueDecoder>,
 }
 
 impl Legacy {
     pub(crate) fn new(config: LegacyConfig) -> Self {
         let n = config.approximated();
-        let at = |term: crate::config::Term, j: usize| config.term_dtype.round(term.at((j + 1) as f64));
-        let terms = config.terms().into_iter().flat_map(|term| (0..n).map(move |j| at(term, j))).collect();
+        let terms = config.terms();
+        let at = |term: &Term, j: usize| config.term_dtype.round(term.at((j + 1) as f64));
+        let values = terms.iter().flat_map(|term| (0..n).map(move |j| at(term, j))).collect();
         let layout = Layout {
             exact_k: config.exact_k,
             exact_dtype: FloatType::Float16,
@@ -27,10 +29,9 @@ impl Legacy {
             wide: false,
             residual_bins: Vec::new(),
             delta_encoding: false,
-            error_diffusion: false,
         };
-        let values = Values::new(layout, n, config.terms().len(), terms);
-        Self { config, values }
+        let values = ValueDecoder::new(layout, Terms::new(values, terms.len(), n));
+        Self { config, values: Arc::new(values) }
     }
 
     /// The configuration.
@@ -39,10 +40,11 @@ impl Legacy {
         &self.config
     }
 
-    /// The terms at the approximated ranks, m rows of n, rounded to `term_dtype`: what a decoder multiplies coefficients with.
+    /// The terms at the approximated ranks, m rows of n, rounded to `term_dtype`: what a decoder
+    /// multiplies coefficients with.
     #[must_use]
     pub fn terms(&self) -> &[f64] {
-        self.values.terms()
+        self.values.terms().values()
     }
 }
 
@@ -63,15 +65,17 @@ impl RowFormat for Legacy {
         self.config.id_bytes()
     }
 
-    fn values(&self) -> &Values {
+    fn values(&self) -> &Arc<ValueDecoder> {
         &self.values
     }
 
     #[inline(always)]
     fn write_ids<I: Packing>(&self, _isa: I, ids: &[i64], out: &mut [u8]) {
         let bits = self.config.id_bits();
-        for (word_ids, bytes) in ids.chunks(self.config.ids_per_word()).zip(out.chunks_mut(8)) {
-            let word = word_ids.iter().rev().fold(0u64, |word, &id| word.checked_shl(bits).unwrap_or(0) | id as u64);
+        let words = ids.chunks(self.config.ids_per_word());
+        for (word_ids, bytes) in words.zip(out.chunks_mut(8)) {
+            let join = |word: u64, &id: &i64| word.checked_shl(bits).unwrap_or(0) | id as u64;
+            let word = word_ids.iter().rev().fold(0, join);
             bytes.copy_from_slice(&word.to_le_bytes());
         }
     }
@@ -80,7 +84,8 @@ impl RowFormat for Legacy {
     fn read_ids<I: Packing>(&self, _isa: I, data: &[u8], ids: &mut [i64]) -> Result<()> {
         let bits = self.config.id_bits();
         let mut largest = 0;
-        for (w, (word_ids, bytes)) in ids.chunks_mut(self.config.ids_per_word()).zip(data.chunks(8)).enumerate() {
+        let words = ids.chunks_mut(self.config.ids_per_word()).zip(data.chunks(8));
+        for (w, (word_ids, bytes)) in words.enumerate() {
             let mut le = [0; 8];
             le.copy_from_slice(bytes);
             let mut word = u64::from_le_bytes(le);
@@ -91,9 +96,13 @@ impl RowFormat for Legacy {
                 word = word.checked_shr(bits).unwrap_or(0);
             }
             if word != 0 {
-                return Err(CodecError::Corrupt(format!("unused bits of id word {w} are not zero")));
+                let message = format!("unused bits of id word {w} are not zero");
+                return Err(CodecError::Corrupt(message));
             }
         }
-        if largest < self.config.vocab_size { Ok(()) } else { Err(outside_vocabulary(ids, self.config.vocab_size)) }
+        if largest < self.config.vocab_size {
+            return Ok(());
+        }
+        Err(outside_vocabulary(ids, self.config.vocab_size))
     }
 }

@@ -1,9 +1,11 @@
 //! Packing of unsigned integers of 1–64 bits into bytes, most significant bit first.
 //!
-//! Value `i` of width `w` occupies bits `i·w … (i+1)·w − 1` of the stream; bit 0 is the most significant bit of byte 0. The last byte is
-//! padded with zero bits. This is the published layout of token ids and residual codes.
+//! Value `i` of width `w` occupies bits `i·w … (i+1)·w − 1` of the stream; bit 0 is the most
+//! significant bit of byte 0. The last byte is padded with zero bits. This is the published layout
+//! of token ids and residual codes.
 //!
-//! Values are `u64`, or for widths up to 32 `u32`, which are half the memory to read and write; the bytes are the same.
+//! Values are `u64`, or for widths up to 32 `u32`, which are half the memory to read and write; the
+//! bytes are the same.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -87,7 +89,11 @@ fn check_width<V: Value>(width: u32) -> Result<()> {
     if (1..=V::BITS).contains(&width) {
         return Ok(());
     }
-    Err(CodecError::Input(format!("bit width {width} is not between 1 and {}, those of u{}", V::BITS, V::BITS)))
+    Err(CodecError::Input(format!(
+        "bit width {width} is not between 1 and {}, those of u{}",
+        V::BITS,
+        V::BITS
+    )))
 }
 
 /// The largest value of `width` bits (1–64).
@@ -98,13 +104,13 @@ pub const fn max_value(width: u32) -> u64 {
 
 /// Packs `values` into `out`, which must be exactly [`packed_len`] bytes.
 ///
-/// Fails with [`CodecError::Input`] when the width is not 1–64 (1–32 of `u32`), `out` has another size, or a value has more than `width` bits; `out` is
-/// unspecified then.
+/// Fails with [`CodecError::Input`] when the width is not 1–64 (1–32 of `u32`), `out` has another
+/// size, or a value has more than `width` bits; `out` is unspecified then.
 pub fn pack<V: Value>(values: &[V], width: u32, out: &mut [u8]) -> Result<()> {
     pack_on(Backend::detect(), values, width, out)
 }
 
-/// [`pack`] with a backend of one's choice, which the CPU must have.
+/// [`pack`] with a chosen backend, which the CPU must have.
 pub fn pack_on<V: Value>(backend: Backend, values: &[V], width: u32, out: &mut [u8]) -> Result<()> {
     check_width::<V>(width)?;
     let expected = packed_len(values.len(), width);
@@ -118,25 +124,32 @@ pub fn pack_on<V: Value>(backend: Backend, values: &[V], width: u32, out: &mut [
     let limit = max_value(width);
     if pack_values(backend, values, width, out) > limit {
         let i = values.iter().position(|&value| value.into() > limit).unwrap_or(0);
-        return Err(CodecError::Input(format!("value {} at index {i} does not fit into {width} bits", values[i])));
+        return Err(CodecError::Input(format!(
+            "value {} at index {i} does not fit into {width} bits",
+            values[i]
+        )));
     }
     Ok(())
 }
 
 /// Unpacks `out.len()` values of `width` bits from `data`.
 ///
-/// Fails with [`CodecError::Input`] on a bad width, [`CodecError::Truncated`] when `data` is not exactly [`packed_len`] bytes, and
-/// [`CodecError::Corrupt`] when a padding bit is set.
+/// Fails with [`CodecError::Input`] on a bad width, [`CodecError::Truncated`] when `data` is not
+/// exactly [`packed_len`] bytes, and [`CodecError::Corrupt`] when a padding bit is set.
 pub fn unpack<V: Value>(data: &[u8], width: u32, out: &mut [V]) -> Result<()> {
     unpack_on(Backend::detect(), data, width, out)
 }
 
-/// [`unpack`] with a backend of one's choice, which the CPU must have.
+/// [`unpack`] with a chosen backend, which the CPU must have.
 pub fn unpack_on<V: Value>(backend: Backend, data: &[u8], width: u32, out: &mut [V]) -> Result<()> {
     check_width::<V>(width)?;
     let expected = packed_len(out.len(), width);
     if data.len() != expected {
-        return Err(CodecError::Truncated { what: format!("{} packed values of {width} bits", out.len()), found: data.len(), expected });
+        return Err(CodecError::Truncated {
+            what: format!("{} packed values of {width} bits", out.len()),
+            found: data.len(),
+            expected,
+        });
     }
     check_padding(data, out.len(), width)?;
     unpack_values(backend, data, width, out);
@@ -144,9 +157,11 @@ pub fn unpack_on<V: Value>(backend: Backend, data: &[u8], width: u32, out: &mut 
 }
 
 multiversion! {
-    /// Unpacks `out.len()` values of `width` bits (1 to those of `V`) from `data`, which has exactly [`packed_len`] bytes; padding bits are not looked
-    /// at. Returns the largest value, 0 if there is none.
-    pub(crate) fn unpack_values<V: Value>(data: &[u8], width: u32, out: &mut [V]) -> u64 = unpack_values_body;
+    /// Unpacks `out.len()` values of `width` bits (1 to those of `V`) from `data`, which has
+    /// exactly [`packed_len`] bytes; padding bits are not looked at. Returns the largest value, 0
+    /// if there is none.
+    pub(crate) fn unpack_values<V: Value>(data: &[u8], width: u32, out: &mut [V]) -> u64 =
+        unpack_values_body;
 }
 
 multiversion! {
@@ -156,9 +171,11 @@ multiversion! {
 }
 
 multiversion! {
-    /// Packs `values`, each of which fits into `width` bits (1 to those of `V`), into `out`, which has exactly [`packed_len`] bytes. Returns
-    /// the OR of all values; with values that do not fit the bytes are unspecified.
-    pub(crate) fn pack_values<V: Value>(values: &[V], width: u32, out: &mut [u8]) -> u64 = pack_values_body;
+    /// Packs `values`, each of which fits into `width` bits (1 to those of `V`), into `out`, which
+    /// has exactly [`packed_len`] bytes. Returns the OR of all values; with values that do not fit
+    /// the bytes are unspecified.
+    pub(crate) fn pack_values<V: Value>(values: &[V], width: u32, out: &mut [u8]) -> u64 =
+        pack_values_body;
 }
 
 multiversion! {
@@ -167,7 +184,8 @@ multiversion! {
     pub(crate) fn pack_ids(ids: &[i64], width: u32, out: &mut [u8]) -> u64 = pack_ids_body;
 }
 
-/// The packer of one instruction set. Widths are 1 to those of `V` and the bytes exactly [`packed_len`]; both are checked before.
+/// The packer of one instruction set. Widths are 1 to those of `V` and the bytes exactly
+/// [`packed_len`]; both are checked before.
 pub(crate) trait Packing: Isa {
     /// See [`unpack_values`].
     fn unpack<V: Value>(self, data: &[u8], width: u32, out: &mut [V]) -> u64;
@@ -199,7 +217,8 @@ macro_rules! packing {
 
             #[inline(always)]
             fn pack<V: Value>(self, values: &[V], width: u32, out: &mut [u8]) -> u64 {
-                // SAFETY: as above. The packer of some instruction sets needs none of its instructions.
+                // SAFETY: as above. The packer of some instruction sets needs none of its
+                // instructions.
                 #[allow(unused_unsafe)]
                 unsafe {
                     $pack(values, width, out)
@@ -218,40 +237,60 @@ packing!(Neon, neon::unpack, neon::pack);
 
 /// The body of [`unpack_values`], for use in other bodies.
 #[inline(always)]
-pub(crate) fn unpack_values_body<I: Packing, V: Value>(isa: I, data: &[u8], width: u32, out: &mut [V]) -> u64 {
-    assert!((1..=V::BITS).contains(&width) && data.len() == packed_len(out.len(), width), "width and size are checked before");
+pub(crate) fn unpack_values_body<I: Packing, V: Value>(
+    isa: I,
+    data: &[u8],
+    width: u32,
+    out: &mut [V],
+) -> u64 {
+    assert!(
+        (1..=V::BITS).contains(&width) && data.len() == packed_len(out.len(), width),
+        "width and size are checked before"
+    );
     isa.unpack(data, width, out)
 }
 
 /// [`unpack_values_body`] for token ids, which the caller checks by the returned maximum.
 #[inline(always)]
 pub(crate) fn unpack_ids_body<I: Packing>(isa: I, data: &[u8], width: u32, out: &mut [i64]) -> u64 {
-    // SAFETY: i64 and u64 have the same size and alignment, and every bit pattern is valid for both.
+    // SAFETY: i64 and u64 have the same size and alignment, and every bit pattern is valid for
+    // both.
     let out = unsafe { slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u64>(), out.len()) };
     unpack_values_body(isa, data, width, out)
 }
 
 /// The body of [`pack_values`], for use in other bodies.
 #[inline(always)]
-pub(crate) fn pack_values_body<I: Packing, V: Value>(isa: I, values: &[V], width: u32, out: &mut [u8]) -> u64 {
-    assert!((1..=V::BITS).contains(&width) && out.len() == packed_len(values.len(), width), "width and size are checked before");
+pub(crate) fn pack_values_body<I: Packing, V: Value>(
+    isa: I,
+    values: &[V],
+    width: u32,
+    out: &mut [u8],
+) -> u64 {
+    assert!(
+        (1..=V::BITS).contains(&width) && out.len() == packed_len(values.len(), width),
+        "width and size are checked before"
+    );
     isa.pack(values, width, out)
 }
 
 /// [`pack_values_body`] for token ids that are already checked.
 #[inline(always)]
 pub(crate) fn pack_ids_body<I: Packing>(isa: I, ids: &[i64], width: u32, out: &mut [u8]) -> u64 {
-    // SAFETY: i64 and u64 have the same size and alignment, and every bit pattern is valid for both.
+    // SAFETY: i64 and u64 have the same size and alignment, and every bit pattern is valid for
+    // both.
     let values = unsafe { slice::from_raw_parts(ids.as_ptr().cast::<u64>(), ids.len()) };
     pack_values_body(isa, values, width, out)
 }
 
-/// Whether a value of `width` bits may touch nine bytes. Values of 58 and 60 bits begin at even bits, so those do not.
+/// Whether a value of `width` bits may touch nine bytes. Values of 58 and 60 bits begin at even
+/// bits, so those do not.
 const fn nine_bytes(width: usize) -> bool {
     matches!(width, 59 | 61 | 62 | 63)
 }
 
-/// Whether a value of `width` ≤ 32 bits may touch five bytes. Values of 28 and 32 bits begin at every fourth and eighth bit, so those do not.
+/// Whether a value of `width` ≤ 32 bits may touch five bytes. Values of 28 and 32 bits begin at
+/// every fourth and eighth bit, so those do not.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const fn five_bytes(width: u32) -> bool {
     matches!(width, 27 | 29 | 30 | 31)
@@ -270,8 +309,15 @@ pub(crate) fn check_padding(data: &[u8], count: usize, width: u32) -> Result<()>
 
 /// Packs `value(0) … value(count − 1)`; widths and sizes are already checked, and every value fits.
 #[inline]
-pub(crate) fn pack_with(count: usize, width: u32, out: &mut [u8], mut value: impl FnMut(usize) -> u64) {
-    let mut pending: u128 = 0; // its low `bits` bits are not written yet; bits ≤ 63 before a value is added, so 127 always suffice
+pub(crate) fn pack_with(
+    count: usize,
+    width: u32,
+    out: &mut [u8],
+    mut value: impl FnMut(usize) -> u64,
+) {
+    // Its low `bits` bits are not written yet. There are at most 63 of them before a value is
+    // added, so 127 are always enough.
+    let mut pending: u128 = 0;
     let mut bits = 0;
     let mut at = 0;
     for i in 0..count {
@@ -310,9 +356,13 @@ mod tests {
     }
 
     fn values<V: Value>(count: usize, width: u32) -> Vec<V> {
-        let mixed = (1..=count as u64).map(|i| i.wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(i as u32));
-        // The extremes show a neighbour's bits where they don't belong.
-        mixed.enumerate().map(|(i, value)| V::low([value, u64::MAX, 0, value][i % 7 % 4] & max_value(width))).collect()
+        let mixed =
+            (1..=count as u64).map(|i| i.wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(i as u32));
+        // The extremes show a neighbour's bits where they do not belong.
+        mixed
+            .enumerate()
+            .map(|(i, value)| V::low([value, u64::MAX, 0, value][i % 7 % 4] & max_value(width)))
+            .collect()
     }
 
     #[test]
@@ -322,20 +372,39 @@ mod tests {
     }
 
     fn equals_the_definition<V: Value + Debug>() {
-        let counts = if cfg!(miri) { vec![0, 1, 7, 8, 17] } else { (0..70).chain([127, 128, 1000, 1024, 3001]).collect() };
-        for (width, &count) in (1..=V::BITS).flat_map(|width| counts.iter().map(move |count| (width, count))) {
+        let counts = if cfg!(miri) {
+            vec![0, 1, 7, 8, 17]
+        } else {
+            (0..70).chain([127, 128, 1000, 1024, 3001]).collect()
+        };
+        for (width, &count) in
+            (1..=V::BITS).flat_map(|width| counts.iter().map(move |count| (width, count)))
+        {
             let values = values::<V>(count, width);
             let expected = naive_pack(&values, width);
             let largest = values.iter().map(|&value| value.into()).max().unwrap_or(0);
             let any = values.iter().fold(0, |any, &value| any | value.into());
             for backend in Backend::available() {
-                let case = format!("{}, width {width} of u{}, count {count}", backend.name(), V::BITS);
+                let case =
+                    format!("{}, width {width} of u{}, count {count}", backend.name(), V::BITS);
                 // One byte and value more than is used, to see that it stays.
                 let mut packed = vec![0xA5; expected.len() + 1];
-                assert_eq!(pack_values(backend, &values, width, &mut packed[..expected.len()]), any, "{case}");
-                assert_eq!((&packed[..expected.len()], packed[expected.len()]), (&expected[..], 0xA5), "{case}");
+                assert_eq!(
+                    pack_values(backend, &values, width, &mut packed[..expected.len()]),
+                    any,
+                    "{case}"
+                );
+                assert_eq!(
+                    (&packed[..expected.len()], packed[expected.len()]),
+                    (&expected[..], 0xA5),
+                    "{case}"
+                );
                 let mut back = vec![V::low(7); count + 1];
-                assert_eq!(unpack_values(backend, &expected, width, &mut back[..count]), largest, "{case}");
+                assert_eq!(
+                    unpack_values(backend, &expected, width, &mut back[..count]),
+                    largest,
+                    "{case}"
+                );
                 assert_eq!((&back[..count], back[count]), (&values[..], V::low(7)), "{case}");
             }
         }
@@ -345,7 +414,8 @@ mod tests {
     fn ids_are_the_same_bits() {
         for backend in Backend::available() {
             let ids = [131_071, 0, 65_536, 5, 99_999];
-            let (mut packed, mut back) = ([0; 11], [0; 5]);
+            let mut packed = [0; 11];
+            let mut back = [0; 5];
             pack_ids(backend, &ids, 17, &mut packed);
             assert_eq!(packed.to_vec(), naive_pack(&ids.map(|id| id as u64), 17));
             assert_eq!(unpack_ids(backend, &packed, 17, &mut back), 131_071);
@@ -365,9 +435,9 @@ mod tests {
             for backend in Backend::available() {
                 for end in 0..packed.len() {
                     let result = unpack_on(backend, &packed[..end], width, &mut [V::default(); 21]);
-                    assert!(
-                        matches!(result, Err(CodecError::Truncated { found, expected, .. }) if (found, expected) == (end, packed.len()))
-                    );
+                    let what = format!("21 packed values of {width} bits");
+                    let expected = packed.len();
+                    assert_eq!(result, Err(CodecError::Truncated { what, found: end, expected }));
                 }
             }
         }
@@ -382,7 +452,8 @@ mod tests {
     }
 
     fn refuses<V: Value>() {
-        let (zero, one) = (V::default(), V::low(1));
+        let zero = V::default();
+        let one = V::low(1);
         assert!(matches!(pack(&[V::low(4)], 2, &mut [0]), Err(CodecError::Input(_))));
         for width in [0, V::BITS + 1] {
             assert!(matches!(pack(&[one], width, &mut [0]), Err(CodecError::Input(_))));
@@ -400,18 +471,33 @@ mod tests {
     }
 
     fn names_what_does_not_fit<V: Value>() {
-        for (width, backend) in (1..V::BITS).flat_map(|width| Backend::available().into_iter().map(move |backend| (width, backend))) {
-            for (at, large) in [0, 8, 70, 99].into_iter().flat_map(|at| [(at, u64::MAX >> (64 - V::BITS)), (at, 1 << width)]) {
+        for (width, backend) in (1..V::BITS)
+            .flat_map(|width| Backend::available().into_iter().map(move |backend| (width, backend)))
+        {
+            for (at, large) in [0, 8, 70, 99]
+                .into_iter()
+                .flat_map(|at| [(at, u64::MAX >> (64 - V::BITS)), (at, 1 << width)])
+            {
                 let mut values = values::<V>(100, width);
                 values[at] = V::low(large);
-                let message = pack_on(backend, &values, width, &mut vec![0; packed_len(100, width)]).unwrap_err().to_string();
-                assert_eq!(message, format!("value {large} at index {at} does not fit into {width} bits"));
+                let message =
+                    pack_on(backend, &values, width, &mut vec![0; packed_len(100, width)])
+                        .unwrap_err()
+                        .to_string();
+                assert_eq!(
+                    message,
+                    format!("value {large} at index {at} does not fit into {width} bits")
+                );
             }
         }
     }
 
     /// What all backends unpack `data` to, if it is the only packing of that, or refuse it with.
-    fn unpacked_by_all<V: Value + Debug>(data: &[u8], width: u32, count: usize) -> Result<Vec<u64>> {
+    fn unpacked_by_all<V: Value + Debug>(
+        data: &[u8],
+        width: u32,
+        count: usize,
+    ) -> Result<Vec<u64>> {
         let mut portable = vec![V::default(); count];
         let expected = unpack_on(Backend::Portable, data, width, &mut portable);
         for backend in Backend::available() {
@@ -425,11 +511,20 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 256 }, failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 4 } else { 256 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
 
         #[test]
-        fn arbitrary_bytes(width in 1u32..=64, data in proptest::collection::vec(any::<u8>(), 0..200), spare in 0usize..8) {
-            // As many values as the bytes hold, and sometimes fewer: then padding bits or bytes are left.
+        fn arbitrary_bytes(
+            width in 1u32..=64,
+            data in proptest::collection::vec(any::<u8>(), 0..200),
+            spare in 0usize..8,
+        ) {
+            // As many values as the bytes hold, and sometimes fewer: then padding bits or bytes are
+            // left.
             let count = (data.len() * 8 / width as usize).saturating_sub(spare);
             let unpacked = unpacked_by_all::<u64>(&data, width, count);
             if width <= 32 {

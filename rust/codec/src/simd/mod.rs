@@ -1,9 +1,13 @@
 //! Instruction sets, chosen at run time.
 //!
-//! An algorithm is written once, as an `#[inline(always)]` body that is generic over an instruction set token ([`Isa`]). [`multiversion!`]
-//! makes a thin entry per instruction set, in which the compiler may use that set for the whole body, and a function that picks the
-//! entry by [`Backend`]. Where an instruction set needs code of its own, a module adds a trait to the tokens. Results never depend on the
-//! backend: the tests run all of them, and no set enables fused multiply-add.
+//! An algorithm is written once, as an `#[inline(always)]` body that is generic over an instruction
+//! set token ([`Isa`]). [`multiversion!`] makes a thin entry per instruction set, in which the
+//! compiler may use that set for the whole body, and a function that picks the entry by
+//! [`Backend`]. Where an instruction set needs code of its own, a module adds a trait to the
+//! tokens. Results never depend on the backend: the tests run all of them, and no set enables fused
+//! multiply-add.
+
+pub(crate) mod lanes;
 
 use std::env::{self, VarError};
 use std::str::FromStr;
@@ -21,7 +25,8 @@ pub enum Backend {
     Portable,
     /// x86-64 with AVX2, BMI1, BMI2, F16C, LZCNT and POPCNT (Haswell, Zen and later).
     Avx2,
-    /// [`Avx2`](Self::Avx2) and AVX-512 F, BW, DQ, IFMA, VL, VBMI and VBMI2 (Ice Lake, Zen 4 and later).
+    /// [`Avx2`](Self::Avx2) and AVX-512 F, BW, DQ, IFMA, VL, VBMI and VBMI2 (Ice Lake, Zen 4 and
+    /// later).
     Avx512,
     /// 64-bit ARM with NEON.
     Neon,
@@ -49,7 +54,8 @@ impl Backend {
     #[inline]
     pub fn is_available(self) -> bool {
         static AVAILABLE: OnceLock<[bool; 4]> = OnceLock::new();
-        self == Self::Portable || AVAILABLE.get_or_init(|| Self::ALL.map(Self::cpu_has))[self as usize]
+        self == Self::Portable
+            || AVAILABLE.get_or_init(|| Self::ALL.map(Self::cpu_has))[self as usize]
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -58,9 +64,20 @@ impl Backend {
         match self {
             Self::Portable => true,
             Self::Neon => false,
-            Self::Avx2 => has!("avx2") && has!("bmi1") && has!("bmi2") && has!("f16c") && has!("lzcnt") && has!("popcnt"),
+            Self::Avx2 => {
+                has!("avx2")
+                    && has!("bmi1")
+                    && has!("bmi2")
+                    && has!("f16c")
+                    && has!("lzcnt")
+                    && has!("popcnt")
+            }
             Self::Avx512 => {
-                let base = Self::Avx2.cpu_has() && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
+                let base = Self::Avx2.cpu_has()
+                    && has!("avx512f")
+                    && has!("avx512bw")
+                    && has!("avx512dq")
+                    && has!("avx512vl");
                 base && has!("avx512ifma") && has!("avx512vbmi") && has!("avx512vbmi2")
             }
         }
@@ -91,9 +108,11 @@ impl Backend {
         }
     }
 
-    /// The backend that the environment variable `DISTILLKIT_SIMD` names, or the fastest one if it is not set.
+    /// The backend that the environment variable `DISTILLKIT_SIMD` names, or the fastest one if it
+    /// is not set.
     ///
-    /// Fails with [`CodecError::Config`] when the variable names no backend or one that this CPU lacks.
+    /// Fails with [`CodecError::Config`] when the variable names no backend or one that this CPU
+    /// lacks.
     pub fn from_env() -> Result<Self> {
         match env::var(BACKEND_VARIABLE) {
             Ok(name) => Self::forced(&name),
@@ -105,10 +124,18 @@ impl Backend {
     fn forced(name: &str) -> Result<Self> {
         match name.parse::<Self>() {
             Ok(backend) if backend.is_available() => Ok(backend),
-            Ok(_) => config_error(BACKEND_VARIABLE, format!("this CPU has no {name}; it has {}", names(&Self::available()))),
+            Ok(_) => config_error(
+                BACKEND_VARIABLE,
+                format!("this CPU has no {name}; it has {}", names(&Self::available())),
+            ),
             Err(_) => {
                 let known = names(&Self::available());
-                config_error(BACKEND_VARIABLE, format!("{name:?} is no backend; this CPU has {known} (unset it for the fastest)"))
+                config_error(
+                    BACKEND_VARIABLE,
+                    format!(
+                        "{name:?} is no backend; this CPU has {known} (unset it for the fastest)"
+                    ),
+                )
             }
         }
     }
@@ -124,13 +151,17 @@ impl FromStr for Backend {
     /// Fails with [`CodecError::Config`] on any name but `portable`, `avx2`, `avx512` and `neon`.
     fn from_str(name: &str) -> Result<Self> {
         let named = Self::ALL.into_iter().find(|backend| backend.name() == name);
-        named.map_or_else(|| config_error("simd backend", format!("{name:?} is none of {}", names(&Self::ALL))), Ok)
+        named.map_or_else(
+            || config_error("simd backend", format!("{name:?} is none of {}", names(&Self::ALL))),
+            Ok,
+        )
     }
 }
 
 /// Proof that the CPU has an instruction set, and its name at compile time.
 ///
-/// Only [`multiversion!`] makes tokens other than [`Portable`], so whoever holds one may call functions that need the instructions.
+/// Only [`multiversion!`] makes tokens other than [`Portable`], so whoever holds one may call
+/// functions that need the instructions.
 pub(crate) trait Isa: Copy {
     /// The backend that the token belongs to.
     const BACKEND: Backend;
@@ -176,7 +207,8 @@ impl Isa for Portable {
     const BACKEND: Backend = Backend::Portable;
 }
 
-/// Makes one function per instruction set from an `#[inline(always)]` body, and one that chooses by [`Backend`].
+/// Makes one function per instruction set from an `#[inline(always)]` body, and one that chooses by
+/// [`Backend`].
 ///
 /// ```ignore
 /// #[inline(always)]
@@ -189,18 +221,20 @@ impl Isa for Portable {
 ///
 /// sum(Backend::detect(), &[1.0, 2.0])
 /// ```
-/// The choice is one load and one jump. It panics when the CPU lacks the backend: check what comes from outside by
-/// [`Backend::is_available`] where it enters. Closures and functions called by the body use the instruction set only where they are
-/// inlined into it, so what runs on other threads must choose again there. A body calls another body with its own token, at no cost.
+/// The choice is one load and one jump. It panics when the CPU lacks the backend: check what comes
+/// from outside by [`Backend::is_available`] where it enters. Closures and functions called by the
+/// body use the instruction set only where they are inlined into it, so what runs on other threads
+/// must choose again there. A body calls another body with its own token, at no cost.
 macro_rules! multiversion {
     (
         $(#[$attribute:meta])*
-        $visibility:vis fn $name:ident $(<$($generic:ident : $bound:path),+>)? ($($argument:ident : $kind:ty),* $(,)?) $(-> $result:ty)? = $body:path;
+        $visibility:vis fn $name:ident $(<$($generic:ident : $bound:path),+>)?
+            ($($argument:ident : $kind:ty),* $(,)?) $(-> $result:ty)? = $body:path;
     ) => {
         $(#[$attribute])*
         #[inline]
-        #[allow(clippy::too_many_arguments, reason = "one more than the body has")]
-        $visibility fn $name $(<$($generic: $bound),+>)? (backend: $crate::simd::Backend, $($argument: $kind),*) $(-> $result)? {
+        $visibility fn $name $(<$($generic: $bound),+>)?
+            (backend: $crate::simd::Backend, $($argument: $kind),*) $(-> $result)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,bmi1,bmi2,f16c,lzcnt,popcnt")]
             fn avx2 $(<$($generic: $bound),+>)? ($($argument: $kind),*) $(-> $result)? {
@@ -209,7 +243,8 @@ macro_rules! multiversion {
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(
-                enable = "avx2,bmi1,bmi2,f16c,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512ifma,avx512vl,avx512vbmi,avx512vbmi2"
+                enable = "avx2,bmi1,bmi2,f16c,lzcnt,popcnt",
+                enable = "avx512f,avx512bw,avx512dq,avx512ifma,avx512vl,avx512vbmi,avx512vbmi2"
             )]
             fn avx512 $(<$($generic: $bound),+>)? ($($argument: $kind),*) $(-> $result)? {
                 // SAFETY: as above.

@@ -49,7 +49,7 @@ class Manifest:
     Attributes:
         header: the dataset's header, with fidelity merged over its shards.
         shards: its shards in order.
-        capture: for a captured dataset, the capture's own results, such as skipped documents; otherwise None.
+        capture: for a captured dataset, its skipped documents and summary; otherwise None.
     """
 
     header: Header

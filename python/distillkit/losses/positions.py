@@ -198,7 +198,7 @@ class Positions:
         return self._comparisons[key]
 
     def comparison_of_first(self, temperature: float, missing: Missing, k: int) -> Comparison:
-        """Compare over the teacher's first ids only: the stored ones, or the k most probable of a teacher with all ids."""
+        """Compare over the teacher's first ids only: the stored ones, or its k most probable ones if it has all ids."""
         if self.teacher_logits is None:
             return self.comparison(temperature, missing)
         whole, (ids, _) = self.comparison(temperature, missing), self.first(k).tensors()

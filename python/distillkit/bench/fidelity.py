@@ -393,7 +393,7 @@ def published_tolerance(config: CodecConfig, decoded: npt.NDArray[np.float32]) -
         if config.residual_bins:
             rest += 2.02 * half_ulp * largest
         if config.delta_encoding:
-            # Every difference has its own rounding error, and the sum is rounded once more.
+            # Every difference has its own rounding error, and the sum is rounded again.
             tolerance[:] = np.cumsum(tolerance, axis=-1) + 1.01 * half_ulp * np.abs(decoded) + 2.0**-22 * largest
     return tolerance
 

@@ -103,7 +103,7 @@ class FidelityStats:
 
     @property
     def kl_mean(self) -> float:
-        """Mean KL of a row, nats; NaN without rows."""
+        """Mean KL per row, nats; NaN without rows."""
         return self._kl_sum / self.rows if self.rows else float("nan")
 
     @property
@@ -159,7 +159,7 @@ class FidelityStats:
         """Recreates the statistics from the result of `to_dict`.
 
         Raises:
-            CorruptDataError: the mapping does not hold such statistics.
+            CorruptDataError: the mapping is not such a result.
         """
         stats = FidelityStats()
         try:

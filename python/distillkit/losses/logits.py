@@ -44,7 +44,7 @@ class StudentLogits:
         return self._normalisers[temperature]
 
     def logprobs(self, temperature: float = 1.0) -> torch.Tensor:
-        """(N, m) log-probabilities of the watched ids under softmax(z / T) over the whole vocabulary."""
+        """(N, m) log-probabilities of the watched ids under softmax(z / T) over the entire vocabulary."""
         if temperature not in self._logprobs:
             value = _LogProbs.apply(self.logits, self.watched, self.normaliser(temperature), temperature)
             self._logprobs[temperature] = value

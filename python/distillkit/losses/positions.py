@@ -42,7 +42,7 @@ __all__ = ["Comparison", "DenseTeacher", "Missing", "Positions", "Targets", "Tea
 
 Missing = Literal["zero", "uniform", "label"]
 
-# The log-probability of the impossible: finite, so that multiplying it by a probability of 0 gives 0 rather than NaN.
+# Stands for log 0: finite, so that multiplying it by a probability of 0 gives 0 rather than NaN.
 NEVER = -1e5
 
 # For a teacher with all ids: number of most probable ids that the statistics use as its first ids.

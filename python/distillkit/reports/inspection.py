@@ -35,8 +35,7 @@ _LOGPROB_BINS, _LOWEST_LOGPROB = 600, -30.0
 _QUANTILES = (0.1, 0.5, 0.9)
 _IMPOSSIBLE_MASS, _IMPOSSIBLE_RATE = 1.1, 0.01
 """Rows whose probabilities sum to more than the first value are not distributions, and more than the second fraction of
-such rows means that the codec is wrong. (`budget`, fitted without an upper bound, gives 0.05% such rows on real text.)
-"""
+such rows means that the codec is wrong. (`budget`, fitted without an upper bound, gives 0.05% on real text.)"""
 
 
 @dataclass(frozen=True)

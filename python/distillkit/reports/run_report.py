@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 _QUALITY, _SPEED = "report-quality.png", "report-speed.png"
 _COMPARISON, _COMPARISON_PLOT = "comparison.md", "comparison.png"
 
-# During training, the report is rewritten at most every _PATIENCE times as long as writing it takes.
+# During training, the report is rewritten only after at least this many times as long as writing it took.
 _PATIENCE = 50
 
-# From this fraction of time spent waiting for data on, the report gives advice.
+# If at least this fraction of the time is spent waiting for data, the report gives advice.
 _MUCH_WAITING = 0.1
 
 
@@ -56,7 +56,7 @@ class ReportFiles:
         start = time.monotonic()
         try:
             write_report(read_run(self.folder))
-        except Exception as error:  # noqa: BLE001 - a picture is no reason to lose hours of training
+        except Exception as error:  # noqa: BLE001 - a failed report must not end hours of training
             logger.warning(
                 "the report in %s could not be written: %s; run `distillkit report` to try again", self.folder, error
             )

@@ -190,7 +190,7 @@ def _is_list_of_numbers(kind: pa.DataType, depth: int) -> bool:
 def _published_codec(layout: str, config: ConfigSource, beside: str | None, name: str) -> Codec:
     if config is None and beside is None:
         raise ConfigError(
-            f"{name}: a published dataset does not record how it was encoded, and there is no {CONFIG_FILE} beside "
+            f"{name}: a published dataset does not record how it was encoded, and there is no {CONFIG_FILE} next to "
             "it; pass its codec configuration"
         )
     codec = Codec(load_codec_config(beside if config is None else config))
@@ -267,7 +267,7 @@ class _TableFile:
         return self._mapped
 
     def load(self, group: int, wanted: Sequence[str]) -> dict[str, pa.Array]:
-        """Those of the wanted columns of a group that exist."""
+        """Reads a group: those of the `wanted` columns that exist."""
         names = [name for name in wanted if name in self.columns]
         with reading(self.path):
             if self._metadata is None:

@@ -200,7 +200,7 @@ class Dataset(Documents):
             path: path or fsspec URL of a captured dataset's folder or one of its shards, or of a published dataset's
                 folder (of Parquet files, or from `save_to_disk`) or one of its files.
             config: the codec of a published dataset, as a YAML file, a mapping or a configuration; by default the
-                `compression_config.yaml` beside the data. If the dataset records its codec (in its shards or in that
+                `compression_config.yaml` next to the data. If the dataset records its codec (in its shards or in that
                 file), the two must agree.
             split: which split of a published dataset to open, if it has several.
             vocab_size: for a published dataset of plain top-k columns (`token_ids`, `top_values`), which does not
@@ -211,7 +211,8 @@ class Dataset(Documents):
             InputError: it is not a dataset, or not a finished one.
             MismatchError: `config` and the shards, or the shards and their manifest, disagree.
             ConfigError: the codec configuration is missing or invalid.
-            CorruptDataError, TruncatedDataError, UnsupportedVersionError: a file is damaged or cannot be read.
+            CorruptDataError, TruncatedDataError: a file is damaged.
+            UnsupportedVersionError: a file is in a version that this release cannot read.
         """
         name = str(os.fspath(path)).rstrip("/")
         filesystem, inner = fsspec.core.url_to_fs(name)

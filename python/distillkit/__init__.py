@@ -1,6 +1,6 @@
 """distillkit: capture a teacher's next-token distributions, store them small, train students from them.
 
-Nothing here imports torch or transformers; the parts that need them do so when they are used.
+Importing this package imports neither torch nor transformers; the modules that need them import them on use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Public spelling of `distillkit.codec.bits`."""
+"""Public alias of `distillkit.codec.bits`."""
 
 from __future__ import annotations
 

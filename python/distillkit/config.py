@@ -1,4 +1,4 @@
-"""Public spelling of `distillkit.training.config`: a training run's YAML file, read and checked."""
+"""Public alias of `distillkit.training.config`: loads and validates the YAML file of a training run."""
 
 from __future__ import annotations
 

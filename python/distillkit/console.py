@@ -1,4 +1,4 @@
-"""What the library may print with: consoles, progress bars, and how bytes and durations are written."""
+"""All terminal output goes through here: consoles, progress bars, and the formatting of byte counts and durations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["duration", "human_bytes", "output", "progress_bar", "progress_consol
 
 
 def output() -> Console:
-    """The console for what a command was asked for: stdout. Plain text where it is no terminal or `NO_COLOR` is set."""
+    """The console for a command's results: stdout, as plain text if it is not a terminal or `NO_COLOR` is set."""
     return Console(highlight=False)
 
 
@@ -23,7 +23,7 @@ def progress_console() -> Console:
 
 
 def show(renderable: RenderableType) -> None:
-    """Prints to stdout without the spaces that rich fills lines up with, which only get in the way of a pipe."""
+    """Prints to stdout without rich's trailing spaces, which would only get in the way in a pipe."""
     console = output()
     with console.capture() as captured:
         console.print(renderable)
@@ -33,7 +33,7 @@ def show(renderable: RenderableType) -> None:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while the block runs, where that is a terminal; call what it gives with done and total."""
+    """Shows a progress bar on stderr, if that is a terminal, while the block runs. Yields an update(done, total)."""
     console = progress_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -42,7 +42,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def human_bytes(count: float) -> str:
-    """A number of bytes as a person reads it: 999 bytes, 8.4 MB, 1.25 TB (powers of 1000, three digits)."""
+    """A byte count in readable form: 999 bytes, 8.4 MB, 1.25 TB (powers of 1000, three significant digits)."""
     value, units = float(count), ["bytes", "kB", "MB", "GB", "TB", "PB"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
@@ -52,7 +52,7 @@ def human_bytes(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time as 0:07, 12:05 or 3:04:05."""
+    """Formats seconds as 0:07, 12:05 or 3:04:05."""
     minutes, rest = divmod(max(round(seconds), 0), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,10 +1,8 @@
-"""The errors distillkit raises, one tree.
+"""The exceptions that distillkit raises, in one hierarchy.
 
-Who is at fault decides the class: a configuration (`ConfigError`), a caller's arrays (`InputError`), stored bytes
-(`CorruptDataError`,
-`TruncatedDataError`, `UnsupportedVersionError`), two things that do not belong together (`MismatchError`), or a
-running teacher (`CaptureError`).
-The native module raises these same classes.
+The class says what is at fault: a configuration (`ConfigError`), the caller's arrays (`InputError`), stored bytes
+(`CorruptDataError`, `TruncatedDataError`, `UnsupportedVersionError`), two things that do not belong together
+(`MismatchError`), or a running teacher (`CaptureError`). The native module raises the same classes.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ class DistillKitError(Exception):
 
 
 class ConfigError(DistillKitError, ValueError):
-    """A configuration value is unknown, missing or not allowed; the message names it by its dotted path."""
+    """A setting is unknown, missing or has an invalid value; the message names it by its dotted path."""
 
 
 class InputError(DistillKitError, ValueError):
@@ -38,7 +36,7 @@ class InputError(DistillKitError, ValueError):
 
 
 class CorruptDataError(DistillKitError):
-    """Stored bytes contradict themselves, their checksum or their description."""
+    """Stored bytes are inconsistent, or do not match their checksum or description."""
 
 
 class TruncatedDataError(CorruptDataError):
@@ -46,7 +44,7 @@ class TruncatedDataError(CorruptDataError):
 
 
 class UnsupportedVersionError(DistillKitError):
-    """The data was written in a format version that this release does not read."""
+    """The data was written in a format version that this release cannot read."""
 
 
 class MismatchError(DistillKitError):
@@ -58,6 +56,6 @@ class CaptureError(DistillKitError):
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """Return a hint for the end of a message: the known name most like `name`, or nothing if none is like it."""
+    """Return a "did you mean" hint to append to a message: the closest known name, or "" if none is close."""
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""

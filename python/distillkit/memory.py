@@ -1,4 +1,4 @@
-"""How much memory there is, and how much this process has taken at most."""
+"""Total and available memory, and the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -8,30 +8,28 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["available_memory", "peak_memory", "total_memory"]
 
-# A container's limit, where there is one.
+# The container's memory limit, if there is one.
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def peak_memory() -> dict[str, int]:
-    """Return this process's peak memory in bytes: resident, and allocated on its CUDA device (0 without one)."""
+    """Return this process's peak memory in bytes: resident, and allocated on its CUDA device (0 if there is none)."""
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     torch = sys.modules.get("torch")
     return {
-        # Linux counts kibibytes, macOS bytes.
+        # ru_maxrss is in KiB on Linux, in bytes on macOS.
         "peak_rss_bytes": rss if sys.platform == "darwin" else rss * 1024,
         "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else 0,
     }
 
 
 def total_memory(device: torch.device) -> int:
-    """Return the bytes of memory that a device has: a GPU's own, or what this machine or container may use."""
+    """Return a device's total memory in bytes; for the CPU, what this machine or container may use."""
     if device.type == "cuda":
         import torch
 
@@ -42,11 +40,15 @@ def total_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device now."""
+    """Return a device's currently available memory in bytes."""
     if device.type == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch holds and does not use is free too.
+        # Memory that torch has cached but not allocated is available too.
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    # A container's own limit may be below what the machine has.
+    import psutil
+
+    # A container's limit may be lower than what the machine has available.
     resident = int(psutil.Process().memory_info().rss)
     return min(int(psutil.virtual_memory().available), max(total_memory(device) - resident, 0))

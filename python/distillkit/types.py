@@ -1,6 +1,6 @@
-"""The data that passes between the parts: sparse teacher distributions and documents.
+"""The data types that packages exchange: sparse teacher distributions and documents.
 
-Shape legend: k stored ids a row, R rows (positions), L tokens of a document, S packed documents of a row.
+Shape legend: k stored ids per row, R rows (positions), L tokens per document, S documents packed into one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Array = Union[npt.NDArray[Any], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class SparseLogprobs:
-    """The k most probable ids of some distributions, with their log-probabilities under the *full* softmax.
+    """The k most probable ids of one or more distributions, with their log-probabilities under the *full* softmax.
 
     Attributes:
         ids: (..., k) int64 token ids, most probable first.
@@ -62,21 +62,21 @@ class SparseLogprobs:
 
     @property
     def k(self) -> int:
-        """Stored ids a row."""
+        """Stored ids per row."""
         return int(self.ids.shape[-1])
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ids and the log-probabilities, both (..., k), as torch tensors.
+        """The ids and log-probabilities as torch tensors, both (..., k).
 
         Raises:
-            InputError: they are numpy arrays.
+            InputError: the data is held in numpy arrays.
         """
         if isinstance(self.ids, np.ndarray) or isinstance(self.logprobs, np.ndarray):
             raise InputError("ids and logprobs must be torch tensors here, got numpy arrays")
         return self.ids, self.logprobs
 
     def missing_mass(self) -> Array:
-        """(...,) the probability of all ids that are not stored, 1 − Σ exp(logprob), at least 0; float32."""
+        """(...,) float32 total probability of the ids that are not stored: 1 − Σ exp(logprob), clipped at 0."""
         if isinstance(self.logprobs, np.ndarray):
             total = np.exp(self.logprobs.astype(np.float64)).sum(-1)
             return np.asarray(np.clip(1.0 - total, 0.0, None), dtype=np.float32)
@@ -86,15 +86,15 @@ class SparseLogprobs:
 
 @dataclass(frozen=True)
 class TokenDocument:
-    """The token ids of one sequence, and which of them count in a loss.
+    """The token ids of one sequence, and which of them count towards the loss.
 
     Attributes:
         input_ids: (L,) int32.
-        source: where it comes from, for messages.
-        loss_mask: (L,) bool, which tokens count in a loss; None means all of them.
-        columns: of the source's row, kept as they are in a captured dataset.
-        segment_lengths: (S,) int32, lengths of the documents packed in this one, in order, summing to L; None means
-            one document.
+        source: where the document comes from, for messages.
+        loss_mask: (L,) bool, which tokens count towards the loss; None means all of them.
+        columns: values from the source's row that a captured dataset keeps unchanged.
+        segment_lengths: (S,) int32, lengths of the documents packed into this one, in order, summing to L; None means
+            a single document.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -109,15 +109,15 @@ class Document:
     """One stored sequence with the teacher's distributions, still encoded.
 
     Attributes:
-        doc_id: hash of the token ids and of what else decides the document.
+        doc_id: hash of the token ids, the loss mask and the segment lengths.
         input_ids: (L,) int32.
-        teacher: the codec's bytes for `num_rows` rows; in a block of documents a view of them.
-        num_rows: R, L − 1 or L: row t is the distribution after tokens 0…t, over token t + 1.
-        loss_mask: (L,) bool, which tokens count in a loss; None means all of them.
-        segment_lengths: (S,) int32, lengths of the documents packed in this one, in order, summing to L; None means
-        one document.
-        label_logprobs: (L − 1,) float32, the teacher's log-probability of each next token, also where that is not among
-        the k of its row; None if it was not kept.
+        teacher: the encoded bytes of `num_rows` rows; for documents in a block, a view into the block's bytes.
+        num_rows: R = L − 1 or L. Row t is the distribution of token t + 1 given tokens 0…t.
+        loss_mask: (L,) bool, which tokens count towards the loss; None means all of them.
+        segment_lengths: (S,) int32, lengths of the documents packed into this one, in order, summing to L; None means
+            a single document.
+        label_logprobs: (L − 1,) float32, the teacher's log-probability of each next token, even if that token is not
+            among the row's k ids; None if these were not stored.
     """
 
     doc_id: str
@@ -129,7 +129,7 @@ class Document:
     label_logprobs: npt.NDArray[np.float32] | None = None
 
     def segments(self, most: int | None = None) -> npt.NDArray[np.int64]:
-        """(S,) lengths of the packed documents; of a single one, its own. Of the first `most` tokens only, if given."""
+        """(S,) int64 lengths of the packed documents (one if not packed), limited to the first `most` tokens if set."""
         lengths = [len(self.input_ids)] if self.segment_lengths is None else self.segment_lengths
         whole = np.asarray(lengths, dtype=np.int64)
         if most is None:

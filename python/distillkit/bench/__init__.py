@@ -1,7 +1,6 @@
-"""Fidelity and speed of the codec, measured beside the published algorithm.
+"""Benchmarks of the codec's fidelity and speed against the published algorithm.
 
-`distillkit-codec bench` and `benches/bench.py` both show what is measured here. Everything but `sample` needs torch,
-for the baseline.
+Used by `distillkit-codec bench` and `benches/bench.py`. All modules except `sample` need torch, for the baseline.
 """
 
 from __future__ import annotations

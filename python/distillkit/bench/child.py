@@ -1,6 +1,6 @@
-"""What has to be measured in a process of its own: `python -m distillkit.bench.child WORK ARGUMENTS…`, one JSON object.
+"""Measurements that need a separate process: `python -m distillkit.bench.child WORK ARGUMENTS…` prints a JSON object.
 
-`memory ours|published CONFIG DATA.npy`: peak memory of decoding on CPU tensors, above input and output.
+`memory ours|published CONFIG DATA.npy`: peak memory of decoding CPU tensors, beyond input and output.
 `reading FOLDER SECONDS`: reading and decoding a dataset on one core.
 """
 
@@ -28,10 +28,10 @@ _TURNS = 3
 
 
 def best_of(works: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
-    """Shortest time of one call of each, seconds.
+    """Shortest time of one call of each function, in seconds.
 
-    Each runs once to warm up, then for about `seconds`, at least three times, in turns with the others: what else the
-    machine does slows down all of them.
+    Each runs once to warm up, then for about `seconds` and at least three times. The functions take turns, so that
+    other load on the machine affects all of them.
     """
     shortest = [float("inf")] * len(works)
     for work in works:
@@ -49,29 +49,29 @@ def best_of(works: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
 
 
 def peak_memory(who: str, codec: Codec, data: Path) -> int | None:
-    """Bytes that a decoder takes at its peak, beyond the rows it is given and the tensors it returns.
+    """A decoder's peak memory in bytes, beyond its input rows and output tensors.
 
     Args:
         who: "ours" (`Codec.decode_torch`) or "published".
         data: .npy file of (N, bytes_per_token) uint8.
 
     Returns:
-        None on systems where a process cannot reset its peak, which are all but Linux.
+        The bytes, or None where a process cannot reset its peak, that is, on systems other than Linux.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
-    # Large blocks go back to the system at once, so that what one step frees does not hide what the next one takes.
+    # Large blocks are returned to the system at once, so that memory freed by one step does not hide the next step's.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     found = _run("memory", who, json.dumps(codec.to_dict()), str(data), environment=environment)
     return int(found["extra_bytes"])
 
 
 def one_core_reading(folder: Path, seconds: float) -> dict[str, float]:
-    """Reads and decodes a dataset on one core.
+    """Measures reading and decoding a dataset on one core.
 
     Returns:
-        tokens_per_second, copies_per_second (of as many bytes as a token's decoded arrays have), and whether the
-        process was pinned to the core (elsewhere than on Linux, only our own threads are limited to one).
+        tokens_per_second; copies_per_second, each of as many bytes as a token's decoded arrays; and whether the process
+        was pinned to the core (on systems other than Linux, only our own threads are limited to one).
     """
     return _run("reading", str(folder), str(seconds), environment={"RAYON_NUM_THREADS": "1"})
 
@@ -80,7 +80,7 @@ def _run(*arguments: str, environment: dict[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "distillkit.bench.child", *arguments]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise DistillKitError(f"measuring in a process of its own failed ({arguments[0]}): {done.stderr.strip()}")
+        raise DistillKitError(f"measuring in a separate process failed ({arguments[0]}): {done.stderr.strip()}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 

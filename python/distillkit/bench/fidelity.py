@@ -1,9 +1,9 @@
-"""How faithful the codec is on given rows, beside the published encoder and beside the limits of its layouts.
+"""Fidelity of the codec on given rows, compared with the published encoder and with the limits of the layouts.
 
-Everything compares a row's original log-probabilities, in descending order, with those that are read back from its
-bytes. All bytes are read by the same decoder, `Codec.decode`.
+A row's original log-probabilities, in descending order, are compared with those decoded from its bytes. All bytes are
+decoded by the same decoder, `Codec.decode`.
 
-Shape legend: N rows, k stored ids a row, n approximated ranks, m terms.
+Shape legend: N rows, k stored ids per row, n approximated ranks, m terms.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ __all__ = [
 F64 = npt.NDArray[np.float64]
 
 LIKELY = 1e-6
-"""Ids of at least this probability count in `worst_likely`."""
+"""Ids with a probability above this count in `worst_likely`."""
 _CHUNK = 4096
 _ORDERS = 50
-"""Orders of the ranks in which the published encoder's spread is measured."""
+"""Number of orders of the ranks over which the published encoder's spread is measured."""
 _HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-24}
-"""Half a unit in the last place, relative; decoded values are float32 at best."""
+"""Half a unit in the last place, relative. Decoded values are at most float32."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Decoded against original log-probabilities.
+    """Statistics of decoded against original log-probabilities.
 
     Attributes:
         kl_mean, kl_p99, kl_max: KL(original ‖ decoded) of a row in nats, both renormalised over the stored ids.
         mass_error: mean |Σ p̂ − Σ p| over the stored ids.
-        mass_above_one: share of the rows whose decoded probabilities sum to more than 1 + 1e-6.
-        top1_agreement: share of the rows whose most probable id stays the most probable.
+        mass_above_one: fraction of rows whose decoded probabilities sum to more than 1 + 1e-6.
+        top1_agreement: fraction of rows whose most probable id is still the most probable after decoding.
         worst_error: largest |log p̂ − log p|, nats.
         worst_likely: the same over ids with p > 1e-6.
-        increasing: share of the rows where a decoded value is more than 1e-6 above the one before.
+        increasing: fraction of rows where a decoded value is more than 1e-6 above the one before it.
     """
 
     kl_mean: float
@@ -72,7 +72,7 @@ class Figures:
 
 
 def figures(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> Figures:
-    """The figures of (N, k) decoded log-probabilities against the original ones, which are descending."""
+    """Statistics of (N, k) decoded log-probabilities against the original ones, which are descending."""
     before, after = original.astype(np.float64), decoded.astype(np.float64)
     kl_N, errors = kl_rows(before, after), np.abs(after - before)
     mass_N = np.exp(after).sum(-1)
@@ -101,13 +101,13 @@ def orthonormal_terms(config: CodecConfig) -> F64:
 
 
 def least_squares(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
-    """Rows as an unweighted least-squares fit leaves them: exact ranks as they are, the others fitted, in float64.
+    """Approximates rows by an unweighted least-squares fit in float64; exact ranks stay unchanged.
 
     Args:
         original: (N, k) log-probabilities, descending.
 
     Returns:
-        (N, k); nothing is rounded.
+        (N, k), without any rounding.
     """
     basis, values = orthonormal_terms(config), original.astype(np.float64)
     rest = values[:, config.exact_k :]
@@ -115,10 +115,11 @@ def least_squares(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
 
 
 def optimum(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
-    """Rows of the least KL that the terms allow: exact ranks as they are, no rounding, no bounds, in float64.
+    """Approximates rows with the least KL that the terms allow, in float64 without rounding or bounds; exact ranks stay
+    unchanged.
 
-    Minimises Σ exp(ŷ) − p·ŷ over the approximated ranks, which is convex in the coefficients, by Newton's method. Where
-    the terms contain a constant, its minimum has the mass of the original, and is that of the renormalised KL.
+    Minimises Σ exp(ŷ) − p·ŷ over the approximated ranks, which is convex in the coefficients, by Newton's method. If
+    the terms include a constant, the minimum preserves the mass, and also minimises the renormalised KL.
 
     Args:
         original: (N, k) log-probabilities, descending.
@@ -134,7 +135,7 @@ def optimum(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
 
 
 def _minimise(basis_nm: F64, values_Nn: F64, mass_N: F64) -> F64:
-    """`optimum` of the approximated ranks alone; `mass_N` is that of the whole row, in which KL is measured."""
+    """`optimum` for the approximated ranks only; `mass_N` is the mass of the full rows, over which KL is measured."""
     p_Nn = np.exp(values_Nn)
     x_Nm = _best_start(basis_nm, values_Nn, p_Nn)
     active = np.arange(len(x_Nm))
@@ -153,7 +154,7 @@ def _minimise(basis_nm: F64, values_Nn: F64, mass_N: F64) -> F64:
 
 
 def _bounded(values: F64) -> F64:
-    """Keeps exp finite: no log-probability comes near, and a step that goes there is refused."""
+    """Keeps exp finite. No log-probability comes near the bound, and the line search rejects steps that do."""
     return np.minimum(values, 50.0)
 
 
@@ -163,7 +164,7 @@ def _objective(basis_nm: F64, x_Nm: F64, p_Nn: F64) -> F64:
 
 
 def _best_start(basis_nm: F64, values_Nn: F64, p_Nn: F64) -> F64:
-    """Coefficients of the fit weighted by p, √p or nothing, whichever has the least objective in a row."""
+    """Coefficients of the fit weighted by p, √p or 1, whichever has the lowest objective for each row."""
     best, least = np.zeros((len(values_Nn), basis_nm.shape[1])), np.full(len(values_Nn), np.inf)
     for weights in (p_Nn, np.sqrt(p_Nn), np.ones_like(p_Nn)):
         x = _solve(basis_nm, weights, (weights * values_Nn) @ basis_nm)
@@ -174,7 +175,7 @@ def _best_start(basis_nm: F64, values_Nn: F64, p_Nn: F64) -> F64:
 
 
 def _solve(basis_nm: F64, weights_Nn: F64, right_Nm: F64) -> F64:
-    """Solves (Bᵀ diag(w) B + a trace of it) x = r in each row; the trace keeps directions without weight in place."""
+    """Solves (Bᵀ diag(w) B + εI) x = r for each row, where ε, tiny relative to the trace, keeps the matrix regular."""
     size = basis_nm.shape[1]
     pairs = (basis_nm[:, :, None] * basis_nm[:, None, :]).reshape(len(basis_nm), size * size)
     matrix = (weights_Nn @ pairs).reshape(-1, size, size)
@@ -184,7 +185,7 @@ def _solve(basis_nm: F64, weights_Nn: F64, right_Nm: F64) -> F64:
 
 
 def _line_search(basis_nm: F64, x_Nm: F64, p_Nn: F64, step_Nm: F64) -> F64:
-    """x − step, the step halved in rows until the objective falls."""
+    """x − step, with the step halved per row until the objective does not increase."""
     before, result = _objective(basis_nm, x_Nm, p_Nn), x_Nm.copy()
     waiting, length = np.arange(len(x_Nm)), 1.0
     for _ in range(40):
@@ -202,17 +203,17 @@ def _line_search(basis_nm: F64, x_Nm: F64, p_Nn: F64, step_Nm: F64) -> F64:
 
 @dataclass(frozen=True)
 class PublishedSpread:
-    """Mean KL of the published encoder in settings that make no difference in exact arithmetic.
+    """Mean KL of the published encoder under settings that are equivalent in exact arithmetic.
 
-    They do make one where float32 does not resolve the terms (see `is_resolved`): rounding errors differ.
+    They differ by rounding errors if float32 does not resolve the terms (see `is_resolved`).
 
     Attributes:
-        one_thread, all_threads: with one thread of torch, and with as many as torch takes.
-        threads: how many that is.
+        one_thread, all_threads: with one torch thread, and with torch's default number of threads.
+        threads: that default number.
         orders: number of orders of the ranks that were tried, with one thread.
-        least, most: of all these settings.
-        normalized: the same configuration with `normalize_t`, whose terms float32 does resolve; None where the format
-            has no such field, or where it does not help.
+        least, most: minimum and maximum over all these settings.
+        normalized: for the same configuration with `normalize_t`, whose terms float32 does resolve; None if the format
+            has no such field, or if it does not help.
     """
 
     one_thread: float
@@ -226,19 +227,19 @@ class PublishedSpread:
 
 @dataclass(frozen=True)
 class FidelityRow:
-    """One configuration's figures.
+    """The results for one configuration.
 
     Attributes:
         config: its name.
-        bytes_per_token: of a row, ours and published alike.
-        rows: how many were compared.
+        bytes_per_token: size of a row, the same for both encoders.
+        rows: number of rows compared.
         ours: our encoder.
         published: the published encoder, with one thread; None if it fails.
-        published_spread: range of its mean KL; None where float32 resolves the terms.
-        least_squares, optimum: limits of the layout (see the functions); None where another part of the layout (delta
-            encoding, residual bins) or nothing approximated makes them meaningless, and the optimum also where no term
-            is constant.
-        note: why something is missing, or the whole configuration was skipped.
+        published_spread: spread of its mean KL; None if float32 resolves the terms.
+        least_squares, optimum: limits of the layout (see the functions); None if they are meaningless because of delta
+            encoding, residual bins, or no approximated ranks; the optimum also if no term is constant.
+        note: why a result is missing, or why the configuration was skipped.
+        skipped: whether the configuration was skipped.
     """
 
     config: str
@@ -254,11 +255,11 @@ class FidelityRow:
 
     @property
     def over_optimum(self) -> float | None:
-        """Our mean KL in units of the least possible one."""
+        """Our mean KL relative to the least possible one."""
         return None if self.ours is None or self.optimum is None else self.ours.kl_mean / self.optimum.kl_mean
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, JSON-able."""
+        """All fields and derived values, JSON-serialisable."""
         return {**asdict(self), "over_optimum": self.over_optimum}
 
 
@@ -267,12 +268,12 @@ def measure_fidelity(
     configs: Mapping[str, CodecConfig],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[FidelityRow]:
-    """One row of the table for each configuration.
+    """Yields one table row per configuration.
 
-    A configuration that stores more ids than the sample has is skipped, with the reason.
+    Configurations that store more ids than the sample has are skipped, with the reason.
 
     Raises:
-        DistillKitError: our bytes do not decode to the same values in the published way; that is a bug.
+        DistillKitError: the published decoder reads other values from our bytes, which is a bug.
     """
     for done, (name, config) in enumerate(configs.items()):
         progress(done, len(configs))
@@ -281,10 +282,10 @@ def measure_fidelity(
 
 
 def compare(name: str, config: CodecConfig, sample: Sample) -> FidelityRow:
-    """The figures of one configuration on the sample's first k ids a row."""
+    """Compares one configuration on the first k ids of the sample's rows."""
     codec = Codec(config)
     if config.k > sample.k or config.k > codec.vocab_size:
-        note = f"stores {config.k} ids a row, the sample has {sample.k}"
+        note = f"stores {config.k} ids per row, but the sample has {sample.k}"
         return FidelityRow(name, codec.bytes_per_token, note=note, skipped=True)
     ids, original = sample.top(config.k, codec.vocab_size)
     data = codec.encode(ids, original)
@@ -310,7 +311,7 @@ def compare(name: str, config: CodecConfig, sample: Sample) -> FidelityRow:
 def _published(
     codec: Codec, ids: npt.NDArray[np.int64], original: npt.NDArray[np.float32]
 ) -> tuple[Figures | None, PublishedSpread | None, str]:
-    """Figures of the published encoder and their spread, or why there are none."""
+    """Statistics of the published encoder and their spread, or the reason why it failed."""
     try:
         with _threads(1):
             found = _published_figures(codec, ids, original)
@@ -350,7 +351,7 @@ def _published_spread(
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Runs torch with `count` threads."""
+    """Limits torch to `count` threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -362,7 +363,7 @@ def _threads(count: int) -> Iterator[None]:
 def _check_readable(
     name: str, codec: Codec, baseline: PublishedCodec, data: npt.NDArray[np.uint8], decoded: npt.NDArray[np.float32]
 ) -> None:
-    """Our bytes, decoded in the published way, differ from `decoded` only by that way's roundings."""
+    """Checks that the published decoder reads our bytes as `decoded`, up to its own rounding."""
     ids, values = baseline.decode(torch.from_numpy(data))
     if not np.array_equal(ids.numpy(), codec.decode(data)[0]):
         raise DistillKitError(f"{name}: the published decoder reads other ids from our bytes; this is a bug")
@@ -377,9 +378,9 @@ def _check_readable(
 
 
 def published_tolerance(config: CodecConfig, decoded: npt.NDArray[np.float32]) -> F64:
-    """(N, k): how far the published decoder's roundings (rust/codec/FORMAT.md §2.3) can take each value.
+    """(N, k): bound on the effect of the published decoder's rounding (rust/codec/FORMAT.md §2.3) on each value.
 
-    Of terms much larger than their sum, float32 loses as much as the largest of them has rounding.
+    If terms are much larger than their sum, the sum's float32 error is the rounding error of the largest term.
     """
     largest = np.abs(decoded).astype(np.float64).max(-1, keepdims=True)
     tolerance = np.zeros(decoded.shape)
@@ -392,13 +393,13 @@ def published_tolerance(config: CodecConfig, decoded: npt.NDArray[np.float32]) -
         if config.residual_bins:
             rest += 2.02 * half_ulp * largest
         if config.delta_encoding:
-            # Every difference may be off by its own roundings, and the sum is rounded once more.
+            # Every difference has its own rounding error, and the sum is rounded again.
             tolerance[:] = np.cumsum(tolerance, axis=-1) + 1.01 * half_ulp * np.abs(decoded) + 2.0**-22 * largest
     return tolerance
 
 
 def _largest_sum(config: CodecConfig, decoded: npt.NDArray[np.float32]) -> F64:
-    """(N, n) Σ |coefficient · term| of fits to the decoded values."""
+    """(N, n) Σ |coefficient · term| for fits to the decoded values."""
     terms_mn = term_matrix(config).numpy()
     values = decoded.astype(np.float64)
     if isinstance(config, DistributionQuantizationConfig) and config.delta_encoding:

@@ -1,11 +1,12 @@
-"""The baseline: the published algorithm for the published byte layouts, as one writes it down in batched torch.
+"""The baseline: a straightforward batched torch implementation of the published algorithm for the published layouts.
 
-It is here to be measured against, not to be used: a least-squares fit by a float32 singular value decomposition that
-drops singular values below an absolute 1e-5, every id and code expanded to a tensor of its bits and packed from there,
-sums in `term_dtype`. Bytes are those of rust/codec/FORMAT.md, read and written by `distillkit.codec` as well; the
-roundings of decoding are the published decoder's.
+It serves as a benchmark reference only. It fits by least squares, with a float32 singular value decomposition that
+drops singular values below an absolute 1e-5, packs every id and code by way of a tensor of its bits, and sums in
+`term_dtype`. Its bytes follow rust/codec/FORMAT.md and are interchangeable with those of `distillkit.codec`; its
+decoding rounds like the published decoder.
 
-Shape legend: N rows, k stored ids a row, n approximated ranks, m terms, C values of w bits each, B bytes, V vocabulary.
+Shape legend: N rows, k stored ids per row, n approximated ranks, m terms, C values of w bits each, B bytes, V
+vocabulary size.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ __all__ = ["PublishedCodec", "is_resolved", "published_codec", "term_matrix"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _CUTOFF = 1e-5
-"""Singular values below this count as zero, whatever the size of the largest."""
+"""Singular values below this count as zero, however large the largest one is."""
 _RESOLUTION = 2.0**-23
-"""What float32 resolves, relative to the largest singular value."""
+"""Float32 resolution of singular values, relative to the largest one."""
 _WIDEST_CODE = 53
 
 
 class PublishedCodec(Protocol):
-    """Rows ↔ bytes, values' bytes first, then the ids'."""
+    """Rows ↔ bytes: the bytes of the values, then those of the ids."""
 
     def encode(self, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
         """(N, k) int64 and (N, k) float32 → (N, B) uint8."""
 
     def decode(self, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, B) uint8 → (N, k) int64 and (N, k) float32, by rank."""
+        """(N, B) uint8 → (N, k) int64 and (N, k) float32, in rank order."""
 
     def encode_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """(N, V) logits → (N, B) uint8."""
@@ -50,11 +51,11 @@ def published_codec(config: CodecConfig, order_n: torch.Tensor | None = None) ->
     """The baseline for a configuration.
 
     Args:
-        order_n: permutation of the approximated ranks in which the decomposition takes them. Every order gives the
-            same pseudo-inverse, but for float32's rounding errors (see `is_resolved`).
+        order_n: permutation of the approximated ranks to apply before the decomposition. All orders give the same
+            pseudo-inverse, up to float32 rounding errors (see `is_resolved`).
 
     Raises:
-        ConfigError: residual codes of more than 53 bits, which it does not do.
+        ConfigError: residual codes have more than 53 bits, which the baseline does not support.
     """
     if isinstance(config, LegacyLogitCompressionConfig):
         return _Legacy(config, order_n)
@@ -64,9 +65,9 @@ def published_codec(config: CodecConfig, order_n: torch.Tensor | None = None) ->
 def is_resolved(config: CodecConfig) -> bool:
     """Whether float32 resolves all singular values of the terms.
 
-    Where it does not, the smallest ones that the published encoder divides by are rounding errors of the largest. They
-    are far above its cutoff, so it keeps them, and its coefficients change with the order in which numbers are added:
-    with the processor, the library and the number of threads.
+    If not, the smallest singular values that the published encoder divides by are rounding errors relative to the
+    largest one. They are far above its cutoff, so it keeps them, and its coefficients depend on the order of additions,
+    and thus on the processor, the library and the number of threads.
     """
     terms_mn = term_matrix(config)
     if not terms_mn.numel():
@@ -94,7 +95,7 @@ def term_matrix(config: CodecConfig) -> torch.Tensor:
 
 
 def _pseudo_inverse(terms_mn: torch.Tensor, order_n: torch.Tensor | None) -> torch.Tensor:
-    """(n, m) float32 with coefficients = values @ it, by SVD in float32 with the absolute cutoff."""
+    """(n, m) float32 pseudo-inverse P with coefficients = values @ P, by SVD in float32 with the absolute cutoff."""
     if order_n is not None:
         return _pseudo_inverse(terms_mn[:, order_n], None)[order_n.argsort()]
     u, singular, vt = torch.linalg.svd(terms_mn.float().T, full_matrices=False)
@@ -114,7 +115,7 @@ def _pack_bits(values_NC: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _unpack_bits(data_NB: torch.Tensor, width: int, count: int) -> torch.Tensor:
-    """The way back from `_pack_bits`: (N, count) int64."""
+    """The inverse of `_pack_bits`: (N, count) int64."""
     bits = ((data_NB.long().unsqueeze(-1) >> torch.arange(7, -1, -1)) & 1).flatten(1)
     bits = bits[:, : count * width].reshape(-1, count, width)
     values: torch.Tensor = (bits << torch.arange(width - 1, -1, -1)).sum(-1)
@@ -202,9 +203,9 @@ class _Quantized:
 
 
 def _bin_scale(residuals_NC: torch.Tensor, bin_: ResidualBin) -> torch.Tensor:
-    """(N, 1) in `scale_dtype`: the largest residual takes the outermost code; 1 where all are zero.
+    """(N, 1) in `scale_dtype`: maps the largest residual to the outermost code; 1 where all residuals are zero.
 
-    One that is too small for `scale_dtype` becomes 0, and its codes mean nothing: so it is published.
+    As published, a scale too small for `scale_dtype` becomes 0, which makes its codes meaningless.
     """
     largest = residuals_NC.abs().amax(-1, keepdim=True)
     scale = largest if bin_.element_bits == 1 else largest / 2 ** (bin_.element_bits - 1)
@@ -212,18 +213,18 @@ def _bin_scale(residuals_NC: torch.Tensor, bin_: ResidualBin) -> torch.Tensor:
 
 
 def _codes(steps: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of residuals in units of their scale. Those of one bit are the published ones, which lose the sign."""
+    """Codes of residuals in units of their scale. One-bit codes are as published, which loses the sign."""
     if bits == 1:
         return steps.clamp(0, 1).round().long()
     half = 2 ** (bits - 1)
-    # float64 holds the largest code exactly, which float32 does up to 25 bits. Scales of 0 make infinities, and error
-    # diffusion NaN of them, which as an integer is the lowest.
+    # float64 represents the largest code exactly; float32 only up to 25 bits. Scales of 0 produce infinities, and error
+    # diffusion turns these into NaN, which is mapped to the lowest code, like a conversion to integer.
     codes: torch.Tensor = steps.double().round().clamp(-half, half - 1).nan_to_num(nan=-half).long() + half
     return codes
 
 
 def _diffused_codes(steps_NC: torch.Tensor, bits: int, carried_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_codes`, the error of each element added to the next one; also the last error, for the next bin."""
+    """Like `_codes`, but adds each element's error to the next one. Also returns the last error, for the next bin."""
     codes = torch.empty(steps_NC.shape, dtype=torch.long)
     for column in range(steps_NC.shape[1]):
         wanted_N = steps_NC[:, column] + carried_N
@@ -238,7 +239,7 @@ class _Legacy:
         self._id_bits = math.ceil(math.log2(config.vocab_size))
         dtype = _DTYPES[config.term_dtype]
         self._terms_mn = term_matrix(config).to(dtype)
-        # The published column holds float32, so wider coefficients were rounded to it.
+        # The published column is float32, so wider coefficients were rounded.
         self._stored = torch.float32 if dtype == torch.float64 else dtype
         self._inverse_nm = _pseudo_inverse(self._terms_mn, order_n) if config.exact_k < config.k else None
 

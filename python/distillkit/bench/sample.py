@@ -1,4 +1,4 @@
-"""Rows to measure on: top-k log-probabilities of real positions."""
+"""Rows for benchmarks: top-k log-probabilities at real positions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from distillkit.shards import Dataset
 __all__ = ["Sample", "bundled_sample", "load_sample", "save_sample"]
 
 _MOST_ROWS = 20_000
-"""Rows taken of a dataset: enough for a 99th percentile, and a table in minutes."""
+"""Maximum rows read from a dataset: enough for a 99th percentile, few enough for a table within minutes."""
 _TOO_MUCH = 1.01
-"""Probabilities of a row that add up to more are refused by the encoder."""
+"""The encoder rejects rows whose probabilities sum to more than this."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Sample:
     Attributes:
         ids: (N, k) int64.
         logprobs: (N, k) float32, descending, under the full softmax.
-        vocab_size: ids are below this.
-        about: what the rows are, to be read after their number: "real positions of a teacher over a text".
-        caution: what a reader must know about them, if anything.
+        vocab_size: ids are less than this.
+        about: description of the rows, to follow their number: "real positions of a teacher over a text".
+        caution: a caveat for readers of the results; may be empty.
     """
 
     ids: npt.NDArray[np.int64]
@@ -42,26 +42,27 @@ class Sample:
 
     @property
     def k(self) -> int:
-        """Ids a row."""
+        """Ids per row."""
         return int(self.ids.shape[1])
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def top(self, k: int, vocab_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """(N, k) ids and log-probabilities; ids that are not below `vocab_size` are made to be, distinct in a row.
+        """(N, k) first ids and log-probabilities. If any id is not below `vocab_size`, all are replaced by distinct ids
+        that are.
 
-        What is stored of the values does not depend on the ids.
+        The encoding of the values does not depend on the ids.
         """
         ids = self.ids[:, :k]
         if ids.max(initial=0) >= vocab_size:
-            # A row's ids keep their spread: a stride over the vocabulary from the row's own start.
+            # Ids stay spread out: they stride over the vocabulary from the row's first id.
             stride = max(1, vocab_size // k)
             ids = (ids[:, :1] + stride * np.arange(k)) % vocab_size
         return np.ascontiguousarray(ids), np.ascontiguousarray(self.logprobs[:, :k])
 
     def first(self, rows: int) -> Sample:
-        """At most `rows` of the rows, evenly spread."""
+        """At most `rows` of the rows, evenly spaced."""
         if len(self) <= rows:
             return self
         chosen = np.linspace(0, len(self) - 1, rows).round().astype(int)
@@ -69,26 +70,26 @@ class Sample:
 
 
 def bundled_sample() -> Sample:
-    """The rows that come with distillkit."""
+    """Loads the rows that are bundled with distillkit."""
     return _load_arrays(Path(__file__).with_name("sample.npz"))
 
 
 def load_sample(path: str | os.PathLike[str]) -> Sample:
-    """Rows of a captured or published dataset (evenly spread documents), or of an .npz file.
+    """Loads rows from a captured or published dataset (evenly spaced documents), or from an .npz file.
 
-    The file holds `ids` and `logprobs`, both (N, k), and may hold `vocab_size` and `about`.
+    The .npz file contains `ids` and `logprobs`, both (N, k), and optionally `vocab_size` and `about`.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        InputError: the file is no such file, or there are no rows.
-        DistillKitError: as `Dataset.open`.
+        FileNotFoundError: the path does not exist.
+        InputError: the file is not such an .npz file, or there are no usable rows.
+        DistillKitError: as for `Dataset.open`.
     """
     name = str(os.fspath(path))
     return _load_arrays(Path(name)) if name.endswith(".npz") else _load_dataset(name)
 
 
 def save_sample(path: str | os.PathLike[str], sample: Sample) -> None:
-    """Writes what `load_sample` reads."""
+    """Writes an .npz file for `load_sample`."""
     np.savez_compressed(
         path,
         ids=sample.ids.astype(np.int32),
@@ -103,7 +104,7 @@ def _load_arrays(path: Path) -> Sample:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, ValueError) as error:
-        raise InputError(f"{path}: this is no .npz file of arrays: {error}") from error
+        raise InputError(f"{path}: not an .npz file of arrays: {error}") from error
     missing = [name for name in ("ids", "logprobs") if name not in arrays]
     if missing:
         raise InputError(
@@ -124,7 +125,7 @@ def _load_arrays(path: Path) -> Sample:
 def _load_dataset(name: str) -> Sample:
     dataset = Dataset.open(name)
     if not len(dataset) or not dataset.num_rows:
-        raise InputError(f"{name}: there are no distributions in this dataset")
+        raise InputError(f"{name}: the dataset contains no distributions")
     documents = min(len(dataset), -(-_MOST_ROWS * len(dataset) // dataset.num_rows))
     parts = []
     for index in np.linspace(0, len(dataset) - 1, documents).round().astype(int):
@@ -132,7 +133,7 @@ def _load_dataset(name: str) -> Sample:
         parts.append(dataset.codec.decode_document(document.teacher, document.num_rows))
     ids = np.concatenate([np.asarray(part.ids) for part in parts])
     logprobs = np.concatenate([np.asarray(part.logprobs) for part in parts])
-    teacher = (dataset.header.teacher or {}).get("name") or "a teacher that is not named"
+    teacher = (dataset.header.teacher or {}).get("name") or "an unnamed teacher"
     about = f"positions of {teacher}, decoded from {name}"
     return _checked(name, ids, logprobs, dataset.codec.vocab_size, about, caution=_caution(dataset.codec.config))
 
@@ -143,23 +144,23 @@ def _caution(config: CodecConfig) -> str:
         if exact and not config.delta_encoding:
             return ""
     return (
-        "The originals of this table were read from a lossy capture: what its codec lost does not show here, so a "
-        "configuration like it looks better than it is. Rows captured exactly (exact_k = k, float32) are best."
+        "The original rows come from a lossy capture. Its own losses do not show in this table, so configurations "
+        "similar to its codec look better than they are. Prefer rows captured exactly (exact_k = k, float32)."
     )
 
 
 def _checked(
     name: str, ids: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float32], vocab_size: int, about: str, caution: str
 ) -> Sample:
-    """Rows in descending order, without those that are no log-probabilities, as fits of the far tail can leave them."""
+    """Sorts rows in descending order and drops invalid ones, which a codec's fit of the far tail may produce."""
     order = np.argsort(-logprobs, axis=-1, kind="stable")
     ids, logprobs = np.take_along_axis(ids, order, -1), np.take_along_axis(logprobs, order, -1)
     with np.errstate(over="ignore"):
         sound = np.isfinite(logprobs).all(-1) & (np.exp(logprobs.astype(np.float64)).sum(-1) < _TOO_MUCH)
     if not sound.any():
-        raise InputError(f"{name}: no row holds finite log-probabilities that add up to at most 1")
+        raise InputError(f"{name}: no row has finite log-probabilities whose probabilities sum to at most 1")
     if not sound.all():
-        caution = f"{caution} {(~sound).sum():,} rows were left out: their probabilities add up to more than 1.".strip()
+        caution = f"{caution} {(~sound).sum():,} rows were skipped: their probabilities sum to more than 1.".strip()
     chosen = np.flatnonzero(sound)
     if len(chosen) > _MOST_ROWS and not name.endswith(".npz"):
         chosen = chosen[np.linspace(0, len(chosen) - 1, _MOST_ROWS).round().astype(int)]

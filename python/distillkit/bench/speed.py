@@ -1,8 +1,8 @@
-"""Speed of the codec and of the read path, beside the published algorithm and the limits of the machine, in one run.
+"""Speed of the codec and of reading shards, against the published algorithm and the machine's limits, in one run.
 
-What is timed is checked first: each decoder reads the other's bytes. Speeds are the best of several runs.
+Correctness is checked before timing: each decoder reads the other's bytes. Speeds are the best of several runs.
 
-Shape legend: N rows, k stored ids a row, V vocabulary.
+Shape legend: N rows, k stored ids per row, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -32,33 +32,32 @@ from distillkit.types import SparseLogprobs
 __all__ = ["DENSE_VOCABULARY", "SpeedRow", "cores", "machine", "measure_decoding", "measure_speed"]
 
 PACKED_ROWS = 8192
-"""Rows of a call: a packed sequence of the published datasets."""
+"""Rows per call: a packed sequence of the published datasets."""
 DOCUMENT_ROWS = 512
-"""Rows of a call: one document of modest length. Here the baseline's tensors fit into the caches."""
+"""Rows per call: a document of modest length, for which the baseline's tensors fit in the caches."""
 DENSE_VOCABULARY = 151_936
-"""Width of the dense logits where nothing else is asked for: Qwen's vocabulary."""
+"""Default width of the dense logits: Qwen's vocabulary."""
 _DOCUMENTS, _COLLATED = 64, 16
 _WITH_ALL = "recommended", "budget"
-"""The published presets, whose encoding and decoding is timed at both sizes. Of the others, decoding is."""
+"""The published presets, whose encoding and decoding are timed at both sizes. For others, only decoding is timed."""
 _COPYING = "copying as many bytes"
 
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One kind of work.
+    """The speed of one kind of work.
 
     Attributes:
-        work: what is done.
-        rows: rows of one call.
-        tokens_per_second: ours.
-        published: the baseline, tokens a second; None where it has no such work.
-        bytes_per_token: of an encoded row.
-        moved_bytes: of a token's decoded side: ids and values (12 a stored id), or its logits.
-        limit: what the machine does with as many bytes, tokens a second.
-        limit_is: what that is: copying them, or reading them once.
-        extra_bytes, published_extra_bytes: memory at the peak of the work beyond inputs and outputs; None where it is
-            not measured.
-        note: what else is to be known.
+        work: the kind of work.
+        rows: rows per call.
+        tokens_per_second: our speed.
+        published: the baseline's speed, tokens per second; None if it has no equivalent.
+        bytes_per_token: size of an encoded row.
+        moved_bytes: bytes of a token's decoded form: ids and values (12 per stored id), or its logits.
+        limit: the machine's limit for moving as many bytes, tokens per second.
+        limit_is: how that was measured: by copying the bytes, or reading them once.
+        extra_bytes, published_extra_bytes: peak memory beyond inputs and outputs; None if not measured.
+        note: a remark; may be empty.
     """
 
     work: str
@@ -75,32 +74,32 @@ class SpeedRow:
 
     @property
     def ratio(self) -> float | None:
-        """How many times as fast as the baseline."""
+        """Speedup over the baseline."""
         return None if self.published is None else self.tokens_per_second / self.published
 
     @property
     def mb_per_second(self) -> float:
-        """`moved_bytes` a second, in millions."""
+        """Throughput in terms of `moved_bytes`, MB/s."""
         return self.tokens_per_second * self.moved_bytes / 1e6
 
     @property
     def of_limit(self) -> float:
-        """Share of the machine's limit."""
+        """Fraction of the machine's limit."""
         return self.tokens_per_second / self.limit
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, JSON-able."""
+        """All fields and derived values, JSON-serialisable."""
         derived = {"ratio": self.ratio, "mb_per_second": self.mb_per_second, "of_limit": self.of_limit}
         return {**asdict(self), **derived}
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> str:
-    """Processor and cores, for the tables' headings."""
+    """Processor name and number of cores, for table headings."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     name = names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
@@ -115,17 +114,17 @@ def measure_speed(
     quick: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[SpeedRow]:
-    """One row of the table for each kind of work, on rows of the sample, repeated as often as necessary.
+    """Yields one table row per kind of work, measured on the sample's rows, which are repeated as needed.
 
-    Where the sample has fewer ids a row than a preset stores, the bundled sample's rows are used, and the note says so.
+    If the sample has fewer ids per row than a preset stores, the bundled sample is used, and the note says so.
 
     Args:
-        vocab_size: of the codecs.
-        dense_vocab_size: width of the dense logits, which are made up.
-        quick: shorter runs, and the published presets alone.
+        vocab_size: vocabulary size of the codecs.
+        dense_vocab_size: width of the dense logits, which are random.
+        quick: use shorter runs, and only the published presets.
 
     Raises:
-        DistillKitError: a decoder does not read what it should; that is a bug.
+        DistillKitError: a decoder returns wrong results, which is a bug.
     """
     seconds = 0.15 if quick else 1.0
     sizes = (PACKED_ROWS,) if quick else (PACKED_ROWS, DOCUMENT_ROWS)
@@ -151,7 +150,7 @@ def measure_speed(
 def measure_decoding(
     sample: Sample, names: Sequence[str], *, vocab_size: int, seconds: float = 1.0
 ) -> Iterator[SpeedRow]:
-    """Decoding alone, of packed sequences: one row of the table for each of the presets."""
+    """Measures only the decoding of packed sequences: yields one table row per preset."""
     for name in names:
         yield from _codec_rows(sample, name, vocab_size, PACKED_ROWS, seconds, works=("decode",))
 
@@ -160,10 +159,10 @@ def measure_decoding(
 
 
 def _rows_of(sample: Sample, k: int, vocab_size: int, count: int) -> tuple[SparseLogprobs, str]:
-    """`count` rows of k ids, and a note where they are not the sample's."""
+    """`count` rows of k ids, and a note if they are not from the sample."""
     note = ""
     if sample.k < k:
-        note = f"the sample has {sample.k} ids a row: these are rows that come with distillkit"
+        note = f"the sample has only {sample.k} ids per row, so distillkit's bundled sample was used"
         sample = bundled_sample()
     ids, logprobs = sample.top(k, vocab_size)
     chosen = np.arange(count) % len(ids)
@@ -171,15 +170,15 @@ def _rows_of(sample: Sample, k: int, vocab_size: int, count: int) -> tuple[Spars
 
 
 def _same(what: str, codec: Codec, found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
-    """Ids equal, values within the roundings of the published decoder."""
+    """Checks that ids are equal, and values equal up to the published decoder's rounding."""
     ids, logprobs, expected_ids, expected_logprobs = (np.asarray(array) for array in (*found, *expected))
     tolerance = published_tolerance(codec.config, expected_logprobs)
     if not np.array_equal(ids, expected_ids) or not (np.abs(logprobs - expected_logprobs) <= tolerance).all():
-        raise DistillKitError(f"{what}: decoding does not give what it should; this is a bug")
+        raise DistillKitError(f"{what}: decoding returns wrong ids or values; this is a bug")
 
 
 def _check_each_other(codec: Codec, baseline: PublishedCodec, rows: SparseLogprobs) -> None:
-    """Each decoder reads the other's bytes as their writer does."""
+    """Checks that each decoder reads both encoders' bytes alike."""
     ids, logprobs = torch.from_numpy(rows.ids), torch.from_numpy(rows.logprobs)
     ours, theirs = codec.encode(rows.ids, rows.logprobs), baseline.encode(ids, logprobs)
     for what, data in (("our bytes", torch.from_numpy(ours)), ("the baseline's bytes", theirs)):
@@ -191,7 +190,7 @@ def _check_each_other(codec: Codec, baseline: PublishedCodec, rows: SparseLogpro
 
 
 def _copying(size: int) -> Callable[[], Any]:
-    """Work that copies `size` bytes, on all cores."""
+    """A function that copies `size` bytes, on all cores."""
     source = torch.ones(size, dtype=torch.uint8)
     target = torch.empty_like(source)
     return partial(target.copy_, source)
@@ -264,7 +263,7 @@ def _dense_rows(vocab_size: int, count: int, seconds: float) -> Iterator[SpeedRo
     for dtype in (torch.float32, torch.bfloat16):
         logits = logits_NV.to(dtype)
         _check_dense(codec, logits)
-        # Reading them once: a sum of the numbers, or of their bytes as integers, whichever is faster.
+        # Reading them once: summing them as floats or as integers, whichever is faster.
         works = (
             partial(codec.encode_logits, logits),
             partial(baseline.encode_logits, logits),
@@ -288,12 +287,12 @@ def _check_dense(codec: Codec, logits_NV: torch.Tensor) -> None:
     ids, logprobs = codec.decode_torch(codec.encode_logits(logits_NV))
     exact_NV = torch.log_softmax(logits_NV.double(), -1)
     top_Nk = exact_NV.topk(codec.k).values
-    # Ties among bfloat16 logits may come in another order: the chosen ones are compared by their values. Exact values
-    # are a neighbour in bfloat16, not always the nearest one.
+    # Equal bfloat16 logits may be ordered differently, so the chosen ids are compared by their values. Exact values may
+    # be rounded to either neighbour in bfloat16, not always the nearest.
     found = torch.equal(exact_NV.gather(-1, ids), top_Nk)
     exact_k = codec.config.exact_k
     if not found or not torch.allclose(logprobs[:, :exact_k].double(), top_Nk[:, :exact_k], rtol=2**-7, atol=1e-5):
-        raise DistillKitError("encode_logits: the most probable ids or their values are not right; this is a bug")
+        raise DistillKitError("encode_logits: the most probable ids or their values are wrong; this is a bug")
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------
@@ -313,7 +312,7 @@ def _reading_rows(sample: Sample, vocab_size: int, seconds: float) -> Iterator[S
         if not np.array_equal(first.ids, rows.ids):
             raise DistillKitError("the ids read from a shard are not those that were written; this is a bug")
         alone = one_core_reading(Path(folder), seconds)
-        pinned = "" if alone["pinned"] else "other threads than ours were not limited to the core"
+        pinned = "" if alone["pinned"] else "only our own threads were limited to one core"
 
         copying = _copying(count * moved)
         works = (partial(_read_arrays, dataset), partial(_read_tensors, dataset), copying)
@@ -332,7 +331,7 @@ def _read_arrays(dataset: Dataset) -> int:
 
 
 def _read_tensors(dataset: Dataset) -> int:
-    """Bytes of several documents in one tensor, decoded there, as in training."""
+    """Collates the bytes of several documents into one tensor and decodes that, as in training."""
     rows, waiting = 0, []
     for number, document in enumerate(dataset, 1):
         waiting.append(dataset.codec.document_rows(document.teacher, document.num_rows))

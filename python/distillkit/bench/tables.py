@@ -1,4 +1,4 @@
-"""The two tables, for a terminal and as CSV."""
+"""The tables of fidelity and speed, for a terminal and as CSV."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["csv_rows", "fidelity_table", "short_number", "speed_table", "write_c
 
 
 def short_number(value: float | None, digits: int = 3) -> str:
-    """A few digits: 0, 0.5, 1.67e-4, 12.3, 4,100, 10.4 M."""
+    """Formats a number with few digits: 0, 0.5, 1.67e-4, 12.3, 4,100, 10.4 M."""
     if value is None:
         return "–"
     if value >= 999_500:
@@ -51,14 +51,14 @@ def _table(headings: Sequence[str]) -> Table:
 # -- fidelity ----------------------------------------------------------------------------------------------------------
 
 _FIDELITY_ABOUT = (
-    "What is read back from the bytes (B: a token) of our encoder and of the published one, against the original top "
-    "k; KL and errors in nats. Rising: rows whose values do not only fall. Limits of the layout, nothing rounded: "
-    "unweighted least squares, and the least KL that there is, which lets the far tail go."
+    "Decoded values of our encoder and of the published one (B: bytes per token) against the original top k; KL and "
+    "errors in nats. Rising: rows whose values are not in descending order. Limits of the layout without rounding: "
+    "unweighted least squares, and the least possible KL, which sacrifices the far tail."
 )
 
 
 def fidelity_table(rows: Sequence[FidelityRow], sample: Sample) -> Group:
-    """One configuration after the other: ours, the published encoder, and the limits of its layout."""
+    """For each configuration: our encoder, the published one, and the limits of the layout."""
     headings = "", "KL\nmean", "\np99", "\nmax", "mass\nerror", "mass\n> 1", "top-1\nsame", "worst\nerror", "p >\n1e-6"
     table = _table((*headings, "ris-\ning"))
     for row in rows:
@@ -77,7 +77,7 @@ def fidelity_table(rows: Sequence[FidelityRow], sample: Sample) -> Group:
     notes = [f"{row.config}: {note}" for row in rows for note in (row.note, _spread_note(row)) if note]
     near = ", ".join(f"{row.config} {row.over_optimum:.2f}" for row in rows if row.over_optimum is not None)
     if near:
-        notes.append(f"mean KL of ours over the least possible: {near}")
+        notes.append(f"our mean KL relative to the least possible: {near}")
     return _headed(title, _FIDELITY_ABOUT, table, [sample.caution, *notes])
 
 
@@ -86,14 +86,14 @@ def _spread_note(row: FidelityRow) -> str:
     if spread is None:
         return ""
     note = (
-        "float32 does not resolve the terms that the published encoder fits, so its mean KL depends on the order of "
+        "float32 cannot resolve the terms that the published encoder fits, so its mean KL depends on the order of "
         f"additions: {short_number(spread.one_thread)} with 1 thread, {short_number(spread.all_threads)} with "
         f"{spread.threads}, {short_number(spread.least)} to {short_number(spread.most)} over {spread.orders} orders of "
         "the ranks"
     )
     if spread.normalized is None:
         return note
-    return f"{note}; its best is {short_number(spread.normalized)}, with normalize_t"
+    return f"{note}; with normalize_t, it is {short_number(spread.normalized)}"
 
 
 def _cells(found: Figures, digits: int = 2) -> tuple[str, ...]:
@@ -113,15 +113,15 @@ def _cells(found: Figures, digits: int = 2) -> tuple[str, ...]:
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 _SPEED_ABOUT = (
-    "Best of several runs, ours and the published algorithm in straightforward batched torch in turns. MB/s are of the "
-    "decoded ids and values (12 bytes for each of k), or of the logits. The limit is what this machine does with as "
-    "many bytes: copying them; reading dense logits once."
+    "Best of several runs, alternating between ours and a straightforward implementation of the published algorithm in "
+    "batched torch. MB/s count the decoded ids and values (12 bytes for each of the k), or the logits. The limit is "
+    "this machine's speed for as many bytes: copying them, or reading dense logits once."
 )
 
 
 def speed_table(rows: Sequence[SpeedRow]) -> Group:
-    """A line for each kind of work."""
-    headings = "", "rows\na call", "ours\ntokens/s", "published\ntokens/s", "\nratio", "bytes\na token", "\nMB/s"
+    """One line per kind of work."""
+    headings = "", "rows\nper call", "ours\ntokens/s", "published\ntokens/s", "\nratio", "bytes\nper token", "\nMB/s"
     table = _table((*headings, "of the\nlimit"))
     for row in rows:
         ratio = "–" if row.ratio is None else f"{short_number(row.ratio)}×"
@@ -143,7 +143,7 @@ def _memory_note(row: SpeedRow) -> str:
     if row.extra_bytes is None or row.published_extra_bytes is None:
         return ""
     ours, published = row.extra_bytes / 1e6, row.published_extra_bytes / 1e6
-    return f"memory beyond inputs and outputs, at the peak: {ours:.1f} MB, published {published:.1f} MB"
+    return f"peak memory beyond inputs and outputs: ours {ours:.1f} MB, published {published:.1f} MB"
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -153,12 +153,12 @@ _NESTED = "ours", "published", "least_squares", "optimum", "published_spread"
 
 
 def csv_rows(rows: Sequence[FidelityRow] | Sequence[SpeedRow], about: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line a row: figures in columns of their own, and `about` at the end of each."""
+    """One CSV line per row: every value in its own column, followed by `about`."""
     return [{**_flat(row.to_dict()), **about} for row in rows]
 
 
 def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Lines with the columns of all of them."""
+    """Writes lines as CSV, with the union of their columns."""
     columns = list(dict.fromkeys(name for line in lines for name in line))
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Packing of unsigned integers of 1–64 bits into bytes, most significant bit first (rust/codec/FORMAT.md §1)."""
+"""Packs unsigned integers of 1–64 bits into bytes, most significant bit first (rust/codec/FORMAT.md §1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["pack", "packed_len", "unpack"]
 
 
 def packed_len(count: int, width: int) -> int:
-    """Bytes that `count` values of `width` bits occupy.
+    """Number of bytes that `count` values of `width` bits take.
 
     Example:
         >>> packed_len(128, 17)
@@ -27,10 +27,10 @@ def packed_len(count: int, width: int) -> int:
 def pack(values: npt.ArrayLike, width: int) -> npt.NDArray[np.uint8]:
     """Packs the last axis: (..., n) integers → (..., ceil(n·width / 8)) uint8. Padding bits are zero.
 
-    Values of 64 bits may come as int64 bit patterns.
+    64-bit values may also be passed as int64 bit patterns.
 
     Raises:
-        InputError: width is not 1–64, values are no integers, or one needs more than `width` bits.
+        InputError: width is not 1–64, the values are not integers, or one needs more than `width` bits.
 
     Example:
         >>> import numpy as np
@@ -39,10 +39,10 @@ def pack(values: npt.ArrayLike, width: int) -> npt.NDArray[np.uint8]:
     """
     array = np.asarray(values)
     if array.dtype.kind not in "iu" or array.ndim == 0:
-        raise InputError(f"values must be an integer array of at least one axis, got {array.dtype} {array.shape}")
+        raise InputError(f"values must be an integer array with at least one axis, got {array.dtype} {array.shape}")
     _check_width(width)
     if array.dtype.kind == "i" and width < 64 and array.size and array.min() < 0:
-        raise InputError(f"value {array.min()} is negative and does not fit into {width} bits")
+        raise InputError(f"value {array.min()} is negative and does not fit in {width} bits")
     rows = _rows(array.astype(np.uint64, copy=False))
     packed: npt.NDArray[np.uint8] = _native.pack_bits(rows, width)
     return packed.reshape(*array.shape[:-1], packed.shape[-1])
@@ -53,7 +53,7 @@ def unpack(data: npt.NDArray[np.uint8], width: int, count: int) -> npt.NDArray[n
 
     Raises:
         InputError: width is not 1–64, or data is not uint8.
-        TruncatedDataError: the last axis has another length than `count` values need.
+        TruncatedDataError: the last axis does not have the length that `count` values need.
         CorruptDataError: a padding bit is set.
 
     Example:
@@ -63,7 +63,7 @@ def unpack(data: npt.NDArray[np.uint8], width: int, count: int) -> npt.NDArray[n
     """
     array: npt.NDArray[Any] = np.asarray(data)
     if array.dtype != np.uint8 or array.ndim == 0:
-        raise InputError(f"data must be a uint8 array of at least one axis, got {array.dtype} {array.shape}")
+        raise InputError(f"data must be a uint8 array with at least one axis, got {array.dtype} {array.shape}")
     _check_width(width)
     if array.shape[-1] != packed_len(count, width):
         raise TruncatedDataError(
@@ -78,5 +78,5 @@ def _check_width(width: int) -> None:
 
 
 def _rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The last axis as rows, C-contiguous; any of the axes may be empty."""
+    """A C-contiguous 2-D array with the last axis as rows. Any axis may have size 0."""
     return np.ascontiguousarray(array).reshape(math.prod(array.shape[:-1]), array.shape[-1])

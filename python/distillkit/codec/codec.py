@@ -1,6 +1,6 @@
 """`Codec`: sparse teacher distributions ↔ bytes.
 
-Shape legend: R rows (positions), k stored ids a row, V vocabulary.
+Shape legend: R rows (positions), k stored ids per row, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ if TYPE_CHECKING:
 __all__ = ["Codec"]
 
 _VERSIONS = {"quantized": 1, "legacy": 1}
-"""The newest version of each format that this release writes and reads (rust/codec/FORMAT.md)."""
+"""The latest version of each format that this release reads and writes (rust/codec/FORMAT.md)."""
 _CONFIGS = {"quantized": DistributionQuantizationConfig, "legacy": LegacyLogitCompressionConfig}
 
 
 class Codec:
-    """Encodes and decodes rows of one configuration.
+    """Encodes and decodes rows in one configuration.
 
-    numpy in, numpy out; torch in, torch out on the same device. A row is the published layout: the values' bytes,
-    then the ids' bytes.
+    numpy in, numpy out; torch in, torch out on the same device. A row has the published layout: the bytes of the
+    values, then the bytes of the ids.
 
     Args:
-        config: a configuration, or a mapping as `codec_config` takes it.
+        config: a configuration, or a mapping that `codec_config` accepts.
 
     Attributes:
         config: the configuration.
         format: "quantized" or "legacy".
         version: version of that format.
-        k: stored ids a row.
+        k: stored ids per row.
         simd: the instruction set in use: "portable", "avx2", "avx512" or "neon" (`DISTILLKIT_SIMD` forces one).
-        vocab_size: ids are below this.
-        value_bytes, id_bytes, bytes_per_token: bytes of a row's values, of its ids, and of both.
-        warnings: what is valid in the configuration but probably not wanted.
+        vocab_size: ids must be less than this.
+        value_bytes, id_bytes, bytes_per_token: size of a row's values, of its ids, and of both together.
+        warnings: settings that are valid but probably not intended.
 
     Raises:
-        ConfigError: the configuration is not valid.
+        ConfigError: the configuration is invalid.
 
     Example:
         >>> import numpy as np
@@ -99,17 +99,17 @@ class Codec:
         return Codec, (self.config,)
 
     def to_dict(self) -> dict[str, Any]:
-        """Format, version and configuration, JSON-able: what a shard's header holds."""
+        """Format, version and configuration as a JSON-serialisable mapping, as stored in a shard's header."""
         return {"format": self.format, "version": self.version, "config": json.loads(self._native.config_json)}
 
     @staticmethod
     def from_dict(description: Mapping[str, Any]) -> Codec:
-        """The codec that `to_dict` described.
+        """Recreates a codec from the result of `to_dict`.
 
         Raises:
-            UnsupportedVersionError: the format or its version is not known to this release.
-            CorruptDataError: the description is not one.
-            ConfigError: its configuration is not valid.
+            UnsupportedVersionError: this release does not support the format or its version.
+            CorruptDataError: the mapping does not describe a codec.
+            ConfigError: its configuration is invalid.
 
         Example:
             >>> from distillkit.codec import Codec, preset
@@ -119,11 +119,11 @@ class Codec:
         """
         name, version, config = (description.get(key) for key in ("format", "version", "config"))
         if not isinstance(name, str) or not isinstance(version, int) or not isinstance(config, Mapping):
-            raise CorruptDataError(f"a codec description has format, version and config; found {dict(description)!r}")
+            raise CorruptDataError(f"a codec description needs format, version and config; found {dict(description)!r}")
         if name not in _VERSIONS or version > _VERSIONS[name] or version < 1:
             known = ", ".join(f"{known} up to version {newest}" for known, newest in _VERSIONS.items())
             raise UnsupportedVersionError(
-                f"the data is in codec format '{name}' version {version}; this release reads {known}: update distillkit"
+                f"the data is in codec format '{name}' version {version}; this release reads {known}; update distillkit"
             )
         return Codec(_CONFIGS[name](**config))
 
@@ -133,17 +133,17 @@ class Codec:
         """Encodes rows.
 
         Args:
-            ids: (..., k) integers, distinct in a row, each below `vocab_size`.
-            logprobs: (..., k) floats, log-probabilities under the full softmax. Rows that are not descending are
-            sorted (stable).
-            out: (..., bytes_per_token) uint8 to write to, C-contiguous, of the same kind as the inputs (on the CPU).
+            ids: (..., k) integers, distinct within a row, each below `vocab_size`.
+            logprobs: (..., k) floats, log-probabilities under the full softmax. Rows that are not in descending order
+                are sorted (stable).
+            out: C-contiguous (..., bytes_per_token) uint8 to write into, numpy or torch like the inputs, on the CPU.
 
         Returns:
-            (..., bytes_per_token) uint8: `out` if it is given.
+            (..., bytes_per_token) uint8; `out` itself if it was passed.
 
         Raises:
-            InputError: wrong shapes or dtypes, values that are not finite or not log-probabilities, ids repeated or
-            out of range.
+            InputError: wrong shapes or dtypes, values that are not finite or not log-probabilities, or ids that are
+                repeated or out of range.
         """
         if is_tensor(ids) and is_tensor(logprobs):
             return self._encode_tensors(ids, logprobs, out)
@@ -160,7 +160,7 @@ class Codec:
                 f"ids and logprobs must both have shape (..., k = {self.k}), got {ids.shape} and {logprobs.shape}"
             )
         data = _output("out", out, (*ids.shape[:-1], self.bytes_per_token), np.uint8)
-        # A float64 beyond float32's range becomes infinite here and is refused by its row below.
+        # A float64 outside float32's range becomes infinite here; the native encoder then rejects its row.
         with np.errstate(over="ignore"):
             self._native.encode(
                 np.require(ids, np.int64, ["C", "A"]).reshape(-1, self.k),
@@ -179,20 +179,20 @@ class Codec:
         return torch.from_numpy(data).to(ids.device) if out is None else out
 
     def decode(self, data: Any, *, out: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
-        """Decodes rows, by rank.
+        """Decodes rows, in rank order.
 
         Args:
             data: (..., bytes_per_token) uint8.
-            out: ids (..., k) int64 and logprobs (..., k) float32 to write to, C-contiguous, of the same kind as
-            `data`. What they hold after an error is unspecified.
+            out: C-contiguous ids (..., k) int64 and logprobs (..., k) float32 to write into, numpy or torch like
+                `data`. Their contents are unspecified after an error.
 
         Returns:
-            ids (..., k) int64 and logprobs (..., k) float32: those of `out` if it is given.
+            ids (..., k) int64 and logprobs (..., k) float32; those of `out` if it was passed.
 
         Raises:
-            InputError: not uint8, or outputs that do not fit.
-            TruncatedDataError: the last axis has another length.
-            CorruptDataError: ids outside the vocabulary, values that are not finite, unused bits that are set.
+            InputError: `data` is not uint8, or `out` does not fit.
+            TruncatedDataError: the last axis has the wrong length.
+            CorruptDataError: ids outside the vocabulary, values that are not finite, or unused bits that are set.
         """
         if is_tensor(data):
             if data.device.type != "cpu":
@@ -213,25 +213,25 @@ class Codec:
     def decode_torch(
         self, data: torch.Tensor, *, out: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decodes rows with torch operations, on the tensor's own device; in inference mode and compiled, too.
+        """Decodes rows with torch operations, on the tensor's own device. Works in inference mode and when compiled.
 
-        Ids and exact values equal `decode`'s bit for bit everywhere. The other values do where products and sums are
-        rounded one by one, as on a CPU. A compiler or device that rounds a product and a sum only once may move them by
-        m · 2⁻²³ · Σ |coefficient · term| (m terms), one that sums in another order (`delta_encoding`) by the last bit
-        of a float32. The content is not checked: rows come from checked documents.
+        Ids and exact values always equal those of `decode` bit for bit. The other values do too where each product and
+        sum is rounded separately, as on a CPU. With fused multiply-add they may differ by up to
+        m · 2⁻²³ · Σ |coefficient · term| (m terms); with another summation order (`delta_encoding`), by the last bit of
+        a float32. The contents are not validated, since rows come from documents that already were.
 
-        In between it takes memory for some thousand rows on a CPU, on other devices about 12 bytes a value (rows × k).
+        Temporary memory: a few thousand rows on a CPU, about 12 bytes per value (rows × k) on other devices.
 
         Args:
             data: (..., bytes_per_token) uint8.
-            out: contiguous tensors to fill instead of new ones, ids (..., k) int64 and logprobs (..., k) float32.
+            out: contiguous tensors to fill instead of new ones: ids (..., k) int64 and logprobs (..., k) float32.
 
         Returns:
             ids (..., k) int64 and logprobs (..., k) float32, on the tensor's device.
 
         Raises:
-            InputError: not uint8, or `out` does not fit.
-            TruncatedDataError: the last axis has another length.
+            InputError: `data` is not uint8, or `out` does not fit.
+            TruncatedDataError: the last axis has the wrong length.
         """
         from distillkit.codec.torch_decode import decoder_for
 
@@ -247,17 +247,17 @@ class Codec:
             )
 
     def encode_logits(self, logits: Array, *, out: Array | None = None) -> Any:
-        """Top-k, log-softmax and encoding of dense logits, in one pass over them.
+        """Top-k, log-softmax and encoding of dense logits in a single pass.
 
         Args:
             logits: (..., V) float32 or float16 array, or float32, bfloat16 or float16 tensor, with V = `vocab_size`.
-            out: (..., bytes_per_token) uint8 to write to, C-contiguous, of the same kind as the logits (on the CPU).
+            out: C-contiguous (..., bytes_per_token) uint8 to write into, numpy or torch like the logits, on the CPU.
 
         Returns:
-            (..., bytes_per_token) uint8, numpy or torch (on their device) as the logits are: `out` if it is given.
+            (..., bytes_per_token) uint8, numpy or torch like the logits and on their device; `out` if it was passed.
 
         Raises:
-            InputError: another V or dtype, NaN or +∞, fewer than k finite logits in a row.
+            InputError: wrong V or dtype, NaN or +∞, or fewer than k finite logits in a row.
         """
         if logits.ndim == 0 or logits.shape[-1] != self.vocab_size:
             raise InputError(
@@ -279,20 +279,20 @@ class Codec:
     # -- documents -----------------------------------------------------------------------------------------------------
 
     def encode_document(self, rows: SparseLogprobs) -> bytes:
-        """The bytes of a document's R rows, (R, k) each.
+        """Encodes a document's R rows, given as (R, k) ids and log-probabilities.
 
         Raises:
-            InputError: as `encode`.
+            InputError: as for `encode`.
         """
         data = self.encode(rows.ids, rows.logprobs)
         return bytes((data.cpu().numpy() if is_tensor(data) else data).tobytes())
 
     def decode_document(self, data: bytes | memoryview, rows: int) -> SparseLogprobs:
-        """The R = `rows` rows of a document, numpy (R, k) each.
+        """Decodes the R = `rows` rows of a document into numpy (R, k) ids and log-probabilities.
 
         Raises:
-            TruncatedDataError: the bytes are not those of `rows` rows.
-            CorruptDataError: as `decode`.
+            TruncatedDataError: `data` does not have the size of `rows` rows.
+            CorruptDataError: as for `decode`.
         """
         return SparseLogprobs(*self.decode(self.document_rows(data, rows)))
 
@@ -300,11 +300,11 @@ class Codec:
         """A document's bytes as (rows, bytes_per_token) uint8, without a copy.
 
         Raises:
-            TruncatedDataError: the bytes are not those of `rows` rows.
+            TruncatedDataError: `data` does not have the size of `rows` rows.
         """
         if len(data) != rows * self.bytes_per_token:
             raise TruncatedDataError(
-                f"{rows} rows of {self.bytes_per_token} bytes are {rows * self.bytes_per_token} bytes, "
+                f"{rows} rows of {self.bytes_per_token} bytes need {rows * self.bytes_per_token} bytes, "
                 f"found {len(data)}"
             )
         return np.frombuffer(data, dtype=np.uint8).reshape(rows, self.bytes_per_token)
@@ -312,18 +312,17 @@ class Codec:
     # -- published columns ---------------------------------------------------------------------------------------------
 
     def to_published(self, data: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
-        """Rows as the columns of a published dataset.
+        """Converts rows to the columns of a published dataset.
 
         Args:
             data: (R, bytes_per_token) uint8.
 
         Returns:
             quantized: `compressed_logprobs` (R, value_bytes) and `bytepacked_indices` (R, id_bytes) uint8. legacy:
-            `packed_indices`
-            (R, words) uint64, `exact_values` (R, exact_k) and `coeffs` (R, coefficients) float32.
+            `packed_indices` (R, words) uint64, `exact_values` (R, exact_k) and `coeffs` (R, coefficients) float32.
 
         Raises:
-            InputError, TruncatedDataError: as `decode`.
+            InputError, TruncatedDataError: as for `decode`.
 
         Example:
             >>> import numpy as np
@@ -348,13 +347,13 @@ class Codec:
         }
 
     def from_published(self, columns: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
-        """Rows from the columns of a published dataset; the way back from `to_published`, bit for bit.
+        """Converts the columns of a published dataset to rows: the bit-exact inverse of `to_published`.
 
-        `packed_indices` may be int64 (the same words, signed), other columns any float type that holds the stored
-        values.
+        `packed_indices` may also be int64 (the same words, signed); the other columns may have any float type that
+        represents the stored values.
 
         Raises:
-            InputError: a column is missing, has another shape, or values that the format does not store exactly.
+            InputError: a column is missing, has the wrong shape, or has values that the format cannot store exactly.
         """
         if isinstance(self.config, DistributionQuantizationConfig):
             parts = [
@@ -375,7 +374,7 @@ class Codec:
 
 
 def _coefficient_dtype(config: LegacyLogitCompressionConfig) -> str:
-    """Stored type of legacy coefficients: the published column is float32, so float64 ones were rounded to it."""
+    """Stored dtype of legacy coefficients. The published column is float32, so float64 coefficients were rounded."""
     return "float32" if config.term_dtype == "float64" else config.term_dtype
 
 
@@ -385,7 +384,7 @@ def _column(columns: Mapping[str, npt.NDArray[Any]], name: str, width: int) -> n
     column = np.asarray(columns[name])
     if column.ndim == 0 or column.shape[-1] != width:
         raise InputError(
-            f"column {name} has {column.shape[-1] if column.ndim else 'no'} values per row, but this codec's has "
+            f"column {name} has {column.shape[-1] if column.ndim else 'no'} values per row, but this codec needs "
             f"{width}"
         )
     return column
@@ -399,7 +398,7 @@ def _bytes_column(columns: Mapping[str, npt.NDArray[Any]], name: str, width: int
 
 
 def _to_stored(name: str, values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
-    """Float values as little-endian bytes of `dtype`, refused where that would change one."""
+    """Float values as little-endian bytes of `dtype`. Raises InputError if the conversion would change a value."""
     exact = np.ascontiguousarray(values, dtype="<f4")
     if dtype == "bfloat16":
         stored = (exact.view("<u4") >> 16).astype("<u2")
@@ -407,7 +406,7 @@ def _to_stored(name: str, values: npt.NDArray[Any], dtype: str) -> npt.NDArray[n
         with np.errstate(over="ignore"):
             stored = exact.astype({"float16": "<f2", "float32": "<f4"}[dtype])
     if not np.array_equal(_from_stored(stored.view(np.uint8), dtype), values, equal_nan=True):
-        raise InputError(f"column {name} has values that {dtype}, which this codec stores, cannot represent")
+        raise InputError(f"column {name} has values that cannot be represented in {dtype}, which this codec stores")
     return stored.view(np.uint8)
 
 
@@ -418,16 +417,16 @@ def _from_stored(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.floa
 
 
 def _as_array(out: Any) -> Any:
-    """The memory of a tensor on the CPU; anything else as it is."""
+    """A numpy view of a CPU tensor; anything else unchanged."""
     return out.numpy() if is_tensor(out) and out.device.type == "cpu" else out
 
 
 def _output(name: str, out: Any, shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
-    """`out`, checked, or a new array."""
+    """`out` after checking it, or a new array."""
     if out is None:
         return np.empty(shape, dtype)
     if not isinstance(out, np.ndarray):
-        raise InputError(f"{name} is a {type(out).__name__}, but must be of the same kind as the inputs, on the CPU")
+        raise InputError(f"{name} is a {type(out).__name__}; it must be numpy or torch like the inputs, on the CPU")
     if out.shape != shape or out.dtype != dtype:
         raise InputError(f"{name} must be {np.dtype(dtype)} of shape {shape}, got {out.dtype} of shape {out.shape}")
     if not (out.flags.c_contiguous and out.flags.aligned and out.flags.writeable):

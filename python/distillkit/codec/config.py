@@ -1,6 +1,6 @@
 """Codec configurations, with the field names of the published YAMLs.
 
-What is valid, and what size a row has, is computed by the native code; the classes here name and document the fields.
+The native code validates configurations and computes row sizes; the classes here name and document the fields.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FloatName = Literal["float16", "bfloat16", "float32", "float64"]
 
 
 def _describe(error: ValidationError) -> str:
-    """One line a problem, each with its dotted path."""
+    """All problems on one line, each with its dotted path."""
     lines = []
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"] if not isinstance(part, str) or "[" not in part)
@@ -40,7 +40,7 @@ class _Model(BaseModel):
 
 
 class ResidualBin(_Model):
-    """Quantised residuals of the next `num_elements` ranks: one scale, then codes of `element_bits` bits."""
+    """Quantised residuals of the next `num_elements` ranks: one scale, then one `element_bits`-bit code per rank."""
 
     scale_dtype: FloatName
     element_bits: int
@@ -67,18 +67,18 @@ class DistributionQuantizationConfig(_CodecModel):
 
     Attributes:
         d: vocabulary size; ids are 0 … d − 1 and take ⌈log₂ d⌉ bits.
-        k: stored ids a row.
-        exact_k: how many of the most probable are stored as values of `exact_dtype`.
+        k: stored ids per row.
+        exact_k: number of top ranks stored individually, as `exact_dtype`.
         exact_dtype: float16, bfloat16, float32 or float64.
-        polynomial_terms: terms of the polynomial over the other ranks: integer powers, "sqrt", "exp".
-        term_dtype: type of the coefficients.
+        polynomial_terms: terms of the polynomial fitted to the other ranks: integer powers, "sqrt", "exp".
+        term_dtype: dtype of the coefficients.
         residual_bins: quantised residuals of the ranks after the exact ones, in order; may be empty.
-        delta_encoding: store the first value and then differences. On unless switched off, as published.
-        error_diffusion: carry quantisation errors into the next element (encoder only).
+        delta_encoding: store the first value, then differences. On by default, as published.
+        error_diffusion: carry each quantisation error over to the next element (encoder only).
         normalize_t: evaluate the terms on [0, 1] instead of 0 … k − exact_k − 1.
 
     Raises:
-        ConfigError: a field is unknown, missing, of another type, or not allowed; all named.
+        ConfigError: fields are unknown, missing, of the wrong type or invalid; the message names all of them.
     """
 
     format: ClassVar[str] = "quantized"
@@ -100,15 +100,15 @@ class LegacyLogitCompressionConfig(_CodecModel):
 
     Attributes:
         vocab_size: ids are 0 … vocab_size − 1 and take ⌈log₂ vocab_size⌉ bits.
-        k: stored ids a row.
-        exact_k: how many of the most probable are stored as float16 values.
-        polynomial_degree: highest power of the polynomial over the other ranks.
-        invert_polynomial: powers of 1/a instead of a, for a = 1, 2, …
-        with_sqrt_term: one more term, √a.
-        term_dtype: type of terms and coefficients.
+        k: stored ids per row.
+        exact_k: number of top ranks stored individually, as float16.
+        polynomial_degree: degree of the polynomial fitted to the other ranks.
+        invert_polynomial: use powers of 1/a instead of a, for a = 1, 2, …
+        with_sqrt_term: add a term √a.
+        term_dtype: dtype of terms and coefficients.
 
     Raises:
-        ConfigError: a field is unknown, missing, of another type, or not allowed; all named.
+        ConfigError: fields are unknown, missing, of the wrong type or invalid; the message names all of them.
     """
 
     format: ClassVar[str] = "legacy"
@@ -131,16 +131,15 @@ _YAML_KEYS: dict[str, type[DistributionQuantizationConfig] | type[LegacyLogitCom
 
 
 def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
-    """A configuration from what a YAML holds.
+    """Builds a codec configuration from the contents of a YAML file.
 
     Args:
-        config: a configuration (returned as it is), a mapping with one of the keys `logprob_compressor` and
-        `legacy_logit_compression`
-            (those of a training configuration's `teacher`), or the fields themselves (a published
-            `compression_config.yaml`).
+        config: a configuration (returned unchanged), a mapping with the key `logprob_compressor` or
+            `legacy_logit_compression` (as under `teacher` in a training configuration), or the fields themselves (as
+            in a published `compression_config.yaml`).
 
     Raises:
-        ConfigError: it is none of these, or a field is wrong.
+        ConfigError: `config` is none of these, or a field is invalid.
 
     Example:
         >>> config = {"d": 1000, "k": 8, "exact_k": 8, "exact_dtype": "float32", "residual_bins": []}
@@ -155,7 +154,7 @@ def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
         if key in config:
             others = sorted(str(name) for name in config if name != key)
             if others:
-                raise ConfigError(f"a codec configuration has no keys beside {key}; found {', '.join(others)}")
+                raise ConfigError(f"a codec configuration must have no keys besides {key}; found {', '.join(others)}")
             fields = config[key]
             if not isinstance(fields, Mapping):
                 raise ConfigError(f"{key} must be a mapping, found {type(fields).__name__}: {fields!r}")
@@ -165,6 +164,6 @@ def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
     if "vocab_size" in config:
         return LegacyLogitCompressionConfig(**config)
     raise ConfigError(
-        f"not a codec configuration: found the keys {', '.join(sorted(map(str, config))) or '(none)'}, expected "
-        "logprob_compressor, legacy_logit_compression, or the fields of one of them (with d, or with vocab_size)"
+        f"not a codec configuration: found the keys {', '.join(sorted(map(str, config))) or '(none)'}; expected "
+        "logprob_compressor, legacy_logit_compression, or the fields of either (including d or vocab_size)"
     )

@@ -1,6 +1,6 @@
-"""How faithful the codec is: running figures of decoded against original distributions, mergeable over shards.
+"""Codec fidelity: running statistics of decoded against original distributions, mergeable across shards.
 
-Shape legend: R rows (positions), k stored ids a row.
+Shape legend: R rows (positions), k stored ids per row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["FidelityStats", "kl_rows"]
 _BINS_PER_OCTAVE = 16
 """Resolution of the KL histogram: a quantile read from it is at most 2^(1/16) − 1 = 4.4% too high."""
 _LOWEST = 2.0**-40
-"""KL below this (1e-12 nats) counts as this."""
+"""Smaller KL values count as this one (1e-12 nats)."""
 
 
 def kl_rows(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -42,10 +42,10 @@ def kl_rows(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> npt.NDArra
 
 
 class FidelityStats:
-    """Sums and extremes over all rows seen; `merge` adds another's.
+    """Sums and maxima over all rows seen so far; `merge` adds those of another instance.
 
     Attributes:
-        rows: how many rows were compared.
+        rows: number of rows compared.
         kl_max: largest KL of a row, nats.
         worst_error: largest |log-probability error| of any stored id, nats.
     """
@@ -61,10 +61,10 @@ class FidelityStats:
         self._rank_rows: npt.NDArray[np.float64] | None = None
 
     def update(self, original: SparseLogprobs, decoded: SparseLogprobs) -> None:
-        """Adds R rows, numpy (R, k) each, of the same ids in the same order.
+        """Adds R rows: numpy (R, k), with the same ids in the same order.
 
         Raises:
-            InputError: shapes or ids differ.
+            InputError: the shapes or ids differ.
         """
         if original.logprobs.shape != decoded.logprobs.shape or not np.array_equal(original.ids, decoded.ids):
             raise InputError("original and decoded rows must hold the same ids in the same order")
@@ -103,12 +103,12 @@ class FidelityStats:
 
     @property
     def kl_mean(self) -> float:
-        """Mean KL of a row, nats; NaN without rows."""
+        """Mean KL per row, nats; NaN without rows."""
         return self._kl_sum / self.rows if self.rows else float("nan")
 
     @property
     def kl_p99(self) -> float:
-        """KL that 99% of the rows do not exceed, nats, from a histogram (up to 4.4% too high); NaN without rows."""
+        """99th percentile of the rows' KL, nats, from a histogram (up to 4.4% too high); NaN without rows."""
         if not self.rows:
             return float("nan")
         wanted, seen = 0.99 * self.rows, 0
@@ -120,7 +120,7 @@ class FidelityStats:
 
     @property
     def top1_agreement(self) -> float:
-        """Share of rows whose most probable id stays the most probable; NaN without rows."""
+        """Fraction of rows whose most probable id is still the most probable after decoding; NaN without rows."""
         return self._top1_sum / self.rows if self.rows else float("nan")
 
     @property
@@ -136,7 +136,7 @@ class FidelityStats:
         return {"mean": mean, "std": np.sqrt(np.maximum(square - mean**2, 0.0)), "rms_error": np.sqrt(error)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, JSON-able, the derived figures included for readers who want just those."""
+        """Everything as a JSON-serialisable mapping, including the derived statistics for readers of the JSON."""
         return {
             "rows": self.rows,
             "kl_mean": self._kl_sum / self.rows if self.rows else None,
@@ -156,10 +156,10 @@ class FidelityStats:
 
     @staticmethod
     def from_dict(description: Mapping[str, Any]) -> FidelityStats:
-        """What `to_dict` described.
+        """Recreates the statistics from the result of `to_dict`.
 
         Raises:
-            CorruptDataError: the description is not one.
+            CorruptDataError: the mapping is not such a result.
         """
         stats = FidelityStats()
         try:
@@ -174,5 +174,5 @@ class FidelityStats:
             if sums["ranks"] is not None:
                 stats._rank_rows = np.asarray(sums["ranks"], dtype=np.float64)
         except (KeyError, TypeError, ValueError) as error:
-            raise CorruptDataError(f"not fidelity figures: {error!r}") from error
+            raise CorruptDataError(f"invalid fidelity statistics: {error!r}") from error
         return stats

@@ -26,18 +26,18 @@ def _bin(bits: int, ranks: int) -> dict[str, Any]:
     return {"scale_dtype": "float16", "element_bits": bits, "num_elements": ranks}
 
 
-# Bytes a token are those at a vocabulary of 32,769 … 65,536, where ids take 16 bits. KL (mean and 99th percentile of
-# the rows in nats, renormalised over the stored ids) is this encoder's on 21,973 real positions of a 135M model; do not
-# compare it between different k. benches/presets.py searches for such configurations, on your own sample too.
+# Bytes per token are for vocabularies of 32,769 … 65,536, whose ids take 16 bits. KL (mean and 99th percentile over
+# rows in nats, renormalised over the stored ids) was measured with this encoder on 21,973 real positions of a 135M
+# model; do not compare it across different k. benches/presets.py searches for such configurations, also on your data.
 PRESETS: dict[str, dict[str, Any]] = {
-    # The published ones. 312 bytes, 56 of them values: KL 1.69e-4, 8.4e-4.
+    # Published. 312 bytes, 56 of them values: KL 1.69e-4, 8.4e-4.
     "recommended": {**_PUBLISHED, "k": 128, "exact_k": 16, "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"]},
-    # 114 bytes, 14 of them values: KL 1.47e-2, 9.6e-2.
+    # Published. 114 bytes, 14 of them values: KL 1.47e-2, 9.6e-2.
     "budget": {**_PUBLISHED, "k": 50, "exact_k": 1, "polynomial_terms": [0, 1, "sqrt"]},
-    # Ours, in the published format: floats of 16 bits where they suffice, and quantised residuals of the next ranks for
-    # the bytes that this saves. Past the exact ranks, values may rise a little from one to the next,
-    # and up to 1% of the rows add up to more than 1 (at most 1.02, 1.03 and 1.08 there).
-    # As large as `recommended`, for training on the whole top 128. KL 1.46e-5, 6.4e-5.
+    # The rest are ours, in the published format: 16-bit floats where they suffice, and the bytes saved spent on
+    # quantised residuals of the next ranks. Past the exact ranks, a value may be slightly above the one before it, and
+    # up to 1% of the rows have probabilities that sum to more than 1 (on that sample, at most 1.02, 1.03 and 1.08).
+    # Same size as `recommended`, for training on the full top 128. KL 1.46e-5, 6.4e-5.
     "faithful": {
         **_HALVES,
         "k": 128,
@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"],
         "residual_bins": [_bin(5, 32), _bin(3, 32)],
     },
-    # 126 bytes, 26 of them values: 12 more than `budget` and near exact. KL 8.8e-5, 4.3e-4.
+    # 126 bytes, 26 of them values: 12 more than `budget`, and nearly exact. KL 8.8e-5, 4.3e-4.
     "balanced": {
         **_HALVES,
         "k": 50,
@@ -53,17 +53,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "polynomial_terms": [0, 1, "sqrt"],
         "residual_bins": [_bin(4, 24)],
     },
-    # As large as `budget`. KL 1.64e-3, 1.09e-2.
+    # Same size as `budget`. KL 1.64e-3, 1.09e-2.
     "compact": {**_HALVES, "k": 50, "exact_k": 3, "polynomial_terms": [0, "sqrt"], "residual_bins": [_bin(4, 4)]},
 }
-"""Field values by preset name; the vocabulary size `d` is the caller's."""
+"""Field values by preset name, except the vocabulary size `d`, which the caller supplies."""
 
 
 def preset(name: str, *, vocab_size: int) -> DistributionQuantizationConfig:
-    """The named configuration for a vocabulary of `vocab_size` ids (the width of the teacher's logits).
+    """Returns the named configuration for a vocabulary of `vocab_size` ids (the width of the teacher's logits).
 
     Raises:
-        ConfigError: there is no such preset, or it does not fit the vocabulary.
+        ConfigError: the preset is unknown, or does not fit the vocabulary.
 
     Example:
         >>> config = preset("recommended", vocab_size=151_936)

@@ -1,6 +1,6 @@
-"""Dense logits → their k most probable ids and log-probabilities, on the logits' own device.
+"""Dense logits → the k most probable ids and their log-probabilities, on the logits' own device.
 
-Shape legend: V vocabulary (columns of the logits).
+Shape legend: V vocabulary size (columns of the logits).
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ __all__ = ["sparse_from_logits"]
 def sparse_from_logits(logits: Array, k: int) -> SparseLogprobs:
     """The k most probable ids of each row, with their log-probabilities under the full softmax.
 
-    numpy arrays and CPU tensors go through the native code without a copy (where they are contiguous); other tensors
-    stay on their device.
-    Equal logits come in order of their ids on the CPU; on other devices their order is the device's.
+    numpy arrays and CPU tensors are passed to the native code without a copy if they are contiguous; other tensors stay
+    on their device. On the CPU, equal logits are ordered by id; on other devices, their order is up to the device.
 
     Args:
         logits: (..., V) float32 or float16 array, or float32, bfloat16 or float16 tensor.
         k: 1 … V.
 
     Returns:
-        ids (..., k) int64 and logprobs (..., k) float32, descending; numpy or torch as the logits are.
+        ids (..., k) int64 and logprobs (..., k) float32, descending; numpy or torch like the logits.
 
     Raises:
-        InputError: wrong dtype or k, NaN or +∞ in a row, or fewer finite logits in a row than k.
+        InputError: wrong dtype or k, NaN or +∞ in a row, or fewer than k finite logits in a row.
     """
     if logits.ndim == 0 or not 1 <= k <= logits.shape[-1]:
         raise InputError(
-            f"k = {k} does not fit logits of shape {tuple(logits.shape)}: it must be between 1 and their last axis"
+            f"k = {k} does not fit logits of shape {tuple(logits.shape)}: it must be between 1 and the last axis's size"
         )
     if is_tensor(logits) and logits.device.type != "cpu":
         return _topk_on_device(logits, k)
@@ -62,7 +61,11 @@ def is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
 
 
 def native_logits(logits: Array) -> tuple[npt.NDArray[Any], bool]:
-    """Logits on the CPU as the native code takes them: (rows, V) float32, or uint16 bits and whether of bfloat16."""
+    """CPU logits in the form that the native code takes: (rows, V) float32, or 16-bit floats as uint16 bit patterns.
+
+    Returns:
+        The array, and whether its bit patterns are bfloat16.
+    """
     if is_tensor(logits):
         return _native_tensor(logits)
     array = np.asarray(logits)
@@ -79,7 +82,7 @@ def _native_tensor(logits: torch.Tensor) -> tuple[npt.NDArray[Any], bool]:
     if rows.dtype == torch.float32:
         return rows.numpy(), False
     if rows.dtype in (torch.float16, torch.bfloat16):
-        # numpy has no bfloat16: both 16-bit types travel as their bits.
+        # numpy has no bfloat16, so both 16-bit types are passed as bit patterns.
         bits: npt.NDArray[Any] = rows.view(torch.int16).numpy().view(np.uint16)
         return bits, rows.dtype == torch.bfloat16
     raise InputError(f"logits must be float32, float16 or bfloat16, got {rows.dtype}")

@@ -1,13 +1,16 @@
-"""The decoder in torch operations, for rows that are on a device.
+"""The decoder in torch operations, for rows on any device.
 
 It computes what rust/codec computes, in the same order: see rust/codec/FORMAT.md §2.3 and §3.3.
 
-Bits are never spread out. The bytes of a row become *windows* once: 64-bit integers that begin at every 32nd bit of
-the stream. A value of up to 33 bits lies in one window whole, so it takes a gather, a shift and a mask, all of them
-over the whole batch and written straight into the output; wider values take the 32 bits after their window besides.
+Bits are never expanded to one element each. The bytes of a row are converted once to *windows*: 64-bit integers that
+start at every 32nd bit of the stream. A value of up to 33 bits lies entirely within one window, so extracting it takes
+a gather, a shift and a mask, each over the entire batch and directly into the output. Wider values also need the 32
+bits that follow their window.
 
-On a CPU, rows are decoded some hundreds at a time, so that what is in between stays in the cache; on other devices, and
-when compiled, all at once.
+On a CPU, rows are decoded a few hundred at a time, so that intermediate results stay in the cache; on other devices,
+and when compiled, all at once.
+
+A "part" is a section of a row's bytes, such as the ids or the codes of one bin.
 
 Shape legend: N rows, B bytes of a part, C values of a part, J windows of a part, k stored ids, n approximated ranks, m
 terms.
@@ -36,18 +39,18 @@ __all__ = ["TorchDecoder", "unpack_bits"]
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 _CHUNK_VALUES = 1 << 18
-"""Values (rows × k) that a thread decodes at a time on a CPU: large enough that calling torch costs little, small
-enough for the cache."""
+"""Values (rows × k) that a CPU thread decodes at a time: enough to make torch's call overhead negligible, few enough
+for the cache."""
 
 
 class _Positions(NamedTuple):
-    """Where the values of a part lie: C values of `width` bits in the windows of a row.
+    """Positions of a part's C values, `width` bits each, within the windows of a row.
 
     Attributes:
-        window: (C,) int64, the window that a value begins in.
-        shift: (C,) int64: how far the window is shifted right to bring the value to its end; for values that do not
-            fit into one window, how far left to bring it to its beginning.
-        width: bits of a value.
+        window: (C,) int64, the window in which a value starts.
+        shift: (C,) int64, the right shift that moves the value to the low end of its window; for values too wide for
+            one window, the left shift that moves it to the high end.
+        width: bits per value.
     """
 
     window: torch.Tensor
@@ -56,44 +59,44 @@ class _Positions(NamedTuple):
 
 
 def _stream_positions(width: int, count: int, device: torch.device) -> _Positions:
-    """Values one after the other, most significant bit first (FORMAT.md §1), in the windows of `_windows`."""
+    """Positions of consecutive values, most significant bit first (FORMAT.md §1), in the windows of `_windows`."""
     first_bit = torch.arange(count, device=device) * width
     offset = first_bit % 32
     return _Positions(first_bit // 32, 64 - width - offset if width <= 33 else offset, width)
 
 
 def _word_positions(width: int, count: int, device: torch.device) -> _Positions:
-    """Values in 64-bit words, the first in the lowest bits (FORMAT.md §3.2)."""
+    """Positions of values in 64-bit words, the first in the lowest bits (FORMAT.md §3.2)."""
     value = torch.arange(count, device=device)
     per_word = 64 // width
     return _Positions(value // per_word, value % per_word * width, width)
 
 
 def _words(data_NB: torch.Tensor, words: int) -> torch.Tensor:
-    """The stream in words of 32 bits, (N, words) int32; zeros follow the last byte."""
+    """The stream as 32-bit words, (N, words) int32, zero-padded at the end."""
     padded = data_NB.new_zeros((data_NB.shape[0], 4 * words))
     padded[:, : data_NB.shape[1]].copy_(data_NB)
     word = padded.view(torch.int32)
-    # They are read little-endian: exchange neighbouring bytes, then the halves.
+    # The view is little-endian: swap adjacent bytes, then the halves.
     word = (word >> 8).bitwise_and_(0x00FF00FF).bitwise_or_((word & 0x00FF00FF).bitwise_left_shift_(8))
     return (word >> 16).bitwise_and_(0xFFFF).bitwise_or_(word << 16)
 
 
 def _windows(data_NB: torch.Tensor, width: int, count: int) -> torch.Tensor:
-    """The 64 bits of the stream from bit 32·j on, (N, J) int64."""
+    """(N, J) int64: window j holds the 64 bits of the stream that start at bit 32·j."""
     words = _words(data_NB, (count - 1) * width // 32 + (2 if width <= 33 else 3))
     windows_NJ = words[:, :-1].long().bitwise_left_shift_(32)
     return windows_NJ.bitwise_or_(words[:, 1:].long().bitwise_and_(0xFFFFFFFF))
 
 
 def _extract(windows_NJ: torch.Tensor, at: _Positions, out_NC: torch.Tensor) -> None:
-    """Values of at most 33 bits, or of a word: one window each."""
+    """Extracts values that lie within one window: up to 33 bits of a stream, or any in a 64-bit word."""
     torch.gather(windows_NJ, 1, at.window.expand(out_NC.shape[0], -1), out=out_NC)
     out_NC.bitwise_right_shift_(at.shift).bitwise_and_((1 << at.width) - 1)
 
 
 def _extract_wide(windows_NJ: torch.Tensor, at: _Positions, out_NC: torch.Tensor) -> None:
-    """Values of 34 to 64 bits: a window without the bits before the value, and the 32 bits that follow it."""
+    """Extracts values of 34 to 64 bits: a window without the bits before the value, and the 32 bits that follow it."""
     window = at.window.expand(out_NC.shape[0], -1)
     torch.gather(windows_NJ, 1, window, out=out_NC)
     following = torch.gather(windows_NJ, 1, window + 1).bitwise_and_(0xFFFFFFFF)
@@ -103,12 +106,12 @@ def _extract_wide(windows_NJ: torch.Tensor, at: _Positions, out_NC: torch.Tensor
 
 
 def _unpack(data_NB: torch.Tensor, at: _Positions, out_NC: torch.Tensor | None = None) -> torch.Tensor:
-    """The values of a part, (N, C) int64; C ≥ 1."""
+    """Extracts the values of a part, (N, C) int64; C ≥ 1."""
     count = at.window.shape[0]
     if out_NC is None:
         out_NC = torch.empty((data_NB.shape[0], count), dtype=torch.int64, device=data_NB.device)
     if at.width == 16:
-        # Vocabularies of 32,769 … 65,536 ids are common, and whole bytes take half the time.
+        # Vocabularies of 32,769 … 65,536 ids are common, and working on byte boundaries takes half the time.
         halves = data_NB.clone(memory_format=torch.contiguous_format).view(torch.int16)
         out_NC.copy_((halves << 8).bitwise_or_((halves >> 8).bitwise_and_(0xFF))).bitwise_and_(0xFFFF)
     elif at.width <= 33:
@@ -125,7 +128,7 @@ def unpack_bits(data_NB: torch.Tensor, width: int, count: int) -> torch.Tensor:
         data_NB: (N, B) uint8 with B = ceil(count·width / 8).
 
     Returns:
-        (N, count) int64; values of 64 bits are their two's complement.
+        (N, count) int64; 64-bit values are in two's complement.
     """
     if count == 0:
         return torch.empty((data_NB.shape[0], 0), dtype=torch.int64, device=data_NB.device)
@@ -133,15 +136,15 @@ def unpack_bits(data_NB: torch.Tensor, width: int, count: int) -> torch.Tensor:
 
 
 def _floats(data_NB: torch.Tensor, name: str) -> torch.Tensor:
-    """Little-endian floats of a row's bytes: (N, B) uint8 → (N, C)."""
+    """Reads bytes as little-endian floats: (N, B) uint8 → (N, C)."""
     if data_NB.shape[1] == 0:
         return torch.zeros(data_NB.shape, dtype=_DTYPES[name], device=data_NB.device)
-    # A copy of their own aligns them, whatever the bytes before them.
+    # Copying aligns them, whatever their offset in the row.
     return data_NB.clone(memory_format=torch.contiguous_format).view(_DTYPES[name])
 
 
 def _polynomial(coefficients_Nm: torch.Tensor, terms_mn: torch.Tensor) -> torch.Tensor:
-    """Σ coefficient · term, (N, n): products and sums in term order, each rounded, as the native decoder does it."""
+    """Σ coefficient · term, (N, n), in term order with each product and sum rounded, as in the native decoder."""
     shape, kind = (coefficients_Nm.shape[0], terms_mn.shape[1]), terms_mn.dtype
     if terms_mn.shape[0] == 0:
         return torch.zeros(shape, dtype=kind, device=terms_mn.device)
@@ -149,25 +152,25 @@ def _polynomial(coefficients_Nm: torch.Tensor, terms_mn: torch.Tensor) -> torch.
     total_Nn = coefficients_Nm[:, :1] * terms_mn[0]
     product_Nn = torch.empty_like(total_Nn)
     for term in range(1, terms_mn.shape[0]):
-        # Two steps: one that multiplies and adds may round only once.
+        # In two steps, since a fused multiply-add would round only once.
         torch.mul(coefficients_Nm[:, term : term + 1], terms_mn[term], out=product_Nn)
         total_Nn.add_(product_Nn)
     return total_Nn
 
 
 def _dequantize(codes_NC: torch.Tensor, bits: int, scale_N1: torch.Tensor) -> torch.Tensor:
-    """Values of the codes of a residual bin, float32; the codes are overwritten."""
+    """The float32 residuals of a bin's codes. Overwrites the codes."""
     if bits == 1:
         centred = codes_NC.mul_(2).sub_(1)
     elif bits == 64:
-        centred = codes_NC.bitwise_xor_(torch.iinfo(torch.int64).min)  # − 2⁶³, without overflow
+        centred = codes_NC.bitwise_xor_(torch.iinfo(torch.int64).min)  # subtracts 2⁶³ without overflow
     else:
         centred = codes_NC.sub_(1 << (bits - 1))
     return centred.float().mul_(scale_N1)
 
 
 class _Constants(NamedTuple):
-    """What a configuration needs on a device: terms (m, n), and where the ids and the codes of each bin lie."""
+    """What a configuration needs on a device: the terms (m, n) and the positions of the ids and of each bin's codes."""
 
     terms_mn: torch.Tensor
     ids: _Positions
@@ -175,12 +178,12 @@ class _Constants(NamedTuple):
 
 
 class TorchDecoder:
-    """Decodes rows of one configuration on the devices it was prepared for.
+    """Decodes rows of one configuration, on the devices for which `prepare` was called.
 
     Args:
         config: the codec's configuration.
-        terms_mn: (m, n) float64, the terms at the approximated ranks, from the native code.
-        id_bits: bits of an id.
+        terms_mn: (m, n) float64, the terms evaluated at the approximated ranks, from the native code.
+        id_bits: bits per id.
     """
 
     def __init__(self, config: CodecConfig, terms_mn: npt.NDArray[np.float64], id_bits: int) -> None:
@@ -200,10 +203,10 @@ class TorchDecoder:
             out: contiguous tensors to fill, ids (..., k) int64 and logprobs (..., k) float32.
 
         Returns:
-            ids (..., k) int64 and logprobs (..., k) float32, on the data's device; `out` where it is given.
+            ids (..., k) int64 and logprobs (..., k) float32, on the data's device; `out` if it was passed.
 
         Raises:
-            InputError: `out` has other shapes, dtypes or another device.
+            InputError: `out` has the wrong shapes, dtypes or device.
         """
         data_NB = data.reshape(-1, data.shape[-1])
         shape = (*data.shape[:-1], self._config.k)
@@ -225,11 +228,11 @@ class TorchDecoder:
         return ids, logprobs
 
     def prepare(self, device: torch.device) -> None:
-        """Puts on a device what decoding needs there, once."""
+        """Moves the constants for decoding to a device, if they are not there yet."""
         if device in self._on_device:
             return
         config = self._config
-        # Tensors made in inference mode could not be used everywhere outside of it.
+        # Tensors created in inference mode cannot be used everywhere outside it.
         with torch.inference_mode(False):
             if isinstance(config, DistributionQuantizationConfig):
                 ids = _stream_positions(self._id_bits, config.k, device)
@@ -256,7 +259,7 @@ class TorchDecoder:
         constants: _Constants,
         logprobs_Nk: torch.Tensor,
     ) -> int:
-        """Decodes the values, which come first; returns how many bytes of a row they take."""
+        """Decodes the values, which come first, and returns their size in bytes per row."""
         at = 0
 
         def take(size: int) -> torch.Tensor:
@@ -276,7 +279,7 @@ class TorchDecoder:
             residuals = _dequantize(_unpack(codes, positions), bin_.element_bits, scale_N1)
             values_Nn[:, first : first + bin_.num_elements].add_(residuals)
             first += bin_.num_elements
-        # Running sums are float64, and rounded only then (FORMAT.md §2.3).
+        # Running sums are in float64 and rounded only at the end (FORMAT.md §2.3).
         sequence_Nk = torch.empty_like(logprobs_Nk, dtype=torch.float64) if config.delta_encoding else logprobs_Nk
         sequence_Nk[:, : config.exact_k].copy_(exact)
         sequence_Nk[:, config.exact_k :].copy_(values_Nn)
@@ -291,7 +294,7 @@ class TorchDecoder:
         constants: _Constants,
         logprobs_Nk: torch.Tensor,
     ) -> int:
-        """As `_quantized`."""
+        """Like `_quantized`, for the legacy format."""
         stored = "float32" if config.term_dtype == "float64" else config.term_dtype
         split = 2 * config.exact_k
         ids_at = split + constants.terms_mn.shape[0] * int(_DTYPES[stored].itemsize)
@@ -314,7 +317,7 @@ def _check_output(
 _DECODERS: dict[tuple[str, str], TorchDecoder] = {}
 
 
-# A compiler runs it as it is, and takes what it leaves in _DECODERS.
+# torch.compile runs this eagerly and treats its entry in _DECODERS as constant.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepared(format_name: str, config_json: str, device: torch.device) -> bool:
     key = (format_name, config_json)
@@ -326,10 +329,10 @@ def _prepared(format_name: str, config_json: str, device: torch.device) -> bool:
 
 
 def decoder_for(format_name: str, config_json: str, device: torch.device) -> TorchDecoder:
-    """The decoder of a configuration, made once in a process, ready for a device.
+    """The decoder of a configuration, created once per process and prepared for a device.
 
     Args:
-        format_name, config_json: as the native codec takes them.
+        format_name, config_json: as for the native codec.
     """
     _prepared(format_name, config_json, device)
     return _DECODERS[format_name, config_json]

@@ -1,1 +1,1 @@
-"""What all files of settings share: reading YAML, reporting every problem at once, describing each setting once."""
+"""Shared by all configuration files: reading YAML, reporting all problems at once, and documentation of settings."""

@@ -1,4 +1,4 @@
-"""Settings as people see them, read from a model's JSON schema: for help texts, tables and completion in editors."""
+"""Descriptions of settings from a model's JSON schema, for help texts, tables and editor completion."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Schema = Mapping[str, Any]
 
 
 class _Untitled(GenerateJsonSchema):
-    """Without titles, which would only repeat the names."""
+    """Omits titles, which would only repeat the names."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -32,9 +32,9 @@ class Setting:
 
     Attributes:
         name: its key.
-        schema: of its value, `null` left out.
-        default: its value if it is not given; None as well if what happens then depends on something else.
-        required: whether it must be given.
+        schema: JSON schema of its value, without `null`.
+        default: its default value; None also if the default depends on something else.
+        required: whether it is required.
         description: what it does.
     """
 
@@ -46,17 +46,17 @@ class Setting:
 
     @property
     def type(self) -> str:
-        """JSON's name of the type; empty if there are several."""
+        """The JSON schema type; empty if there are several."""
         return str(self.schema.get("type", ""))
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """The values to choose from; empty if any of the type is allowed."""
+        """The allowed values; empty if any value of the type is allowed."""
         return (self.schema["const"],) if "const" in self.schema else tuple(self.schema.get("enum", ()))
 
 
 def settings_of(schema: Schema) -> list[Setting]:
-    """Return the settings of a model's JSON schema in their order. A section is one of them."""
+    """Return the settings of a model's JSON schema, in order. A section counts as a setting."""
     required = schema.get("required", ())
     return [
         Setting(name, _without_null(field), field.get("default"), name in required, field.get("description", ""))
@@ -75,7 +75,7 @@ def _without_null(field: Schema) -> Schema:
 
 
 def section_tables(schema: Schema) -> Iterator[str]:
-    """Write a table for each section of a model's JSON schema, in Markdown, the outermost first."""
+    """Yield a Markdown table for each section of a model's JSON schema, the outermost first."""
     sections: dict[str, list[str]] = {}
     _find_sections(schema, schema, "", sections)
     yield _table(schema)
@@ -94,13 +94,13 @@ def _table(section: Schema) -> str:
 
 
 def _tag(section: Schema) -> str:
-    """Write the setting whose only value tells one of several sections apart."""
+    """Return the setting whose constant value distinguishes this section from its alternatives, if there is one."""
     tags = [f", `{name}: {field['const']}`" for name, field in section["properties"].items() if "const" in field]
     return "".join(tags)
 
 
 def _find_sections(schema: Schema, section: Schema, path: str, found: dict[str, list[str]]) -> None:
-    """Collect by the names of sections the paths that they are at, in their order."""
+    """Collect the paths at which each section occurs, in order, by the section's name."""
     for name, field in section["properties"].items():
         for inner in _sections_in(field):
             found.setdefault(inner, []).append(f"{path}{name}")
@@ -108,7 +108,7 @@ def _find_sections(schema: Schema, section: Schema, path: str, found: dict[str, 
 
 
 def _sections_in(field: Schema) -> list[str]:
-    """Return the names of the sections that a field may hold."""
+    """Return the names of the sections that a field may contain."""
     if "$ref" in field:
         return [field["$ref"].removeprefix("#/$defs/")]
     inner = [*field.get("anyOf", ()), *field.get("oneOf", ()), *([field["items"]] if "items" in field else ())]
@@ -136,7 +136,7 @@ _TYPES = {
 
 
 def _value(schema: Schema) -> str:
-    """Say what a value may be, in few words."""
+    """Describe the allowed values briefly."""
     if "anyOf" in schema or "oneOf" in schema:
         return " or ".join(dict.fromkeys(map(_value, schema.get("anyOf", schema.get("oneOf")))))
     if "$ref" in schema:

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration: every problem at once, each by its dotted path."""
+"""Reports all problems of a configuration at once, each with its dotted path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["InvalidSettingsError", "Problem", "find_problems", "refusals", "repo
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the dotted path of the setting, and what is wrong with it."""
+    """One problem: the dotted path of the setting, and what is wrong with it."""
 
     path: str
     message: str
@@ -27,7 +27,7 @@ class Problem:
 
 
 class InvalidSettingsError(ConfigError):
-    """A configuration with problems, all of which the message lists."""
+    """A configuration is invalid; the message lists all problems."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__(problems)
@@ -38,7 +38,7 @@ class InvalidSettingsError(ConfigError):
 
 
 def report(source: str, problems: Iterable[Problem | str]) -> str:
-    """Write problems for a person: one on a line with its source, several as a list below it."""
+    """Format problems for display: a single one on the line of its source, several as a list below it."""
     lines = list(dict.fromkeys(map(str, problems)))
     if len(lines) == 1:
         return f"{source}: {lines[0]}"
@@ -46,7 +46,12 @@ def report(source: str, problems: Iterable[Problem | str]) -> str:
 
 
 def refusals(model: BaseModel, messages: Mapping[str, str]) -> ValidationError:
-    """Make the error for a validator that refuses several fields of a model, by their names."""
+    """Make a ValidationError for a validator that rejects several fields of a model.
+
+    Args:
+        model: the model.
+        messages: what is wrong, by field name.
+    """
     return ValidationError.from_exception_data(
         type(model).__name__,
         [
@@ -59,13 +64,13 @@ def refusals(model: BaseModel, messages: Mapping[str, str]) -> ValidationError:
 def find_problems(
     error: ValidationError, model: type[BaseModel], unknown: str = "key", known: Iterable[str] = ()
 ) -> list[Problem]:
-    """Describe what pydantic found wrong.
+    """Convert pydantic's errors to problems.
 
     Args:
-        error: pydantic's.
-        model: the model of the whole configuration.
-        unknown: what a setting is called that does not exist.
-        known: names that are understood at the top level besides the model's fields.
+        error: pydantic's error.
+        model: the model of the entire configuration.
+        unknown: the word for a setting in messages about unknown ones.
+        known: names accepted at the top level in addition to the model's fields.
     """
     return [_problem(item, model, unknown, known) for item in error.errors()]
 
@@ -80,14 +85,14 @@ def _problem(item: ErrorDetails, model: type[BaseModel], unknown: str, known: It
     if kind == "missing":
         return Problem(path, "is required and missing")
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        # The field that says which of several sections this is.
+        # The discriminator field, which selects one of several sections.
         tag = context["discriminator"].strip("'")
         sections = _models_in(section.model_fields[str(location[-1])].annotation) if section else ()
         allowed = " or ".join(repr(value) for each in sections for value in get_args(each.model_fields[tag].annotation))
         message = _must_be(allowed, found[tag]) if tag in found else f"is required and missing: {allowed}"
         return Problem(f"{path}.{tag}", message)
     if kind == "value_error":
-        # A message of ours begins with the key below this path, if it is about one.
+        # Our own messages start with the key below this path, if they concern one.
         cause = str(context["error"])
         key, separator, message = cause.partition(": ")
         within = bool(separator) and re.fullmatch(r"[\w.]+", key)
@@ -105,8 +110,8 @@ def _problem(item: ErrorDetails, model: type[BaseModel], unknown: str, known: It
 def _follow(
     model: type[BaseModel], location: tuple[str | int, ...]
 ) -> tuple[type[BaseModel] | None, tuple[str | int, ...]]:
-    """Return the model that a location's last key belongs to, and the location without the tags of unions, which
-    pydantic puts in it."""
+    """Return the model to which a location's last key belongs, and the location without the union tags that pydantic
+    inserts."""
     models, path = [model], list[str | int]()
     for place, part in enumerate(location):
         tagged = [candidate for candidate in models if part in _tags(candidate)]
@@ -124,7 +129,7 @@ def _has(models: Sequence[type[BaseModel]], name: str) -> bool:
 
 
 def _tags(model: type[BaseModel]) -> set[Any]:
-    """Return the values of a model's literal fields, one of which tells it apart from the others of a union."""
+    """Return the values of a model's literal fields, one of which distinguishes it from other members of a union."""
     return {value for field in model.model_fields.values() for value in get_args(field.annotation)}
 
 
@@ -156,6 +161,6 @@ _MUST_BE = {
 
 
 def _must_be(what: str, found: object) -> str:
-    """Say what a value must be, what was found, and which of the choices is most like it."""
+    """Compose a message: what a value must be, what was found, and the closest of the choices, if any."""
     choices = re.findall(r"'(\w+)'", what)
     return f"must be {what}, found {found!r}{nearest(found, choices)}"

@@ -1,4 +1,4 @@
-"""Reads YAML, and refuses a key that is given twice, where YAML's own loader would silently keep the last."""
+"""Reads YAML and rejects duplicate keys, of which PyYAML would silently keep the last."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["read_yaml"]
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Return what a YAML file holds.
+    """Return the contents of a YAML file.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or has a key twice.
+        ConfigError: the file cannot be read, is not valid YAML, or has a duplicate key.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

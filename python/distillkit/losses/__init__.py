@@ -1,7 +1,7 @@
-"""The training losses: what each one is called and takes (`config`), their formulas (`sparse`), and the pass that
-applies them (`fused`).
+"""The training losses: names and settings (`config`), formulas (`divergences`, `ranking`, `hidden`), and the pass that
+computes them (`fused`).
 
-Importing this package does not import torch; its modules `sparse`, `table` and `fused` do.
+Importing this package does not import torch; all of its modules except `config` do.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ HIDDEN_LOSSES = ("hs_mse", "hs_cosine")
 
 _SKEWED = ("skewed_kl", "skewed_reverse_kl")
 _RANKING = ("hinge", "logistic_ranking")
-# Which settings have a meaning for which losses; `weight` and `sparse_chunk_length` are for all.
+# Settings that apply only to certain losses; `weight` and `sparse_chunk_length` apply to all.
 _TAKES: dict[str, tuple[str, ...]] = {
     "temperature": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
     "missing_probability_handling": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
@@ -40,10 +40,11 @@ _TAKES: dict[str, tuple[str, ...]] = {
     "alpha": _SKEWED,
     "top_k": _RANKING,
 }
-# Published configurations give every loss a temperature and a handling; these values change nothing anywhere.
+# Published configurations set a temperature and a handling for every loss; these values are accepted everywhere, since
+# they have no effect.
 _HARMLESS = {"temperature": 1.0, "missing_probability_handling": "zero"}
 
-# Published configurations spell the bucket for missing probability in two ways.
+# Published configurations use two names for the handling with a bucket for missing probability.
 _SYNONYMS = {"symmetric_uniform": "uniform"}
 Handling = Annotated[
     Literal["zero", "uniform", "label"],
@@ -53,7 +54,7 @@ Handling = Annotated[
 
 
 class LossConfig(BaseModel):
-    """One loss of the weighted sum Σ weight·loss / Σ weight."""
+    """One loss in the weighted sum Σ weight·loss / Σ weight."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,31 +62,31 @@ class LossConfig(BaseModel):
     weight: float = Field(
         ge=0,
         allow_inf_nan=False,
-        description="Weight in the sum; a loss with weight 0 is computed and logged, but trains nothing.",
+        description="Weight in the sum; a loss with weight 0 is computed and logged, but has no effect on training.",
     )
     temperature: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="Temperature T: both distributions are taken at p^(1/T), and the loss is multiplied by T²; 1 by "
-        "default.",
+        description="Temperature T: both distributions are softened to p^(1/T) and renormalised, and the loss is "
+        "multiplied by T²; 1 by default.",
     )
     missing_probability_handling: Handling | None = Field(
         default=None,
-        description="What happens to the teacher's probability outside the stored tokens: zero (the default) drops it "
-        "and renormalises the rest, uniform (also spelt symmetric_uniform) keeps it as one bucket, for the student "
-        "too, label gives it to the true next token.",
+        description="How to treat the teacher's probability outside the stored tokens: zero (the default) drops it "
+        "and renormalises the rest; uniform (or symmetric_uniform) compares it as one bucket with that of the student; "
+        "label assigns it to the true next token.",
     )
     sparse_chunk_length: int | None = Field(
         default=None,
         ge=1,
-        description="Maximum number of positions whose logits are in memory at a time; by default chosen from the size "
-        "of the vocabulary and of memory.",
+        description="Maximum number of positions whose logits are in memory at once; by default chosen from the sizes "
+        "of the vocabulary and of the device's memory.",
     )
     margin: float | None = Field(
         default=None,
         allow_inf_nan=False,
-        description="Margin of hinge, as a probability; by default the teacher's own difference.",
+        description="Margin of hinge, as a difference of probabilities; by default that of the teacher.",
     )
     alpha: float | None = Field(
         default=None, gt=0, lt=1, description="Skew of skewed_kl and skewed_reverse_kl; 0.1 by default."
@@ -93,7 +94,8 @@ class LossConfig(BaseModel):
     top_k: int | None = Field(
         default=None,
         ge=2,
-        description="Number of most probable tokens that a ranking loss ranks with a live teacher; 128 by default.",
+        description="Number of the teacher's most probable tokens that a ranking loss compares, with a live teacher "
+        "that returns all logits; 128 by default.",
     )
 
     @model_validator(mode="after")
@@ -103,15 +105,16 @@ class LossConfig(BaseModel):
             if value in (None, _HARMLESS.get(name)) or self.function in functions:
                 continue
             raise ValueError(
-                f"{name}: {value!r} has no meaning for {self.function}; {', '.join(functions)} take"
-                f"{'s' if len(functions) == 1 else ''} one"
+                f"{name}: {value!r} has no effect with {self.function}; it applies to {', '.join(functions)} only"
             )
         return self
 
 
 def named_losses(configs: Sequence[LossConfig]) -> list[tuple[str, float, LossConfig]]:
-    """Name losses as they are logged, a number from the second of a kind on (`kl`, `kl@2`), with their shares of the
-    total, which sum to one.
+    """Name losses for logging; repeated ones are numbered (`kl`, `kl@2`).
+
+    Returns:
+        (name, fraction of the total weight, configuration) for each loss. The fractions sum to one.
 
     Raises:
         ConfigError: the weights sum to 0.

@@ -1,13 +1,13 @@
-"""Divergences of the student from the teacher, position by position.
+"""Divergences of the student from the teacher, per position.
 
-p is the teacher, q the student, over the outcomes of a `Comparison`; R is the rest, all ids that are no outcome by
-themselves. Sums run over the outcomes and R. Each divergence is ≥ 0 for every input and 0 where p = q, has finite
-values and gradients for every finite input, and is the divergence of the full distributions where every id is an
+p is the teacher and q the student, over the outcomes of a `Comparison`; R, the rest, is the set of all ids that are not
+outcomes of their own. Sums run over the outcomes and R. Each divergence is ≥ 0 for every input and 0 if p = q, has
+finite values and gradients for every finite input, and is the divergence of the full distributions if every id is an
 outcome.
 
-Where p_R = 0, as with missing mass handled as `zero` or `label`, the student's probability outside is still wrong, and
-still counts: as the definitions say for `kl`, `jsd`, `tvd` and the skewed ones, and by an extra term for `reverse_kl`,
-which would be infinite.
+If p_R = 0, as with missing mass handled as `zero` or `label`, the student's probability of the rest is still wrong and
+still penalised: by the definitions of `kl`, `jsd`, `tvd` and the skewed divergences, and by an extra term in
+`reverse_kl`, which would otherwise be infinite.
 
 Shape legend: N positions, m outcomes.
 """
@@ -30,7 +30,7 @@ def kl(between: Comparison) -> torch.Tensor:
     """KL(p ‖ q) = Σ p (log p − log q).
 
     T² times this keeps the gradient's size independent of the temperature T (Hinton, Vinyals and Dean, "Distilling the
-    Knowledge in a Neural Network", 2015, §2). Where p_R = 0 the rest adds nothing, and is not computed.
+    Knowledge in a Neural Network", 2015, §2). If p_R = 0, the rest contributes nothing and is not computed.
 
     Returns:
         (N,) float32.
@@ -45,11 +45,11 @@ def reverse_kl(between: Comparison) -> torch.Tensor:
     """KL(q ‖ p) = Σ q (log q − log p): mode-seeking (Gu et al., "MiniLLM: Knowledge Distillation of Large Language
     Models", 2024, §2).
 
-    Where p_R = 0 it would be infinite. There, with Q the student's probability of all outcomes, it is
+    This is infinite if p_R = 0. In that case, with Q the student's total probability of the outcomes, the loss is
 
         KL(q/Q ‖ p) − log Q
 
-    so that the outside costs what it costs in KL(p ‖ q) = KL(p ‖ q/Q) − log Q.
+    so that the student's probability of the rest costs the same as in KL(p ‖ q) = KL(p ‖ q/Q) − log Q.
 
     Returns:
         (N,) float32.
@@ -109,12 +109,12 @@ def skewed_reverse_kl(between: Comparison, alpha: float) -> torch.Tensor:
 
 
 def adaptive_kl(between: Comparison) -> torch.Tensor:
-    """KL(p ‖ q) and KL(q ‖ p), weighted by where the student is wrong (Wu et al., "Rethinking Kullback–Leibler
+    """KL(p ‖ q) and KL(q ‖ p), weighted by where the student's errors are (Wu et al., "Rethinking Kullback–Leibler
     Divergence in Knowledge Distillation for Large Language Models", 2024, §4).
 
-    The teacher's most probable outcomes up to a probability of ½ are its head, all others its tail; with g the sum of
-    |p − q| over either, the weights are g_head / (g_head + g_tail) of KL(p ‖ q) and g_tail / (…) of KL(q ‖ p). They
-    carry no gradient.
+    The head consists of the teacher's most probable outcomes up to a cumulative probability of ½, the tail of all
+    others. With g the sum of |p − q| over each, KL(p ‖ q) has weight g_head / (g_head + g_tail), and KL(q ‖ p) has
+    weight g_tail / (g_head + g_tail). No gradient flows through the weights.
 
     Returns:
         (N,) float32.
@@ -124,7 +124,7 @@ def adaptive_kl(between: Comparison) -> torch.Tensor:
         p, q = between.log_p.exp(), between.log_q.exp()
         order = p.argsort(-1, descending=True)
         ranked = p.gather(-1, order)
-        # Whatever comes before an outcome is less than the half: it is needed to reach it.
+        # An outcome is in the head if those before it sum to less than ½, that is, if it is needed to reach ½.
         head = torch.empty_like(between.outcomes).scatter_(-1, order, ranked.cumsum(-1) - ranked < _HEAD)
         gap = (p - q).abs()
         head_gap, tail_gap = (gap * head).sum(-1), (gap * ~head).sum(-1)

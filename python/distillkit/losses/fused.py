@@ -1,16 +1,17 @@
-"""One pass from the student's hidden states to all losses, their gradients and the statistics, a chunk of positions at
-a time.
+"""A single pass from the student's hidden states to all losses, gradients and statistics, one chunk of positions at a
+time.
 
-Logits of a whole batch, [B, S, V], never exist: each chunk's logits are made from its hidden states, every loss is
-taken from them, and the chunk's gradients are computed before the next chunk begins. So the pass holds one chunk of
-logits, and multiplies by the head three times (forward, gradient of the hidden states, gradient of the weight) like a
-plain forward and backward, not four times like a recomputing one.
+The logits of a full batch, [B, S, V], are never materialised: each chunk's logits are computed from its hidden states,
+all losses from those logits, and the chunk's gradients before the next chunk starts. So the pass holds a single chunk
+of logits, and multiplies by the head three times (forward, gradient of the hidden states, gradient of the weight), like
+a plain forward and backward pass, rather than four times as with recomputation.
 
-Products want chunks of hundreds of positions, so that the weight isn't read too often; everything else wants few
-positions, which stay in a cache. So a chunk is gone through in blocks, each of which is replaced by its gradient: one
-[chunk, V] array is all there is, and the gradient of the weight is summed in place.
+Matrix products are efficient with chunks of hundreds of positions, which amortise reading the weight; everything else
+is efficient with few positions, which stay in the cache. So each chunk is processed in blocks, whose logits are
+overwritten with their gradient. This needs a single [chunk, V] array, and the gradient of the weight is accumulated in
+place.
 
-Shape legend: N counted positions, H hidden size, V width of the head, k stored ids a position, M statistics.
+Shape legend: N counted positions, H hidden size, V width of the head, k stored ids per position, M statistics.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from distillkit.models.head import LMHead, logit_chunks
 
 __all__ = ["LossResult", "Objective"]
 
-# What is summed over positions besides the losses, in this order.
+# Statistics that are summed over positions in addition to the losses, in this order.
 _COMMON_STATISTICS = ("positions", "teacher_mass", "student_mass", "top1_agreement", "topk_overlap")
 
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Hidden states (N, H) of the student, projected, and of the teacher, for each pair of matched layers."""
+"""For each pair of matched layers, the hidden states (N, H) of the student (projected) and of the teacher."""
 
 
 @dataclass(frozen=True)
 class LossResult:
-    """What a pass gives.
+    """The result of a pass.
 
     Attributes:
         loss: float32 scalar, Σ over positions of the weighted losses; differentiable.
-        statistics: (M,) float32 sums over positions, without gradient, by `Objective.names`.
+        statistics: (M,) float32 sums over positions, in the order of `Objective.names`; not differentiable.
     """
 
     loss: torch.Tensor
@@ -50,13 +51,14 @@ class LossResult:
 
 @dataclass(frozen=True)
 class Objective:
-    """The losses of a run, and what is measured beside them.
+    """The losses of a run, and additional metrics.
 
     Attributes:
         terms: the losses of logits and their weights.
-        hidden_terms: those of hidden states.
-        extra: measured and summed, but not part of the loss; they come first in `names`.
-        chunk_length: most positions whose logits exist at a time; chosen from the head's width and the memory if None.
+        hidden_terms: the losses of hidden states and their weights.
+        extra: losses that are only measured, not part of the objective; they come before the others in `names`.
+        chunk_length: maximum positions per chunk of logits; if None, chosen from the head's width and device memory.
+        names: names of the statistics.
     """
 
     terms: tuple[Term, ...]
@@ -71,35 +73,36 @@ class Objective:
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Names of what is trained."""
+        """Names of the losses in the objective."""
         return tuple(term.name for terms in (self.terms, self.hidden_terms) for term in terms)
 
     @classmethod
     def training(cls, configs: Sequence[LossConfig]) -> Objective:
-        """Build what a training step minimises and logs."""
+        """Build the objective that a training step minimises and logs."""
         lengths = [config.sparse_chunk_length for config in configs if config.sparse_chunk_length is not None]
         return cls(terms_of(configs), hidden_terms_of(configs), chunk_length=min(lengths) if lengths else None)
 
     def evaluation(self) -> Objective:
-        """Build the same objective with two fixed yardsticks beside it, that do not depend on the configured losses.
+        """Build the same objective plus two metrics that do not depend on the configured losses.
 
-        `eval:cross_entropy`, and `eval:kl`, the divergence at temperature 1 from the renormalised stored probabilities.
+        They are `eval:cross_entropy`, and `eval:kl`, the divergence at temperature 1 from the renormalised stored
+        probabilities.
         """
         yardsticks = (Term("eval:cross_entropy", 0.0, loss("cross_entropy")), Term("eval:kl", 0.0, loss("kl")))
         return Objective(self.terms, self.hidden_terms, yardsticks, self.chunk_length)
 
     def __call__(self, head: LMHead, hidden: torch.Tensor, targets: Targets, layers: Layers = ()) -> LossResult:
-        """Compute losses and statistics of N positions.
+        """Compute the losses and statistics of N positions.
 
         Args:
             head: the student's head.
             hidden: (N, H) hidden states of the counted positions, after the final norm.
-            targets: of those positions.
-            layers: matched hidden states of those positions, if there are hidden terms.
+            targets: the targets of those positions.
+            layers: the matched hidden states of those positions, if there are hidden terms.
         """
         weight, bias = head.weights()
         if len(targets) == 0:
-            # Every process must reach every parameter, or the others wait for its gradients.
+            # Every process must produce a gradient for every parameter, or the others would wait for it forever.
             parts = [hidden, weight, bias, *(student for student, _ in layers)]
             zero = torch.stack([(part.sum() * 0.0).float() for part in parts if part is not None]).sum()
             return LossResult(zero, torch.zeros(len(self.names), device=hidden.device))
@@ -112,7 +115,7 @@ class Objective:
     def _measured(
         self, head: LMHead, hidden: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor | None], targets: Targets
     ) -> LossResult:
-        """Sum the chunks' losses and statistics, without gradients."""
+        """Sum the losses and statistics of all chunks, without gradients."""
         total, statistics = self._totals(hidden)
         for start, stop in logit_chunks(len(targets), weights[0].shape[0], hidden.device, self.chunk_length):
             raw = head.product(hidden[start:stop], weights)
@@ -131,10 +134,10 @@ class Objective:
         return LossResult(total, torch.cat(statistics))
 
     def _in_blocks(self, head: LMHead, raw: torch.Tensor, targets: Targets, *, replace: bool = False) -> LossResult:
-        """Take losses and statistics from a chunk's raw logits (n, V).
+        """Compute losses and statistics from a chunk's raw logits (n, V).
 
         Args:
-            replace: put the gradient of the loss in the place of the logits.
+            replace: overwrite the logits with the gradient of the loss.
         """
         total, statistics = self._totals(raw)
         length = max(1, _block_elements(raw.device) // raw.shape[-1])
@@ -150,12 +153,12 @@ class Objective:
         return LossResult(total, statistics)
 
     def _totals(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Zeros to sum the loss and the statistics of logits in, float32."""
+        """Float32 zeros for accumulating the loss and the statistics of logits."""
         count = len(self.names) - len(self.hidden_terms)
         return torch.zeros((), device=hidden.device), torch.zeros(count, device=hidden.device)
 
     def _losses(self, logits: torch.Tensor, targets: Targets) -> LossResult:
-        """Take every loss and statistic from the logits of some positions."""
+        """Compute all losses and statistics from the logits of some positions."""
         positions = Positions(logits, targets)
         terms = (*self.extra, *self.terms)
         values = [term.function(positions) for term in terms]
@@ -167,19 +170,19 @@ class Objective:
 
 
 def _block_elements(device: torch.device) -> int:
-    """Logits of a block: as many as a CPU's cache holds, or as keep a GPU busy."""
+    """Number of logits per block: as many as fit in a CPU's cache, or as are needed to keep a GPU busy."""
     return 2**21 if device.type == "cpu" else 2**25
 
 
 def _common_statistics(positions: Positions) -> list[torch.Tensor]:
     """Sums over positions, in the order of `_COMMON_STATISTICS`.
 
-    The overlap is the share of the teacher's first ids (the stored ones) that are among the student's own k most
+    The overlap is the fraction of the teacher's first k ids (the stored ones) that are among the student's k most
     probable ones.
     """
     student, first = positions.student, positions.first()
     ids, logprobs = first.tensors()
-    # An id of probability 0 may stand for one outside the student's head: it is nowhere in these counts.
+    # An id with probability 0 may be a placeholder for one outside the student's head, so it is never counted.
     stored = torch.isfinite(logprobs)
     at_ids = student.logits.gather(-1, ids)
     top = student.logits.topk(ids.shape[-1], dim=-1)
@@ -193,10 +196,10 @@ def _common_statistics(positions: Positions) -> list[torch.Tensor]:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Loss and gradients in one forward; the backward only scales them.
+    """Computes loss and gradients in the forward pass; the backward pass only scales the gradients.
 
-    The head's weight and bias are arguments, so that autograd hands their gradients to whoever owns them: DDP's hooks,
-    an FSDP2 gather, PEFT's copies.
+    The head's weight and bias are arguments so that autograd passes their gradients on to DDP's hooks, an FSDP2 gather
+    or PEFT's copies.
     """
 
     @staticmethod
@@ -213,7 +216,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total, statistics = objective._totals(hidden)
         chunks = logit_chunks(len(targets), weight.shape[0], weight.device, objective.chunk_length)
         buffer = weight.new_empty(chunks[0][1], weight.shape[0], dtype=sums.dtype)
-        # Mixed precision is settled by `sums`, once, and not operation by operation.
+        # `sums` has already chosen the precision, so autocast must not do so per operation.
         with torch.autocast(hidden.device.type, enabled=False):
             for start, stop in chunks:
                 rows = hidden[start:stop].to(weight.device, sums.dtype)
@@ -229,8 +232,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # In place: a second [V, H] array would be the largest of the step. (A second backward through the same graph is
-        # an error.)
+        # In place, since a second [V, H] array would be the largest of the step. (Autograd rejects a second backward
+        # pass through the same graph.)
         scaled = (
             None if saved is None else saved.mul_(gradients[0].to(saved.device)).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -239,14 +242,14 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of a linear head's inputs, summed over chunks.
+    """Gradients of a linear head's inputs, accumulated over chunks.
 
-    Kept in float32: chunk after chunk, a bfloat16 sum would lose the small contributions, and the backward's factor
-    would be rounded.
+    They are kept in float32: a running sum in bfloat16 would lose small contributions, and scaling it in the backward
+    pass would round again.
 
     Args:
-        hidden, weight, bias: what the gradients are of.
-        wanted: which of the three.
+        hidden, weight, bias: the inputs to differentiate by.
+        wanted: which of the three need a gradient.
     """
 
     def __init__(
@@ -255,7 +258,7 @@ class _Gradients:
         kind = weight.device.type
         autocast = torch.is_autocast_enabled(kind)
         self.dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-        """The products' precision: autocast's, or the weight's."""
+        """Precision of the products: that of autocast if enabled, else that of the weight."""
         self.weights = (
             weight.detach().to(self.dtype),
             None if bias is None else bias.detach().to(self.dtype),
@@ -265,7 +268,7 @@ class _Gradients:
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
 
     def add(self, where: slice, rows: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add one chunk's: its hidden states (n, H) and the gradient of its raw logits (n, V)."""
+        """Add a chunk's gradients, from its hidden states (n, H) and the gradient of its raw logits (n, V)."""
         if self.bias is not None:
             self.bias += gradient.sum(0, dtype=torch.float32)
         if self.hidden is not None:

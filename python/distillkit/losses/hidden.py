@@ -1,4 +1,4 @@
-"""Losses between hidden states of the student's layers and of the teacher's.
+"""Losses between the hidden states of matched student and teacher layers.
 
 Shape legend: N positions, H hidden size of the teacher.
 """
@@ -25,7 +25,7 @@ def hs_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def hs_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """1 − cos of the angle between them: 0 … 2.
+    """Cosine distance, 1 − cosine similarity: 0 … 2.
 
     Args:
         student: (N, H) hidden states of a layer, projected to the teacher's size.

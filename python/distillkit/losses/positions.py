@@ -1,26 +1,26 @@
-"""What is compared at a position: the student's distribution and the teacher's, over the same outcomes.
+"""What losses compare at a position: the student's and the teacher's distributions over the same outcomes.
 
-A teacher gives log-probabilities of its k most probable ids (`SparseLogprobs`) or logits of all ids (`TeacherLogits`).
-Either is turned into a `Comparison`: outcomes one by one, and one more for all other ids together, the rest R.
-Divergences (`divergences`) and ranking losses (`ranking`) are written once, for comparisons.
+A teacher provides log-probabilities of its k most probable ids (`SparseLogprobs`) or logits of all ids
+(`TeacherLogits`). Either is turned into a `Comparison`: individual outcomes, plus one for all other ids together, the
+rest R. Divergences (`divergences`) and ranking losses (`ranking`) are defined on comparisons.
 
-What is not among the k ids is the missing mass m = max(0, 1 − Σ_K p), where K are the stored ids with p > 0. With
-temperature T, and Z the sum that makes the target a distribution:
+The probability outside the stored ids is the missing mass m = max(0, 1 − Σ_K p), where K is the set of stored ids with
+p > 0. With temperature T and normaliser Z, the targets p̃ are:
 
     zero:     p̃_i = p_i^(1/T) / Z for i in K, and p̃_R = 0
     uniform:  p̃_i = p_i^(1/T) / Z for i in K, and p̃_R = m^(1/T) / Z
     label:    p̃_i = (p_i + m·[i = y])^(1/T) / Z for i in K ∪ {y}, and p̃_R = 0; y is the true next token
 
-Where the teacher's probability of y was stored, too, and y is not in K, `uniform` and `label` have K ∪ {y} in place of
-K, also in m: y is an outcome of its own, and the rest is what is left without it. (With `label`, y then has all of m as
-before, or its own probability where rounding of the others left less.) `zero` leaves it aside.
+If the teacher's probability of y was stored separately and y is not in K, `uniform` and `label` use K ∪ {y} instead of
+K, also in m: y becomes an outcome of its own, excluded from the rest. (With `label`, y is still assigned all of the
+mass outside K, or its own probability if rounding of the others left less than that.) `zero` ignores it.
 
-Each sums to one, and the student's q = softmax(z / T) over the whole vocabulary with q_R for the rest does too, so a
-divergence between them is a proper one. At T = 1 the targets are p renormalised, (p, m), and p with m given to y.
-`zero` and `uniform` are the published definitions. (Softening the full distribution would spread the remainder over
-V − k ids before taking the power; that is not known from the top k.)
+Each target sums to one, and so does the student's q = softmax(z / T) over the entire vocabulary, with q_R for the rest,
+so divergences between them are well defined. At T = 1, the targets are p renormalised, (p, m), and p with m added to y.
+`zero` and `uniform` are the published definitions. (Softening the full distribution would require raising each of the
+V − k other probabilities to the power 1/T; the top k do not determine these.)
 
-Shape legend: N positions, V width of the student's head, k stored ids a position, m outcomes of a comparison.
+Shape legend: N positions, V width of the student's head, k stored ids per position, m outcomes of a comparison.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ __all__ = ["Comparison", "DenseTeacher", "Missing", "Positions", "Targets", "Tea
 
 Missing = Literal["zero", "uniform", "label"]
 
-# The log-probability of what is impossible: finite, so that products with a probability of 0 are 0 and not NaN.
+# Stands for log 0: finite, so that multiplying it by a probability of 0 gives 0 rather than NaN.
 NEVER = -1e5
 
-# Of a teacher that gives all ids: how many of the most probable ones are counted as its first ones in the statistics.
+# For a teacher with all ids: number of most probable ids that the statistics use as its first ids.
 _FIRST = 10
 
 
@@ -54,7 +54,7 @@ class TeacherLogits:
     """A teacher's distributions over all ids.
 
     Attributes:
-        logits: (N, V of the teacher) float32, without gradient.
+        logits: (N, V of the teacher) float32; not differentiable.
     """
 
     logits: torch.Tensor
@@ -62,12 +62,12 @@ class TeacherLogits:
 
 @dataclass(frozen=True)
 class DenseTeacher:
-    """The same as hidden states, of which logits are made a chunk at a time.
+    """A teacher's distributions over all ids as hidden states, whose logits are computed a chunk at a time.
 
     Attributes:
         hidden: (N, H) the teacher's hidden states after the final norm, H its hidden size.
         head: the teacher's head.
-        weights: what `head.weights()` returned.
+        weights: the result of `head.weights()`.
     """
 
     hidden: torch.Tensor
@@ -76,7 +76,7 @@ class DenseTeacher:
 
     @torch.no_grad()
     def logits(self, start: int, stop: int) -> TeacherLogits:
-        """Make the logits of positions start … stop − 1."""
+        """Compute the logits of positions start … stop − 1."""
         return TeacherLogits(self.head(self.hidden[start:stop], self.weights))
 
 
@@ -85,15 +85,14 @@ TeacherDistribution = SparseLogprobs | TeacherLogits | DenseTeacher
 
 @dataclass(frozen=True)
 class Targets:
-    """What the counted positions should predict.
+    """The targets of the counted positions.
 
     Attributes:
-        labels: (N,) int64, the true next token.
-        teacher: the teacher's distribution over it, N positions of torch tensors.
-        hidden: (N, H) the teacher's hidden states of each layer that a student's layer is matched with; empty if none
-            is.
-        label_logprobs: (N,) float32, the teacher's log-probability of each label, whether it is among a sparse
-            teacher's ids or not; NaN where it is not known. None: nowhere.
+        labels: (N,) int64, the true next tokens.
+        teacher: the teacher's distributions of the next token at the N positions, as torch tensors.
+        hidden: (N, H) teacher hidden states for each layer matched with a student layer; empty if none are.
+        label_logprobs: (N,) float32, the teacher's log-probability of each label, whether or not it is among a sparse
+            teacher's ids; NaN where unknown; None if unknown everywhere.
     """
 
     labels: torch.Tensor
@@ -105,7 +104,7 @@ class Targets:
         return int(self.labels.shape[0])
 
     def rows(self, start: int, stop: int) -> Targets:
-        """Return positions start … stop − 1, with a dense teacher's logits made, and without hidden states."""
+        """Return positions start … stop − 1, with a dense teacher's logits computed, and without hidden states."""
         teacher = self.teacher
         if isinstance(teacher, SparseLogprobs):
             teacher = SparseLogprobs(teacher.ids[start:stop], teacher.logprobs[start:stop])
@@ -119,14 +118,15 @@ class Targets:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Teacher p and student q over the same outcomes. Where an entry is no outcome, both logarithms are `NEVER`.
+    """Teacher p and student q over the same outcomes. At entries that are not outcomes, both logarithms are `NEVER`.
 
     Attributes:
-        log_p, log_q: (N, m); outcomes one by one. log_q is differentiable in the student's logits.
-        outcomes: (N, m) bool.
-        log_p_rest: (N,) of all other ids together, `NEVER` where the teacher gives them nothing; None if it gives them
-            nothing anywhere.
-        student_rest: computes log_q of the rest, (N,); None if there is no other id.
+        log_p, log_q: (N, m) log-probabilities of the individual outcomes. log_q is differentiable in the student's
+            logits.
+        outcomes: (N, m) bool, which entries are outcomes.
+        log_p_rest: (N,) the teacher's log-probability of all other ids together, `NEVER` where it is zero; None if it
+            is zero everywhere.
+        student_rest: computes the student's log-probability of the rest, (N,); None if there are no other ids.
     """
 
     log_p: torch.Tensor
@@ -137,21 +137,21 @@ class Comparison:
 
     @cached_property
     def log_q_rest(self) -> torch.Tensor | None:
-        """(N,), `NEVER` where the student gives the rest nothing; None if there is no rest."""
+        """(N,) the student's log-probability of the rest, at least `NEVER`; None if there is no rest."""
         return None if self.student_rest is None else self.student_rest().clamp_min(NEVER)
 
     def known(self) -> torch.Tensor:
-        """(N,) bool: the positions where the teacher says anything at all."""
+        """(N,) bool: the positions for which the teacher has a distribution."""
         known = self.outcomes.any(-1)
         return known if self.log_p_rest is None else known | (self.log_p_rest > NEVER)
 
 
 class Positions:
-    """Student and teacher at some positions, with everything that several losses share computed once.
+    """Student and teacher at some positions. Everything that losses share is computed once.
 
     Args:
-        logits: (N, V) of the student, any float dtype.
-        targets: of the same positions, as `Targets.rows` gives them.
+        logits: (N, V) student logits, any float dtype.
+        targets: the targets of the same positions, as returned by `Targets.rows`.
     """
 
     def __init__(self, logits: torch.Tensor, targets: Targets) -> None:
@@ -165,19 +165,19 @@ class Positions:
 
     @cached_property
     def teacher_logits(self) -> torch.Tensor | None:
-        """(N, at most V) float32 of a teacher that gives all ids, as far as the student has them too.
+        """(N, at most V) float32 logits of a teacher with all ids, without ids beyond the student's head; else None.
 
-        Heads of one tokenizer may be padded to different widths.
+        Heads for the same tokenizer may be padded to different widths.
         """
         teacher = self.targets.teacher
         if isinstance(teacher, SparseLogprobs):
             return None
         if isinstance(teacher, DenseTeacher):
-            raise InputError("a dense teacher's logits are not made yet: take positions with Targets.rows first")
+            raise InputError("a dense teacher's logits are not computed yet: select positions with Targets.rows first")
         return teacher.logits[:, : self.student.size].to(self.student.logits.device)
 
     def first(self, k: int = _FIRST) -> SparseLogprobs:
-        """Return the stored ids; of a teacher that gives all ids, its k most probable ones."""
+        """Return the stored ids, or the k most probable ones of a teacher with all ids."""
         logits = self.teacher_logits
         if logits is None:
             return self._stored
@@ -198,7 +198,7 @@ class Positions:
         return self._comparisons[key]
 
     def comparison_of_first(self, temperature: float, missing: Missing, k: int) -> Comparison:
-        """Compare over the teacher's first ids only: the stored ones, or its k most probable ones."""
+        """Compare over the teacher's first ids only: the stored ones, or its k most probable ones if it has all ids."""
         if self.teacher_logits is None:
             return self.comparison(temperature, missing)
         whole, (ids, _) = self.comparison(temperature, missing), self.first(k).tensors()
@@ -211,7 +211,7 @@ class Positions:
         """The teacher's stored ids.
 
         Raises:
-            InputError: the teacher gives all ids.
+            InputError: the teacher is not a sparse one.
         """
         if not isinstance(self.targets.teacher, SparseLogprobs):
             raise InputError(f"expected a teacher with stored ids, found {type(self.targets.teacher).__name__}")
@@ -220,7 +220,7 @@ class Positions:
     def _sparse(self, temperature: float, missing: Missing) -> Comparison:
         ids, logprobs = self._stored.tensors()
         everything = ids.shape[-1] >= self.student.size
-        # With every id stored there is no remainder; what 1 − Σ p leaves is rounding.
+        # If every id is stored, nothing is missing, and 1 − Σ p is only rounding error.
         labels = self.targets.labels
         missing = "zero" if everything else missing
         target = _target(ids, logprobs, labels, temperature, missing, self.targets.label_logprobs)
@@ -228,11 +228,11 @@ class Positions:
         log_p = target[0].clamp_min(NEVER)
         log_q = self.student.logprobs(temperature).clamp_min(NEVER).where(outcomes, NEVER)
         everything = everything and bool(outcomes[:, :-1].all())
-        student = self.student  # not `self`, which would hold itself, and the logits, until the garbage is collected
+        student = self.student  # capturing `self` would create a cycle that keeps the logits until garbage collection
         rest = None if everything else lambda: student.logprob_outside(outcomes, temperature)
         log_p_rest = None if target[1] is None else target[1].clamp_min(NEVER)
         if log_p_rest is not None and ids.shape[-1] + 1 >= self.student.size:
-            # With the label every id may be an outcome; what is left then is rounding.
+            # With the label, every id may be an outcome; the rest is then only rounding error.
             log_p_rest = log_p_rest.masked_fill(outcomes.sum(-1) >= self.student.size, NEVER)
         return Comparison(log_p, log_q, outcomes, log_p_rest, rest)
 
@@ -240,7 +240,7 @@ class Positions:
         width = teacher_logits.shape[-1]
         log_p = (teacher_logits / temperature).log_softmax(-1).clamp_min(NEVER)
         log_q = self.student.all_logprobs(temperature)
-        # What the student gives to ids that the teacher does not have is its rest.
+        # The rest is the student's probability of ids that the teacher does not have.
         beyond = log_q[:, width:]
         rest = None if width == self.student.size else lambda: beyond.logsumexp(-1)
         log_q = log_q[:, :width].clamp_min(NEVER)
@@ -255,17 +255,17 @@ def _target(
     missing: Missing,
     label_logprobs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Make the training target of stored log-probabilities: see the top of this module.
+    """Compute the training target from stored log-probabilities; see the module docstring.
 
     Args:
-        ids, logprobs: (N, k); a log-probability of −inf is a probability of 0.
+        ids, logprobs: (N, k); a log-probability of −inf means a probability of 0.
         labels: (N,).
-        label_logprobs: (N,), NaN where not known.
+        label_logprobs: (N,), NaN where unknown.
 
     Returns:
-        log p̃ (N, k + 1), with the label at the end: −inf unless it is an outcome by itself; and log p̃_R (N,) for
-        `uniform`, −inf where nothing is missing, None for the others. A position without any mass has a target of
-        zeros, except where `uniform` or `label` says where it went.
+        log p̃ (N, k + 1), whose last column is the label, −inf unless it is an outcome of its own; and log p̃_R (N,)
+        for `uniform`, −inf where nothing is missing, or None for the others. At a position without any mass, the target
+        is all zeros, except where `uniform` or `label` assigns the missing mass.
     """
     logprobs = logprobs.float()
     extra = torch.full_like(logprobs[:, :1], -torch.inf)
@@ -286,6 +286,6 @@ def _target(
     total = scaled.logsumexp(-1)
     if remainder is not None:
         total = torch.logaddexp(total, remainder)
-    # A position without any mass: its probabilities come out as 0, and not as NaN.
+    # At a position without any mass, this makes the probabilities 0 rather than NaN.
     total = torch.where(torch.isinf(total), torch.zeros_like(total), total)
     return scaled - total.unsqueeze(-1), None if remainder is None else remainder - total

@@ -1,7 +1,7 @@
-"""Losses of order: for each pair of ids of which the teacher prefers one, does the student prefer it too?
+"""Ranking losses: for each pair of ids of which the teacher prefers one, does the student prefer the same one?
 
-A position has up to k (k − 1) / 2 pairs. They are looked at in tiles of a few positions, and gradients are computed
-with the values, so that memory stays a tile's whatever the number of positions.
+A position has up to k (k − 1) / 2 pairs. They are processed in tiles of a few positions, and gradients are computed
+along with the values, so that memory does not grow with the number of positions beyond that of one tile.
 
 Shape legend: N positions, m outcomes of a comparison, n positions of a tile.
 """
@@ -18,10 +18,10 @@ from distillkit.losses.positions import Comparison
 
 __all__ = ["hinge", "logistic_ranking"]
 
-# One tile's pairs; a few arrays of that size are alive at a time.
+# Pairs per tile; a few arrays of this size exist at once.
 _TILE_ELEMENTS = 2**20
 
-# (score difference x_i − x_j, p_i − p_j) → (value, its derivative by the score difference), all (n, m, m).
+# (score difference x_i − x_j, p_i − p_j) → (value, its derivative with respect to the score difference), all (n, m, m).
 Pairwise = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -30,10 +30,10 @@ def hinge(between: Comparison, margin: float | None = None) -> torch.Tensor:
 
     Args:
         between: teacher and student.
-        margin: of probability; that of the teacher, p_i − p_j, if None.
+        margin: a difference of probabilities; the teacher's own, p_i − p_j, if None.
 
     Returns:
-        (N,) float32; 0 where no pair differs.
+        (N,) float32; 0 where the teacher prefers none of the ids.
     """
 
     def pairwise(difference: torch.Tensor, preferred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,10 +45,10 @@ def hinge(between: Comparison, margin: float | None = None) -> torch.Tensor:
 
 def logistic_ranking(between: Comparison) -> torch.Tensor:
     """Mean over pairs with p_i > p_j of log(1 + exp(−(z_i − z_j))) (RankNet; Burges et al., "Learning to Rank using
-    Gradient Descent", 2005, §3). Logits and log-probabilities have the same differences.
+    Gradient Descent", 2005, §3). Log-probabilities can replace the logits z, since they have the same differences.
 
     Returns:
-        (N,) float32; 0 where no pair differs.
+        (N,) float32; 0 where the teacher prefers none of the ids.
     """
 
     def pairwise(difference: torch.Tensor, preferred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +58,7 @@ def logistic_ranking(between: Comparison) -> torch.Tensor:
 
 
 class _RankingLoss(torch.autograd.Function):
-    """Values and gradients by the scores in one forward, tile by tile."""
+    """Computes values and their gradients with respect to the scores in the forward pass, tile by tile."""
 
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor, between: Comparison, pairwise: Pairwise) -> torch.Tensor:
@@ -84,5 +84,5 @@ class _RankingLoss(torch.autograd.Function):
 
 
 def _differences(values: torch.Tensor) -> torch.Tensor:
-    """(n, m, m) of x_i − x_j."""
+    """(n, m, m) differences x_i − x_j."""
     return values.unsqueeze(-1) - values.unsqueeze(-2)

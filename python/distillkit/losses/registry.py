@@ -1,4 +1,4 @@
-"""Name → loss. A new loss is a function and a line in one of the tables."""
+"""Losses by name. To add a loss, write its function and add a line to one of the tables."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ _RANKED = 128
 
 
 def _cross_entropy(positions: Positions) -> torch.Tensor:
-    """Negative log-likelihood of the true next tokens, −Σ_n log softmax(z_n)[label_n]."""
+    """Negative log-likelihood of the true next tokens: −Σ_n log softmax(z_n)[label_n]."""
     return -positions.label_logprobs().sum()
 
 
 def _compared(
     config: LossConfig, measure: Callable[[Comparison], torch.Tensor], first: int | None = None
 ) -> LossFunction:
-    """Make a loss of a measure (N,) of comparisons: T² · Σ_n measure_n at the configured temperature, over the
-    positions where the teacher says anything; over the teacher's `first` ids only, if that is given."""
+    """Make a loss from a per-position measure (N,) of a comparison: T² · Σ_n measure_n at the configured temperature.
+
+    The sum is over the positions for which the teacher has a distribution. If `first` is set, only the teacher's first
+    ids are compared: the stored ones, or the `first` most probable ones of a teacher with all ids.
+    """
     temperature, missing = config.temperature or 1.0, config.missing_probability_handling or "zero"
 
     def total(positions: Positions) -> torch.Tensor:
@@ -63,11 +66,11 @@ LOSSES: dict[str, Callable[[LossConfig], LossFunction]] = {
     "hinge": lambda config: _ranking(config, lambda c: ranking.hinge(c, config.margin)),
     "logistic_ranking": lambda config: _ranking(config, ranking.logistic_ranking),
 }
-"""From a loss's configuration to the loss of logits."""
+"""Losses of logits by name; each entry makes the loss from its configuration."""
 
 
 def loss(function: str, **settings: Any) -> LossFunction:
-    """Return one of the losses of logits by its name, with the settings of a `LossConfig`."""
+    """Return a loss of logits by name, with settings as in `LossConfig`."""
     return LOSSES[function](LossConfig(function=function, weight=1.0, **settings))  # type: ignore[arg-type]
 
 
@@ -75,16 +78,16 @@ HIDDEN: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "hs_mse": hidden.hs_mse,
     "hs_cosine": hidden.hs_cosine,
 }
-"""Losses of hidden states: (N,) of a student's (N, H) and a teacher's (N, H)."""
+"""Losses of hidden states by name: from the student's (N, H) and the teacher's (N, H) to (N,)."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One loss of a weighted sum.
+    """A loss of logits in a weighted sum.
 
     Attributes:
-        name: how it is logged; see `named_losses`.
-        weight: its share of the total; the weights of all terms sum to one.
+        name: the name under which it is logged; see `named_losses`.
+        weight: its fraction of the total weight; the weights of all terms sum to one.
         function: the loss.
     """
 
@@ -95,19 +98,19 @@ class Term:
 
 @dataclass(frozen=True)
 class HiddenTerm:
-    """One loss of hidden states in a weighted sum: `Term` for them."""
+    """A loss of hidden states in a weighted sum; attributes as for `Term`."""
 
     name: str
     weight: float
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def total(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """Sum over positions of the mean over pairs of layers."""
+        """Sum over positions, averaged over the pairs of layers."""
         return torch.stack([self.function(student, teacher).sum() for student, teacher in pairs]).mean()
 
 
 def terms_of(configs: Sequence[LossConfig]) -> tuple[Term, ...]:
-    """Build the terms of Σ weight·loss / Σ weight that are losses of logits.
+    """Build those terms of Σ weight·loss / Σ weight that are losses of logits.
 
     Raises:
         ConfigError: the weights sum to 0.
@@ -120,7 +123,7 @@ def terms_of(configs: Sequence[LossConfig]) -> tuple[Term, ...]:
 
 
 def hidden_terms_of(configs: Sequence[LossConfig]) -> tuple[HiddenTerm, ...]:
-    """Build those that are losses of hidden states.
+    """Build those terms of Σ weight·loss / Σ weight that are losses of hidden states.
 
     Raises:
         ConfigError: the weights sum to 0.

@@ -1,1 +1,1 @@
-"""What one must know of any Hugging Face model: its head, its layers, its adapters."""
+"""Handling of Hugging Face models: output heads, layers and adapters."""

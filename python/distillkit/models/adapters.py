@@ -1,6 +1,6 @@
-"""LoRA adapters on the student: the `peft` section of the configuration, and what it does to the model.
+"""LoRA adapters on the student: the `peft` section of the configuration, and its application to the model.
 
-Only adapters are trained and kept in checkpoints; the base weights stay as they are, quantised ones too (QLoRA).
+Only the adapters are trained and saved in checkpoints; the base weights, quantised or not (QLoRA), stay unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["LoraSection", "add_adapters"]
 
 _INITIALISATIONS = "true, false, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_N'"
 
-# What each may be is checked below, with one message where pydantic's own for a union are several.
+# Validated below, since pydantic would report several messages for a union.
 Names = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})]
 LayerNumbers = Annotated[
     Any,
@@ -31,7 +31,7 @@ LayerNumbers = Annotated[
 
 
 class LoraSection(BaseModel):
-    """LoRA adapters: fields of `peft.LoraConfig` under their own names, and what is saved at the end."""
+    """LoRA adapters: fields of `peft.LoraConfig` under their own names, and the format of the saved model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,55 +40,57 @@ class LoraSection(BaseModel):
         default=32,
         gt=0,
         allow_inf_nan=False,
-        description="The output of the adapters is scaled by lora_alpha / r (lora_alpha / √r with `use_rslora`).",
+        description="Adapter outputs are scaled by lora_alpha / r (lora_alpha / √r with `use_rslora`).",
     )
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the input of the adapters.")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapters' inputs.")
     target_modules: Names = Field(
         default="all-linear",
-        description="Layers to adapt: their names or ends of names, a regular expression for whole names, or "
-        "all-linear (every linear layer but the head).",
+        description="Layers to adapt: a list of names or name suffixes, a regular expression matching full names, or "
+        "all-linear (every linear layer except the head).",
     )
     exclude_modules: Names | None = Field(
         default=None,
-        description="Names, ends of names or a regular expression of layers without an adapter. Layers frozen by "
-        "`frozen_modules` or `frozen_res` have none anyway.",
+        description="Layers to leave without an adapter: a list of names or name suffixes, or a regular expression. "
+        "Layers frozen by `frozen_modules` or `frozen_res` never get one.",
     )
     modules_to_save: list[str] | None = Field(
-        default=None, description="Modules that are trained whole and saved with the adapters."
+        default=None, description="Modules that are fully trained and saved with the adapters."
     )
     use_rslora: bool = Field(default=False, description="Rank-stabilised scaling; see `lora_alpha`.")
-    use_dora: bool = Field(default=False, description="Train magnitude and direction of weights apart (DoRA).")
+    use_dora: bool = Field(default=False, description="Train the magnitude and direction of weights separately (DoRA).")
     init_lora_weights: Any = Field(default=True, description=f"Initialisation of the adapters: {_INITIALISATIONS}.")
     bias: Literal["none", "all", "lora_only"] = Field(
-        default="none", description="Which of the model's biases are trained."
+        default="none", description="Which biases of the model are trained."
     )
     lora_bias: bool = Field(default=False, description="Give the adapters a bias.")
     layers_to_transform: LayerNumbers = Field(
-        default=None, description="Adapt these layers only: a number or a list of numbers."
+        default=None, description="Adapt only these layers: an index or a list of indices."
     )
     layers_pattern: Names | None = Field(
-        default=None, description="Name of the module list that `layers_to_transform` counts in."
+        default=None, description="Name of the module list that `layers_to_transform` indexes."
     )
     rank_pattern: dict[str, int] = Field(
-        default_factory=dict, description="Other values of `r`, by the name or regular expression of layers."
+        default_factory=dict, description="Overrides of `r`, keyed by layer name or regular expression."
     )
     alpha_pattern: dict[str, float] = Field(
-        default_factory=dict, description="Other values of `lora_alpha`, by the name or regular expression of layers."
+        default_factory=dict, description="Overrides of `lora_alpha`, keyed by layer name or regular expression."
     )
     trainable_token_indices: list[int] | None = Field(
         default=None, description="Token ids whose embeddings are trained."
     )
-    ensure_weight_tying: bool = Field(default=False, description="Train one copy where embedding and head are tied.")
+    ensure_weight_tying: bool = Field(
+        default=False, description="Train a single shared copy if embedding and head are tied."
+    )
     merge_on_save: bool = Field(
         default=False,
-        description="Save the trained student as a whole model, with its adapters merged into the weights, instead of "
-        "as adapters for the base model. Checkpoints always hold adapters.",
+        description="Save the trained student as a full model, with the adapters merged into its weights, instead of "
+        "as adapters for the base model. Checkpoints always contain adapters.",
     )
 
     @field_validator("target_modules", "exclude_modules", "layers_pattern")
     @classmethod
     def _names(cls, value: Any, info: Any) -> Any:
-        """Names as a list, or one expression: pydantic's own message for such a union is two."""
+        """Validates a list of names or a regular expression; for a union, pydantic would report two messages."""
         if value is None and info.field_name != "target_modules":
             return None
         if isinstance(value, str):
@@ -106,7 +108,7 @@ class LoraSection(BaseModel):
     def _layers(cls, value: Any) -> Any:
         layers = value if isinstance(value, list) else [value]
         if value is not None and not all(type(layer) is int and layer >= 0 for layer in layers):
-            raise ValueError(f"must be the number of a layer or a list of numbers, found {value!r}")
+            raise ValueError(f"must be a layer index or a list of layer indices, found {value!r}")
         return value
 
     @field_validator("init_lora_weights")
@@ -127,24 +129,24 @@ class LoraSection(BaseModel):
                 "layers in the expression instead"
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("layers_pattern: has no meaning without layers_to_transform")
+            raise ValueError("layers_pattern: has no effect without layers_to_transform")
         return self
 
     @property
     def changes_base_weights(self) -> bool:
-        """Whether the model with its adapters switched off is something else than the model that was loaded."""
+        """Whether the model with its adapters disabled differs from the model that was loaded."""
         return self.bias != "none" or (
             isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
         )
 
 
 def add_adapters(model: PreTrainedModel, section: LoraSection, frozen: Set[str]) -> PeftModel:
-    """Put adapters on a student. Its own weights are frozen then.
+    """Add adapters to a student and freeze its own weights.
 
     Args:
         model: the bare student.
         section: the `peft` section.
-        frozen: names of parameters that the configuration freezes; layers with such a weight get no adapter.
+        frozen: names of parameters that the configuration freezes; layers whose weight is among them get no adapter.
 
     Raises:
         ConfigError: PEFT is not installed, or the section does not fit the model.
@@ -162,7 +164,7 @@ def add_adapters(model: PreTrainedModel, section: LoraSection, frozen: Set[str])
     causal = type(model).__name__.endswith("ForCausalLM")
     try:
         with warnings.catch_warnings():
-            # PEFT asks transformers for a property by its older name.
+            # PEFT uses a deprecated name of a transformers property.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM" if causal else None, **settings))
     except (ValueError, TypeError, RuntimeError) as error:
@@ -170,7 +172,7 @@ def add_adapters(model: PreTrainedModel, section: LoraSection, frozen: Set[str])
 
 
 def _expression(excluded: Any, frozen: list[str]) -> str:
-    """Join what the user excludes and what is frozen into one expression for whole names, as PEFT matches them."""
+    """Combine the user's exclusions and the frozen layers into one expression, which PEFT matches with full names."""
     parts = [re.escape(name) for name in frozen]
     if isinstance(excluded, str):
         parts.append(f"(?:{excluded})")
@@ -180,7 +182,7 @@ def _expression(excluded: Any, frozen: list[str]) -> str:
 
 
 def _check_saved_modules(model: PreTrainedModel, section: LoraSection, frozen: Set[str]) -> None:
-    """Refuse modules to save that are not there, are frozen, or would come apart from what they are tied to."""
+    """Reject modules to save that do not exist, are frozen, or would diverge from the module they are tied to."""
     modules = dict(model.named_modules())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and embedding.weight is head.weight

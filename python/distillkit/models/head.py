@@ -1,12 +1,13 @@
-"""A causal LM taken apart: the backbone's hidden states, and the head that turns them into logits.
+"""Splits a causal LM into its backbone, which returns hidden states, and the head that turns them into logits.
 
 Capture and the losses apply the head to a slice of positions at a time, so that [batch, sequence, vocabulary] logits
-never exist. That needs the head's arithmetic outside the model's own forward. Most heads are `hidden @ weight.T`; some
-families add a bias, a scale or a soft cap. `LMHead` reproduces those from the model's config, and `check_lm_head`
-compares the result with the model's own logits, so an unknown kind of head is refused, never computed wrongly.
+are never materialised. That requires computing the head outside the model's own forward. Most heads are
+`hidden @ weight.T`; some model families add a bias, a scale or a soft cap. `LMHead` derives these from the model's
+config, and `check_lm_head` compares the result with the model's own logits, so that an unknown kind of head is rejected
+instead of silently miscomputed.
 
 Shape legend: B batch, S sequence, N positions of a slice, H hidden size, V width of the head (at least the tokenizer's
-vocabulary).
+vocabulary size).
 """
 
 from __future__ import annotations
@@ -38,31 +39,31 @@ __all__ = [
     "rows_of",
 ]
 
-# Config attributes that multiply the logits, and those that divide them. Which families use them: Cohere `logit_scale`,
-# Muse `output_multiplier`, Falcon-H1 `lm_head_multiplier`, Granite and MiniCPM3 `logits_scaling`.
+# Config attributes that multiply the logits, and those that divide them. They are used by Cohere (`logit_scale`),
+# Muse (`output_multiplier`), Falcon-H1 (`lm_head_multiplier`), Granite and MiniCPM3 (`logits_scaling`).
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
-# HyperCLOVA X multiplies by the attribute that the others divide by.
+# HyperCLOVA X multiplies by `logits_scaling` instead of dividing by it.
 _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
-# Config attributes c of a soft cap, logits = c·tanh(logits / c): Gemma and others, RecurrentGemma, xLSTM.
+# Config attributes for c in a soft cap, c·tanh(logits / c), in this order: Gemma and others, RecurrentGemma, xLSTM.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
-# A weight of lower precision is widened for a float32 product in blocks of about this many bytes, never whole.
+# For a float32 product, a lower-precision weight is converted in blocks of about this many bytes, never all at once.
 _WIDENED_BLOCK_BYTES = 64 * 2**20
 
-# A chunk's logits are at most this many, and at least so many that the head's weight isn't read too often; as float32
-# they get this share of the device's memory.
+# Bounds on the number of logits in a chunk (too few, and the head's weight is read too often), and the fraction of the
+# device's memory that a chunk may take in float32.
 _MOST_ELEMENTS, _LEAST_ELEMENTS = 2**26, 2**22
 _MEMORY_SHARE = 1 / 64
 
 
 @dataclass(frozen=True)
 class LMHead:
-    """The output head of a causal LM as a function of hidden states. Made by `lm_head_of`.
+    """The output head of a causal LM as a function of hidden states. Created by `lm_head_of`.
 
     Attributes:
-        model: the bare causal LM; its head's weight is looked up on each call, since PEFT and FSDP replace it.
-        scale: factor of the raw logits (1.0 for most models).
+        model: the bare causal LM; the head's weight is looked up on each call, since PEFT and FSDP replace it.
+        scale: factor applied to the raw logits (1.0 for most models).
         softcap: c in c·tanh(logits / c), applied after the scale; None for most models.
     """
 
@@ -72,13 +73,13 @@ class LMHead:
 
     @property
     def size(self) -> int:
-        """V, the number of logits a position."""
+        """V, the number of logits per position."""
         return rows_of(_head_module(self.model).weight)
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Look up the head's (V, H) weight and (V,) bias, whole on this process and differentiable.
+        """Look up the head's (V, H) weight and (V,) bias (None if it has none), unsharded and differentiable.
 
-        Under FSDP2 this gathers them, so call it once a forward and hand the result to every slice.
+        Under FSDP2 this gathers them, so call it once per forward and pass the result for every slice.
 
         Raises:
             DistillKitError: the head is not a plain linear layer, or carries a LoRA adapter.
@@ -94,13 +95,13 @@ class LMHead:
         *,
         float32_product: bool = False,
     ) -> torch.Tensor:
-        """Compute the logits of some positions, differentiable in the hidden states and weights.
+        """Compute logits, differentiable in the hidden states and weights.
 
         Args:
             hidden: (..., H) hidden states after the final norm, any float dtype.
-            weights: what `weights()` returned; looked up if not given.
-            float32_product: multiply in float32 even where the weight has a lower precision, in blocks of the
-                vocabulary and without gradients. A bfloat16 product rounds logits to 8 significant bits, which shows in
+            weights: the result of `weights()`; looked up if None.
+            float32_product: multiply in float32 even if the weight has a lower precision, in blocks of the vocabulary
+                and without gradients. A bfloat16 product rounds logits to 8 significant bits, which noticeably changes
                 the distributions.
 
         Returns:
@@ -117,11 +118,11 @@ class LMHead:
         weights: tuple[torch.Tensor, torch.Tensor | None],
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Multiply by the weight: raw logits (..., V) in the weight's precision, of hidden (..., H).
+        """Compute raw logits (..., V), in the weight's precision, from hidden states (..., H).
 
         Args:
-            hidden, weights: as above.
-            out: (N, V) where to put those of (N, H), without a gradient.
+            hidden, weights: as for `__call__`.
+            out: (N, V) tensor to write the logits of (N, H) hidden states into; not differentiable.
         """
         weight, bias = weights
         hidden = hidden.to(weight.device, weight.dtype)
@@ -130,7 +131,7 @@ class LMHead:
         return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
 
     def finish(self, raw: torch.Tensor) -> torch.Tensor:
-        """Turn raw logits into those that the model returns, in float32: apply its scale and soft cap, if any."""
+        """Turn raw logits into the model's float32 logits by applying its scale and soft cap, if any."""
         logits = raw.float() if self.scale == 1.0 else raw.float() * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
@@ -140,17 +141,17 @@ class LMHead:
 def logit_chunks(
     positions: int, vocabulary: int, device: torch.device, most: int | None = None
 ) -> list[tuple[int, int]]:
-    """Divide positions into chunks whose logits may exist at a time.
+    """Divide positions into chunks whose logits fit in memory at one time.
 
     Args:
         positions: N.
         vocabulary: V.
-        device: where the logits will be; its memory decides, the same way in every run on the machine.
-        most: at most this many positions, instead.
+        device: the logits' device. Its total memory determines the chunk size, so runs on one machine are reproducible.
+        most: maximum positions per chunk; overrides the choice by memory.
 
     Returns:
-        (start, stop) of each chunk; they are of one size, since a small last one would cost as many passes over the
-        weight as a full one.
+        (start, stop) of each chunk. Chunks have about equal sizes, since a small last one would cost as many passes
+        over the weight as a full one.
     """
     most = most or max(1, _chunk_elements(device) // vocabulary)
     length = -(-positions // max(1, -(-positions // most)))
@@ -159,13 +160,13 @@ def logit_chunks(
 
 @cache
 def _chunk_elements(device: torch.device) -> int:
-    """Logits of a chunk on a device, a power of two."""
+    """Number of logits per chunk on a device, a power of two."""
     wanted = int(total_memory(device) * _MEMORY_SHARE) // 4
     return max(_LEAST_ELEMENTS, min(_MOST_ELEMENTS, 1 << (wanted.bit_length() - 1)))
 
 
 def bare_model(model: Any) -> PreTrainedModel:
-    """Return the causal LM inside a PEFT wrapper, or the model itself. Adapters stay in effect: layers hold them."""
+    """Return the causal LM inside a PEFT wrapper, or the model itself. Adapters in its layers stay active."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -176,8 +177,8 @@ def lm_head_of(model: Any) -> LMHead:
         model: a transformers causal LM (or a vision-language model with a text head), bare or inside a PEFT wrapper.
 
     Raises:
-        DistillKitError: the head is not a plain linear layer, carries a LoRA adapter, or scales its logits in a way
-            that is not understood.
+        DistillKitError: the head is not a plain linear layer, carries a LoRA adapter, or has a scale or soft cap in the
+            config that is not a number.
     """
     bare = bare_model(model)
     _head_module(bare)
@@ -190,37 +191,37 @@ def backbone_hidden(model: Any, **inputs: Any) -> torch.Tensor:
 
     Args:
         model: a causal LM, bare or inside a PEFT wrapper.
-        **inputs: what the backbone's forward takes (`input_ids`, `attention_mask`, `position_ids`, …).
+        **inputs: arguments of the backbone's forward (`input_ids`, `attention_mask`, `position_ids`, …).
 
     Returns:
-        (B, S, H) hidden states after the final norm. No key-value cache is kept: with one, packed documents would see
-        each other.
+        (B, S, H) hidden states after the final norm. The key-value cache is disabled: with it, packed documents would
+        attend to each other.
 
     Raises:
-        DistillKitError: the model's backbone can't be told from the model, or gives no `last_hidden_state`.
+        DistillKitError: the model has no separate backbone, or the backbone returns no `last_hidden_state`.
     """
     return backbone_layers(model, (), **inputs)[0]
 
 
 def backbone_layers(model: Any, layers: Sequence[int], **inputs: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Run the model without its head, and keep the hidden states of some layers.
+    """Run the model without its head, and also return the hidden states of selected layers.
 
     Args:
-        model, **inputs: as `backbone_hidden`.
-        layers: indices into the hidden states as transformers numbers them: 0 the embeddings' output, n the n-th
-            layer's, the last after the final norm.
+        model, **inputs: as for `backbone_hidden`.
+        layers: indices into the hidden states as numbered by transformers: 0 is the embeddings' output, n the n-th
+            layer's; the last one is after the final norm.
 
     Returns:
-        (B, S, H) of the last layer, and (B, S, H) of each that was asked for.
+        (B, S, H) final hidden states, and (B, S, H) for each selected layer.
 
     Raises:
-        DistillKitError: as `backbone_hidden`, or the backbone gives no hidden states of layers.
+        DistillKitError: as for `backbone_hidden`, or the backbone does not return its layers' hidden states.
     """
     bare = bare_model(model)
     backbone = bare.base_model
     if backbone is bare:
         raise DistillKitError(
-            f"{type(bare).__name__} has no backbone apart from itself (base_model_prefix={bare.base_model_prefix!r}); "
+            f"{type(bare).__name__} has no separate backbone (base_model_prefix={bare.base_model_prefix!r}); "
             "load a model class with a language-model head, for example through AutoModelForCausalLM"
         )
     if layers:
@@ -244,24 +245,24 @@ def elements_of(tensor: torch.Tensor) -> int:
 
 
 def _shape(parameter: torch.Tensor) -> Sequence[int]:
-    """Return a parameter's shape; DeepSpeed's ZeRO-3 keeps it apart from the empty tensor that it leaves."""
+    """Return a parameter's full shape, which DeepSpeed ZeRO-3 stores separately when it empties the tensor."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @torch.no_grad()
 def check_lm_head(model: Any, forward: Callable[..., Any] | None = None) -> LMHead:
-    """Compare the head as `LMHead` computes it with the model's own logits, on eight token ids.
+    """Compare the logits computed by `LMHead` with the model's own, on eight token ids.
 
     Args:
         model: a causal LM, bare or inside a PEFT wrapper.
-        forward: what to call for its own logits, if not the model itself.
+        forward: function to call for the model's own logits; the model itself by default.
 
     Returns:
-        The head, safe to use.
+        The verified head.
 
     Raises:
-        DistillKitError: they differ, so this model's head does more than its config told; or see `lm_head_of`,
-            `backbone_hidden`.
+        DistillKitError: the logits differ, so the head does something that `LMHead` does not reproduce; or as for
+            `lm_head_of` and `backbone_hidden`.
     """
     head = lm_head_of(model)
     bare = head.model
@@ -280,7 +281,7 @@ def check_lm_head(model: Any, forward: Callable[..., Any] | None = None) -> LMHe
             f"{type(bare).__name__} returns logits of shape {tuple(theirs.shape)}, but its head gives "
             f"{tuple(ours.shape)}: this model is not supported"
         )
-    # Each of scale, cap and product may round once in the model's own dtype where ours are float32.
+    # The model may round its product, scale and cap once each in its own dtype, where ours are in float32.
     precision = torch.finfo(next(bare.parameters()).dtype).eps
     allowed = max(1e-4, 4 * precision) * float(theirs.abs().max())
     difference = float((ours - theirs).abs().max())
@@ -311,9 +312,8 @@ def _head_module(bare: PreTrainedModel) -> torch.nn.Linear:
 
         if isinstance(module, BaseTunerLayer):
             raise DistillKitError(
-                f"the head of {name} carries a {type(module).__name__} adapter of PEFT, which the head's weight does "
-                "not show: take 'lm_head' out "
-                "of target_modules, or put it in modules_to_save to train it whole"
+                f"the head of {name} has a PEFT adapter ({type(module).__name__}), which is not part of its weight: "
+                "remove 'lm_head' from target_modules, or add it to modules_to_save to train the full head"
             )
         if isinstance(module, ModulesToSaveWrapper):
             trained = module.active_adapters and not module.disable_adapters
@@ -330,13 +330,13 @@ def _head_module(bare: PreTrainedModel) -> torch.nn.Linear:
             else f"{type(module).__name__} with a {weight.dtype} weight {tuple(weight.shape)}"
         )
         raise DistillKitError(
-            f"the head of {name} is {found}; a linear layer with a float weight is needed (leave the head unquantised)"
+            f"the head of {name} is {found}; it must be a linear layer with a float weight (leave the head unquantised)"
         )
     return module
 
 
 def _scale(config: Any) -> float:
-    """Return the factor that the config puts on the logits."""
+    """Return the factor that the config applies to the logits."""
     factor = _first_number(config, _MULTIPLIERS)
     divisor = _first_number(config, _DIVISORS)
     if divisor is not None:
@@ -359,7 +359,7 @@ def _first_number(config: Any, names: tuple[str, ...]) -> float | None:
 
 
 def _whole(parameter: Any) -> torch.Tensor:
-    """Gather a parameter that FSDP2 has sharded; return others as they are."""
+    """Gather a parameter sharded by FSDP2; return others unchanged."""
     if not hasattr(parameter, "full_tensor"):
         return parameter  # type: ignore[no-any-return]
     from torch.distributed.tensor import Partial
@@ -369,12 +369,12 @@ def _whole(parameter: Any) -> torch.Tensor:
             f"the head's weight is sharded over a mesh of {parameter.device_mesh.ndim} dimensions; only plain FSDP2 "
             "(one dimension) is supported"
         )
-    # Without the placement the gradient of the gathered weight would stay unreduced over the processes.
+    # Without this placement, the gradient of the gathered weight would not be reduced over the processes.
     return parameter.full_tensor(grad_placements=[Partial("avg")])  # type: ignore[no-any-return]
 
 
 def _float32_product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute hidden (..., H) times weight (V, H) of lower precision, plus bias, in float32: (..., V)."""
+    """Compute hidden (..., H) times a lower-precision weight (V, H), plus bias, in float32: (..., V)."""
     with torch.no_grad():
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         logits = torch.empty(flat.shape[0], weight.shape[0], dtype=torch.float32, device=flat.device)

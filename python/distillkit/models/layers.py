@@ -1,7 +1,7 @@
-"""Which of the student's layers are compared with which of the teacher's, and the projections between their sizes.
+"""Matches the student's layers with the teacher's, and projects between their hidden sizes.
 
-Hidden states are numbered as transformers does: 0 is the embeddings' output, n the n-th layer's, and the last one is
-after the final norm. Negative numbers count from the end.
+Hidden states are numbered as in transformers: 0 is the embeddings' output, n the n-th layer's; the last one is after
+the final norm. Negative numbers count from the end.
 
 Shape legend: B batch, S sequence, N counted positions, H hidden size.
 """
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerMatching", "exported", "load_projections", "match_layers", "save_projections", "without_projections"]
 
-# The projections are a part of the student while it trains, so that optimiser, DDP and FSDP see them.
+# The projections are part of the student during training, so that the optimiser, DDP and FSDP handle them.
 _NAME = "distillkit_projections"
 _FILE = "distillkit_projections.safetensors"
 
 
 class LayerMatching:
-    """Pairs of a student's and a teacher's hidden states. Made by `match_layers`.
+    """Pairs of a student's and a teacher's hidden states. Created by `match_layers`.
 
     Attributes:
-        pairs: (student's index, teacher's index).
+        pairs: (student index, teacher index) pairs.
         model: the bare student, which holds the projections.
     """
 
@@ -42,16 +42,16 @@ class LayerMatching:
 
     @property
     def student_layers(self) -> tuple[int, ...]:
-        """Indices of the student's hidden states, one a pair."""
+        """Indices of the student's hidden states, one per pair."""
         return tuple(student for student, _ in self.pairs)
 
     @property
     def teacher_layers(self) -> tuple[int, ...]:
-        """Indices of the teacher's hidden states, one a pair."""
+        """Indices of the teacher's hidden states, one per pair."""
         return tuple(teacher for _, teacher in self.pairs)
 
     def project(self, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Bring the student's hidden states (N, H) to the teacher's size, one a pair."""
+        """Project the student's hidden states (N, H), one per pair, to the teacher's size."""
         projections = getattr(self.model, _NAME, None)
         if projections is None:
             return list(states)
@@ -61,16 +61,15 @@ class LayerMatching:
 def match_layers(
     mapping: Sequence[tuple[int, int]] | Literal["all"], student: Any, teacher: Any, *, force_projection: bool = False
 ) -> LayerMatching:
-    """Match a student's hidden states with a teacher's, and give the student a projection for each pair if their sizes
-    differ.
+    """Match a student's hidden states with a teacher's; if their sizes differ, give the student a projection per pair.
 
-    A projection is linear without a bias, from the student's size to the teacher's, initialised after Glorot and
-    Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010, eq. 16.
+    A projection is linear, without bias, from the student's size to the teacher's, initialised as in Glorot and Bengio,
+    "Understanding the difficulty of training deep feedforward neural networks", 2010, eq. 16.
 
     Args:
-        mapping: pairs of indices, or "all": each with the one of the same number, for models of equal depth.
+        mapping: pairs of indices, or "all" to pair states of the same index in models of equal depth.
         student, teacher: the models, bare or with adapters.
-        force_projection: project between equal sizes too.
+        force_projection: project even if the sizes are equal.
 
     Raises:
         ConfigError: an index is out of range, or "all" does not fit.
@@ -81,8 +80,8 @@ def match_layers(
     if mapping == "all":
         if depths[0] != depths[1]:
             raise ConfigError(
-                f"layer_mapping: 'all' needs models of equal depth; the student has {depths[0]} layers, the teacher "
-                f"{depths[1]}. Give pairs of [student layer, teacher layer]"
+                f"layer_mapping: 'all' needs models of equal depth, but the student has {depths[0]} layers and the "
+                f"teacher {depths[1]}; list pairs of [student layer, teacher layer] instead"
             )
         mapping = [(i, i) for i in range(depths[0] + 1)]
     for pair in mapping:
@@ -102,7 +101,7 @@ def match_layers(
 
 @contextmanager
 def without_projections(model: Any) -> Iterator[None]:
-    """Take the projections out of the student for a while: an exported model has none."""
+    """Remove the projections from the student for the duration of the block, since an exported model has none."""
     bare = bare_model(model)
     projections = bare._modules.pop(_NAME, None)
     try:
@@ -113,7 +112,7 @@ def without_projections(model: Any) -> Iterator[None]:
 
 
 def exported(state: dict[str, Any]) -> dict[str, Any]:
-    """Leave the projections out of a state dict."""
+    """Return a state dict without the projections."""
     return {name: value for name, value in state.items() if f"{_NAME}." not in name}
 
 
@@ -122,8 +121,8 @@ def save_projections(model: Any, folder: str, state: dict[str, Any] | None = Non
 
     Args:
         model: the student.
-        folder: where its weights are.
-        state: its whole state dict, where the parameters themselves are sharded.
+        folder: the checkpoint's folder.
+        state: the student's full state dict, needed if its parameters are sharded.
     """
     from safetensors.torch import save_file
 
@@ -141,7 +140,7 @@ def load_projections(model: Any, folder: str) -> None:
     """Load the projections, if the student has any, from a checkpoint's folder.
 
     Raises:
-        ConfigError: the checkpoint has none, or for other sizes.
+        ConfigError: the checkpoint has no projections, or their sizes do not match.
     """
     from safetensors.torch import load_file
 

@@ -1,1 +1,1 @@
-"""Reports on finished work: a training run, several side by side, a captured dataset."""
+"""Reports on training runs, comparisons of runs, and inspections of captured datasets."""

@@ -1,6 +1,7 @@
-"""What a dataset holds: its size, its fidelity, and whether it is sound. Needs no torch, except to run a teacher.
+"""Inspects a dataset: its size, its fidelity, and whether its rows line up with its tokens. Needs torch only to run a
+teacher.
 
-Shape legend: R rows of a document, k stored ids a row.
+Shape legend: R rows of a document, k stored ids per row.
 """
 
 from __future__ import annotations
@@ -30,41 +31,41 @@ logger = logging.getLogger(__name__)
 _MASS_BINS = 10_000
 """Resolution of the mass histogram: 0.0001."""
 _LOGPROB_BINS, _LOWEST_LOGPROB = 600, -30.0
-"""Resolution of the log-probabilities' histograms, 0.05 nats, and what everything below counts as."""
+"""Log-probability histograms: the number of bins (0.05 nats each) and the lower bound; smaller values count as it."""
 _QUANTILES = (0.1, 0.5, 0.9)
 _IMPOSSIBLE_MASS, _IMPOSSIBLE_RATE = 1.1, 0.01
-"""Rows whose probabilities add up to more than this are no distributions, and how many of them prove the codec wrong:
-a fit of `budget` that nothing keeps below 1 makes 0.05% of the rows of real text so."""
+"""Rows whose probabilities sum to more than the first value are not distributions, and more than the second fraction of
+such rows means that the codec is wrong. (`budget`, fitted without an upper bound, gives 0.05% on real text.)"""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Figures of a dataset. Rates and masses are over the documents looked at.
+    """Statistics of a dataset. Rates and masses are over the documents that were read.
 
     Attributes:
-        path, kind: what was opened; "distillkit" or "published".
-        documents, tokens, rows: of the whole dataset.
-        documents_read, rows_read: how many documents the rates are over, and their rows.
-        files, file_bytes: of the whole dataset.
-        id_bytes, value_bytes: the codec's bytes a row.
-        overhead_bytes: everything else in the files (token ids of the documents, checksums, Parquet), a row.
-        dense_ratio: how many times larger dense bfloat16 logits are: 2 · head_size bytes a row against all bytes.
-        topk_ratio: the same for plain top-k: k · (4 bytes of id + 2 of bfloat16).
+        path, kind: the path that was opened; "distillkit" or "published".
+        documents, tokens, rows: totals for the dataset.
+        documents_read, rows_read: number of documents and rows over which rates and masses are computed.
+        files, file_bytes: totals for the dataset.
+        id_bytes, value_bytes: the codec's bytes per row.
+        overhead_bytes: everything else in the files (the documents' token ids, checksums, Parquet), per row.
+        dense_ratio: how many times larger dense bfloat16 logits are: 2 · head_size bytes per row against total bytes.
+        topk_ratio: the same for plain top-k: k · (4 bytes per id + 2 per bfloat16 value).
         codec: format, version and config.
-        codec_warnings: what is valid in that config but probably not wanted.
-        preset: name of the preset that the codec is, or None.
-        teacher, tokenizer, capture, temperature: as in the header, None or empty where unknown.
-        rows_per_document: "L-1" or "L", the rows of a document of L tokens.
-        vocab_size, head_size: ids of the tokenizer, columns of the logits.
-        mass_p1, mass_p50, mass_mean: probability on the stored ids of a row.
-        mass_impossible: share of rows whose stored probabilities add up to more than 1.1.
-        mass_histogram: (10001,) rows by mass in steps of 0.0001; more than 1 counts as 1.
-        first_rate, stored_rate: how often the true next token is the stored first, and is stored at all.
-        shifts: the alignment check.
+        codec_warnings: settings in that config that are valid but probably not intended.
+        preset: name of the preset that the config equals, or None.
+        teacher, tokenizer, capture, temperature: as in the header; None or empty if unknown.
+        rows_per_document: "L-1" or "L", the number of rows of a document of L tokens.
+        vocab_size, head_size: ids in the tokenizer's vocabulary, logits per position.
+        mass_p1, mass_p50, mass_mean: 1st percentile, median and mean of the total probability of a row's stored ids.
+        mass_impossible: fraction of rows whose stored probabilities sum to more than 1.1.
+        mass_histogram: (10001,) number of rows by mass, in steps of 0.0001; masses above 1 count as 1.
+        first_rate, stored_rate: how often the true next token is the first stored id, and any stored id.
+        shifts: result of the alignment check.
         logprob_mean: (k,) mean decoded log-probability by rank.
-        logprob_quantiles: (3, k) what 10%, 50% and 90% of the decoded log-probabilities do not exceed, by rank.
-        fidelity: recorded by the writer or computed again, None where neither is at hand.
-        fidelity_source: "recorded by the writer", or the teacher's name, or None.
+        logprob_quantiles: (3, k) 10%, 50% and 90% quantiles of the decoded log-probabilities, by rank.
+        fidelity: as recorded by the writer, or recomputed; None if neither is available.
+        fidelity_source: "recorded by the writer", the teacher's name, or None.
     """
 
     path: str
@@ -106,12 +107,12 @@ class Inspection:
 
     @property
     def total_bytes(self) -> float:
-        """Bytes a row, everything included."""
+        """Total bytes per row, including overhead."""
         return self.id_bytes + self.value_bytes + self.overhead_bytes
 
     @property
     def alignment(self) -> Literal["ok", "shifted", "undecided"]:
-        """Whether the rows stand beside the tokens they belong to; undecided where too little data cannot tell."""
+        """Whether the rows line up with their tokens; "undecided" if there is too little data to decide."""
         if self.shifts.shifted() is not None:
             return "shifted"
         return "ok" if self.shifts.rate(0) > max(self.shifts.rate(-1), self.shifts.rate(1)) else "undecided"
@@ -122,28 +123,29 @@ class Inspection:
 
     @property
     def plausible(self) -> bool:
-        """Whether what was decoded can be distributions; if not, the codec is not the one that wrote them."""
+        """Whether the decoded rows can be distributions. If not, the rows were written with a different codec."""
         return not self.mass_impossible > _IMPOSSIBLE_RATE
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the histogram and the curves, JSON-able: what `distillkit-codec inspect --json` prints.
+        """Everything except the histogram and curves, as printed by `distillkit-codec inspect --json`.
 
-        These keys stay as they are; later releases may add others.
+        These keys are stable; later releases may add others.
 
         | key | |
         |---|---|
-        | `path`, `kind` | what was opened; "distillkit" or "published" |
-        | `documents`, `tokens`, `rows`, `files`, `file_bytes` | of the whole dataset |
-        | `documents_read`, `rows_read` | what the rates, masses and the alignment are over |
-        | `bytes_per_token` | `ids`, `values`, `codec` (both), `overhead`, `total`, by stored distribution |
+        | `path`, `kind` | the path that was opened; "distillkit" or "published" |
+        | `documents`, `tokens`, `rows`, `files`, `file_bytes` | totals for the dataset |
+        | `documents_read`, `rows_read` | sample size for the rates, masses and alignment |
+        | `bytes_per_token` | `ids`, `values`, `codec` (both), `overhead`, `total`, per stored distribution |
         | `compression` | `dense_bf16`, `topk_bf16`: how many times larger these are |
         | `codec` | `format`, `version`, `config`, `preset` (or null), `warnings` |
-        | `teacher`, `tokenizer` | name and what identifies it, or null |
-        | `capture`, `temperature` | settings of the capture; what the logits were divided by |
+        | `teacher`, `tokenizer` | name and identification, or null |
+        | `capture`, `temperature` | settings of the capture; the temperature that divided the logits |
         | `rows_per_document` | "L-1" or "L" for a document of L tokens |
-        | `vocab_size`, `head_size` | ids of the tokenizer, width of the logits |
-        | `mass` | probability on the stored ids: `p1`, `p50`, `mean`; `impossible`, share of rows above 1.1; or null |
-        | `next_token` | share of positions whose true next token `is_first`, `is_stored` |
+        | `vocab_size`, `head_size` | ids in the tokenizer's vocabulary, width of the logits |
+        | `mass` | null, or total probability of a row's stored ids: `p1`, `p50`, `mean`; `impossible`, fraction of rows
+        above 1.1 |
+        | `next_token` | fraction of positions whose true next token `is_first`, `is_stored` |
         | `alignment` | `rates` at "-1", "0", "+1", over `positions`; `verdict` "ok", "shifted", "undecided"; `ok` |
         | `fidelity` | null, or `rows`, `kl_mean`, `kl_p99`, `kl_max`, `worst_error` (nats), `top1_agreement`,
         `mass_error`, `source` |
@@ -191,7 +193,7 @@ class Inspection:
 
 
 def _decoded(dataset: Dataset, document: Document) -> SparseLogprobs:
-    """The rows of a document; an error says which one it is."""
+    """Decodes the rows of a document; errors name the document."""
     try:
         return dataset.codec.decode_document(document.teacher, document.num_rows)
     except DistillKitError as error:
@@ -201,15 +203,15 @@ def _decoded(dataset: Dataset, document: Document) -> SparseLogprobs:
 def inspect_dataset(
     dataset: Dataset, *, sample: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Inspection:
-    """Reads a dataset once, document by document, decoding every row.
+    """Reads a dataset once, document by document, and decodes every row.
 
     Args:
         dataset: any dataset.
-        sample: look at this many documents, evenly spread, instead of all.
-        progress: called with documents done and documents to do.
+        sample: read only this many documents, evenly spaced.
+        progress: called with the documents done and the total.
 
     Raises:
-        ConfigError: sample is not positive.
+        ConfigError: `sample` is not positive.
         CorruptDataError: a document is damaged.
     """
     if sample is not None and sample < 1:
@@ -271,7 +273,7 @@ def _preset_of(dataset: Dataset) -> str | None:
 
 
 class _Seen:
-    """Sums over the documents looked at."""
+    """Accumulates statistics over the documents read."""
 
     def __init__(self, k: int) -> None:
         self._rows = 0
@@ -295,7 +297,7 @@ class _Seen:
 
     def _add_values(self, logprobs_Rk: npt.NDArray[np.float64]) -> None:
         k = logprobs_Rk.shape[1]
-        # Read with the wrong codec a value can be anything; e^100 is impossible enough, and still a number.
+        # With the wrong codec, values can be arbitrary; e^100 is clearly impossible, yet finite.
         mass_R = np.exp(np.minimum(logprobs_Rk, 100.0)).sum(-1)
         self._impossible += int((mass_R > _IMPOSSIBLE_MASS).sum())
         self._rows += len(mass_R)
@@ -330,7 +332,7 @@ class _Seen:
         return index / _MASS_BINS
 
     def _logprob_quantile(self, share: float) -> npt.NDArray[np.float64]:
-        """(k,) the middle of the bin that the quantile is in."""
+        """(k,) the centre of the bin that contains the quantile."""
         bins_k = (np.cumsum(self._logprobs, -1) < share * self._rows).sum(-1)
         return np.asarray((1 - (bins_k + 0.5) / _LOGPROB_BINS) * _LOWEST_LOGPROB)
 
@@ -338,27 +340,28 @@ class _Seen:
 def recompute_fidelity(
     dataset: Dataset, teacher: str, *, sample: int = 16, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> FidelityStats:
-    """Runs a teacher over some of the documents and compares its distributions with the stored ones.
+    """Runs a teacher on a sample of the documents and compares its distributions with the stored ones.
 
-    The stored ids are looked up among the teacher's 2k most probable ones, since another machine may swap ids of nearly
-    equal probability at the end of the list. A row with an id that is not among them is left out; a warning says how
-    many were.
+    The stored ids are looked up among the teacher's 2k most probable ones, since ids of nearly equal probability at the
+    end of the list may be ranked differently on another machine. Rows with an id that is not among them are skipped,
+    and a warning reports their number.
 
     Args:
-        dataset: any dataset of single documents.
-        teacher: folder or hub id of the model. It runs in the dtype that the header names, if it names one.
-        sample: how many documents, evenly spread.
-        progress: called with documents done and documents to do.
+        dataset: any dataset of unpacked documents.
+        teacher: folder or Hub id of the model. It runs in the dtype recorded in the header, if any.
+        sample: number of documents, evenly spaced.
+        progress: called with the documents done and the total.
 
     Raises:
-        MismatchError: the teacher's head has another size, most of its first ids differ, or most rows hold ids that
-            are not among its most probable: it is not this dataset's.
+        MismatchError: this is not the dataset's teacher: its head has a different size, most of its first ids differ,
+            or most rows have ids that are not among its most probable ones.
         InputError: documents are packed, or the logits were divided by a temperature.
         ConfigError: the model cannot be loaded.
+        CaptureError: the teacher rejects a document.
     """
     if dataset.header.temperature != 1:
         raise InputError(
-            f"{dataset.path}: holds distributions at temperature {dataset.header.temperature}; only those at "
+            f"{dataset.path}: contains distributions at temperature {dataset.header.temperature}; only those at "
             "temperature 1 can be recomputed"
         )
     engine = _teacher_of(dataset, teacher)
@@ -374,21 +377,21 @@ def recompute_fidelity(
         progress(number + 1, count)
     if agreeing < 0.5 * rows:
         raise MismatchError(
-            f"{teacher}: its most probable token is the stored one at only {agreeing / rows:.1%} of {rows:,} "
-            "positions: this is not the dataset's teacher"
+            f"{teacher}: its most probable token equals the stored one at only {agreeing / rows:.1%} of {rows:,} "
+            "positions; this is not the dataset's teacher"
         )
     _check_left_out(teacher, stats.rows, rows)
     return stats
 
 
 def _check_left_out(teacher: str, compared: int, rows: int) -> None:
-    """Figures of the rows that fit say nothing about those that do not."""
+    """Reports skipped rows, since the fidelity of the others says nothing about them."""
     left_out = rows - compared
-    said = f"{left_out:,} of {rows:,} rows hold ids that are not among its most probable"
+    said = f"{left_out:,} of {rows:,} rows have ids that are not among its most probable ones"
     if left_out > 0.5 * rows:
-        raise MismatchError(f"{teacher}: {said}: this is not the dataset's teacher, or the ids are wrong")
+        raise MismatchError(f"{teacher}: {said}; this is not the dataset's teacher, or the ids are wrong")
     if left_out:
-        logger.warning("%s: %s; fidelity is of the others", teacher, said)
+        logger.warning("%s: %s; fidelity was computed without them", teacher, said)
 
 
 def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
@@ -399,19 +402,19 @@ def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
     engine = HFTeacher(teacher, HFSettings(dtype=dtype))
     if engine.head_size != dataset.header.head_size:
         raise MismatchError(
-            f"{teacher}: its logits are {engine.head_size} wide, but the dataset's are {dataset.header.head_size}"
+            f"{teacher}: its head size is {engine.head_size}, but the dataset's is {dataset.header.head_size}"
         )
     return engine
 
 
 def _scored(engine: HFTeacher, dataset: Dataset, document: Document) -> SparseLogprobs:
-    """The teacher's rows of a document, computed now, with twice as many ids as are stored."""
+    """Runs the teacher on a document, for twice as many ids as are stored."""
     from distillkit.capture.teachers.base import RejectedDocument, RowRequest
     from distillkit.types import TokenDocument
 
     if document.segment_lengths is not None:
         raise InputError(
-            f"{dataset.path}: document {document.doc_id} is packed, and a teacher would read it as a single document"
+            f"{dataset.path}: document {document.doc_id} is packed, but the teacher would read it as a single document"
         )
     wide = min(2 * dataset.codec.k, engine.head_size)
     [scored] = engine.score([TokenDocument(document.input_ids, dataset.path)], RowRequest(wide))
@@ -421,18 +424,19 @@ def _scored(engine: HFTeacher, dataset: Dataset, document: Document) -> SparseLo
 
 
 def _same_ids(now: SparseLogprobs, stored: SparseLogprobs) -> tuple[SparseLogprobs, SparseLogprobs]:
-    """The teacher's values of the stored ids and the stored ones, in the stored order.
+    """Looks up the teacher's values of the stored ids, in the stored order.
 
     Args:
         now: (R, n) rows of the teacher.
-        stored: at least R rows of k ≤ n ids; those over no next token, at the end, are left out.
+        stored: at least R rows of k ≤ n ids; rows after the R-th have no next token and are ignored.
 
     Returns:
-        Both with the same ids, without the rows of which the teacher's n ids do not have all.
+        The teacher's rows and the stored ones, for the same ids. Rows are omitted if a stored id is not among the
+        teacher's n ids.
     """
     count = len(now.ids)
     ids, logprobs = np.asarray(stored.ids)[:count], np.asarray(stored.logprobs)[:count]
-    # One key for a row and an id, so that one sorted list serves all rows.
+    # Combining row and id in one key allows a single sorted search for all rows.
     width = 1 + max(int(np.max(now.ids, initial=0)), int(np.max(ids, initial=0)))
     keys = (np.arange(count)[:, None] * width + np.asarray(now.ids)).ravel()
     wanted = np.arange(count)[:, None] * width + ids

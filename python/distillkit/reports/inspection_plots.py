@@ -1,4 +1,4 @@
-"""Pictures of a dataset, as PNG files. matplotlib is imported when one is drawn."""
+"""Plots of a dataset, as PNG files. Importing this module does not import matplotlib; drawing does."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _STRONG, _LIGHT = (BLUE, ORANGE, GREEN), ("#a9c3e2", "#f0cda5", "#b4dcc3")
 
 
 def plot_inspection(inspection: Inspection, path: str | Path) -> None:
-    """Draws the average distribution with the codec's error, the probability stored, and where the bytes go.
+    """Plots the average distribution with the codec's error, the stored probability, and what takes how many bytes.
 
     Raises:
-        InputError: there are no rows to draw.
+        InputError: there are no rows to plot.
         ModuleNotFoundError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
     if not inspection.rows_read:
-        raise InputError(f"{inspection.path}: holds no distributions, so there is nothing to plot")
-    # A figure of its own, without pyplot: no global state, no display.
+        raise InputError(f"{inspection.path}: contains no distributions, so there is nothing to plot")
+    # Created without pyplot, so there is no global state and no display.
     figure: Any = Figure(figsize=(15, 5.2), dpi=120, layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=[1.3, 1, 0.85])
     if _curves(inspection):
@@ -55,12 +55,12 @@ def _title(inspection: Inspection) -> str:
 
 
 def _curves(inspection: Inspection) -> dict[str, npt.NDArray[np.float64]]:
-    """By rank, as measured against the original; empty where that is not at hand."""
+    """Fidelity by rank, compared with the original; empty if that is not available."""
     return {} if inspection.fidelity is None else inspection.fidelity.by_rank()
 
 
 def style_axes(axes: Any, title: str) -> None:
-    """Give a diagram its title and the look of all our pictures."""
+    """Set the title of a plot and apply the common style."""
     axes.set_title(title, fontsize=11, loc="left", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
@@ -97,7 +97,7 @@ def _error(axes: Any, inspection: Inspection) -> None:
     ranks = np.arange(1, len(error) + 1)
     axes.fill_between(ranks, error, color=ORANGE, alpha=0.35, lw=0)
     axes.plot(ranks, error, color=ORANGE, lw=1.4)
-    # Values stored in float32 have no error at all; the axis needs a height nevertheless.
+    # Values stored in float32 have no error at all, but the axis still needs a range.
     axes.set_ylim(0, 1.15 * max(float(error.max()), 1e-6))
     axes.set_ylabel("nats", color=INK)
     style_axes(axes, "The codec's rms error by rank")
@@ -111,7 +111,7 @@ def _mark_exact(axes: Any, inspection: Inspection, *, label: bool) -> None:
     axes.axvline(exact + 0.5, color=GREY, ls="--", lw=1)
     if label:
         what = "1st rank stored as a value," if exact == 1 else f"first {exact} ranks stored as values,"
-        # On the side with more room, the ranks being logarithmic.
+        # On the side with more room, given the logarithmic axis.
         side, shift = ("right", -4) if exact**2 >= 2 * k else ("left", 4)
         style = {"ha": side, "va": "top", "fontsize": 9, "color": INK, "textcoords": "offset points"}
         top = axes.get_xaxis_transform()
@@ -136,7 +136,7 @@ def _mass(axes: Any, inspection: Inspection) -> None:
     mass = np.arange(len(counts)) / (len(counts) - 1)
     axes.fill_between(mass, share, color=BLUE, alpha=0.15, lw=0, step="post")
     axes.plot(mass, share, color=BLUE, lw=1.6, drawstyle="steps-post")
-    # From where a thousandth of the positions is, with room for the label of the worst 1%.
+    # Starts where a thousandth of the positions is reached, with room for the label of the 1st percentile.
     low = float(mass[np.argmax(share > 0.001)])
     low = max(0.0, min(low, inspection.mass_p1 - 0.6 * (1 - inspection.mass_p1)) - 0.01)
     axes.set_xlim(low, 1.0)
@@ -152,9 +152,9 @@ def _mass(axes: Any, inspection: Inspection) -> None:
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.4%}".rstrip("0%").rstrip(".") + "%" if value else "0%")
-    axes.set_xlabel(f"probability on the {inspection.codec['config']['k']} stored ids", color=INK)
-    axes.set_ylabel("positions with at most that much", color=INK)
-    style_axes(axes, "Probability that is stored")
+    axes.set_xlabel(f"total probability of the {inspection.codec['config']['k']} stored ids", color=INK)
+    axes.set_ylabel("cumulative fraction of positions", color=INK)
+    style_axes(axes, "Stored probability")
 
 
 # -- right: bytes ------------------------------------------------------------------------------------------------------
@@ -182,4 +182,4 @@ def _bytes(axes: Any, inspection: Inspection) -> None:
     axes.set_ylim(0, 1.2 * highest)
     dense = f"dense bf16: {2 * inspection.head_size:,} bytes, {inspection.dense_ratio:,.0f}× as much"
     axes.text(0.02, 0.985, dense, transform=axes.transAxes, va="top", fontsize=9.5, color=INK)
-    style_axes(axes, "Bytes a token")
+    style_axes(axes, "Bytes per token")

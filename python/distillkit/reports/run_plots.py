@@ -1,6 +1,6 @@
-"""Pictures of training runs, as PNG files. matplotlib is imported when one is drawn.
+"""Plots of training runs, as PNG files. Importing this module does not import matplotlib; drawing does.
 
-Lines that share a diagram differ in dash and lightness as well as in colour.
+Lines in a plot differ in dash pattern and lightness as well as in colour.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["plot_comparison", "plot_quality", "plot_speed"]
 _COLOURS = (BLUE, ORANGE, GREEN, "#a05195", INK, "#56b4e9")
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vP"
-# A loss that falls by more than this factor is drawn on a logarithmic axis.
+# Values that span more than this factor are drawn on a logarithmic axis.
 _WIDE = 8.0
-# From this many logs on, a line is their running mean, with the logs themselves behind it.
+# With at least this many values, a line shows their running mean, with the values themselves behind it.
 _MANY = 80
 
 
 def plot_quality(run: RunRecord, path: Path) -> None:
-    """Draw a run's losses, its divergence from the teacher, its agreement and its probability on the teacher's tokens.
+    """Plot a run's losses, divergence from the teacher, agreement, and probability of the teacher's top tokens.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -38,16 +38,16 @@ def plot_quality(run: RunRecord, path: Path) -> None:
     _losses(axes[0, 0], run)
     _divergence(axes[0, 1], run)
     _shares(
-        axes[1, 0], run, (("top1_agreement", "same first token"), ("topk_overlap", "top tokens in common")), zero=True
+        axes[1, 0], run, (("top1_agreement", "same top token"), ("topk_overlap", "overlap of top tokens")), zero=True
     )
     style_axes(axes[1, 0], f"Agreement with the teacher{_where(held_out)}")
     _shares(axes[1, 1], run, (("student_mass", "student"), ("teacher_mass", "teacher")), zero=False)
-    style_axes(axes[1, 1], f"Probability on the teacher's top tokens{_where(held_out)}")
+    style_axes(axes[1, 1], f"Probability of the teacher's top tokens{_where(held_out)}")
     _save(figure, path)
 
 
 def plot_speed(run: RunRecord, path: Path) -> None:
-    """Draw a run's throughput, its waiting for data, its learning rate and its gradients.
+    """Plot a run's throughput, time spent waiting for data, learning rate and gradient norm.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -55,10 +55,10 @@ def plot_speed(run: RunRecord, path: Path) -> None:
     """
     figure, axes = _figure()
     for place, name, title, form in (
-        ((0, 0), "tokens_per_second", "Tokens a second", "{:,.0f}"),
-        ((0, 1), "data_wait", "Share of the time spent waiting for data", "{:.0%}"),
+        ((0, 0), "tokens_per_second", "Tokens per second", "{:,.0f}"),
+        ((0, 1), "data_wait", "Fraction of time spent waiting for data", "{:.0%}"),
         ((1, 0), "learning_rate", "Learning rate", "{:.3g}"),
-        ((1, 1), "grad_norm", "Norm of the gradient", "{:.3g}"),
+        ((1, 1), "grad_norm", "Gradient norm", "{:.3g}"),
     ):
         panel = axes[place]
         steps, values = run.series(name)
@@ -76,7 +76,7 @@ def plot_speed(run: RunRecord, path: Path) -> None:
 
 
 def plot_comparison(runs: Sequence[RunRecord], names: Sequence[str], path: Path) -> None:
-    """Draw what several runs reach on held-out documents, and how fast they are.
+    """Plot the results of several runs on held-out documents, and their throughput.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -86,8 +86,8 @@ def plot_comparison(runs: Sequence[RunRecord], names: Sequence[str], path: Path)
     for place, name, title, held_out, form in (
         ((0, 0), "eval_kl", "KL(teacher ‖ student), held out (nats)", True, None),
         ((0, 1), "eval_cross_entropy", "Cross-entropy, held out (nats)", True, None),
-        ((1, 0), "eval_top1_agreement", "Same first token as the teacher, held out", True, "{:.0%}"),
-        ((1, 1), "tokens_per_second", "Tokens a second", False, "{:,.0f}"),
+        ((1, 0), "eval_top1_agreement", "Top-1 agreement with the teacher, held out", True, "{:.0%}"),
+        ((1, 1), "tokens_per_second", "Tokens per second", False, "{:,.0f}"),
     ):
         panel = axes[place]
         everything: list[float] = []
@@ -116,7 +116,7 @@ def plot_comparison(runs: Sequence[RunRecord], names: Sequence[str], path: Path)
 
 
 def _losses(axes: Any, run: RunRecord) -> None:
-    """The loss and its parts while training; each part is a mean without its weight."""
+    """The training loss and its parts; each part is an unweighted mean."""
     everything: list[float] = []
     parts = [name for name in run.parts if len(run.parts) > 1]
     for number, name in enumerate(("loss", *parts)):
@@ -124,7 +124,7 @@ def _losses(axes: Any, run: RunRecord) -> None:
         if values:
             weight = run.parts.get(name)
             label = name if weight is None else f"{name} (× {weight:.3g})"
-            _line(axes, steps, values, number, "all together" if name == "loss" and parts else label)
+            _line(axes, steps, values, number, "total" if name == "loss" and parts else label)
             everything += values
     if everything:
         _wide_axis(axes, everything)
@@ -132,11 +132,11 @@ def _losses(axes: Any, run: RunRecord) -> None:
             axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     else:
         _empty(axes)
-    style_axes(axes, "Losses while training")
+    style_axes(axes, "Training losses")
 
 
 def _divergence(axes: Any, run: RunRecord) -> None:
-    """KL and cross-entropy on held-out documents; while training where nothing is held out."""
+    """KL and cross-entropy on held-out documents, or in training if there are none."""
     held_out = bool(run.evaluations)
     everything: list[float] = []
     for number, (name, label) in enumerate((("kl", "KL(teacher ‖ student)"), ("cross_entropy", "cross-entropy"))):
@@ -156,7 +156,7 @@ def _divergence(axes: Any, run: RunRecord) -> None:
 
 
 def _shares(axes: Any, run: RunRecord, names: Sequence[tuple[str, str]], *, zero: bool) -> None:
-    """Draw metrics between 0 and 1: on held-out documents, or while training where nothing is held out."""
+    """Plot metrics between 0 and 1, on held-out documents or in training if there are none."""
     held_out = bool(run.evaluations)
     everything: list[float] = []
     for number, (name, label) in enumerate(names):
@@ -178,12 +178,12 @@ def _shares(axes: Any, run: RunRecord, names: Sequence[tuple[str, str]], *, zero
 
 
 def _figure(*, legend: bool = False) -> tuple[Any, Any]:
-    """Four diagrams, with room below for one legend of all of them."""
+    """Four panels, with room below for a shared legend if requested."""
     from matplotlib.figure import Figure
 
-    # A figure of its own, without pyplot: no global state, no display.
+    # Created without pyplot, so there is no global state and no display.
     figure: Any = Figure(figsize=(11, 6.8), dpi=110)
-    # Fixed margins: finding them (layout="constrained") would draw everything twice.
+    # Fixed margins, since computing them (layout="constrained") would draw everything twice.
     figure.subplots_adjust(
         left=0.075, right=0.985, top=0.95, bottom=0.075 + 0.05 * legend, wspace=0.17, hspace=0.27 + 0.02 * legend
     )
@@ -198,7 +198,7 @@ def _save(figure: Any, path: Path) -> None:
 
     for panel in figure.axes:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-    # Whole or not at all: whoever looks at the picture of a running training never sees half of it.
+    # Replaced atomically, so that a viewer never sees half a picture while training is running.
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, format="png")
     unfinished.replace(path)
@@ -214,7 +214,7 @@ def _line(
     marked: bool = False,
     smooth: bool = True,
 ) -> None:
-    """Draw a metric over the steps: the running mean of many logs, with the logs themselves faint behind it."""
+    """Plot a metric over steps; with many values, their running mean, and the values themselves faintly behind it."""
     look = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _DASHES[number % len(_DASHES)], "lw": 1.7}
     if marked or len(values) == 1:
         look |= {"marker": _MARKERS[number % len(_MARKERS)], "ms": 5}
@@ -225,7 +225,7 @@ def _line(
 
 
 def _running_mean(values: list[float]) -> npt.NDArray[np.float64]:
-    """Average each value with its neighbours, fewer of them at the ends."""
+    """Average each value with its neighbours, of which there are fewer at the ends."""
     reach = max(len(values) // 60, 1)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
@@ -235,13 +235,13 @@ def _running_mean(values: list[float]) -> npt.NDArray[np.float64]:
 
 
 def _label_last(axes: Any, steps: list[int], values: list[float], form: str, *, above: bool) -> None:
-    """Write the last value beside its point."""
+    """Label the last point with its value."""
     place = {"xytext": (0, 8 if above else -15), "textcoords": "offset points", "ha": "right"}
     axes.annotate(form.format(values[-1]), (steps[-1], values[-1]), fontsize=9, color=INK, **place)
 
 
 def _wide_axis(axes: Any, values: list[float]) -> None:
-    """Choose a logarithmic axis for what changes by a large factor; leave room above and below."""
+    """Use a logarithmic axis for values that span a large factor, with room above and below."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = min(values), max(values)
@@ -266,4 +266,4 @@ def _empty(axes: Any) -> None:
 
 
 def _where(held_out: bool) -> str:
-    return ", held out" if held_out else ", while training"
+    return ", held out" if held_out else ", training"

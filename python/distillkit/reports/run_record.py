@@ -1,4 +1,4 @@
-"""What a training run leaves on disk for reports: metrics and a summary, read back."""
+"""Reads the files that a training run writes for reports: metrics and a summary."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ METRICS, SUMMARY, REPORT = "metrics.jsonl", "summary.json", "report.md"
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured on held-out documents.
+    """A metric on held-out documents.
 
     Attributes:
-        name: its key in an evaluation's log.
-        label: for people.
-        form: how a value is written.
-        share: a value between 0 and 1, whose change is given in percentage points.
+        name: its key in an evaluation's log entry.
+        label: name for display.
+        form: format string for values.
+        share: whether it is a fraction between 0 and 1, whose change is reported in percentage points.
     """
 
     name: str
@@ -36,13 +36,13 @@ MEASURES = (
     Measure("eval_kl", "KL(teacher ‖ student), nats", "{:.4f}"),
     Measure("eval_cross_entropy", "cross-entropy, nats", "{:.4f}"),
     Measure("eval_perplexity", "perplexity", "{:,.2f}"),
-    Measure("eval_top1_agreement", "same first token as the teacher", "{:.1%}", share=True),
-    Measure("eval_topk_overlap", "teacher's top tokens among the student's", "{:.1%}", share=True),
-    Measure("eval_student_mass", "student's probability on the teacher's tokens", "{:.1%}", share=True),
-    Measure("eval_teacher_mass", "teacher's probability on them", "{:.1%}", share=True),
+    Measure("eval_top1_agreement", "top-1 agreement with the teacher", "{:.1%}", share=True),
+    Measure("eval_topk_overlap", "overlap of the teacher's and the student's top tokens", "{:.1%}", share=True),
+    Measure("eval_student_mass", "student's probability of the teacher's top tokens", "{:.1%}", share=True),
+    Measure("eval_teacher_mass", "teacher's probability of its top tokens", "{:.1%}", share=True),
 )
 
-# Keys of a training log that are no losses, for runs that do not say which losses they have.
+# Keys of a training log entry that are not losses, for runs whose description does not list their losses.
 _NO_LOSSES = (
     *("step", "loss", "epoch", "grad_norm", "learning_rate", "tokens_per_second", "data_wait", "peak_memory_gb"),
     *("teacher_mass", "student_mass", "top1_agreement", "topk_overlap"),
@@ -51,13 +51,13 @@ _NO_LOSSES = (
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run has left behind.
+    """The record of a run.
 
     Attributes:
-        folder: where.
-        description: what was trained, as `describe` has it; empty for runs that do not say.
-        training, evaluations: logs, each with its `step`, in order.
-        summary: of a finished run; else None.
+        folder: the run's output folder.
+        description: what was trained, as returned by `describe`; empty if the run did not record it.
+        training, evaluations: log entries in order, each with its `step`.
+        summary: the summary of a finished run; otherwise None.
     """
 
     folder: Path
@@ -73,18 +73,18 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """The last step that was logged."""
+        """The last logged step."""
         return max([entry["step"] for entry in (*self.training, *self.evaluations)], default=0)
 
     @cached_property
     def parts(self) -> dict[str, float | None]:
-        """The losses by name, with their share of the total where it is known."""
+        """The losses by name, with their fraction of the total weight (None if unknown)."""
         if "losses" in self.description:
             return {loss["name"]: loss["weight"] for loss in self.description["losses"]}
         return {name: None for entry in self.training[:1] for name in entry if name not in _NO_LOSSES}
 
     def series(self, name: str, *, held_out: bool = False) -> tuple[list[int], list[float]]:
-        """Return the steps and values of a metric, without those that are not finite."""
+        """Return the steps and values of a metric, skipping values that are not finite."""
         entries = self.evaluations if held_out else self.training
         found = [(e["step"], float(e[name])) for e in entries if isinstance(e.get(name), (int, float))]
         finite = [(step, value) for step, value in found if abs(value) < float("inf")]
@@ -92,24 +92,24 @@ class RunRecord:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the whole run; of an unfinished one the mean of its logs."""
+        """Throughput over the entire run; for an unfinished run, the mean of the logged values."""
         return self._overall("tokens_per_second")
 
     @property
     def data_wait(self) -> float | None:
-        """The share of the time spent waiting for data, as `tokens_per_second`."""
+        """The fraction of time spent waiting for data; computed like `tokens_per_second`."""
         return self._overall("data_wait")
 
     @property
     def peak_memory(self) -> float | None:
-        """Bytes: on the GPU if there was one, else resident."""
+        """Peak memory in bytes: GPU memory if a GPU was used, otherwise resident memory."""
         if self.summary is not None:
             return float(self.summary["peak_cuda_bytes"] or self.summary["peak_rss_bytes"])
         _, values = self.series("peak_memory_gb")
         return max(values) * 1e9 if values else None
 
     def figures(self) -> dict[str, Any]:
-        """Return what it brought and took: the last step, first and last evaluation, throughput, waiting, memory."""
+        """Return results and costs: the last step, first and last evaluation, throughput, data wait, peak memory."""
         return {
             "step": self.step,
             "eval_first": self.evaluations[0] if self.evaluations else None,
@@ -127,11 +127,11 @@ class RunRecord:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a file of metrics. A last line that was cut off, as a killed process leaves it, is left out.
+    """Read a file of metrics. An incomplete last line, as a killed process leaves it, is ignored.
 
     Raises:
-        CorruptDataError: another line is not a log.
-        OSError: it cannot be read.
+        CorruptDataError: any other line is not a log entry.
+        OSError: the file cannot be read.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     entries = []
@@ -149,11 +149,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Read what a run has left in its output folder.
+    """Read a run's record from its output folder.
 
     Raises:
-        InputError: it holds no metrics.
-        CorruptDataError: its files cannot be understood.
+        InputError: the folder contains no metrics.
+        CorruptDataError: its files cannot be parsed.
     """
     folder = Path(folder)
     if not (folder / METRICS).is_file():

@@ -1,5 +1,5 @@
-"""What a training run was and what came of it, read from the files it left (`metrics.jsonl` and `summary.json`) and
-written as `report.md` with its plots; several runs side by side. Nothing here imports torch."""
+"""Writes reports on training runs from their `metrics.jsonl` and `summary.json`: `report.md` with plots for one run, or
+a comparison of several. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -18,26 +18,23 @@ logger = logging.getLogger(__name__)
 _QUALITY, _SPEED = "report-quality.png", "report-speed.png"
 _COMPARISON, _COMPARISON_PLOT = "comparison.md", "comparison.png"
 
-# While training, the report is written again only when at least this many times as long has passed as it took.
+# During training, the report is rewritten only after at least this many times as long as writing it took.
 _PATIENCE = 50
 
-# From this share of the time on, the report says what to do about waiting for data.
+# If at least this fraction of the time is spent waiting for data, the report gives advice.
 _MUCH_WAITING = 0.1
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
 class ReportFiles:
-    """The report of a run that is going on, or has just ended.
+    """The report of a run that is in progress or has just ended.
 
-    Writing it never ends a run: what goes wrong is a warning.
+    Errors in writing it are logged as warnings and never end the run.
 
     Args:
-        folder: the run's.
+        folder: the run's output folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,21 +42,21 @@ class ReportFiles:
         self._next = 0.0
 
     def clear(self) -> None:
-        """Remove what an earlier run has left: it would be taken for this one's."""
+        """Remove the files of an earlier run, which would be mistaken for this one's."""
         for name in (SUMMARY, REPORT, _QUALITY, _SPEED):
             (self.folder / name).unlink(missing_ok=True)
 
     def update(self) -> None:
-        """Write it, unless that was done a moment ago."""
+        """Write the report, unless it was written recently."""
         if time.monotonic() >= self._next:
             self.finish()
 
     def finish(self) -> None:
-        """Write it."""
+        """Write the report."""
         start = time.monotonic()
         try:
             write_report(read_run(self.folder))
-        except Exception as error:  # noqa: BLE001 - a picture is no reason to lose hours of training
+        except Exception as error:  # noqa: BLE001 - a failed report must not end hours of training
             logger.warning(
                 "the report in %s could not be written: %s; run `distillkit report` to try again", self.folder, error
             )
@@ -83,7 +80,7 @@ def write_report(run: RunRecord) -> list[Path]:
 
 
 def _draw(run: RunRecord) -> list[tuple[str, str]] | None:
-    """Draw the plots that there is something to draw for: file name and title of each; None without matplotlib."""
+    """Draw the plots for which there is data. Returns (file name, title) of each, or None without matplotlib."""
     from distillkit.reports.run_plots import plot_quality, plot_speed
 
     pictures = []
@@ -103,22 +100,24 @@ def _draw(run: RunRecord) -> list[tuple[str, str]] | None:
 
 
 def markdown(run: RunRecord, pictures: list[tuple[str, str]] | None) -> str:
-    """Write a run's report.
+    """Compose a run's report in Markdown.
 
     Args:
         run: the run.
-        pictures: file name and title of its plots; None if they could not be drawn.
+        pictures: (file name, title) of its plots; None if matplotlib is not installed.
     """
     sections = [f"# {_text(run.name)}", _opening(run)]
     if run.evaluations:
         sections += ["## On held-out documents", _evaluations(run)]
     sections += [f"![{title}]({name})" for name, title in pictures or ()]
     if pictures is None:
-        sections.append("(No plots: matplotlib is not installed. `pip install matplotlib`, then `distillkit report`.)")
+        sections.append(
+            "(No plots: matplotlib is not installed. Run `pip install matplotlib`, then `distillkit report`.)"
+        )
     described = _described(run)
     if described:
-        sections += ["## What was trained", _table(("", ""), described)]
-    sections += ["## What it took", _table(("", ""), _cost(run)), *_advice(run)]
+        sections += ["## Configuration", _table(("", ""), described)]
+    sections += ["## Cost", _table(("", ""), _cost(run)), *_advice(run)]
     sections += ["## Files", _files(run.folder)]
     return "\n\n".join(sections) + "\n"
 
@@ -126,12 +125,12 @@ def markdown(run: RunRecord, pictures: list[tuple[str, str]] | None) -> str:
 def _opening(run: RunRecord) -> str:
     most = run.description.get("max_steps")
     steps = f"{run.step:,}" if most is None else f"{run.step:,} of {most:,}"
-    state = "Finished" if run.summary is not None else "Not finished when this was written"
+    state = "Finished" if run.summary is not None else "Not finished when this report was written"
     sentence = f"{state}: {steps} steps"
     student, teacher = run.description.get("student"), run.description.get("teacher")
     if student is not None and teacher is not None:
         how = "stored distributions" if teacher["kind"] == "dataset" else "live distributions"
-        whose = f"{how} of {_text(teacher['name'])}" if teacher["name"] else f"{how} of a teacher that is not named"
+        whose = f"{how} of {_text(teacher['name'])}" if teacher["name"] else f"{how} of an unnamed teacher"
         sentence += f", {_text(student['path'])} learning from {whose}"
     return sentence + "."
 
@@ -166,14 +165,14 @@ def _change(measure: Measure, before: float, after: float) -> str:
 
 
 def _described(run: RunRecord) -> list[tuple[str, str]]:
-    """Rows of the table of what was trained; none for runs that do not say."""
+    """Rows of the configuration table; empty if the run did not record a description."""
     if not run.description:
         return []
     return [(label, value) for label, value in _facts(run).items() if value]
 
 
 def _facts(run: RunRecord) -> dict[str, str]:
-    """What was trained, a line a fact, by label."""
+    """The facts of a run's description, by label."""
     d = run.description
     if not d:
         return {}
@@ -193,12 +192,12 @@ def _facts(run: RunRecord) -> dict[str, str]:
             facts[label] = _data(d["data"][key])
     return facts | {
         "steps": f"{d['max_steps']:,} (epochs begun: {d['epochs']:,})" if "max_steps" in d else "",
-        "rows a step": f"{batch:,} ({cut}), {settings['sequence_length']:,} tokens at most",
+        "rows per step": f"{batch:,} ({cut}), {settings['sequence_length']:,} tokens at most",
         "optimiser": f"{settings['optimizer']}, learning rate {settings['learning_rate']:g} ({settings['schedule']}, "
         f"warm-up {settings['warmup_steps']:g}), weight decay {settings['weight_decay']:g}",
         "precision": f"{settings['precision']}, "
         f"{'with' if settings['activation_checkpointing'] else 'without'} activation checkpointing",
-        "machine": f"{settings['device']}, worker processes for data: {settings['workers']}",
+        "machine": f"{settings['device']}, data loader workers: {settings['workers']}",
         "seed": str(settings["seed"]),
         "versions": ", ".join(f"{name} {version}" for name, version in d["versions"].items()),
         "began": d["began"],
@@ -206,7 +205,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
 
 
 def _teacher(teacher: dict[str, Any]) -> str:
-    name = _text(teacher["name"]) if teacher["name"] else "not named in the data"
+    name = _text(teacher["name"]) if teacher["name"] else "not recorded in the data"
     if teacher["kind"] == "dataset":
         return f"{name}, stored" + (f" top {teacher['k']:,}" if teacher["k"] else "")
     return f"{name}, live, " + (f"top {teacher['k']:,}" if teacher["k"] else "all ids")
@@ -228,13 +227,13 @@ def _cost(run: RunRecord) -> list[tuple[str, str]]:
 
     rows = [("steps", f"{run.step:,}")]
     if run.summary is not None:
-        rows.append(("time", f"{run.summary['seconds']:,.1f} s, loading and saving included"))
+        rows.append(("time", f"{run.summary['seconds']:,.1f} s, including loading and saving"))
         rows.append(("tokens", f"{run.summary['train_tokens']:,}"))
         if run.summary["cut_documents"]:
             cut = f"{run.summary['cut_documents']:,} documents, {run.summary['cut_tokens']:,} tokens"
-            rows.append(("cut off at the sequence length", cut))
+            rows.append(("truncated to the sequence length", cut))
     if run.tokens_per_second is not None:
-        rows.append(("tokens a second", f"{run.tokens_per_second:,.0f}"))
+        rows.append(("tokens per second", f"{run.tokens_per_second:,.0f}"))
     if run.data_wait is not None:
         rows.append(("time spent waiting for data", f"{run.data_wait:.1%}"))
     if run.peak_memory is not None:
@@ -248,18 +247,18 @@ def _advice(run: RunRecord) -> list[str]:
     workers = run.description.get("settings", {}).get("workers")
     now = "" if workers is None else f" (now {workers})"
     return [
-        f"The device waited for data during {run.data_wait:.0%} of the time: raise "
+        f"The device spent {run.data_wait:.0%} of the time waiting for data: raise "
         f"`training_args.dataloader_num_workers`{now}."
     ]
 
 
 def _files(folder: Path) -> str:
-    """Links to what is in the run's folder."""
+    """Links to the files in the run's folder."""
     known = (
-        (METRICS, "every log, a JSON object a line"),
-        (SUMMARY, "the figures at the end"),
+        (METRICS, "all log entries, one JSON object per line"),
+        (SUMMARY, "final results"),
         ("distillkit_config.yaml", "the configuration"),
-        ("config.json", "with the model's weights and tokenizer beside it: the student"),
+        ("config.json", "the student, with its weights and tokenizer in the same folder"),
     )
     lines = [f"- [{name}]({name}): {what}" for name, what in known if (folder / name).exists()]
     checkpoints = sorted(folder.glob("checkpoint-*/"), key=lambda path: (len(path.name), path.name))
@@ -268,14 +267,14 @@ def _files(folder: Path) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table in Markdown, numbers to the right."""
+    """Format a Markdown table; if it has more than two columns, all but the first are right-aligned."""
     rule = ["---", *("---:" if len(header) > 2 else "---" for _ in header[1:])]
     lines = [header, rule, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _text(value: object) -> str:
-    """Write a name so that Markdown takes none of it for markup."""
+    """Quote a name so that Markdown does not interpret it."""
     return f"`{value}`".replace("|", "\\|")
 
 
@@ -283,10 +282,10 @@ def _text(value: object) -> str:
 
 
 def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Lay several runs side by side: what differs in what was trained, what it brought, what it took.
+    """Compare several runs: differences in configuration, results, and cost.
 
     Returns:
-        A label and a value for each run, a row.
+        Rows of a label and one value per run.
     """
     from distillkit.console import human_bytes
 
@@ -304,7 +303,7 @@ def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
             rows.append((measure.label, ends))
     for label, values in (
         ("tokens", ["" if run.summary is None else f"{run.summary['train_tokens']:,}" for run in runs]),
-        ("tokens a second", [_written("{:,.0f}", run.tokens_per_second) for run in runs]),
+        ("tokens per second", [_written("{:,.0f}", run.tokens_per_second) for run in runs]),
         ("time spent waiting for data", [_written("{:.1%}", run.data_wait) for run in runs]),
         ("peak memory", ["" if run.peak_memory is None else human_bytes(run.peak_memory) for run in runs]),
     ):
@@ -325,13 +324,13 @@ def _ends(run: RunRecord, measure: Measure) -> str:
 
 
 def names_of(runs: Sequence[RunRecord]) -> list[str]:
-    """Name runs by their folders; by their paths where two folders have one name."""
+    """Name runs by their folders, or by their paths if two folders have the same name."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 
 def write_comparison(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
-    """Write `comparison.md` and its plot.
+    """Write `comparison.md` and its plot to a folder.
 
     Returns:
         The files written.
@@ -347,6 +346,6 @@ def write_comparison(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
     plot_comparison(runs, names, folder / _COMPARISON_PLOT)
     rows = [(label, *values) for label, values in comparison(runs)]
     table = _table(("", *(_text(name) for name in names)), rows)
-    text = f"# {len(runs)} runs\n\n{table}\n\n![Held-out measures and speed of each run]({_COMPARISON_PLOT})\n"
+    text = f"# {len(runs)} runs\n\n{table}\n\n![Held-out metrics and throughput of each run]({_COMPARISON_PLOT})\n"
     (folder / _COMPARISON).write_text(text, encoding="utf-8")
     return [folder / _COMPARISON, folder / _COMPARISON_PLOT]

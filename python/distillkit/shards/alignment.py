@@ -1,8 +1,8 @@
-"""Whether a dataset's teacher rows stand beside the tokens they belong to. Needs numpy only.
+"""Checks that a dataset's teacher rows line up with their tokens. Uses numpy only.
 
-A teacher's most probable id is the true next token far more often than any other position's token. Rows that were
-stored one position off still look like good distributions, and a student trained on them learns to predict the wrong
-position; this is how it shows.
+A teacher's most probable id matches the true next token far more often than it matches the token of any other position.
+Rows stored one position off still look like good distributions, but a student trained on them learns to predict the
+wrong position; comparing these match rates reveals it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ __all__ = ["SHIFTS", "ShiftRates", "counted_positions", "document_shifts", "shif
 
 SHIFTS = (-1, 0, 1)
 
-# A shift must beat 0 by this many standard deviations before the data is called shifted: tiny or random data proves
+# Standard deviations by which a shift must beat 0 before the data is reported as shifted: tiny or random data proves
 # nothing.
 _SIGNIFICANT = 4.0
 
 
 @dataclass(frozen=True)
 class ShiftRates:
-    """How often the true next token is the teacher's most probable one, with the rows taken from a neighbouring
-    position.
+    """How often the true next token is the teacher's most probable id, with rows in place and shifted by one position.
 
     Attributes:
-        positions: how many positions were compared; the same ones for every shift.
-        hits: by shift −1, 0, +1, how often the first id of row t + shift equals token t + 1.
-        only_here: by shift, how often that was so while it was not so with shift 0.
-        only_unshifted: by shift, the other way round.
+        positions: number of positions compared, the same ones for every shift.
+        hits: by shift −1, 0, +1: how often the first id of row t + shift equals token t + 1.
+        only_here: by shift: how often it hits where shift 0 does not.
+        only_unshifted: by shift: how often shift 0 hits where it does not.
     """
 
     positions: int
@@ -45,7 +44,7 @@ class ShiftRates:
 
     @classmethod
     def none(cls) -> ShiftRates:
-        """Return the measure of no documents."""
+        """Return rates over no documents, to add others to."""
         return cls(0, *(dict.fromkeys(SHIFTS, 0) for _ in range(3)))
 
     def __add__(self, other: ShiftRates) -> ShiftRates:
@@ -55,12 +54,11 @@ class ShiftRates:
         return ShiftRates(self.positions + other.positions, both("hits"), both("only_here"), both("only_unshifted"))
 
     def rate(self, shift: int) -> float:
-        """Return the share of positions that hit; 0 without positions."""
+        """Return the fraction of positions that hit; 0 if there are no positions."""
         return self.hits[shift] / self.positions if self.positions else 0.0
 
     def shifted(self) -> int | None:
-        """Return the shift at which the rows fit the tokens, if that is not 0 beyond chance (McNemar's test); else
-        None."""
+        """Return the shift at which rows fit the tokens significantly better than at 0 (McNemar's test), or None."""
         for shift in (-1, 1):
             better, worse = self.only_here[shift], self.only_unshifted[shift]
             if better > worse and (better - worse) ** 2 > _SIGNIFICANT**2 * (better + worse):
@@ -75,11 +73,11 @@ class ShiftRates:
 
 
 def shift_rates(documents: Iterable[Document], codec: Codec) -> ShiftRates:
-    """Measure how often the true next token is the teacher's first id, with rows at their place and one off.
+    """Measure how often the true next token is the teacher's first id, with rows in place and shifted by one position.
 
     Args:
         documents: a sample of the dataset.
-        codec: theirs.
+        codec: the dataset's codec.
 
     Raises:
         CorruptDataError: a document does not decode.
@@ -91,7 +89,7 @@ def shift_rates(documents: Iterable[Document], codec: Codec) -> ShiftRates:
 
 
 def document_shifts(document: Document, rows: SparseLogprobs) -> ShiftRates:
-    """Measure one document, whose teacher bytes decode to `rows` (numpy)."""
+    """Measure one document, given its decoded teacher rows (numpy)."""
     first = np.asarray(rows.ids)[:, 0]
     t = _inner_positions(document)
     hit = {shift: first[t + shift] == document.input_ids[t + 1] for shift in SHIFTS}
@@ -106,14 +104,15 @@ def document_shifts(document: Document, rows: SparseLogprobs) -> ShiftRates:
 def counted_positions(
     segment_lengths: npt.NDArray[np.int64], loss_mask: npt.NDArray[np.bool_] | None = None
 ) -> npt.NDArray[np.int64]:
-    """Find the positions that count in a loss.
+    """Find the positions that count towards the loss.
 
-    A position t counts if token t + 1 is in the same packed document and its loss mask, if there is one, is set. So a
-    document of L tokens has at most L − 1: nothing is predicted across a boundary or after the last token.
+    A position t counts if token t + 1 is in the same packed document and the loss mask, if any, includes token t + 1.
+    So a document of L tokens has at most L − 1 such positions: nothing is predicted across a boundary or after the last
+    token.
 
     Args:
-        segment_lengths: (s,) lengths of the packed documents, summing to L.
-        loss_mask: (L,) which tokens should be predicted; all if None.
+        segment_lengths: (S,) lengths of the packed documents, summing to L.
+        loss_mask: (L,) which tokens are to be predicted; all of them if None.
 
     Returns:
         (P,) int64, ascending.
@@ -126,7 +125,7 @@ def counted_positions(
 
 
 def _inner_positions(document: Document) -> np.ndarray:
-    """Positions t whose rows t − 1, t, t + 1 and token t + 1 all belong to one packed document."""
+    """Positions t for which rows t − 1, t and t + 1 and token t + 1 all belong to the same packed document."""
     starts = np.concatenate([[0], np.cumsum(document.segments())])
     last = document.num_rows - 1
     return np.concatenate([np.arange(start + 1, min(stop - 1, last)) for start, stop in itertools.pairwise(starts)])

@@ -1,4 +1,4 @@
-"""Published datasets → shards, without loss."""
+"""Lossless conversion of published datasets to shards."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def convert(
     teacher: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Manifest:
-    """Writes the documents of a dataset into shards, bytes as they are.
+    """Writes a dataset's documents to shards, with their encoded bytes unchanged.
 
     Args:
-        source: any dataset, published ones above all.
-        folder: for the shards; made if needed. Shards of an interrupted conversion are continued.
-        shard_tokens: tokens of a shard.
-        vocab_size, tokenizer, teacher: what the header should say that the source does not know.
-        progress: called with the tokens of each document when it is written.
+        source: any dataset, typically a published one.
+        folder: output folder; created if needed. An interrupted conversion is resumed after its finished shards.
+        shard_tokens: tokens per shard.
+        vocab_size, tokenizer, teacher: values for the header, which a published dataset does not record.
+        progress: called after each document with its number of tokens.
 
     Raises:
-        InputError: the folder holds a finished dataset.
-        MismatchError: the folder holds shards of something else.
-        CorruptDataError: a document of the source is damaged.
+        InputError: the folder contains a finished dataset.
+        MismatchError: the folder contains shards of another dataset.
+        CorruptDataError: a source document is damaged.
 
     Example:
         >>> from distillkit.shards import Dataset, convert

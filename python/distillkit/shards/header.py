@@ -1,4 +1,4 @@
-"""The header of a shard: what its bytes mean and where they come from."""
+"""The header of a shard: how to interpret its bytes, and where they come from."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ LOGPROBS = "log_softmax of the raw logits over head_size, float32"
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: one text for one value, so that it can be hashed."""
+    """JSON with sorted keys and no spaces, so that equal values give equal text and hashes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def alignment(rows: Literal["L-1", "L"]) -> dict[str, str]:
-    """The `alignment` of a header: row t is over token t + 1, and a document of L tokens has L − 1 or L rows."""
+    """The `alignment` field of a header: row t predicts token t + 1; a document of L tokens has L − 1 or L rows."""
     return {"row": "t predicts t+1", "rows": rows}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a shard says about itself.
+    """The metadata of a shard.
 
     Attributes:
         codec: format, version and configuration (`Codec.to_dict`).
-        vocab_size: ids that the tokenizer knows.
-        head_size: columns of the teacher's logits; at least `vocab_size`.
-        tokenizer: `name` and `fingerprint`, or None where it is not known (published datasets).
-        teacher: `name`, `revision`, `dtype`, or None where it is not known.
-        temperature: what the logits were divided by.
-        logprobs: how the log-probabilities were taken.
-        alignment: `row` "t predicts t+1" and `rows` "L-1" or "L": rows of a document of L tokens.
-        capture: the settings that decide the bytes; empty for converted datasets.
-        fidelity: `FidelityStats.to_dict`, measured while writing; None where the original was not at hand.
-        distillkit_version: the release that wrote it.
+        vocab_size: number of ids in the tokenizer's vocabulary.
+        head_size: number of logits per position; at least `vocab_size`.
+        tokenizer: `name` and `fingerprint`, or None if unknown (published datasets).
+        teacher: `name`, `revision`, `dtype`, or None if unknown.
+        temperature: the temperature by which the logits were divided.
+        logprobs: how the log-probabilities were computed.
+        alignment: `row` "t predicts t+1"; `rows` "L-1" or "L", the number of rows of a document of L tokens.
+        capture: the settings that determine the bytes; empty for converted datasets.
+        fidelity: `FidelityStats.to_dict`, measured while writing; None if the originals were not available.
+        distillkit_version: the release that wrote the shard.
 
     Raises:
-        InputError: a field has a value that it cannot have.
+        InputError: a field has an invalid value.
     """
 
     codec: Mapping[str, Any]
@@ -92,24 +92,24 @@ class Header:
         """The codec that reads the shard's rows.
 
         Raises:
-            UnsupportedVersionError, CorruptDataError, ConfigError: as `Codec.from_dict`.
+            UnsupportedVersionError, CorruptDataError, ConfigError: as for `Codec.from_dict`.
         """
         return Codec.from_dict(self.codec)
 
     def rows_of(self, tokens: int) -> int:
-        """Rows of a document of `tokens` tokens."""
+        """Number of rows of a document of `tokens` tokens."""
         return tokens if self.alignment["rows"] == "L" else max(tokens - 1, 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-able."""
+        """All fields as a JSON-serialisable mapping."""
         return asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that shards of one dataset share: all but what was measured, and by which release."""
+        """The fields that all shards of a dataset share: everything except `fidelity` and `distillkit_version`."""
         return {key: value for key, value in self.to_dict().items() if key not in ("fidelity", "distillkit_version")}
 
     def check_same(self, other: Header, *, where: str) -> None:
-        """Refuses another dataset's header.
+        """Checks that a header belongs to the same dataset.
 
         Raises:
             MismatchError: a field differs; the message names it and both values.
@@ -118,8 +118,8 @@ class Header:
         for key in sorted({*ours, *theirs}):
             if ours.get(key) != theirs.get(key):
                 raise MismatchError(
-                    f"{where}: {key} is {theirs.get(key)!r} there, expected {ours.get(key)!r}: these do not belong to "
-                    "one dataset"
+                    f"{where}: {key} is {theirs.get(key)!r}, expected {ours.get(key)!r}: these do not belong to the "
+                    "same dataset"
                 )
 
     def to_metadata(self) -> dict[bytes, bytes]:
@@ -128,29 +128,29 @@ class Header:
 
     @staticmethod
     def from_metadata(metadata: Mapping[bytes, bytes] | None, *, where: str) -> Header:
-        """Reads and checks the header of a Parquet file's metadata.
+        """Reads and checks the header in a Parquet file's metadata.
 
         Raises:
-            CorruptDataError: there is none, its hash differs, or fields are missing or unknown.
-            UnsupportedVersionError: it is of another version.
+            CorruptDataError: it is missing, its hash differs, or fields are missing, unknown or invalid.
+            UnsupportedVersionError: its version is newer than this release supports.
         """
         return Header.from_dict(read_hashed_metadata(metadata, HEADER_KEY, where=where), where=where)
 
     @staticmethod
     def from_dict(description: Any, *, where: str) -> Header:
-        """What `to_dict` described.
+        """Recreates a header from the result of `to_dict`.
 
         Raises:
-            CorruptDataError: fields are missing or unknown.
-            UnsupportedVersionError: it is of another version.
+            CorruptDataError: fields are missing, unknown or invalid.
+            UnsupportedVersionError: its version is newer than this release supports.
         """
         if not isinstance(description, Mapping) or description.get("format") != FORMAT:
             raise CorruptDataError(f"{where}: not a header of format {FORMAT!r}: {description!r:.200}")
         version = description.get("version")
         if isinstance(version, int) and version > VERSION:
             raise UnsupportedVersionError(
-                f"{where}: shard format version {version} is newer than {VERSION}, the newest that this release "
-                "reads: update distillkit"
+                f"{where}: shard format version {version} is newer than {VERSION}, the latest that this release "
+                "reads; update distillkit"
             )
         known = {item.name for item in fields(Header)}
         if set(description) != known:
@@ -163,16 +163,16 @@ class Header:
 
 
 def hashed_metadata(key: bytes, value: Any) -> dict[bytes, bytes]:
-    """Key-value metadata of a Parquet file: a JSON value, and its XXH3-128 under the same key with `.xxh3`."""
+    """Key-value metadata of a Parquet file: a value as JSON, and its XXH3-128 under the same key plus `.xxh3`."""
     text = canonical_json(value).encode()
     return {key: text, key + b".xxh3": xxhash.xxh3_128_hexdigest(text).encode()}
 
 
 def read_hashed_metadata(metadata: Mapping[bytes, bytes] | None, key: bytes, *, where: str) -> Any:
-    """The value that `hashed_metadata` wrote.
+    """Reads a value written by `hashed_metadata`.
 
     Raises:
-        CorruptDataError: it is not there, or its hash differs.
+        CorruptDataError: it is missing, or its hash differs.
     """
     text, expected = (metadata or {}).get(key), (metadata or {}).get(key + b".xxh3")
     if text is None or expected is None:
@@ -181,13 +181,13 @@ def read_hashed_metadata(metadata: Mapping[bytes, bytes] | None, key: bytes, *, 
     if found.encode() != expected:
         raise CorruptDataError(
             f"{where}: the hash of {key.decode()} is {found}, expected {expected.decode(errors='replace')}: it was "
-            "changed"
+            "modified"
         )
     return json.loads(text)
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Leaves by dotted path."""
+    """Leaf values by dotted path."""
     if isinstance(value, Mapping):
         leaves: dict[str, Any] = {}
         for key, item in value.items():
@@ -197,19 +197,19 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def check_codec(given: Codec, own: Codec, name: str, what: str) -> None:
-    """Refuses a codec that is not the dataset's own.
+    """Checks that a codec equals the dataset's own.
 
     Raises:
-        MismatchError: names the fields and both values.
+        MismatchError: they differ; the message names the fields and both values.
     """
     if given.format != own.format:
         raise MismatchError(
-            f"{name}: {what} is {own.format}, the configuration given is {given.format}; leave it out, the dataset has "
-            "its own"
+            f"{name}: {what} is {own.format}, but the configuration given is {given.format}; omit it, since the "
+            "dataset has its own"
         )
     ours, theirs = given.to_dict()["config"], own.to_dict()["config"]
     odd = [f"{key} {theirs[key]!r} (given: {ours[key]!r})" for key in theirs if ours[key] != theirs[key]]
     if odd:
         raise MismatchError(
-            f"{name}: {what} has {', '.join(odd)}; leave the configuration out, the dataset has its own"
+            f"{name}: {what} has {', '.join(odd)}; omit the configuration, since the dataset has its own"
         )

@@ -1,4 +1,4 @@
-"""`manifest.json`: the index of a dataset, written last."""
+"""`manifest.json`: the index of a dataset, written after all shards."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class ShardInfo:
 
     Attributes:
         file: its name in the folder.
-        documents, tokens, rows: what it holds.
-        bytes: its size.
-        xxh3_128: hash of the whole file, hexadecimal; "" where it was not computed (published files).
+        documents, tokens, rows: number of each in the file.
+        bytes: file size.
+        xxh3_128: hash of the file in hexadecimal; "" if it was not computed (published files).
     """
 
     file: str
@@ -44,10 +44,12 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Header of the dataset (fidelity merged over its shards), its shards in order, and what a capture says besides.
+    """The index of a dataset.
 
     Attributes:
-        capture: what was passed over and what was found, of a captured dataset; None of others.
+        header: the dataset's header, with fidelity merged over its shards.
+        shards: its shards in order.
+        capture: for a captured dataset, its skipped documents and summary; otherwise None.
     """
 
     header: Header
@@ -70,11 +72,11 @@ class Manifest:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
-    """The manifest of a dataset's folder (a path or an fsspec URL), None where there is none.
+    """Reads the manifest in a dataset's folder (a path or an fsspec URL); None if there is no manifest.
 
     Raises:
-        CorruptDataError: it is damaged.
-        UnsupportedVersionError: it is of another version.
+        CorruptDataError: the manifest is damaged.
+        UnsupportedVersionError: its version is newer than this release supports.
 
     Example:
         >>> [(shard.file, shard.documents) for shard in read_manifest("captured").shards]
@@ -94,8 +96,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
         raise CorruptDataError(f"{where}: not a distillkit manifest")
     if not isinstance(content.get("version"), int) or content["version"] > VERSION:
         raise UnsupportedVersionError(
-            f"{where}: manifest version {content.get('version')} is newer than {VERSION}, the newest that this "
-            "release reads: update distillkit"
+            f"{where}: manifest version {content.get('version')} is newer than {VERSION}, the latest that this "
+            "release reads; update distillkit"
         )
     if content.get("xxh3") != _content_hash(content):
         raise CorruptDataError(f"{where}: its hash is {_content_hash(content)}, expected {content.get('xxh3')}")

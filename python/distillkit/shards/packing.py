@@ -1,9 +1,9 @@
-"""Packing: several whole documents in one training row. Numpy only.
+"""Packing: several complete documents in one training row. Uses numpy only.
 
-The method is best-fit decreasing: documents from the longest to the shortest, each into the fullest row that has room
-for it (Johnson 1974, "Fast algorithms for bin packing"). It fills rows better than taking documents in a random order
-and is what `packing_strategy: bfd` means in TRL. Which of several equally long documents goes where is decided by the
-seed. The contents of the rows are the same in every epoch, their order is not.
+The method is best-fit decreasing: documents are placed from the longest to the shortest, each in the fullest row with
+room for it (Johnson 1974, "Fast algorithms for bin packing"). It fills rows better than placing documents in random
+order, and is what TRL calls `packing_strategy: bfd`. The seed decides how documents of equal length are placed. Rows
+have the same contents in every epoch, but a different order.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Packing:
     """Which documents share a row.
 
     Attributes:
-        documents: (D,) int64, indices of the documents, row after row; each document once, ascending within a row.
-        ends: (R,) int64, where in `documents` each row ends.
-        tokens: how many tokens the rows hold.
-        capacity: how many tokens a row has room for.
+        documents: (D,) int64, indices of the documents, row by row; each occurs once, ascending within a row.
+        ends: (R,) int64, the end of each row in `documents`.
+        tokens: total number of tokens in the rows.
+        capacity: maximum tokens per row.
     """
 
     documents: npt.NDArray[np.int64]
@@ -44,23 +44,23 @@ class Packing:
 
     @property
     def fill(self) -> float:
-        """Return the share of the rows' room that holds tokens; 1 without rows."""
+        """Return the fraction of the rows' capacity that is filled; 1 if there are no rows."""
         return self.tokens / (len(self) * self.capacity) if len(self) else 1.0
 
 
 def pack(lengths: npt.NDArray[np.int64], capacity: int, *, seed: int | None = None) -> Packing:
-    """Distribute documents among rows.
+    """Assign documents to rows.
 
     Takes about a second for a million documents.
 
     Args:
-        lengths: (D,) tokens of each document. One longer than a row counts as a whole row: it will be cut. One without
-            tokens is left out.
-        capacity: tokens of a row.
-        seed: decides among documents of one length; None takes them in their order.
+        lengths: (D,) tokens per document. A document longer than a row counts as a full row, since it will be
+            truncated. Empty documents are left out.
+        capacity: maximum tokens per row.
+        seed: decides between documents of equal length; None takes them in order.
 
     Returns:
-        The rows, in the order of their first documents. It depends on the arguments alone.
+        The rows, in the order of their first documents. The result is deterministic.
     """
     lengths = np.minimum(lengths, capacity)
     order = np.arange(len(lengths)) if seed is None else np.random.default_rng(seed).permutation(len(lengths))
@@ -88,22 +88,22 @@ def _runs(values: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
 
 
 class _Rows:
-    """Rows by the room they have left."""
+    """Rows, indexed by the room they have left."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.count = 0
-        self._rooms: list[int] = []  # those that some row has, ascending
+        self._rooms: list[int] = []  # distinct values over all rows that are not full, ascending
         self._rows: dict[int, list[int]] = {}
 
     def take(self, length: int, wanted: int) -> tuple[int, int]:
-        """Put documents of one length into the fullest row that has room for one.
+        """Put up to `wanted` documents of one length into the fullest row that has room for one.
 
-        Having taken one, that row is again the fullest with room for the next, until there is none left in it: so it
-        takes them all at once.
+        After taking a document, that row is still the fullest as long as another one fits, so it can take as many as
+        fit at once.
 
         Returns:
-            The row, and how many of the wanted documents it took.
+            The row, and the number of documents it took.
         """
         place = bisect.bisect_left(self._rooms, length)
         if place == len(self._rooms):
@@ -130,10 +130,10 @@ class _Rows:
 def _by_first_document(
     documents: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], tokens: int, capacity: int
 ) -> Packing:
-    """Order rows by their first documents: neighbours in the data stay near each other."""
+    """Order rows by their first documents, so that neighbours in the data stay close together."""
     starts = np.cumsum(sizes) - sizes
     order = np.argsort(documents[starts], kind="stable") if len(sizes) else np.empty(0, np.int64)
     ends = np.cumsum(sizes[order])
-    # Place p of the result, in row r, is place p − (start of r now) + (start of r before).
+    # Position p of the result, in row r, comes from position p − (new start of r) + (old start of r).
     source = np.arange(len(documents)) + np.repeat(starts[order] - (ends - sizes[order]), sizes[order])
     return Packing(documents[source], ends.astype(np.int64), tokens, capacity)

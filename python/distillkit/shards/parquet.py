@@ -1,4 +1,4 @@
-"""Opens a Parquet file of a shard, and refuses one that is cut off."""
+"""Opens Parquet files, with an early check for truncated ones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = []
 
 @contextmanager
 def open_parquet(path: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
-    """A Parquet file (a path or an fsspec URL), open inside the `with`, its page checksums checked on every read.
+    """Opens a Parquet file (a path or an fsspec URL) for the `with` block. Every read verifies page checksums.
 
     Args:
-        metadata: its footer, where that was read before.
+        metadata: the file's footer, if already read.
 
     Raises:
-        FileNotFoundError: it is not there.
-        TruncatedDataError: it does not end the way Parquet files end.
+        FileNotFoundError: the file does not exist.
+        TruncatedDataError: it does not end like a Parquet file.
     """
     if metadata is None:
         _check_ends(path)

@@ -1,6 +1,6 @@
-"""Published DistillKit datasets, read as they are: nested lists in Parquet files or a `save_to_disk` folder.
+"""Reads published DistillKit datasets directly: nested lists in Parquet files or in a `save_to_disk` folder.
 
-Shape legend: R rows of a document, k stored ids a row.
+Shape legend: R rows of a document, k stored ids per row.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 _TOKEN_COLUMNS = ("input_ids", "attention_mask")
 _ARROW_GROUP = 64
-"""Documents of a memory-mapped Arrow file that are checked and converted at a time."""
+"""Documents of a memory-mapped Arrow file checked and converted at a time."""
 
 _BLOCK_ROWS = 4096
-"""Rows of a block of documents, at least."""
+"""Minimum rows in a block of documents."""
 
 ConfigSource = CodecConfig | Mapping[str, Any] | str | os.PathLike[str] | None
 
 
 def load_codec_config(config: ConfigSource) -> CodecConfig:
-    """A codec configuration from a YAML file, a mapping, or a configuration itself.
+    """Loads a codec configuration from a YAML file or a mapping; a configuration is returned unchanged.
 
     Raises:
-        ConfigError: it cannot be read, or is none.
+        ConfigError: `config` cannot be read, or is not a codec configuration.
     """
     return codec_config(_mapping(config))
 
@@ -61,10 +61,10 @@ def _mapping(config: ConfigSource) -> Any:
     try:
         content = yaml.safe_load(filesystem.cat_file(inner))
     except FileNotFoundError as error:
-        raise ConfigError(f"{config}: there is no such codec configuration file") from error
+        raise ConfigError(f"{config}: codec configuration file not found") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{config}: is not YAML: {error}") from error
-    # A training configuration has its codec under `teacher`.
+        raise ConfigError(f"{config}: not valid YAML: {error}") from error
+    # A training configuration has the codec configuration under `teacher`.
     teacher = content.get("teacher") if isinstance(content, Mapping) else None
     if isinstance(teacher, Mapping):
         return {key: teacher[key] for key in ("logprob_compressor", "legacy_logit_compression") if key in teacher}
@@ -74,7 +74,7 @@ def _mapping(config: ConfigSource) -> Any:
 def open_published(
     name: str, config: ConfigSource, split: str | None, vocab_size: int | None
 ) -> tuple[Header, list[_PublishedFile]]:
-    """Reads what is known of a published dataset, and its files; arguments and errors as `Dataset.open`."""
+    """Opens the files of a published dataset and builds its header; arguments and errors as for `Dataset.open`."""
     folder, paths = _data_files(name, split)
     if not paths:
         raise InputError(f"{name}: contains no Parquet or Arrow files; expected a captured or a published dataset")
@@ -97,11 +97,11 @@ def open_published(
     return header, [_PublishedFile(table, header, codec, layout) for table in tables]
 
 
-# -- finding things ----------------------------------------------------------------------------------------------------
+# -- finding files and codec -------------------------------------------------------------------------------------------
 
 
 def _data_files(name: str, split: str | None) -> tuple[str, list[str]]:
-    """The folder of a published dataset (where its configuration may lie) and its data files in order."""
+    """The folder of a published dataset (where its configuration may be) and its data files, in order."""
     filesystem, inner = fsspec.core.url_to_fs(name)
     if not filesystem.isdir(inner):
         return name.rsplit("/", 1)[0] if "/" in name else ".", [name]
@@ -109,7 +109,7 @@ def _data_files(name: str, split: str | None) -> tuple[str, list[str]]:
     folder = name
     if splits:
         if split is None and len(splits) > 1:
-            raise InputError(f"{name}: has the splits {', '.join(splits)}: choose one with split")
+            raise InputError(f"{name}: has the splits {', '.join(splits)}; choose one with split")
         chosen = split or splits[0]
         if chosen not in splits:
             raise InputError(f"{name}: has no split {chosen!r}; its splits are {', '.join(splits)}")
@@ -126,10 +126,10 @@ def _data_files(name: str, split: str | None) -> tuple[str, list[str]]:
         with reading(f"{folder}/state.json"):
             state = json.loads(filesystem.cat_file(f"{_inner(folder)}/state.json"))
         if state.get("_indices_files") or state.get("_indices_data_files"):
-            raise InputError(f"{folder}: is a selection by indices; call `flatten_indices()` before saving it")
+            raise InputError(f"{folder}: was saved with an indices mapping; call `flatten_indices()` before saving")
         paths = [entry["filename"] for entry in state["_data_files"]]
     elif split is not None and not splits:
-        # Parquet files of a hub dataset: data/train-00000-of-00002.parquet.
+        # Parquet files of a Hub dataset, such as data/train-00000-of-00002.parquet.
         hub = sorted(Path(path).name for path in filesystem.glob(f"{inner}/data/{split}-*.parquet"))
         named = [path for path in paths if path.startswith(f"{split}-")]
         if hub and not paths:
@@ -152,7 +152,7 @@ def _splits(filesystem: Any, inner: str) -> list[str]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """data_2 before data_10."""
+    """Sort key that puts data_2 before data_10."""
     parts = "".join(c if c.isdigit() else f" {c} " for c in name).split()
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
@@ -171,8 +171,7 @@ def _layout(table: _TableFile) -> str:
         expected = ", or ".join(" and ".join(columns) for columns in _LAYOUTS.values())
         raise InputError(
             f"{table.path}: not a published layout: found the columns {', '.join(table.columns)}; expected input_ids "
-            "and "
-            f"{expected}"
+            f"and {expected}"
         )
     for name, depth in (*((name, 1) for name in _TOKEN_COLUMNS), *((name, 2) for name in _LAYOUTS[layout])):
         found = table.columns.get(name)
@@ -191,19 +190,19 @@ def _is_list_of_numbers(kind: pa.DataType, depth: int) -> bool:
 def _published_codec(layout: str, config: ConfigSource, beside: str | None, name: str) -> Codec:
     if config is None and beside is None:
         raise ConfigError(
-            f"{name}: a published dataset does not say how it was encoded, and there is no {CONFIG_FILE} beside it: "
-            "give its codec configuration"
+            f"{name}: a published dataset does not record how it was encoded, and there is no {CONFIG_FILE} next to "
+            "it; pass its codec configuration"
         )
     codec = Codec(load_codec_config(beside if config is None else config))
     if config is not None and beside is not None:
         check_codec(codec, Codec(load_codec_config(beside)), name, f"the codec in {CONFIG_FILE}")
     if codec.format != layout:
-        raise ConfigError(f"{name}: its columns have the {layout} format, but the configuration is for {codec.format}")
+        raise ConfigError(f"{name}: the columns are in {layout} format, but the configuration is for {codec.format}")
     return codec
 
 
 def _plain_codec(table: _TableFile, config: ConfigSource, vocab_size: int | None, name: str) -> Codec:
-    """Plain top-k values are a quantized row whose ranks are all exact float32 values."""
+    """The codec for plain top-k columns: quantized rows with every rank stored exactly, as float32."""
     content = _mapping(config)
     if isinstance(content, DistributionQuantizationConfig):
         content = content.model_dump()
@@ -211,7 +210,7 @@ def _plain_codec(table: _TableFile, config: ConfigSource, vocab_size: int | None
     size = vocab_size if stated is None else stated
     if not isinstance(size, int):
         raise ConfigError(
-            f"{name}: plain top-k columns do not record the vocabulary size: pass vocab_size, or a configuration with d"
+            f"{name}: plain top-k columns do not record the vocabulary size; pass vocab_size, or a configuration with d"
         )
     first = table.load(0, ("token_ids",))
     rows = _nested(first["token_ids"], 0, f"{table.path}, document 0, token_ids")
@@ -223,7 +222,7 @@ def _plain_codec(table: _TableFile, config: ConfigSource, vocab_size: int | None
 
 
 def _alignment_of(tables: list[_TableFile], codec: Codec, layout: str) -> Any:
-    """L−1 or L rows, by the first document that tells."""
+    """Whether documents of L tokens have L−1 or L rows, according to the first document."""
     for table in tables:
         columns = table.load(0, ("input_ids", _LAYOUTS[layout][0])) if table.groups else {"input_ids": []}
         for index in range(len(columns["input_ids"])):
@@ -236,14 +235,14 @@ def _alignment_of(tables: list[_TableFile], codec: Codec, layout: str) -> Any:
                 f"{table.path}, document {index}: {rows} rows for {tokens} tokens; expected as many rows as tokens, "
                 "or one fewer"
             )
-    raise InputError(f"{tables[0].path}: holds no documents")
+    raise InputError(f"{tables[0].path}: contains no documents")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
 class _TableFile:
-    """A Parquet or Arrow file as groups of Arrow columns. Arrow files stay mapped, Parquet files are opened to read."""
+    """A Parquet or Arrow file as groups of Arrow columns. Arrow files stay mapped; Parquet is reopened on each read."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -268,7 +267,7 @@ class _TableFile:
         return self._mapped
 
     def load(self, group: int, wanted: Sequence[str]) -> dict[str, pa.Array]:
-        """Columns of a group, those that are there."""
+        """Reads a group: those of the `wanted` columns that exist."""
         names = [name for name in wanted if name in self.columns]
         with reading(self.path):
             if self._metadata is None:
@@ -311,14 +310,14 @@ class _PublishedFile:
                 documents, first, rows = [], number, 0
 
     def info(self) -> ShardInfo:
-        """Counts from the token columns alone."""
+        """File name, counts and size. Reads the token columns only."""
         lengths = self.lengths().tolist()
         rows = sum(self.header.rows_of(length) for length in lengths)
         filesystem, inner = fsspec.core.url_to_fs(self.path)
         return ShardInfo(self.path.rsplit("/", 1)[-1], len(lengths), sum(lengths), rows, filesystem.size(inner), "")
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(D,) tokens of each document, without padding."""
+        """(D,) int64 tokens per document, without padding."""
         lengths: list[int] = []
         for group in range(len(self.groups)):
             columns = self._table.load(group, _TOKEN_COLUMNS)
@@ -370,7 +369,7 @@ class _PublishedRows(Documents):
 def _tokens(
     columns: Mapping[str, pa.Array], index: int, where: str
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-    """Token ids and, where there is one, attention mask of a document, as they are stored."""
+    """A document's token ids and attention mask (None if there is none), as stored."""
     found = {}
     for name in _TOKEN_COLUMNS:
         if name not in columns:
@@ -407,12 +406,12 @@ def _nested(column: pa.Array, index: int, where: str) -> npt.NDArray[Any]:
 def _trimmed(
     ids: npt.NDArray[Any], data: npt.NDArray[Any], mask: npt.NDArray[Any] | None, header: Header, where: str
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.int32] | None]:
-    """Cuts padding away, and reads packed documents' lengths off a mask that numbers them (1, 1, 2, 2, 2, 0, 0)."""
+    """Removes padding, and derives packed documents' lengths from a mask that numbers them (1, 1, 2, 2, 2, 0, 0)."""
     if mask is None:
         return ids, data, None
     length = int((mask != 0).sum())
     if (mask[:length] == 0).any():
-        raise CorruptDataError(f"{where}: attention_mask has padding before its end, which is not supported")
+        raise CorruptDataError(f"{where}: attention_mask has padding before the end, which is not supported")
     starts = np.flatnonzero(np.diff(mask[:length], prepend=0))
     lengths = np.diff(starts, append=length).astype(np.int32)
     return ids[:length], data[: header.rows_of(length)], lengths if len(lengths) > 1 else None

@@ -1,4 +1,4 @@
-"""Reading datasets: ours and published ones, by document, with random access."""
+"""Reads datasets, captured and published, by document and with random access."""
 
 from __future__ import annotations
 
@@ -30,44 +30,44 @@ from distillkit.types import Document, SparseLogprobs
 __all__ = ["Dataset", "DocumentFile", "ShardFile", "is_captured"]
 
 _CACHED_GROUPS = {"distillkit": 8, "published": 1}
-"""Row groups kept in memory: ours are about 1 MB, published ones can be a thousand times larger."""
+"""Row groups kept in memory. Ours are about 1 MB; published ones can be a thousand times larger."""
 
 _GROUPS_AT_A_TIME = 16
-"""Row groups whose columns (but for the teacher's bytes) are read by one call."""
+"""Row groups whose columns, except the teacher's bytes, are read in one call."""
 
 
 class DocumentFile(Protocol):
-    """A file of documents, in groups that are read at a time."""
+    """A file of documents, in groups that are each read at once."""
 
     path: str
     header: Header
 
     @property
     def groups(self) -> Sequence[int]:
-        """How many documents each group has."""
+        """Number of documents in each group."""
 
     def load(self, group: int) -> Documents:
-        """The documents of one group; each is checked when it is taken."""
+        """The documents of one group, each checked on access."""
 
     def __iter__(self) -> Iterator[Document]:
         """All documents in order."""
 
     def blocks(self) -> Iterator[Block]:
-        """All documents in order, some thousand rows at a time."""
+        """All documents in order, in blocks of a few thousand rows."""
 
     def info(self) -> ShardInfo:
-        """What the file holds."""
+        """File name, counts and size."""
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each document, without reading the teacher's bytes."""
+        """(D,) int64 tokens per document, without reading the teacher's bytes."""
 
 
 class ShardFile:
-    """One of our shards. No file stays open: each read opens it, with the metadata that was checked here.
+    """A captured dataset's shard. It does not stay open: each read opens it, with the metadata checked here.
 
     Raises:
-        FileNotFoundError: it is not there.
-        TruncatedDataError, CorruptDataError, UnsupportedVersionError: it is damaged or of another version.
+        FileNotFoundError: the file does not exist.
+        TruncatedDataError, CorruptDataError, UnsupportedVersionError: it is damaged, or of an unsupported version.
     """
 
     def __init__(self, path: str) -> None:
@@ -109,7 +109,7 @@ class ShardFile:
         return (documents.block() for documents in self._read(range(len(self._groups))))
 
     def _read(self, groups: range) -> Iterator[ShardRows]:
-        """The documents of some groups, in order."""
+        """Reads the documents of a range of groups, in order."""
         names = [name for name in self._columns if name != "teacher"]
         with open_parquet(self.path, self._metadata) as parquet:
             for start in range(groups.start, groups.stop, _GROUPS_AT_A_TIME):
@@ -121,21 +121,21 @@ class ShardFile:
                     yield self._with_teacher(group, part, parquet)
 
     def _with_teacher(self, group: int, table: pa.Table, parquet: pq.ParquetFile) -> ShardRows:
-        """The documents of a group of which all other columns have been read."""
+        """Completes a group, whose other columns have been read, with the teacher's bytes, and checks its digest."""
         where = self._where(range(group, group + 1))
         with reading(where):
             teacher = parquet.read_row_group(group, columns=["teacher"], use_threads=False)
             table = table.append_column(SCHEMA.field("teacher"), teacher.column("teacher"))
             found = GroupDigest.of(table)
         if found != self._digests[group]:
-            raise CorruptDataError(f"{where}: the documents are not those that were written, or are in another order")
+            raise CorruptDataError(f"{where}: the documents or their order differ from what was written")
         return ShardRows(table, self.header, self._codec, self.path, self._starts[group])
 
     def _where(self, groups: range) -> str:
         return f"{self.path}, documents {self._starts[groups.start]} to {self._starts[groups.stop] - 1}"
 
     def info(self) -> ShardInfo:
-        """Counts by the lengths of `input_ids`."""
+        """File name, counts and size. Reads the column `input_ids` only."""
         lengths = self.lengths().tolist()
         rows = sum(self.header.rows_of(length) for length in lengths)
         filesystem, inner = fsspec.core.url_to_fs(self.path)
@@ -143,7 +143,7 @@ class ShardFile:
         return ShardInfo(name, self.documents, sum(lengths), rows, filesystem.size(inner), "")
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(D,) tokens of each document."""
+        """(D,) int64 tokens per document."""
         with open_parquet(self.path, self._metadata) as parquet:
             column = parquet.read(columns=["input_ids"], use_threads=False).column("input_ids")
         parts = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
@@ -151,14 +151,14 @@ class ShardFile:
 
 
 class Dataset(Documents):
-    """Documents by index, in the order they were captured. Made by `Dataset.open`.
+    """Documents by index, in the order in which they were captured. Created by `Dataset.open`.
 
-    Safe in forked and spawned workers. Keeps a few row groups in memory, so neighbours are cheap.
+    Safe to use in forked and spawned workers. Caches a few row groups, so that access to neighbours is cheap.
 
     Attributes:
-        path: what was opened.
-        kind: "distillkit" for our shards, "published" for published datasets.
-        header: what is known about the data; of a published dataset only codec, sizes and alignment.
+        path: the path that was opened.
+        kind: "distillkit" for captured datasets, "published" for published ones.
+        header: the dataset's header; for a published dataset, only codec, sizes and alignment are known.
         codec: decodes the documents' teacher bytes.
 
     Example:
@@ -197,21 +197,22 @@ class Dataset(Documents):
         """Opens a dataset.
 
         Args:
-            path: a captured dataset's folder, one shard, a published dataset's folder of Parquet files or
-            `save_to_disk` folder, or one of its
-                files; a path or an fsspec URL.
-            config: the codec of a published dataset: a YAML file, a mapping or a configuration. Without it the
-                `compression_config.yaml` beside the data is taken. A dataset that names its codec (our shards, or that
-                file) must agree with one given here.
-            split: of a published dataset that has splits.
-            vocab_size: of a published dataset of plain top-k columns (`token_ids`, `top_values`), which does not say
-                it; other datasets know theirs.
+            path: path or fsspec URL of a captured dataset's folder or one of its shards, or of a published dataset's
+                folder (of Parquet files, or from `save_to_disk`) or one of its files.
+            config: the codec of a published dataset, as a YAML file, a mapping or a configuration; by default the
+                `compression_config.yaml` next to the data. If the dataset records its codec (in its shards or in that
+                file), the two must agree.
+            split: which split of a published dataset to open, if it has several.
+            vocab_size: for a published dataset of plain top-k columns (`token_ids`, `top_values`), which does not
+                record it; ignored for others.
 
         Raises:
-            FileNotFoundError: nothing is there.
-            InputError: what is there is no dataset, or an unfinished one.
+            FileNotFoundError: `path` does not exist.
+            InputError: it is not a dataset, or not a finished one.
             MismatchError: `config` and the shards, or the shards and their manifest, disagree.
-            ConfigError, CorruptDataError, TruncatedDataError, UnsupportedVersionError: as they say.
+            ConfigError: the codec configuration is missing or invalid.
+            CorruptDataError, TruncatedDataError: a file is damaged.
+            UnsupportedVersionError: a file is in a version that this release cannot read.
         """
         name = str(os.fspath(path)).rstrip("/")
         filesystem, inner = fsspec.core.url_to_fs(name)
@@ -230,28 +231,28 @@ class Dataset(Documents):
             given = Codec(load_codec_config(config))
             check_codec(given, dataset.codec, name, "its codec")
         if split not in (None, "train"):
-            raise InputError(f"{name}: a captured dataset has no splits, but split {split!r} was asked for")
+            raise InputError(f"{name}: a captured dataset has no splits, but split {split!r} was requested")
         return dataset
 
     @property
     def shards(self) -> tuple[ShardInfo, ...]:
-        """The files in order."""
+        """Name, counts and size of each file, in order."""
         if self._shards is None:
             self._shards = tuple(file.info() for file in self._files)
         return self._shards
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents."""
+        """Total tokens of all documents."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def num_rows(self) -> int:
-        """Rows of all documents."""
+        """Total rows of all documents."""
         return sum(shard.rows for shard in self.shards)
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(D,) tokens of each document, read from the column of token ids alone, some files at a time.
+        """(D,) int64 tokens per document, read from the token id column only, several files in parallel.
 
         Raises:
             CorruptDataError: a file cannot be read.
@@ -285,21 +286,21 @@ class Dataset(Documents):
         return itertools.chain.from_iterable(self._files)
 
     def blocks(self) -> Iterator[Block]:
-        """All documents in order, some thousand rows at a time: the quickest way to read a dataset.
+        """All documents in order, in blocks of a few thousand rows: the fastest way to read a dataset.
 
-        `Block.decode` decodes the rows of a block with one call; `Block.tensor` gives their bytes to torch without a
-        copy, to be decoded on a device by `codec.decode_torch`.
+        `Block.decode` decodes a block's rows in one call; `Block.tensor` passes their bytes to torch without a copy, to
+        be decoded on a device with `codec.decode_torch`.
 
         Raises (while iterating):
-            CorruptDataError: as indexing.
+            CorruptDataError: as for indexing.
         """
         return itertools.chain.from_iterable(file.blocks() for file in self._files)
 
     def decoded(self) -> Iterator[tuple[Document, SparseLogprobs]]:
-        """All documents in order, each with the rows of its teacher, numpy (R, k): views into those of its block.
+        """All documents in order, each with its decoded teacher rows, numpy (R, k): views into the rows of its block.
 
         Raises (while iterating):
-            CorruptDataError: as indexing and `Codec.decode`.
+            CorruptDataError: as for indexing and `Codec.decode`.
         """
         for block in self.blocks():
             rows = block.decode()
@@ -314,11 +315,11 @@ class Dataset(Documents):
 
 
 def is_captured(path: str | os.PathLike[str]) -> bool:
-    """Whether something that exists is a captured dataset, or one of its shards.
+    """Whether an existing path is a captured dataset or one of its shards.
 
     Raises:
-        InputError: it is the folder of an unfinished capture.
-        CorruptDataError: its manifest is damaged.
+        InputError: the path is the folder of an unfinished capture.
+        CorruptDataError: the manifest is damaged.
     """
     name = str(os.fspath(path)).rstrip("/")
     filesystem, inner = fsspec.core.url_to_fs(name)
@@ -326,15 +327,15 @@ def is_captured(path: str | os.PathLike[str]) -> bool:
 
 
 def _is_shard(name: str) -> bool:
-    """Whether a file has our header; a folder with such files but without a manifest is refused here."""
+    """Whether a file has our header. Raises InputError for a folder of shards without a manifest."""
     filesystem, inner = fsspec.core.url_to_fs(name)
     if not filesystem.isdir(inner):
         return name.endswith(".parquet") and _has_header(name)
     shards = sorted(filesystem.glob(f"{inner}/data-*.parquet"))
     if shards and _has_header(f"{name}/{Path(shards[0]).name}"):
         raise InputError(
-            f"{name}: {len(shards)} shards but no {MANIFEST}: the capture is unfinished; run it again to resume it, "
-            "or open a single shard"
+            f"{name}: {len(shards)} shards but no {MANIFEST}: the capture is unfinished; run it again to resume, or "
+            "open a single shard"
         )
     return False
 
@@ -342,7 +343,7 @@ def _is_shard(name: str) -> bool:
 def _has_header(name: str) -> bool:
     with open_parquet(name) as parquet:
         metadata = parquet.metadata.metadata or {}
-    # One of them may be damaged.
+    # Any of our keys will do, since one of them may be damaged.
     return any(key.startswith(b"distillkit.") for key in metadata)
 
 

@@ -1,6 +1,6 @@
-"""Datasets of single documents → shards of packed rows, the teacher's bytes as they are.
+"""Datasets of single documents → shards of packed rows, with the teacher's bytes unchanged.
 
-Training packs by itself when it loads a dataset; a packed dataset is for those who want the rows on disk.
+Training packs documents itself when it loads a dataset; a packed dataset is only needed to have the rows on disk.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from distillkit.types import Document
 __all__ = ["PackReport", "pack_dataset"]
 
 _WINDOW_BYTES = 1 << 28
-"""Teacher bytes of the documents that are packed together, all of them in memory."""
+"""Maximum teacher bytes of a window of documents, all of which are in memory at once."""
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was packed.
+    """The result of packing a dataset.
 
     Attributes:
-        output: the folder.
-        documents: how many were packed.
-        left_out: documents of one token or none, which have no next token to predict.
-        cut_documents, cut_tokens: those longer than a row, and what was cut off them.
-        rows: packed rows, of which `resumed_rows` were there from an interrupted run.
-        tokens, fill: what the rows hold, and the share of their room.
-        seconds: with the check afterwards.
+        output: the output folder.
+        documents: number of documents packed.
+        left_out: skipped documents: those of fewer than two tokens, which have no next token to predict.
+        cut_documents, cut_tokens: number of documents truncated to a row's length, and tokens cut from them.
+        rows: packed rows, including `resumed_rows` already written by an interrupted run.
+        tokens, fill: tokens in the rows, and the fraction of the rows' capacity that they fill.
+        seconds: time taken, including the check at the end.
     """
 
     output: str
@@ -55,7 +55,7 @@ class PackReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a JSON-able mapping."""
+        """Return the fields as a JSON-serialisable mapping."""
         return asdict(self)
 
 
@@ -71,27 +71,28 @@ def pack_dataset(
 ) -> PackReport:
     """Write packed rows, then read them back and compare every document with the source.
 
-    Documents are packed best-fit decreasing (`distillkit.packing`) within windows of some thousand neighbours, so that
-    they are read once, in order, and few of them are in memory. Shards of an interrupted run are continued.
+    Documents are packed by best-fit decreasing (`distillkit.shards.packing`) within windows of a few thousand
+    neighbours, so that each is read once, in order, and few are in memory at a time. An interrupted run is resumed
+    after its finished shards.
 
-    Where a document of L tokens has L − 1 rows, its last token gets a row all the same, which keeps tokens and rows
-    side by side: the row of the token that was cut, or the document's last row once more. It predicts across a boundary
-    and never counts.
+    Where a document of L tokens has L − 1 rows, its last token is given a row as well, so that tokens and rows stay
+    aligned: the row at which the document was cut, or else a copy of its last row. That row predicts across a document
+    boundary and never counts towards a loss.
 
     Args:
-        source: documents with their teacher's bytes; packed rows among them stay together.
-        folder: for the shards; made if needed.
-        max_len: tokens of a row; longer documents are cut, with their rows.
-        seed: shuffles the documents before they are packed; None keeps them near their neighbours.
-        window: documents packed together at most.
-        shard_tokens: tokens of a shard.
-        progress: called with documents done and in all, each counted twice: written and compared.
+        source: documents with their teacher's bytes; documents that are already packed together stay together.
+        folder: output folder; created if needed.
+        max_len: tokens per row; longer documents are truncated, together with their rows.
+        seed: shuffles the documents before packing; None keeps them near their neighbours.
+        window: maximum number of documents packed together.
+        shard_tokens: tokens per shard.
+        progress: called with the documents done and the total, which count each document twice: written and compared.
 
     Raises:
-        InputError: `max_len` is too small, the codec's rows have no fixed size, nothing is there to pack, or the folder
-            holds a finished dataset.
-        MismatchError: the folder holds shards of something else.
-        CorruptDataError: a document of the source is damaged, or what was written is not what was read.
+        InputError: `max_len` is too small, the codec's rows have no fixed size, there is nothing to pack, or the folder
+            contains a finished dataset.
+        MismatchError: the folder contains shards of another dataset.
+        CorruptDataError: a source document is damaged, or what was written differs from the source when read back.
     """
     started = time.perf_counter()
     if max_len < 2:
@@ -137,8 +138,12 @@ def pack_dataset(
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """Which documents go where: the order they are read in, and for each window its documents and rows (indices among
-    them)."""
+    """Which documents share rows.
+
+    Attributes:
+        order: indices of the documents in reading order.
+        windows: for each window, its documents' indices, and its rows as positions within those indices.
+    """
 
     order: npt.NDArray[np.int64]
     windows: list[tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]]
@@ -162,8 +167,8 @@ class PackingPlan:
 
 
 def join(documents: Sequence[Document], header: Header, source: Dataset, max_len: int) -> Document:
-    """Put documents one behind the other into one, each cut to `max_len` tokens, with a row for each token but perhaps
-    the last one (as the header's alignment says)."""
+    """Concatenate documents into one, each truncated to `max_len` tokens, with a row for every token (except the last,
+    if the header's alignment is "L-1")."""
     ids, rows, masks, segments, labels = [], [], [], [], []
     for document in documents:
         length = min(len(document.input_ids), max_len)
@@ -173,29 +178,29 @@ def join(documents: Sequence[Document], header: Header, source: Dataset, max_len
         masks.append(np.ones(length, bool) if document.loss_mask is None else document.loss_mask[:length])
         segments.append(document.segments(length))
         if document.label_logprobs is not None:
-            # No loss is taken where one document ends and the next begins.
+            # No loss is taken across a document boundary.
             labels.append(np.append(document.label_logprobs[: length - 1], np.float32(-np.inf)))
     tokens = np.concatenate(ids)
     mask = None if all(document.loss_mask is None for document in documents) else np.concatenate(masks)
     lengths = np.concatenate(segments).astype(np.int32)
     count = header.rows_of(len(tokens))
-    # Without those of one document there are none.
+    # Kept only if every document has them.
     known = np.concatenate(labels)[:-1] if len(labels) == len(documents) else None
     return Document("", tokens, np.concatenate(rows)[:count].tobytes(), count, mask, lengths, known)
 
 
 def _same_labels(written: Document, document: Document, start: int, stop: int) -> bool:
-    """Whether the labels' log-probabilities in a packed row are those of its document, where both have any."""
+    """Whether a packed row's label log-probabilities equal those of its document, if both have them."""
     if written.label_logprobs is None or document.label_logprobs is None:
         return written.label_logprobs is None
     return np.array_equal(written.label_logprobs[start : stop - 1], document.label_logprobs[: stop - start - 1])
 
 
 def _compare(source: Dataset, folder: str, plan: PackingPlan, max_len: int, progress: Callable[[int], None]) -> None:
-    """Read the packed rows back and compare tokens, masks and teacher rows with the source's.
+    """Read the packed rows back and compare their tokens, masks and teacher rows with the source.
 
     Raises:
-        CorruptDataError: something differs.
+        CorruptDataError: there is a difference.
     """
     packed: Iterator[Document] = iter(Dataset.open(folder))
     done = 0
@@ -218,14 +223,14 @@ def _compare(source: Dataset, folder: str, plan: PackingPlan, max_len: int, prog
                 )
                 if not same:
                     raise CorruptDataError(
-                        f"{folder}: document {indices[i]} of {source.path} differs when read back: remove the folder "
+                        f"{folder}: document {indices[i]} of {source.path} differs when read back; remove the folder "
                         "and pack again"
                     )
                 start = stop
         done += len(indices)
         progress(done)
     if next(packed, None) is not None:
-        raise CorruptDataError(f"{folder}: there are more rows than were written: remove the folder and pack again")
+        raise CorruptDataError(f"{folder}: contains more rows than were written; remove the folder and pack again")
 
 
 def _mask(document: Document) -> npt.NDArray[np.bool_]:

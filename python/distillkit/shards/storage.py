@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic file writes, local and remote: a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ __all__ = ["TEMPORARY_PREFIX", "Folder", "NewFile", "file_hash", "open_source", 
 TEMPORARY_PREFIX = ".incomplete-"
 
 _WHOLE_AT_ONCE = {"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "hf"}
-"""Storage where a file appears when its upload is complete; elsewhere it is uploaded under another name and moved."""
+"""Protocols under which a file only appears once its upload is complete; otherwise it is uploaded under a temporary
+name and then moved."""
 
 
 class Folder:
-    """A folder, local or at an fsspec URL, in which files are whole or not there.
+    """A folder, local or at an fsspec URL, whose files are written atomically.
 
     Args:
         url: a path, or an fsspec URL such as s3://bucket/captured.
 
     Attributes:
-        url: without a slash at the end.
-        is_local: whether it is on this machine's file system.
+        url: the path or URL without a trailing slash.
+        is_local: whether it is on the local file system.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
@@ -48,20 +49,20 @@ class Folder:
         return self.url
 
     def of(self, name: str) -> str:
-        """The path or URL of a file in it."""
+        """The path or URL of a file in the folder."""
         return f"{self.url}/{name}"
 
     def inner(self, name: str) -> Folder:
-        """A folder in it."""
+        """A subfolder."""
         return Folder(self.of(name))
 
     def make(self) -> None:
-        """Makes it, where storage has folders."""
+        """Creates the folder, if this kind of storage has folders."""
         with writing(self.url):
             self._filesystem.makedirs(self._root, exist_ok=True)
 
     def names(self) -> list[str]:
-        """Names of the files in it, sorted; none if it does not exist."""
+        """Names of the files in the folder, sorted; empty if the folder does not exist."""
         self._filesystem.invalidate_cache()
         try:
             entries = self._filesystem.ls(self._root, detail=True)
@@ -70,7 +71,7 @@ class Folder:
         return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, None if it is not there."""
+        """Size of a file in bytes, or None if it does not exist."""
         self._filesystem.invalidate_cache()
         try:
             return int(self._filesystem.size(self._inner(name)))
@@ -78,44 +79,44 @@ class Folder:
             return None
 
     def read(self, name: str) -> bytes | None:
-        """A file's content, None if it is not there."""
+        """A file's content, or None if it does not exist."""
         try:
             return bytes(self._filesystem.cat_file(self._inner(name)))
         except FileNotFoundError:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a whole file, durably and at once.
+        """Writes a complete file, durably and atomically.
 
         Raises:
-            OSError: it cannot be written; says which, and that finished shards are kept.
+            OSError: the file cannot be written; the message names it and says that finished shards are kept.
         """
         with writing(self.of(name)), self.new_file(name) as file:
             file.stream.write(data)
             file.publish()
 
     def new_file(self, name: str) -> NewFile:
-        """A file that is not there until it is published."""
+        """A file that does not appear in the folder until it is published."""
         return _LocalFile(Path(self._root) / name) if self.is_local else _RemoteFile(self, self._filesystem, name)
 
     def remove(self, name: str) -> None:
-        """Removes a file, if it is there."""
+        """Removes a file, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.rm_file(self._inner(name))
 
     def remove_all(self) -> None:
-        """Removes the folder with all that is in it, if it is there."""
+        """Removes the folder and everything in it, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.rm(self._root, recursive=True)
 
     def remove_leftovers(self, name: str | None = None) -> None:
-        """Removes what processes that were killed left of a file, or of all files."""
+        """Removes the temporary files that killed processes left behind, for one file or for all."""
         for leftover in self.names():
             if leftover.startswith(TEMPORARY_PREFIX + (name or "")):
                 self.remove(leftover)
 
     def free_bytes(self) -> int | None:
-        """Bytes that are free for it; None where that is not known (storage elsewhere)."""
+        """Free disk space in bytes; None if unknown (remote storage)."""
         if not self.is_local:
             return None
         path = Path(self._root)
@@ -128,21 +129,21 @@ class Folder:
 
 
 class NewFile(ABC):
-    """A file being written; leaving its `with` without `publish` throws it away.
+    """A file being written. Leaving its `with` block without calling `publish` discards it.
 
     Attributes:
-        stream: what to write to.
+        stream: the stream to write to.
     """
 
     stream: IO[bytes]
 
     @abstractmethod
     def publish(self) -> None:
-        """Makes it durable and gives it its name."""
+        """Makes the file durable and gives it its final name."""
 
     @abstractmethod
     def abandon(self) -> None:
-        """Removes it, unless it was published."""
+        """Discards the file, unless it was published."""
 
     def __enter__(self) -> NewFile:
         return self
@@ -152,7 +153,7 @@ class NewFile(ABC):
 
 
 class _LocalFile(NewFile):
-    """Written beside its place under a name that no reader looks at, then renamed."""
+    """Written in the same folder under a temporary name that readers ignore, then renamed."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._temporary = path, path.with_name(TEMPORARY_PREFIX + path.name)
@@ -170,14 +171,14 @@ class _LocalFile(NewFile):
             os.close(directory)
 
     def abandon(self) -> None:
-        # What is buffered is thrown away with the file; that it cannot be written either is no news.
+        # The buffered data is discarded along with the file, so failing to flush it does not matter.
         with contextlib.suppress(OSError):
             self.stream.close()
         self._temporary.unlink(missing_ok=True)
 
 
 class _RemoteFile(NewFile):
-    """Written on this machine, then uploaded."""
+    """Written to a local temporary file, then uploaded."""
 
     def __init__(self, folder: Folder, filesystem: Any, name: str) -> None:
         self._folder, self._filesystem, self._name = folder, filesystem, name
@@ -206,19 +207,19 @@ class _RemoteFile(NewFile):
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Says which file could not be written (a full disk, for example), and that finished shards are kept."""
+    """Adds to an OSError, such as a full disk, which file was not written and that finished shards are kept."""
     try:
         yield
     except OSError as error:
         if error.filename == str(path):
             raise
         reason = error.strerror or str(error)
-        message = f"{reason}; the file was not written, finished shards are kept: run the command again to resume"
+        message = f"{reason}; the file was not written, but finished shards are kept: run the command again to resume"
         raise OSError(error.errno, message, str(path)) from error
 
 
 def file_hash(file: IO[bytes]) -> str:
-    """XXH3-128 of a file's content, hexadecimal."""
+    """XXH3-128 of a file's content, in hexadecimal."""
     state = xxhash.xxh3_128()
     while block := file.read(1 << 20):
         state.update(block)
@@ -227,9 +228,9 @@ def file_hash(file: IO[bytes]) -> str:
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Turns what pyarrow raises over damaged files into CorruptDataError.
+    """Turns pyarrow's errors about damaged files into CorruptDataError.
 
-    Errors of the operating system (a missing file, no more open files, a device) have a number and stay what they are.
+    Operating system errors (a missing file, too many open files, a failing device) have an errno and pass through.
     """
     try:
         yield
@@ -242,6 +243,6 @@ def reading(where: str) -> Iterator[None]:
 
 
 def open_source(path: str) -> Any:
-    """A file (a path or an fsspec URL) opened for pyarrow; local ones it reads by itself, without calling Python."""
+    """Opens a file (a path or an fsspec URL) for pyarrow, which reads local files natively, without calling Python."""
     filesystem, inner = fsspec.core.url_to_fs(path)
     return pa.OSFile(inner) if isinstance(filesystem, LocalFileSystem) else filesystem.open(inner, "rb")

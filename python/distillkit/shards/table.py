@@ -38,7 +38,8 @@ __all__ = [
 GROUPS_KEY = b"distillkit.groups"
 
 _HIGHEST_LOGPROB = 1e-4
-"""Log-probabilities are at most 0 but for rounding: a label's is a difference of float32 values of up to some tens."""
+"""Log-probabilities are at most 0 up to rounding; a label's is a difference of float32 values with magnitudes up to a
+few tens."""
 
 SCHEMA = pa.schema(
     [
@@ -54,14 +55,14 @@ SCHEMA = pa.schema(
 
 
 def int32_array(values: Any, name: str) -> npt.NDArray[np.int32]:
-    """Integers as int32.
+    """Converts integers to int32.
 
     Raises:
-        InputError: they are no integers, negative or too large.
+        InputError: the values are not integers, negative or too large, or not one-dimensional.
     """
     array = np.asarray(values)
     if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise InputError(f"{name} must be one axis of integers, got {array.dtype} of shape {array.shape}")
+        raise InputError(f"{name} must be one-dimensional integers, got {array.dtype} of shape {array.shape}")
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < 2**31:
         raise InputError(f"{name} range from {array.min()} to {array.max()}; they must be between 0 and 2³¹ − 1")
     return np.ascontiguousarray(array, dtype=np.int32)
@@ -69,9 +70,9 @@ def int32_array(values: Any, name: str) -> npt.NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class GroupDigest:
-    """What a shard's metadata says of a row group: how many documents, and the XXH3-128 of their checksums in order.
+    """The digest of a row group in a shard's metadata: document count, and XXH3-128 of their checksums in order.
 
-    It ties documents to their places: one that is missing, doubled or moved is noticed, each by itself sound.
+    It detects documents that are individually valid but missing, duplicated or moved.
     """
 
     documents: int
@@ -90,10 +91,10 @@ class GroupDigest:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[bytes, bytes] | None, *, where: str) -> list[GroupDigest]:
-        """The digests of a file's row groups, in order.
+        """Reads the digests of a file's row groups, in order.
 
         Raises:
-            CorruptDataError: there are none, or they were changed.
+            CorruptDataError: they are missing or were modified.
         """
         content = read_hashed_metadata(metadata, GROUPS_KEY, where=where)
         try:
@@ -114,7 +115,7 @@ def _deciding_fields(
     input_ids: npt.NDArray[Any], loss_mask: npt.NDArray[Any] | None, segment_lengths: npt.NDArray[Any] | None
 ) -> Iterator[bytes]:
     yield np.ascontiguousarray(input_ids, dtype="<i4").tobytes()
-    # An absent field and an empty one differ.
+    # The prefix distinguishes an empty field from an absent one.
     yield b"" if loss_mask is None else b"m" + np.ascontiguousarray(loss_mask, dtype=np.uint8).tobytes()
     yield b"" if segment_lengths is None else b"s" + np.ascontiguousarray(segment_lengths, dtype="<i4").tobytes()
 
@@ -133,7 +134,7 @@ def document_id(
 
 
 def checksum(document: Document) -> int:
-    """XXH3-64 over the document's fields, each preceded by its length, as a signed integer."""
+    """XXH3-64 over the document's fields, each preceded by its length, as a signed 64-bit integer."""
     *small, teacher = _fields(document)
     state = xxhash.xxh3_64(b"".join([struct.pack("<Q", len(part)) + part for part in small]))
     state.update(struct.pack("<Q", len(teacher)))
@@ -142,7 +143,7 @@ def checksum(document: Document) -> int:
 
 
 def document_table(documents: Sequence[Document]) -> pa.Table:
-    """One row group of a shard."""
+    """The table of one row group of a shard."""
 
     def lists(values: Sequence[npt.NDArray[Any] | None], kind: pa.DataType) -> pa.Array:
         return pa.array(values, type=pa.list_(kind))
@@ -161,14 +162,14 @@ def document_table(documents: Sequence[Document]) -> pa.Table:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive documents, read and checked together, their teacher's rows in one array without gaps.
+    """Consecutive documents, read and checked together, with their teacher rows in one contiguous array.
 
     Attributes:
-        documents: their `teacher` are views into `rows`.
-        rows: (R, bytes_per_token) uint8, the rows of all of them in order.
-        ends: (D,) int64, where in `rows` the rows of each document end.
+        documents: the documents; their `teacher` fields are views into `rows`.
+        rows: (R, bytes_per_token) uint8, the rows of all documents in order.
+        ends: (D,) int64, the end of each document's rows in `rows`.
         codec: decodes the rows.
-        where: file and documents, for messages.
+        where: file and document numbers, for messages.
     """
 
     documents: tuple[Document, ...]
@@ -178,10 +179,10 @@ class Block:
     where: str
 
     def decode(self) -> SparseLogprobs:
-        """All rows, numpy (R, k) each.
+        """Decodes all rows, to numpy (R, k).
 
         Raises:
-            CorruptDataError: as `Codec.decode`.
+            CorruptDataError: as for `Codec.decode`.
         """
         try:
             return SparseLogprobs(*self.codec.decode(self.rows))
@@ -189,21 +190,24 @@ class Block:
             raise CorruptDataError(f"{self.where}: {error}") from error
 
     def tensor(self) -> torch.Tensor:
-        """`rows` as a torch tensor on the same memory, to be sent to a device and decoded there by `decode_torch`."""
+        """`rows` as a torch tensor, to be moved to a device and decoded there with `decode_torch`.
+
+        Shares the memory of `rows` if that is writeable; otherwise a copy.
+        """
         import torch
 
         return torch.from_numpy(self.rows if self.rows.flags.writeable else self.rows.copy())
 
 
 def make_block(documents: Sequence[Document], data: Any, codec: Codec, where: str, first: int) -> Block:
-    """The block of documents, from number `first` on, whose teacher's bytes lie in `data` one after the other."""
+    """Makes a block of documents, numbered from `first`, whose teacher bytes are contiguous in `data`."""
     ends = np.cumsum([document.num_rows for document in documents], dtype=np.int64)
     rows = codec.document_rows(data, int(ends[-1]) if len(ends) else 0)
     return Block(tuple(documents), rows, ends, codec, f"{where}, documents {first} to {first + len(documents) - 1}")
 
 
 class Documents(ABC):
-    """Some documents, by index and in order."""
+    """A sequence of documents."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -216,31 +220,31 @@ class Documents(ABC):
 
 
 class ShardRows(Documents):
-    """The documents of one row group; each is checked when it is taken.
+    """The documents of one row group, each checked on access.
 
     Args:
-        table: the columns of `SCHEMA` that are there.
-        header, codec: the shard's.
-        where: the shard.
-        first: number of the first document in the shard.
+        table: those columns of `SCHEMA` that exist.
+        header, codec: those of the shard.
+        where: the shard, for messages.
+        first: the shard-wide number of the first document.
 
-    Raises (from indexing, too):
-        CorruptDataError: nulls where there must be none, a checksum that differs, or fields that contradict each other,
-        the header or the codec.
+    Raises (also when indexing):
+        CorruptDataError: nulls in a required column, a wrong checksum, or fields that contradict each other, the header
+            or the codec.
     """
 
     def __init__(self, table: pa.Table, header: Header, codec: Codec, where: str, first: int) -> None:
         self._header, self._codec, self._where, self._first = header, codec, where, first
         arrays = {}
         for name, column in zip(table.column_names, table.columns, strict=True):
-            # Combining chunks copies even a single one.
+            # combine_chunks copies even a single chunk.
             arrays[name] = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
             if not SCHEMA.field(name).nullable and column.null_count:
                 raise CorruptDataError(f"{where}: column {name} has nulls")
         self._doc_ids: list[str] = arrays["doc_id"].to_pylist()
         self._checksums: list[int] = arrays["checksum"].to_pylist()
         self._teacher, self._bounds = _binary(arrays["teacher"])
-        # Readers ignore columns they do not know; files without the optional ones are whole.
+        # Unknown columns are ignored, and optional ones may be absent.
         self._input_ids, self._masks, self._lengths, self._labels = (
             _lists(arrays[name], f"{where}: column {name}") if name in arrays else [None] * len(self)
             for name in ("input_ids", "loss_mask", "segment_lengths", "label_logprobs")
@@ -251,11 +255,11 @@ class ShardRows(Documents):
 
     def __getitem__(self, index: int) -> Document:
         document = self._view(index)
-        # A view would keep the whole group in memory.
+        # A view would keep the entire group in memory.
         return replace(document, teacher=bytes(document.teacher))
 
     def block(self) -> Block:
-        """All of them, without a copy."""
+        """All documents as one block, without a copy."""
         documents = [self._view(index) for index in range(len(self))]
         data = self._teacher[self._bounds[0] : self._bounds[-1]]
         return make_block(documents, data, self._codec, self._where, self._first)
@@ -285,14 +289,14 @@ class ShardRows(Documents):
 
 
 def _binary(array: pa.LargeBinaryArray) -> tuple[memoryview, list[int]]:
-    """The bytes of a column, and where in them its values begin; the end of the last one, too."""
+    """A binary column's data buffer and its value boundaries: the start of each value, and the end of the last."""
     _, offsets, data = array.buffers()
     bounds = np.frombuffer(offsets, dtype="<i8")[array.offset : array.offset + len(array) + 1]
     return memoryview(b"" if data is None else data), bounds.tolist()
 
 
 def _lists(array: pa.ListArray, where: str) -> list[npt.NDArray[Any] | None]:
-    """The lists of a column, without a copy where numbers are stored as numpy stores them; None for null."""
+    """The lists of a column, None for nulls. Not copied if numpy can represent the Arrow buffer directly."""
     if array.null_count == len(array):
         return [None] * len(array)
     bounds = array.offsets.to_numpy().tolist()
@@ -308,10 +312,10 @@ def _lists(array: pa.ListArray, where: str) -> list[npt.NDArray[Any] | None]:
 
 
 def check_document(document: Document, header: Header, codec: Codec, where: str) -> None:
-    """Refuses a document whose parts do not fit together.
+    """Checks that the parts of a document are consistent.
 
     Raises:
-        CorruptDataError: says which part.
+        CorruptDataError: they are not; the message says which part.
     """
     tokens = len(document.input_ids)
     if tokens and not 0 <= int(document.input_ids.min()) <= int(document.input_ids.max()) < header.head_size:

@@ -1,4 +1,4 @@
-"""Checking a dataset: every hash, every checksum, every row."""
+"""Verifies a dataset: every hash, every checksum, every row."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["VerifyReport", "verify_dataset"]
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was checked, and what is wrong.
+    """The result of verifying a dataset.
 
     Attributes:
-        files, documents, tokens, rows: what was found to be sound.
-        problems: one message each, naming file and document.
+        files, documents, tokens, rows: how many are valid.
+        problems: one message per problem, naming the file and the document.
     """
 
     files: int
@@ -39,11 +39,11 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no problems were found."""
         return not self.problems
 
     def __bool__(self) -> NoReturn:
-        # `assert verify_dataset(path)` would hold whatever is wrong.
+        # `assert verify_dataset(path)` would pass whatever the problems.
         raise TypeError("the truth value of a VerifyReport is ambiguous; use .ok")
 
 
@@ -54,14 +54,15 @@ def verify_dataset(
     split: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> VerifyReport:
-    """Reads a whole dataset: the manifest against the files and their hashes, every checksum, every row decoded.
+    """Reads an entire dataset: compares the manifest with the files and their hashes, checks every checksum, and
+    decodes every row.
 
     Args:
-        path, config, split: as `Dataset.open`.
-        progress: called with documents done and documents in all.
+        path, config, split: as for `Dataset.open`.
+        progress: called with the documents done and the total.
 
     Raises:
-        FileNotFoundError, DistillKitError: the dataset cannot be opened at all, as `Dataset.open`.
+        FileNotFoundError, DistillKitError: the dataset cannot be opened at all; as for `Dataset.open`.
 
     Example:
         >>> report = verify_dataset("captured")
@@ -109,7 +110,7 @@ class _Counts:
 
 
 def _problem(file: DocumentFile, problems: list[str], work: Callable[[], _T]) -> _T | None:
-    """What `work` gives; where it fails, its problem is noted, naming the file."""
+    """Returns the result of `work`; if it fails, records the problem, naming the file, and returns None."""
     try:
         return work()
     except DistillKitError as error:
@@ -118,7 +119,7 @@ def _problem(file: DocumentFile, problems: list[str], work: Callable[[], _T]) ->
 
 
 def _documents(file: DocumentFile, problems: list[str]) -> Iterator[Document]:
-    """All sound documents of a file."""
+    """Yields a file's valid documents and records the problems of the others."""
     for group in range(len(file.groups)):
         documents = _problem(file, problems, partial(file.load, group))
         if documents is None:
@@ -130,7 +131,7 @@ def _documents(file: DocumentFile, problems: list[str]) -> Iterator[Document]:
 
 
 def _check_info(file: DocumentFile, info: ShardInfo, counts: _Counts) -> None:
-    """The manifest's figures of a file."""
+    """Compares a file with its counts and hash in the manifest."""
     if (info.documents, info.tokens, info.rows) != (counts.documents, counts.tokens, counts.rows):
         raise MismatchError(
             f"{file.path}: {counts.documents} documents, {counts.tokens} tokens and {counts.rows} rows, but the "

@@ -1,4 +1,4 @@
-"""Writing a dataset: whole shards only, the manifest last."""
+"""Writes a dataset: only complete shards, then the manifest."""
 
 from __future__ import annotations
 
@@ -40,35 +40,35 @@ __all__ = [
 ]
 
 _ROW_GROUP_BYTES = 1 << 20
-"""Teacher bytes of a row group: what random access reads at a time."""
+"""Teacher bytes per row group, the unit that random access reads."""
 _SHARD_NAME = re.compile(r"data-(\d{5,})\.parquet")
 
 
 def shard_name(number: int) -> str:
-    """The file name of a dataset's shard."""
+    """The file name of a dataset's shard, by its number."""
     return f"data-{number:05}.parquet"
 
 
 def whole_shards(folder: str | os.PathLike[str]) -> list[tuple[ShardInfo, Header]]:
-    """The shards that an interrupted run left in a folder (a path or an fsspec URL), in order, each with its header.
+    """The finished shards of an interrupted run in a folder (a path or an fsspec URL), in order, with their headers.
 
     Raises:
-        CorruptDataError: one is damaged, or one is missing between others.
+        CorruptDataError: a shard is damaged, or missing from the sequence.
     """
     place = Folder(folder)
     found = []
     for number, name in enumerate(name for name in place.names() if _SHARD_NAME.fullmatch(name)):
         if name != shard_name(number):
-            raise CorruptDataError(f"{folder}: {shard_name(number)} is missing, but {name} is there")
+            raise CorruptDataError(f"{folder}: {shard_name(number)} is missing, but {name} exists")
         found.append(shard_info(place, name))
     return found
 
 
 def shard_info(folder: Folder, name: str) -> tuple[ShardInfo, Header]:
-    """What a shard holds, with the hash of the file, and its header.
+    """A shard's counts, size and file hash, and its header.
 
     Raises:
-        CorruptDataError: it is damaged.
+        CorruptDataError: the shard is damaged.
     """
     shard = ShardFile(folder.of(name))
     with fsspec.open(folder.of(name), "rb") as file:
@@ -76,18 +76,18 @@ def shard_info(folder: Folder, name: str) -> tuple[ShardInfo, Header]:
 
 
 def encode_rows(codec: Codec, rows: SparseLogprobs) -> tuple[bytes, FidelityStats]:
-    """A document's rows as the codec's bytes, compared with what they decode to.
+    """Encodes a document's rows, and measures the fidelity of the result.
 
     Args:
         rows: numpy (R, k).
 
     Raises:
-        InputError: as `Codec.encode`.
+        InputError: as for `Codec.encode`.
     """
     data = codec.encode_document(rows)
     ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs)
     if (logprobs[:, 1:] > logprobs[:, :-1]).any():
-        # The codec sorts rows that are not; the comparison needs the same order.
+        # The codec sorts rows that are not in descending order; the comparison needs the same order.
         order = np.argsort(-logprobs, axis=-1, kind="stable")
         ids, logprobs = np.take_along_axis(ids, order, -1), np.take_along_axis(logprobs, order, -1)
     original = SparseLogprobs(ids, logprobs)
@@ -97,25 +97,25 @@ def encode_rows(codec: Codec, rows: SparseLogprobs) -> tuple[bytes, FidelityStat
 
 
 class ShardWriter:
-    """Writes documents into the shards of a dataset's folder.
+    """Writes documents to shards in a dataset's folder.
 
-    As a context manager it finishes the dataset on success. On an exception the shard in work is removed, whole
-    shards stay, and there is no manifest: the folder is that of an interrupted capture, which `resume=True` continues.
+    Used as a context manager, it finishes the dataset on success. On an exception, it discards the shard being written,
+    keeps finished shards, and writes no manifest; `resume=True` then resumes from that state.
 
-    Equal documents and settings give equal files: nothing in them depends on the time or the machine.
+    Output is reproducible: the same documents and settings give identical files, whatever the time or machine.
 
     Args:
-        folder: a path or an fsspec URL; made if it does not exist.
-        header: of every shard; its `fidelity` is measured here and must be None.
+        folder: a path or an fsspec URL; created if it does not exist.
+        header: the header of every shard; its `fidelity` must be None, since the writer measures it.
         shard_tokens: a shard is finished once it has at least this many tokens.
-        resume: go on after the whole shards in the folder; without it the folder must have none.
+        resume: continue after the finished shards in the folder; otherwise, there must be none.
 
     Attributes:
-        resumed: the shards that were there.
+        resumed: the finished shards found in the folder.
 
     Raises:
-        InputError: the folder holds shards or a finished dataset already.
-        MismatchError: its shards have another header.
+        InputError: the folder contains shards without `resume`, or a finished dataset.
+        MismatchError: its shards have a different header.
         CorruptDataError: its shards are damaged.
 
     Example:
@@ -155,12 +155,12 @@ class ShardWriter:
 
     def _existing(self, resume: bool) -> tuple[list[ShardInfo], list[Header]]:
         if read_manifest(self._folder.url) is not None:
-            raise InputError(f"{self._folder}: holds a finished dataset; choose another folder or remove it")
+            raise InputError(f"{self._folder}: contains a finished dataset; choose another folder or remove it")
         found = whole_shards(self._folder.url)
         if found and not resume:
             raise InputError(
-                f"{self._folder}: holds {len(found)} shards of an unfinished dataset; resume it, choose another folder "
-                "or remove them"
+                f"{self._folder}: contains {len(found)} shards of an unfinished dataset; resume it, choose another "
+                "folder or remove them"
             )
         for info, header in found:
             self._header.check_same(header, where=self._folder.of(info.file))
@@ -175,20 +175,20 @@ class ShardWriter:
         segment_lengths: npt.NDArray[Any] | None = None,
         label_logprobs: npt.NDArray[Any] | None = None,
     ) -> None:
-        """Adds a document, and finishes the shard where that makes it large enough.
+        """Adds a document, and finishes the shard if it is now large enough.
 
         Args:
             input_ids: (L,) integers.
-            teacher: the distributions of its rows, numpy (R, k), which are encoded and compared with what they decode
-                to; or bytes that the codec has already made, whose fidelity is then not known.
-            loss_mask: (L,) bool, or 0 and 1.
+            teacher: the rows' distributions, numpy (R, k), which are encoded and their fidelity measured; or bytes
+                already encoded by the codec, whose fidelity is then unknown.
+            loss_mask: (L,) bool, or integers 0 and 1.
             segment_lengths: (S,) integers, lengths of packed documents.
             label_logprobs: (L − 1,) the teacher's log-probability of each next token.
 
         Raises:
-            InputError: wrong values or shapes, or a number of rows that the header's alignment does not give.
-            OSError: the file cannot be written (a full disk, for example); whole shards stay, and this writer writes
-                no more.
+            InputError: wrong values or shapes, or a number of rows that contradicts the header's alignment.
+            OSError: the file cannot be written (a full disk, for example). Finished shards are kept, but this writer
+                can no longer be used.
         """
         self._check_usable()
         stats: FidelityStats | None = None
@@ -214,10 +214,10 @@ class ShardWriter:
             self.finish_shard()
 
     def finish_shard(self) -> None:
-        """Makes what was written so far a whole shard; nothing if there is none.
+        """Finishes the shard being written, if there is one.
 
         Raises:
-            InputError, OSError: as `write`.
+            InputError, OSError: as for `write`.
         """
         self._check_usable()
         if self._open is None:
@@ -234,7 +234,7 @@ class ShardWriter:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Where something cannot be written, documents are lost: nothing may be built on what is left."""
+        """Disables the writer if the block fails: documents were lost, so nothing may be written after them."""
         try:
             yield
         except BaseException:
@@ -243,10 +243,10 @@ class ShardWriter:
             raise
 
     def close(self) -> Manifest:
-        """Finishes the last shard and writes the manifest; closing again changes nothing.
+        """Finishes the last shard and writes the manifest. Further calls have no effect.
 
         Raises:
-            InputError: no document was written.
+            InputError: no documents were written.
         """
         if self._manifest is not None:
             return self._manifest
@@ -260,7 +260,7 @@ class ShardWriter:
         return manifest
 
     def abort(self) -> None:
-        """Removes the shard in work."""
+        """Discards the shard being written."""
         if self._open is not None:
             self._open.abort()
             self._open = None
@@ -296,10 +296,10 @@ def make_document(
     segment_lengths: npt.NDArray[Any] | None = None,
     label_logprobs: npt.NDArray[Any] | None = None,
 ) -> Document:
-    """A document for a shard with this header and its codec; see `ShardWriter.write`.
+    """Makes a document for a shard with this header and codec; see `ShardWriter.write`.
 
     Raises:
-        InputError: wrong values or shapes, or a number of rows that the header's alignment does not give.
+        InputError: wrong values or shapes, or a number of rows that contradicts the header's alignment.
     """
     ids = int32_array(input_ids, "input_ids")
     lengths = None if segment_lengths is None else int32_array(segment_lengths, "segment_lengths")
@@ -324,18 +324,18 @@ def _mask(loss_mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
 
 
 class NewShard:
-    """A shard being written: nothing is there until it is finished.
+    """A shard being written. The file does not appear until it is finished.
 
     Args:
-        folder: where.
-        name: the file's.
-        kept: columns of the source that documents bring besides.
+        folder: the dataset's folder.
+        name: the file name.
+        kept: additional columns, kept from the source.
 
     Attributes:
-        documents, tokens, rows: what it has so far.
+        documents, tokens, rows: counts so far.
 
     Raises:
-        OSError: it cannot be written; says which file, and that finished shards are kept.
+        OSError: the file cannot be written; the message names it and says that finished shards are kept.
     """
 
     def __init__(self, folder: Folder, name: str, kept: pa.Schema | None = None) -> None:
@@ -346,7 +346,7 @@ class NewShard:
         self._writer = pq.ParquetWriter(
             self._file.stream,
             pa.schema([*SCHEMA, *self._kept]),
-            # Packed bytes do not compress; ids, masks and what the source brings do.
+            # Packed bytes do not compress; ids, masks and kept columns do.
             compression=dict.fromkeys(_leaves(pa.schema([*SCHEMA, *self._kept])), "zstd")
             | {"teacher": "none", "checksum": "none"},
             use_dictionary=False,
@@ -361,10 +361,10 @@ class NewShard:
         self.documents = self.tokens = self.rows = 0
 
     def add(self, document: Document, stats: FidelityStats | None, columns: Mapping[str, Any] | None = None) -> None:
-        """Adds a document, with its fidelity (None if it is not known) and the kept columns of its source's row.
+        """Adds a document, with its fidelity (None if unknown) and the kept columns of its source's row.
 
         Raises:
-            InputError: a kept column has a value of another type.
+            InputError: a kept column has a value of the wrong type.
         """
         if stats is None:
             self._stats = None
@@ -380,7 +380,7 @@ class NewShard:
             self._write_row_group()
 
     def fidelity(self) -> dict[str, Any] | None:
-        """Figures over its documents, None if those of one are not known."""
+        """Fidelity over all its documents; None if that of any is unknown."""
         return None if self._stats is None else self._stats.to_dict()
 
     def _write_row_group(self) -> None:
@@ -395,7 +395,7 @@ class NewShard:
         self._pending, self._columns, self._pending_bytes = [], [], 0
 
     def finish(self, header: Header) -> ShardInfo:
-        """Writes the rest, durably, and gives it its name."""
+        """Writes the remaining documents and metadata, and publishes the file."""
         self._write_row_group()
         with writing(self._place):
             self._writer.add_key_value_metadata({**header.to_metadata(), **GroupDigest.to_metadata(self._groups)})
@@ -407,29 +407,27 @@ class NewShard:
         return ShardInfo(self._name, self.documents, self.tokens, self.rows, size, digest)
 
     def abort(self) -> None:
-        """Throws it away."""
-        # What is buffered is thrown away with the file; that it cannot be written either is no news.
+        """Discards the shard."""
+        # The buffered data is discarded along with the file, so failing to flush it does not matter.
         with contextlib.suppress(OSError, ValueError):
             self._writer.close()
         self._file.abandon()
 
 
 def kept_array(values: list[Any], field: pa.Field) -> pa.Array:
-    """Values of a kept column.
+    """The values of a kept column as an Arrow array.
 
     Raises:
-        InputError: one is of another type than the column.
+        InputError: a value does not have the column's type.
     """
     try:
         return pa.array(values, type=field.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"the source's column {field.name}, which is to be kept, has the type {field.type}: {error}"
-        ) from error
+        raise InputError(f"cannot keep the source's column {field.name} as type {field.type}: {error}") from error
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
-    """The paths by which Parquet calls the leaves of a schema."""
+    """The paths of a schema's leaf columns in Parquet."""
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, schema) as writer:
         writer.write_table(schema.empty_table())

@@ -24,7 +24,7 @@ from distillkit.types import SparseLogprobs
 from support import reference
 from support.cli import run, run_here
 from support.golden import CASES, HALF_ULP, golden, published_tolerance
-from support.refusals import names, refused
+from support.refusals import check_names, refused
 from support.shards import CODEC, HEADER, VOCAB
 
 
@@ -132,7 +132,7 @@ def test_a_row_of_the_table(tmp_path: Path) -> None:
     assert (delta.optimum, delta.least_squares) == (None, None)
     skipped = compare("wide", codec_of(k=200, exact_k=200).config, sample)
     assert skipped.skipped
-    names(skipped.note, "200", "128")
+    check_names(skipped.note, "200", "128")
     rows = [row, delta, skipped]
     lines = fidelity_markdown(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1
@@ -159,7 +159,7 @@ def test_samples_of_files_and_datasets(tmp_path: Path) -> None:
     captured = load_sample(tmp_path / "captured")
     assert (len(captured), captured.k, captured.vocab_size) == (9, CODEC.k, VOCAB)
     assert captured.caution, "its rows were rounded before: fidelity on them looks better than it is"
-    names(captured.about, "a teacher", "captured")
+    check_names(captured.about, "a teacher", "captured")
 
 
 def test_ids_are_made_to_fit_a_small_vocabulary() -> None:
@@ -192,4 +192,4 @@ def test_bench_shows_both_tables(tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     without_torch = run("bench", PYTHONPATH=path)
     assert without_torch.returncode == 1
-    names(without_torch.stderr, "torch", "distillkit[capture]")
+    check_names(without_torch.stderr, "torch", "distillkit[capture]")

@@ -22,7 +22,7 @@ from distillkit.shards import Dataset, ShardWriter
 from distillkit.shards.header import alignment
 from distillkit.types import SparseLogprobs
 from support.cli import run, run_here
-from support.refusals import names
+from support.refusals import check_names
 from support.shards import CODEC, HEADER, VOCAB
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -105,7 +105,7 @@ def test_another_codec_of_the_same_width_is_noticed(changed: dict[str, Any], tmp
     shutil.copy(source / "data_0.parquet", tmp_path)
     result = run_here("inspect", tmp_path, "--config", tmp_path / "wrong.yaml")
     assert result.returncode == 1
-    names(result.stderr, "1.1")
+    check_names(result.stderr, "1.1")
 
 
 def test_a_value_that_is_no_number_is_located(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_value_that_is_no_number_is_located(tmp_path: Path) -> None:
     pq.write_table(changed, tmp_path / "data_0.parquet")
     result = run_here("inspect", tmp_path)
     assert result.returncode == 1
-    names(result.stderr, f"{tmp_path}: document", "row 3", "NaN", "rank 0")
+    check_names(result.stderr, f"{tmp_path}: document", "row 3", "NaN", "rank 0")
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -143,7 +143,7 @@ def test_packed_documents_are_judged_by_themselves(tmp_path: Path) -> None:
 
 def test_a_sample_says_so(dataset: Path) -> None:
     result = run_here("inspect", dataset, "--sample", "3")
-    names(result.stdout, "3 documents")
+    check_names(result.stdout, "3 documents")
     assert json.loads(run_here("inspect", dataset, "--sample", "3", "--json").stdout)["documents_read"] == 3
 
 
@@ -151,7 +151,7 @@ def test_published_datasets_need_their_codec(tmp_path: Path) -> None:
     shutil.copy(GOLDEN / "upstream_legacy" / "data_0.parquet", tmp_path)
     refused = run_here("inspect", tmp_path)
     assert refused.returncode == 1
-    names(refused.stderr, str(tmp_path), "compression_config.yaml")
+    check_names(refused.stderr, str(tmp_path), "compression_config.yaml")
     found = run_here("inspect", tmp_path, "--config", GOLDEN / "upstream_legacy" / "compression_config.yaml", "--json")
     assert json.loads(found.stdout)["fidelity"] is None
     assert run_here("inspect", GOLDEN / "upstream_v1").returncode == 0
@@ -179,7 +179,7 @@ for command in {[[*map(str, command)] for command in commands]!r}:
 def test_verify_names_file_and_document(dataset: Path, tmp_path: Path) -> None:
     sound = run_here("verify", dataset)
     assert sound.returncode == 0, sound.stderr
-    names(sound.stdout, "3 files", "8 documents", "320 tokens", "312 rows")
+    check_names(sound.stdout, "3 files", "8 documents", "320 tokens", "312 rows")
     copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
     damaged = copy / "data-00001.parquet"
     data = bytearray(damaged.read_bytes())
@@ -187,7 +187,7 @@ def test_verify_names_file_and_document(dataset: Path, tmp_path: Path) -> None:
     damaged.write_bytes(data)
     result = run_here("verify", copy)
     assert result.returncode == 1
-    names(result.stderr, "1 file", "data-00001.parquet")
+    check_names(result.stderr, "1 file", "data-00001.parquet")
     assert json.loads(run_here("verify", dataset, "--json").stdout)["ok"] is True
 
 
@@ -196,7 +196,7 @@ def test_convert_then_inspect(tmp_path: Path) -> None:
         "convert", GOLDEN / "upstream_v1", tmp_path / "shards", "--shard-tokens", "600", "--teacher", "org/model"
     )
     assert result.returncode == 0, result.stderr
-    names(result.stdout, "8 documents", "1,280 tokens", "2 shards")
+    check_names(result.stdout, "8 documents", "1,280 tokens", "2 shards")
     found: dict[str, Any] = json.loads(run_here("inspect", tmp_path / "shards", "--json").stdout)
     before: dict[str, Any] = json.loads(run_here("inspect", GOLDEN / "upstream_v1", "--json").stdout)
     assert found["teacher"]["name"] == "org/model"
@@ -209,7 +209,7 @@ def test_a_missing_package_is_named(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(refusal)
     result = run("inspect", dataset, "--teacher", "org/model", PYTHONPATH=str(tmp_path))
     assert result.returncode == 1
-    names(result.stderr, "torch", "distillkit[capture]")
+    check_names(result.stderr, "torch", "distillkit[capture]")
     assert "Traceback" not in result.stderr
 
 

@@ -16,7 +16,7 @@ from distillkit.codec import Codec, DistributionQuantizationConfig, LegacyLogitC
 from distillkit.errors import ConfigError, CorruptDataError, InputError, TruncatedDataError, UnsupportedVersionError
 from support import reference
 from support.golden import CASES, golden, published_tolerance
-from support.refusals import names, refused
+from support.refusals import check_names, refused
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -284,7 +284,7 @@ def test_a_coarse_config_warns() -> None:
         d=1000, k=64, exact_k=4, polynomial_terms=[0, 1, 2], term_dtype="float16", residual_bins=[]
     )
     (warning,) = Codec(config).warnings
-    names(warning, "term_dtype", "normalize_t")
+    check_names(warning, "term_dtype", "normalize_t")
     assert Codec(preset("recommended", vocab_size=49_152)).warnings == []
 
 

@@ -20,7 +20,7 @@ from distillkit.reports.inspection import inspect_dataset, recompute_fidelity
 from distillkit.reports.inspection_plots import plot_inspection
 from distillkit.shards import Dataset, Header, ShardWriter
 from distillkit.types import SparseLogprobs
-from support.refusals import names, refused
+from support.refusals import check_names, refused
 from support.shards import CODEC, HEADER, VOCAB, make_documents, write
 from support.training import random_documents, save_student, teacher_rows
 
@@ -215,6 +215,6 @@ def test_rows_that_do_not_fit_the_teacher_are_counted(
 
     some = recompute_fidelity(with_wrong_ids("some", 4), str(teacher), sample=99)
     assert 0 < some.rows < source.num_rows
-    names(caplog.text, f"{source.num_rows - some.rows} of {source.num_rows} rows")
+    check_names(caplog.text, f"{source.num_rows - some.rows} of {source.num_rows} rows")
     with refused(MismatchError, str(teacher), f"{source.num_rows} of {source.num_rows} rows"):
         recompute_fidelity(with_wrong_ids("all", 1), str(teacher), sample=99)

@@ -20,7 +20,7 @@ from distillkit.training.attach import DistillationInputs, attach_losses
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.student import attention_implementation, freeze, load_student, widen_embeddings
 from distillkit.types import SparseLogprobs
-from support.refusals import names, refused
+from support.refusals import check_names, refused
 from support.training import VOCABULARY, run_config, save_student, teacher_rows, tiny_model
 
 
@@ -76,7 +76,7 @@ def test_flash_attention_is_never_replaced_in_silence(student: str, caplog: pyte
     with caplog.at_level(logging.INFO, logger="distillkit"):
         assert load_student(config(student), VOCABULARY).config._attn_implementation == "sdpa"
     (said,) = (record.message for record in caplog.records if "FlashAttention" in record.message)
-    names(said, "CUDA", "sdpa")
+    check_names(said, "CUDA", "sdpa")
     caplog.clear()
     assert attention_implementation(config(student, use_flash_attention=False)) == "sdpa"
     assert attention_implementation(config(student, model_kwargs={"attn_implementation": "eager"})) is None

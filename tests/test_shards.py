@@ -30,7 +30,7 @@ from distillkit.shards import Dataset, Header, ShardWriter, read_manifest, verif
 from distillkit.shards.storage import Folder
 from distillkit.types import SparseLogprobs
 from support import reference
-from support.refusals import names, refused
+from support.refusals import check_names, refused
 from support.shards import CODEC, HEADER, VOCAB, Written, files, make_documents, write
 
 
@@ -531,7 +531,7 @@ def test_verify_holds_the_manifest_against_the_files(folder: Path, change: dict[
     replace(manifest, shards=(replace(manifest.shards[0], **change), *manifest.shards[1:])).write(Folder(folder))
     Dataset.open(folder)
     (problem,) = verify_dataset(folder).problems
-    names(problem, "data-00000.parquet", *map(str, change.values()))
+    check_names(problem, "data-00000.parquet", *map(str, change.values()))
 
 
 def test_a_report_is_not_taken_for_its_verdict(written: tuple[Path, Written]) -> None:

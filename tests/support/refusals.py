@@ -11,16 +11,16 @@ import pytest
 
 @contextmanager
 def refused(error: type[BaseException], *facts: str) -> Iterator[None]:
-    """What is done here is refused with this kind of error, and its message has these facts (see `names`)."""
+    """What is done here is refused with this kind of error, and its message has these facts (see `check_names`)."""
     try:
         yield
     except error as caught:
-        names(str(caught), *facts)
+        check_names(str(caught), *facts)
     else:
         pytest.fail(f"not refused: nothing named {', '.join(facts)}")
 
 
-def names(message: str, *facts: str) -> None:
+def check_names(message: str, *facts: str) -> None:
     """A message has each of these facts as words of their own: dotted paths, numbers, names, files, options."""
     missing = [fact for fact in facts if not re.search(rf"(?<!\w){re.escape(fact)}(?!\w)", message)]
     assert not missing, f"{message!r} does not name {missing}"

@@ -1,4 +1,4 @@
-"""Capture: a teacher and text in, a dataset of its compressed next-token distributions out."""
+"""Capture: runs a teacher over text and stores its compressed next-token distributions as a dataset."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def capture(
 ) -> CaptureReport:
     """Run a transformers model over a dataset and write its next-token distributions as compressed shards.
 
-    An interrupted capture that is started again with the same arguments goes on after its last whole shard, and ends
-    with the bytes that one run would have written; one that is finished is left as it is.
+    Called again with the same arguments, an interrupted capture resumes after its last complete shard, and the result
+    has the same bytes as an uninterrupted run; a finished capture is left as it is.
 
     Args:
-        model: the teacher: a folder or a hub id.
+        model: folder or hub id of the teacher.
         dataset: a `.jsonl`, `.json`, `.txt` or `.parquet` file, a folder of them, a `save_to_disk` folder or a hub id.
-        output: the folder for the captured dataset.
+        output: folder for the captured dataset.
         preset: name of a codec configuration; "recommended" if neither this nor `compression_config` is given.
         compression_config: a codec configuration: YAML file, mapping or config object.
         progress: show a progress bar on stderr.
-        **options: the other fields of `CaptureSettings`; those of an engine flat or in its part.
+        **options: the other fields of `CaptureSettings`; engine settings either nested or flat.
 
     Returns:
-        What was made.
+        What was captured.
 
     Raises:
-        ConfigError: a setting is unknown or not allowed, or names something that is not there.
-        InputError: a row of the dataset is not understood.
-        MismatchError: the codec is for another vocabulary, or the output folder holds a capture with other settings.
-        CaptureError: the teacher gave something that can't be stored.
+        ConfigError: a setting is unknown or not allowed, or refers to something that does not exist.
+        InputError: a row of the dataset has an unknown format.
+        MismatchError: the codec is for another vocabulary, or the output folder contains a capture with other settings.
+        CaptureError: the teacher failed, or its output cannot be stored.
     """
     from distillkit.capture.run import run_capture
 

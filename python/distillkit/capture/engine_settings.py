@@ -1,4 +1,4 @@
-"""The settings that only some engines have, and their two spellings: in the engine's part, or flat."""
+"""The settings that only some engines have, and their two spellings: nested in the engine's section, or flat."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _LocalEngineSettings(_EngineSettings):
     batch_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Tokens of one forward pass, padding included; by default 4096 with hf, and as many as fit in "
+        description="Tokens per forward pass, padding included; by default 4096 with hf, and as many as fit in "
         "memory with vllm.",
     )
 
@@ -43,18 +43,18 @@ class HFSettings(_LocalEngineSettings):
     )
     head_dtype: Literal["float32", "auto"] = Field(
         default="float32",
-        description="Data type of the product with the language-model head: float32 is exact, auto is the model's own, "
+        description="Data type of the product with the language-model head: float32 is exact; auto is the model's own, "
         "faster and less exact.",
     )
     head_rows: int = Field(
         default=512,
         ge=1,
-        description="Positions whose logits are in memory at a time; each takes 4 bytes × vocabulary size.",
+        description="Number of positions whose logits are in memory at once; each takes 4 bytes × vocabulary size.",
     )
 
     @property
     def forward_tokens(self) -> int:
-        """Tokens of one forward pass, padding included."""
+        """Tokens per forward pass, padding included."""
         return self.batch_tokens or DEFAULT_BATCH_TOKENS
 
 
@@ -67,16 +67,16 @@ class VLLMSettings(_LocalEngineSettings):
     tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that each layer is split across.")
     pipeline_parallel_size: int = Field(default=1, ge=1, description="Pipeline stages that the layers are split into.")
     enable_expert_parallel: bool = Field(
-        default=False, description="Distribute whole experts over the GPUs instead of a slice of every expert."
+        default=False, description="Distribute complete experts over the GPUs instead of a slice of every expert."
     )
     quantization: str | None = Field(
-        default=None, description="vLLM's name of the quantization method; by default what the checkpoint says."
+        default=None, description="vLLM's name of the quantization method; by default the checkpoint's own."
     )
     gpu_memory_utilization: float = Field(
         default=0.9,
         gt=0,
         lt=1,
-        description="Fraction of a GPU's memory for vLLM; the log-probabilities of a batch need some of the rest.",
+        description="Fraction of each GPU's memory for vLLM; the log-probabilities of a batch must fit in the rest.",
     )
 
 
@@ -93,32 +93,33 @@ class OpenAISettings(_EngineSettings):
     )
     concurrency: int = Field(default=16, ge=1, description="Maximum number of concurrent requests.")
     max_retries: int = Field(default=8, ge=0, description="How often a failed request is retried, with growing pauses.")
-    request_timeout: float = Field(default=600.0, gt=0, description="Seconds after which a request has failed.")
+    request_timeout: float = Field(default=600.0, gt=0, description="Seconds after which a request counts as failed.")
 
 
 ENGINES: dict[str, type[_EngineSettings]] = {"hf": HFSettings, "vllm": VLLMSettings, "openai": OpenAISettings}
 
 
 def engines_with(name: str) -> tuple[str, ...]:
-    """Return the engines that have a setting; none of them if all captures have it, or it does not exist."""
+    """Return the engines that have a setting; empty for settings that all captures share, and for unknown ones."""
     return tuple(engine for engine, part in ENGINES.items() if name in part.model_fields)
 
 
 def nest_settings(
     settings: Mapping[Any, Any], engine: object, place: str = ""
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Put settings that only some engines have into their engine's part.
+    """Move flat engine settings into their engine's section.
 
     Args:
         settings: flat, nested or both.
-        engine: which of several parts a flat setting belongs to; the first that has it, if this one has not.
-        place: what a file has before the names of these settings: `captures.0.`, say.
+        engine: the chosen engine, which gets a flat setting that several engines have; a setting that it does not have
+            goes to the first engine that does.
+        place: prefix of these settings in the file, such as `captures.0.`.
 
     Returns:
-        The nested settings; and by dotted path how each was written, for messages.
+        The nested settings, and a map from each dotted path to how it was written, for messages.
 
     Raises:
-        ConfigError: a setting is given in both ways.
+        ConfigError: a setting is given both flat and nested.
     """
     nested, written, twice = dict[str, Any](), dict[str, str](), []
     for name, value in settings.items():
@@ -135,7 +136,7 @@ def nest_settings(
         if not isinstance(content, dict):
             continue
         if name in content:
-            twice.append(Problem(f"{place}{name}", f"is given as {place}{part}.{name} as well; give one of the two"))
+            twice.append(Problem(f"{place}{name}", f"is also set as {place}{part}.{name}; set only one"))
         content[name], written[f"{part}.{name}"] = value, f"{place}{name}"
     if twice:
         raise InvalidSettingsError(twice)

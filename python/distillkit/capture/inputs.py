@@ -1,4 +1,4 @@
-"""What a capture starts from, loaded without the teacher's weights: settings, tokenizer, head size, plan, header."""
+"""What a capture needs before the teacher's weights are loaded: settings, tokenizer, head size, plan, header."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CaptureInputs:
-    """What a capture starts from, loaded without the teacher's weights."""
+    """What a capture needs before the teacher's weights are loaded."""
 
     settings: CaptureSettings
     tokenizer: Any
@@ -44,7 +44,7 @@ class CaptureInputs:
         """Load the teacher's config and the tokenizer.
 
         Raises:
-            ConfigError: one is not there, or the settings do not fit the teacher.
+            ConfigError: one of them cannot be loaded, or the settings do not fit the teacher.
         """
         trust = settings.trust_remote_code
         config = load_config(settings.config_source, trust_remote_code=trust)
@@ -83,7 +83,7 @@ class CaptureInputs:
         """Make the header of the shards, without the teacher.
 
         Raises:
-            MismatchError: the tokenizer knows ids that the teacher has no logits for; or see `CaptureSettings.codec`.
+            MismatchError: the tokenizer has ids that the teacher has no logits for; or see `CaptureSettings.codec`.
         """
         known = vocab_size(self.tokenizer)
         name = self.settings.tokenizer or self.settings.model
@@ -109,9 +109,9 @@ class CaptureInputs:
         """The plan in the folder, or a new one.
 
         Raises:
-            MismatchError: the folder holds a capture with other settings, or the text has changed since.
+            MismatchError: the folder contains a capture with other settings, or the text has changed since.
             CaptureError: there is nothing to capture.
-            OSError: it cannot be written.
+            OSError: the plan cannot be written.
         """
         source = self.source()
         header, content = self.header(source), source.fingerprint
@@ -150,10 +150,10 @@ class CaptureInputs:
         return make_teacher(self.settings)
 
     def complete_header(self, plan: ShardPlan, teacher: Teacher, done: Mapping[int, ShardReceipt]) -> Header:
-        """The plan's header with its teacher.
+        """The plan's header, completed with the teacher.
 
         Raises:
-            MismatchError: the teacher is another than that of shards which are done.
+            MismatchError: completed shards were captured from another teacher.
         """
         if teacher.head_size != self.head_size:
             raise MismatchError(
@@ -166,13 +166,13 @@ class CaptureInputs:
         return header
 
     def check_finished(self, finished: Manifest, folder: Folder) -> None:
-        """Refuse a finished dataset that these inputs would not have made; the teacher's weights are not looked at.
+        """Refuse a finished dataset that was captured from other inputs; the teacher's weights are not compared.
 
         Raises:
             MismatchError: names the setting and both values.
         """
         stored = finished.header.teacher or {}
-        # A server tells no dtype, and may have another name for the model.
+        # A server does not report a dtype, and may have another name for the model.
         known = {} if self.settings.engine == "openai" else {"name": _public_name(self.settings.model)}
         if "dtype" in stored:
             known["dtype"] = self.dtype
@@ -183,7 +183,7 @@ class CaptureInputs:
 
 
 def document_reader(settings: CaptureSettings, source: Source, tokenizer: Any, *, id_limit: int) -> DocumentReader:
-    """Make the reader that a capture's settings ask for."""
+    """Make the document reader for a capture's settings."""
     return DocumentReader(
         source,
         tokenizer,
@@ -216,7 +216,7 @@ def _explain_mismatch(folder: Folder) -> Iterator[None]:
 
 
 def _public_name(path: str) -> str:
-    """Return a hub id as it is, and of a local folder its name only: headers travel with published datasets."""
+    """Return a hub id unchanged, and only the name of a local folder: headers are published with datasets."""
     return Path(path).resolve().name if Path(path).exists() else path
 
 
@@ -225,16 +225,16 @@ def _passed_over(counts: Mapping[str, int]) -> str:
 
 
 def stored_bytes_per_token(codec: Codec, settings: CaptureSettings) -> int:
-    """Bytes on disk of a token: its row, its id and its label's log-probability."""
-    # Ids take up to 4 bytes, all the rest of a document some tens: less than a row in a hundred.
+    """Bytes on disk per token: its row, its id and its label's log-probability."""
+    # Ids take up to 4 bytes. Everything else adds some tens of bytes per document: less than 1% of its rows.
     return codec.bytes_per_token + 4 + (4 if settings.label_logprobs else 0)
 
 
 def check_disk_space(plan: ShardPlan, codec: Codec, settings: CaptureSettings, numbers: Sequence[int]) -> None:
-    """Refuse to begin what the disk can't hold.
+    """Refuse to start a capture that does not fit on the disk.
 
     Raises:
-        CaptureError: says how much is needed and free.
+        CaptureError: says how much is needed and how much is free.
     """
     free = plan.folder.free_bytes()
     tokens = sum(plan.shards[number].tokens for number in numbers)

@@ -1,7 +1,7 @@
-"""Teacher → encoder → shards: the teacher goes on while a thread encodes and writes what it has given.
+"""Teacher → encoder → shards: a thread encodes and writes distributions while the teacher computes the next ones.
 
-The queue between them is bounded in bytes, so memory is, however slow the disk is; an error of either side stops both.
-A shard's bytes depend on its own documents and the settings alone.
+The queue between them is bounded in bytes, which bounds memory however slow the disk is; an error on either side stops
+both. A shard's bytes depend only on its own documents and the settings.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _QUEUE_BYTES = 256_000_000
 BYTES_A_VALUE = 12
-"""An int64 id and a float32 log-probability."""
+"""Bytes per queued value: an int64 id and a float32 log-probability."""
 
 
 @dataclass
@@ -40,10 +40,10 @@ class StageTimes:
     """Where a run's time went, in seconds.
 
     Attributes:
-        tokens: that the teacher scored.
+        tokens: number of tokens that the teacher scored (not a time).
         teacher: time waiting for the teacher.
         blocked: time the teacher waited for room in the queue.
-        encode, write: the encoder thread's work.
+        encode, write: time the encoder thread spent encoding and writing.
         wall: from the first document to the last shard.
     """
 
@@ -65,20 +65,20 @@ def capture_shards(
     skip_bad: int = 0,
     progress: CaptureProgress | None = None,
 ) -> StageTimes:
-    """Score and write some shards of a plan, each with a receipt when it is whole.
+    """Score and write some shards of a plan, adding a receipt for each completed shard.
 
     Args:
         teacher: scores the documents.
-        plan: says which they are.
-        header: of the shards.
+        plan: decides which documents are in which shard.
+        header: header of the shards.
         numbers: which shards.
-        request: what is kept of the teacher's distributions.
-        skip_bad: how many documents may be left out because the teacher gives no distributions for them.
-        progress: told of each document.
+        request: what to keep of the teacher's distributions.
+        skip_bad: how many documents may be skipped because their distributions cannot be computed or stored.
+        progress: updated after each document.
 
     Raises:
-        CaptureError: the teacher cannot go on, or refuses more than `skip_bad` documents.
-        OSError: a shard cannot be written; the ones before it stay.
+        CaptureError: the teacher cannot continue, or more than `skip_bad` documents would be skipped.
+        OSError: a shard cannot be written; earlier shards are kept.
     """
     times = StageTimes()
     started = time.perf_counter()
@@ -107,12 +107,12 @@ def capture_shards(
 
 
 def queue_bytes(longest: int, k: int) -> int:
-    """Bytes of distributions that wait for the encoder, at most, of documents of at most `longest` tokens."""
+    """Maximum bytes of distributions waiting for the encoder, for documents of at most `longest` tokens."""
     return _queue_room(longest, k) * longest * k * BYTES_A_VALUE
 
 
 def _queue_room(longest: float, k: int) -> int:
-    """How many documents may wait: so many that their rows take at most `_QUEUE_BYTES`, and at least two."""
+    """How many documents may wait: as many as have rows of at most `_QUEUE_BYTES` in total, but at least two."""
     return max(2, min(4096, int(_QUEUE_BYTES / (longest * k * BYTES_A_VALUE))))
 
 
@@ -123,22 +123,22 @@ def _room(plan: ShardPlan, k: int) -> int:
 
 @dataclass
 class _OpenShard:
-    """A shard that documents are arriving for."""
+    """A shard that is being written."""
 
     number: int
     documents: Sequence[TokenDocument]
     file: NewShard
     summary: ShardSummary = field(default_factory=ShardSummary)
     skipped: dict[int, tuple[str, str]] = field(default_factory=dict)
-    # What waits for the documents before it: encoded, or None for one that was left out.
+    # Documents waiting for those before them: encoded, or None if skipped.
     waiting: dict[int, tuple[Document, FidelityStats] | None] = field(default_factory=dict)
     written: int = 0
 
 
 class _Encoder:
-    """A thread that encodes what it is given, and writes it in the documents' order.
+    """A thread that encodes results and writes them in the documents' order.
 
-    Its errors reach whoever next calls it; leaving its `with` on an error throws the open shard away.
+    Its errors are raised by the next call; leaving the `with` block on an error discards the open shard.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class _Encoder:
 
     @property
     def waiting(self) -> int:
-        """How many results wait."""
+        """Number of results in the queue."""
         return self._queue.qsize()
 
     def begin(self, number: int, documents: Sequence[TokenDocument]) -> None:
@@ -173,7 +173,7 @@ class _Encoder:
         self._put(lambda: self._begin(number, documents))
 
     def put(self, result: ScoredDocument | RejectedDocument) -> None:
-        """Hand over a document's distributions; waits while the queue is full."""
+        """Queue a document's distributions; blocks while the queue is full."""
         self._put(lambda: self._take(result))
 
     def end(self) -> None:
@@ -222,7 +222,7 @@ class _Encoder:
                 if step is None:
                     return
                 step()
-        except BaseException as error:  # noqa: BLE001 — raised again where it is waited for
+        except BaseException as error:  # noqa: BLE001 — raised again in the caller's thread
             self._error = error
 
     def _begin(self, number: int, documents: Sequence[TokenDocument]) -> None:
@@ -234,7 +234,7 @@ class _Encoder:
         shard = self._shard()
         source = shard.documents[result.index].source
         if result.index in shard.waiting or result.index < shard.written:
-            raise CaptureError(f"{source}: the teacher gave its distributions twice")
+            raise CaptureError(f"{source}: the teacher returned its distributions twice")
         shard.waiting[result.index] = self._encoded(result)
         while shard.written in shard.waiting:
             ready = shard.waiting.pop(shard.written)
@@ -245,10 +245,10 @@ class _Encoder:
             shard.written += 1
 
     def _encoded(self, result: ScoredDocument | RejectedDocument) -> tuple[Document, FidelityStats] | None:
-        """Encode a document's rows; None where it is left out.
+        """Encode a document's rows; None if the document is skipped.
 
         Raises:
-            CaptureError: it has none that can be stored, and may not be left out.
+            CaptureError: the rows cannot be stored, and no more documents may be skipped.
         """
         shard = self._shard()
         document = shard.documents[result.index]
@@ -298,5 +298,5 @@ class _Encoder:
 
     def _shard(self) -> _OpenShard:
         if self._open is None:
-            raise RuntimeError("a document or the end of a shard came before the shard began")
+            raise RuntimeError("no shard is open: `begin` must be called before `put` and `end`")
         return self._open

@@ -1,4 +1,4 @@
-"""The line on stderr while a capture runs."""
+"""The progress bar of a capture, on stderr."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["CaptureProgress"]
 
 
 class CaptureProgress:
-    """Share of the tokens, shards, tokens a second, documents that wait for the encoder, and time left.
+    """Shows the share of tokens done, shards, tokens per second, documents waiting for the encoder, and time left.
 
     Args:
-        tokens, shards: in all.
-        done_tokens, done_shards: of earlier runs.
+        tokens, shards: totals.
+        done_tokens, done_shards: completed by earlier runs.
         shown: whether to show anything.
     """
 
@@ -47,12 +47,12 @@ class CaptureProgress:
         self._bar.stop()
 
     def scored(self, tokens: int, waiting: int, room: int) -> None:
-        """Tell that the teacher is done with a document, and how many of `room` places in the queue are taken."""
+        """Report that the teacher has scored a document, and that `waiting` of `room` queue slots are taken."""
         self._now += tokens
         rate = self._now / max(time.perf_counter() - self._started, 1e-9)
         state = f"{rate:,.0f} tokens/s, shard {self._done_shards + 1}/{self._shards}, queue {waiting}/{room}"
         self._bar.update(self._task, completed=self._before + self._now, state=state)
 
     def finished_shard(self) -> None:
-        """Tell that the teacher is done with a shard."""
+        """Report that the teacher has scored a shard."""
         self._done_shards += 1

@@ -1,7 +1,7 @@
-"""Shards shared out over a Ray cluster: one actor a worker, each with its own engine, writing where it runs.
+"""Distributes shards over a Ray cluster: one actor per worker, each with its own engine, writing from its own node.
 
-Which documents are in a shard is the plan's matter, so the dataset is the same for any number of workers; the shards of
-a worker that is lost are done again by another.
+The plan decides which documents are in which shard, so the dataset is the same for any number of workers; if a worker
+is lost, another repeats its shards.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ logger = logging.getLogger(__name__)
 def capture_with_ray(
     settings: CaptureSettings, plan: ShardPlan, numbers: Sequence[int], progress: CaptureProgress
 ) -> StageTimes:
-    """Capture some shards of a plan on the Ray cluster that this process is connected to, or on one it starts here.
+    """Capture some shards of a plan on the Ray cluster that this process is connected to, or on one that it starts.
 
     Args:
         settings: `num_workers`, `worker_gpus` and `worker_cpus` say how many actors, and what each takes.
-        plan: in a folder that all nodes reach.
+        plan: the plan, in a folder that all nodes can reach.
         numbers: which shards.
-        progress: told of each shard that is done.
+        progress: updated with each completed shard.
 
     Returns:
-        The workers' times, added up, but for `wall`.
+        The sums of the workers' times, except for `wall`.
 
     Raises:
-        ConfigError: the cluster can't hold a worker.
+        ConfigError: no node has enough GPUs for a worker.
         CaptureError: as `capture_shards`, in any worker.
     """
     import ray
     import ray.exceptions
 
     if not ray.is_initialized():
-        # RAY_ADDRESS, or a cluster running on this node, is found by itself; otherwise one is started for this process.
+        # Connects to RAY_ADDRESS or to a cluster running on this node; otherwise starts one for this process.
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
     count = min(_worker_count(settings, ray.nodes()), len(numbers))
     logger.info("%d Ray workers on %d nodes", count, len([node for node in ray.nodes() if node["Alive"]]))
@@ -75,10 +75,10 @@ def capture_with_ray(
 
 
 def _worker_count(settings: CaptureSettings, nodes: Sequence[Mapping[str, Any]]) -> int:
-    """How many workers: as many as asked for, else as many as the GPUs of the cluster hold, or one a node.
+    """Number of workers: `num_workers` if set, else as many as the cluster's GPUs allow, or one per node without GPUs.
 
     Raises:
-        ConfigError: not one.
+        ConfigError: no node has enough GPUs for a worker.
     """
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = [int(node.get("GPU", 0)) for node in resources]
@@ -94,14 +94,14 @@ def _gpus(settings: CaptureSettings, cluster: Mapping[str, float]) -> int:
 
 
 class _ShardWorker:
-    """Lives in an actor, with its engine, which is loaded with the first shard."""
+    """Runs in an actor; loads its engine with the first shard."""
 
     def __init__(self, settings: CaptureSettings) -> None:
         self._settings = settings
         self._capture: Callable[[int], StageTimes] | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Capture a shard. Errors raised on purpose are told as they are, without Ray's frames around them."""
+        """Capture a shard. Expected errors are returned as text, so that they are reported without Ray's traceback."""
         (number,) = batch["number"].tolist()
         times, problem = StageTimes(), ""
         try:
@@ -129,7 +129,7 @@ class _ShardWorker:
         request, skip_bad = inputs.request, settings.skip_bad_documents
 
         def capture(number: int) -> StageTimes:
-            # A worker that is lost may have finished its last shard.
+            # A lost worker may have completed its last shard.
             if plan.is_done(number):
                 return StageTimes()
             return capture_shards(teacher, plan, header, [number], request, skip_bad=skip_bad)

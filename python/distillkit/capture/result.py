@@ -10,32 +10,32 @@ __all__ = ["CaptureReport"]
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureReport:
-    """What a capture made. Counts are those of the whole dataset, also where an earlier run wrote part of it.
+    """The result of a capture. Counts cover the entire dataset, including what earlier runs wrote.
 
     Attributes:
         output: the dataset's folder.
-        documents, tokens, rows, shards: its size; a document of L tokens has L − 1 rows, or L with the last one.
-        unfinished_shards: shards that this run was not to do, and nobody has done yet; without them no manifest.
-        bytes_per_token: the codec's bytes a row, ids and values.
+        documents, tokens, rows, shards: its size; a document of L tokens has L − 1 rows, or L with `last_row`.
+        unfinished_shards: shards still missing, which were not part of this run; the manifest is written after the
+            last one.
+        bytes_per_token: the codec's bytes per row, ids and values.
         disk_bytes: size of the shards.
-        kl_mean, kl_p99: KL(teacher's top k ‖ decoded) in nats a row, as measured while writing; None if there are no
-            rows.
-        mass_mean: mean probability of the stored ids of a row; None if it is not known.
-        mass_quantiles: that probability, not exceeded by this share of the rows.
-        next_token_rates: how often the teacher's first id is the next token, with rows at their place ("0") and one
-            off; at its place it should be far more often.
-        shifted: −1 or +1 if rows fit the tokens better one off, beyond chance; else None.
-        resumed_documents: how many documents an earlier run had written.
-        already_complete: the whole dataset was there, nothing was captured.
-        passed_over: rows of the source, and what of it is not in the dataset, by reason.
-        skipped: documents that the teacher gave no distributions for: where they are from, and why.
-        seconds: time of this run's scoring and writing, without loading.
-        new_tokens, tokens_per_second: tokens this run captured, and how fast.
-        teacher_seconds, blocked_seconds: this run's time waiting for the teacher, and that the teacher waited for the
+        kl_mean, kl_p99: KL(teacher's top k ‖ decoded) in nats per row, as measured while writing; None without rows.
+        mass_mean: mean total probability of the stored ids of a row; None if unknown.
+        mass_quantiles: quantiles of that probability, by the share of rows that do not exceed them.
+        next_token_rates: how often the teacher's first id is the next token, with the rows in place ("0") and shifted
+            by one; the rate should be far higher in place.
+        shifted: −1 or +1 if rows match the tokens significantly better when shifted by one; else None.
+        resumed_documents: number of documents written by earlier runs.
+        already_complete: the dataset was already complete; nothing was captured.
+        passed_over: number of source rows, and of rows and documents left out, by reason.
+        skipped: (source, reason) of each document whose distributions could not be computed or stored.
+        seconds: time this run spent scoring and writing, without loading.
+        new_tokens, tokens_per_second: number of tokens captured in this run, and throughput.
+        teacher_seconds, blocked_seconds: time this run waited for the teacher, and time the teacher waited for the
             encoder.
-        encode_seconds, write_seconds: of the encoder's thread, beside the teacher.
-        peak_rss_bytes: largest resident memory of the process so far.
-        peak_cuda_bytes: largest memory on the first CUDA device; 0 without one.
+        encode_seconds, write_seconds: time spent by the encoder thread, in parallel with the teacher.
+        peak_rss_bytes: peak resident memory of the process.
+        peak_cuda_bytes: peak memory on the first CUDA device; 0 without one.
     """
 
     output: str

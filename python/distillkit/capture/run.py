@@ -1,4 +1,4 @@
-"""A capture from its settings to its report: plan, teacher, shards, manifest; on from where an earlier run stopped."""
+"""Runs a capture from its settings to its report: plan, teacher, shards, manifest; resumes an interrupted one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_capture(settings: CaptureSettings, *, progress: bool = True) -> CaptureR
     finished = read_manifest(folder.url)
     if finished is not None:
         inputs.check_finished(finished, folder)
-        # A run that was killed right after the manifest left it.
+        # Left behind if a run was killed right after writing the manifest.
         folder.inner(FOLDER).remove_all()
         logger.info("%s is already complete with these settings: nothing to do", folder)
         return _report(folder, finished, StageTimes(), resumed=sum(shard.documents for shard in finished.shards))
@@ -78,12 +78,12 @@ def _capture(
 
 
 def _finish(plan: ShardPlan, times: StageTimes, resumed: int, skip_bad: int) -> CaptureReport:
-    """Write the manifest if all shards are whole, and report.
+    """Write the manifest if all shards are complete, and report.
 
-    A run that was to do a part only leaves the rest to others; whoever comes last writes the manifest.
+    With `shard_range` several runs share the work; the last one to finish writes the manifest.
 
     Raises:
-        CaptureError: more than `skip_bad` documents were left out.
+        CaptureError: more than `skip_bad` documents were skipped.
     """
     receipts = plan.receipts()
     if len(receipts) < len(plan.shards):
@@ -110,10 +110,10 @@ def _finish(plan: ShardPlan, times: StageTimes, resumed: int, skip_bad: int) -> 
 
 
 def _manifest(plan: ShardPlan, receipts: Mapping[int, ShardReceipt]) -> Manifest:
-    """The index of the shards that are done.
+    """The manifest of the completed shards.
 
     Raises:
-        MismatchError: they do not belong together.
+        MismatchError: their headers differ.
     """
     ordered = [receipts[number] for number in sorted(receipts)]
     summary = ShardSummary()
@@ -131,7 +131,7 @@ def _manifest(plan: ShardPlan, receipts: Mapping[int, ShardReceipt]) -> Manifest
 
 
 def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> None:
-    """Say what the run will take, with the arithmetic."""
+    """Log the memory and disk space that the run needs, with the arithmetic."""
     width, identity = teacher.head_size, teacher.identity
     if isinstance(teacher, HFTeacher):
         logger.info(
@@ -144,7 +144,7 @@ def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> No
             human_bytes(settings.hf.head_rows * width * 4),
         )
     logger.info(
-        "stored: %d bytes a token (values %d, ids %d), against %s in bfloat16 logits",
+        "stored: %d bytes per token (values %d, ids %d), compared with %s as bfloat16 logits",
         codec.bytes_per_token,
         codec.value_bytes,
         codec.id_bytes,
@@ -153,7 +153,7 @@ def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> No
 
 
 def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int, unfinished: int = 0) -> CaptureReport:
-    """Sum up a dataset."""
+    """Summarise a dataset."""
     shards, fidelity, memory = manifest.shards, manifest.header.fidelity or {}, peak_memory()
     capture = manifest.capture or {}
     summary = ShardSummary.from_dict(capture["summary"]) if "summary" in capture else ShardSummary()

@@ -1,6 +1,6 @@
-"""What a capture can be told: each setting once, with its type, bounds, default and help text.
+"""The settings of a capture: each one once, with its type, bounds, default and help text.
 
-Command-line options, the tables of docs/settings.md and the JSON schema are made from these fields.
+Command-line options, the tables of docs/settings.md and the JSON schema are generated from these fields.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _plain_text(value: object) -> object:
 
 
 def _listed(value: object) -> tuple[Any, ...]:
-    """Return a setting of several values, which may be given as a list or as text with commas, as a tuple."""
+    """Return the values of a setting, a list or comma-separated text, as a tuple."""
     if value is None:
         return ()
     if isinstance(value, str):
@@ -59,7 +59,7 @@ def _listed(value: object) -> tuple[Any, ...]:
 
 
 def _conditions(value: object) -> tuple[Any, ...]:
-    """Return conditions as a tuple. A single one may have commas in its value."""
+    """Return conditions as a tuple. Text is a single condition, whose value may contain commas."""
     conditions = (value,) if isinstance(value, str) and value else _listed(value)
     for condition in conditions:
         if not isinstance(condition, str) or "=" not in condition:
@@ -68,7 +68,7 @@ def _conditions(value: object) -> tuple[Any, ...]:
 
 
 def _tokens(value: object) -> tuple[int | str, ...]:
-    """Return ids and tokens as a tuple. In text a number is an id; in a list a token may have commas."""
+    """Return ids and tokens as a tuple. In text, numbers are ids; in a list, tokens may contain commas."""
     parts = _listed(value)
     if not all(isinstance(part, (int, str)) for part in parts):
         raise ValueError(f"must be ids or tokens, found {value!r}")
@@ -84,19 +84,19 @@ Text = Annotated[str, BeforeValidator(_plain_text)]
 Conditions = Annotated[tuple[str, ...], BeforeValidator(_conditions), _list_schema("string")]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), _list_schema("string")]
 Tokens = Annotated[tuple[int | str, ...], BeforeValidator(_tokens), _list_schema("integer", "string")]
-# A file, a mapping or a CodecConfig, as it was given: pydantic would make one of another.
+# A file, a mapping or a CodecConfig, typed as Any so that pydantic does not convert one into another.
 CodecSource = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]})]
 
 
 class CaptureSettings(BaseModel):
-    """Everything a capture can be told.
+    """The settings of a capture.
 
-    Settings of an engine are in its part (`vllm={"tensor_parallel_size": 4}`), and may be given flat as well
+    Engine settings are nested in the engine's section (`vllm={"tensor_parallel_size": 4}`) or flat
     (`tensor_parallel_size=4`).
 
     Raises:
-        ConfigError: settings are unknown, missing or not allowed, or belong to another engine: all of them, each by its
-            dotted path.
+        ConfigError: settings are unknown, missing or not allowed, or belong to another engine; reports all problems,
+            each with its dotted path.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
@@ -145,7 +145,7 @@ class CaptureSettings(BaseModel):
     )
     tokenizer: Text | None = Field(default=None, description="Tokenizer folder or hub id, if not the teacher's own.")
     apply_chat_template: bool = Field(
-        default=True, description="Render chat rows with the chat template; if off, chat rows are refused."
+        default=True, description="Render chat rows with the chat template; if off, chat rows are an error."
     )
     max_seq_len: int = Field(default=1024, ge=2, description="Maximum number of tokens in a stored document.")
     overflow: Literal["window", "truncate", "skip"] = Field(
@@ -200,10 +200,10 @@ class CaptureSettings(BaseModel):
         description="What runs the teacher: hf (Transformers, in this process), vllm, or openai (a running server with "
         "an OpenAI-compatible API).",
     )
-    hf: HFSettings = Field(default_factory=HFSettings, description="Settings that only the engine hf has.")
-    vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="Settings that only the engine vllm has.")
+    hf: HFSettings = Field(default_factory=HFSettings, description="Settings of the engine hf.")
+    vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="Settings of the engine vllm.")
     openai: OpenAISettings = Field(
-        default_factory=OpenAISettings, validate_default=True, description="Settings that only the engine openai has."
+        default_factory=OpenAISettings, validate_default=True, description="Settings of the engine openai."
     )
 
     def __init__(self, /, **settings: Any) -> None:
@@ -217,18 +217,18 @@ class CaptureSettings(BaseModel):
                 [Problem(written.get(each.path, each.path), each.message) for each in problems]
             ) from None
 
-    # -- settings that must agree: each is checked with those before it, so that all problems come at once
+    # -- settings that must agree: each is checked against earlier ones, so that all problems are reported at once
 
     @field_validator("compression_config")
     @classmethod
     def _one_codec(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None and info.data.get("preset") is not None:
-            raise ValueError(f"give this or preset, not both (found {value!r} and {info.data['preset']!r})")
+            raise ValueError(f"set this or preset, not both (found {value!r} and {info.data['preset']!r})")
         if isinstance(value, Mapping):
             try:
                 codec_config(value)
             except ConfigError as error:
-                # "SomeConfig: field: why" becomes "field: why", to which the dotted path is prefixed.
+                # "SomeConfig: field: reason" becomes "field: reason", to which the dotted path is prefixed.
                 raise ValueError(re.sub(r"^\w+Config: ", "", str(error))) from None
         elif value is not None and not isinstance(value, (str, Path, BaseModel)):
             raise ValueError(f"must be a YAML file or a mapping, found {value!r}")
@@ -247,7 +247,7 @@ class CaptureSettings(BaseModel):
     def _fits_in_a_piece(cls, value: int | None, info: ValidationInfo) -> int | None:
         overflow, longest = info.data.get("overflow"), info.data.get("max_seq_len")
         if value is not None and overflow not in (None, "window"):
-            raise ValueError(f"is only for overflow: window, and overflow is {overflow} (found {value})")
+            raise ValueError(f"is only for overflow: window, but overflow is {overflow} (found {value})")
         if value is not None and longest is not None and value > longest // 2:
             raise ValueError(f"must be between 1 and {longest // 2}, half of max_seq_len, found {value}")
         return value
@@ -276,7 +276,7 @@ class CaptureSettings(BaseModel):
             raise refusals(part, misplaced)
         return part
 
-    # -- what follows from the settings
+    # -- derived values
 
     @property
     def row_filters(self) -> tuple[tuple[str, str], ...]:
@@ -286,28 +286,28 @@ class CaptureSettings(BaseModel):
 
     @property
     def dtype(self) -> str:
-        """The teacher's dtype, as its engine is told; a server tells none."""
+        """The dtype setting of the chosen engine; "auto" for a server, which has none."""
         return {"hf": self.hf.dtype, "vllm": self.vllm.dtype}.get(self.engine, "auto")
 
     @property
     def gpus_per_worker(self) -> int:
-        """GPUs that one engine runs on, where there are any."""
+        """GPUs that one engine uses, if there are any."""
         return self.vllm.tensor_parallel_size * self.vllm.pipeline_parallel_size
 
     @property
     def config_source(self) -> str:
-        """Where the teacher's config is: a server's may have another name than any folder, the tokenizer's has one."""
+        """Where to load the teacher's config from; with a server, `tokenizer` takes precedence over `model`."""
         return self.tokenizer or self.model if self.engine == "openai" else self.model
 
     def token_ids(self, tokenizer: Any, k: int) -> tuple[int, ...]:
         """Return the ids of `keep_ids`, ascending.
 
         Args:
-            tokenizer: knows the tokens.
-            k: ids a row has.
+            tokenizer: the tokenizer whose ids are stored.
+            k: number of ids per row.
 
         Raises:
-            ConfigError: the tokenizer has no such token, or there are k of them.
+            ConfigError: the tokenizer has no such token, or there are k ids or more.
         """
         vocabulary = tokenizer.get_vocab()
         largest, ids = max(vocabulary.values()), set()
@@ -326,7 +326,7 @@ class CaptureSettings(BaseModel):
         """Return which of a plan's shards to capture.
 
         Raises:
-            ConfigError: the range begins after the last one.
+            ConfigError: the range begins after the last shard, or ends before it begins.
         """
         if self.shard_range is None:
             return range(shards)
@@ -338,10 +338,10 @@ class CaptureSettings(BaseModel):
         return range(first, min(end, shards))
 
     def read_compression_config(self) -> CodecConfig:
-        """Read `compression_config`, which must be given.
+        """Read `compression_config`, which must be set.
 
         Raises:
-            ConfigError: there is no such file, or its content is no codec configuration.
+            ConfigError: there is no such file, or its content is not a valid codec configuration.
         """
         config: Any = self.compression_config
         try:
@@ -353,7 +353,7 @@ class CaptureSettings(BaseModel):
         """Make the codec for a teacher whose logits are `head_size` wide.
 
         Raises:
-            ConfigError: there is no such file, or its content is no codec configuration.
+            ConfigError: there is no such file, or its content is not a valid codec configuration.
             MismatchError: the configuration is for another vocabulary size.
         """
         if self.compression_config is None:
@@ -370,14 +370,14 @@ class CaptureSettings(BaseModel):
         return codec
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide the bytes besides teacher, tokenizer, codec and dataset, for the header."""
+        """Return the settings that determine the bytes (besides teacher, tokenizer, codec, dataset), for the header."""
         identity: dict[str, Any] = {name: getattr(self, name) for name in _DECIDING}
         if self.engine == "hf":
-            # Which documents share a forward, and how its products are summed, changes last bits.
+            # Which documents share a forward pass, and how its products are summed, changes the last bits.
             identity |= {"head_dtype": self.hf.head_dtype, "head_rows": self.hf.head_rows}
             identity["batch_tokens"] = self.hf.forward_tokens
         else:
-            # These batch by themselves; what they give is the same within their noise only.
+            # These engines choose their own batches; their results are reproducible only within their noise.
             identity["engine"] = self.engine
         if self.overflow == "window":
             identity["overlap"] = self.overlap or default_overlap(self.max_seq_len)

@@ -20,17 +20,17 @@ __all__ = ["captures_schema", "load_captures"]
 def load_captures(path: str | Path, overrides: Mapping[str, Any] | None = None) -> list[CaptureSettings]:
     """Read the settings of one capture or several from a YAML file.
 
-    Its keys are settings; under `captures` there may be a list of mappings with those in which the captures differ.
+    Its keys are settings; `captures` may list mappings with the settings in which several captures differ.
 
     Args:
-        path: of the file.
-        overrides: settings that go before the file's, in every capture.
+        path: the YAML file.
+        overrides: settings that take precedence over the file's, in every capture.
 
     Returns:
         The captures in the file's order, with every setting checked.
 
     Raises:
-        ConfigError: the file cannot be read; or something in it is wrong: all problems, each by its dotted path.
+        ConfigError: the file cannot be read or is invalid; reports all problems, each with its dotted path.
     """
     content = read_yaml(path)
     if not isinstance(content, Mapping):
@@ -57,13 +57,13 @@ def load_captures(path: str | Path, overrides: Mapping[str, Any] | None = None) 
 
 @dataclass
 class _Layers:
-    """Settings put over others, and how each was written."""
+    """Settings merged from several layers, and how each was written."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     written: dict[str, str] = field(default_factory=dict)
 
     def put(self, layer: Mapping[str, Any], written: Mapping[str, str]) -> None:
-        """Put nested settings over those before. One of preset and compression_config takes the other's place."""
+        """Merge nested settings over earlier ones. preset and compression_config replace each other."""
         if layer.keys() & _CODEC_SETTINGS:
             self.settings = {name: value for name, value in self.settings.items() if name not in _CODEC_SETTINGS}
         for name, value in layer.items():
@@ -77,10 +77,10 @@ _CODEC_SETTINGS = {"preset", "compression_config"}
 
 
 def _settings(layers: Sequence[tuple[str, Mapping[Any, Any]]], prefix: str) -> CaptureSettings:
-    """Make a capture's settings from layers, each with the path that its keys are under.
+    """Make a capture's settings from (path prefix, settings) layers; later layers take precedence.
 
     Raises:
-        InvalidSettingsError: with paths as the file has them.
+        InvalidSettingsError: with paths as they are written in the file.
     """
     engines = [layer["engine"] for _, layer in layers if "engine" in layer]
     merged = _Layers()
@@ -101,13 +101,13 @@ def _shared_outputs(captures: Sequence[CaptureSettings]) -> list[Problem]:
         before = first.setdefault(settings.output.rstrip("/"), index)
         if before != index:
             problems.append(
-                Problem(f"captures.{index}.output", f"is captures.{before}.output as well: {settings.output}")
+                Problem(f"captures.{index}.output", f"is the same as captures.{before}.output: {settings.output}")
             )
     return problems
 
 
 def captures_schema() -> dict[str, Any]:
-    """Return the JSON schema of such a file: settings flat or nested, and `captures` with more of them."""
+    """Return the JSON schema of a capture file: settings, flat or nested, and `captures` with more of them."""
     schema = json_schema(CaptureSettings)
     properties, required = dict(schema.pop("properties")), schema.pop("required")
     for part in ENGINES.values():
@@ -116,13 +116,13 @@ def captures_schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Captures of distillkit",
-        "description": "Settings of one capture, or what several under `captures` share.",
+        "description": "Settings of one capture, or those shared by several under `captures`.",
         "type": "object",
         "additionalProperties": False,
         "properties": {
             **properties,
             "captures": {
-                "description": "Settings in which several captures differ, which are run one after the other.",
+                "description": "Several captures, run one after the other: the settings in which they differ.",
                 "type": "array",
                 "minItems": 1,
                 "items": {"$ref": "#/$defs/Capture"},

@@ -1,14 +1,14 @@
-"""What a capture has to do, written down before the teacher is loaded: which documents are in which shard.
+"""The plan of a capture, written before the teacher is loaded: which documents are in which shard.
 
-A plan lies in the folder `.capture` of the output until the dataset is finished:
+It is kept in the folder `.capture` of the output until the dataset is complete:
 
-- `plan.json`: what the shards' headers will say (but for the teacher), how many documents and tokens each has, and what
-  was passed over;
-- `documents-00000.parquet`, …: the documents of each shard, tokenised;
-- `data-00000.json`, …: a receipt for each shard that is done.
+- `plan.json`: the shards' header (without the teacher), how many documents and tokens each shard has, and what was left
+  out;
+- `documents-00000.parquet`, …: the tokenised documents of each shard;
+- `data-00000.json`, …: a receipt for each completed shard.
 
-So every worker knows its documents without the source, and however the shards are shared out, whenever a run stops and
-starts again, the same documents are in the same shards.
+Workers therefore do not need the source, and the same documents are in the same shards however the shards are
+distributed and however often a run is interrupted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FORMAT, _VERSION = "distillkit-capture", 1
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """How much a shard will hold; refused documents are counted here, too."""
+    """Number of documents and tokens planned for a shard, including documents that will be skipped."""
 
     documents: int
     tokens: int
@@ -49,13 +49,13 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class ShardReceipt:
-    """A shard that is whole.
+    """Record of a completed shard.
 
     Attributes:
-        info: the file.
-        header: the file's, with its fidelity.
-        summary: what was found in its rows.
-        skipped: documents that the teacher gave no distributions for: where they are from, and why.
+        info: the shard's file.
+        header: the file's header, with its fidelity.
+        summary: statistics of its rows.
+        skipped: (source, reason) of each document whose distributions could not be computed or stored.
     """
 
     info: ShardInfo
@@ -69,12 +69,12 @@ class ShardPlan:
     """Which documents are in which shard.
 
     Attributes:
-        folder: the dataset's.
-        header: of the shards, as far as it is known without the teacher.
-        shards: in order.
-        counts: rows of the source, and what of them was passed over.
-        kept: columns of the source that go with the documents.
-        source: JSON-able; differs where the source's content does.
+        folder: the dataset's folder.
+        header: header of the shards, without the teacher.
+        shards: the planned shards, in order.
+        counts: number of source rows, and of rows and documents left out, by reason.
+        kept: schema of the source columns copied to the documents.
+        source: JSON-able value that changes if the source's content changes.
     """
 
     folder: Folder
@@ -86,19 +86,19 @@ class ShardPlan:
 
     @property
     def documents(self) -> int:
-        """Documents in all."""
+        """Total number of documents."""
         return sum(shard.documents for shard in self.shards)
 
     @property
     def tokens(self) -> int:
-        """Tokens in all."""
+        """Total number of tokens."""
         return sum(shard.tokens for shard in self.shards)
 
     def read(self, number: int) -> list[TokenDocument]:
         """The documents of a shard.
 
         Raises:
-            CorruptDataError: the file is damaged.
+            CorruptDataError: the file is missing or damaged.
         """
         name = f"documents-{number:05}.parquet"
         place = self._inside.of(name)
@@ -121,7 +121,7 @@ class ShardPlan:
         ]
 
     def receipts(self) -> dict[int, ShardReceipt]:
-        """The shards that are done, by number.
+        """The receipts of completed shards, by number.
 
         Raises:
             CorruptDataError: a receipt is damaged, or its shard is missing or has another size.
@@ -131,7 +131,7 @@ class ShardPlan:
         return {number: self._receipt(number) for number, name in names.items() if name in there}
 
     def is_done(self, number: int) -> bool:
-        """Whether a shard is whole."""
+        """Whether a shard is complete."""
         return self._inside.size(_receipt_name(number)) is not None
 
     def _receipt(self, number: int) -> ShardReceipt:
@@ -145,7 +145,7 @@ class ShardPlan:
                 tuple((source, reason) for source, reason in content["skipped"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise CorruptDataError(f"{place} is no receipt of a shard: {error!r}") from error
+            raise CorruptDataError(f"{place} is not a shard's receipt: {error!r}") from error
         found = self.folder.size(receipt.info.file)
         if found != receipt.info.bytes:
             raise CorruptDataError(
@@ -155,7 +155,7 @@ class ShardPlan:
         return receipt
 
     def write_receipt(self, number: int, receipt: ShardReceipt) -> None:
-        """Note that a shard is done."""
+        """Record that a shard is complete."""
         content = {
             "info": asdict(receipt.info),
             "header": receipt.header.to_dict(),
@@ -165,14 +165,14 @@ class ShardPlan:
         _write_json(self._inside, _receipt_name(number), content)
 
     def remove(self) -> None:
-        """Remove the plan and its receipts: the dataset is finished."""
+        """Remove the plan and its receipts."""
         self._inside.remove_all()
 
     def check_same(self, header: Header, source: Any) -> None:
-        """Refuse to go on with other settings, or another text.
+        """Refuse to resume with other settings or other text.
 
         Raises:
-            MismatchError: names what differs, and both values.
+            MismatchError: names what differs and both values.
         """
         header.check_same(self.header, where=self._inside.of(_PLAN))
         if source != self.source:
@@ -199,16 +199,16 @@ def make_plan(
     """Write a plan.
 
     Args:
-        folder: the dataset's.
-        header: of the shards, without a teacher.
-        documents: all of them, in order.
+        folder: the dataset's folder.
+        header: header of the shards, without the teacher.
+        documents: all documents, in order.
         shard_tokens: a shard ends once it has this many tokens.
-        source: what tells this source's content from another.
-        kept: columns of the source that go with the documents.
-        counts: asked for what was passed over once `documents` are read.
+        source: JSON-able value that changes if the source's content changes.
+        kept: schema of the source columns copied to the documents.
+        counts: returns what was left out; called after `documents` are exhausted.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the plan cannot be written.
     """
     inside = folder.inner(FOLDER)
     inside.make()
@@ -227,24 +227,24 @@ def make_plan(
         "kept": base64.b64encode(kept.serialize().to_pybytes()).decode(),
         "source": source,
     }
-    # Last: without it there is no plan.
+    # Written last, so that a plan is only recognised once it is complete.
     _write_json(inside, _PLAN, content)
     return plan
 
 
 def read_plan(folder: Folder) -> ShardPlan | None:
-    """The plan of a capture that was begun; None if there is none.
+    """The plan in a dataset's folder, or None.
 
     Raises:
-        CorruptDataError: it is damaged.
-        UnsupportedVersionError: it is of another version.
+        CorruptDataError: the plan is damaged.
+        UnsupportedVersionError: the plan has a newer version.
     """
     inside = folder.inner(FOLDER)
     if inside.size(_PLAN) is None:
         return None
     content, place = _read_json(inside, _PLAN), inside.of(_PLAN)
     if content.get("format") != _FORMAT or not isinstance(content.get("version"), int):
-        raise CorruptDataError(f"{place} is no plan of a capture")
+        raise CorruptDataError(f"{place} is not a capture's plan")
     if content["version"] > _VERSION:
         raise UnsupportedVersionError(
             f"{place}: version {content['version']}; this release reads up to {_VERSION}: update distillkit"
@@ -259,7 +259,7 @@ def read_plan(folder: Folder) -> ShardPlan | None:
             content["source"],
         )
     except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise CorruptDataError(f"{place} is no plan of a capture: {error!r}") from error
+        raise CorruptDataError(f"{place} is not a capture's plan: {error!r}") from error
 
 
 def _shards(documents: Iterable[TokenDocument], shard_tokens: int) -> Iterator[list[TokenDocument]]:
@@ -307,7 +307,7 @@ def _read_json(folder: Folder, name: str) -> dict[str, Any]:
     """Read what `_write_json` wrote.
 
     Raises:
-        CorruptDataError: it is not that.
+        CorruptDataError: the file is not valid JSON, or was modified.
     """
     try:
         content = json.loads(folder.read(name) or b"")

@@ -1,6 +1,6 @@
-"""What was found in captured rows: how much of the distributions is stored, and whether rows stand where they belong.
+"""Statistics of captured rows: how much probability mass is stored, and whether rows line up with their tokens.
 
-Shape legend: R rows of a document, L its tokens, k ids of a row.
+Shape legend: R rows of a document, L its tokens, k ids per row.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ QUANTILES = (0.01, 0.1, 0.5)
 
 @dataclass
 class ShardSummary:
-    """Sums over rows, which add up over documents and shards.
+    """Sums over rows, which can be added up over documents and shards.
 
     Attributes:
-        shifts: how often the next token is the teacher's first id, with rows at their place and one off.
-        mass_sum: sum over rows of the probability of the stored ids.
-        mass_bins: (1000,) how many rows have that probability in [i, i + 1) / 1000.
+        shifts: how often the next token is the teacher's first id, with the rows in place and shifted by one.
+        mass_sum: sum over rows of the total probability of the stored ids.
+        mass_bins: (1000,) number of rows with that probability in [i, i + 1) / 1000.
     """
 
     shifts: ShiftRates = field(default_factory=ShiftRates.none)
@@ -43,14 +43,14 @@ class ShardSummary:
         self.mass_bins += np.bincount(np.clip((mass_R * _BINS).astype(np.int64), 0, _BINS - 1), minlength=_BINS)
 
     def merge(self, other: ShardSummary) -> None:
-        """Add another's rows."""
+        """Add the rows of another summary."""
         self.shifts += other.shifts
         self.mass_sum += other.mass_sum
         self.mass_bins = self.mass_bins + other.mass_bins
 
     @property
     def mass_mean(self) -> float | None:
-        """Mean probability of the stored ids; None without rows."""
+        """Mean total probability of a row's stored ids; None without rows."""
         rows = int(self.mass_bins.sum())
         return self.mass_sum / rows if rows else None
 
@@ -62,7 +62,7 @@ class ShardSummary:
         return float(np.searchsorted(below, share * below[-1]) + 1) / _BINS
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, JSON-able: bins that are empty are left out."""
+        """All sums as a JSON-able mapping; empty bins are left out."""
         return {
             "positions": self.shifts.positions,
             "hits": _texts(self.shifts.hits),
@@ -74,10 +74,10 @@ class ShardSummary:
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> ShardSummary:
-        """What `to_dict` described.
+        """The summary that `to_dict` returned `content` for.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none.
+            KeyError, TypeError, ValueError: `content` is malformed.
         """
         counts = [{int(key): int(value) for key, value in content[name].items()} for name in _COUNTS]
         bins = np.zeros(_BINS, dtype=np.int64)

@@ -1,1 +1,1 @@
-"""Rows of a dataset to documents of token ids, for capture and training."""
+"""Turns dataset rows into documents of token ids, for capture and training."""

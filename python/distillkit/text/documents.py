@@ -1,4 +1,4 @@
-"""The documents of a capture: which rows are read, and windows of documents that are too long for the teacher."""
+"""The documents of a capture: which rows are read, and how documents that are too long for the teacher are cut."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ from distillkit.types import TokenDocument
 __all__ = ["DocumentReader", "TokenDocument", "default_overlap", "windows"]
 
 
-# Rows that are tokenised together: fast tokenizers use all cores for a batch.
+# Rows tokenised per call: fast tokenizers use all cores for a batch.
 _TOKENIZE_ROWS = 64
 
 
 @dataclass
 class DocumentReader:
-    """Reads a source's rows as documents, again the same each time it is iterated.
+    """Reads a source's rows as documents; every iteration yields the same ones.
 
     Attributes:
         source: where rows come from.
         tokenizer: a transformers tokenizer.
-        max_tokens: tokens of a document that is yielded, at most.
-        id_limit: ids of rows that are tokenised already must be below this.
+        max_tokens: maximum length of the documents yielded.
+        id_limit: ids in rows that are already tokenised must be below this.
         chat: whether chat rows may be rendered with the tokenizer's chat template; if not, they are refused.
-        samples: read a random sample of this many rows, in the source's order; None: all.
-        seed: decides the sample and the shuffled order.
-        shuffle: read rows in a random order; the sample's rows are the same ones.
-        where: read only rows whose column has this value (JSON if it is not text), for all (column, value) pairs.
-        shortest, longest: leave out documents of fewer or more tokens, as they are before they are cut.
-        overflow: of longer documents than `max_tokens`: "window" cuts them in pieces, in which each token counts once,
-            "truncate" keeps their beginning, "skip" leaves them out.
-        overlap: tokens that a piece repeats of the one before it, as context; None: `default_overlap`.
-        loss_on: what counts in a loss; see `capture_policy`.
-        keep_columns: names of the source's columns that documents bring with them, "all", or "none".
-        drop_duplicates: leave out documents whose ids and mask were there before; about 120 bytes of memory a document.
-            None: not if columns are kept, so that what comes out are the rows that went in.
+        samples: read a random sample of this many rows, in the source's order; None: all rows.
+        seed: seed of the sample and of the shuffled order.
+        shuffle: read rows in random order; does not change which rows are sampled.
+        where: (column, value) pairs; read only rows that match all of them. Values that are not text are compared as
+            JSON.
+        shortest, longest: skip documents with fewer or more tokens, measured before they are cut.
+        overflow: what to do with documents longer than `max_tokens`: "window" cuts them into overlapping pieces in
+            which each token counts once, "truncate" keeps the beginning, "skip" leaves them out.
+        overlap: tokens that each piece repeats from the previous one as context; None: `default_overlap`.
+        loss_on: which tokens count in the loss; see `capture_policy`.
+        keep_columns: names of source columns to copy to the documents, "all", or "none".
+        drop_duplicates: skip documents whose ids and mask have been seen before; takes about 120 bytes of memory per
+            document. None: only if no columns are kept, so that with columns the output rows match the input rows.
         rows, empty, short: counted while iterating: rows read, rows without content, and documents of one token (no
             next token to predict).
     """
@@ -74,16 +75,16 @@ class DocumentReader:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows read so far, and what of them is in no document; what never happened is not there."""
+        """Number of rows read so far, and of rows and documents left out, by reason; later reasons only if non-zero."""
         known = {"rows": self.rows, "empty_rows": self.empty, "documents_of_one_token": self.short}
         return {**known, **self._counts}
 
     @cached_property
     def kept(self) -> pa.Schema:
-        """The source's columns that documents bring with them, with their types.
+        """Schema of the source columns copied to the documents.
 
         Raises:
-            ConfigError: the source has no such column, or it cannot be kept.
+            ConfigError: the source has no such column, or the column cannot be kept.
         """
         return kept_schema(self.source, self.keep_columns)
 
@@ -95,9 +96,9 @@ class DocumentReader:
         """Yield the documents.
 
         Raises:
-            InputError: a row is not understood; the message names it, the columns found and those understood.
-            ConfigError: a setting does not fit the rows: chat rows, and the tokenizer has no chat template or chat is
-                switched off; the loss is wanted on a part that they have not; no row has a column of `where`.
+            InputError: a row has an unknown format; the message names the row, its columns and the known formats.
+            ConfigError: a setting does not fit the rows: there are chat rows, but the tokenizer has no chat template
+                or `chat` is off; the rows lack the part that `loss_on` names; no row has a column named in `where`.
         """
         self.rows = self.empty = self.short = 0
         self._counts = {}
@@ -165,9 +166,9 @@ class DocumentReader:
                     yield TokenDocument(document.input_ids[start:stop], place, mask, columns)
 
     def _pieces(self, document: TokenDocument) -> Iterator[tuple[int, int, npt.NDArray[np.bool_] | None]]:
-        """Yield first token, end and mask of what is captured of a document: nothing, all of it, or several pieces.
+        """Yield (start, stop, mask) of each piece of a document to capture: none, the complete document, or several.
 
-        A piece none of whose tokens count is left out.
+        Pieces in which no token counts are skipped.
         """
         length = len(document.input_ids)
         if length < 2:
@@ -193,7 +194,7 @@ class DocumentReader:
             mask = counted[start:stop].copy()
             mask[: done - start] = False
             done = stop
-            # The first token is predicted by nothing, so its mask says nothing.
+            # Nothing predicts the first token, so its mask does not matter.
             if mask[1:].any():
                 some = True
                 yield start, stop, None if mask[1:].all() else mask
@@ -202,15 +203,15 @@ class DocumentReader:
 
 
 def default_overlap(max_tokens: int) -> int:
-    """Return how many tokens a piece of a long document repeats of the one before it: an eighth of a piece."""
+    """Return how many tokens each piece of a long document repeats from the previous one: an eighth of a piece."""
     return max(1, max_tokens // 8)
 
 
 def windows(length: int, limit: int, overlap: int) -> list[tuple[int, int]]:
-    """Cut `length` tokens in (start, stop) pieces of at most `limit` that each begin `overlap` before the last's end.
+    """Cut `length` tokens into (start, stop) pieces of at most `limit`, each starting `overlap` before the last ends.
 
-    With an overlap of at least one every token but the first has the token before it in its piece, so none is left
-    without a distribution.
+    With an overlap of at least one, every token but the first shares a piece with the token before it, so each of
+    them gets a distribution.
     """
     pieces = [(0, min(length, limit))]
     while pieces[-1][1] < length:

@@ -1,4 +1,4 @@
-"""File formats of text datasets: JSON lines, JSON, text, Parquet."""
+"""File formats of text datasets: JSON Lines, JSON, text, Parquet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = []
 _PARQUET_BATCH_ROWS = 256
 _SCHEMA_ROWS = 1024
 
-# Columns of captured and published datasets that hold distributions: no text, and most of the bytes.
+# Columns of captured and published datasets that hold distributions; never read as text, and most of the bytes.
 TEACHER_COLUMNS = (
     *("teacher", "compressed_logprobs", "bytepacked_indices", "packed_indices", "exact_values", "coeffs"),
     *("token_ids", "top_values"),
@@ -29,7 +29,7 @@ TEACHER_COLUMNS = (
 
 
 class _Rows(Protocol):
-    """A file's rows by number: (place in the file, row)."""
+    """Random access to a file's rows: (location in the file, row) by index."""
 
     def __len__(self) -> int: ...
 
@@ -38,8 +38,14 @@ class _Rows(Protocol):
 
 @dataclass(frozen=True)
 class _Format:
-    """How the rows of one kind of file are counted, read (`read` yields (place in the file, row)) and loaded, and what
-    columns they have; types are those of the columns that are asked for at least."""
+    """The functions for one file format.
+
+    Attributes:
+        count: number of rows.
+        read: yields (location in the file, row).
+        load: random access to the rows.
+        schema: all columns; their types are only guaranteed for the requested ones.
+    """
 
     count: Callable[[Path], int]
     read: Callable[[Path], Iterator[tuple[str, Any]]]
@@ -60,7 +66,7 @@ def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 class _Lines:
-    """Lines of a JSON-lines file by number."""
+    """Random access to the lines of a JSON Lines file."""
 
     def __init__(self, file: Path) -> None:
         self._path = file
@@ -85,7 +91,7 @@ class _Lines:
 
 
 def _json_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
-    """Return the types of a JSON file's columns, those of all its rows together."""
+    """Return the schema of a JSON file, unified over all its rows."""
     names: dict[str, None] = {}
     found = pa.schema([])
     rows = (row for _, row in FORMATS[file.suffix].read(file) if isinstance(row, Mapping))
@@ -93,18 +99,18 @@ def _json_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
         names |= dict.fromkeys(name for row in batch for name in row)
         for name in [name for name in names if columns is None or name in columns]:
             found = _with_values(found, name, [row.get(name) for row in batch], file)
-    # Those that were not asked for are there, so that a message can name them.
+    # Columns that were not requested are included (as null), so that error messages can list them.
     return pa.schema([found.field(name) if name in found.names else pa.field(name, pa.null()) for name in names])
 
 
 def _with_values(schema: pa.Schema, name: str, values: list[Any], file: Path) -> pa.Schema:
-    """Widen a schema so that a column takes these values."""
+    """Widen a schema so that column `name` can hold these values."""
     try:
         column = pa.schema([(name, pa.array(values).type)])
         return pa.unify_schemas([schema, column], promote_options="permissive")
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
-            f"keep_columns: the values of {name} in {file.name} are of no one type: {error}. Name the columns to keep "
+            f"keep_columns: the values of {name} in {file.name} have no common type: {error}. Name the columns to keep "
             "without it"
         ) from error
 
@@ -117,7 +123,7 @@ def _parse_json(data: bytes, where: str) -> Any:
 
 
 def _is_array(file: Path) -> bool:
-    """Whether a `.json` file holds one array; the others are read as JSON lines."""
+    """Whether a `.json` file holds a single array; otherwise it is read as JSON Lines."""
     with file.open("rb") as data:
         return data.read(4096).lstrip().startswith(b"[")
 
@@ -171,7 +177,7 @@ def _parquet_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
 
 
 class _Table:
-    """Rows of a Parquet file by number; held in memory."""
+    """Random access to the rows of a Parquet file, held in memory."""
 
     def __init__(self, file: Path) -> None:
         with _open_parquet(file) as parquet:

@@ -1,4 +1,4 @@
-"""What columns rows of text, chat and token ids may have, and how they are read."""
+"""Which columns rows of text, chat and token ids may have, and how they are read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
     "read_tools",
 ]
 
-# Columns that rows may be read by: conversations, and prompts with what is answered to them.
+# Column sets that rows are read by: conversations, and prompts with their responses.
 CHATS = (
     ("messages",),
     ("conversations",),
@@ -44,22 +44,23 @@ _ROLES = {
 
 
 def has_value(found: Any, value: str) -> bool:
-    """Whether a column's value is `value`: text as it is, anything else as JSON."""
+    """Whether a column's value equals `value`: text is compared as is, anything else as JSON."""
     return found == value if isinstance(found, str) else json.dumps(found, default=str) == value
 
 
 def given_ids(row: Mapping[str, Any], where: str, id_limit: int) -> list[npt.NDArray[np.int32]]:
     """Return a tokenised row's sequences.
 
-    By its attention_mask, padding (0) is left out and packed documents (1, 1, 2, 2, …) are separated.
+    The attention_mask, if there is one, marks padding (0), which is dropped, and numbers packed documents
+    (1, 1, 2, 2, …), which are separated.
 
     Args:
-        row: with `input_ids`, perhaps `attention_mask`.
-        where: it is, for messages.
+        row: has `input_ids`, and optionally `attention_mask`.
+        where: location of the row, for messages.
         id_limit: ids must be below this.
 
     Raises:
-        InputError: they are no such ids, or the mask does not fit them.
+        InputError: the ids are invalid, or the mask does not match them.
     """
     ids = np.asarray(row["input_ids"])
     if ids.size == 0:
@@ -80,15 +81,15 @@ def given_ids(row: Mapping[str, Any], where: str, id_limit: int) -> list[npt.NDA
 
 
 def given_mask(row: Mapping[str, Any], where: str, columns: Sequence[str]) -> npt.NDArray[np.bool_] | None:
-    """Return which tokens of a tokenised row count, (L,) bool, as it says itself; None if it says nothing.
+    """Return which tokens of a tokenised row count, (L,) bool, according to its columns; None if it has none of them.
 
     Args:
-        row: with `input_ids`; its `labels` (−100: does not count) come before masks.
-        where: it is, for messages.
-        columns: of 0 and 1, all of which must be set.
+        row: has `input_ids`; `labels` (−100: does not count) take precedence over masks.
+        where: location of the row, for messages.
+        columns: mask columns of 0 and 1; a token counts if all of them are non-zero.
 
     Raises:
-        InputError: they do not fit the ids.
+        InputError: labels or a mask do not match the ids.
     """
     ids = np.asarray(row["input_ids"])
 
@@ -118,16 +119,16 @@ def find_layout(
 ) -> tuple[str, ...] | None:
     """Return the columns to read a row by: the first of `layouts` whose columns all have values.
 
-    None if the row has the columns of one, but all of them without a value.
+    None if the row matches layouts, but each of them has a column without a value.
 
     Args:
-        row: with all of its columns.
-        where: it is, for messages.
+        row: all columns of the row.
+        where: location of the row, for messages.
         layouts: see `ReadingPolicy`.
-        text_column: the one of plain text.
+        text_column: name of the column with plain text.
 
     Raises:
-        InputError: it does not have all columns of any layout.
+        InputError: no layout has all its columns in the row.
     """
     known = [columns for columns in layouts if all(column in row for column in columns)]
     if not known:
@@ -146,7 +147,7 @@ def chat_messages(
     """Return a chat row's messages (role, content, …) and its tool definitions.
 
     Raises:
-        InputError: they are not understood.
+        InputError: a message or the tool definitions are malformed.
     """
     if len(columns) == 1 or columns == ("tools", "turns"):
         tools = row.get("tools")
@@ -164,14 +165,14 @@ def read_messages(turns: Any, where: str, column: str) -> list[dict[str, Any]]:
     """Return the messages (role, content, …) of a column.
 
     Raises:
-        InputError: it is no list of messages.
+        InputError: the value is not a list of messages.
     """
     turns = _list(turns, where, column)
     return [_message(turn, f"{where}: {column}[{index}]") for index, turn in enumerate(turns)]
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
-    """Return one message: {role, content, …} as it is, {from, value} translated; without keys that have no value."""
+    """Return one message as {role, content, …}, translating {from, value}; keys without a value are dropped."""
     if not isinstance(turn, Mapping) or not ({"role"} <= turn.keys() or {"from", "value"} <= turn.keys()):
         raise InputError(f"{where} must have role and content, or from and value; found {turn!r:.200}")
     message = {key: value for key, value in turn.items() if value is not None}
@@ -187,7 +188,7 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """Return a tool call in the form chat templates take, its arguments parsed."""
+    """Return a tool call in the form that chat templates expect, with its arguments parsed."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or "name" not in function:
         raise InputError(f"{where}: a tool call needs a name; found {call!r:.200}")
@@ -201,10 +202,10 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def read_tools(tools: Any, where: str) -> list[Any]:
-    """Return tool definitions, parsed where they are JSON text.
+    """Return tool definitions, parsing those given as JSON text.
 
     Raises:
-        InputError: they are no list, or not JSON.
+        InputError: `tools` is not a list, or not valid JSON.
     """
     if isinstance(tools, str):
         tools = _json(tools, f"{where}: tools")
@@ -222,7 +223,7 @@ def read_text(value: Any, where: str, column: str) -> str:
     """Return a column's text.
 
     Raises:
-        InputError: it is something else.
+        InputError: the value is not text.
     """
     if not isinstance(value, str):
         raise InputError(f"{where}: {column} must be text, found {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""How capture and training read rows: everything in which they differ is an option here, with its reason."""
+"""How capture and training read rows: every difference between them is an option here, with its reason."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["ReadingPolicy", "SettingNames", "TextOptions", "capture_policy", "tr
 
 @dataclass(frozen=True)
 class SettingNames:
-    """What messages about rows call the user's settings.
+    """The names of the user's settings in messages about rows.
 
     Attributes:
-        assistant, completion: restrict the loss to that part.
-        template: names a tokenizer or a chat template.
-        everything: how to take the loss on all tokens instead.
+        assistant, completion: the setting that restricts the loss to that part.
+        template: the setting that names a tokenizer or a chat template.
+        everything: how to compute the loss on all tokens instead.
     """
 
     assistant: str
@@ -32,30 +32,30 @@ class ReadingPolicy:
     """How rows become token documents.
 
     Attributes:
-        names: what messages call the settings.
-        layouts: sets of columns to read a row by, in order of preference; token ids come first. Capture then prefers a
-            layout that has the part its loss is on. Training prefers chats to text, and knows prompt + completion but
-            not prompt + response, as TRL does.
-        text_column: the column of plain text.
+        names: names of the settings in messages.
+        layouts: sets of columns to read a row by, in order of preference; token ids come first. Capture then prefers
+            layouts with the part its loss is on. Training prefers chats to text and, like TRL, accepts prompt +
+            completion but not prompt + response.
+        text_column: the column with plain text.
         assistant: only the assistant's turns count.
-        completion: only the response to a prompt counts. True: every row must have one; None: where there is one.
+        completion: only the response to a prompt counts. True: every row must have one; None: in rows that have one.
         mask_columns: columns of tokenised rows that say which tokens count; a token counts if all of them say so. None:
             every token counts, whatever the row says.
-        needed_masks: pairs of a setting and the columns of which, beside labels, a tokenised row must have one for it.
-            Capture accepts a plain loss_mask for the part that is asked for; TRL does not.
+        needed_masks: (setting, columns) pairs: with that setting, a tokenised row must have labels or one of the
+            columns. Capture accepts a plain loss_mask for the chosen part; TRL does not.
         template: chat template to use instead of the tokenizer's. TRL has variants that mark the assistant's turns.
         render_chats: whether chat rows may be rendered with a template; otherwise they are an error.
         tokenised_only: only rows of token ids are accepted (TRL's skip_prepare_dataset).
         end_text: plain text ends with the end-of-sequence token, and a tokenizer without one is an error. TRL adds it
-            so that the student learns to stop; a teacher is shown the text as it is.
+            so that the student learns to stop; the teacher reads the text unchanged.
         keep_packed: documents packed in one row of token ids stay together, with their lengths. A trainer separates
             them by position ids; a teacher must score each without the others as context.
-        prefix_is_prompt: the response begins at the first token that differs from those of the prompt tokenised alone,
-            which is TRL's rule and needs no fast tokenizer. Otherwise a token belongs to the response if it covers one
-            of its characters, which is exact even where the prompt's last characters tokenise differently on their own.
+        prefix_is_prompt: the response begins at the first token that differs from those of the prompt tokenised alone;
+            this is TRL's rule, and does not need a fast tokenizer. Otherwise a token belongs to the response if it
+            covers one of its characters, which is exact even where the end of the prompt tokenises differently alone.
         count_empty: in an assistant's turn, tokens that cover no characters count (spaces, where a tokenizer trims them
-            from its offsets), and so does a token around an empty turn. This is the mask of transformers, and so TRL's;
-            the masks of captured datasets have never counted them.
+            from its offsets), and so does a token around an empty turn. Transformers masks this way, and therefore
+            TRL; the masks of captured datasets have never counted such tokens.
     """
 
     names: SettingNames
@@ -101,9 +101,9 @@ def capture_policy(loss_on: str, *, render_chats: bool = True) -> ReadingPolicy:
     """Return how a capture reads rows.
 
     Args:
-        loss_on: what counts. "auto": what a row's own loss_mask, labels, … say, of prompt and
-            response the response, else all; "all": all, whatever rows say; "assistant": the assistant's turns;
-            "completion": the response.
+        loss_on: which tokens count. "auto": those that the row's own loss_mask, labels, … mark; the response if the
+            row has prompt and response; otherwise all. "all": every token, whatever the row says. "assistant": the
+            assistant's turns. "completion": the response.
         render_chats: whether the chat template may be used.
     """
     masks = _CAPTURE_MASKS[loss_on]
@@ -134,12 +134,12 @@ class TextOptions:
     """The `training_args` that decide how rows are read.
 
     Attributes:
-        text_column: name of the column with plain text (dataset_text_field); if it is not "text", it goes before all
-            others.
-        completion_only: the loss is taken on completions alone (completion_only_loss); None: where rows have prompt and
-            completion.
-        assistant_only: the loss is taken on the assistant's turns alone (assistant_only_loss).
-        tokenised: rows must be token ids already (dataset_kwargs: skip_prepare_dataset).
+        text_column: name of the column with plain text (dataset_text_field); if it is not "text", it takes precedence
+            over all layouts except token ids.
+        completion_only: compute the loss on completions only (completion_only_loss); None: in rows that have prompt
+            and completion.
+        assistant_only: compute the loss on the assistant's turns only (assistant_only_loss).
+        tokenised: rows must already be token ids (dataset_kwargs: skip_prepare_dataset).
     """
 
     text_column: str = "text"
@@ -149,10 +149,10 @@ class TextOptions:
 
 
 def training_policy(tokenizer: Any, options: TextOptions) -> ReadingPolicy:
-    """Return how training reads rows: it makes the token ids and labels that TRL's SFTTrainer makes of them.
+    """Return how training reads rows: the resulting token ids and labels are those of TRL's SFTTrainer.
 
     Raises:
-        ConfigError: the assistant's turns cannot be told by the chat template.
+        ConfigError: the chat template cannot mark the assistant's turns.
     """
     text = (options.text_column,)
     first = [text] if options.text_column != "text" else []
@@ -184,7 +184,7 @@ def _marked_template(tokenizer: Any) -> str | None:
 
     if not tokenizer.chat_template:
         raise ConfigError(
-            "training_args.assistant_only_loss: the student's tokenizer has no chat template; give one with "
+            "training_args.assistant_only_loss: the student's tokenizer has no chat template; set "
             "training_args.chat_template_path"
         )
     if has_generation_markers(tokenizer.chat_template):
@@ -194,7 +194,7 @@ def _marked_template(tokenizer: Any) -> str | None:
     except ValueError as error:
         raise ConfigError(
             "training_args.assistant_only_loss: the tokenizer's chat template does not mark the assistant's tokens "
-            f"({{% generation %}}), and TRL knows no variant of it that does; give one with "
-            f"training_args.chat_template_path ({error})"
+            f"({{% generation %}}), and TRL has no variant of it that does; set training_args.chat_template_path "
+            f"({error})"
         ) from error
     return template

@@ -36,9 +36,9 @@ class _Layout:
     """A row, and the columns it is read by.
 
     Attributes:
-        where: it is, for messages.
+        where: location of the row, for messages.
         row: all of its columns.
-        columns: of these.
+        columns: the names of those that are read.
     """
 
     where: str
@@ -52,15 +52,15 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _Text:
-    """A row's text.
+    """A row's text, not tokenised yet.
 
     Attributes:
-        where: it comes from.
-        text: is not tokenised yet.
-        special_tokens: whether the tokenizer's special tokens belong around it.
-        counted: characters that count, once for each reason that not all of them do: a token counts if it has one of
-            each.
-        prompt: text whose tokens do not count, as far as the whole text begins with them.
+        where: location of the row, for messages.
+        text: the complete text.
+        special_tokens: whether the tokenizer adds its special tokens around it.
+        counted: one list of character spans per restriction of the loss; a token counts if it overlaps a span of every
+            list.
+        prompt: the prompt on its own. Tokens do not count as long as they agree with the prompt's tokens.
     """
 
     where: str
@@ -71,12 +71,12 @@ class _Text:
 
 
 class RowReader:
-    """Reads rows as whole token documents; goes to other processes.
+    """Reads rows as uncut token documents; can be sent to other processes.
 
     Args:
-        tokenizer: a transformers tokenizer, perhaps with a chat template.
-        policy: how; see its class.
-        id_limit: ids of rows that are tokenised already must be below this.
+        tokenizer: a transformers tokenizer, optionally with a chat template.
+        policy: how rows are read.
+        id_limit: ids in rows that are already tokenised must be below this.
     """
 
     def __init__(self, tokenizer: Any, policy: ReadingPolicy, id_limit: int) -> None:
@@ -85,12 +85,12 @@ class RowReader:
         self.id_limit = id_limit
 
     def __call__(self, rows: Sequence[Row]) -> list[list[TokenDocument]]:
-        """Return the documents of each row: one, none of a row without content, several of packed token ids.
+        """Return the documents of each row: usually one, none if the row is empty, several if its ids are packed.
 
         Texts are tokenised together: fast tokenizers use all cores for a batch.
 
         Raises:
-            InputError: a row is not understood; the message names it, the columns found and those understood.
+            InputError: a row has an unknown format; the message names the row, its columns and the known formats.
             ConfigError: the policy does not fit the rows.
         """
         found: list[list[TokenDocument]] = [[] for _ in rows]
@@ -116,7 +116,7 @@ class RowReader:
     # -- token ids -----------------------------------------------------------------------------------------------------
 
     def _given(self, layout: _Layout) -> list[TokenDocument]:
-        """Take a tokenised row, with the mask that it may have."""
+        """Read a tokenised row, with its mask if it has one."""
         row, where = layout.row, layout.where
         parts = given_ids(row, where, self.id_limit)
         if not parts:
@@ -137,8 +137,8 @@ class RowReader:
         for setting, columns in self.policy.needed_masks:
             if all(row.get(name) is None for name in ("labels", *columns)):
                 raise ConfigError(
-                    f"{setting} needs to be told which tokens count, but {where} is a row of input_ids without labels "
-                    f"or {' or '.join(columns)}"
+                    f"{setting} needs to know which tokens count, but {where} is a row of input_ids without labels or "
+                    f"{' or '.join(columns)}"
                 )
         return given_mask(row, where, self.policy.mask_columns)
 
@@ -149,7 +149,7 @@ class RowReader:
         if policy.tokenised_only:
             raise ConfigError(
                 f"training_args.dataset_kwargs: skip_prepare_dataset is true, but {where} is a row of {layout.name}, "
-                "not of input_ids: leave it out"
+                "not of input_ids: remove it"
             )
         if policy.completion and layout.columns not in PROMPTS:
             pairs = " or ".join(" + ".join(columns) for columns in policy.layouts if columns in PROMPTS)
@@ -162,7 +162,7 @@ class RowReader:
         if (policy.assistant or by_characters) and not getattr(self.tokenizer, "is_fast", False):
             raise ConfigError(
                 f"{where}: a loss on part of a text needs a fast tokenizer, which knows the characters of its tokens; "
-                f"{type(self.tokenizer).__name__} is not one. Give another with {names.template}, or {names.everything}"
+                f"{type(self.tokenizer).__name__} is not one. Set another with {names.template}, or {names.everything}"
             )
 
     def _is_chat(self, layout: _Layout) -> bool:
@@ -171,7 +171,7 @@ class RowReader:
         return layout.columns in CHATS and layout.columns != (self.policy.text_column,)
 
     def _text(self, layout: _Layout) -> _Text | None:
-        """Return a row's text, and what of it counts; None if the row has no content."""
+        """Return a row's text and which parts of it count; None if the row has no content."""
         row, columns, where = layout.row, layout.columns, layout.where
         if not self._is_chat(layout):
             return self._response(layout) if columns in PROMPTS else self._plain(layout)
@@ -190,7 +190,7 @@ class RowReader:
         return _Text(layout.where, self._ended(text) if self.policy.end_text else text, special_tokens=True)
 
     def _response(self, layout: _Layout) -> _Text | None:
-        """Put a prompt and a response, both plain text, one behind the other."""
+        """Concatenate a prompt and a response, both plain text."""
         prompt, response = (read_text(layout.row[column], layout.where, column) for column in layout.columns)
         if not response.strip():
             return None
@@ -202,7 +202,7 @@ class RowReader:
         return _Text(layout.where, text, special_tokens=True, counted=([(len(prompt), len(text))],))
 
     def _ended(self, text: str) -> str:
-        """Add the end of sequence to a text that does not have it."""
+        """Append the end-of-sequence token to a text that does not end with it."""
         eos = self.tokenizer.eos_token
         if eos is None and self.policy.end_text:
             raise ConfigError(
@@ -214,7 +214,7 @@ class RowReader:
     def _chat(
         self, layout: _Layout, messages: _Messages, tools: list[Any] | None, *, prompt: _Messages | None = None
     ) -> _Text | None:
-        """Render a chat, `prompt` being its messages before the response."""
+        """Render a chat; `prompt` holds the messages before the response."""
         if not messages:
             return None
         self._check_template(layout)
@@ -235,7 +235,7 @@ class RowReader:
                 else:
                     counted.append([(opening(prompt, text, chat.render, layout.where), len(text))])
         except TemplateError as error:
-            raise InputError(f"{layout.where}: the tokenizer's chat template refuses this row: {error}") from error
+            raise InputError(f"{layout.where}: the tokenizer's chat template rejects this row: {error}") from error
         return _Text(layout.where, text, special_tokens=False, counted=tuple(counted), prompt=start)
 
     def _turns(self, chat: Chat, messages: _Messages, where: str) -> tuple[str, list[Span]]:
@@ -250,7 +250,7 @@ class RowReader:
         if not written and any(message["role"] == "assistant" for message in messages):
             raise InputError(
                 f"{where}: the chat template marks none of this row's text as the assistant's ({{% generation %}}); "
-                f"give another template with {self.policy.names.template}, or {self.policy.names.everything}"
+                f"set another template with {self.policy.names.template}, or {self.policy.names.everything}"
             )
         return text, spans if self.policy.count_empty else written
 
@@ -262,14 +262,14 @@ class RowReader:
             )
         if not self.tokenizer.chat_template:
             raise ConfigError(
-                f"{layout.where}: a row of {layout.name} needs a chat template, and the tokenizer has none; give one "
+                f"{layout.where}: a row of {layout.name} needs a chat template, and the tokenizer has none; set one "
                 f"with {self.policy.names.template}"
             )
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
     def _tokenized(self, texts: Sequence[_Text]) -> Iterable[TokenDocument]:
-        """Tokenise texts that are alike in `special_tokens`."""
+        """Tokenise texts that all have the same `special_tokens`."""
         if not texts:
             return
         offsets = any(text.counted for text in texts)
@@ -298,7 +298,7 @@ class RowReader:
 
 
 def _common_prefix(ids: Sequence[int], others: npt.NDArray[np.int32]) -> int:
-    """Return how many tokens two documents begin with in common."""
+    """Return the length of the longest common prefix of two token sequences."""
     most = min(len(ids), len(others))
     differ = np.flatnonzero(np.asarray(ids[:most], dtype=np.int32) != others[:most])
     return int(differ[0]) if len(differ) else most

@@ -1,6 +1,6 @@
-"""Rows of text, whatever holds them: local files, folders of files, `save_to_disk` folders, or a dataset of the hub.
+"""Rows of text from local files, folders of files, `save_to_disk` folders, or hub datasets.
 
-A source yields rows in one fixed order, each with the words that tell a person where it came from.
+A source yields rows in a fixed order, each with a readable description of where it came from.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from distillkit.text.file_formats import FORMATS, TEACHER_COLUMNS
 __all__ = ["Row", "Source", "chosen_rows", "kept_schema", "open_hub", "open_local", "open_source"]
 
 Row = tuple[str, Mapping[str, Any]]
-"""(where the row is, for messages; its columns)"""
+"""(location of the row, for messages; its columns)"""
 
-# Splits by the words that name them in file and folder names.
+# Words in file and folder names, and the split each stands for.
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -46,31 +46,31 @@ class Source(Protocol):
 
     @property
     def description(self) -> dict[str, Any]:
-        """What identifies the source, JSON-able and free of machine paths: it goes in the header of a capture."""
+        """JSON-able description that identifies the source, without local paths; stored in a capture's header."""
 
     @property
     def identity(self) -> Any:
-        """JSON-able; differs where the content does."""
+        """JSON-able value that changes if the content changes."""
 
     @property
     def fingerprint(self) -> str:
-        """Of the content: another place or date of the same files does not change it."""
+        """Hash of the content; does not depend on where the files are or on their dates."""
 
     @property
     def num_rows(self) -> int:
-        """Rows in all."""
+        """Total number of rows."""
 
     def rows(self, order: npt.NDArray[np.int64] | None = None) -> Iterator[Row]:
-        """Yield all rows in order, or those that `order` numbers, in its order.
+        """Yield all rows, or those with the indices in `order`, in that order.
 
-        For the latter JSON lines take 16 bytes of memory a row; JSON arrays and the text of Parquet files are held
-        whole.
+        With `order`, JSON Lines take 16 bytes of memory per row; JSON arrays and the text of Parquet files are held in
+        memory.
         """
 
     def schema(self, columns: Sequence[str] | None = None) -> pa.Schema:
-        """Return the types of these columns, or of all there are.
+        """Return the schema of these columns, or of all columns.
 
-        Of JSON, all rows are read for it.
+        For JSON this reads all rows.
 
         Raises:
             ConfigError: there is no such column, or its values have no common type.
@@ -81,15 +81,15 @@ def open_source(dataset: str, *, configuration: str | None = None, split: str = 
     """Open a dataset.
 
     Args:
-        dataset: a `.jsonl`, `.json`, `.txt` or `.parquet` file, a folder of them, a folder that `datasets` saved with
-            `save_to_disk`, an fsspec URL of one of these, whose files are copied into a temporary folder first, or the
-            id of a dataset on the hub. A `.txt` file is one document.
+        dataset: a `.jsonl`, `.json`, `.txt` or `.parquet` file, a folder of them, a `save_to_disk` folder of the
+            `datasets` library, an fsspec URL of one of these (copied into a temporary folder first), or the id of a
+            hub dataset. A `.txt` file is one document.
         configuration: name of the hub dataset's configuration.
-        split: which split of a hub dataset or of a `save_to_disk` folder; in a folder of files, those whose path has
-            the split's name.
+        split: split of a hub dataset or of a `save_to_disk` folder; in a folder of files, those with the split's name
+            in their path.
 
     Raises:
-        ConfigError: there is no such file, dataset or split; it names what there is.
+        ConfigError: there is no such file, dataset or split; the message lists the available splits.
     """
     if "://" in dataset:
         return _fetched(dataset, split)
@@ -100,10 +100,10 @@ def open_source(dataset: str, *, configuration: str | None = None, split: str = 
 
 
 def _fetched(url: str, split: str) -> Source:
-    """Copy the data files at an fsspec URL into a temporary folder, which lives as long as the source, and open them.
+    """Copy the data files at an fsspec URL into a temporary folder that lives as long as the source, and open them.
 
     Raises:
-        ConfigError: there are none, or the package for such URLs is missing.
+        ConfigError: the URL has no data files, or the package for this kind of URL is missing.
     """
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
@@ -126,7 +126,7 @@ def _fetched(url: str, split: str) -> Source:
 
 
 def open_local(dataset: str, *, split: str | None = None) -> Source:
-    """Open files as `open_source`; without a split there must not be several.
+    """Open files as `open_source` does; `split` may only be None if there is a single split.
 
     Raises:
         ConfigError: as `open_source`.
@@ -144,10 +144,10 @@ def open_local(dataset: str, *, split: str | None = None) -> Source:
 
 
 def _the_split(wanted: str | None, there: Sequence[str], where: Path | str) -> str:
-    """Return the split that is asked for, or the only one.
+    """Return the requested split, or the only one.
 
     Raises:
-        ConfigError: there is no such split, or none is asked for where there are several.
+        ConfigError: there is no such split, or none was requested and there are several.
     """
     if wanted is None and len(there) == 1:
         return there[0]
@@ -159,21 +159,21 @@ def _the_split(wanted: str | None, there: Sequence[str], where: Path | str) -> s
 
 
 def chosen_rows(source: Source, numbers: npt.NDArray[np.int64]) -> Iterator[Row]:
-    """Yield the rows with these numbers in the source's order, whatever their own."""
+    """Yield the rows with these indices, in the source's order."""
     chosen = set(numbers.tolist())
     return (row for number, row in enumerate(source.rows()) if number in chosen)
 
 
 def kept_schema(source: Source, keep_columns: str | Sequence[str]) -> pa.Schema:
-    """Return the columns of a source that go with its documents.
+    """Return the schema of the source columns that are copied to the documents.
 
     Args:
-        source: where they are.
-        keep_columns: "none", "all", or names, as a list or with commas between them. "all" leaves those out that a
-            captured dataset has itself, such as input_ids.
+        source: the source that has the columns.
+        keep_columns: "none", "all", or names, as a list or separated by commas. "all" leaves out columns that captured
+            datasets use themselves, such as input_ids.
 
     Raises:
-        ConfigError: there is no such column, it has another meaning in a captured dataset, or no one type.
+        ConfigError: there is no such column, captured datasets use its name, or its values have no common type.
     """
     from distillkit.shards.table import SCHEMA
 
@@ -193,7 +193,7 @@ def kept_schema(source: Source, keep_columns: str | Sequence[str]) -> pa.Schema:
 
 
 def _of_columns(schema: pa.Schema, columns: Sequence[str] | None, where: str) -> pa.Schema:
-    """Return the fields of some columns, without metadata; of all if None."""
+    """Return the fields of some columns (None: all), without metadata."""
     wanted = schema.names if columns is None else list(dict.fromkeys(columns))
     missing = [name for name in wanted if name not in schema.names]
     if missing:
@@ -208,7 +208,7 @@ def _of_columns(schema: pa.Schema, columns: Sequence[str] | None, where: str) ->
 
 
 class _Files:
-    """Local files, in the order of their names."""
+    """Local files, sorted by name."""
 
     def __init__(self, root: Path, files: Sequence[Path]) -> None:
         self._root = root
@@ -274,9 +274,9 @@ class _Files:
 
 
 def _files_of_split(folder: Path, split: str | None) -> list[Path]:
-    """Return the folder's data files, sorted; those of `split` where names tell splits apart.
+    """Return the folder's data files, sorted; only those of `split` if any file name mentions a split.
 
-    Among such, a file whose name tells none counts as train.
+    Files that mention none then belong to train.
     """
     files = [
         file
@@ -303,12 +303,12 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
 
 
 def _split_of(path: Path) -> str | None:
-    """Return the split that a relative path names, the last one if several."""
+    """Return the split that a relative path mentions; the last one if there are several."""
     words = re.split(r"[^a-z0-9]+", path.as_posix().lower())
     return next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), None)
 
 
-# -- datasets' datasets ------------------------------------------------------------------------------------------------
+# -- datasets of the datasets library ----------------------------------------------------------------------------------
 
 
 class _Loaded:
@@ -358,10 +358,10 @@ def _saved(folder: Path, split: str | None) -> Source:
 def open_hub(
     name: str, *, configuration: str | None = None, split: str | None = None, revision: str | None = None
 ) -> Source:
-    """Open a dataset of the hub; without a split there must not be several.
+    """Open a hub dataset; `split` may only be None if there is a single split.
 
     Raises:
-        ConfigError: it cannot be loaded, or has no such split.
+        ConfigError: the dataset cannot be loaded, or has no such split.
     """
     import datasets
 

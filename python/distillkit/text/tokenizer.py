@@ -1,7 +1,7 @@
-"""What identifies a tokenizer for distillation: which id means which token.
+"""Tokenizer fingerprints: whether two tokenizers assign the same ids to the same tokens.
 
-Distributions over token ids make sense to a student only if its ids mean the same tokens. Names don't show that (a
-fine-tune may add tokens, two names may hold one vocabulary), so datasets carry a fingerprint of the id → token map.
+A student can only learn from distributions over token ids if its ids mean the same tokens. Names do not show that (a
+fine-tune may add tokens, two names may share one vocabulary), so datasets carry a fingerprint of the id → token map.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["fingerprint", "load_tokenizer", "vocab_size"]
 def fingerprint(tokenizer: Any) -> str:
     """Hash the id → token map and which ids are special tokens.
 
-    The roles of special tokens (which one pads, which one ends) are left out: training code changes them, and ids keep
-    their meaning.
+    The roles of special tokens (padding, end of sequence) are left out: training code changes them without changing
+    what ids mean.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -32,7 +32,7 @@ def fingerprint(tokenizer: Any) -> str:
     special = sorted(int(i) for i, token in tokenizer.added_tokens_decoder.items() if getattr(token, "special", False))
     tokens = [token for _, token in entries]
     digest = xxhash.xxh3_128()
-    # Ids, lengths and then the bytes: no token can run into the next.
+    # Ids and lengths before the bytes, so that different token sequences never hash the same bytes.
     digest.update(np.array([len(entries), len(special)], dtype="<u4").tobytes())
     digest.update(np.array([i for i, _ in entries], dtype="<u4").tobytes())
     digest.update(np.array([len(token) for token in tokens], dtype="<u4").tobytes())
@@ -44,7 +44,7 @@ def fingerprint(tokenizer: Any) -> str:
 def vocab_size(tokenizer: Any) -> int:
     """Return the number of ids the tokenizer can produce: its largest id plus one, added tokens included.
 
-    The model's head is often wider (padded to a multiple of 64 or 128), never narrower in a sound checkpoint.
+    The model's head is often wider (padded to a multiple of 64 or 128), and never narrower in a valid checkpoint.
     """
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
@@ -53,7 +53,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     """Load a transformers tokenizer from a folder or the hub.
 
     Raises:
-        ConfigError: there is none at that path.
+        ConfigError: no tokenizer could be loaded from `path`.
     """
     from transformers import AutoTokenizer
 
@@ -66,7 +66,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
 
 
 def _entries(tokenizer: Any) -> list[tuple[int, bytes]]:
-    """Return (id, token) by id, as the tokenizer spells its tokens (most in characters, some in bytes)."""
+    """Return (id, token bytes) pairs sorted by id; most tokenizers store tokens as text, some as bytes."""
     return sorted(
         (int(i), token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass"))
         for token, i in tokenizer.get_vocab().items()

@@ -1,8 +1,8 @@
-"""Which characters of a rendered conversation an assistant wrote, and which tokens these are.
+"""Finds the assistant's characters in a rendered conversation, and the tokens they belong to.
 
-Either the chat template marks them (`{% generation %}`), or they are found by rendering the conversation up to a turn:
-what is found is checked against the whole conversation's text, and a template that renders a turn in another way once
-others follow is refused unless the turn's end can be told without doubt.
+Either the chat template marks them (`{% generation %}`), or they are found by rendering the conversation up to each
+turn and checking the result against the complete text. A template that renders a turn differently once others follow
+is rejected, unless the end of the turn is still unambiguous.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from distillkit.errors import InputError
 __all__ = ["Chat", "Span", "opening", "overlapping", "rendered_turns"]
 
 Span = tuple[int, int]
-"""Characters from the first to before the last."""
+"""(start, stop) character range; stop is exclusive."""
 
 Render = Callable[..., str]
 """Renders messages; takes `add_generation_prompt`."""
 
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# Stands for a message's content. No template changes such a word, and no text has it.
+# Stands in for a message's content: no template alters such a word, and no text contains it.
 _PLACEHOLDER = "distillkitplaceholdercontent7219"
 
 
@@ -35,10 +35,10 @@ class Chat:
     """How a row's messages are rendered.
 
     Attributes:
-        tokenizer: whose chat template it is.
-        template: in place of the tokenizer's own; None: that.
-        tools: definitions that the template is given.
-        options: further variables of the template.
+        tokenizer: renders with its chat template.
+        template: template to use instead of the tokenizer's own; None: the tokenizer's.
+        tools: tool definitions to pass to the template.
+        options: further template variables.
     """
 
     tokenizer: Any
@@ -54,7 +54,7 @@ class Chat:
         return str(rendered)
 
     def marked_turns(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]] | None:
-        """Return messages as text, and what the template marks in it, which may be empty; None if it marks nothing."""
+        """Return the rendered messages and the spans that the template marks; None if it has no generation markers."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self.tokenizer.get_chat_template(self.template, self.tools)
@@ -75,15 +75,15 @@ def rendered_turns(
 ) -> list[Span]:
     """Find the assistant's turns in a rendered conversation.
 
-    A turn begins where the template would have the assistant begin (`add_generation_prompt`), and ends with all that
-    the template writes after it before the next message: the token that ends a turn is part of it.
+    A turn begins where generation would begin (`add_generation_prompt`), and includes everything that the template
+    writes before the next message, such as the end-of-turn token.
 
     Args:
         messages: the conversation.
-        text: all of it, rendered.
-        render: renders a part of it in the same way.
-        special_tokens: among them the one that ends a turn.
-        where: the row is, for messages.
+        text: the rendered conversation.
+        render: renders part of the conversation in the same way.
+        special_tokens: the tokenizer's special tokens, including the one that ends a turn.
+        where: location of the row, for messages.
 
     Raises:
         InputError: the template does not show where a turn begins or ends.
@@ -98,17 +98,16 @@ def rendered_turns(
 
 
 def opening(messages: Sequence[dict[str, Any]], text: str, render: Render, where: str) -> int:
-    """Return where in `text` the assistant begins its answer to `messages`, with which it begins.
+    """Return where in `text`, which begins with `messages`, the assistant's answer to them begins.
 
     Raises:
-        InputError: it does not.
+        InputError: `text` does not begin with the rendered messages.
     """
     prompt = render(messages, add_generation_prompt=True)
     if not text.startswith(prompt):
         raise _unclear(
             where,
-            "the prompt that the chat template renders for this answer is not what the rendered conversation begins "
-            "with",
+            "the rendered conversation does not begin with the prompt that the chat template renders for this answer",
         )
     return len(prompt)
 
@@ -126,11 +125,11 @@ class _Turn:
     def start(self) -> int:
         before = self.messages[: self.index]
         prompt = self.render(before, add_generation_prompt=True)
-        opens = prompt != self.render(before)  # not every template knows how an answer is opened
+        opens = prompt != self.render(before)  # not every template has a generation prompt
         if opens and self.text.startswith(prompt):
             return len(prompt)
         header = self._before_content(self.index)
-        # One that does may open a new answer with more than it writes before one that is given, such as "<think>".
+        # A generation prompt may contain more than the template writes before an existing answer, such as "<think>".
         if header is not None and (prompt.startswith(header) or not opens):
             return len(header)
         return opening(before, self.text, self.render, self.where)
@@ -141,9 +140,9 @@ class _Turn:
             return len(closed)
         ended = _without_last(closed, special_tokens)
         if self.text.startswith(ended) and len(ended) > start and ended.rstrip().endswith(tuple(special_tokens)):
-            return len(ended)  # what is left out ends the whole conversation
-        # A template may render a turn in another way where it is the last one, as thinking ones do. Its last special
-        # token, with what follows it, must be there exactly once before the next message's content.
+            return len(ended)  # the dropped token ends the conversation, not the turn
+        # A template may render the last turn differently, as those of thinking models do. Then the turn's last special
+        # token and what follows it must occur exactly once before the next message's content.
         endings = [closed.rindex(token) for token in special_tokens if token in closed[start:]]
         if self.index + 1 == len(self.messages) or not endings or not closed.startswith(self.text[:start]):
             raise _unclear(
@@ -155,39 +154,37 @@ class _Turn:
             raise _unclear(
                 self.where,
                 f"the end of this turn ({ending!r}) does not occur exactly once before the next message in the "
-                "rendered "
-                "conversation",
+                "rendered conversation",
             )
         return before_next.index(ending, start) + len(ending)
 
     def _before_content(self, index: int) -> str | None:
-        """Return the text before a message's content; None if that can't be told."""
+        """Return the text before a message's content; None if it cannot be determined."""
         replaced = {**self.messages[index], "content": _PLACEHOLDER}
         parts = self.render([*self.messages[:index], replaced, *self.messages[index + 1 :]]).split(_PLACEHOLDER)
         return parts[0] if len(parts) == 2 and self.text.startswith(parts[0]) else None
 
 
 def _without_last(text: str, tokens: Collection[str]) -> str:
-    """Return text without the token it ends with, if it ends with one."""
+    """Return the text without its last token, if it ends with one of `tokens`."""
     return next((text[: -len(token)] for token in tokens if text.endswith(token)), text)
 
 
 def _unclear(where: str, why: str) -> InputError:
     return InputError(
         f"{where}: {why}, so the assistant's tokens cannot be identified. Use a tokenizer (--tokenizer) whose chat "
-        "template "
-        "marks them with {% generation %}, or capture with --loss-on all"
+        "template marks them with {% generation %}, or capture with --loss-on all"
     )
 
 
 def overlapping(offsets: npt.NDArray[Any], spans: Sequence[Span], *, empty: bool) -> npt.NDArray[np.bool_]:
-    """Return which tokens have a character in one of the spans.
+    """Return which tokens overlap one of the spans, (L,) bool.
 
-    A token that reaches over a span's border is counted: some of it must be predicted.
+    A token that crosses the border of a span counts, since part of it must be predicted.
 
     Args:
-        offsets: (L, 2) first character of each token, and the one after its last; equal for tokens of no character.
-        spans: in the same text.
+        offsets: (L, 2) start and stop character of each token; equal for tokens without characters.
+        spans: character spans of the same text.
         empty: whether tokens without characters count inside a span.
     """
     begin, end = offsets[:, 0], offsets[:, 1]

@@ -1,1 +1,1 @@
-"""Trains a student from a YAML file: configuration, data, teacher signals, the trainer."""
+"""Trains a student from a YAML file: configuration, data, teacher signals, trainer."""

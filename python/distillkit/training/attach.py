@@ -1,4 +1,4 @@
-"""The losses inside the student's forward."""
+"""Computes the losses inside the student's forward."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["DistillationInputs", "DistillationOutput", "attach_losses"]
 class DistillationInputs:
     """What the student's forward needs to compute losses instead of logits.
 
-    Not a dataclass: under mixed precision FSDP2 casts every tensor that it finds among a forward's arguments, in
-    dataclasses too, and would round the teacher's log-probs to bfloat16.
+    Not a dataclass: under mixed precision, FSDP2 casts every tensor among a forward's arguments, even inside
+    dataclasses, which would round the teacher's log-probs to bfloat16.
 
     Attributes:
         rows: (N,) int64, counted positions of the flattened batch.
-        targets: of those positions.
+        targets: targets of those positions.
         objective: the losses.
     """
 
@@ -42,43 +42,43 @@ class DistillationInputs:
 
 @dataclass
 class DistillationOutput(ModelOutput):  # type: ignore[misc]
-    """What the student's forward then returns: small, since mixed precision copies every output to float32.
+    """What the student's forward returns with losses: small, since mixed precision copies every output to float32.
 
     Attributes:
         loss: float32 scalar, the weighted losses summed over positions.
         statistics: float32 sums over positions, by `Objective.names`.
     """
 
-    # ModelOutput wants defaults; both are always there.
+    # ModelOutput requires defaults; both fields are always set.
     loss: torch.Tensor = None  # type: ignore[assignment]
     statistics: torch.Tensor = None  # type: ignore[assignment]
 
 
 def attach_losses(model: PreTrainedModel | PeftModel, matching: LayerMatching | None = None) -> LMHead:
-    """Let `model(**inputs, distill=DistillationInputs(…))` return losses. Without `distill` the model is as before.
+    """Make `model(**inputs, distill=DistillationInputs(…))` return losses; without `distill` the model is unchanged.
 
-    Done on the bare model, inside PEFT's wrapper too, before anything else wraps it. Whatever wrapper is called then
-    (DDP, FSDP, autocast), hidden states and head are at hand inside it, its hooks run, and no logits of a whole batch
-    leave the forward.
+    This extends the bare model (inside PEFT's wrapper) before anything else wraps it. Whatever wrapper is then called
+    (DDP, FSDP, autocast), its hooks run, hidden states and head are available inside it, and the logits of an entire
+    batch never leave the forward.
 
     Args:
-        model: the bare student.
-        matching: which of its hidden states are compared with the teacher's, if any are.
+        model: the student.
+        matching: which of its hidden states are compared with the teacher's, if any.
 
     Returns:
-        The model's head, as checked against its logits.
+        The model's head, checked against its logits.
 
     Raises:
-        DistillKitError: the head can't be applied apart from the model.
+        DistillKitError: the head cannot be applied apart from the model.
     """
     model = bare_model(model)
     original = model.forward
-    # ZeRO-3 has sharded the weights while they were loaded: they can be compared when a forward gathers them.
+    # ZeRO-3 sharded the weights while loading them: the check must wait until a forward gathers them.
     checked = not _shard_head(model)
     head = check_lm_head(model) if checked else lm_head_of(model)
     wanted = () if matching is None else matching.student_layers
 
-    # The signature stays: generate() and the Trainer read it.
+    # Keeps the signature, which generate() and the Trainer inspect.
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, distill: DistillationInputs | None = None, **inputs: Any) -> Any:
         nonlocal checked
@@ -98,8 +98,8 @@ def attach_losses(model: PreTrainedModel | PeftModel, matching: LayerMatching | 
 
 
 def _shard_head(model: PreTrainedModel) -> bool:
-    """Say whether DeepSpeed's ZeRO-3 has sharded the model; if so, have the head's parameters gathered for the forward
-    and backward of the whole model, which uses them outside of the head's own."""
+    """Return whether DeepSpeed's ZeRO-3 has sharded the model; if so, have the head's parameters gathered for the
+    model's forward and backward, which use them outside of the head's own forward."""
     head = model.get_output_embeddings()
     if head is None or not hasattr(head.weight, "ds_id"):
         return False

@@ -1,4 +1,4 @@
-"""Seeing a training run: a progress bar and a readable line on the console, and every metric in a file."""
+"""Monitoring: a progress bar and readable lines on the console, and every metric in a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distillkit.reports.run_record import METRICS, read_metrics
 
 __all__ = ["ConsoleProgress", "MetricsFile"]
 
-# How metrics are shown on a line, in this order: name, label, format.
+# Metrics on a console line, in this order: name, label, format.
 _SHOWN = (
     ("kl", "KL", "{:.4f}"),
     ("cross_entropy", "CE", "{:.4f}"),
@@ -32,14 +32,15 @@ _LABELS = {name: label for name, label, _ in _SHOWN}
 
 
 class MetricsFile(transformers.TrainerCallback):  # type: ignore[misc]
-    """Writes every log as a JSON object a line to `metrics.jsonl`, and remembers the first and last of each kind.
+    """Writes every log entry to `metrics.jsonl`, one JSON object per line, and remembers the first and last of each
+    kind.
 
-    The file begins with what is trained, `{"step": …, "run": {…}}`. A resumed run continues it after the checkpoint's
-    step, with such a line of its own; another run in the same folder begins it anew.
+    The file begins with a description of the run, `{"step": …, "run": {…}}`. A resumed run keeps the entries up to the
+    checkpoint's step and adds a description of its own; any other run in the same folder overwrites the file.
 
     Args:
-        folder: where the file goes.
-        description: what is trained; see `describe`.
+        folder: folder of the file.
+        description: description of the run; see `describe`.
     """
 
     def __init__(self, folder: Path, description: dict[str, Any]) -> None:
@@ -77,12 +78,12 @@ class MetricsFile(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
-    """Shows a progress bar with the time left, and a line for every log, on stderr. Into a file or a pipe go the lines
-    alone; colours are left out there and where NO_COLOR is set.
+    """Shows a progress bar with the time left and a line for every log entry, on stderr. Without a terminal there is
+    no bar; without a terminal or with NO_COLOR there are no colours.
 
     Args:
-        parts: names of the losses; a training line has their values where there are several.
-        console: where it goes; stderr if None.
+        parts: names of the losses; if there are several, training lines show the value of each.
+        console: where to print; stderr if None.
     """
 
     def __init__(self, parts: tuple[str, ...] = (), console: Console | None = None) -> None:
@@ -146,7 +147,7 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
         self.console.print("  ".join([*fields, left] if left else fields), highlight=False, soft_wrap=True)
 
     def _loss(self, logs: dict[str, Any], prefix: str) -> str:
-        """Write the loss and, while training, its parts, which are means without their weights."""
+        """Format the loss and, for training lines, its parts: means, not multiplied by their weights."""
         total = f"loss {logs[prefix + 'loss']:.4f}"
         if prefix or len(self.parts) < 2:
             return total
@@ -154,7 +155,7 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
         return f"{total} ({', '.join(parts)})"
 
     def _left(self, state: Any) -> str:
-        """Write the time left at the pace since training began, evaluations and checkpoints included."""
+        """Format the time left, at the pace since training began, including evaluations and checkpoints."""
         step, began = self._began
         done, to_do = state.global_step - step, state.max_steps - state.global_step
         if done <= 0 or to_do <= 0:
@@ -162,7 +163,7 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
         return f"{duration((time.monotonic() - began) / done * to_do)} left"
 
     def close(self) -> None:
-        """Take the bar away, also where training ended with an error."""
+        """Remove the bar; must also be called if training fails."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

@@ -1,4 +1,4 @@
-"""What a run is, in words and numbers for its report: student, teacher, data, losses, settings."""
+"""Describes a run for its report: student, teacher, data, losses, settings."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def describe(
     model: PreTrainedModel | PeftModel,
     datasets: Mapping[Part, DistillationDataset],
 ) -> dict[str, Any]:
-    """Describe a run whose parts are loaded.
+    """Describe a run after its parts are loaded.
 
     Args:
-        config: the run.
-        arguments: the trainer's.
+        config: the run's configuration.
+        arguments: the trainer's arguments.
         model: the student.
-        datasets: `train` and perhaps `eval`.
+        datasets: `train`, and `eval` if there is one.
 
     Returns:
         JSON objects by name: `student`, `teacher`, `data`, `losses` (weights summing to 1), `settings`, `versions`; and
@@ -71,14 +71,14 @@ def _data(where: DatasetSource, dataset: DistillationDataset) -> dict[str, Any]:
     return {
         "path": where.repo_id or where.disk_path,
         "documents": len(dataset.indices),
-        # Of a part of the documents they would have to be counted.
+        # For a subset of the documents, the tokens would have to be counted.
         "tokens": tokens_of(dataset.source) if whole else None,
         "rows": None if dataset.packing is None else len(dataset),
     }
 
 
 def tokens_of(source: DocumentSource) -> int:
-    """Return the tokens of all documents."""
+    """Return the total number of tokens."""
     return source.num_tokens if isinstance(source, StoredDataset) else int(source.lengths().sum())
 
 

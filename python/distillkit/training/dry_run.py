@@ -1,5 +1,5 @@
-"""Checking a run without training: everything is loaded as for training, one thing after the other, the first batch
-goes forward and backward, and nothing is kept."""
+"""Checks a run without training: loads everything as training would, step by step, runs the first batch forward and
+backward, and discards the results."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class Check:
 
     Attributes:
         name: what was checked.
-        status: `warning`: training would run, and something may surprise; `not checked`: what it needs has failed.
-        detail: what was found, for people.
-        figures: the same in numbers.
+        status: `warning`: training would run, but something may be unexpected; `not checked`: a check that it depends
+            on has failed.
+        detail: what was found, in readable form.
+        figures: the same as numbers.
     """
 
     name: str
@@ -44,11 +45,11 @@ class Check:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a dry run has found.
+    """The result of a dry run.
 
     Attributes:
-        checks: in order.
-        would_write: what training would leave: path and what it is.
+        checks: the checks, in order.
+        would_write: (path, description) of what training would write.
     """
 
     checks: list[Check]
@@ -56,11 +57,11 @@ class DryRun:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing has failed."""
+        """Whether no check has failed."""
         return all(check.status != "failed" for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON objects."""
+        """Return the result as a JSON-able mapping."""
         checks = [
             {"name": check.name, "status": check.status, "detail": check.detail, **check.figures}
             for check in self.checks
@@ -72,7 +73,7 @@ def dry_run(path: str | Path) -> DryRun:
     """Check everything that a training run would need.
 
     Args:
-        path: the configuration.
+        path: the configuration file.
     """
     from distillkit.training.config.file import load_config
 
@@ -96,23 +97,23 @@ def dry_run(path: str | Path) -> DryRun:
 
 
 def _harmless(config: RunConfig, folder: str) -> RunConfig:
-    """Return the same run, but writing into a folder of its own and telling nobody."""
+    """Return the same run, but writing into a separate folder and reporting to no tracker."""
     arguments = {name: value for name, value in config.training_args.items() if name not in _QUIET}
     harmless = {"output_path": folder, "training_args": {**arguments, "report_to": "none"}}
     return config.model_copy(update=harmless)
 
 
-# Arguments that make the trainer's constructor talk to somebody, or that name the output folder once more.
+# Arguments that make the trainer's constructor contact a service, or that repeat the output folder.
 _QUIET = ("report_to", "push_to_hub", "output_dir")
 
 
 class _State:
-    """What the checks share.
+    """State shared by the checks.
 
     Attributes:
-        config: the run as asked for.
+        config: the run as configured.
         run: its parts, with the harmless output folder.
-        memory, steps, steps_an_epoch, checkpoints, saved: found by earlier checks.
+        memory, steps, steps_an_epoch, checkpoints, saved: results of earlier checks.
     """
 
     def __init__(self, config: RunConfig, harmless: RunConfig) -> None:
@@ -127,7 +128,7 @@ class _State:
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed will divide the student among the processes."""
+        """Whether FSDP or DeepSpeed will shard the student across processes."""
         return bool(self.run.trainer.is_fsdp_enabled or self.run.trainer.is_deepspeed_enabled)
 
 
@@ -162,7 +163,7 @@ def _arguments(state: _State) -> tuple[str, dict[str, Any]]:
     from distillkit.training.config.arguments import training_arguments
 
     arguments = state.run.arguments
-    # As asked for: the trackers must be there too.
+    # The original arguments, so that missing trackers are found too.
     asked = training_arguments(state.config)
     trackers = ", ".join(asked.report_to) or "none"
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
@@ -177,7 +178,7 @@ def _output(state: _State) -> Check | tuple[str, dict[str, Any]]:
     existing = _existing(folder)
     if not existing.is_dir():
         raise ConfigError(f"output_path: {existing} is a file, not a folder")
-    # Tried out: permissions alone don't tell on every file system.
+    # Written to, because permissions alone are not conclusive on every file system.
     with tempfile.TemporaryFile(dir=existing):
         pass
     resumed = checkpoint_of(state.config)
@@ -186,7 +187,7 @@ def _output(state: _State) -> Check | tuple[str, dict[str, Any]]:
     if (folder / "metrics.jsonl").exists():
         detail = f"{folder}: contains an earlier run, whose metrics, report and student would be overwritten"
         return Check("output folder", "warning", detail)
-    return f"{folder}: can be written", {}
+    return f"{folder}: writable", {}
 
 
 def _tokenizer(state: _State) -> tuple[str, dict[str, Any]]:
@@ -202,7 +203,7 @@ def _data(state: _State) -> tuple[str, dict[str, Any]]:
 
     lines: list[str] = []
     figures: dict[str, Any] = {}
-    _ = state.run.eos_labels  # refused, if they are wrong, with the data that they are for
+    _ = state.run.eos_labels  # raises here if they are wrong, since they belong to the data
     for key, source in state.run.sources.items():
         tokens = tokens_of(source)
         kept = f" (prepared, and cached for training in {source.folder})" if isinstance(source, PreparedDataset) else ""
@@ -233,12 +234,12 @@ def _fits(state: _State) -> tuple[str, dict[str, Any]]:
     from distillkit.models.head import rows_of
 
     head = rows_of(state.run.model.get_output_embeddings().weight)
-    _ = state.run.datasets  # checked against the student where they are made
+    _ = state.run.datasets  # checked against the student on creation
     return f"vocabulary, codec and alignment agree with a head of {head:,} rows", {"head_rows": head}
 
 
 def _head(state: _State) -> tuple[str, dict[str, Any]]:
-    _ = state.run.trainer  # tries the head out where it is made
+    _ = state.run.trainer  # checks the head on creation
     losses = state.run.description["losses"]
     terms = " + ".join(f"{loss['weight']:.3g} {loss['name']}" for loss in losses)
     return f"the head's logits are reproduced; loss = {terms}", {"losses": losses}
@@ -269,7 +270,7 @@ def _memory(state: _State) -> Check:
         teacher=None if live is None or config.teaches_itself else live.model,
         sharded=state.sharded,
     )
-    # Processes share a machine's memory; each GPU is one process's own.
+    # On CPUs, processes share the machine's memory; each GPU belongs to one process.
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if arguments.device.type == "cpu" else 1
     at_hand = found.at_hand // sharing
     parts = {
@@ -281,7 +282,7 @@ def _memory(state: _State) -> Check:
         "logits and losses": found.losses,
     }
     written = [
-        f"{name} {'not known' if size is None else human_bytes(size)}" for name, size in parts.items() if size != 0
+        f"{name} {'unknown' if size is None else human_bytes(size)}" for name, size in parts.items() if size != 0
     ]
     detail = f"about {human_bytes(found.total)} ({', '.join(written)}); available: {human_bytes(at_hand)}"
     figures = {
@@ -295,7 +296,7 @@ def _memory(state: _State) -> Check:
         "at_hand_bytes": at_hand,
     }
     if state.sharded:
-        detail = f"{detail}; weights, gradients and optimiser are divided among the processes"
+        detail = f"{detail}; weights, gradients and optimiser are sharded across processes"
         return Check("memory", "passed", detail, figures)
     if found.certain > at_hand:
         return Check("memory", "failed", f"{detail}. Weights, gradients and optimiser alone do not fit", figures)
@@ -304,7 +305,7 @@ def _memory(state: _State) -> Check:
 
 
 def _batch(state: _State) -> Check | tuple[str, dict[str, Any]]:
-    """Fetch a step's batches as training does, and take the first of them forward and backward."""
+    """Fetch the batches of a step as training does, and run the first one forward and backward."""
     import torch
 
     from distillkit.training.memory_estimate import checkpointing
@@ -350,7 +351,7 @@ def _disk(state: _State) -> tuple[str, dict[str, Any]]:
     saved, each = checkpoint_bytes(state.run.model, optimizer, optimizer_too=not arguments.save_only_model)
     number = _checkpoints(state)
     if number and arguments.save_total_limit:
-        # The oldest goes when the newest is whole.
+        # The oldest is only deleted once the newest is complete.
         number = min(number, arguments.save_total_limit + 1)
     free = shutil.disk_usage(_existing(Path(state.config.output_path))).free
     needed = saved + number * each
@@ -364,7 +365,7 @@ def _disk(state: _State) -> tuple[str, dict[str, Any]]:
 
 
 def _checkpoints(state: _State) -> int:
-    """Count the checkpoints that training will save in all."""
+    """Count the checkpoints that training will save in total."""
     arguments, steps, per_epoch = state.run.arguments, state.steps, state.steps_an_epoch
     strategy = str(to_plain_value(arguments.save_strategy))
     if strategy == "no":
@@ -372,9 +373,9 @@ def _checkpoints(state: _State) -> int:
     if strategy == "epoch":
         return -(-steps // per_epoch)
     if strategy == "best":
-        return 2  # the best so far, and the next one while it is written
+        return 2  # the best so far, and the next one while it is being written
     every = arguments.save_steps if arguments.save_steps >= 1 else arguments.save_steps * steps
-    # One is saved at the end in any case.
+    # One is always saved at the end.
     return -int(-steps // max(int(every), 1))
 
 
@@ -406,8 +407,8 @@ def _would_write(state: _State) -> list[tuple[str, str]]:
     if number:
         lines.append((str(folder / "checkpoint-*"), f"{number} at a time, {human_bytes(each)} each"))
     lines += [
-        (str(folder / "metrics.jsonl"), "every log"),
-        (str(folder / "summary.json"), "the figures at the end"),
+        (str(folder / "metrics.jsonl"), "every log entry"),
+        (str(folder / "summary.json"), "the final figures"),
         (str(folder / "report.md"), "the report, with report-quality.png and report-speed.png"),
         (str(folder / "distillkit_config.yaml"), "the configuration"),
     ]

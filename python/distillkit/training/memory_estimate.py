@@ -1,5 +1,5 @@
-"""How much memory a training step will take, and how much room its checkpoints: estimated from the loaded student and
-the settings, before anything is trained."""
+"""Estimates the memory of a training step and the size of its checkpoints, from the loaded student and the settings,
+before anything is trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryEstimate", "checkpoint_bytes", "checkpointing", "estimate_memory", "optimizer_bytes"]
 
-# Values that an optimiser keeps for each trained one, in the parameter's own dtype.
+# Values that an optimiser keeps for each trained parameter, in the parameter's own dtype.
 _LIKE_PARAMETERS = {
     "adamw_torch": 2,
     "adamw_torch_fused": 2,
@@ -34,7 +34,7 @@ _LIKE_PARAMETERS = {
     "rmsprop": 1,
     "sgd": 0,
 }
-# Those of bitsandbytes: how many values, and the bytes of each (with the scales of its blocks of 256).
+# bitsandbytes optimisers: values per parameter, and bytes per value (including the scales of blocks of 256).
 _OWN_PRECISION = {
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), (2, 1 + 4 / 256)),
     **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), (1, 1 + 4 / 256)),
@@ -43,9 +43,9 @@ _OWN_PRECISION = {
     **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_32bit"), (1, 4.0)),
     **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), (3, 4.0)),
 }
-# Arrays of a chunk's logits that exist at a time, at most: logits, their gradient, and what a loss makes of them.
+# Maximum number of simultaneous arrays of a chunk's size: logits, their gradient, and a loss's intermediate values.
 _CHUNK_ARRAYS = 3
-# Tokens of the forwards that measure activations: what grows with their number is told from what does not.
+# Lengths of the forwards that measure activations; two of them separate what grows with the length from what does not.
 _PROBES = (16, 48)
 
 
@@ -54,14 +54,14 @@ class MemoryEstimate:
     """Bytes that training takes on one device.
 
     Attributes:
-        weights: of the student.
-        teacher: weights of a live teacher that is a model of its own.
-        gradients: of what is trained.
-        optimizer: its state; None if it is not known for this optimiser.
-        activations: of the longest micro-batch, measured on a few tokens; None where the model is sharded, since it can
-            be run by all processes together only.
+        weights: the student's weights.
+        teacher: the weights of a live teacher that is a separate model.
+        gradients: gradients of the trained parameters.
+        optimizer: optimiser state; None if unknown for this optimiser.
+        activations: activations of the longest micro-batch, extrapolated from a few tokens; None if the model is
+            sharded, since only all processes together can run it.
         losses: a chunk of logits with its gradient, and float32 gradients of hidden states and head.
-        at_hand: what there is for all of it.
+        at_hand: available memory for all of these.
     """
 
     weights: int
@@ -74,12 +74,12 @@ class MemoryEstimate:
 
     @property
     def certain(self) -> int:
-        """What is known without measuring: weights, gradients and optimiser."""
+        """What is known without measuring: weights, gradients and optimiser state."""
         return self.weights + self.teacher + self.gradients + (self.optimizer or 0)
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts that are known."""
         return self.certain + (self.activations or 0) + self.losses
 
 
@@ -92,15 +92,15 @@ def estimate_memory(
     teacher: Any = None,
     sharded: bool = False,
 ) -> MemoryEstimate:
-    """Estimate what a training step takes.
+    """Estimate the memory of a training step.
 
     Args:
-        model: the student, loaded, on the device it trains on.
-        arguments: the trainer's.
+        model: the loaded student, on the device it trains on.
+        arguments: the trainer's arguments.
         objective: the losses.
         sequence_length: longest row in tokens.
-        teacher: a live teacher's model, if it is another one than the student's.
-        sharded: whether FSDP or DeepSpeed will divide weights, gradients and optimiser among the processes.
+        teacher: the live teacher's model, if it is not the student's.
+        sharded: whether FSDP or DeepSpeed will shard weights, gradients and optimiser state across processes.
     """
     tokens = arguments.per_device_train_batch_size * sequence_length
     head = bare_model(model).get_output_embeddings().weight
@@ -116,17 +116,17 @@ def estimate_memory(
         optimizer=optimizer_bytes(trained, str(to_plain_value(arguments.optim))),
         activations=None if sharded else _activations(model, arguments, tokens),
         losses=4 * (_CHUNK_ARRAYS * chunk * vocabulary + tokens * hidden + head_gradient),
-        # What is loaded already is not free any more.
+        # Models that are already loaded are no longer part of the free memory.
         at_hand=available_memory(arguments.device) + weights + taught,
     )
 
 
 def optimizer_bytes(parameters: list[torch.nn.Parameter], name: str) -> int | None:
-    """Estimate the state that an optimiser keeps for some parameters; None if it is not known here.
+    """Estimate the bytes of an optimiser's state; None for an unknown optimiser.
 
     Args:
-        parameters: what is trained.
-        name: of the optimiser, as `training_args.optim` has it.
+        parameters: the trained parameters.
+        name: name of the optimiser, as in `training_args.optim`.
     """
     if name in _LIKE_PARAMETERS:
         return _LIKE_PARAMETERS[name] * sum(map(_size, parameters))
@@ -134,7 +134,7 @@ def optimizer_bytes(parameters: list[torch.nn.Parameter], name: str) -> int | No
         values, size = _OWN_PRECISION[name]
         return round(values * size * sum(_size(part) // part.element_size() for part in parameters))
     if name == "adafactor":
-        # A matrix has a value a row and a value a column (Shazeer and Stern, "Adafactor", 2018), all else one a value.
+        # One value per row and per column of a matrix (Shazeer and Stern, "Adafactor", 2018), else one per parameter.
         return 4 * sum(
             part.numel() // part.shape[-1] + part.numel() // part.shape[-2] if part.ndim >= 2 else part.numel()
             for part in parameters
@@ -143,12 +143,12 @@ def optimizer_bytes(parameters: list[torch.nn.Parameter], name: str) -> int | No
 
 
 def checkpoint_bytes(model: Any, optimizer: int | None, *, optimizer_too: bool) -> tuple[int, int]:
-    """Return the bytes of the saved student, and of a checkpoint of it.
+    """Return the size in bytes of the saved student, and of one checkpoint.
 
     Args:
-        model: the student; with PEFT adapters only they are saved.
-        optimizer: the state's bytes, if they are known.
-        optimizer_too: whether checkpoints hold it.
+        model: the student; with PEFT adapters, only the adapters are saved.
+        optimizer: bytes of the optimiser state, if known.
+        optimizer_too: whether checkpoints include the optimiser state.
     """
     adapters = hasattr(model, "peft_config")
     saved = sum(_size(part) for part in model.parameters() if part.requires_grad or not adapters)
@@ -156,13 +156,13 @@ def checkpoint_bytes(model: Any, optimizer: int | None, *, optimizer_too: bool) 
 
 
 def _bytes(model: Any) -> int:
-    """Bytes of a model's parameters and buffers, shared ones once."""
+    """Bytes of a model's parameters and buffers, counting shared ones once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(map(_size, tensors.values()))
 
 
 def _size(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor; of the whole one where DeepSpeed's ZeRO-3 has left a part of it here."""
+    """Bytes of a tensor; of the full tensor if DeepSpeed's ZeRO-3 has sharded it."""
     return elements_of(tensor) * tensor.element_size()
 
 
@@ -170,16 +170,16 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def _activations(model: Any, arguments: SFTConfig, tokens: int) -> int:
-    """Estimate the activations that a forward keeps for its backward.
+    """Estimate the bytes of activations that a forward keeps for its backward.
 
-    Two short forwards are measured and continued in a line: what attention keeps of every pair of positions, where it
-    does (eager attention, packed rows without FlashAttention), is not in it.
+    Extrapolates linearly from two short forwards. Attention that keeps values for every pair of positions (eager
+    attention, packed rows without FlashAttention) is therefore underestimated.
     """
     whole = _line(model, arguments, tokens, recomputed=False)
     if not arguments.activation_checkpointing:
         return whole
     layers = getattr(bare_model(model).config.get_text_config(), "num_hidden_layers", 1) or 1
-    # The inputs of all layers, and all of the one that is computed again.
+    # The inputs of all layers, and the activations of the one being recomputed.
     return _line(model, arguments, tokens, recomputed=True) + whole // layers
 
 
@@ -192,12 +192,12 @@ def _line(model: Any, arguments: SFTConfig, tokens: int, *, recomputed: bool) ->
 
 @contextmanager
 def checkpointing(model: Any, arguments: SFTConfig, *, wanted: bool) -> Iterator[None]:
-    """Put a model in training mode for a while, with activations recomputed as the trainer does or kept.
+    """Temporarily put a model in training mode, with or without recomputing activations as the trainer does.
 
     Args:
-        model: the student; layers recompute in training mode only.
-        arguments: the trainer's.
-        wanted: whether activations are recomputed.
+        model: the student; its layers only recompute in training mode.
+        arguments: the trainer's arguments.
+        wanted: whether to recompute activations.
     """
     training = model.training
     model.train()
@@ -213,7 +213,7 @@ def checkpointing(model: Any, arguments: SFTConfig, *, wanted: bool) -> Iterator
 
 
 def _kept(model: Any, arguments: SFTConfig, length: int) -> int:
-    """Count the bytes that a forward of one row keeps for its backward, beside the model itself."""
+    """Count the bytes that a forward of one row keeps for its backward, not counting the model itself."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -229,7 +229,7 @@ def _kept(model: Any, arguments: SFTConfig, length: int) -> int:
     ids = torch.zeros(1, length, dtype=torch.int64, device=device)
     mixed = torch.autocast(device.type, dtype=dtype, enabled=bool(arguments.bf16 or arguments.fp16))
     with torch.enable_grad(), mixed, torch.autograd.graph.saved_tensors_hooks(note, unchanged):
-        # Kept alive until all is counted: memory that is given back would be counted once for several tensors.
+        # Kept alive until the count is done: reused memory would be counted once for several tensors.
         hidden = backbone_hidden(model, input_ids=ids)
         total = sum(kept.values())
     del hidden

@@ -1,4 +1,4 @@
-"""Quantised students: what bitsandbytes needs."""
+"""Quantised students: their settings, and whether bitsandbytes can run here."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["bitsandbytes_problem"]
 
 
 def quantization_config_of(config: RunConfig, arguments: dict[str, Any]) -> Any:
-    """Take the settings of quantised weights out of the arguments, and make transformers' object of them.
+    """Remove the quantisation settings from the arguments, and return them as a transformers object.
 
     Raises:
-        ConfigError: an unknown setting, or no package for it.
+        ConfigError: a setting is unknown or invalid, or a package is missing.
     """
     import transformers
     from transformers.quantizers.auto import AutoQuantizationConfig
@@ -43,7 +43,7 @@ def quantization_config_of(config: RunConfig, arguments: dict[str, Any]) -> Any:
         problem = bitsandbytes_problem()
         if problem is not None:
             key = "load_in_4bit" if settings.get("load_in_4bit") else "load_in_8bit"
-            raise ConfigError(f"{path}.{key}: weights can't be quantised: {problem}")
+            raise ConfigError(f"{path}.{key}: weights cannot be quantised: {problem}")
         return transformers.BitsAndBytesConfig(**{k: v for k, v in settings.items() if k != "quant_method"})
     except (ValueError, TypeError, ImportError) as error:
         if isinstance(error, ConfigError):
@@ -52,14 +52,14 @@ def quantization_config_of(config: RunConfig, arguments: dict[str, Any]) -> Any:
 
 
 def missing_package(module: str, package: str) -> str | None:
-    """Say that a package is not installed, if it is not."""
+    """Return a message if a package is not installed, else None."""
     if importlib.util.find_spec(module) is not None:
         return None
     return f"the package {package} is not installed: pip install {package}"
 
 
 def bitsandbytes_problem() -> str | None:
-    """Say why bitsandbytes can't be used here, if it can't."""
+    """Return why bitsandbytes cannot be used here, or None if it can."""
     problem = missing_package("bitsandbytes", "bitsandbytes")
     if problem is not None:
         return problem

@@ -1,4 +1,4 @@
-"""A whole run from its configuration: `Run` loads and checks its parts, one after the other, and `train` trains."""
+"""A training run from its configuration: `Run` loads and checks the parts on demand, and `train` trains."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ __all__ = ["Run", "checkpoint_of", "train"]
 
 
 class Run:
-    """The parts of a run. Each is loaded and checked when it is first asked for, after those it depends on: training
-    asks for all of them, a dry run for one after the other.
+    """The parts of a run. Each is loaded and checked on first access, after those it depends on: training accesses
+    all of them, a dry run one after another.
 
     Args:
-        config: the run.
+        config: the run's configuration.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -58,18 +58,18 @@ class Run:
 
     @cached_property
     def outline(self) -> transformers.PreTrainedModel:
-        """The student without weights, on which its settings were tried out; see `check_student`."""
+        """The student without weights, with its settings applied; see `check_student`."""
         return check_student(self.config)
 
     @cached_property
     def arguments(self) -> SFTConfig:
         """The trainer's arguments."""
-        # First: with these arguments DeepSpeed's ZeRO-3 would shard the outline of the student already.
+        # Must come first: with these arguments, DeepSpeed's ZeRO-3 would shard the student's outline.
         self.check_student()
         return training_arguments(self.config)
 
     def check_student(self) -> None:
-        """Try the student's settings out on its outline.
+        """Check the student's settings on its outline.
 
         Raises:
             ConfigError: they do not fit the student.
@@ -79,7 +79,7 @@ class Run:
     @cached_property
     def tokenizer(self) -> Any:
         """The student's tokenizer."""
-        arguments = self.arguments  # refused, if they are wrong, before anything is loaded
+        arguments = self.arguments  # raises if they are wrong, before anything is loaded
         tokenizer = tokenizers.load_tokenizer(self.config.model, trust_remote_code=self.config.trust_remote_code)
         configure_tokenizer(tokenizer, arguments)
         return tokenizer
@@ -91,14 +91,14 @@ class Run:
 
     @cached_property
     def sources(self) -> dict[Part, DocumentSource]:
-        """Training and evaluation data, opened."""
+        """The opened training and evaluation data."""
         with self.arguments.main_process_first(desc="opening the datasets"):
             return _open_sources(self.config, self.tokenizer, self.arguments)
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
         """The student."""
-        # Embeddings that are widened begin with random values.
+        # Rows added to the embeddings start with random values.
         transformers.set_seed(self.arguments.seed)
         model = load_student(
             self.config,
@@ -129,18 +129,18 @@ class Run:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """What is trained, for those who read about it later."""
+        """The description of the run; see `describe`."""
         return describe(self.config, self.arguments, self.model, self.datasets)
 
     @cached_property
     def metrics(self) -> MetricsFile:
-        """The file of metrics, which begins with what is trained."""
+        """The metrics file, which begins with the description."""
         return MetricsFile(self.folder, self.description)
 
     @cached_property
     def trainer(self) -> DistillationTrainer:
-        """The trainer, with everything of before in it."""
-        # Data that does not belong to the student is refused before anything large is loaded.
+        """The trainer, made of all other parts."""
+        # First, so that data for another student raises before anything large is loaded.
         eos_labels, _ = self.eos_labels, self.sources
         self.progress.parts = self.objective.losses
         trainer = DistillationTrainer(
@@ -158,24 +158,24 @@ class Run:
                 *([] if self.arguments.disable_tqdm else [self.progress]),
             ],
         )
-        # Last, so that it finds the log of the evaluation in the file.
+        # Added last, so that the metrics file already contains the evaluation's log entry.
         trainer.add_callback(ReportWriter(trainer, ReportFiles(self.folder)))
         return trainer
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Train a student as a configuration says: load and check everything, train, evaluate, save.
+    """Train a student according to a configuration: load and check everything, train, evaluate, save.
 
-    In `config.output_path` it leaves the trained student with its tokenizer, checkpoints, `metrics.jsonl` (a JSON
-    object a log), `distillkit_config.yaml`, `summary.json` and `report.md` with its plots.
+    Writes the trained student with its tokenizer, checkpoints, `metrics.jsonl` (one JSON object per log entry),
+    `distillkit_config.yaml`, `summary.json` and `report.md` with its plots to `config.output_path`.
 
     Returns:
         The summary: steps, seconds, tokens, share of the time spent waiting for data, peak memory, the first and last
         evaluation and the last training metrics.
 
     Raises:
-        ConfigError: a setting can't be followed.
-        MismatchError: tokenizer, vocabulary, codec or alignment of the data don't fit the student.
+        ConfigError: a setting cannot be applied.
+        MismatchError: tokenizer, vocabulary, codec or alignment of the data do not match the student.
     """
     started = time.perf_counter()
     checkpoint = checkpoint_of(config)
@@ -208,7 +208,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def _open_sources(config: RunConfig, tokenizer: Any, arguments: SFTConfig) -> dict[Part, DocumentSource]:
-    """Open training and evaluation data, and refuse them early where the tokenizer already says so."""
+    """Open training and evaluation data; a mismatched tokenizer raises before any model is loaded."""
     if config.teacher.kind == "hf":
         check_teacher_tokenizer(config, tokenizer)
     parts: tuple[Part, ...] = ("train", "eval")
@@ -222,7 +222,7 @@ def _live_teacher(
     """Load the live teacher, if the configuration has one, and match its layers with the student's."""
     if not isinstance(config.teacher, LiveTeacherConfig):
         return None, None
-    # A student with adapters is its own teacher where that is its base model, as it is.
+    # A student with adapters is its own teacher if the teacher is its unchanged base model.
     teacher = model if config.teaches_itself else load_teacher(config, device)
     matching = None
     if config.layer_mapping is not None:
@@ -240,7 +240,7 @@ def _dataset(
     arguments: SFTConfig,
     teacher: OnlineSignal | None,
 ) -> DistillationDataset:
-    """Check a dataset against the student, and make training examples of it."""
+    """Check a dataset against the student, and return its training examples."""
     head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
     if teacher is not None:
         check_ids(source, head_size, key)
@@ -258,7 +258,11 @@ def _dataset(
 
 
 def checkpoint_of(config: RunConfig) -> str | None:
-    """Return the checkpoint to resume from, if one is asked for."""
+    """Return the checkpoint to resume from, or None.
+
+    Raises:
+        ConfigError: the configuration asks for a checkpoint that does not exist.
+    """
     wanted = config.training_args.get("resume_from_checkpoint")
     if not wanted:
         return None

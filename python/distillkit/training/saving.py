@@ -1,4 +1,4 @@
-"""Saving the trained student so that it loads by itself, however it was trained."""
+"""Saves the trained student so that it loads on its own, however it was trained."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ __all__ = ["save_student", "saving", "whole_checkpoint"]
 logger = logging.getLogger(__name__)
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-# What a vision-language student's folder has beside model and tokenizer.
+# Additional files of a vision-language student, besides model and tokenizer.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
-# Less than this is left of a disk that something could not be written to because it is full.
+# A failed save is blamed on a full disk if less than this is free.
 _FULL_BYTES = 16 << 20
 
 
 @contextmanager
 def saving(folder: Path, *, checkpoint: bool) -> Iterator[None]:
-    """Turn what torch and safetensors raise over a full disk into one message; a checkpoint is whole or removed.
+    """Turn the errors of torch and safetensors on a full disk into one message, and remove incomplete checkpoints.
 
     Args:
-        folder: where is saved.
-        checkpoint: whether that is a checkpoint's folder.
+        folder: the folder being written.
+        checkpoint: whether it is a checkpoint's folder.
 
     Raises:
         OSError: the disk is full.
@@ -42,7 +42,7 @@ def saving(folder: Path, *, checkpoint: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # They raise errors of their own, without a number.
+        # Their own error types have no errno.
         full = getattr(error, "errno", None) == errno.ENOSPC or _free_bytes(folder) < _FULL_BYTES
         if checkpoint and not is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -74,12 +74,12 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def whole_checkpoint(folder: Path) -> Path | None:
-    """Find the last whole checkpoint in an output folder; one that a killed run left half written is passed over."""
+    """Find the last complete checkpoint in an output folder, ignoring any that a killed run left incomplete."""
     numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*") if _numbered(path)]
     for _, path in sorted(numbered, reverse=True):
         if is_whole(path):
             return path
-        logger.warning("%s is incomplete, because a run was stopped while saving it; it is ignored", path)
+        logger.warning("ignoring %s: it is incomplete, because a run was stopped while saving it", path)
     return None
 
 
@@ -88,17 +88,17 @@ def _numbered(path: Path) -> bool:
 
 
 def save_student(trainer: transformers.Trainer, config: RunConfig) -> None:
-    """Save the trained student, its tokenizer and its processor in the output folder. Every process must call it.
+    """Save the trained student, its tokenizer and its processor in the output folder. Every process must call this.
 
     Args:
-        trainer: after training; with `peft.merge_on_save` its model has no adapters any more then.
-        config: the run.
+        trainer: after training; with `peft.merge_on_save`, merges the adapters into its model.
+        config: the run's configuration.
 
     Raises:
         OSError: the disk is full.
     """
     if trainer.is_fsdp_enabled:
-        # With sharded checkpoints, save_model would leave no model behind at all.
+        # With sharded checkpoints, save_model would not save a model at all.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     first = trainer.is_world_process_zero()
     if config.peft is not None and config.peft.merge_on_save:
@@ -112,18 +112,18 @@ def save_student(trainer: transformers.Trainer, config: RunConfig) -> None:
 
 
 def _remove_adapters(folder: Path) -> None:
-    """Remove adapters that an earlier run left in the folder: `from_pretrained` would put them on top of the merged
-    weights."""
+    """Remove an earlier run's adapters from the folder: `from_pretrained` would apply them to the merged weights."""
     for name in _ADAPTER_FILES:
         if (folder / name).exists():
             (folder / name).unlink()
             logger.info(
-                "removing %s of an earlier run: the student beside it is now saved as a whole model", folder / name
+                "removing %s of an earlier run: the student in this folder is now saved with merged weights",
+                folder / name,
             )
 
 
 def _copy_processor(config: RunConfig) -> None:
-    """Copy the files that turn images into a student's inputs: training from text does not change them."""
+    """Copy the files that define how images become a student's inputs; training on text does not change them."""
     from transformers.utils import cached_file
 
     for name in _PROCESSOR_FILES:

@@ -1,4 +1,4 @@
-"""Special tokens of student and tokenizer, and labels at the end of a sequence."""
+"""Special tokens of student and tokenizer, and end-of-sequence labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def configure_tokenizer(tokenizer: Any, arguments: SFTConfig) -> None:
     """Give the student's tokenizer the special tokens and the chat template that `training_args` name.
 
     Raises:
-        ConfigError: a token is not in its vocabulary, or there is no such template.
+        ConfigError: a token is not in its vocabulary, or the template cannot be loaded or used.
     """
     for name in ("eos_token", "pad_token"):
         token = getattr(arguments, name)
@@ -53,10 +53,10 @@ def configure_tokenizer(tokenizer: Any, arguments: SFTConfig) -> None:
 
 
 def check_eos_labels(config: RunConfig, tokenizer: Any) -> list[int]:
-    """Return the ids that become the end of sequence in the labels (`dataset.eos_label_token_ids`).
+    """Return the ids that become the end-of-sequence id in the labels (`dataset.eos_label_token_ids`).
 
     Raises:
-        ConfigError: one is no token of the student's, or its tokenizer has no end of sequence.
+        ConfigError: an id is not in the student's vocabulary, or its tokenizer has no end-of-sequence token.
     """
     ids = config.dataset.eos_label_token_ids or []
     size = tokenizers.vocab_size(tokenizer)
@@ -67,14 +67,14 @@ def check_eos_labels(config: RunConfig, tokenizer: Any) -> list[int]:
             )
     if ids and tokenizer.eos_token_id is None:
         raise ConfigError(
-            "dataset.eos_label_token_ids: the student's tokenizer has no end of sequence that they could become; name "
-            "one of its tokens as training_args.eos_token"
+            "dataset.eos_label_token_ids: the student's tokenizer has no end-of-sequence token to replace them with; "
+            "name one of its tokens as training_args.eos_token"
         )
     return ids
 
 
 def configure_model(model: Any, tokenizer: Any, arguments: SFTConfig) -> None:
-    """Let the student end where its tokenizer says, if `training_args.eos_token` changed that."""
+    """Give the student the tokenizer's end-of-sequence token, if `training_args.eos_token` changed it."""
     if arguments.eos_token is None:
         return
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id

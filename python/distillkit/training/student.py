@@ -1,4 +1,4 @@
-"""The student: loading it as the configuration says, and computing the losses inside its forward."""
+"""Loads, checks and describes the student that a configuration specifies."""
 
 from __future__ import annotations
 
@@ -41,14 +41,13 @@ _FLASH = "flash_attention_2"
 def check_student(config: RunConfig) -> PreTrainedModel | PeftModel:
     """Check everything about the student that can be checked without its weights.
 
-    The student is built from its config without memory for weights, and what is frozen and where adapters go is tried
-    out on that.
+    Builds the student from its config without allocating weights, and freezes parts and adds adapters on that.
 
     Returns:
-        The student without weights, with frozen parts and adapters as it will have them.
+        The student without weights, frozen and with adapters as it will be trained.
 
     Raises:
-        ConfigError: a setting can't be followed here, or does not fit the student.
+        ConfigError: a setting cannot be applied here, or does not fit the student.
     """
     _load_arguments(config)
     outline = student_outline(config)
@@ -57,10 +56,10 @@ def check_student(config: RunConfig) -> PreTrainedModel | PeftModel:
 
 
 def student_outline(config: RunConfig) -> PreTrainedModel:
-    """Build the student without weights: every parameter is there with its name and shape, on the meta device.
+    """Build the student without weights: every parameter has its name and shape, but is on the meta device.
 
     Raises:
-        ConfigError: there is no such model, or the auto class has none for it.
+        ConfigError: there is no such model, or the auto class does not support it.
     """
     import transformers
 
@@ -73,26 +72,26 @@ def student_outline(config: RunConfig) -> PreTrainedModel:
 
 
 def load_student(config: RunConfig, vocab_size: int, *, checkpointing: bool = False) -> PreTrainedModel | PeftModel:
-    """Load the student as the configuration says.
+    """Load the student as configured.
 
-    Weights are float32 unless `model_kwargs.dtype` says otherwise, or bfloat16 with FlashAttention, which needs 16
-    bits, and for the unquantised parts of a quantised student.
+    Unless `model_kwargs.dtype` is set, weights are bfloat16 with FlashAttention (which needs 16 bits) and for the
+    unquantised parts of a quantised student, and float32 otherwise.
 
     Args:
-        config: the run.
-        vocab_size: ids the tokenizer can produce.
-        checkpointing: activations will be recomputed in the backward pass.
+        config: the run's configuration.
+        vocab_size: number of ids that the tokenizer can produce.
+        checkpointing: whether activations will be recomputed in the backward pass.
 
     Returns:
-        The model, with `requires_grad` set on what is trained; inside a `PeftModel` if there is a `peft` section.
+        The model, with `requires_grad` set on the trained parameters; a `PeftModel` if there is a `peft` section.
 
     Raises:
-        ConfigError: it can't be loaded, or a setting does not fit it.
+        ConfigError: the student cannot be loaded, or a setting does not fit it.
     """
     arguments = _load_arguments(config)
     if config.use_flash_attention is None and arguments.get("attn_implementation") == "sdpa":
         reason = _why_no_flash_attention() or "model_kwargs.attn_implementation says so"
-        logger.info("FlashAttention is not used (%s): PyTorch's scaled dot-product attention (sdpa) instead", reason)
+        logger.info("not using FlashAttention (%s) but PyTorch's scaled dot-product attention (sdpa)", reason)
     with _loading(config, arguments):
         bare = _auto_class(config).from_pretrained(
             config.model, trust_remote_code=config.trust_remote_code, **arguments
@@ -113,14 +112,14 @@ def load_student(config: RunConfig, vocab_size: int, *, checkpointing: bool = Fa
         )
     model = _prepared(bare, config)
     if checkpointing and not bare.get_input_embeddings().weight.requires_grad:
-        # Reentrant checkpointing gives no gradients to a layer none of whose inputs wants one.
+        # Reentrant checkpointing gives no gradients to a layer unless one of its inputs requires a gradient.
         bare.enable_input_require_grads()
     _describe(model, config)
     return model
 
 
 def _prepared(bare: PreTrainedModel, config: RunConfig) -> PreTrainedModel | PeftModel:
-    """Freeze what is to be frozen, and add adapters if there is a `peft` section; see that the head can be used."""
+    """Freeze parts as configured, add adapters if there is a `peft` section, and check that the head can be used."""
     try:
         frozen = freeze(bare, config.frozen_modules, config.frozen_res)
         if config.peft is None and getattr(bare, "quantization_method", None) is not None:
@@ -138,7 +137,7 @@ def _prepared(bare: PreTrainedModel, config: RunConfig) -> PreTrainedModel | Pef
 
 
 def _describe(model: PreTrainedModel | PeftModel, config: RunConfig) -> None:
-    """Log what the student is, and what may surprise."""
+    """Log a description of the student, and warn about what may be unexpected."""
     student = describe_student(config, model)
     logger.info(
         "student %s: %s, %s parameters (%s trained%s), %s, %s attention",
@@ -165,7 +164,7 @@ def _auto_class(config: RunConfig) -> Any:
 
 @contextmanager
 def _loading(config: RunConfig, what: object) -> Iterator[None]:
-    """Turn what transformers raises while it loads into one message."""
+    """Turn the errors that transformers raises while loading into one message."""
     try:
         yield
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -176,10 +175,10 @@ def _loading(config: RunConfig, what: object) -> Iterator[None]:
 
 
 def _load_arguments(config: RunConfig) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained`, checked as far as that goes without the model.
+    """Return the arguments for `from_pretrained`, checked as far as possible without the model.
 
     Raises:
-        ConfigError: a value is not allowed, or what it asks for is not there.
+        ConfigError: a value is not allowed, or requires something that is not available.
     """
     arguments = dict(config.model_kwargs)
     attention = attention_implementation(config)
@@ -195,13 +194,13 @@ def _load_arguments(config: RunConfig) -> dict[str, Any]:
 
 
 def attention_implementation(config: RunConfig) -> str | None:
-    """Decide which attention the student gets.
+    """Choose the student's attention implementation.
 
     Returns:
         A name for `attn_implementation`, or None to leave the choice to `model_kwargs`.
 
     Raises:
-        ConfigError: FlashAttention is demanded and can't run here, or two settings contradict each other.
+        ConfigError: FlashAttention is required but cannot run here, or two settings contradict each other.
     """
     wanted, named = config.use_flash_attention, config.model_kwargs.get("attn_implementation")
     if named is not None:
@@ -234,10 +233,10 @@ def _why_no_flash_attention() -> str | None:
 
 
 def widen_embeddings(model: PreTrainedModel, vocab_size: int, multiple: int) -> None:
-    """Widen embeddings and head to a multiple of `multiple` that holds `vocab_size` ids; never narrow them.
+    """Widen embeddings and head to the next multiple of `multiple` with room for `vocab_size` ids; never narrow them.
 
-    The tokenizer's vocabulary is often smaller than the checkpoint's padded head, and a teacher may have put
-    probability on those rows.
+    A checkpoint's padded head is often wider than the tokenizer's vocabulary, and a teacher may have assigned
+    probability to the padding rows.
     """
     size = rows_of(model.get_input_embeddings().weight)
     wanted = -(-max(size, vocab_size) // multiple) * multiple
@@ -247,20 +246,21 @@ def widen_embeddings(model: PreTrainedModel, vocab_size: int, multiple: int) -> 
 
 
 def freeze(model: torch.nn.Module, modules: list[str], expressions: list[str]) -> set[str]:
-    """Stop some parameters from being trained.
+    """Freeze parameters.
 
     Args:
-        modules: exact names of modules, as `named_modules` has them.
+        model: the student.
+        modules: exact names of modules, as in `named_modules`.
         expressions: regular expressions, searched in the names of parameters.
 
     Returns:
-        Names of the parameters that are frozen now; of a tied one, both.
+        The names of the frozen parameters; both names of tied ones.
 
     Raises:
         ConfigError: there is no such module, or an expression matches nothing.
     """
     known = dict(model.named_modules())
-    # Tied parameters have two names, and named_parameters would give the first only.
+    # Tied parameters have two names, of which named_parameters would only return the first.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     chosen: list[torch.nn.Parameter] = []
     for name in modules:

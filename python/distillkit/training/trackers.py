@@ -1,5 +1,5 @@
-"""Experiment trackers (wandb, trackio, …): transformers logs to them; this opens and closes them around a run, and
-tells them what is trained."""
+"""Experiment trackers (wandb, trackio, …): transformers logs to them; this module opens and closes them around a run,
+and gives them its description."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _PROJECT = "WANDB_PROJECT"
 
 
 class TrackedDescription(transformers.TrainerCallback):  # type: ignore[misc]
-    """Adds what is trained to the configuration that the trackers keep: transformers gives them its arguments and the
-    model's configuration, which say nothing of teacher, data and losses.
+    """Adds the run's description to the trackers' configuration: transformers only gives them its arguments and the
+    model's config, which do not mention teacher, data and losses.
 
     Args:
         description: see `describe`.
@@ -42,12 +42,12 @@ class TrackedDescription(transformers.TrainerCallback):  # type: ignore[misc]
 
 @contextmanager
 def tracking(config: RunConfig) -> Iterator[None]:
-    """Name the project for the trackers, and end their runs when training ends, well or badly.
+    """Set the trackers' project name, and finish their runs when training succeeds or fails.
 
-    A run of wandb that was begun before is used and left open.
+    A wandb run that is already open is used and left open.
 
     Raises:
-        DistillKitError: wandb can't begin a run, because nobody has logged in or its server is out of reach.
+        DistillKitError: wandb failed, for example because nobody is logged in or its server cannot be reached.
     """
     before = os.environ.get(_PROJECT)
     if before is None or "project_name" in config.model_fields_set:
@@ -66,10 +66,10 @@ def tracking(config: RunConfig) -> Iterator[None]:
         ) from error
     finally:
         if mine and _wandb_run() is not None:
-            # Left to the interpreter's end, its last lines would come after the summary.
+            # Otherwise wandb would finish at interpreter exit, and print after the summary.
             sys.modules["wandb"].finish(exit_code=failed)
         if failed and "trackio" in sys.modules and sys.modules["trackio"].context_vars.current_run.get() is not None:
-            # After a training that ended well, transformers has done so.
+            # After successful training, transformers has already finished it.
             sys.modules["trackio"].finish()
         if before is None:
             os.environ.pop(_PROJECT, None)
@@ -78,7 +78,7 @@ def tracking(config: RunConfig) -> Iterator[None]:
 
 
 def _wandb_run() -> Any:
-    """Return wandb's open run; None without one, or where wandb has not been imported."""
+    """Return wandb's open run; None if there is none or wandb has not been imported."""
     return getattr(sys.modules.get("wandb"), "run", None)
 
 

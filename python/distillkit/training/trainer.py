@@ -1,4 +1,5 @@
-"""`DistillationTrainer` trains a student from a teacher's signal. `distillkit.run` makes one from a configuration."""
+"""`DistillationTrainer` trains a student on a teacher's signal; `distillkit.training.run` makes one from a
+configuration."""
 
 from __future__ import annotations
 
@@ -38,22 +39,22 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     """A `transformers.Trainer` whose loss is computed inside the student's forward, from hidden states and a teacher's
     signal.
 
-    The loss of an optimiser step is Σ over its counted positions / their number, over all micro-batches and processes,
-    so that batch size, accumulation and number of processes don't change it. Evaluation is the same mean over the whole
+    The loss of an optimiser step is the mean over its counted positions in all micro-batches and processes, so that
+    batch size, accumulation and number of processes do not change it. Evaluation is the same mean over the entire
     held-out set.
 
     Args:
-        model: the student, a bare causal LM; its forward is extended (`attach_losses`).
+        model: the student, not yet wrapped for distributed training; its forward is extended (`attach_losses`).
         args: see `training_arguments`.
         objective: the losses.
         train_dataset, eval_dataset: documents with their teacher's signal.
-        matching: which of the student's hidden states are compared with the teacher's, if any are.
-        processing_class: the tokenizer, saved beside each checkpoint.
-        eos_labels: token ids that become the tokenizer's end of sequence in the labels.
-        callbacks: as transformers takes them.
+        matching: which of the student's hidden states are compared with the teacher's, if any.
+        processing_class: the tokenizer, saved with each checkpoint.
+        eos_labels: token ids that become the tokenizer's end-of-sequence id in the labels.
+        callbacks: transformers callbacks.
 
     Raises:
-        DistillKitError: the student's head is not understood.
+        DistillKitError: the student's head cannot be applied apart from the model.
         ConfigError: several GPUs are visible to one process.
     """
 
@@ -96,9 +97,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        # The Trainer switches the cache off in the config, which would be saved with the student and make its
-        # generation slow. The losses' forward passes use_cache=False itself.
-        if use_cache is None:  # a vision-language model's config has it for its text part only
+        # The Trainer disables the cache in the config, which would be saved with the student and slow down its
+        # generation. The losses' forward passes use_cache=False itself.
+        if use_cache is None:  # a vision-language model's config only has it in its text config
             del model.config.use_cache
         else:
             model.config.use_cache = use_cache
@@ -106,7 +107,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(transformers.ProgressCallback)
         self.objective = objective
-        # compute_loss has divided by the whole step's count.
+        # compute_loss already divides by the count of the entire step.
         self.loss_is_scaled_for_ga = True
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.training_seconds = 0.0
@@ -115,7 +116,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         self._order: DocumentOrder | None = None
         self.add_callback(_Epochs(self))
 
-    # -- data: every process sees every document of an epoch exactly once, in an order of its own ----------------------
+    # -- data: in each epoch, the processes together see every document exactly once, in a new order -------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> DocumentOrder:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -132,14 +133,14 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         return DocumentOrder(len(eval_dataset), seed=None, multiple=self._whole_batches(self.args.eval_batch_size))
 
     def _whole_batches(self, batch_size: int) -> int:
-        # One process may end with a smaller batch. Several must have the same number of batches; accelerate would
-        # repeat documents.
+        # A single process may end with a smaller batch. Several must have the same number of batches, for which
+        # accelerate would repeat documents.
         return batch_size * self.args.world_size if self.args.world_size > 1 else 1
 
     def start_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch.
 
-        The Trainer's own call does not reach the sampler where it resumes with several processes.
+        The Trainer's own call does not reach the sampler when it resumes with several processes.
         """
         if self._order is not None:
             self._order.set_epoch(epoch)
@@ -147,8 +148,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetch the micro-batches of a step, and measure how long that takes.
 
-        What is counted is waiting for the batches alone: reading, decoding and collating that has not been done ahead,
-        and the copy to the device; not the count of their tokens, which waits for the other processes.
+        Only waiting for batches is measured: reading, decoding and collating that was not done ahead, and the copy to
+        the device; not the token count, which waits for the other processes.
         """
         return super().get_batch_samples(self._window.waiting(epoch_iterator), num_batches, device)
 
@@ -157,10 +158,10 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the loss of a micro-batch, as its share of the whole optimiser step's mean.
+        """Return the loss of a micro-batch, as its share of the mean over the optimiser step.
 
-        `num_items_in_batch` counts the labels of all micro-batches and processes; gradients are then averaged over
-        processes, hence the factor.
+        `num_items_in_batch` counts the labels of all micro-batches and processes. Since gradients are then averaged
+        over processes, the loss is multiplied by their number.
         """
         if num_items_in_batch is None:
             raise RuntimeError("the number of counted positions is unknown: the batch has no labels")
@@ -171,7 +172,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         return (loss, output) if return_outputs else loss
 
     def _prepare_input(self, data: Any) -> Any:
-        """Move a part of a batch to the device. Under DeepSpeed, the Trainer's own would also round the teacher's
+        """Move part of a batch to the device. Under DeepSpeed, the Trainer's own method would also round the teacher's
         log-probs to the model's precision."""
         if isinstance(data, torch.Tensor):
             return data.to(self.args.device)
@@ -208,7 +209,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             model = self._evaluated_model()
             model.eval()
             if hasattr(self.optimizer, "eval"):
-                # Schedule-free optimisers evaluate at other weights than they train; training_step switches back.
+                # Schedule-free optimisers evaluate with other weights than they train; training_step switches back.
                 self.optimizer.eval()
             objective = self.objective.evaluation()
             sums = _sums(len(objective.names), self.args.device)
@@ -240,7 +241,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=prefixed, num_samples=len(dataloader.dataset))
 
     def _evaluated_model(self) -> Any:
-        """Return the model to evaluate, prepared for the device and precision if no training has done that."""
+        """Return the model to evaluate, prepared for device and precision if training has not done so."""
         if self.is_in_train or self.accelerator._models:
             return self.model
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -252,7 +253,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     # -- metrics -------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the averages of what was trained since the last time if it is the training loss that is logged.
+        """Log; entries with the training loss also get the averages since the last such entry.
 
         Raises:
             DistillKitError: the loss is not finite.
@@ -265,7 +266,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                     "or train in bfloat16 or float32 instead of float16. The last checkpoint was saved before this"
                 )
         elif "train_loss" in logs:
-            # The end of training; steps since the last log still count.
+            # At the end of training, count the steps since the last log entry.
             self._finish_window()
         super().log(logs, start_time)
 
@@ -288,7 +289,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Leave the time in here out of the throughput and of the waiting."""
+        """Exclude the time spent in this block from the throughput and the waiting time."""
         with self._window.paused():
             yield
 
@@ -300,7 +301,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write the student without projections of hidden states; into a checkpoint, those beside it."""
+        """Write the student without its projections of hidden states; in checkpoints, those get a file of their own."""
         with without_projections(self.model):
             super()._save(output_dir, None if state_dict is None else exported(state_dict))
         if output_dir is not None and PREFIX_CHECKPOINT_DIR in Path(output_dir).name and self.args.should_save:
@@ -308,7 +309,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
-            # The sharded checkpoint has them in it.
+            # Sharded checkpoints contain the projections.
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         with without_projections(self.model):
@@ -317,7 +318,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
 
 class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
-    """Tells the trainer's document order which epoch begins."""
+    """Sets the epoch of the trainer's document order."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer
@@ -328,7 +329,7 @@ class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 class ReportWriter(transformers.TrainerCallback):  # type: ignore[misc]
-    """Writes the report anew after each evaluation and checkpoint, so that a run which is killed has one."""
+    """Rewrites the report after each evaluation and checkpoint, so that a killed run has one, too."""
 
     def __init__(self, trainer: DistillationTrainer, files: ReportFiles) -> None:
         self.trainer = trainer
@@ -351,7 +352,7 @@ class ReportWriter(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 class _Window:
-    """Sums of what was trained since the last log, on the device: asking for their values every step would stall it."""
+    """Sums since the last log entry, kept on the device: reading their values in every step would stall it."""
 
     def __init__(self, objective: Objective, device: torch.device) -> None:
         self.objective = objective
@@ -365,7 +366,7 @@ class _Window:
         self.waited = 0.0
 
     def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield the batches, counting the time until each is there."""
+        """Yield the batches, measuring the time spent waiting for each."""
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
@@ -380,7 +381,7 @@ class _Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time in here out of the throughput."""
+        """Exclude the time spent in this block from the throughput."""
         start = time.perf_counter()
         try:
             yield
@@ -388,11 +389,13 @@ class _Window:
             self.began += time.perf_counter() - start
 
     def finish(self, accelerator: Any) -> tuple[dict[str, float], dict[str, int], float]:
-        """Average over all processes and begin anew. Every process must call it.
+        """Average over all processes and reset. Every process must call this.
 
         Returns:
-            Means over counted positions by name, with tokens_per_second and data_wait, the mean over processes of the
-            share of the time that each has waited for batches; the counts; the seconds.
+            averages: means over counted positions by name, tokens_per_second, and data_wait, the share of the time
+                spent waiting for batches, averaged over processes.
+            counts: sums over processes, by name.
+            seconds: length of the window.
         """
         statistics = accelerator.reduce(self.statistics, reduction="sum").tolist()
         counts = dict(zip(_COUNTS, accelerator.reduce(self.counts, reduction="sum").tolist(), strict=True))
@@ -408,11 +411,11 @@ class _Window:
 
 
 def _peak_memory_gb() -> float:
-    """Peak memory of this process so far, in 10⁹ bytes: on its GPU if it has one, else resident."""
+    """Peak memory of this process in 10⁹ bytes: on its GPU if it has one, else resident memory."""
     peak = peak_memory()
     return round((peak["peak_cuda_bytes"] or peak["peak_rss_bytes"]) / 1e9, 3)
 
 
 def _sums(count: int, device: torch.device) -> torch.Tensor:
-    """Zeros to sum into, float64 where the device has it."""
+    """Zeros to sum into, float64 if the device supports it."""
     return torch.zeros(count, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)

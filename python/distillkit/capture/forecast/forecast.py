@@ -1,6 +1,6 @@
-"""What a capture will take, before it is run: tokens from a sample of rows, bytes of every codec, time and memory.
+"""Estimates what a capture will cost: tokens from a sample of rows, disk space by codec, time and memory.
 
-Shape legend: R rows (positions), k ids of a row, V width of the logits.
+Shape legend: R rows (positions), k ids per row, V width of the logits.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ logger = logging.getLogger(__name__)
 
 COMPARED_K = (32, 64, 128, 256)
 _PLAN_BYTES = 4
-"""Bytes a token that the plan takes until the dataset is whole: it holds the ids, too."""
+"""Bytes per token that the plan takes until the dataset is complete, since it also stores the ids."""
 _DUPLICATE_BYTES = 120
-"""Memory a document while duplicates are looked for."""
+"""Bytes of memory per document for finding duplicates."""
 
 
 @dataclass(frozen=True)
 class CodecForecast:
-    """What a codec would take, and what it would keep of this text's distributions.
+    """Disk space that a codec would take, and how much it would keep of this text's distributions.
 
     Attributes:
-        name: a preset's, or the chosen configuration's with another k.
-        chosen: whether it is the one that the settings name.
-        k, bytes_per_token: of a row.
-        left_bytes: of what this run would capture, its plan included.
-        fits: whether they fit on the disk; None if what is free there is not known.
-        positions: that the other figures are of; 0 if there are none.
-        mass_mean: mean probability of the stored ids.
-        kl_mean, kl_p99: KL(top k ‖ decoded) in nats a row.
-        note: why there are no figures.
+        name: name of a preset, or of the chosen configuration, possibly with another k.
+        chosen: whether the settings choose this codec.
+        k, bytes_per_token: ids and bytes per row.
+        left_bytes: disk space for what is left to capture, including the plan.
+        fits: whether that fits on the disk; None if the free space is unknown.
+        positions: number of positions that the figures below were measured on; 0 if they were not measured.
+        mass_mean: mean total probability of a row's stored ids.
+        kl_mean, kl_p99: KL(top k ‖ decoded) in nats per row.
+        note: why the figures were not measured.
     """
 
     name: str
@@ -74,17 +74,17 @@ class CodecForecast:
 
 @dataclass(frozen=True)
 class SpeedForecast:
-    """How long it takes, by a short run of the teacher here.
+    """Time that the capture will take, measured in a short run of the teacher on this machine.
 
     Attributes:
-        tokens, seconds: of the short run.
-        load_seconds: until the teacher was ready.
-        teacher: tokens a second that it scored.
-        encoder: tokens a second that the encoder's thread does alone; None if there was nothing to encode.
-        workers: how many such processes share the work; None: as many as a cluster will have.
-        tokens_per_second: of one process with both.
-        left_seconds: for what this run would capture, of all workers together; of one if it is not known how many.
-        finish: when that would be, beginning now: ISO 8601.
+        tokens, seconds: tokens and duration of the short run.
+        load_seconds: time to load the teacher.
+        teacher: tokens per second of the teacher alone.
+        encoder: tokens per second of the encoder thread alone; None if there was nothing to encode.
+        workers: number of processes that share the work; None: depends on the cluster.
+        tokens_per_second: throughput of one process, teacher and encoder together.
+        left_seconds: time for what is left to capture, with all workers; with one worker if their number is unknown.
+        finish: when a capture started now would finish, in ISO 8601.
     """
 
     tokens: int
@@ -100,15 +100,15 @@ class SpeedForecast:
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """What memory it takes.
+    """Memory that the capture will take.
 
     Attributes:
-        device: where the teacher is: "cpu", "cuda:0", …, or "server".
-        teacher: bytes by what they are for, as far as they are known without loading it: weights, logits, …
-        free_bytes: of the device; None if it is not this machine's.
-        queue_bytes: of distributions that wait for the encoder, at most, in this machine's memory.
-        duplicates_bytes: of what is remembered of documents to find duplicates, in this machine's memory.
-        peak_rss_bytes, peak_cuda_bytes: this process's after the short run; None without one.
+        device: where the teacher runs: "cpu", "cuda:0", …, or "server".
+        teacher: bytes by purpose (weights, logits, …), as far as they are known without loading the teacher.
+        free_bytes: free memory of the device; None if the engine manages it or it is not on this machine.
+        queue_bytes: maximum size of the distributions waiting for the encoder, in main memory.
+        duplicates_bytes: size of the hashes kept to find duplicates, in main memory.
+        peak_rss_bytes, peak_cuda_bytes: peak memory of this process after the short run; None without a run.
     """
 
     device: str
@@ -121,27 +121,27 @@ class MemoryForecast:
 
     @property
     def least(self) -> int:
-        """What the teacher takes at least."""
+        """The least memory that the teacher needs."""
         return sum(self.teacher.values())
 
     @property
     def fits(self) -> bool | None:
-        """Whether that is there; None if it is not known."""
+        """Whether that much memory is free; None if unknown."""
         return None if self.free_bytes is None or not self.teacher else self.least <= self.free_bytes
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """All of it.
+    """The forecast of a capture.
 
     Attributes:
-        model, dataset, output: the settings'.
-        text, codecs, memory: see there.
-        left_out: codecs that can't be had here, and why.
-        free_bytes: of the output's disk; None where it is not known.
-        reserved_bytes: of these, what captures planned before this one take.
+        model, dataset, output: from the settings.
+        text, codecs, memory: the partial forecasts.
+        left_out: codecs that are not possible here, with the reason.
+        free_bytes: free space on the output's disk; None if unknown.
+        reserved_bytes: the part of it that earlier captures in the same forecast will take.
         speed: None without a short run.
-        problems: why the capture can't be run as it is, and what would do; none if it can.
+        problems: why the capture cannot run with these settings, and what to change; empty if it can.
     """
 
     model: str
@@ -158,7 +158,7 @@ class Forecast:
 
     @property
     def chosen(self) -> CodecForecast:
-        """The codec that the settings name."""
+        """The codec that the settings choose."""
         return next(codec for codec in self.codecs if codec.chosen)
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,12 +172,12 @@ def forecast(
     seconds: float = 10.0,
     progress: Callable[[float, float], None] = lambda done, total: None,
 ) -> list[Forecast]:
-    """Say what captures that are run one after the other will take, without writing anything.
+    """Estimate what captures that are run one after the other will cost, without writing anything.
 
     Args:
-        captures: their settings.
-        seconds: how long each teacher is run; 0: not at all.
-        progress: told of the seconds that a teacher has run, and how many it will.
+        captures: the settings of each capture.
+        seconds: how long to run each teacher; 0: not at all.
+        progress: called with the seconds that a teacher has run, and the seconds it will run in total.
 
     Raises:
         ConfigError, InputError, MismatchError: as `capture`.
@@ -214,7 +214,7 @@ def _forecast_one(
         reserved,
     )
     problems = [*_disk_problems(result), *_memory_problems(result)]
-    # A teacher that does not fit would take the machine down with it.
+    # A teacher that does not fit could bring down the machine.
     if seconds and documents and result.memory.fits is not False:
         try:
             result = _with_run(result, inputs, configs, documents, seconds, progress)
@@ -224,7 +224,7 @@ def _forecast_one(
 
 
 def _disk(folder: Folder) -> int | None:
-    """The number of the disk that a local folder is or will be on."""
+    """The device number of the disk that a local folder is or will be on."""
     if not folder.is_local:
         return None
     path = Path(folder.url.removeprefix("file://")).absolute()
@@ -237,8 +237,8 @@ def _disk(folder: Folder) -> int | None:
 
 
 def compared_codecs(inputs: CaptureInputs) -> tuple[dict[str, CodecConfig], dict[str, str]]:
-    """Return the chosen configuration by its name, the presets, and the chosen layout with other k; and why some are
-    not there."""
+    """Return the chosen configuration, the presets and the chosen layout with other k, by name; and why some are
+    left out."""
     settings, chosen = inputs.settings, inputs.codec
     name = settings.preset or DEFAULT_PRESET
     if settings.compression_config is not None:
@@ -281,11 +281,11 @@ def _sized(settings: CaptureSettings, name: str, codec: Codec, text: TextForecas
 def _with_figures(
     codec: CodecForecast, config: CodecConfig, scored: Sequence[SparseLogprobs]
 ) -> tuple[CodecForecast, float]:
-    """A codec with what it keeps of some distributions; and how many seconds encoding them took."""
+    """Add the fidelity measured on some distributions to a codec; also return the seconds that encoding them took."""
     if not scored:
         return codec, 0.0
     if scored[0].k < config.k:
-        return replace(codec, note=f"this engine was started for {scored[0].k} ids a row"), 0.0
+        return replace(codec, note=f"this engine was started for {scored[0].k} ids per row"), 0.0
     encoder, mass, took = Codec(config), 0.0, 0.0
     stats = []
     for rows in scored:
@@ -316,10 +316,10 @@ def _with_run(
     seconds: float,
     progress: Callable[[float, float], None],
 ) -> Forecast:
-    """Run the teacher for some seconds, and add what that shows."""
+    """Run the teacher for some seconds, and add the measured speed, fidelity and memory."""
     settings, request = inputs.settings, inputs.request
     if settings.engine == "hf":
-        # One run for all codecs. Ids that are kept whatever their rank would be in the way of smaller k.
+        # One run for all codecs, whose rows are cut to smaller k; ids kept whatever their rank would displace others.
         request = replace(request, k=max(config.k for config in configs.values()), keep_ids=())
     logger.info("%s: running the teacher for %g seconds", settings.model, seconds)
     clock = time.perf_counter()
@@ -344,7 +344,7 @@ def _with_run(
 
 def _speed(inputs: CaptureInputs, text: TextForecast, run: Trial, encoder: float, load_seconds: float) -> SpeedForecast:
     settings, teacher = inputs.settings, run.tokens / run.seconds
-    # On a CPU both share the cores; beside an accelerator they work at the same time.
+    # On a CPU both share the cores; with an accelerator they run in parallel.
     both = 1 / (1 / teacher + 1 / encoder) if inputs.device == "cpu" else min(teacher, encoder)
     workers = settings.num_workers if settings.workers == "ray" else 1
     left = text.left_tokens.times(1 / (both * (workers or 1)))
@@ -362,7 +362,7 @@ def _speed(inputs: CaptureInputs, text: TextForecast, run: Trial, encoder: float
     )
 
 
-# -- memory and room ---------------------------------------------------------------------------------------------------
+# -- memory and disk space ---------------------------------------------------------------------------------------------
 
 
 def _memory(inputs: CaptureInputs, text: TextForecast, k: int) -> MemoryForecast:
@@ -379,7 +379,7 @@ def _memory(inputs: CaptureInputs, text: TextForecast, k: int) -> MemoryForecast
 
 
 def _free_bytes(device: str) -> int | None:
-    """Bytes that are free on the teacher's devices now."""
+    """Bytes currently free on the teacher's devices."""
     if device == "cpu" or device.startswith("cuda"):
         return available_memory(torch.device(device))
     if not torch.cuda.is_available():
@@ -388,7 +388,7 @@ def _free_bytes(device: str) -> int | None:
 
 
 def _teacher_bytes(inputs: CaptureInputs) -> dict[str, int]:
-    """What transformers will take for sure; activations come on top."""
+    """The memory that transformers is certain to need, by purpose; activations are not included."""
     settings = inputs.settings
     config = load_config(settings.model, trust_remote_code=settings.trust_remote_code)
     size = torch.empty(0, dtype=getattr(torch, inputs.dtype)).element_size()
@@ -400,7 +400,7 @@ def _teacher_bytes(inputs: CaptureInputs) -> dict[str, int]:
 
 
 def _parameters(config: Any, trust_remote_code: bool) -> int | None:
-    """How many weights a model has, by making it without memory; None for one that can't be made so."""
+    """Number of a model's parameters, counted without allocating them; None if that is not possible."""
     from transformers import AutoModelForCausalLM
 
     if getattr(config, "quantization_config", None) is not None:
@@ -414,15 +414,15 @@ def _parameters(config: Any, trust_remote_code: bool) -> int | None:
 
 
 def _disk_problems(result: Forecast) -> list[str]:
-    """Say that the capture does not fit on the disk, and what would."""
+    """Describe why the capture does not fit on the disk, and what would fit."""
     chosen, free = result.chosen, result.free_bytes
     if chosen.fits is not False or free is None:
         return []
     remedies = []
-    # A capture that was begun goes on with its own settings only.
+    # An interrupted capture can only be resumed with its own settings.
     if result.text.sampled_rows:
         others = [
-            f"{codec.name} ({codec.bytes_per_token} bytes a token, {human_bytes(codec.left_bytes.value)})"
+            f"{codec.name} ({codec.bytes_per_token} bytes per token, {human_bytes(codec.left_bytes.value)})"
             for codec in result.codecs
             if codec.fits
         ]
@@ -438,7 +438,7 @@ def _disk_problems(result: Forecast) -> list[str]:
 
 
 def _memory_problems(result: Forecast) -> list[str]:
-    """Say that the teacher does not fit in memory, and what would."""
+    """Describe why the teacher does not fit in memory, and what would fit."""
     memory = result.memory
     if memory.fits is not False or memory.free_bytes is None:
         return []

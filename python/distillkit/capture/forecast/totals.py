@@ -1,4 +1,4 @@
-"""How much text a capture has to read: counted, or estimated from a random sample of the rows."""
+"""How much text a capture has to process: counted, or estimated from a random sample of the rows."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from distillkit.types import TokenDocument
 __all__ = ["SAMPLED_ROWS", "Amount", "TextForecast", "read_totals", "total"]
 
 SAMPLED_ROWS = 512
-"""Rows of a large source that are read for its totals; a source with no more is counted."""
+"""Number of rows sampled to estimate the totals of a larger source; smaller sources are counted."""
 _SIGMAS = 1.96
 """Standard deviations of a 95% interval."""
 
 
 @dataclass(frozen=True)
 class Amount:
-    """A number that is known, or estimated with a 95% interval.
+    """A number that is known exactly, or estimated with a 95% confidence interval.
 
     Attributes:
         value: the number, or its estimate.
-        low, high: the interval; both are `value` if it is known.
+        low, high: the interval; both equal `value` if the number is exact.
     """
 
     value: int
@@ -39,35 +39,35 @@ class Amount:
 
     @classmethod
     def known(cls, value: int) -> Amount:
-        """Return a number without doubt."""
+        """Return an exact amount."""
         return cls(value, value, value)
 
     @property
     def exact(self) -> bool:
-        """Whether it is known."""
+        """Whether the number is known exactly."""
         return self.low == self.high
 
     def times(self, factor: float) -> Amount:
-        """Return as many times this, rounded up."""
+        """Return this amount times `factor`, rounded up."""
         return Amount(*(math.ceil(number * factor) for number in (self.value, self.low, self.high)))
 
     def less(self, count: int) -> Amount:
-        """Return what is left without `count`."""
+        """Return this amount minus `count`, but at least 0."""
         return Amount(*(max(number - count, 0) for number in (self.value, self.low, self.high)))
 
 
 @dataclass(frozen=True)
 class TextForecast:
-    """What there is to read.
+    """How much text the capture processes.
 
     Attributes:
-        rows: of the source that the capture reads.
-        sampled_rows: how many of them were read for this; 0 if an earlier run has read them all.
-        documents, tokens: of the finished dataset.
-        captured_tokens: of those, in shards that an earlier run made.
-        left_tokens: what this run would capture.
-        passed_over: of the rows that were read, what is in no document, by reason.
-        duplicates_unknown: whether rows that were not read may be duplicates, which would be left out.
+        rows: number of source rows that the capture reads.
+        sampled_rows: how many of them were read for this forecast; 0 if an earlier run has read them all.
+        documents, tokens: size of the finished dataset.
+        captured_tokens: tokens in shards that earlier runs completed.
+        left_tokens: tokens that this run would capture.
+        passed_over: number of rows and documents left out, by reason, among the rows that were read.
+        duplicates_unknown: whether unread rows may be duplicates, which would be skipped.
     """
 
     rows: int
@@ -81,7 +81,7 @@ class TextForecast:
 
 
 def read_totals(inputs: CaptureInputs, folder: Folder) -> tuple[TextForecast, list[TokenDocument]]:
-    """Find out how much text there is, and return documents of it to try the teacher on."""
+    """Count or estimate the text, and return some of its documents for a trial run of the teacher."""
     finished, plan = read_manifest(folder.url), read_plan(folder)
     if finished is not None:
         inputs.check_finished(finished, folder)
@@ -101,7 +101,7 @@ def _finished_text(finished: Manifest) -> TextForecast:
 
 
 def _planned_text(inputs: CaptureInputs, plan: ShardPlan) -> tuple[TextForecast, list[TokenDocument]]:
-    """Take an interrupted capture's own numbers."""
+    """Take the numbers from the plan of an interrupted capture."""
     done = plan.receipts()
     left = [number for number in inputs.settings.shard_numbers(len(plan.shards)) if number not in done]
     counts, rows = _passed_over(plan.counts)
@@ -119,9 +119,9 @@ def _planned_text(inputs: CaptureInputs, plan: ShardPlan) -> tuple[TextForecast,
 
 
 def _sampled_text(inputs: CaptureInputs) -> tuple[TextForecast, list[TokenDocument]]:
-    """Read a random sample of the rows, or all if they are few."""
+    """Read a random sample of the rows, or all of them if there are few."""
     settings, source = inputs.settings, inputs.source()
-    # Refuses what the capture would: a tokenizer of another model, for example.
+    # Raises the capture's own errors, for example for another model's tokenizer.
     inputs.header(source)
     there = source.num_rows
     rows = min(settings.samples or there, there)
@@ -130,7 +130,7 @@ def _sampled_text(inputs: CaptureInputs) -> tuple[TextForecast, list[TokenDocume
     reader = document_reader(chosen, source, inputs.tokenizer, id_limit=inputs.head_size)
     documents, tokens_of, documents_of = [], dict[int, int](), dict[int, int]()
     for document in reader:
-        # All of a row's documents come while the reader is at that row.
+        # The reader yields all documents of a row before it advances `rows`.
         tokens_of[reader.rows] = tokens_of.get(reader.rows, 0) + len(document.input_ids)
         documents_of[reader.rows] = documents_of.get(reader.rows, 0) + 1
         documents.append(document)
@@ -154,24 +154,24 @@ def _sampled_text(inputs: CaptureInputs) -> tuple[TextForecast, list[TokenDocume
 
 
 def _passed_over(counts: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """What happened of what a reader counts, and how many rows it read."""
+    """Split a reader's counts into the non-zero reasons for leaving rows or documents out, and the rows read."""
     return {reason: count for reason, count in counts.items() if count and reason != "rows"}, counts.get("rows", 0)
 
 
 def total(values: Sequence[int], sampled: int, rows: int, there: int) -> Amount:
-    """Estimate a sum over rows from that over a random sample of them.
+    """Estimate a sum over rows from a random sample of them.
 
     Args:
-        values: of the sampled rows that have any; the others have 0.
-        sampled: how many rows the sample has.
-        rows: how many the sum is over: themselves a random choice, if they are fewer than `there`.
-        there: rows in all.
+        values: the non-zero values of sampled rows; the other sampled rows have 0.
+        sampled: number of rows in the sample.
+        rows: number of rows that the sum is over; themselves a random sample if fewer than `there`.
+        there: total number of rows.
     """
     if sampled >= rows:
         return Amount.known(sum(values))
     each = np.zeros(sampled)
     each[: len(values)] = values
-    # The means of two random choices out of `there` rows differ by this variance.
+    # Variance of the difference between the means of two random samples of `there` rows.
     variance = float(each.var(ddof=1)) * ((1 / sampled - 1 / there) + (1 / rows - 1 / there))
     mean, error = float(each.mean()), _SIGMAS * math.sqrt(variance)
     return Amount(
@@ -180,7 +180,7 @@ def total(values: Sequence[int], sampled: int, rows: int, there: int) -> Amount:
 
 
 def _in_range(settings: CaptureSettings, tokens: Amount) -> Amount:
-    """The part of the tokens that is in the shards that the settings name."""
+    """The tokens in the shards that the settings select."""
     if settings.shard_range is None:
         return tokens
     shards = math.ceil(tokens.value / settings.shard_tokens)

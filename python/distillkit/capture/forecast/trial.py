@@ -1,4 +1,4 @@
-"""A teacher run for some seconds, to see how fast it is and what its distributions are like."""
+"""Runs a teacher for some seconds, to measure its speed and sample its distributions."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from distillkit.types import SparseLogprobs, TokenDocument
 __all__ = ["Trial", "try_teacher"]
 
 _KEPT_POSITIONS = 20_000
-"""Positions whose distributions are kept, about: enough for a 99th percentile, in well under 100 MB."""
+"""Approximate number of positions whose distributions are kept: enough for a 99th percentile, well under 100 MB."""
 
 
 @dataclass
 class Trial:
-    """What a short run has shown.
+    """The results of a short run.
 
     Attributes:
-        tokens, seconds: scored, and how long that took.
+        tokens, seconds: tokens scored, and how long that took.
         scored: distributions of the first documents, numpy (R, k) each.
     """
 
@@ -38,7 +38,7 @@ class Trial:
 
     @property
     def positions(self) -> int:
-        """How many distributions there are."""
+        """Number of distributions kept."""
         return sum(len(rows.ids) for rows in self.scored)
 
 
@@ -50,18 +50,18 @@ def try_teacher(
     seconds: float,
     progress: Callable[[float, float], None],
 ) -> Trial:
-    """Score documents, in a random order, until the time is over or all are done.
+    """Score documents in random order until the time is up or all of them are scored.
 
     Args:
         teacher: a `Teacher` whose `score` is a generator.
         documents: at least one.
-        request: what is asked for.
-        settings: the capture's.
-        seconds: how long, about.
-        progress: told of the seconds that are over, and how many there will be.
+        request: what to keep of the teacher's distributions.
+        settings: the capture's settings.
+        seconds: approximate duration.
+        progress: called with the seconds elapsed and `seconds`.
 
     Raises:
-        CaptureError: the teacher cannot go on.
+        CaptureError: the teacher cannot continue.
     """
     batches = deque(_batches(settings, documents))
     rate, trial = _warm_up(teacher, documents, batches[0][0], request), Trial()
@@ -69,7 +69,7 @@ def try_teacher(
     while batches and trial.seconds < seconds:
         batch, limit = batches.popleft(), seconds
         if settings.engine == "hf":
-            # It gives a batch at once: one of a slow teacher may take longer than there is time.
+            # This engine yields a batch all at once, and a slow teacher's batch may take longer than the time left.
             count = _fitting(batch, rate * (seconds - trial.seconds))
             batches.extend([batch[count:]] if count < len(batch) else [])
             batch, limit = batch[:count], math.inf
@@ -80,7 +80,7 @@ def try_teacher(
 
 
 def _warm_up(teacher: Any, documents: Sequence[TokenDocument], typical: TokenDocument, request: RowRequest) -> float:
-    """Let the teacher set up what it does at its first documents; return about how many tokens a second it does."""
+    """Let the teacher do its one-time setup on first documents; return its approximate tokens per second."""
     shortest = min(documents, key=lambda document: len(document.input_ids))
     seconds = 0.0
     for document in (shortest, typical):
@@ -92,18 +92,18 @@ def _warm_up(teacher: Any, documents: Sequence[TokenDocument], typical: TokenDoc
 
 
 def _fitting(documents: Sequence[TokenDocument], tokens: float) -> int:
-    """How many of them have about so many tokens; at least one."""
+    """How many leading documents have at most `tokens` tokens together; at least one."""
     ends = np.cumsum([len(document.input_ids) for document in documents])
     return max(int((ends <= tokens).sum()), 1)
 
 
 def _batches(settings: CaptureSettings, documents: Sequence[TokenDocument]) -> list[list[TokenDocument]]:
-    """Put documents in a random order, so that any part is like the whole, as the engine takes them."""
+    """Batch documents as the engine takes them, in random order, so that any prefix is representative."""
     random = np.random.default_rng(settings.seed)
     if settings.engine != "hf":
-        # These take the next documents before the last ones are done.
+        # These engines start on the next documents before the previous ones are done.
         return [[documents[index] for index in random.permutation(len(documents))]]
-    # As in a shard: documents of like length share a forward, with hardly any padding.
+    # As in a capture: documents of similar length share a forward pass, with hardly any padding.
     batches = length_batches([len(document.input_ids) for document in documents], settings.hf.forward_tokens)
     return [[documents[index] for index in batches[number]] for number in random.permutation(len(batches))]
 
@@ -116,7 +116,7 @@ def _score(
     started: float,
     seconds: float,
 ) -> None:
-    """Score documents and add them to the trial until the time is over."""
+    """Score documents and add them to the trial until the time is up."""
     positions = trial.positions
     with closing(teacher.score(documents, request)) as results:
         for result in results:

@@ -1,1 +1,1 @@
-"""Teachers that score documents: one interface (`base`), one module an engine."""
+"""Teachers that score documents: one interface (`base`), one module per engine."""

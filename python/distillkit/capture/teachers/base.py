@@ -1,4 +1,4 @@
-"""Teachers that score documents: one interface, one module an engine."""
+"""The interface of teachers that score documents, and what all engines share."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["RejectedDocument", "RowRequest", "ScoredDocument", "Teacher", "keep_
 
 @dataclass(frozen=True)
 class RowRequest:
-    """What is kept of a teacher's distributions.
+    """What to keep of a teacher's distributions.
 
     Attributes:
-        k: ids a row.
-        keep_ids: ids that are in every row, whatever their rank; fewer than `k`.
-        label_logprobs: also the log-probability of each next token, whatever its rank.
-        last_row: also the distribution after a document's last token: L rows instead of L − 1.
+        k: number of ids per row.
+        keep_ids: ids that every row contains whatever their rank; fewer than `k`.
+        label_logprobs: also keep the log-probability of each next token, whatever its rank.
+        last_row: also keep the distribution after a document's last token: L rows instead of L − 1.
     """
 
     k: int
@@ -39,7 +39,7 @@ class ScoredDocument:
     """A document's distributions.
 
     Attributes:
-        index: which document.
+        index: index of the document.
         rows: numpy (L − 1, k), or (L, k) with the last row: row t is the distribution after tokens 0…t.
         label_logprobs: (L − 1,) float32, log-probability of token t + 1 after tokens 0…t; None unless requested.
     """
@@ -51,11 +51,11 @@ class ScoredDocument:
 
 @dataclass(frozen=True)
 class RejectedDocument:
-    """A document that the teacher gave no distributions for that can be stored.
+    """A document for which the teacher returned no distributions, or none that can be stored.
 
     Attributes:
-        index: which document.
-        reason: names document, position and what was found.
+        index: index of the document.
+        reason: names the document, the position and what was found.
     """
 
     index: int
@@ -71,24 +71,24 @@ class Teacher(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a header says of the teacher: name, revision, dtype."""
+        """The teacher's entry in the header: name, revision, dtype."""
 
     def score(
         self, documents: Sequence[TokenDocument], request: RowRequest
     ) -> Iterator[Union[ScoredDocument, RejectedDocument]]:
-        """Yield each document's distributions, in any order, as soon as they are there.
+        """Yield each document's distributions, in any order, as soon as they are available.
 
-        They depend on these documents alone, so that a capture that starts again writes the same bytes.
+        They depend on these documents only, so that a resumed capture writes the same bytes.
 
         Raises:
-            CaptureError: the teacher cannot go on, whatever the document.
+            CaptureError: the teacher cannot continue with any document.
         """
 
 
 def refusal(document: TokenDocument, rows: SparseLogprobs) -> str | None:
-    """Say why a document's rows cannot be stored, naming the first position; None if all of them are finite.
+    """Describe why a document's rows cannot be stored, naming the first bad position; None if all values are finite.
 
-    Repeated ids, ids out of range and positive log-probabilities are refused by the codec.
+    The codec rejects repeated ids, ids out of range and positive log-probabilities.
     """
     bad = ~np.isfinite(rows.logprobs).all(-1)
     if not bad.any():
@@ -102,21 +102,21 @@ def refusal(document: TokenDocument, rows: SparseLogprobs) -> str | None:
 
 
 def keep_ids(rows: SparseLogprobs, ids: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float32]) -> SparseLogprobs:
-    """Put ids into every row that has them not, in the place of its least likely others.
+    """Add ids to every row that lacks them, replacing its least likely other ids.
 
     Args:
-        rows: numpy (n, k), by falling log-probability.
+        rows: numpy (n, k), by decreasing log-probability.
         ids: (m,) distinct, m < k.
-        logprobs: (n, m), theirs.
+        logprobs: (n, m) log-probabilities of `ids` in each row.
 
     Returns:
-        (n, k) by falling log-probability; rows that had all of them as they were.
+        (n, k) by decreasing log-probability; rows that already had all of the ids are unchanged.
     """
     stored_nkm = np.asarray(rows.ids)[:, :, None] == ids
     missing_nm = ~stored_nkm.any(1)
     all_ids = np.concatenate([rows.ids, np.broadcast_to(ids, missing_nm.shape)], axis=1)
     all_logprobs = np.concatenate([rows.logprobs, logprobs], axis=1)
-    # Kept ids come first, an id's second appearance last.
+    # Kept ids rank first, an id's second occurrence last.
     priority = np.concatenate(
         [np.where(stored_nkm.any(2), np.inf, rows.logprobs), np.where(missing_nm, np.inf, -np.inf)], axis=1
     )

@@ -1,7 +1,7 @@
 """A transformers model as the teacher.
 
-Shape legend: B documents of a batch, S longest of them, N positions of a batch that have a next token, H hidden size, V
-width of the head, k kept ids.
+Shape legend: B documents per batch, S length of the longest, N scored positions of a batch, H hidden size, V width of
+the head, k kept ids per position.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ _DTYPES = {
     "float16": torch.float16,
     "half": torch.float16,
 }
-# Placements that accelerate spreads a model by, over all visible devices.
+# accelerate's strategies for distributing a model over all visible devices.
 _PLACEMENTS = ("balanced", "balanced_low_0", "sequential")
 _SAMPLED_VALUES = 256
 
 
 class HFTeacher:
-    """A causal LM of transformers, run without a cache, its head applied to a slice of positions at a time.
+    """A transformers causal LM, run without a cache; its head is applied to one slice of positions at a time.
 
     Args:
         model: folder or hub id.
-        settings: of this engine. A document longer than its `batch_tokens` is a batch of its own.
+        settings: the engine's settings. A document longer than `batch_tokens` becomes a batch of its own.
         trust_remote_code: run the model's own code.
 
     Raises:
-        ConfigError: the model, dtype or device can't be had.
-        DistillKitError: the model's head can't be applied by itself (see `distillkit.lm_head.check_lm_head`).
+        ConfigError: the model cannot be loaded, or the dtype or device does not exist.
+        DistillKitError: the model's head cannot be applied by itself (see `distillkit.models.head.check_lm_head`).
     """
 
     def __init__(self, model: str, settings: HFSettings, *, trust_remote_code: bool = False) -> None:
@@ -96,7 +96,7 @@ class HFTeacher:
         return {"name": self._name, "revision": revision, "dtype": str(self._model.dtype).removeprefix("torch.")}
 
     def _weights_hash(self) -> str:
-        """Hash a few values of every weight: two checkpoints of one model differ in them."""
+        """Hash the first values of every weight, which differ between checkpoints of the same model."""
         digest = xxhash.xxh3_64()
         for name, parameter in self._model.named_parameters():
             digest.update(name.encode())
@@ -109,7 +109,7 @@ class HFTeacher:
     ) -> Iterator[ScoredDocument | RejectedDocument]:
         """Yield every document's distributions; see `Teacher.score`.
 
-        Where a batch does not fit in memory it is halved, and the ones after it are no larger.
+        A batch that does not fit in memory is halved, and later batches are no larger than its halves.
         """
         weights = self._head.weights()
         lengths = [len(document.input_ids) for document in documents]
@@ -125,10 +125,10 @@ class HFTeacher:
                 yield replace(rows, index=index)
 
     def _smaller(self, batch: list[int], lengths: Sequence[int], error: torch.OutOfMemoryError) -> list[list[int]]:
-        """Cut a batch that ran out of memory: fewer documents, then fewer positions under the head at a time.
+        """Split a batch that ran out of memory: into fewer documents, then fewer positions under the head at a time.
 
         Raises:
-            CaptureError: it is one document and one position already.
+            CaptureError: the batch is already a single document with one position at a time.
         """
         tokens = len(batch) * max(lengths[index] for index in batch)
         if len(batch) > 1:
@@ -160,7 +160,7 @@ class HFTeacher:
         weights: tuple[torch.Tensor, torch.Tensor | None],
         request: RowRequest,
     ) -> list[ScoredDocument | RejectedDocument]:
-        """Score the documents of one forward; indices count in it."""
+        """Score documents in a single forward pass; indices are relative to `documents`."""
         counts = [len(document.input_ids) - (not request.last_row) for document in documents]
         hidden_NH = self._hidden(documents, counts)
         labels_N = torch.from_numpy(np.concatenate([_labels(document, request) for document in documents]))
@@ -179,9 +179,9 @@ class HFTeacher:
         return scored
 
     def _hidden(self, documents: Sequence[TokenDocument], counts: Sequence[int]) -> torch.Tensor:
-        """Run the backbone on a batch: (N, H) states of the first `counts` positions, document by document."""
+        """Run the backbone on a batch; return the states of each document's first `counts` positions, (N, H)."""
         lengths = torch.tensor([len(document.input_ids) for document in documents])
-        # Padding stands on the right: the positions before it are the same with or without.
+        # Padding is on the right, so it does not affect the positions before it.
         ids_BS = torch.zeros(len(documents), int(lengths.max()), dtype=torch.long)
         for row, document in enumerate(documents):
             ids_BS[row, : lengths[row]] = torch.from_numpy(document.input_ids.astype(np.int64))
@@ -198,9 +198,9 @@ class HFTeacher:
         weights: tuple[torch.Tensor, torch.Tensor | None],
         request: RowRequest,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Head and top-k of some positions: ids (n, k), log-probs (n, k), those of the labels (n,), as numpy.
+        """Apply the head to some positions: ids (n, k), log-probs (n, k) and log-probs of the labels (n,), as numpy.
 
-        Positions whose logits are no distribution over k ids have NaN.
+        Log-probs are NaN at positions with NaN or +∞ logits, or fewer than k finite ones.
         """
         logits_nV = self._head(hidden_nH, weights, float32_product=self._float32_head)
         finite_nV = torch.isfinite(logits_nV)
@@ -209,7 +209,7 @@ class HFTeacher:
             logits_nV = torch.where(bad_n[:, None], torch.zeros_like(logits_nV), logits_nV)
         rows = sparse_from_logits(logits_nV, request.k)
         ids_nk, logprobs_nk = torch.as_tensor(rows.ids), torch.as_tensor(rows.logprobs)
-        # log p(id) = logit − logsumexp, the latter by the most probable id's logit and log-prob.
+        # log p(id) = logit − logsumexp, where logsumexp is the most probable id's logit minus its log-prob.
         first_n1 = logits_nV.gather(1, ids_nk[:, :1]).float() - logprobs_nk[:, :1]
 
         def logprobs_of(ids: torch.Tensor) -> npt.NDArray[np.float32]:
@@ -229,7 +229,7 @@ class HFTeacher:
 
 
 def _labels(document: TokenDocument, request: RowRequest) -> npt.NDArray[np.int64]:
-    """The next token of each scored position; after the last one, whose next is not known, any."""
+    """The next token of each scored position; an arbitrary one after the last token, which has none."""
     labels = document.input_ids[1:].astype(np.int64)
     return np.append(labels, labels[-1]) if request.last_row else labels
 
@@ -239,7 +239,7 @@ def _slices(length: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group documents of like length, the longest first, so that a batch with its padding stays within `batch_tokens`.
+    """Group documents of similar length, longest first, so that a batch with padding stays within `batch_tokens`.
 
     Returns:
         The indices of each batch; a document longer than `batch_tokens` is a batch of its own.
@@ -257,7 +257,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
     """Load a model's config, without its weights.
 
     Raises:
-        ConfigError: there is none at that path.
+        ConfigError: no config could be loaded from `model`.
     """
     from transformers import AutoConfig
 
@@ -273,7 +273,7 @@ def resolve_device(device: str) -> str:
     """Return the device to run on; "auto" is the first CUDA device, or the CPU.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: `device` is not a torch device or a placement.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -291,11 +291,11 @@ def resolve_device(device: str) -> str:
 def resolve_dtype(dtype: str, config: Any, device: str) -> str:
     """Return the name of the dtype to run in.
 
-    "auto" is the checkpoint's own on an accelerator. On a CPU it is float32: few CPUs are fast in 16 bits, and the
-    distributions get more exact.
+    "auto" is the checkpoint's own dtype on an accelerator. On a CPU it is float32: few CPUs are fast in 16 bits, and
+    the distributions become more exact.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: `dtype` is not a supported dtype.
     """
     if dtype == "auto":
         own = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)

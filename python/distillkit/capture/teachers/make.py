@@ -1,4 +1,4 @@
-"""Starts the teacher that a capture's settings name."""
+"""Creates the teacher for a capture's settings."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["make_teacher"]
 
 
 def make_teacher(settings: CaptureSettings) -> Teacher:
-    """Start the teacher that the settings name.
+    """Start the teacher for a capture's settings.
 
     Raises:
-        ConfigError: the engine is not installed, or does not take a setting.
+        ConfigError: the engine is not installed, or rejects a setting.
         MismatchError: the codec is for another vocabulary than the teacher's.
-        CaptureError: it does not start, or a server does not answer.
+        CaptureError: the engine does not start, or the server does not answer.
     """
     from distillkit.capture.teachers.hf import HFTeacher, load_config
 

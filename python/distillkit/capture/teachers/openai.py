@@ -1,4 +1,4 @@
-"""A running server as the teacher: any with OpenAI's completions that returns log-probabilities of the prompt."""
+"""A running server as the teacher: any OpenAI-compatible completions API that returns prompt log-probabilities."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from distillkit.types import TokenDocument
 __all__ = ["OpenAITeacher", "echoed_entries", "prompt_entries"]
 
 _KEY_VARIABLES = ("DISTILLKIT_API_KEY", "OPENAI_API_KEY")
-# How a server that is asked for ids writes a token: "token_id:17".
+# With return_tokens_as_token_ids, servers write a token as "token_id:17".
 _TOKEN_ID = "token_id:"
 _CAP = re.compile(r"(?:max(?:imum)?(?: allowed)?|at most|up to)\D{0,20}?(\d+)", re.IGNORECASE)
 _PROBE = 3
-# Bad request, too large, not processable; and what a server says whose own code fails on one document, again and again.
+# Bad request, too large, unprocessable; and internal errors, which a single document can cause on every attempt.
 _DOCUMENT_ERRORS = (400, 413, 422, 500)
 
 
 class OpenAITeacher:
-    """A served model, asked for the log-probabilities of prompts of token ids.
+    """A served model that returns the log-probabilities of prompts given as token ids.
 
     The key comes from the environment: `DISTILLKIT_API_KEY` or `OPENAI_API_KEY`.
 
     Args:
-        settings: of this engine; its `base_url` must be given.
-        head_size: V, from the model's config: servers do not tell it.
-        k: ids a row that will be asked for at most; a small probe asks for them at once.
-        max_seq_len: tokens of the longest document.
+        settings: the engine's settings; `base_url` must be set.
+        head_size: V, from the model's config, since servers do not report it.
+        k: maximum number of ids per row that will be requested; checked at once with a small probe.
+        max_seq_len: length of the longest document, in tokens.
 
     Raises:
-        ConfigError: the package is not installed; the server knows no such model, gives fewer log-probabilities, or
-            takes no documents of that length.
+        ConfigError: the package is not installed; or the server does not serve the model, returns fewer
+            log-probabilities, or does not accept documents of that length.
         CaptureError: the server does not answer.
     """
 
@@ -53,7 +53,7 @@ class OpenAITeacher:
         except ImportError as error:
             raise ConfigError("engine: openai is not installed: pip install 'distillkit[openai]'") from error
         key = next((os.environ[name] for name in _KEY_VARIABLES if os.environ.get(name)), "none")
-        # Retries come after 429, 5xx, a timeout or no answer.
+        # The client retries after 429, 5xx, timeouts and connection errors.
         self._client = openai.OpenAI(
             base_url=settings.base_url,
             api_key=key,
@@ -61,7 +61,7 @@ class OpenAITeacher:
             timeout=settings.request_timeout,
         )
         self._errors = openai
-        # Without user and password, which a URL may hold.
+        # Without the user and password that a URL may contain.
         self._server = urlsplit(settings.base_url or "").netloc.rpartition("@")[2]
         self._head_size = head_size
         self._k = k
@@ -76,7 +76,7 @@ class OpenAITeacher:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The served model's name: a server tells neither revision nor dtype."""
+        """The served model's name; servers report neither revision nor dtype."""
         name = Path(self._model).name if self._model.startswith(("/", ".", "~")) else self._model
         return {"name": name, "revision": None, "engine": "openai"}
 
@@ -96,7 +96,7 @@ class OpenAITeacher:
         try:
             running: set[Future[ScoredDocument | RejectedDocument]] = set()
             while True:
-                # One answer more than requests waits at most: memory stays bounded.
+                # Bounds memory: at most `concurrency` requests are running or have answers that are not yet yielded.
                 while len(running) < self._concurrency and (item := next(waiting, None)) is not None:
                     running.add(pool.submit(self._score_one, *item, request))
                 if not running:
@@ -128,18 +128,18 @@ class OpenAITeacher:
         return scored_document(index, document, entries, request, self._head_size, generated=generated)
 
     def _complete(self, prompt: list[int], k: int, *, echo: bool, last_row: bool = False) -> Mapping[str, Any]:
-        """Ask for a prompt's log-probabilities; the answer's only choice, as JSON.
+        """Request a prompt's log-probabilities; return the only choice of the answer, as JSON.
 
         Raises:
-            openai.APIError: it takes no such request, or fails however often it is asked.
-            CaptureError: it answers something else.
+            openai.APIError: the server rejects the request, or still fails after all retries.
+            CaptureError: the answer is not a completion.
         """
         extra: dict[str, Any] = {} if echo else {"prompt_logprobs": k}
         arguments: dict[str, Any] = {}
         if echo or last_row:
             extra["return_tokens_as_token_ids"] = True
             arguments["logprobs"] = k
-        # The raw answer: the client's classes would make an object of each of its values.
+        # The raw answer, because the client's classes would create an object for each value.
         response = self._client.completions.with_raw_response.create(
             model=self._model, prompt=prompt, max_tokens=1, temperature=0.0, echo=echo, extra_body=extra, **arguments
         )
@@ -150,7 +150,7 @@ class OpenAITeacher:
             raise CaptureError(f"{self._server} did not answer with completions: {error!r}") from error
 
     def _find_model(self, name: str | None, max_seq_len: int) -> str:
-        """Ask what is served, and check its length where the server tells it."""
+        """Find the served model, and check its context length if the server reports it."""
         try:
             served = {model.id: model for model in self._client.models.list()}
         except self._errors.NotFoundError as error:
@@ -177,10 +177,10 @@ class OpenAITeacher:
         return name
 
     def _probe(self) -> bool:
-        """Ask for k log-probabilities of a tiny prompt, and return whether they come by echo.
+        """Request k log-probabilities of a tiny prompt, and return whether the server needs `echo` for them.
 
         Raises:
-            ConfigError: the server gives fewer, or none.
+            ConfigError: the server returns fewer, or none.
         """
         prompt = list(range(1, 1 + _PROBE))
         try:
@@ -211,7 +211,7 @@ class OpenAITeacher:
         return True
 
     def _failed(self, error: Any) -> CaptureError | ConfigError:
-        """Say what to do about an error that trying again did not help."""
+        """Turn an error that persists after all retries into one that says what to do."""
         if isinstance(error, (self._errors.AuthenticationError, self._errors.PermissionDeniedError)):
             return ConfigError(
                 f"{self._server} refuses access: {_message(error)}. The key is read from the environment: "
@@ -224,7 +224,7 @@ class OpenAITeacher:
 
 
 def prompt_entries(choice: Mapping[str, Any]) -> RankedEntries:
-    """Read `prompt_logprobs`: for each position null or a mapping from an id to its log-probability and rank."""
+    """Read `prompt_logprobs`: for each position, null or a mapping from ids to log-probability and rank."""
     positions = choice["prompt_logprobs"][1:]
     ids: list[int] = []
     logprobs: list[float] = []
@@ -240,10 +240,10 @@ def prompt_entries(choice: Mapping[str, Any]) -> RankedEntries:
 def echoed_entries(choice: Mapping[str, Any], prompt_tokens: int) -> RankedEntries:
     """Read the log-probabilities of an echoed prompt whose tokens are written as ids.
 
-    Each position has the k most probable, and one more if the next token is none of them: that one comes last.
+    Each position has the k most probable tokens, and the prompt's own token as one more if it is not among them.
 
     Raises:
-        ValueError: tokens are written as text, which does not tell their ids.
+        ValueError: tokens are written as text, so their ids are unknown.
     """
     positions = choice["logprobs"]["top_logprobs"][1:prompt_tokens]
     tokens = choice["logprobs"]["tokens"][1:prompt_tokens]
@@ -255,13 +255,13 @@ def echoed_entries(choice: Mapping[str, Any], prompt_tokens: int) -> RankedEntri
         for name, logprob in (position or {}).items():
             ids.append(_id_of(name))
             logprobs.append(logprob)
-            # Ranks are not told. What matters is whether the own token is one of the k, or the one more.
+            # Servers do not return ranks here. All that matters is whether the own token is among the k, or the extra.
             ranks.append(len(position) if name == token and logprob <= least else 1)
     return _entries(ids, logprobs, ranks, [len(position or {}) for position in positions])
 
 
 def _last_entries(choice: Mapping[str, Any], k: int) -> tuple[RankedEntries, int]:
-    """Read the distribution after the last token: that of the generated one, which is the most probable."""
+    """Read the distribution after the last token, and the generated token, which is the most probable one."""
     tokens, positions = choice["logprobs"]["tokens"], choice["logprobs"]["top_logprobs"]
     position, generated = positions[-1], _id_of(tokens[-1])
     ids = [_id_of(name) for name in position]
@@ -285,7 +285,7 @@ def _entries(ids: list[int], logprobs: list[float], ranks: list[int], counts: li
 
 
 def _message(error: Any) -> str:
-    """What a server said, in one line."""
+    """The server's error message, on one line."""
     body = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, Mapping) else None
     return " ".join(str(said or error).split())

@@ -1,10 +1,9 @@
-"""From an engine's ranked log-probabilities to rows, or to why they are none.
+"""Turns an engine's ranked log-probabilities into rows, or into the reason why they cannot be stored.
 
-Inference engines answer a prompt with the k most probable ids of each of its positions and, beside them, the prompt's
-own next token with its true rank. That one is no part of the k: what is stored must not hold it twice, nor in the place
-of a more probable id.
+For each position of a prompt, inference engines return the k most probable ids and, in addition, the prompt's own next
+token with its true rank. A stored row must not contain that token twice, nor in place of a more probable id.
 
-Shape legend: L tokens of a document, R rows, E entries of all rows together, k ids a row.
+Shape legend: L tokens of a document, R rows, E entries of all rows together, k ids per row.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from distillkit.types import SparseLogprobs, TokenDocument
 
 __all__ = ["RankedEntries", "scored_document"]
 
-# Engines that speak JSON write −9999 for −∞.
+# Engines with a JSON API write −9999 for −∞.
 _LOWEST = -9998.0
-# float32 sums and a softmax in 16 bits may exceed one by a little; garbage does by more.
+# float32 sums and a 16-bit softmax may slightly exceed one; garbage exceeds it by more.
 _MOST_MASS = 1.01
 
 
 @dataclass(frozen=True)
 class RankedEntries:
-    """Log-probabilities by position, flat.
+    """Log-probabilities of all rows, flattened.
 
     Attributes:
         ids: (E,) int64.
         logprobs: (E,) float32.
-        ranks: (E,) int64, counted from 1.
-        counts: (R,) int64 entries of each row, in the rows' order; they sum to E.
+        ranks: (E,) int64, starting at 1.
+        counts: (R,) int64, number of entries in each row, in order; they sum to E.
     """
 
     ids: npt.NDArray[np.int64]
@@ -42,7 +41,7 @@ class RankedEntries:
     counts: npt.NDArray[np.int64]
 
     def then(self, other: RankedEntries) -> RankedEntries:
-        """These rows, and others after them."""
+        """These rows followed by others."""
         pairs = ((getattr(self, name), getattr(other, name)) for name in ("ids", "logprobs", "ranks", "counts"))
         return RankedEntries(*(np.concatenate(pair) for pair in pairs))
 
@@ -56,19 +55,19 @@ def scored_document(
     *,
     generated: int | None = None,
 ) -> ScoredDocument | RejectedDocument:
-    """Make a document's rows of what the engine gave, checked.
+    """Build and check a document's rows from the engine's output.
 
     Args:
-        index: of the document.
+        index: index of the document.
         document: L tokens.
-        entries: L − 1 rows, in any order within a row; with `request.last_row` L.
-        request: what is kept.
-        head_size: ids are below it.
-        generated: the token the engine put after the last one; needed for the last row.
+        entries: L − 1 rows, or L with `request.last_row`; entries of a row may be in any order.
+        request: what to keep of the distributions.
+        head_size: ids must be below this.
+        generated: the token that the engine generated after the last one; needed for the last row.
 
     Returns:
-        `RejectedDocument` where there are fewer rows or ranks than asked for, ids repeat or are out of range, values
-        are not finite or more than a distribution has, or the own token is missing.
+        `RejectedDocument` if the number of rows or ranks is wrong, ids repeat or are out of range, values are not
+        finite, probabilities sum to more than one, or the document's own token is missing.
     """
     own = document.input_ids[1:].astype(np.int64)
     if request.last_row:
@@ -87,7 +86,7 @@ def scored_document(
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is wrong, and in which row; None: with the document as a whole."""
+    """What is wrong, and in which row; None: in the document as a whole."""
 
     text: str
     row: int | None = None
@@ -95,7 +94,7 @@ class _Problem:
 
 def _describe(document: TokenDocument, problem: _Problem) -> str:
     if problem.row is None:
-        return f"{document.source}: the engine gave {problem.text}"
+        return f"{document.source}: the engine returned {problem.text}"
     token = f"after token {problem.row} of {len(document.input_ids)} (id {document.input_ids[problem.row]})"
     return f"{document.source}: {token} the engine returned {problem.text}"
 
@@ -103,7 +102,7 @@ def _describe(document: TokenDocument, problem: _Problem) -> str:
 def _rows(
     entries: RankedEntries, own: npt.NDArray[np.int64], k: int
 ) -> tuple[SparseLogprobs, npt.NDArray[np.float32]] | _Problem:
-    """Take the own token out where it is more than one of the k: rows (R, k) by falling log-prob, own tokens' (R,)."""
+    """Remove the own token where it comes on top of the k: rows (R, k) by decreasing log-prob, own log-probs (R,)."""
     counts = entries.counts
     if len(counts) != len(own):
         return _Problem(f"log-probabilities for {len(counts)} positions, expected {len(own)}")
@@ -133,7 +132,7 @@ def _rows(
 def _problem(
     rows: SparseLogprobs, own_logprobs: npt.NDArray[np.float32], request: RowRequest, head_size: int
 ) -> _Problem | None:
-    """Say what keeps finite rows from being distributions, and where first."""
+    """Describe why finite rows are not valid distributions, with the first such row."""
     ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs)
     sorted_ids = np.sort(ids, axis=1)
     mass = np.exp(logprobs.astype(np.float64)).sum(1)

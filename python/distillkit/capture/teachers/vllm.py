@@ -1,4 +1,4 @@
-"""vLLM as the teacher: its engine runs in processes of its own, and goes on while rows are taken out of its answers."""
+"""vLLM as the teacher: its engine runs in separate processes, and keeps working while its output is read."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ __all__ = ["VLLMTeacher", "batch_tokens_that_fit", "checkpoint_hash", "flat_entr
 
 logger = logging.getLogger(__name__)
 
-# More tokens at a time bring next to nothing; fewer than the least leave the hardware idle.
+# Larger batches are hardly faster; smaller ones leave the hardware idle.
 _MOST_BATCH_TOKENS = 8192
 _LEAST_BATCH_TOKENS = 256
 _MOST_SEQUENCES = 256
-# Tokens in the engine's hands, in batches: the next one must be there when one ends.
+# Number of batches handed to the engine, so that the next one is ready when one ends.
 _BATCHES_IN_FLIGHT = 3
-# Of a CPU's free memory keys and values have a quarter, at most so much; logits half of what then is left.
+# On a CPU, keys and values get a quarter of the free memory, at most this; logits get half of the rest.
 _MOST_CPU_KV_BYTES = 4 << 30
 _WATCH_SECONDS = 1.0
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -45,7 +45,7 @@ _SAMPLES, _SAMPLE_BYTES = 256, 1024
 
 
 class _EngineKilledError(Exception):
-    """A process of the engine is gone, and vLLM has not noticed."""
+    """A process of the engine was killed without vLLM noticing."""
 
 
 class VLLMTeacher:
@@ -53,10 +53,10 @@ class VLLMTeacher:
 
     Args:
         model: folder or hub id.
-        settings: of this engine.
-        k: ids a row that will be asked for at most.
-        max_seq_len: tokens of the longest document.
-        tokenizer: folder or hub id if not the model's.
+        settings: the engine's settings.
+        k: maximum number of ids per row that will be requested.
+        max_seq_len: length of the longest document, in tokens.
+        tokenizer: folder or hub id of the tokenizer, if not the model's.
         trust_remote_code: run the model's own code.
 
     Raises:
@@ -100,12 +100,12 @@ class VLLMTeacher:
             "trust_remote_code": trust_remote_code,
             "max_logprobs": k,
             "logprobs_mode": "raw_logprobs",
-            # With it vLLM gives stale or missing log-probabilities for prompts that begin alike.
+            # With prefix caching, vLLM returns stale or missing log-probabilities for prompts with a common prefix.
             "enable_prefix_caching": False,
             "disable_log_stats": True,
         }
         if not on_gpu:
-            # Compiling takes minutes and brings little on a CPU.
+            # On a CPU, compiling takes minutes and gains little.
             self._engine_args |= {"kv_cache_memory_bytes": _cpu_kv_bytes(), "enforce_eager": True}
         self._batch_tokens = settings.batch_tokens or self._predicted_batch_tokens(
             config, settings.gpu_memory_utilization, on_gpu
@@ -114,12 +114,12 @@ class VLLMTeacher:
 
     @property
     def head_size(self) -> int:
-        """Width of the logits, as the checkpoint's config says: vLLM cuts its own padding off."""
+        """Width of the logits according to the checkpoint's config; vLLM cuts off its own padding."""
         return self._head_size
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens that the engine computes at a time; less after it was out of memory."""
+        """Tokens per batch of the engine; reduced after running out of memory."""
         return self._batch_tokens
 
     @property
@@ -142,8 +142,8 @@ class VLLMTeacher:
     ) -> Iterator[ScoredDocument | RejectedDocument]:
         """Yield every document's distributions as the engine finishes them; see `Teacher.score`.
 
-        vLLM's values depend a little on which documents it has in hand at the same time, so they are the same from run
-        to run only within its own noise.
+        vLLM's values depend slightly on which documents it processes at the same time, so they vary slightly between
+        runs.
         """
         if request.keep_ids:
             raise ConfigError(
@@ -183,7 +183,7 @@ class VLLMTeacher:
     def _feed(
         self, documents: Sequence[TokenDocument], waiting: deque[int], running: dict[str, int], params: Any
     ) -> None:
-        """Hand documents over until the engine has enough for the batches to come."""
+        """Submit documents until the engine has enough for the next batches."""
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs import tokens_input
 
@@ -191,7 +191,7 @@ class VLLMTeacher:
         while waiting and (tokens < _BATCHES_IN_FLIGHT * self._batch_tokens or len(running) < 2):
             index = waiting.popleft()
             prompt = tokens_input(documents[index].input_ids.tolist())
-            # Noted first: an engine that dies in this call has not done the document.
+            # Recorded first: if the engine dies in this call, the document must be submitted again.
             running[str(index)] = index
             try:
                 self._engine.add_request(str(index), prompt, params)
@@ -200,13 +200,13 @@ class VLLMTeacher:
             tokens += len(documents[index].input_ids)
 
     def _step(self) -> list[Any]:
-        """What the engine has finished next; blocks until there is something.
+        """Run one step of the engine and return its outputs.
 
-        Where an engine's process is killed (as the system does when memory is out) vLLM waits for ever: it is waited
-        for in a thread, and watched.
+        If a process of the engine is killed (as the system does when memory runs out), vLLM waits forever. The step
+        therefore runs in a thread, while this one watches the processes.
 
         Raises:
-            one of `_fatal_errors`.
+            Exception: one of `_fatal_errors`.
         """
         if not self._processes:
             return list(self._engine.step())
@@ -215,7 +215,7 @@ class VLLMTeacher:
         def step(engine: Any = self._engine) -> None:
             try:
                 answer.put(list(engine.step()))
-            except Exception as error:  # noqa: BLE001  # raised below, where it is waited for
+            except Exception as error:  # noqa: BLE001  # raised again below, in the caller's thread
                 answer.put(error)
 
         threading.Thread(target=step, name="distillkit-vllm-step", daemon=True).start()
@@ -235,7 +235,7 @@ class VLLMTeacher:
         self, index: int, document: TokenDocument, output: Any, request: RowRequest
     ) -> ScoredDocument | RejectedDocument:
         if not output.prompt_logprobs:
-            return RejectedDocument(index, f"{document.source}: vLLM gave no log-probabilities")
+            return RejectedDocument(index, f"{document.source}: vLLM returned no log-probabilities")
         entries = flat_entries(output.prompt_logprobs, skip=1)
         if not request.last_row:
             return scored_document(index, document, entries, request, self._head_size)
@@ -248,7 +248,7 @@ class VLLMTeacher:
         )
 
     def _predicted_batch_tokens(self, config: Any, gpu_memory_utilization: float, on_gpu: bool) -> int:
-        """Choose the batch by the memory that its logits take, which vLLM's own profiling leaves out."""
+        """Choose the batch size by the memory that its logits take, which vLLM's own profiling ignores."""
         if on_gpu:
             from vllm.platforms import current_platform
 
@@ -261,8 +261,8 @@ class VLLMTeacher:
             kv_bytes = int(self._engine_args["kv_cache_memory_bytes"])
             free = (available - weights - kv_bytes) // 2
             where = (
-                f"half of what {human_bytes(available)} available − weights {human_bytes(weights)} "
-                f"− keys and values {human_bytes(kv_bytes)} leave"
+                f"half of what remains of {human_bytes(available)} after weights {human_bytes(weights)} "
+                f"and keys and values {human_bytes(kv_bytes)}"
             )
             remedy = "a smaller --dtype, a smaller teacher or more memory"
         tokens = batch_tokens_that_fit(free, self._head_size, _itemsize(self._dtype), where=where, remedy=remedy)
@@ -282,8 +282,8 @@ class VLLMTeacher:
         """Start the engine.
 
         Raises:
-            ConfigError: vLLM does not take the settings.
-            CaptureError: it does not start.
+            ConfigError: vLLM rejects the settings.
+            CaptureError: the engine does not start.
         """
         _quiet()
         from vllm import EngineArgs, LLMEngine
@@ -298,21 +298,21 @@ class VLLMTeacher:
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**self._engine_args, **sizes))
             except (ValueError, NotImplementedError, VLLMValidationError) as error:
-                raise ConfigError(f"vLLM does not take these settings: {error}") from error
+                raise ConfigError(f"vLLM rejects these settings: {error}") from error
             except (RuntimeError, MemoryError) as error:
                 raise CaptureError(
                     f"vLLM did not start: {error} (its log above says why). If memory ran out, try fewer "
                     "--batch-tokens, a smaller --gpu-memory-utilization or more --tensor-parallel-size"
                 ) from error
-        # Also when this object, or the program, ends without `close`.
+        # Also shuts down if this object or the program ends without `close`.
         self._shut_down = weakref.finalize(self, self._engine.engine_core.shutdown)
         self._processes = [child for child in multiprocessing.active_children() if child not in others]
 
     def _restart_smaller(self, error: Exception) -> None:
-        """Start the engine anew with half the batch, because it died; out of memory is what it dies of.
+        """Restart an engine that died with half the batch size, assuming that it ran out of memory.
 
         Raises:
-            CaptureError: the batch is small already.
+            CaptureError: the batch is already small.
         """
         halved = self._batch_tokens // 2
         if halved < _LEAST_BATCH_TOKENS:
@@ -322,8 +322,8 @@ class VLLMTeacher:
                 f"smaller --dtype or more --tensor-parallel-size. {error}"
             ) from error
         logger.warning(
-            "vLLM's engine died (%s: %s), most likely out of memory; its own log above says more. It starts anew with "
-            "batches of %d tokens instead of %d (--batch-tokens), and goes on with the documents it had in hand",
+            "vLLM's engine died (%s: %s), most likely out of memory; see its own log above. Restarting with batches of "
+            "%d tokens instead of %d (--batch-tokens), and repeating the documents that were in progress",
             type(error).__name__,
             error,
             halved,
@@ -337,18 +337,18 @@ class VLLMTeacher:
 def batch_tokens_that_fit(free: int, head_size: int, logit_bytes: int = 2, *, where: str, remedy: str) -> int:
     """Return how many tokens' log-probabilities fit in memory, a multiple of 256, at most 8192.
 
-    vLLM makes the logits of all tokens of a batch, in the model's dtype, and from them log-probabilities in float32:
-    V × (2 + 4) bytes a token in 16 bits. Its own profiling counts none of that.
+    vLLM computes the logits of all tokens of a batch in the model's dtype, and from them log-probabilities in float32:
+    V × (2 + 4) bytes per token with 16-bit logits. Its own profiling ignores both.
 
     Args:
-        free: bytes.
+        free: free memory in bytes.
         head_size: V.
-        logit_bytes: bytes of one logit.
-        where: says what `free` is, for the message.
-        remedy: what would make more room, for the message.
+        logit_bytes: bytes per logit.
+        where: how `free` was determined, for the message.
+        remedy: what would free more memory, for the message.
 
     Raises:
-        ConfigError: not even 256 tokens fit, with the arithmetic.
+        ConfigError: not even 256 tokens fit; the message shows the arithmetic.
     """
     token_bytes = head_size * (logit_bytes + 4)
     tokens = max(free, 0) // token_bytes // _LEAST_BATCH_TOKENS * _LEAST_BATCH_TOKENS
@@ -356,14 +356,13 @@ def batch_tokens_that_fit(free: int, head_size: int, logit_bytes: int = 2, *, wh
         raise ConfigError(
             f"memory: the log-probabilities of a batch of {_LEAST_BATCH_TOKENS} tokens take {_LEAST_BATCH_TOKENS} × "
             f"{head_size:,} logits × {logit_bytes + 4} B = {human_bytes(_LEAST_BATCH_TOKENS * token_bytes)}; "
-            f"there are {human_bytes(max(free, 0))} ({where}). {remedy} would do, or fewer "
-            "--batch-tokens"
+            f"available: {human_bytes(max(free, 0))} ({where}). Try {remedy}, or fewer --batch-tokens"
         )
     return min(tokens, _MOST_BATCH_TOKENS)
 
 
 def flat_entries(flat: Any, *, skip: int = 0) -> RankedEntries:
-    """Turn vLLM's `FlatLogprobs` into arrays, without its first `skip` positions, which must be empty."""
+    """Convert vLLM's `FlatLogprobs` to arrays, without its first `skip` positions, which must be empty."""
     starts = np.array(flat.start_indices, dtype=np.int64)
     counts = np.array(flat.end_indices, dtype=np.int64) - starts
     return RankedEntries(
@@ -375,9 +374,9 @@ def flat_entries(flat: Any, *, skip: int = 0) -> RankedEntries:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """Hash the names and sizes of a checkpoint's weight files, and pieces of each, evenly spread over it.
+    """Hash the names and sizes of a checkpoint's weight files, and evenly spread pieces of each.
 
-    A fine-tune changes some of them; the engine's processes have the weights themselves.
+    A fine-tune changes some of these pieces. The files are read because the weights are in the engine's processes.
     """
     digest = xxhash.xxh3_64()
     for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
@@ -398,9 +397,9 @@ def _check_installed() -> None:
 
 
 def _quiet() -> None:
-    """Set what vLLM reads from the environment when it is imported, where the user has not.
+    """Set environment variables that vLLM reads on import, unless the user has set them.
 
-    Its log would go to stdout, which is for the command's result, and it would report its use over the network.
+    Otherwise it would log to stdout, which is for the command's result, and send usage statistics over the network.
     """
     for name, value in (
         ("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
@@ -411,7 +410,7 @@ def _quiet() -> None:
 
 
 def _sampling_params(request: RowRequest) -> Any:
-    """One generated token, which vLLM insists on; only its distribution is of use, for the last row."""
+    """Parameters for one generated token, which vLLM requires; only its distribution is used, for the last row."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -427,7 +426,7 @@ def _sampling_params(request: RowRequest) -> Any:
 
 
 def _fatal_errors() -> tuple[type[Exception], ...]:
-    """What says that the engine has died, or was out of memory in this very process."""
+    """The errors raised when the engine has died, or ran out of memory in this process."""
     import torch
     from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -435,7 +434,7 @@ def _fatal_errors() -> tuple[type[Exception], ...]:
 
 
 def _model_length(max_model_len: int | None, max_seq_len: int) -> int:
-    """Positions that vLLM plans with: a document and the one token it has to generate.
+    """Context length for vLLM: a document and the one token that must be generated.
 
     Raises:
         ConfigError: `max_model_len` is less.
@@ -444,16 +443,16 @@ def _model_length(max_model_len: int | None, max_seq_len: int) -> int:
     if max_model_len is not None and max_model_len < needed:
         raise ConfigError(
             f"max_model_len: {max_model_len} is less than the {max_seq_len} tokens of a document (max_seq_len) and the "
-            f"one that vLLM has to generate: give at least {needed}, or leave it out"
+            f"one that vLLM has to generate: set at least {needed}, or leave it out"
         )
     return max_model_len or needed
 
 
 @contextmanager
 def _one_position_more(longest: int | None, max_model_len: int) -> Iterator[None]:
-    """Let vLLM plan with one position more than the model has, where a document has as many as the model.
+    """Let vLLM allow one position more than the model has, for documents as long as the model's context.
 
-    The generated token is never run through the model, so that position is never computed.
+    The generated token is never fed to the model, so that position is never computed.
     """
     name = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
     if longest is None or max_model_len != longest + 1 or name in os.environ:
@@ -477,12 +476,12 @@ def _available_memory() -> int:
 
 
 def _cpu_kv_bytes() -> int:
-    """Bytes for keys and values: as `VLLM_CPU_KVCACHE_SPACE` says in GiB, or a part of what is free."""
+    """Bytes for keys and values: `VLLM_CPU_KVCACHE_SPACE` in GiB if set, else part of the free memory."""
     return int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0) << 30 or min(_MOST_CPU_KV_BYTES, _available_memory() // 4)
 
 
 def _weight_bytes(folder: Path, config: Any, dtype: str) -> int:
-    """Bytes of a local checkpoint's weights in memory; 0 for one that is not there yet."""
+    """Bytes of a local checkpoint's weights in memory; 0 if the checkpoint is not local."""
     files = [path for pattern in _WEIGHTS for path in folder.glob(pattern)] if folder.is_dir() else []
     stored = sum(path.stat().st_size for path in files)
     if getattr(config, "quantization_config", None) is not None:

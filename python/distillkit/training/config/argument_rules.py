@@ -1,4 +1,4 @@
-"""What `training_args` may say: names that moved, values that are refused."""
+"""Checks of `training_args`: renamed arguments, and values that are not supported."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from distillkit.errors import ConfigError, nearest
 
 __all__ = ["argument_problems"]
 
-# Published configurations use names that transformers and TRL have replaced since; the values keep their meaning.
+# Old names that published configurations use and transformers or TRL have since replaced; the values mean the same.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
     "max_seq_length": "max_length",
     "no_cuda": "use_cpu",
-    "warmup_ratio": "warmup_steps",  # a share of all steps where it is below 1
+    "warmup_ratio": "warmup_steps",  # values below 1 are a fraction of all steps
 }
 
-# Arguments that are gone, with the one value that asks for what happens anyway.
+# Removed arguments, with the one value that matches the only remaining behaviour.
 GONE: dict[str, tuple[object, str]] = {
-    "group_by_length": (False, "the order of documents depends on the seed and the epoch alone"),
+    "group_by_length": (False, "the order of documents depends only on the seed and the epoch"),
     "save_safetensors": (True, "models are always saved as safetensors"),
 }
 
 _PREPARES_TEXT = "it prepares text for a live teacher, but captured documents are already token ids; remove it"
-_LOSS_MASK = "it is for a live teacher; the captured documents' loss mask decides: leave it out"
-_NO_PREDICTIONS = "evaluation keeps no predictions; leave it out"
+_LOSS_MASK = "it is for a live teacher, but captured documents have their own loss mask; remove it"
+_NO_PREDICTIONS = "evaluation keeps no predictions; remove it"
 
-# Arguments that would be ignored here: which values are harmless, and why the others are refused.
+# Arguments that the trainer would ignore: which values are harmless, and why others are refused.
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "accelerator_config": (
         lambda value: not isinstance(value, dict) or not {"split_batches", "dispatch_batches"} & set(value),
@@ -49,29 +49,29 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_eval_metrics": (lambda value: not value, _NO_PREDICTIONS),
     "dataset_num_proc": (
         lambda value: value is None or (isinstance(value, int) and value >= 1),
-        "a number of processes is expected, at least 1",
+        "must be a number of processes, at least 1",
     ),
     "eval_accumulation_steps": (lambda value: value is None, _NO_PREDICTIONS),
     "eval_do_concat_batches": (lambda value: value is True, _NO_PREDICTIONS),
     "eval_use_gather_object": (lambda value: not value, _NO_PREDICTIONS),
     "include_for_metrics": (lambda value: not value, _NO_PREDICTIONS),
-    "label_names": (lambda value: value is None, "the trainer makes the labels itself; leave it out"),
+    "label_names": (lambda value: value is None, "the trainer makes the labels itself; remove it"),
     "label_smoothing_factor": (lambda value: value == 0, "not supported yet"),
     "liger_kernel_config": (lambda value: value is None, "not supported yet"),
-    "loss_type": (lambda value: value in ("nll", "chunked_nll"), "loss_functions decide; leave it out"),
+    "loss_type": (lambda value: value in ("nll", "chunked_nll"), "loss_functions set the losses; remove it"),
     "model_init_kwargs": (lambda value: not value, "put these under model_kwargs"),
     "padding_free": (lambda value: not value, "not supported yet"),
     "parallelism_config": (lambda value: value is None, "not supported yet"),
     "prediction_loss_only": (lambda value: value is True, _NO_PREDICTIONS),
     "remove_unused_columns": (lambda value: value is False, "must be false: the teacher's rows are such a column"),
     "router_aux_loss_coef": (lambda value: not value, "not supported yet"),
-    "shuffle_dataset": (lambda value: not value, "dataset.seed decides the order; leave it out"),
+    "shuffle_dataset": (lambda value: not value, "dataset.seed sets the order; remove it"),
     "torch_compile": (lambda value: not value, "not supported yet"),
     "torch_compile_backend": (lambda value: value is None, "not supported yet"),
     "torch_compile_mode": (lambda value: value is None, "not supported yet"),
     "train_sampling_strategy": (
         lambda value: value in ("random", "sequential"),
-        "allowed: 'random', 'sequential': the order of documents depends on the seed and the epoch alone",
+        "allowed: 'random', 'sequential': the order of documents depends only on the seed and the epoch",
     ),
     "truncation_mode": (lambda value: value == "keep_start", "not supported yet: documents are cut at their end"),
     "trust_remote_code": (lambda value: not value, "put it at the top level"),
@@ -79,7 +79,7 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_liger_kernel": (lambda value: not value, "not supported yet"),
 }
 
-# Arguments that make token ids of text: with stored distributions there is no text, and only harmless values pass.
+# Arguments for tokenising text: stored distributions involve no text, so only harmless values are allowed.
 _FOR_TEXT: dict[str, tuple[Callable[[Any], bool], str]] = {
     "assistant_only_loss": (lambda value: not value, _LOSS_MASK),
     "chat_template_path": (lambda value: value is None, _PREPARES_TEXT),
@@ -98,10 +98,10 @@ def argument_problems(content: Mapping[Any, Any]) -> list[str]:
     """Describe everything that is wrong with the `training_args` of a configuration.
 
     Args:
-        content: the whole configuration as read; some arguments must agree with other sections.
+        content: the entire configuration as read; some arguments must agree with other sections.
 
     Returns:
-        One line a problem, each with its dotted path; empty if all is well.
+        One line per problem, with its dotted path.
     """
     arguments: Mapping[Any, Any] = content["training_args"]
     problems: list[str] = []
@@ -125,7 +125,7 @@ def _has_live_teacher(content: Mapping[Any, Any]) -> bool:
 
 
 def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callable[[Any], bool], str]]) -> str | None:
-    """Say what is wrong with one argument by itself."""
+    """Describe what is wrong with an argument on its own, or return None."""
     if name in GONE:
         harmless, why = GONE[name]
         return None if value == harmless else f"{value!r} is not supported ({why})"
@@ -163,7 +163,7 @@ def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callabl
 
 def _dataset_kwargs_problem(value: Any) -> str | None:
     if not isinstance(value, Mapping):
-        return f"a mapping is expected (found {value!r})"
+        return f"must be a mapping (found {value!r})"
     unknown = [key for key in value if key != "skip_prepare_dataset"]
     if unknown:
         return f"unknown key {unknown[0]!r}; allowed: 'skip_prepare_dataset'"
@@ -209,15 +209,15 @@ def _hints() -> dict[str, Any]:
 
 
 def converted(name: str, value: Any) -> Any:
-    """Return an argument's value as SFTConfig takes it.
+    """Return an argument's value as SFTConfig expects it.
 
-    YAML reads `1e-4` as a string and an unquoted `no` as false; both are meant otherwise.
+    YAML reads `1e-4` as a string and an unquoted `no` as false, which is not what users mean.
 
     Raises:
-        ValueError: it is not of the argument's type, or not one of its values.
+        ValueError: the value has the wrong type, or is not one of the allowed values.
     """
     if name == "fsdp" and isinstance(value, bool):
-        return value  # declared as a string, meant as a switch
+        return value  # declared as a string, but used as a switch
     hint = _hints()[name]
     choices = next(
         (part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and issubclass(part, enum.Enum)),
@@ -239,5 +239,5 @@ def converted(name: str, value: Any) -> Any:
     except ValidationError as error:
         reason = "; ".join(dict.fromkeys(item["msg"] for item in error.errors()))
         raise ValueError(f"{reason} (found {value!r})") from None
-    # Integers stay integers where floats are allowed too: SFTConfig counts some of them.
+    # Integers stay integers even where floats are allowed: SFTConfig uses some of them as counts.
     return converted if isinstance(value, str) else value

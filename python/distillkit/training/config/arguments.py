@@ -1,9 +1,8 @@
 """The `training_args` section: arguments of `trl.SFTConfig`, checked by name, type and meaning before anything is
 loaded.
 
-All arguments that the trainer acts on pass through. Those that SFTTrainer would act on and this trainer would not are
-refused by name, unless their value asks for what happens anyway. Names that transformers has changed since the
-published configurations were written are understood.
+Arguments that the trainer supports pass through. Those that only SFTTrainer supports are refused, unless their value
+matches what this trainer does anyway. Old names from published configurations are accepted.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ __all__ = ["WITHOUT_FSDP", "to_plain_value", "training_arguments"]
 def training_arguments(config: RunConfig) -> SFTConfig:
     """Build the trainer's arguments from a configuration.
 
-    Where no accelerator is present, training runs on the CPU, without bf16 mixed precision unless it is asked for.
+    Without an accelerator, training runs on the CPU, and uses bf16 mixed precision only if the configuration sets it.
 
     Raises:
-        ConfigError: a combination of arguments is refused by transformers, or a reporter is not installed.
+        ConfigError: transformers rejects the arguments, or something that they need is not available here.
     """
     import torch
     from trl import SFTConfig
@@ -57,9 +56,9 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     arguments.setdefault("activation_checkpointing", defaults["gradient_checkpointing"] and not by_fsdp)
     arguments.setdefault("data_seed", config.dataset.seed)
     arguments.setdefault("project", config.project_name)
-    # A loss that is not finite ends the run; the filter would put an average in its place.
+    # A non-finite loss must end the run, but the filter would replace it by an average.
     arguments.setdefault("logging_nan_inf_filter", False)
-    # DDP would look for unused parameters in every step; a causal LM uses all of them.
+    # Saves DDP a search in every step: a causal LM has no unused parameters.
     arguments.setdefault("ddp_find_unused_parameters", False)
     arguments |= {
         "output_dir": config.output_path,
@@ -72,7 +71,7 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     sharded = _launched_with("ACCELERATE_USE_FSDP") or _launched_with("ACCELERATE_USE_DEEPSPEED")
     if sharded and config.peft is not None and config.peft.merge_on_save:
         raise ConfigError(
-            f"{config.source}: peft.merge_on_save: no process holds the whole weights when accelerate shards them"
+            f"{config.source}: peft.merge_on_save: no process holds the full weights when accelerate shards them"
         )
     accelerator = torch.accelerator.current_accelerator()
     _check_sharding(arguments, "cpu" if arguments["use_cpu"] or accelerator is None else accelerator.type)
@@ -83,11 +82,11 @@ def training_arguments(config: RunConfig) -> SFTConfig:
 
 
 def _reading_processes(accelerated: bool) -> int:
-    """Return how many processes read documents ahead, if the configuration does not say.
+    """Return the default number of processes that read documents ahead.
 
-    Beside an accelerator two: one reads and decodes some hundred thousand tokens a second, more than a student is
-    trained on; the second keeps the queue full while the first waits for a disk. Fewer where this process has no
-    processors to spare. On a CPU none: they would take their time from the step itself.
+    With an accelerator, two: one reads and decodes several hundred thousand tokens per second, more than training
+    consumes, and the second keeps the queue full while the first waits for the disk. Fewer if this process has no CPU
+    cores to spare. On a CPU, none: they would slow down the training step itself.
     """
     if not accelerated:
         return 0
@@ -95,7 +94,7 @@ def _reading_processes(accelerated: bool) -> int:
     return max(0, min(2, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
-# Which package an optimiser needs, by a part of its name. The first that fits counts.
+# The package that an optimiser needs, by part of its name; the first match counts.
 _OPTIMISERS = (
     ("galore", "galore_torch", "galore-torch"),
     ("apollo", "apollo_torch", "apollo-torch"),
@@ -114,7 +113,7 @@ _OPTIMISERS = (
 
 
 def _check_optimiser(name: str | None) -> None:
-    """Refuse an optimiser whose package is missing, before the Trainer would: after everything is loaded."""
+    """Refuse an optimiser whose package is missing; the Trainer would only notice after loading everything."""
     for part, module, package in _OPTIMISERS:
         if name is None or part not in name:
             continue
@@ -126,7 +125,7 @@ def _check_optimiser(name: str | None) -> None:
         return
 
 
-# On these devices accelerate trains under DDP instead, without a word.
+# On these devices, accelerate silently falls back to DDP.
 WITHOUT_FSDP: tuple[str, ...] = ("cpu", "mps")
 
 _FSDP_SETTINGS = (
@@ -143,16 +142,16 @@ _FSDP_SETTINGS = (
 
 
 def _check_sharding(arguments: Mapping[str, Any], device: str) -> None:
-    """Refuse DeepSpeed and FSDP settings that would end in something else than what they ask for.
+    """Refuse DeepSpeed and FSDP settings that would be ignored or have another effect than intended.
 
     Raises:
-        ConfigError: both are asked for, one can't run here, or a setting is unknown.
+        ConfigError: both are enabled, one of them cannot run here, or a setting is unknown.
     """
     if _launched_with("ACCELERATE_USE_FSDP") and _launched_with("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ConfigError(
-            "accelerate launch: fsdp_cpu_ram_efficient_loading loads weights in the first process alone, and the "
-            "others could not check the head or run a teacher; set it to false in accelerate's configuration, or "
-            "give training_args.fsdp instead"
+            "accelerate launch: fsdp_cpu_ram_efficient_loading loads weights in the first process only, so the others "
+            "could not check the head or run a teacher; set it to false in accelerate's configuration, or use "
+            "training_args.fsdp instead"
         )
     fsdp, deepspeed = arguments.get("fsdp"), arguments.get("deepspeed")
     if fsdp and deepspeed:
@@ -177,7 +176,7 @@ def _check_sharding(arguments: Mapping[str, Any], device: str) -> None:
 
 
 def _launched_with(variable: str) -> bool:
-    """Say whether `accelerate launch` has switched something on."""
+    """Return whether `accelerate launch` has enabled a feature."""
     return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
@@ -190,7 +189,7 @@ def _check_deepspeed(settings: object) -> None:
 
 
 def _check_fsdp_config(settings: object) -> None:
-    """Refuse unknown settings, which transformers would ignore, and what FSDP2 does not have."""
+    """Refuse unknown settings, which transformers would ignore, and other versions than FSDP2."""
     if not isinstance(settings, Mapping):
         raise ConfigError(
             f"training_args.fsdp_config: must be a mapping or the path of a JSON file, found {settings!r}"
@@ -206,7 +205,7 @@ def _check_fsdp_config(settings: object) -> None:
 
 
 def _sharding_itself(settings: object, name: str) -> bool:
-    """Say whether FSDP's own version of a feature is switched on."""
+    """Return whether FSDP's own version of a feature is enabled."""
     return isinstance(settings, Mapping) and bool(settings.get(name) or settings.get(f"fsdp_{name}"))
 
 
@@ -220,7 +219,7 @@ def _read_json(path: str, where: str) -> Any:
 
 
 def to_plain_value(setting: Any) -> Any:
-    """Return an argument's value as YAML has it: transformers makes enumerations of some."""
+    """Return an argument's value as written in YAML: transformers turns some into enum members."""
     return getattr(setting, "value", setting)
 
 

@@ -1,4 +1,4 @@
-"""A training run's YAML file: read, checked as a whole, every problem reported at once."""
+"""Reads a training run's YAML file and checks it completely, reporting all problems at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_config(path: str | Path) -> RunConfig:
         path: a YAML file.
 
     Raises:
-        ConfigError: there is no such file, it is not YAML, or something in it is wrong; all problems, each by its
+        ConfigError: there is no such file, it is not YAML, or it is invalid; reports all problems, each with its
             dotted path.
 
     Example:
@@ -37,10 +37,10 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def parse_config(content: object, *, source: str = "config") -> RunConfig:
-    """Check a training configuration that has been read already.
+    """Check a training configuration that has already been read.
 
     Args:
-        content: the mapping a YAML file holds.
+        content: the content of a YAML file.
         source: where it came from, for messages.
 
     Raises:
@@ -101,10 +101,10 @@ def _student_problems(config: RunConfig) -> list[str]:
     """Describe settings of the student that contradict each other."""
     found: list[str] = []
     sharding = [name for name in ("fsdp", "deepspeed") if config.training_args.get(name)]
-    own = "teacher.path: is the student itself, which teaches with its adapters switched off"
-    remedy = "give teacher.kwargs (a dtype, say) to load a separate teacher"
+    own = "teacher.path: is the student itself, which teaches with its adapters disabled"
+    remedy = "set teacher.kwargs (such as dtype) to load a separate teacher"
     if config.teaches_itself and config.peft is not None and config.peft.changes_base_weights:
-        found.append(f"{own}, but peft.bias or peft.init_lora_weights change its own weights as well; {remedy}")
+        found.append(f"{own}, but peft.bias or peft.init_lora_weights also change its own weights; {remedy}")
     if config.teaches_itself and sharding:
         found.append(f"{own}, which is not possible under training_args.{sharding[0]}; {remedy}")
     if config.quantised is not None and config.peft is None:
@@ -120,7 +120,7 @@ def _student_problems(config: RunConfig) -> list[str]:
             )
         if sharding:
             found.append(
-                f"peft.merge_on_save: no process holds the whole weights under training_args.{sharding[0]}; save the "
+                f"peft.merge_on_save: no process holds the full weights under training_args.{sharding[0]}; save the "
                 "adapters and merge them afterwards"
             )
     return found

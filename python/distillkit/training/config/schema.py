@@ -1,8 +1,8 @@
-"""The training configuration: a YAML file, read whole and checked before anything is loaded.
+"""The training configuration: a YAML file, checked completely before anything is loaded.
 
-Everything the published configuration has is known here. What is wrong is reported all at once, each problem by its
-dotted path: unknown keys with the nearest known one, values that are not allowed with those that are, and settings
-whose feature does not exist yet. Nothing is ignored.
+Everything in the published configuration is supported or refused. All problems are reported at once, each with its
+dotted path: unknown keys with the nearest known one, invalid values with the allowed ones, and settings whose feature
+does not exist yet. Nothing is ignored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-# What a key without a value means for these is that there are none.
+# A key without a value means an empty mapping or list.
 Arguments = Annotated[
     dict[str, Any],
     BeforeValidator(lambda value: {} if value is None else value),
@@ -64,7 +64,7 @@ class DatasetSource(_Model):
     def _one_place(self) -> DatasetSource:
         if (self.repo_id is None) == (self.disk_path is None):
             found = "both" if self.repo_id is not None else "neither"
-            raise ValueError(f"give one of repo_id (a hub dataset) and disk_path (a folder), found {found}")
+            raise ValueError(f"set one of repo_id (a hub dataset) and disk_path (a folder), found {found}")
         if self.disk_path is not None:
             for name in ("revision", "config_name"):
                 if getattr(self, name) is not None:
@@ -77,15 +77,15 @@ class DatasetSource(_Model):
 
 
 class DatasetSection(_Model):
-    """The documents, and which of them are used."""
+    """The documents to use."""
 
     train_dataset: DatasetSource = Field(description="Documents to train on.")
     eval_dataset: DatasetSource | None = Field(default=None, description="Documents to evaluate on.")
     seed: int | None = Field(
         default=42,
         ge=0,
-        description="Seed for choosing samples and for their order; null takes the first samples, and orders them by "
-        "`training_args.seed`.",
+        description="Seed for choosing documents and for their order; null uses the first documents, and "
+        "`training_args.seed` for the order.",
     )
     num_samples: int | None = Field(
         default=None, ge=1, description="Number of documents to train on; all of them by default."
@@ -100,11 +100,11 @@ class DatasetSection(_Model):
         default=None,
         min_length=1,
         description="Folder for tokenised text, which later runs with the same data, tokenizer and settings reuse; by "
-        "default the cache of the datasets library. Captured datasets are ready as they are.",
+        "default the cache of the datasets library. Captured datasets need no preparation.",
     )
     prepacked: bool = Field(
         default=False,
-        description="The documents are packed rows already; they stay as they are, whatever `training_args.packing` "
+        description="The documents are already packed rows, to be used unchanged whatever `training_args.packing` "
         "says.",
     )
 
@@ -113,7 +113,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def _one_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Call `dtype` what older configurations call `torch_dtype`, and check its value."""
+    """Rename `torch_dtype`, as in older configurations, to `dtype`, and check its value."""
     if "torch_dtype" in arguments and "dtype" in arguments:
         raise ValueError(
             f"dtype: {arguments['dtype']!r} and torch_dtype: {arguments['torch_dtype']!r} are the same setting; use "
@@ -129,24 +129,24 @@ def _one_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class LiveTeacherConfig(_Model):
-    """A live teacher, run beside the student (`kind: hf`)."""
+    """A live teacher, which runs next to the student (`kind: hf`)."""
 
     kind: Literal["hf"] = Field(description="A live model.")
     path: str = Field(
         min_length=1,
-        description="Folder or hub id of the model. The student's own base model together with `peft`: the student "
-        "without its adapters, which takes no memory of its own.",
+        description="Folder or hub id of the model. With `peft`, the student's own base model means the student with "
+        "its adapters disabled, which takes no extra memory.",
     )
     kwargs: Arguments = Field(
         default_factory=dict,
-        description="Arguments for loading the model (dtype, device_map, attn_implementation, …); without a dtype it "
-        "has its checkpoint's.",
+        description="Arguments for loading the model (dtype, device_map, attn_implementation, …); the dtype is the "
+        "checkpoint's by default.",
     )
     top_k: int | None = Field(
         default=None,
         ge=1,
-        description="Train from the teacher's k most probable tokens only, as if they had been captured; by default "
-        "from its whole distribution.",
+        description="Train on the teacher's k most probable tokens only, as if they had been captured; by default on "
+        "its full distribution.",
     )
 
     @field_validator("kwargs")
@@ -161,32 +161,32 @@ class StoredTeacherConfig(_Model):
     kind: Literal["dataset"] = Field(description="Stored distributions.")
     logprob_compressor: dict[str, Any] | None = Field(
         default=None,
-        description="Codec of a published dataset (distribution quantization). Captured shards name their own, and one "
-        "given here must agree.",
+        description="Codec of a published dataset (distribution quantization). For captured shards, which specify "
+        "their own, it must match if set.",
     )
     legacy_logit_compression: dict[str, Any] | None = Field(
         default=None, description="Codec of a published dataset in the legacy format."
     )
     vocab_size: int | None = Field(
-        default=None, ge=1, description="Vocabulary size, checked against the dataset's if given."
+        default=None, ge=1, description="Vocabulary size; checked against the dataset's if set."
     )
 
     @model_validator(mode="after")
     def _one_codec(self) -> StoredTeacherConfig:
         if self.logprob_compressor is not None and self.legacy_logit_compression is not None:
-            raise ValueError("give logprob_compressor or legacy_logit_compression, found both")
+            raise ValueError("set logprob_compressor or legacy_logit_compression, found both")
         self.codec()
         return self
 
     def codec(self) -> Codec | None:
-        """Build the codec that the configuration names, if it names one."""
+        """Build the configured codec, if there is one."""
         for key in ("logprob_compressor", "legacy_logit_compression"):
             fields = getattr(self, key)
             if fields is not None:
                 try:
                     return Codec({key: fields})
                 except ConfigError as error:
-                    # "SomeConfig: field: why" becomes "key.field: why", to which the dotted path is prefixed.
+                    # "SomeConfig: field: reason" becomes "key.field: reason", to which the dotted path is prefixed.
                     raise ConfigError(f"{key}.{str(error).partition(': ')[2]}") from None
         return None
 
@@ -195,7 +195,7 @@ TeacherConfig = Annotated[Union[LiveTeacherConfig, StoredTeacherConfig], Field(d
 
 
 def _layers(value: object) -> object:
-    """Refuse what are no pairs of layers in one message: pydantic's own for such a union are several."""
+    """Refuse invalid layer pairs with one message; pydantic would report one for each member of the union."""
     pairs = isinstance(value, list) and all(
         isinstance(pair, (list, tuple)) and [type(layer) for layer in pair] == [int, int] for pair in value
     )
@@ -208,7 +208,7 @@ LayerMapping = Annotated[Union[list[tuple[int, int]], Literal["all"], None], Bef
 
 
 def _default_losses() -> list[LossConfig]:
-    # The row that won in docs/losses.md.
+    # The best row in docs/losses.md.
     return [
         LossConfig(function="cross_entropy", weight=0.1),
         LossConfig(function="kl", weight=0.9, temperature=1.0, missing_probability_handling="uniform"),
@@ -231,43 +231,44 @@ class RunConfig(_Model):
     loss_functions: list[LossConfig] = Field(
         default_factory=_default_losses,
         min_length=1,
-        description="Losses of the weighted sum; 0.1 cross_entropy + 0.9 kl (missing probability: uniform) by default.",
+        description="Losses in the weighted sum; 0.1 cross_entropy + 0.9 kl (missing probability: uniform) by default.",
     )
     layer_mapping: LayerMapping = Field(
         default=None,
         description="Hidden states to compare in hs_mse and hs_cosine: pairs of [student layer, teacher layer], or "
-        "all. 0 is the embeddings' output, n that of the n-th layer, −1 the last.",
+        "all. 0 is the output of the embeddings, n that of the n-th layer, −1 that of the last.",
     )
     force_hidden_state_projection: bool = Field(
-        default=False, description="Project the student's hidden states even if their size is the teacher's."
+        default=False,
+        description="Project the student's hidden states even if they have the same size as the teacher's.",
     )
     resize_embeddings_to_multiple_of: int | None = Field(
         default=None, ge=1, description="Widen embeddings and head to a multiple of this; they never shrink."
     )
     use_flash_attention: bool | None = Field(
         default=None,
-        description="true requires FlashAttention, false never uses it; by default it is used where it can run.",
+        description="true requires FlashAttention, false never uses it; by default it is used if it can run.",
     )
     functionary_packing: bool = Field(
         default=False,
-        description="Published switch for packing with documents kept apart, which they always are: the same as "
-        "`training_args.packing`.",
+        description="The published switch for packing without attention between documents; the same as "
+        "`training_args.packing`, which always keeps them apart.",
     )
     model_kwargs: Arguments = Field(
         default_factory=dict,
-        description="Arguments for loading the student (dtype, attn_implementation, …). quantization_config, or "
-        "load_in_4bit or load_in_8bit with other settings of BitsAndBytesConfig, load it quantised.",
+        description="Arguments for loading the student (dtype, attn_implementation, …). To load it quantised: "
+        "quantization_config, or load_in_4bit or load_in_8bit with other settings of BitsAndBytesConfig.",
     )
     model_auto_class: Annotated[str, WithJsonSchema({"type": ["string", "null"]})] = Field(
         default="AutoModelForCausalLM",
-        description="Transformers class that loads the student, one with a language-model head: "
-        "AutoModelForImageTextToText for a vision-language model, say.",
+        description="Transformers class that loads the student with a language-model head, such as "
+        "AutoModelForImageTextToText for a vision-language model.",
     )
     trust_remote_code: bool = Field(default=False, description="Run code that comes with the student.")
     frozen_modules: Names = Field(default_factory=list, description="Exact names of modules that are not trained.")
     frozen_res: Names = Field(
         default_factory=list,
-        description="Regular expressions; parameters whose names they match anywhere are not trained.",
+        description="Regular expressions, searched in parameter names; parameters that match are not trained.",
     )
     peft: LoraSection | None = Field(
         default=None, description="Train LoRA adapters instead of the student's own weights."
@@ -328,7 +329,7 @@ class RunConfig(_Model):
 
     @property
     def teaches_itself(self) -> bool:
-        """Whether the live teacher is the student without its adapters: the same model, with no settings of its own."""
+        """Whether the live teacher is the student without its adapters: the same model, and no `teacher.kwargs`."""
         teacher = self.teacher
         return (
             self.peft is not None
@@ -339,11 +340,11 @@ class RunConfig(_Model):
 
     @property
     def quantised(self) -> str | None:
-        """Return the key of `model_kwargs` that asks for quantised weights, if one does."""
+        """The key of `model_kwargs` that asks for quantised weights, or None."""
         keys = ("quantization_config", "load_in_4bit", "load_in_8bit")
         return next((key for key in keys if self.model_kwargs.get(key)), None)
 
     @property
     def source(self) -> str:
-        """Return where the configuration came from, for messages."""
+        """Where the configuration came from, for messages."""
         return self._source

@@ -1,4 +1,4 @@
-"""The documents of a training run, captured or of text."""
+"""The documents of a training run, captured or tokenised from text."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ __all__ = ["document_lengths", "is_packed", "open_documents", "training_dataset"
 logger = logging.getLogger(__name__)
 
 SLOW_SECONDS = 1.0
-"""Lengths of stored documents that took longer than this to read are kept."""
+"""Document lengths that took longer than this to read are cached."""
 
 
 def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFTConfig) -> DocumentSource | None:
-    """Open the documents to train or evaluate on; None if the configuration has none.
+    """Open the documents to train or evaluate on; None if the configuration has no such dataset.
 
-    With stored distributions that is a captured or published dataset. With a live teacher it may be one as well (its
-    distributions are left aside), or text, which is prepared here. Call it on one process first.
+    With stored distributions, this is a captured or published dataset. With a live teacher it may also be one (whose
+    distributions are ignored), or text, which is prepared here. Must run in one process before the others.
 
     Args:
-        config: the run's.
-        part: which of its datasets.
-        tokenizer: the student's; see `configure_tokenizer`.
-        arguments: the trainer's.
+        config: the run's configuration.
+        part: which of its datasets to open.
+        tokenizer: the student's tokenizer; see `configure_tokenizer`.
+        arguments: the trainer's arguments.
 
     Raises:
         ConfigError: there is no such data, or a setting does not fit it.
-        InputError: rows that are not understood.
-        MismatchError: captured data of another tokenizer or codec.
+        InputError: a row has an unknown format.
+        MismatchError: the data were captured with another tokenizer or codec.
     """
     from distillkit.training.config.schema import StoredTeacherConfig
 
@@ -78,19 +78,19 @@ def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFT
             processes=arguments.dataset_num_proc or 1,
         )
     if is_packed(config, arguments, part):
-        document_lengths(documents, cache)  # kept where reading them takes long
+        document_lengths(documents, cache)  # cached here if reading them takes long
     return documents
 
 
 def training_dataset(
     config: RunConfig, part: Part, documents: DocumentSource, signal: TeacherSignal, arguments: SFTConfig
 ) -> DistillationDataset:
-    """Make training examples of documents: choose as many as are wanted, and pack them if that is asked for.
+    """Make training examples of documents: sample them and pack them as configured.
 
     Raises:
-        ConfigError: more documents are wanted than there are.
+        ConfigError: the dataset has fewer documents than requested.
     """
-    # Of text, the rows were chosen when it was prepared.
+    # Rows of text were already sampled when they were prepared.
     chosen = None if isinstance(documents, PreparedDataset) else _sample(config, part).choose(len(documents))
     packing = None
     if is_packed(config, arguments, part):
@@ -113,8 +113,8 @@ def _sample(config: RunConfig, part: Part) -> Sample:
 
 
 def is_packed(config: RunConfig, arguments: SFTConfig, part: Part) -> bool:
-    """Whether several documents share a row: as `packing` or `functionary_packing` say, and for evaluation
-    `eval_packing`. Rows that are packed already stay as they are (`dataset.prepacked`)."""
+    """Whether several documents share a row, according to `packing` or `functionary_packing`, and `eval_packing` for
+    evaluation. Rows that are already packed are used unchanged (`dataset.prepacked`)."""
     if config.dataset.prepacked:
         return False
     if part == "eval" and arguments.eval_packing is not None:
@@ -123,7 +123,7 @@ def is_packed(config: RunConfig, arguments: SFTConfig, part: Part) -> bool:
 
 
 def cache_folder(config: RunConfig) -> Path:
-    """Return where prepared data are kept: `prepared_dataset_path`, else in the cache of the datasets library."""
+    """Return the folder for prepared data: `prepared_dataset_path`, or one in the cache of the datasets library."""
     if config.dataset.prepared_dataset_path is not None:
         return Path(config.dataset.prepared_dataset_path).expanduser()
     from datasets.config import HF_DATASETS_CACHE
@@ -141,7 +141,7 @@ def _text_options(arguments: SFTConfig) -> TextOptions:
 
 
 def _is_captured(source: DatasetSource) -> bool:
-    """Whether a dataset is one of ours, by its manifest."""
+    """Whether a dataset was captured by distillkit: it has a manifest."""
     if source.repo_id is None:
         return source.disk_path is not None and Path(source.disk_path).exists() and is_captured(source.disk_path)
     from huggingface_hub import hf_hub_download
@@ -150,12 +150,12 @@ def _is_captured(source: DatasetSource) -> bool:
     try:
         hf_hub_download(source.repo_id, "manifest.json", repo_type="dataset", revision=source.revision)
     except (HfHubHTTPError, LocalEntryNotFoundError):
-        return False  # loading it as text says what is wrong, if something is
+        return False  # if the repository cannot be read at all, loading it as text raises
     return True
 
 
 def _open_rows(source: DatasetSource, part: Part, key: str) -> Source:
-    """Open rows of text; without a split, training takes the only one or "train"."""
+    """Open rows of text; without a split, use the only one, or for training "train"."""
     try:
         if source.disk_path is not None:
             return _with_default_split(source.split, part, lambda split: open_local(str(source.disk_path), split=split))
@@ -181,10 +181,10 @@ def _with_default_split(split: str | None, part: Part, opened: Any) -> Source:
 
 
 def document_lengths(documents: DocumentSource, cache: Path) -> npt.NDArray[np.int64]:
-    """Return the tokens of each document (D,).
+    """Return the number of tokens of each document (D,).
 
-    Of a stored dataset they are read from the column of token ids (12 million tokens a second on two cores) and kept in
-    `cache` if that took long, so that a run that is resumed begins at once.
+    For a stored dataset, lengths are read from the column of token ids (12 million tokens per second on two cores), and
+    kept in `cache` if that took long, so that a resumed run starts at once.
     """
     if not isinstance(documents, StoredDataset):
         return documents.lengths()
@@ -206,7 +206,7 @@ def document_lengths(documents: DocumentSource, cache: Path) -> npt.NDArray[np.i
 
 
 def _stored_identity(documents: StoredDataset) -> Any:
-    """Return what tells a stored dataset from others: its shards' hashes, or its files; None if they are remote."""
+    """Return what identifies a stored dataset: its shards' hashes, or its files; None if the files are remote."""
     if documents.kind == "distillkit" and all(shard.xxh3_128 for shard in documents.shards):
         return [[shard.file, shard.documents, shard.xxh3_128] for shard in documents.shards]
     paths = [Path(file.path) for file in documents.files]

@@ -1,7 +1,6 @@
-"""From documents to batches: which positions count, cutting, packing, padding, order; and whether a dataset fits a
-student at all.
+"""From documents to batches: cutting, packing, padding and order.
 
-Shape legend: L tokens of a document, P its counted positions, B rows of a batch, S their common length, N counted
+Shape legend: L tokens of a document, P its counted positions, B rows per batch, S their common length, N counted
 positions of a batch.
 """
 
@@ -41,25 +40,25 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""What of a batch a model is given, student or teacher; the rest of it becomes the targets."""
+"""The entries of a batch that are passed to the models, student or teacher; targets are made from the others."""
 
 IGNORED = -100
-"""The label of tokens that no loss is taken on, as everywhere in PyTorch."""
+"""The label of tokens without a loss, as everywhere in PyTorch."""
 
 BLANK = -1
-"""Index of a document without content, which fills the last batches so that every process has as many as the others."""
+"""Index of an empty document; these fill up the last batches so that all processes have the same number of batches."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A document as it is trained on.
+    """A training example: a document, or several packed ones.
 
     Attributes:
         input_ids: (L,) int32, cut to the sequence length.
-        segment_lengths: lengths of the packed documents in it, in order, summing to L.
-        positions: (P,) int64, the counted positions t, ascending: token t + 1 is predicted there.
+        segment_lengths: lengths of the packed documents, in order; they sum to L.
+        positions: (P,) int64, counted positions t, ascending, at which token t + 1 is predicted.
         teacher: arrays (P, …) from the teacher's signal.
-        cut_tokens: how many tokens were cut off.
+        cut_tokens: number of tokens that were cut off.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -70,26 +69,26 @@ class Example:
 
 
 class DocumentSource(Protocol):
-    """Documents by index: a stored dataset, or text that was prepared."""
+    """Documents by index: a stored dataset, or prepared text."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Document: ...
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Return the tokens of each document (D,), without reading any of them whole."""
+        """Return the number of tokens of each document (D,), without reading the documents."""
         ...
 
 
 class DistillationDataset(torch.utils.data.Dataset[Example]):
-    """Documents, cut to the sequence length together with their teacher rows; map-style.
+    """Map-style dataset of documents, cut to the sequence length together with their teacher rows.
 
     Args:
         source: the documents.
-        signal: takes what is needed of the teacher.
-        sequence_length: L at most.
-        indices: which documents of the source; all if None.
-        packing: which of these documents share an example; one each if None. An index is then that of a row.
+        signal: provides the teacher's data.
+        sequence_length: maximum L.
+        indices: which documents of the source to use; all if None.
+        packing: which of these documents share a row, by whose number examples are then indexed; None: no packing.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
         return len(self.indices) if self.packing is None else len(self.packing)
 
     def __getitem__(self, index: int) -> Example:
-        """Read a document, or the documents of a row; `BLANK` gives an example without tokens.
+        """Read a document, or the documents of a packed row; `BLANK` returns an example without tokens.
 
         Raises:
             CorruptDataError: a stored document is damaged.
@@ -126,13 +125,13 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
         example = joined([self.cut(self.source[document]) for document in documents])
         if len(example.input_ids) > self.sequence_length:
             raise CorruptDataError(
-                f"the documents {documents} have {len(example.input_ids):,} tokens where {self.sequence_length:,} at "
-                "most were packed: the data changed after their lengths were read"
+                f"the documents {documents} have {len(example.input_ids):,} tokens, but at most "
+                f"{self.sequence_length:,} were packed: the data changed after their lengths were read"
             )
         return example
 
     def cut(self, document: Document) -> Example:
-        """Cut a document to the sequence length and take its counted positions' teacher rows."""
+        """Cut a document to the sequence length, and read the teacher rows of its counted positions."""
         length = min(len(document.input_ids), self.sequence_length)
         lengths = document.segments(length)
         loss_mask = None if document.loss_mask is None else document.loss_mask[:length]
@@ -142,7 +141,7 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
 
 
 def joined(examples: Sequence[Example]) -> Example:
-    """Put examples one behind the other into one; each stays a document of its own."""
+    """Concatenate examples into one, in which each remains a separate document."""
     if len(examples) == 1:
         return examples[0]
     lengths = np.array([len(example.input_ids) for example in examples])
@@ -157,19 +156,19 @@ def joined(examples: Sequence[Example]) -> Example:
 
 
 class Collator:
-    """Makes a batch of tensors from examples.
+    """Collates examples into a batch of tensors.
 
-    Rows are padded at their end. `attention_mask` is absent: the model keeps packed documents apart by `position_ids`
-    that restart, and no token looks ahead into the padding. Padding simply continues the last document, so that a batch
-    without packed documents needs no mask at all.
+    Rows are padded on the right. There is no `attention_mask`: the model keeps packed documents apart by `position_ids`
+    that restart, and no token attends to the padding after it. Position ids of the padding continue the last document,
+    so that a batch without packed documents needs no mask at all.
 
     Args:
         pad_id: token id of the padding; any id of the vocabulary.
-        pad_to_multiple_of: of the common length S.
-        flash_attention: also give the document boundaries of the flattened batch, which FlashAttention needs for packed
-            rows.
+        pad_to_multiple_of: pad the common length S to a multiple of this.
+        flash_attention: also return the document boundaries of the flattened batch, which FlashAttention needs for
+            packed rows.
         eos_labels: token ids that become `eos_id` in the labels.
-        eos_id: the tokenizer's end of sequence.
+        eos_id: the tokenizer's end-of-sequence id.
     """
 
     def __init__(
@@ -193,10 +192,10 @@ class Collator:
         Returns:
             input_ids, position_ids, labels: (B, S) int64; labels[b, t + 1] is the token predicted at a counted position
                 t, else −100.
-            rows: (N,) int64, the counted positions of the flattened batch, b·S + t, ascending.
-            teacher_<name>: (N, …) what the signal took.
+            rows: (N,) int64, counted positions of the flattened batch, b·S + t, ascending.
+            teacher_<name>: (N, …), arrays from the signal.
             counts: (3,) int64: tokens without padding, documents that were cut, tokens cut off.
-            With packed documents under FlashAttention: cu_seq_lens_q and cu_seq_lens_k int32, max_length_q and
+            With packed documents under FlashAttention also cu_seq_lens_q and cu_seq_lens_k int32, max_length_q and
                 max_length_k.
         """
         longest = max(1, *(len(example.input_ids) for example in examples))
@@ -207,7 +206,7 @@ class Collator:
         for row, example in enumerate(examples):
             input_ids[row, : len(example.input_ids)] = example.input_ids
             starts = np.cumsum(example.segment_lengths) - example.segment_lengths
-            # Each position minus the start of its document; the last document takes the padding.
+            # Each position minus the start of its document; padding belongs to the last document.
             position_ids[row] = np.arange(length) - np.repeat(starts, np.diff(starts, append=length))
             labels[row, example.positions + 1] = example.input_ids[example.positions + 1]
         if len(self.eos_labels) and self.eos_id is not None:
@@ -234,7 +233,7 @@ class Collator:
 
 
 def _boundaries(position_ids: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Boundaries of documents in a flattened batch (B, S), as FlashAttention's variable-length kernels take them."""
+    """Document boundaries of a flattened batch (B, S), as FlashAttention's variable-length kernels expect them."""
     starts = np.flatnonzero(position_ids.reshape(-1) == 0)
     bounds = np.append(starts, position_ids.size)
     longest = int(np.diff(bounds).max())
@@ -243,13 +242,13 @@ def _boundaries(position_ids: npt.NDArray[np.int64]) -> dict[str, Any]:
 
 
 class DocumentOrder(torch.utils.data.Sampler[int]):
-    """The order of documents: a permutation that depends on the seed and the epoch alone, then blanks up to whole
+    """The order of documents: a permutation that depends only on the seed and the epoch, then `BLANK` to fill up
     batches.
 
     Args:
         size: number of documents.
-        seed: of the permutation; None keeps the stored order.
-        multiple: the number of indices is rounded up to a multiple of this, with `BLANK`.
+        seed: seed of the permutation; None keeps the stored order.
+        multiple: the number of indices is filled up to a multiple of this.
     """
 
     def __init__(self, size: int, *, seed: int | None, multiple: int = 1) -> None:
@@ -259,7 +258,7 @@ class DocumentOrder(torch.utils.data.Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
+        """Set the epoch for the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -272,9 +271,3 @@ class DocumentOrder(torch.utils.data.Sampler[int]):
             else np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
         )
         return itertools.chain(order.tolist(), itertools.repeat(BLANK, self.length - self.size))
-
-
-# -- opening -----------------------------------------------------------------------------------------------------------
-
-
-# -- does it fit -------------------------------------------------------------------------------------------------------

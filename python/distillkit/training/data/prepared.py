@@ -1,7 +1,7 @@
-"""The documents of a training run: captured ones as they are stored, text and chat made into token ids once and kept.
+"""Prepared documents of a training run: text and chat, tokenised once and cached.
 
-Prepared data are a folder of flat arrays that are mapped, not read: opening them takes no time whatever their size, and
-no document is touched before it is wanted.
+Prepared data are a folder of flat, memory-mapped arrays: opening them takes no time whatever their size, and documents
+are only read when they are used.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ logger = logging.getLogger(__name__)
 Part = Literal["train", "eval"]
 
 VERSION = 1
-"""Goes into the key of prepared data: to be raised when the same settings come to mean other tokens."""
+"""Part of the key of prepared data; must be increased when the same settings would produce other tokens."""
 
 _DESCRIPTION = "prepared.json"
 _ROWS_AT_A_TIME = 64
 
-# Flat arrays by file name, with their dtype; all documents' values one after the other.
+# File names and dtypes of the flat arrays, which concatenate the values of all documents.
 _ARRAYS: dict[str, str] = {
-    "offsets": "<i8",  # (D + 1,) where in input_ids and loss_mask a document begins
+    "offsets": "<i8",  # (D + 1,) where each document begins in input_ids and loss_mask
     "input_ids": "<i4",
-    "loss_mask": "|b1",  # absent where all tokens count
-    "segment_offsets": "<i8",  # (D + 1,) where in segment_lengths a document begins; absent without packed rows
+    "loss_mask": "|b1",  # absent if all tokens count
+    "segment_offsets": "<i8",  # (D + 1,) where each document begins in segment_lengths; absent without packed rows
     "segment_lengths": "<i4",
 }
 
@@ -65,21 +65,21 @@ def prepare(
     sample: Sample | None = None,
     processes: int = 1,
 ) -> PreparedDataset:
-    """Make documents of rows, or take those that were made before from the same rows in the same way.
+    """Tokenise rows into documents, or reuse those prepared earlier from the same rows with the same settings.
 
-    Rows without content, documents of a single token and those without any token to predict are left out.
+    Rows without content, documents of one token and documents without a token to predict are left out.
 
     Args:
-        rows: where they come from.
-        reader: makes token documents of them; must keep packed rows whole.
-        cache: the folder for prepared data; each has a folder of its own there.
+        rows: the rows to read.
+        reader: converts rows to token documents; must not split packed rows.
+        cache: folder for prepared data, which get a subfolder each.
         key: dotted path of the dataset in the configuration, for messages.
-        sample: how many rows to take, and which; all if None.
-        processes: how many processes work on it.
+        sample: how many rows to use, and which; all if None.
+        processes: number of processes that tokenise.
 
     Raises:
         ConfigError: no document is left, or a setting does not fit the rows.
-        InputError: a row is not understood.
+        InputError: a row has an unknown format.
     """
     from filelock import FileLock
 
@@ -90,7 +90,7 @@ def prepare(
     with FileLock(folder.with_suffix(".lock")):
         if (folder / _DESCRIPTION).is_file():
             dataset = PreparedDataset(folder)
-            logger.info("%s: %s documents, prepared before in %s", key, f"{len(dataset):,}", folder)
+            logger.info("%s: %s documents, already prepared in %s", key, f"{len(dataset):,}", folder)
             return dataset
         chosen = sample.choose(rows.num_rows)
         read = rows.rows() if chosen is None else chosen_rows(rows, chosen)
@@ -98,7 +98,7 @@ def prepare(
             counts = _make(folder, identity, _documents(read, reader, processes), progress, rows.num_rows)
         if not counts["documents"]:
             raise ConfigError(
-                f"{key}: none of its {rows.num_rows:,} rows gives a document ({counts['empty']:,} empty, "
+                f"{key}: none of its {rows.num_rows:,} rows yields a document ({counts['empty']:,} empty, "
                 f"{counts['short']:,} of one token, {counts['masked']:,} without a token to predict)"
             )
     logger.info(
@@ -113,10 +113,10 @@ def prepare(
 
 
 def _identity(rows: Source, reader: RowReader, sample: Sample) -> dict[str, Any]:
-    """Return everything that decides the prepared data."""
+    """Return everything that the prepared data depend on."""
     tokenizer = reader.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # Truncation and padding change with use. They come first in the text, which takes long to parse.
+    # Truncation and padding change with use. They come before the added tokens; parsing the JSON would take long.
     pipeline = None if backend is None else backend.to_str().partition('"added_tokens"')[2]
     policy = asdict(reader.policy)
     del policy["names"]
@@ -136,13 +136,14 @@ def content_hash(identity: Any) -> str:
 
 
 Batches = Iterator[list[list[TokenDocument]]]
-"""The documents of each row, some rows at a time."""
+"""Batches of rows: the documents of each row."""
 
 
 def _make(folder: Path, identity: Any, batches: Batches, progress: Any, total: int) -> dict[str, int]:
-    """Write the documents of rows, and count them and what was left out; there is no folder without documents.
+    """Write the documents of rows, and count them and what was left out; without documents, no folder is left.
 
-    It gets its name once everything is in it. What an interrupted run left is removed: the caller holds the lock.
+    The folder is only renamed to its final name once it is complete. An interrupted run's leftovers can be removed
+    because the caller holds the lock.
     """
     temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -171,7 +172,7 @@ def _write(folder: Path, batches: Batches, progress: Any, total: int) -> dict[st
 
 
 def _add(document: TokenDocument, writer: _Writer, counts: dict[str, int]) -> None:
-    """Write a document, unless nothing of it is to be predicted; count it."""
+    """Count a document, and write it unless it has no token to predict."""
     if len(document.input_ids) < 2:
         counts["short"] += 1
     elif document.loss_mask is not None and not document.loss_mask[1:].any():
@@ -183,12 +184,12 @@ def _add(document: TokenDocument, writer: _Writer, counts: dict[str, int]) -> No
 
 
 def _documents(rows: Iterator[Row], reader: RowReader, processes: int) -> Batches:
-    """Yield the documents of rows, in their order."""
+    """Yield the documents of rows, in order."""
     batches = iter(lambda: list(itertools.islice(rows, _ROWS_AT_A_TIME)), [])
     if processes == 1:
         yield from map(reader, batches)
         return
-    # Forked processes have the tokenizer already; each then tokenises on one thread.
+    # Forked processes inherit the tokenizer; each of them then tokenises on one thread.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(processes, context, _start_worker, (reader,)) as pool:
@@ -215,7 +216,7 @@ def _work(rows: Sequence[Row]) -> list[list[TokenDocument]]:
 
 
 class _Writer:
-    """Appends documents to the arrays of a folder; masks and segments only if some document has them."""
+    """Appends documents to the arrays of a folder; keeps masks and segments only if any document has them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -257,15 +258,15 @@ class _Writer:
 
 
 class PreparedDataset:
-    """Documents of token ids, without a teacher's distributions; map-style.
+    """Map-style dataset of token documents, without a teacher's distributions.
 
-    Safe in forked and spawned workers: they map the arrays again.
+    Safe in forked and spawned workers: pickling only keeps the folder, and the arrays are mapped again.
 
     Args:
-        folder: made by `prepare`.
+        folder: a folder written by `prepare`.
 
     Raises:
-        CorruptDataError: its files do not fit each other.
+        CorruptDataError: its files are inconsistent.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -298,7 +299,7 @@ class PreparedDataset:
         return int(self.description["documents"])
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Return the tokens of each document (D,)."""
+        """Return the number of tokens of each document (D,)."""
         return np.diff(self._arrays["offsets"]).astype(np.int64)
 
     def __getitem__(self, index: int) -> Document:

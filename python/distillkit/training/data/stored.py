@@ -1,4 +1,4 @@
-"""Captured datasets for training: opened, and checked against the student."""
+"""Opens captured datasets for training, and checks them against the student."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ __all__ = ["Sample", "check_dataset", "check_ids", "check_tokenizer", "open_data
 
 logger = logging.getLogger(__name__)
 
-# How much of a dataset is read to see whether it fits.
+# How much of a dataset is read to check whether it matches the student.
 _SAMPLE_DOCUMENTS = 64
 _SAMPLE_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
 class Sample:
-    """How many documents a run takes of a dataset, and which.
+    """How many documents of a dataset a run uses, and which.
 
     Attributes:
-        documents: to take; None: all.
-        seed: decides which; None: the first ones.
-        setting: that says so, for messages.
+        documents: number of documents to use; None: all.
+        seed: seed for choosing them at random; None: the first ones.
+        setting: the setting with this number, for messages.
     """
 
     documents: int | None = None
@@ -44,10 +44,10 @@ class Sample:
     setting: str = "dataset.num_samples"
 
     def choose(self, size: int) -> npt.NDArray[np.int64] | None:
-        """Return the indices of those to take of `size` documents, ascending; None for all.
+        """Return the indices of the documents to use, out of `size`, ascending; None: all.
 
         Raises:
-            ConfigError: there are fewer.
+            ConfigError: there are fewer documents than requested.
         """
         count = self.documents
         if count is None:
@@ -62,8 +62,8 @@ def open_dataset(source: DatasetSource, teacher: StoredTeacherConfig, key: str) 
     """Open a captured or published dataset with its codec.
 
     Args:
-        source: where it lies; a hub repository is downloaded into the hub's cache.
-        teacher: the codec of a published dataset; one that contradicts the dataset's own is an error.
+        source: the dataset; a hub repository is downloaded into the hub's cache.
+        teacher: has the codec of a published dataset; if set, it must match the dataset's own.
         key: dotted path of `source` in the configuration, for messages.
 
     Raises:
@@ -97,7 +97,7 @@ def open_dataset(source: DatasetSource, teacher: StoredTeacherConfig, key: str) 
 
 
 def _downloaded(source: DatasetSource, repo_id: str, key: str) -> str:
-    """Fetch a hub dataset's files and return their folder."""
+    """Download a hub dataset's files and return their folder."""
     from pathlib import Path
 
     from huggingface_hub import snapshot_download
@@ -124,13 +124,11 @@ def check_tokenizer(dataset: StoredDataset, tokenizer: Any, student: str, key: s
     """Refuse a dataset that was captured with another tokenizer than the student's.
 
     Raises:
-        MismatchError: with both fingerprints.
+        MismatchError: the tokenizers differ; the message has both fingerprints.
     """
     recorded = dataset.header.tokenizer
     if recorded is None:
-        logger.warning(
-            "%s does not say which tokenizer it was captured with; that it is the student's cannot be checked", key
-        )
+        logger.warning("%s does not record its tokenizer: cannot check that it is the same as the student's", key)
         return
     ours = tokenizers.fingerprint(tokenizer)
     if recorded["fingerprint"] != ours:
@@ -143,19 +141,18 @@ def check_tokenizer(dataset: StoredDataset, tokenizer: Any, student: str, key: s
 
 
 def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
-    """Refuse a dataset whose ids the student's head does not have, or whose teacher rows are shifted against its
-    tokens.
+    """Refuse a dataset with ids beyond the student's head, or with teacher rows that are shifted against its tokens.
 
     Padded heads may differ in width (151,936 and 152,064 for one tokenizer): only the tokenizer's vocabulary must fit.
 
     Args:
-        dataset: the stored documents; some of them are read.
+        dataset: the stored documents; a sample of them is read.
         head_size: width of the student's head.
         key: dotted path of the dataset in the configuration, for messages.
 
     Raises:
-        ConfigError: it has no documents.
-        MismatchError: with both values.
+        ConfigError: the dataset has no documents.
+        MismatchError: names what does not match, and both values.
     """
     if len(dataset) == 0:
         raise ConfigError(f"{key}: the dataset has no documents")
@@ -165,7 +162,7 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
             f"{key} was captured at temperature {header.temperature:g}; the losses apply their own temperature and "
             "need 1"
         )
-    # A published dataset says no more than the codec's vocabulary size.
+    # A published dataset only records the codec's vocabulary size.
     needed = header.vocab_size if header.tokenizer is not None else dataset.codec.vocab_size
     if needed > head_size:
         raise MismatchError(
@@ -187,16 +184,16 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
 
 
 def check_ids(documents: DocumentSource, head_size: int, key: str) -> None:
-    """Refuse documents for a live teacher that are none, or whose token ids the student's head does not have.
+    """Refuse an empty dataset for a live teacher, or one with token ids beyond the student's head.
 
     Args:
-        documents: some of them are read.
+        documents: the documents; a sample of them is read.
         head_size: width of the student's head.
         key: dotted path of the dataset in the configuration, for messages.
 
     Raises:
         ConfigError: there are no documents.
-        MismatchError: with both values.
+        MismatchError: an id is beyond the head; the message has both values.
     """
     if len(documents) == 0:
         raise ConfigError(f"{key}: the dataset has no documents")
@@ -214,7 +211,7 @@ def _check_largest(index: int, document: Document, head_size: int, key: str) -> 
 
 
 def _sample(dataset: DocumentSource) -> Iterator[tuple[int, Document]]:
-    """Read documents evenly spread over the dataset, up to a number of documents and tokens."""
+    """Read documents evenly spread over the dataset, up to a limit of documents and tokens."""
     count = min(len(dataset), _SAMPLE_DOCUMENTS)
     tokens = 0
     for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist():

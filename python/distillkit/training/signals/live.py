@@ -1,7 +1,7 @@
-"""A live teacher: a transformers model run beside the student, on the same batches.
+"""A live teacher: a transformers model that runs next to the student, on the same batches.
 
-Nothing of it is kept: its hidden states of the counted positions are, and its head is applied to them a chunk of
-positions at a time, where the student's is.
+Its logits are never kept for a batch: only its hidden states at the counted positions are, and its head is applied to
+one chunk of positions at a time, along with the student's.
 
 Shape legend: B batch, S sequence, N counted positions, H hidden size of the teacher, V width of its head, k kept ids.
 """
@@ -38,13 +38,13 @@ class OnlineSignal:
     """Distributions and hidden states of a live teacher.
 
     Args:
-        model: the teacher, on whatever devices it lies. A student with PEFT adapters is taken without them: it is its
-            own teacher as it was before training.
-        top_k: keep the k most probable ids only; all ids if None.
-        layers: indices into the teacher's hidden states, of those that are wanted.
+        model: the teacher, on any devices. If this is a student with PEFT adapters, they are disabled while it teaches,
+            which makes it the student before training.
+        top_k: keep only the k most probable ids; None: all ids.
+        layers: indices of the teacher's hidden states to compare.
 
     Raises:
-        DistillKitError: the teacher's head can't be applied apart from the model.
+        DistillKitError: the teacher's head cannot be applied apart from the model.
         ConfigError: top_k is more than the teacher has ids.
     """
 
@@ -57,11 +57,11 @@ class OnlineSignal:
             raise ConfigError(f"teacher.top_k: {top_k} ids were requested, but the teacher has only {self.head.size:,}")
 
     def take(self, document: Document, positions: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """Take nothing: the batch's token ids are enough."""
+        """Return nothing: the batch's token ids are enough."""
         return {}
 
     def empty_targets(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays of `take` for no position."""
+        """Return the arrays of `take` for zero positions."""
         return {}
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 @contextmanager
 def _as_teacher(model: Any) -> Iterator[PreTrainedModel]:
-    """Put a model into the state that teaches: no dropout, no adapters. Gives the bare model."""
+    """Temporarily disable dropout and adapters, and yield the bare model."""
     bare, training = bare_model(model), model.training
     model.eval()
     try:
@@ -110,13 +110,13 @@ def _as_teacher(model: Any) -> Iterator[PreTrainedModel]:
 
 
 def load_teacher(config: RunConfig, device: torch.device) -> PreTrainedModel:
-    """Load the live teacher that a configuration names.
+    """Load the live teacher of a configuration.
 
-    Its weights have the dtype of its checkpoint unless `teacher.kwargs.dtype` says otherwise, and lie on `device`
-    unless `teacher.kwargs.device_map` places them.
+    Its weights have the checkpoint's dtype unless `teacher.kwargs.dtype` is set, and are on `device` unless
+    `teacher.kwargs.device_map` places them.
 
     Raises:
-        ConfigError: it can't be loaded.
+        ConfigError: the teacher cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -146,12 +146,12 @@ def check_teacher_tokenizer(config: RunConfig, tokenizer: Any) -> None:
     """Refuse a teacher whose token ids mean other tokens than the student's.
 
     Args:
-        config: with a live teacher.
-        tokenizer: the student's.
+        config: a configuration with a live teacher.
+        tokenizer: the student's tokenizer.
 
     Raises:
-        MismatchError: with both fingerprints.
-        ConfigError: the teacher has no tokenizer to compare.
+        MismatchError: the tokenizers differ; the message has both fingerprints.
+        ConfigError: the teacher's tokenizer cannot be loaded.
     """
     teacher: LiveTeacherConfig = config.teacher  # type: ignore[assignment]
     theirs = tokenizers.load_tokenizer(teacher.path, trust_remote_code=config.trust_remote_code)

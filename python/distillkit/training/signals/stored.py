@@ -1,4 +1,4 @@
-"""A teacher whose distributions were stored: decoded beside the reading on a CPU, on the device itself on a GPU."""
+"""A teacher whose distributions are stored: decoded where documents are read, or on the GPU when training on one."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ class OfflineSignal:
     """Stored distributions of a dataset.
 
     Args:
-        codec: the dataset's.
-        head_size: width of the student's head. Ids from there on (padding of a wider teacher's head) count as missing
-            mass.
-        on_device: send the encoded bytes to the training device and decode there, instead of decoding on the CPU. Rows
-            then travel in a fifth of the bytes or less.
-        label_logprobs: also take the teacher's log-probability of each next token, of documents that have it.
+        codec: the dataset's codec.
+        head_size: width of the student's head. Larger ids (padding of a wider teacher's head) count as missing mass.
+        on_device: send the encoded bytes to the training device and decode there instead of on the CPU, which
+            transfers a fifth of the bytes or less.
+        label_logprobs: also use the teacher's log-probability of each next token, in documents that have it.
     """
 
     def __init__(self, codec: Codec, head_size: int, *, on_device: bool = False, label_logprobs: bool = False) -> None:
         self.codec = codec
         self.head_size = head_size
-        # Only rows of a fixed size can be picked out of a document's bytes.
+        # Rows can only be selected from a document's bytes if they have a fixed size.
         self.on_device = on_device and codec.bytes_per_token is not None
         self.label_logprobs = label_logprobs
 
     def take(self, document: Document, positions: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """Take the rows of some positions (P,): encoded (P, bytes), or decoded ids and logprobs (P, k); and
-        label_logprobs (P,) if they are wanted, NaN where the document has none.
+        """Return the rows of some positions (P,): encoded bytes (P, bytes), or decoded ids and logprobs (P, k); and
+        label_logprobs (P,) if enabled, NaN if the document has none.
 
         Raises:
-            CorruptDataError: the document does not decode.
+            CorruptDataError: the document cannot be decoded.
         """
         if self.on_device:
             taken = {"bytes": self.codec.document_rows(document.teacher, document.num_rows)[positions]}
@@ -53,7 +52,7 @@ class OfflineSignal:
         return taken
 
     def empty_targets(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays of `take` for no position."""
+        """Return the arrays of `take` for zero positions."""
         if self.on_device:
             taken: dict[str, npt.NDArray[Any]] = {"bytes": np.empty((0, self.codec.bytes_per_token), dtype=np.uint8)}
         else:
@@ -66,8 +65,8 @@ class OfflineSignal:
         return taken
 
     def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
-        """Make the targets (N, k) from `teacher_bytes`, or `teacher_ids` and `teacher_logprobs`, and perhaps
-        `teacher_label_logprobs`."""
+        """Make the targets (N, k) from `teacher_bytes`, or `teacher_ids` and `teacher_logprobs`, and from
+        `teacher_label_logprobs` if present."""
         if self.on_device:
             ids, logprobs = self.codec.decode_torch(batch["teacher_bytes"])
         else:
@@ -76,15 +75,15 @@ class OfflineSignal:
             ids, logprobs = _within(ids, logprobs, self.head_size)
         known = batch.get("teacher_label_logprobs")
         if known is not None:
-            # A label may be another id than the token the teacher was asked for (eos_label_token_ids).
+            # A label may differ from the token whose log-prob the teacher stored (eos_label_token_ids).
             tokens = batch["input_ids"].flatten()[batch["rows"] + 1].to(labels.device)
             known = known.masked_fill(tokens != labels, torch.nan)
         return Targets(labels, SparseLogprobs(ids, logprobs), label_logprobs=known)
 
 
 def _within(ids: torch.Tensor, logprobs: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give ids ≥ head_size no probability, under the name of the row's first id that is in the head (it must be some id
-    of the head)."""
+    """Give ids ≥ head_size zero probability, replacing each with the row's first id within the head (since all ids must
+    be valid for the head)."""
     outside = ids >= head_size
     first = ids.gather(-1, (~outside).int().argmax(-1, keepdim=True))
     first = torch.where(first < head_size, first, 0)

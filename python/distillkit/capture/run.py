@@ -144,7 +144,7 @@ def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> No
             human_bytes(settings.hf.head_rows * width * 4),
         )
     logger.info(
-        "stored: %d bytes a token (values %d, ids %d), against %s in bfloat16 logits",
+        "stored: %d bytes per token (values %d, ids %d), compared with %s as bfloat16 logits",
         codec.bytes_per_token,
         codec.value_bytes,
         codec.id_bytes,

@@ -1,1 +1,1 @@
-"""The commands: `distillkit` (train, capture) and `distillkit-codec` (inspect, verify, convert, bench)."""
+"""The commands: `distillkit` (train, capture, …) and `distillkit-codec` (inspect, verify, convert, bench)."""

@@ -1,4 +1,4 @@
-"""`distillkit capture`: run a teacher over text once, and keep its distributions."""
+"""`distillkit capture`: run a teacher over text once, and store its distributions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["capture", "capture_options", "chosen_captures", "show_reports"]
 
 
 def capture_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the file with settings, an option for each of them, and those for its output."""
+    """Add the settings file, an option for each setting, and output options to a command."""
     path = click.Path(dir_okay=False, path_type=Path)
     for option in (
         click.option("--progress/--no-progress", default=True, help="Show a progress bar (on stderr)."),
@@ -57,12 +57,12 @@ def capture(context: click.Context, /, config: Path | None, as_json: bool, progr
 
 
 def show_reports(captures: Sequence[CaptureSettings], *, as_json: bool = False, progress: bool = True) -> None:
-    """Capture one after the other, and print what came of it."""
+    """Run captures one after the other, and print their reports."""
     from transformers.utils.logging import disable_progress_bar
 
     from distillkit.capture.run import run_capture
 
-    # Their bar for loading weights runs into ours.
+    # Its progress bar for loading weights would collide with ours.
     disable_progress_bar()
     reports = []
     with stopping_on_sigterm():
@@ -76,11 +76,11 @@ def show_reports(captures: Sequence[CaptureSettings], *, as_json: bool = False, 
 
 
 def chosen_captures(context: click.Context, config: Path | None, options: dict[str, Any]) -> list[CaptureSettings]:
-    """Return what to capture, by the options and the file.
+    """Return the captures that the options and the file specify.
 
     Raises:
         ConfigError: settings are unknown, missing or not allowed.
-        click.UsageError: model, dataset or output are not given.
+        click.UsageError: there is no file, and model, dataset or output is missing.
     """
     given = {
         name: value
@@ -96,15 +96,15 @@ def chosen_captures(context: click.Context, config: Path | None, options: dict[s
 
 
 def _table(report: CaptureReport) -> Table:
-    """Lay out the summary for a person."""
+    """Format the report as a table."""
     table = Table(title=f"captured: {report.output}", show_header=False, title_justify="left")
     table.add_row("documents", _documents(report))
     table.add_row("tokens", f"{report.tokens:,}  ({report.rows:,} distributions in {report.shards} shards)")
     if report.unfinished_shards:
         table.add_row(
-            "unfinished", f"{report.unfinished_shards:,} shards are left; the manifest is written with the last one"
+            "unfinished", f"{report.unfinished_shards:,} shards are left; the manifest is written after the last one"
         )
-    table.add_row("bytes a token", f"{report.bytes_per_token:g}  ({human_bytes(report.disk_bytes)} on disk)")
+    table.add_row("bytes per token", f"{report.bytes_per_token:g}  ({human_bytes(report.disk_bytes)} on disk)")
     if report.kl_mean is not None and report.kl_p99 is not None:
         table.add_row("fidelity", f"KL mean {report.kl_mean:.2e}, p99 {report.kl_p99:.2e} nats (top k ‖ decoded)")
     if report.mass_mean is not None:
@@ -116,7 +116,7 @@ def _table(report: CaptureReport) -> Table:
         table.add_row("stored mass", f"mean {report.mass_mean:.4f}; {shares}")
         table.add_row("alignment", _alignment(report))
     if report.already_complete:
-        table.add_row("this run", "nothing to do: it was complete")
+        table.add_row("this run", "nothing to do: already complete")
     elif not report.new_tokens:
         table.add_row("this run", "nothing captured: only the plan was made, or these shards were already complete")
     else:
@@ -129,14 +129,14 @@ def _table(report: CaptureReport) -> Table:
 
 
 def _alignment(report: CaptureReport) -> str:
-    """Say where the next token is the teacher's first id."""
+    """Format how often the next token is the teacher's first id, in place and shifted."""
     rates = ", ".join(f"{rate:.1%} at {shift}" for shift, rate in report.next_token_rates.items())
     verdict = "" if report.shifted is None else f". Rows match the tokens at {report.shifted:+d}: THEY ARE SHIFTED"
     return f"the next token is the teacher's first id: {rates}{verdict}"
 
 
 def _stages(report: CaptureReport) -> str:
-    """Say how fast each stage was while it worked."""
+    """Format the throughput of each stage while it was working."""
     stages = {
         "teacher": report.teacher_seconds,
         "encode": report.encode_seconds,
@@ -147,7 +147,7 @@ def _stages(report: CaptureReport) -> str:
 
 
 def _documents(report: CaptureReport) -> str:
-    """Say how many documents there are, and what was passed over."""
+    """Format the number of documents, and what was left out."""
     notes = []
     if report.resumed_documents and not report.already_complete:
         notes.append(f"{report.resumed_documents:,} from an earlier run")

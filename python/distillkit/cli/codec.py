@@ -1,4 +1,4 @@
-"""`distillkit-codec`: look at captured datasets, check them, convert them, and time the codec."""
+"""`distillkit-codec`: inspect, verify and convert captured datasets, and benchmark the codec."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="distillkit-codec")
 def cli() -> None:
-    """Look at captured distributions: how small, how faithful, are they sound."""
+    """Inspect, verify and convert captured distributions, and benchmark the codec."""
 
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
@@ -41,11 +41,9 @@ def cli() -> None:
 @click.argument("path")
 @CONFIG
 @SPLIT
-@click.option(
-    "--sample", type=click.IntRange(min=1), help="Look at this many documents, evenly spread, instead of all."
-)
+@click.option("--sample", type=click.IntRange(min=1), help="Read this many documents, evenly spread, instead of all.")
 @click.option("--teacher", help="Recompute fidelity with this model (folder or hub id), on --sample documents or 16.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the distribution, the mass and the sizes (PNG).")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Plot the distribution, the mass and the sizes (PNG).")
 @_JSON
 def inspect(
     path: str,
@@ -56,17 +54,17 @@ def inspect(
     plot: str | None,
     as_json: bool,
 ) -> None:
-    """Show how small and how faithful the dataset at PATH is.
+    """Show the size and the fidelity of the dataset at PATH, and whether every row lines up with its token.
 
     PATH is a captured dataset, one of its shards, or a published dataset; a folder, a file or an fsspec URL.
 
-    Bytes a token are those of a stored distribution: its ids, its values, and as overhead everything else in the
-    files (token ids, checksums, the container). All of it is compared with dense bfloat16 logits (2 bytes a vocabulary
-    entry) and with plain top-k (4 bytes an id, 2 a value).
+    Bytes per token are the ids and values of a stored distribution and, as overhead, everything else in the files
+    (token ids, checksums, the container). They are compared with dense bfloat16 logits (2 bytes per vocabulary entry)
+    and with plain top-k (4 bytes per id, 2 per value).
 
-    The alignment check counts how often the true next token is the stored first one, with the rows as they are and
-    shifted by one. It must peak at 0; otherwise the rows stand beside the wrong tokens, and the exit status is 1.
-    So it is where stored probabilities add up to more than 1, which means another codec wrote them.
+    The alignment check counts how often the true next token is the first stored id, with the rows as they are and
+    shifted by one. The rate must peak at 0; otherwise the rows belong to other tokens, and the exit status is 1. It is
+    also 1 if stored probabilities add up to more than 1, which means that they were written by another codec.
     """
     if plot is not None:
         _check_plot(plot)
@@ -76,11 +74,11 @@ def inspect(
     if teacher is not None:
         from transformers.utils.logging import disable_progress_bar
 
-        # Their bar for loading weights runs into ours.
+        # Its progress bar for loading weights would collide with ours.
         disable_progress_bar()
         with progress_bar("running the teacher") as progress:
             stats = recompute_fidelity(dataset, teacher, sample=sample or 16, progress=progress)
-        source = f"computed again with {teacher}"
+        source = f"recomputed with {teacher}"
         inspection = replace(inspection, fidelity=stats, fidelity_source=source)
     if plot is not None:
         from distillkit.reports.inspection_plots import plot_inspection
@@ -97,8 +95,7 @@ def inspect(
         raise DistillKitError(
             f"{path}: the probabilities of {inspection.mass_impossible:.1%} of the rows add up to more than 1.1, "
             "where at most 1 is possible: the codec's settings are not those the dataset was written with. Check "
-            "--config or its "
-            "compression_config.yaml"
+            "--config or its compression_config.yaml"
         )
     if inspection.alignment == "shifted":
         raise DistillKitError(
@@ -108,17 +105,17 @@ def inspect(
 
 
 def _check_plot(path: str) -> None:
-    """Says before the long work what would go wrong after it."""
+    """Refuse a plot that cannot be written, before the long computation rather than after it."""
     if not path.lower().endswith(".png"):
-        raise click.BadParameter(f"{path}: the picture is a PNG; end its name in .png", param_hint="--plot")
+        raise click.BadParameter(f"{path}: plots are PNG files; the name must end in .png", param_hint="--plot")
     folder = Path(path).absolute().parent
     if not os.access(folder, os.W_OK):
-        raise click.BadParameter(f"{folder}: no folder to write to", param_hint="--plot")
+        raise click.BadParameter(f"{folder}: not a writable folder", param_hint="--plot")
     import matplotlib  # noqa: F401
 
 
 class _Section:
-    """Rows under a title: what, how much, and what that means. The columns of all sections stand below each other."""
+    """Rows of label, value and note under a title, with the same columns in all sections."""
 
     def __init__(self, title: str, about: str = "") -> None:
         self._title = Text.assemble((title, "bold"), ("  " + about if about else "", "dim"))
@@ -171,7 +168,7 @@ def _named(facts: dict[str, Any] | None, *details: str) -> str:
 
 
 def _size(inspection: Inspection) -> _Section:
-    section = _Section("size", "bytes a token")
+    section = _Section("size", "bytes per token")
     total, k = inspection.total_bytes, inspection.codec["config"]["k"]
     parts = (
         ("ids", inspection.id_bytes, ""),
@@ -182,7 +179,7 @@ def _size(inspection: Inspection) -> _Section:
         section.add(label, f"{size:,.1f}", f"{size / total:.1%}{note}" if total else "")
     section.add("total", Text(f"{total:,.1f}", "bold"))
     section.add(
-        "plain top-k bf16", f"{6 * k:,.1f}", f"{inspection.topk_ratio:,.2f}× as much: {k} × (4 an id, 2 a value)"
+        "plain top-k bf16", f"{6 * k:,.1f}", f"{inspection.topk_ratio:,.2f}× as much: {k} × (4 per id, 2 per value)"
     )
     dense = f"{inspection.dense_ratio:,.0f}× as much: {inspection.head_size:,} × 2"
     section.add("dense bf16", f"{2 * inspection.head_size:,.1f}", dense)
@@ -194,11 +191,11 @@ def _content(inspection: Inspection) -> _Section:
     if not inspection.rows_read:
         section.add("nothing stored", "")
         return section
-    # Read with the wrong codec it can have any size.
+    # Decoded with the wrong codec, it can have any magnitude.
     mean = f"{inspection.mass_mean:.2%}" if inspection.mass_mean < 10 else f"{inspection.mass_mean:.1e}"
     section.add("mass, mean", mean)
     section.add("mass, median", f"{inspection.mass_p50:.2%}")
-    section.add("mass, p1", f"{inspection.mass_p1:.2%}", "the worst 1% of the positions have less")
+    section.add("mass, p1", f"{inspection.mass_p1:.2%}", "1% of the positions have less")
     if not inspection.plausible:
         share = Text(f"{inspection.mass_impossible:.1%}", "bold white on red")
         section.add("mass above 1.1", share, "IMPOSSIBLE: THESE ARE NOT THE CODEC'S SETTINGS")
@@ -214,8 +211,8 @@ def _alignment(inspection: Inspection) -> _Section:
         note = f"of {shifts.positions:,} positions" if shift == 0 else ""
         section.add(f"{shift:+d}".replace("-", "−") if shift else " 0", f"{shifts.rate(shift):.1%}", note)
     verdict, style, note = {
-        "ok": ("ok", "bold green", "the rows stand beside their tokens"),
-        "undecided": ("undecided", "yellow", "no shift stands out: too little data, or another text"),
+        "ok": ("ok", "bold green", "the rows line up with their tokens"),
+        "undecided": ("undecided", "yellow", "no shift stands out: too little data, or rows of another text"),
         "shifted": ("FAILED", "bold white on red", "THE ROWS BELONG TO OTHER TOKENS: do not train on them"),
     }[inspection.alignment]
     section.add("verdict", Text(verdict, style), note)
@@ -233,7 +230,7 @@ def _fidelity(inspection: Inspection) -> _Section:
     section.add("KL, max", f"{stats.kl_max:.2e}")
     section.add("worst error", f"{stats.worst_error:.3g}", "nats, of any stored id")
     section.add("top-1 agreement", f"{stats.top1_agreement:.2%}", "the most probable id stays the most probable")
-    section.add("mass error", f"{stats.mass_error:.1e}", "mean difference of the probability stored")
+    section.add("mass error", f"{stats.mass_error:.1e}", "mean difference of the total stored probability")
     return section
 
 
@@ -246,9 +243,9 @@ def _fidelity(inspection: Inspection) -> _Section:
 @SPLIT
 @_JSON
 def verify(path: str, config: str | None, split: str | None, as_json: bool) -> None:
-    """Check the dataset at PATH: manifest against files, every hash and checksum, every row decoded.
+    """Check the dataset at PATH: compare the manifest with the files, check every hash and checksum, decode every row.
 
-    Exit status 1 if anything is wrong; each problem is named with its file and document.
+    If anything is wrong, the exit status is 1, and each problem is reported with its file and document.
     """
     with progress_bar("checking documents") as progress:
         report = verify_dataset(path, config=config, split=split, progress=progress)
@@ -257,7 +254,7 @@ def verify(path: str, config: str | None, split: str | None, as_json: bool) -> N
     else:
         counts = {name: getattr(report, name) for name in ("files", "documents", "tokens", "rows")}
         found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-        output().print(f"{'sound' if report.ok else 'sound only'}: {found}", soft_wrap=True)
+        output().print(f"{'valid' if report.ok else 'valid part'}: {found}", soft_wrap=True)
     if not report.ok:
         count = len(report.problems)
         heading = f"{count} file{'s' if count > 1 else ''} of {path} damaged"
@@ -270,10 +267,10 @@ def verify(path: str, config: str | None, split: str | None, as_json: bool) -> N
 @CONFIG
 @SPLIT
 @click.option(
-    "--shard-tokens", type=click.IntRange(min=1), default=262_144, show_default=True, help="Tokens of a shard."
+    "--shard-tokens", type=click.IntRange(min=1), default=262_144, show_default=True, help="Tokens per shard."
 )
 @click.option(
-    "--tokenizer", help="The teacher's tokenizer (folder or hub id), so that training can check the student's."
+    "--tokenizer", help="The teacher's tokenizer (folder or hub id), which training compares with the student's."
 )
 @click.option("--teacher", help="The teacher's name, for the header.")
 def convert_command(
@@ -285,7 +282,7 @@ def convert_command(
     tokenizer: str | None,
     teacher: str | None,
 ) -> None:
-    """Turn a published dataset at SOURCE into checked, self-describing shards at DESTINATION, without loss."""
+    """Convert the published dataset at SOURCE to self-describing shards with checksums at DESTINATION, without loss."""
     dataset = Dataset.open(source, config=config, split=split)
     facts, vocab_size = _tokenizer_facts(tokenizer)
     total, done = dataset.num_tokens, 0
@@ -338,21 +335,22 @@ def _tokenizer_facts(name: str | None) -> tuple[dict[str, Any] | None, int | Non
 @click.option(
     "--vocab-size",
     type=click.IntRange(min=256),
-    help="Vocabulary of the codecs and of the dense logits (default: the sample's; 151,936 logits without --sample).",
+    help="Vocabulary size of codecs and dense logits (default: the sample's; 151,936 logits without --sample).",
 )
 @click.option(
     "--quick", is_flag=True, help="Shorter runs and fewer rows: seconds instead of a minute, but less accurate."
 )
 @_JSON
 def bench(sample: str | None, vocab_size: int | None, quick: bool, as_json: bool) -> None:
-    """Show how faithful and how fast the codec is, on this machine and with your own data.
+    """Measure the fidelity and speed of the codec, on this machine and with your own data.
 
-    The first table compares what each preset's bytes are read back as with the original distributions: for our encoder,
-    for the published one, and for the best that the layout allows. Without --sample the originals are a few hundred
-    real positions that come with distillkit.
+    The first table compares decoded distributions with the originals for each preset: with our encoder, with the
+    published one, and with the best that the layout allows. Without --sample, the originals are a few hundred real
+    positions that come with distillkit.
 
-    The second table times encoding, decoding and reading, against the published algorithm in batched torch and against
-    what the machine takes to copy or read as many bytes. What is timed is checked first. It needs torch.
+    The second table compares the speed of encoding, decoding and reading with the published algorithm in batched torch,
+    and with the time this machine takes to copy or read the same number of bytes. Results are checked before they are
+    timed. Requires torch.
     """
     from distillkit.bench.fidelity import measure_fidelity
     from distillkit.bench.sample import bundled_sample, load_sample

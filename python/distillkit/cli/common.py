@@ -1,4 +1,4 @@
-"""What all commands share: exit statuses, where output goes, and how numbers are written."""
+"""What all commands share: exit statuses, error messages, logging and common options."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from distillkit.errors import DistillKitError
 
 __all__ = ["CONFIG", "SPLIT", "run_cli", "stopping_on_sigterm"]
 
-# Options of all commands that read a published dataset.
+# Options of the commands that read published datasets.
 CONFIG = click.option(
     "--config",
     type=click.Path(dir_okay=False),
-    help="YAML with the codec of a published dataset, if there is no compression_config.yaml beside it.",
+    help="YAML file with the codec of a published dataset that has no compression_config.yaml next to it.",
 )
 SPLIT = click.option("--split", help="Split of a published dataset that has splits.")
 
@@ -40,17 +40,16 @@ _EXTRAS = {
     "ray": "ray",
     "s3fs": "s3",
 }
-"""Optional packages, and the extra that installs each."""
+"""Optional packages, each with the extra that installs it."""
 
 
 def run_cli(command: click.Command) -> NoReturn:
-    """Runs a command and exits: 0 done, 1 failed (one message on stderr), 2 wrong usage, 130 interrupted, 143 SIGTERM.
+    """Run a command and exit: 0 success, 1 failure (a message on stderr), 2 wrong usage, 130 interrupted, 143 SIGTERM.
 
-    Errors that distillkit raises on purpose and those of the file system are messages; anything else is a bug and
-    keeps its traceback.
+    Errors of distillkit and of the file system are printed as messages; anything else is a bug and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        # An old terminal's encoding lacks ‖ and ×: a ? there is better than no output.
+        # Some terminal encodings lack ‖ and ×: print ? instead of failing.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_log_handler()])
@@ -71,7 +70,7 @@ def run_cli(command: click.Command) -> NoReturn:
         progress_console().print("stopped by SIGTERM: complete files are kept, run the same command again to resume")
         sys.exit(128 + signal.SIGTERM)
     except BrokenPipeError:
-        # Whoever read the output has gone, as `| head` does. What Python flushes at its end must go somewhere else.
+        # The reader of the output has exited, as with `| head`. Python's flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except ModuleNotFoundError as error:
@@ -84,15 +83,15 @@ def run_cli(command: click.Command) -> NoReturn:
 
 
 class Terminated(BaseException):
-    """The process was told to end."""
+    """The process received SIGTERM."""
 
 
 @contextmanager
 def stopping_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM, as batch systems send it, end the block as an exception does, so that what is open is left out."""
+    """Turn SIGTERM, as sent by batch systems, into an exception, so that files being written are discarded."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        # Once is enough: cleaning up must not be cut short.
+        # Ignore further signals, so that cleaning up is not interrupted.
         signal.signal(number, signal.SIG_IGN)
         raise Terminated
 

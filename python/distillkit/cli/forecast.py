@@ -33,16 +33,16 @@ _WORTH_SAYING = 1_000_000
     type=click.FloatRange(min=0),
     default=10.0,
     show_default=True,
-    help="How long to run the teacher, to measure its speed and what each codec keeps; 0 estimates sizes only.",
+    help="How long to run the teacher, to measure its speed and the fidelity of each codec; 0 only estimates sizes.",
 )
 @click.pass_context
 def forecast(
     context: click.Context, /, config: Path | None, as_json: bool, progress: bool, seconds: float, **options: Any
 ) -> None:
-    """Estimate what a capture with these options will cost (tokens, bytes, time, memory and disk) and what each codec
-    keeps of this text's distributions. Nothing is written.
+    """Estimate what a capture with these options will cost (tokens, time, memory and disk), and the fidelity of each
+    codec on this text. Nothing is written.
 
-    If the capture does not fit, the exit status is 1 and the message says what would.
+    If the capture does not fit, the exit status is 1 and the message says what would fit.
 
     \b
     Examples:
@@ -90,7 +90,7 @@ def _summary(result: Forecast) -> Table:
         _add_speed(table, result.speed)
     _add_memory(table, result.memory)
     chosen, free = result.chosen, result.free_bytes
-    room = "what is free there is not known" if free is None else f"{human_bytes(free)} are free"
+    room = "free space unknown" if free is None else f"{human_bytes(free)} are free"
     if result.reserved_bytes:
         room += f", {human_bytes(result.reserved_bytes)} of them for captures before this one"
     table.add_row("disk", f"{_bytes(chosen.left_bytes)} with {chosen.name}; {room}")
@@ -120,8 +120,8 @@ def _add_speed(table: Table, speed: SpeedForecast) -> None:
     table.add_row("speed", f"{rates}  ({speed.tokens:,} tokens in {speed.seconds:.1f} s)")
     left, finish = speed.left_seconds, datetime.datetime.fromisoformat(speed.finish)
     span = _span(left.value) + ("" if left.exact else f" ({_span(left.low)} to {_span(left.high)})")
-    by = f"done {finish:%Y-%m-%d %H:%M}, if begun now"
-    workers = {None: "; of one worker: divide by their number", 1: ""}.get(
+    by = f"done {finish:%Y-%m-%d %H:%M} if started now"
+    workers = {None: "; with one worker: divide by the number of workers", 1: ""}.get(
         speed.workers, f"; with {speed.workers} workers, each as fast as this machine"
     )
     table.add_row("time", f"{span}, {by}; loading took {speed.load_seconds:.0f} s{workers}")
@@ -132,7 +132,7 @@ def _add_memory(table: Table, memory: MemoryForecast) -> None:
         parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in memory.teacher.items())
         free = "" if memory.free_bytes is None else f"; {human_bytes(memory.free_bytes)} are free"
         table.add_row("memory", f"{memory.device}: at least {human_bytes(memory.least)} ({parts}){free}")
-    waiting = f"{human_bytes(memory.queue_bytes)} at most of distributions that wait"
+    waiting = f"at most {human_bytes(memory.queue_bytes)} of distributions in the queue"
     if memory.duplicates_bytes > _WORTH_SAYING:
         waiting += f", {human_bytes(memory.duplicates_bytes)} to find duplicates"
     table.add_row("" if memory.teacher else "memory", f"this machine: {waiting}")
@@ -146,7 +146,7 @@ def _codecs(codecs: Sequence[CodecForecast]) -> Table:
     measured = f", on {positions:,} positions of this text" if positions else ""
     table = Table(title=f"codecs{measured}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("", overflow="fold")
-    headings = ["\nk", "bytes\na token", "\ndisk", "\nfits"]
+    headings = ["\nk", "bytes\nper token", "\ndisk", "\nfits"]
     headings += ["stored\nmass", "KL\nmean", "\np99"] if positions else []
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -160,7 +160,7 @@ def _codecs(codecs: Sequence[CodecForecast]) -> Table:
 
 
 def _count(amount: Amount) -> str:
-    """Write a number, with its interval if it is an estimate."""
+    """Format a number, with its interval if it is an estimate."""
     return f"{amount.value:,}" + ("" if amount.exact else f"  ({amount.low:,} to {amount.high:,})")
 
 
@@ -171,7 +171,7 @@ def _bytes(amount: Amount) -> str:
 
 
 def _span(seconds: int) -> str:
-    """Write a duration: 42 s, 12 min, 3 h 20 min, 5 days 4 h."""
+    """Format a duration: 42 s, 12 min, 3 h 20 min, 5 days 4 h."""
     if seconds < 100:
         return f"{seconds} s"
     minutes = round(seconds / 60)

@@ -1,6 +1,6 @@
 """`distillkit`: train (the default command), forecast, capture, pack, report and schema.
 
-Each command's code is imported when it is used.
+The code of a command is only imported when it is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMMANDS = {
     "report": ("distillkit.cli.report", "report"),
     "schema": ("distillkit.cli.schema", "schema"),
 }
-# Earlier names, which help does not list.
+# Former names, not listed in the help.
 ALIASES = {"plan": "forecast"}
 
 
@@ -53,14 +53,14 @@ def cli() -> None:
     """Train small language models on the stored distributions of large ones.
 
     \b
-    distillkit config.yaml            train as the configuration says (the same as: distillkit train config.yaml)
-    distillkit config.yaml --dry-run  check everything that training would need, and train nothing
-    distillkit forecast --model …     what a capture will cost: bytes, time, memory, and which codec fits
+    distillkit config.yaml            train a student (the same as: distillkit train config.yaml)
+    distillkit config.yaml --dry-run  check everything that training would need, without training
+    distillkit forecast --model …     estimate what a capture will cost, and which codecs fit
     distillkit capture --model …      run a teacher over text once, and store its distributions
-    distillkit pack DATA OUTPUT …     its documents in full rows, on disk (training packs by itself)
-    distillkit report TRAINED         what a training run brought; several runs: side by side
-    distillkit schema train           JSON schema of a configuration, for completion in editors
-    distillkit-codec inspect DATA     look at what was captured
+    distillkit pack DATA OUTPUT …     write its documents packed in full rows (training can also pack by itself)
+    distillkit report TRAINED         write a training run's report; compare several runs
+    distillkit schema train           print the JSON schema of a configuration, for completion in editors
+    distillkit-codec inspect DATA     show the size, fidelity and alignment of what was captured
     """
 
 

@@ -1,4 +1,4 @@
-"""`distillkit pack`: a captured or published dataset in packed rows, on disk."""
+"""`distillkit pack`: write a captured or published dataset as packed rows."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from distillkit.shards.repack import PackReport, pack_dataset
 
 __all__ = ["MAX_LEN", "SHUFFLE_SEED", "pack", "run_pack", "window_option"]
 
-# Options of both spellings of the command: see distillkit.pack_logits.
+# Options shared with the published spelling of the command, distillkit.pack_logits.
 MAX_LEN = click.option(
-    "--max-len", required=True, type=click.IntRange(min=2), help="Tokens of a row; longer documents are cut."
+    "--max-len", required=True, type=click.IntRange(min=2), help="Tokens per row; longer documents are cut."
 )
 SHUFFLE_SEED = click.option("--shuffle-seed", type=click.IntRange(min=0), help="Shuffle the documents before packing.")
 
 
 def window_option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The option of how many documents are packed together, by its name."""
+    """Make the option for how many documents are packed together."""
     return click.option(
         name,
         type=click.IntRange(min=1),
         default=10_000,
         show_default=True,
-        help="Documents packed together, all of which are held in memory.",
+        help="Number of documents packed together; all of them are held in memory.",
     )
 
 
-@click.command(short_help="Pack a dataset's documents in full rows, on disk.")
+@click.command(short_help="Write a dataset's documents packed in full rows.")
 @click.argument("source")
 @click.argument("output")
 @MAX_LEN
@@ -53,18 +53,19 @@ def pack(
     window: int,
     as_json: bool,
 ) -> None:
-    """Pack the documents of the dataset SOURCE in rows of at most --max-len tokens, as shards in OUTPUT.
+    """Pack the documents of the dataset SOURCE into rows of at most --max-len tokens, and write them as shards to
+    OUTPUT.
 
-    Training packs by itself with `packing: true` in its training_args; this is for those who want the rows on disk.
-    Documents stay apart within a row, the teacher's bytes are not encoded again, and everything is read back and
-    compared at the end. An interrupted run goes on after its last whole shard.
+    Only needed if you want packed rows on disk: training packs by itself with `packing: true` in its training_args.
+    Documents stay separate within a row, the teacher's bytes are not re-encoded, and everything is read back and
+    compared at the end. An interrupted run resumes after its last complete shard.
     """
     dataset = Dataset.open(source, config=config, split=split)
     run_pack(dataset, output, max_len, shuffle_seed, window, as_json=as_json)
 
 
 def run_pack(dataset: Dataset, output: str, max_len: int, seed: int | None, window: int, *, as_json: bool) -> None:
-    """Pack with a progress bar, and print what came of it."""
+    """Pack with a progress bar, and print the report."""
     with progress_bar("packing") as progress:
         report = pack_dataset(dataset, output, max_len, seed=seed, window=window, progress=progress)
     if as_json:

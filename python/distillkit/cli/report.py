@@ -1,4 +1,4 @@
-"""`distillkit report`: what training runs brought, from the files they left."""
+"""`distillkit report`: report on training runs, from the files in their output folders."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from distillkit.console import show
 __all__ = ["report"]
 
 
-@click.command(short_help="Write a run's report again, or compare several runs.")
+@click.command(short_help="Write a run's report, or compare several runs.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", "folder", type=click.Path(path_type=Path), help="Draw the comparison into this folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+@click.option("-o", "--output", "folder", type=click.Path(path_type=Path), help="Write the comparison to this folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def report(runs: tuple[Path, ...], folder: Path | None, as_json: bool) -> None:
-    """Write report.md and its plots into the output folder of the training run RUNS, also of one that was killed.
+    """Write report.md and its plots to the output folder of a training run, even if the run was killed.
 
-    Several RUNS are printed side by side, and nothing is written into their folders; with --output, comparison.md and
-    comparison.png are written there.
+    Several RUNS are printed side by side, and nothing is written to their folders; with --output, comparison.md and
+    comparison.png are written to that folder.
     """
     from distillkit.reports.run_record import read_run
     from distillkit.reports.run_report import comparison, names_of, write_comparison, write_report
 
     records = [read_run(run) for run in runs]
     if folder is not None and len(records) == 1:
-        raise click.UsageError("--output is for comparing several runs; one run's report goes into its own folder")
+        raise click.UsageError("--output is for comparing several runs; a single run's report goes to its own folder")
     if len(records) == 1:
         written = write_report(records[0])
     else:

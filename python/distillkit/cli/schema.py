@@ -1,4 +1,4 @@
-"""`distillkit schema`: JSON schemas of the two kinds of YAML files; and the page docs/settings.md, from the same."""
+"""`distillkit schema`: the JSON schemas of both kinds of YAML files; and docs/settings.md, generated from them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {"train": training_schema, "c
 @click.command(short_help="Print the JSON schema of a configuration file.")
 @click.argument("kind", type=click.Choice(list(SCHEMAS)))
 def schema(kind: str) -> None:
-    """Print the JSON schema of a configuration file: of `distillkit config.yaml` (train) or of `distillkit capture
-    FILE.yaml` (capture).
+    """Print the JSON schema of a configuration file: that of `distillkit config.yaml` (train) or of `distillkit
+    capture FILE.yaml` (capture).
 
-    With it, editors complete settings and mark mistakes. Save it, and begin the YAML file with this line:
+    Editors use it to complete settings and mark mistakes. Save it, and begin the YAML file with this line:
 
     \b
       # yaml-language-server: $schema=train.schema.json
@@ -38,11 +38,11 @@ _PAGE = """# Settings
 Generated from the code by `make docs`; do not edit.
 
 A YAML file has the settings of a training run (`distillkit config.yaml`) or of captures
-(`distillkit capture captures.yaml`). Unknown settings and values that are not allowed are all
-reported at once, before anything is loaded.
+(`distillkit capture captures.yaml`). All unknown settings and invalid values are reported at once,
+before anything is loaded.
 
-Editors that know the YAML language server complete settings, show what they mean and mark mistakes.
-Write the JSON schemas to files, and begin a YAML file with the line that names its schema, as below:
+Editors with the YAML language server complete settings, show their descriptions and mark mistakes.
+Write the JSON schemas to files, and begin each YAML file with the line that names its schema:
 
 ```bash
 distillkit schema train > train.schema.json
@@ -66,9 +66,9 @@ teacher: {{kind: dataset}}
 ## Captures
 
 Every setting is also an option of `distillkit capture` (`--max-seq-len 2048`) and an argument of
-`distillkit.capture.capture`. Settings of an engine are given in its section or flat
-(`tensor_parallel_size: 4`). Under `captures`, a file lists the settings in which several captures
-differ.
+`distillkit.capture.capture`. Engine settings go in the engine's section or at the top level
+(`tensor_parallel_size: 4`). A file may list several captures under `captures`, each with the
+settings in which it differs.
 
 ```yaml
 # yaml-language-server: $schema=capture.schema.json
@@ -85,7 +85,7 @@ captures:
 
 
 def settings_page() -> str:
-    """Write docs/settings.md: every setting of both kinds of files, in a table a section."""
+    """Return the text of docs/settings.md: all settings of both kinds of files, in one table per section."""
     tables = {
         "training": section_tables(json_schema(RunConfig)),
         "capture": section_tables(json_schema(CaptureSettings)),

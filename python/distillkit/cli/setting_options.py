@@ -1,4 +1,4 @@
-"""Command-line options made from capture settings: name, type, choices, default and help are the field's."""
+"""Command-line options generated from capture settings: name, type, choices, default and help come from the field."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["GroupedCommand", "setting_option", "setting_options"]
 
 _TYPES = {"integer": click.INT, "number": click.FLOAT}
 _SWITCHES = {"drop_duplicates": "--drop-duplicates/--keep-duplicates"}
-# What stands for a value whose form matters, or that may be a list in a file.
+# Placeholders in the help for values with a special form, or that may be lists in a file.
 _METAVARS = {
     "compression_config": "FILE",
     "where": "COLUMN=VALUE",
@@ -32,7 +32,7 @@ Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 class SettingOption(click.Option):
-    """An option for a setting, which knows the engines that have it: none of them if all captures do."""
+    """An option for a setting, with the engines that have it; empty if all captures have it."""
 
     def __init__(self, *arguments: Any, engines: tuple[str, ...] = (), **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
@@ -40,7 +40,7 @@ class SettingOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose help lists the options of the engines apart from the others."""
+    """A command whose help lists engine options in separate sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[tuple[str, ...], list[tuple[str, str]]] = {(): []}
@@ -55,7 +55,7 @@ class GroupedCommand(click.Command):
 
 @lru_cache(maxsize=1)
 def _settings() -> Mapping[str, Setting]:
-    """All settings by name, those of the engines too."""
+    """All settings by name, including engine settings."""
     common = {setting.name: setting for setting in settings_of(json_schema(CaptureSettings))}
     models = (json_schema(part) for part in ENGINES.values())
     parts = {setting.name: setting for model in models for setting in settings_of(model)}
@@ -63,7 +63,7 @@ def _settings() -> Mapping[str, Setting]:
 
 
 def setting_option(name: str, **attributes: Any) -> Decorator:
-    """Make the option of a setting; `attributes` of `click.option` go before its own."""
+    """Make the option for a setting; `attributes` for `click.option` override those from the field."""
     setting = _settings()[name]
     default = setting.default
     if isinstance(default, list):
@@ -86,7 +86,7 @@ def setting_option(name: str, **attributes: Any) -> Decorator:
 
 
 def setting_options(names: Iterable[str] | None = None) -> Decorator:
-    """Make the options of several settings, in their order; of all, if no names are given."""
+    """Make the options for several settings, in order; for all of them if `names` is None."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for name in reversed(list(_settings() if names is None else names)):
@@ -101,5 +101,5 @@ def _flag(name: str) -> str:
 
 
 def _help(description: str) -> str:
-    """Write a description for the command line: settings in backticks are options there."""
+    """Adapt a description to the command line: settings in backticks become options."""
     return re.sub(r"`(\w+)`", lambda match: _flag(match[1]), description)

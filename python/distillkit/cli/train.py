@@ -1,4 +1,4 @@
-"""`distillkit train`: a training run from its configuration."""
+"""`distillkit train`: train a student from a configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distillkit.training.dry_run import DryRun, dry_run
 
 __all__ = ["summary_table", "train"]
 
-# Rows of the table of evaluations: metric, label, format.
+# Evaluation metrics in the summary table: metric, label, format.
 _MEASURES = (
     ("eval_kl", "KL(teacher ‖ student)", "{:.4f}"),
     ("eval_cross_entropy", "cross-entropy", "{:.4f}"),
@@ -33,15 +33,16 @@ _MEASURES = (
 
 @click.command(short_help="Train a student (the default command).")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--dry-run", "checks_only", is_flag=True, help="Check everything, the first batch too; train nothing.")
-@click.option("-v", "--verbose", count=True, help="More of the libraries' own logging: -v for INFO, -vv for DEBUG.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary, or what was checked, as JSON.")
+@click.option("--dry-run", "checks_only", is_flag=True, help="Check everything, up to the first batch; train nothing.")
+@click.option("-v", "--verbose", count=True, help="Show the libraries' own logs: -v for INFO, -vv for DEBUG.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary, or the checks, as JSON.")
 @click.pass_context
 def train(context: click.Context, config: Path, checks_only: bool, verbose: int, as_json: bool) -> None:
-    """Train a student as the YAML file CONFIG says.
+    """Train a student as configured in the YAML file CONFIG.
 
     Checkpoints, metrics.jsonl, summary.json, report.md with its plots, and the trained student go to the
-    configuration's output_path. With --dry-run nothing is written, and the exit status is 1 where training would fail.
+    configuration's output_path. With --dry-run nothing is written there, and the exit status is 1 if training would
+    fail.
     """
     if not config.is_file():
         from distillkit.cli.main import COMMANDS
@@ -52,7 +53,7 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
         logging.getLogger().setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
     if not first or (checks_only and not verbose):
         logging.getLogger("distillkit").setLevel(logging.WARNING)
-    # Libraries and trackers print to stdout; the result is to be alone there.
+    # Libraries and trackers print to stdout, which is only for the result.
     with contextlib.redirect_stdout(sys.stderr):
         result = _check(config) if checks_only else _train(config)
         _leave_process_group()
@@ -75,7 +76,7 @@ def _train(config: Path) -> dict[str, Any]:
 
     from distillkit.training.run import train as train_student
 
-    # Their bars for loading and saving run into ours.
+    # Its progress bars for loading and saving would collide with ours.
     disable_progress_bar()
     return train_student(run)
 
@@ -92,7 +93,7 @@ _PLAIN_MARKS = {"passed": "ok", "warning": "!", "failed": "FAILED", "not checked
 
 
 def _show_checks(config: Path, result: DryRun) -> None:
-    """Print a dry run for a person: a mark and a line a check, and what training would write."""
+    """Print a dry run: one line per check, with a mark, and what training would write."""
     try:
         "✓✗·".encode(sys.stdout.encoding or "ascii")
         marks = _MARKS
@@ -116,10 +117,11 @@ def _show_checks(config: Path, result: DryRun) -> None:
 
 
 def _leave_process_group() -> None:
-    """Let go of the other processes together: one that exits first would take connections from those still in use.
+    """Destroy the process group at the same time in all processes: one that exits early would close connections that
+    others still use.
 
-    The wrapped student holds the group, in reference cycles. Were it left to the interpreter's end, the group's threads
-    could ask for Python after it is gone, which aborts the process.
+    The wrapped student keeps the group alive in reference cycles. If it lived until the interpreter's exit, the group's
+    threads could call into Python after its finalisation, which aborts the process.
     """
     from torch import distributed
 
@@ -130,10 +132,10 @@ def _leave_process_group() -> None:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """Lay out a run's summary for a person: what it took, and what it brought on the held-out documents."""
+    """Format a run's summary as a table: its cost, and the metrics on the held-out documents."""
     table = Table(title=f"trained: {summary['output_path']}", title_justify="left", show_header=False)
     cuda = f", {human_bytes(summary['peak_cuda_bytes'])} on the GPU" if summary["peak_cuda_bytes"] else ""
-    speed = f"{summary['train_tokens']:,} ({summary['tokens_per_second']:,.0f} a second)"
+    speed = f"{summary['train_tokens']:,} ({summary['tokens_per_second']:,.0f} per second)"
     table.add_row("steps", f"{summary['steps']:,}")
     table.add_row("tokens", speed)
     if summary["cut_documents"]:

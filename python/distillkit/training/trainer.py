@@ -318,7 +318,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
 
 class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
-    """Tells the trainer's document order which epoch begins."""
+    """Sets the epoch of the trainer's document order."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer

@@ -400,7 +400,7 @@ def _teacher_bytes(inputs: CaptureInputs) -> dict[str, int]:
 
 
 def _parameters(config: Any, trust_remote_code: bool) -> int | None:
-    """How many weights a model has, by making it without memory; None for one that can't be made so."""
+    """Number of a model's parameters, counted without allocating them; None if that is not possible."""
     from transformers import AutoModelForCausalLM
 
     if getattr(config, "quantization_config", None) is not None:

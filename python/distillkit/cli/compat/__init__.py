@@ -1,1 +1,1 @@
-"""The published commands: their names and options, over the commands of this package."""
+"""The published commands: their names and options, implemented with this package's commands."""

@@ -1,4 +1,4 @@
-"""`python -m distillkit.pack_logits`: `distillkit pack` under its published name and with its published options."""
+"""`python -m distillkit.pack_logits`: `distillkit pack` with its published name and options."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main(
     batch_size: int,
     **not_needed: Any,
 ) -> None:
-    """Pack the documents of a dataset in full rows, on disk: the same as `distillkit pack`."""
+    """Write a dataset's documents packed in full rows; the same as `distillkit pack`."""
     for name, value in not_needed.items():
         if value:
             logger.info("--%s is accepted for compatibility and ignored", name.replace("_", "-"))

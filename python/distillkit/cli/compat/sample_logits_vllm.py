@@ -1,4 +1,4 @@
-"""`python -m distillkit.sample_logits_vllm`: capture with vLLM under its published name and options."""
+"""`python -m distillkit.sample_logits_vllm`: capture with vLLM, with its published name and options."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _SETTINGS = (
     "--auto-vocab-size/--no-auto-vocab-size",
     default=True,
     show_default=True,
-    help="Set the vocabulary size in the codec's configuration to the width of the teacher's logits. (Published: to "
-    "the tokenizer's, which is too little where the head is padded.) Without it, another size is refused.",
+    help="Set the vocabulary size in the codec's configuration to the width of the teacher's logits (the published "
+    "command uses the tokenizer's size, which is too small for a padded head). If off, another size is an error.",
 )
 @click.option("--macrobatch-size", type=int, default=256, help="Accepted for compatibility; ignored.")
 @click.option("--max-workers", type=int, help="Accepted for compatibility; ignored.")
@@ -62,6 +62,6 @@ def _with_vocab_size(settings: CaptureSettings) -> CaptureSettings:
     field = "d" if isinstance(codec, DistributionQuantizationConfig) else "vocab_size"
     if getattr(codec, field) != head_size:
         name = Path(str(settings.compression_config)).name
-        logger.info("%s: %s is %s there, taken as %s", name, field, getattr(codec, field), head_size)
+        logger.info("%s: %s is %s, using %s instead", name, field, getattr(codec, field), head_size)
     sized = type(codec)(**{**codec.model_dump(), field: head_size})
     return settings.model_copy(update={"compression_config": sized})

@@ -200,10 +200,12 @@ class CaptureSettings(BaseModel):
         description="What runs the teacher: hf (Transformers, in this process), vllm, or openai (a running server with "
         "an OpenAI-compatible API).",
     )
-    hf: HFSettings = Field(default_factory=HFSettings, description="Settings of the engine hf.")
-    vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="Settings of the engine vllm.")
+    hf: HFSettings = Field(default_factory=HFSettings, description="Settings that only apply to the engine hf.")
+    vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="Settings that only apply to the engine vllm.")
     openai: OpenAISettings = Field(
-        default_factory=OpenAISettings, validate_default=True, description="Settings of the engine openai."
+        default_factory=OpenAISettings,
+        validate_default=True,
+        description="Settings that only apply to the engine openai.",
     )
 
     def __init__(self, /, **settings: Any) -> None:

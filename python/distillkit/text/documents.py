@@ -75,7 +75,7 @@ class DocumentReader:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of rows read so far, and of rows and documents left out, by reason; later reasons only if non-zero."""
+        """Number of rows read so far, and of rows and documents left out, by reason; most only if non-zero."""
         known = {"rows": self.rows, "empty_rows": self.empty, "documents_of_one_token": self.short}
         return {**known, **self._counts}
 

@@ -118,7 +118,7 @@ def at_a_glance() -> list[str]:
     rows = int(fidelity.rows[0]["rows"])
     return [
         "## At a glance",
-        table(["preset", "bytes a token", "mean KL, nats", "top-1 agreement", "decoded tokens/s"], lines),
+        table(["preset", "bytes per token", "mean KL, nats", "top-1 agreement", "decoded tokens/s"], lines),
         prose(
             f"""KL and agreement are measured on {rows:,} {fidelity.rows[0]["sample"]}, between the stored ids before
             and after; `recommended` and `faithful` store 128 ids a token, the others 50, and KL is comparable only for
@@ -161,7 +161,7 @@ def fidelity_section() -> list[str]:
             stays the most probable; errors are of log-probabilities. The last column is our mean KL over the least that
             the layout allows with unrounded coefficients and values in any order."""
         ),
-        table(["preset", "bytes a token", *FIDELITY, "ours / least KL"], map(fidelity_line, rows)),
+        table(["preset", "bytes per token", *FIDELITY, "ours / least KL"], map(fidelity_line, rows)),
         prose(
             f"""Measured {found.measured}. The published algorithm is written down in plain torch
             (`python/distillkit/bench/published.py`); bytes of both encoders are readable by both decoders, which is
@@ -270,7 +270,7 @@ def speed_section() -> list[str]:
             sides = ["less than 1 MB" if size < 1 else f"{size:.0f} MB" for size in sizes]
             memory = f"""At its peak, decoding on CPU tensors takes {sides[0]} beyond inputs and outputs, the published
             algorithm {sides[1]}."""
-    headings = ["work", "rows a call", "tokens/s", "published, tokens/s", "ratio", "bytes a token", "MB/s"]
+    headings = ["work", "rows per call", "tokens/s", "published, tokens/s", "ratio", "bytes per token", "MB/s"]
     return [
         "## Speed",
         prose(
@@ -303,12 +303,12 @@ def decode_section() -> list[str]:
         ]
         for row in found.rows
     ]
-    headings = ["preset", "bytes a token", "tokens/s, median", "slowest to fastest run", "published, median"]
+    headings = ["preset", "bytes per token", "tokens/s, median", "slowest to fastest run", "published, median"]
     first = found.rows[0]
     return [
         "### Decoding, preset by preset",
         prose(
-            f"""{first["runs"]} runs of decoding {int(first["rows"]):,} rows a call, with the spread of the runs; each
+            f"""{first["runs"]} runs of decoding {int(first["rows"]):,} rows per call, with the spread of the runs; each
             run's figure is its best call. Measured {found.measured}, while the machine did other work too; the table
             above is from a quiet one."""
         ),

@@ -55,7 +55,7 @@ def main() -> None:
     make_text(output / "text", arguments.characters)
 
     heading(
-        "2", "Capture: the teacher reads the text once; its distributions are stored in a few hundred bytes a token"
+        "2", "Capture: the teacher reads the text once; its distributions are stored in a few hundred bytes per token"
     )
     captured = {name: run_capture(output, name) for name in ("train", "held-out")}
 
@@ -199,7 +199,7 @@ def run_capture(output: Path, name: str) -> dict[str, Any]:
     else:
         report_path.write_text(printed)
     console.print(
-        f"{report['documents']} documents, {report['tokens']:,} tokens, {report['bytes_per_token']} bytes a token; "
+        f"{report['documents']} documents, {report['tokens']:,} tokens, {report['bytes_per_token']} bytes per token; "
         f"{report['tokens_per_second']:,.0f} tokens/s, peak memory {human_bytes(report['peak_rss_bytes'])}"
     )
     return report
@@ -325,7 +325,7 @@ def show_results(
     console.print(cost)
 
     ratio = before["eval_kl"] / distilled["eval_last"]["eval_kl"]
-    fidelity = f"{both['kl_mean']:.1e} nats mean KL at {both['bytes_per_token']} bytes a token"
+    fidelity = f"{both['kl_mean']:.1e} nats mean KL at {both['bytes_per_token']} bytes per token"
     console.print(f"Stored distributions: {fidelity}. Held-out KL fell by a factor of {ratio:.1f}.")
     console.print(f"The demo took {seconds / 60:.1f} minutes. It made:")
     for path, what in (

@@ -6,10 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from support.processes import Processes
+
+# What an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("distillkit", deadline=None)
+hypothesis.settings.load_profile("distillkit")
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ def test_the_demo_runs_to_its_end_and_again(tmp_path: Path) -> None:
     """What `make demo` runs, with the real teacher, on little text and for a few steps."""
     command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--output", str(tmp_path / "demo")]
     command += ["--characters", "6000", "--steps", "2"]
-    for words in (["bytes a token", "on held-out text", "The same with your own models"], ["(there already)"]):
+    for words in (["bytes per token", "on held-out text", "The same with your own models"], ["(there already)"]):
         result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         assert result.returncode == 0, result.stderr
         assert all(word in result.stdout for word in words), result.stdout

@@ -1,4 +1,4 @@
-//! Top-k next-token distributions in a fixed number of bytes a token ([`Codec`], [`topk`]).
+//! Top-k next-token distributions in a fixed number of bytes per token ([`Codec`], [`topk`]).
 //! FORMAT.md describes the bytes, docs/encoder.md how the encoder chooses them.
 
 pub mod bits; // packs integers of 1–64 bits

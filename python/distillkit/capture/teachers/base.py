@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Union
+from typing import Any, Protocol, Union
 
 import numpy as np
 import numpy.typing as npt
 
 from distillkit.types import SparseLogprobs, TokenDocument
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["RejectedDocument", "RowRequest", "ScoredDocument", "Teacher", "keep_ids", "refusal"]
 

@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,6 @@ from distillkit.shards.alignment import counted_positions
 from distillkit.shards.packing import Packing
 from distillkit.training.signals.base import TeacherSignal
 from distillkit.types import Document
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "BLANK",

@@ -200,6 +200,7 @@ fn encode_group<I: Packing, F: RowFormat>(
     let RowEncoder { format, plan } = encoder;
     let CheckedGroup { rows, next, check } = group;
     let k = format.k();
+    let value_bytes = format.value_bytes();
     let stride = format.bytes_per_row();
     for (row, (Rows { ids, logprobs }, out)) in
         rows.chunks(k).zip(out.chunks_mut(stride)).enumerate()
@@ -218,7 +219,7 @@ fn encode_group<I: Packing, F: RowFormat>(
         if let Err(error) = scratch.checks.check(ids, format.vocab_size()) {
             return Err((row, error));
         }
-        format.write_ids(isa, ids, &mut out[format.value_bytes()..]);
+        format.write_ids(isa, ids, &mut out[value_bytes..]);
     }
     let group = Group { logprobs: rows.logprobs, k, masses: check.masses };
     encode_values(I::BACKEND, plan, group, GroupOut { bytes: out, stride }, &mut scratch.values)
@@ -232,9 +233,10 @@ fn decode_rows_body<I: Packing, F: RowFormat>(
     out: RowsMut,
     scratch: &mut DecoderScratch,
 ) -> RowResult {
+    let value_bytes = format.value_bytes();
     let rows = data.chunks(format.bytes_per_row()).zip(out.chunks(format.k()));
     for (row, (data, RowsMut { ids, logprobs })) in rows.enumerate() {
-        let (values, id_bytes) = data.split_at(format.value_bytes());
+        let (values, id_bytes) = data.split_at(value_bytes);
         // This is no closure: one that is not inlined has none of the instruction set.
         let decoded = match format.read_ids(isa, id_bytes, ids) {
             Ok(()) => format.values().decode(isa, values, logprobs, scratch),

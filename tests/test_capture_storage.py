@@ -114,6 +114,20 @@ def test_no_half_shard_is_ever_visible(s3: str, monkeypatch: pytest.MonkeyPatch)
     assert folder.size("data-00000.parquet") == 120 << 20
 
 
+def test_a_file_that_arrives_in_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(f"memory://{os.getpid()}/cut")
+    folder.make()
+
+    def put_part(self: Any, local: str, remote: str, **options: Any) -> None:
+        self.pipe_file(remote, Path(local).read_bytes()[:-1])
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", put_part)
+    with folder.new_file("data-00000.parquet") as file:
+        file.stream.write(bytes(1000))
+        with refused(OSError, "999", "1000"):
+            file.publish()
+
+
 # -- Ray ---------------------------------------------------------------------------------------------------------------
 
 

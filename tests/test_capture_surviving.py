@@ -306,6 +306,9 @@ def test_jobs_that_share_the_shards(teacher: Path, text: Path, whole: Path, tmp_
     assert not (out / "manifest.json").exists()
     planned = run(teacher, text, out, shard_range="0:0")
     assert planned.new_tokens == 0
+    middle = run(teacher, text, out, shard_range=f"1:{shards - 2}")
+    assert (middle.shards, middle.unfinished_shards) == (shards - 1, 1)
+    assert not (out / "manifest.json").exists(), "one shard is not there yet"
     first = run(teacher, text, out, shard_range=f"0:{shards - 2}")
     assert (first.shards, first.unfinished_shards) == (shards, 0)
     assert everything(out) == everything(whole)

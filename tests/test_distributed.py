@@ -15,13 +15,19 @@ from transformers import AutoModelForCausalLM
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.run import train
 from support.processes import Processes
-from support.training import run_config
+from support.training import run_config, save_student
 
 FSDP = str(Path(__file__).parent / "support" / "launch_fsdp.py")
 DEEPSPEED = str(Path(__file__).parent / "support" / "launch_deepspeed.py")
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 16}
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]
+
+
+@pytest.fixture(scope="module")
+def wider_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As deep as the student, with wider layers."""
+    return save_student(tmp_path_factory.mktemp("distributed") / "teacher", seed=5, hidden_size=48)
 
 
 def run(parts: dict[str, str], output: Path, student: str, processes: int, **settings: Any) -> RunConfig:
@@ -139,12 +145,12 @@ def test_packed_rows_in_two_processes(parts: dict[str, str], tmp_path: Path, pro
 
 @pytest.mark.parametrize("script", [None, FSDP], ids=["ddp", "fsdp"])
 def test_live_teachers_and_projections(
-    parts: dict[str, str], tmp_path: Path, processes: Processes, script: str | None
+    parts: dict[str, str], wider_teacher: str, tmp_path: Path, processes: Processes, script: str | None
 ) -> None:
     """A teacher with wider layers beside the student, whose projections are trained with it."""
     settings: dict[str, Any] = {
-        "teacher": {"kind": "hf", "path": parts["wide"]},
-        "layer_mapping": [[0, 0], [1, 2], [-1, -1]],
+        "teacher": {"kind": "hf", "path": wider_teacher},
+        "layer_mapping": "all",
         "loss_functions": [{"function": "kl", "weight": 0.5}, {"function": "hs_mse", "weight": 0.5}],
     }
     fsdp = {} if script is None else {"fsdp": True}

@@ -341,7 +341,8 @@ def ask(url: str, **options: Any) -> OpenAITeacher:
     return OpenAITeacher(OpenAISettings(base_url=url, **options), head_size=V, k=K, max_seq_len=64)
 
 
-DOCUMENTS = [document(np.random.default_rng(n).integers(0, V, n).tolist()) for n in (2, 9, 33, 64, 12)]
+# The last one's tokens have the ranks 1 and K and lower ones: each is given once, K ids a position or one more.
+DOCUMENTS = [document(np.random.default_rng(n).integers(0, V, n).tolist()) for n in (2, 9, 33, 64)] + [document(IDS)]
 
 
 def check(results: Iterator[ScoredDocument | RejectedDocument]) -> None:

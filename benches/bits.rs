@@ -144,11 +144,11 @@ impl Bench<'_> {
         assert_eq!(&back[..], values, "{who} {width}");
         // SAFETY: as above.
         self.measure::<T>("pack", width, who, || unsafe {
-            T::unchecked_pack(w, black_box(values), black_box(&mut packed))
+            T::unchecked_pack(w, black_box(values), black_box(&mut packed));
         });
         // SAFETY: as above.
         self.measure::<T>("unpack", width, who, || unsafe {
-            T::unchecked_unpack(w, black_box(&packed), black_box(&mut back))
+            T::unchecked_unpack(w, black_box(&packed), black_box(&mut back));
         });
     }
 
@@ -176,7 +176,7 @@ impl Bench<'_> {
         assert_eq!(&back[..], values, "{who} {width}");
         self.measure::<u32>("pack", width, who, || pack(black_box(values), black_box(&mut packed)));
         self.measure::<u32>("unpack", width, who, || {
-            unpack(black_box(&packed), black_box(&mut back))
+            unpack(black_box(&packed), black_box(&mut back));
         });
     }
 }

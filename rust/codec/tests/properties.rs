@@ -611,7 +611,10 @@ fn logits_as_far_apart_as_floats_go_have_finite_log_probabilities_or_are_refused
     let mut logsumexp = [0.0f32];
     match topk(&[f32::MIN, f32::MAX], 2, 2, &mut ids, &mut logprobs, &mut logsumexp) {
         Ok(()) => {
-            assert!(ids == [1, 0] && logprobs.iter().all(|value| value.is_finite()), "{logprobs:?}")
+            assert!(
+                ids == [1, 0] && logprobs.iter().all(|value| value.is_finite()),
+                "{logprobs:?}"
+            );
         }
         Err(error) => assert!(matches!(error, CodecError::Input(_)), "{error:?}"),
     }
@@ -673,7 +676,7 @@ fn sizes_that_do_not_fit_are_refused() {
     let bytes = codec.bytes_per_row();
     let refused = |result: Result<(), CodecError>, parts: &[&str]| match result {
         Err(CodecError::Input(message)) => {
-            assert!(parts.iter().all(|part| message.contains(part)), "{message}: {parts:?}")
+            assert!(parts.iter().all(|part| message.contains(part)), "{message}: {parts:?}");
         }
         other => panic!("{other:?}"),
     };

@@ -24,17 +24,26 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 WIDTH = 100
+# What is known of the machine's load during a run, by kind and date; the CSV files do not record it.
+QUIET, BUSY = ", on a quiet machine", ", while other work ran on the machine"
+LOAD = {("capture", "2026-11-25"): QUIET, ("decode", "2026-11-29"): BUSY}
 
 Row = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV file of benches/results: its date and processor architecture, by its name, and its lines."""
+    """A CSV file of benches/results: its kind, date and processor architecture, by its name, and its lines."""
 
+    kind: str
     date: str
     architecture: str
     rows: Sequence[Row]
+
+    @property
+    def load(self) -> str:
+        """Whether the machine did other work; empty if that is not known."""
+        return LOAD.get((self.kind, self.date), "")
 
     @property
     def measured(self) -> str:
@@ -51,7 +60,7 @@ def newest(kind: str, results: Path = RESULTS) -> Table:
         raise SystemExit(f"{results} has no {kind} figures")
     (date, architecture), path = found[-1]
     with path.open(newline="", encoding="utf-8") as file:
-        return Table(date, architecture, list(csv.DictReader(file)))
+        return Table(kind, date, architecture, list(csv.DictReader(file)))
 
 
 # -- Markdown ----------------------------------------------------------------------------------------------------------
@@ -112,19 +121,19 @@ def at_a_glance() -> list[str]:
                 row["bytes_per_token"],
                 number(row, "ours_kl_mean"),
                 percent(row, "ours_top1_agreement"),
-                number(speed, "ours_fastest"),
+                number(speed, "ours_median"),
             ]
         )
     rows = int(fidelity.rows[0]["rows"])
     return [
         "## At a glance",
-        table(["preset", "bytes per token", "mean KL, nats", "top-1 agreement", "decoded tokens/s"], lines),
+        table(["preset", "bytes per token", "mean KL, nats", "top-1 kept", "decoded tokens/s"], lines),
         prose(
-            f"""KL and agreement are measured on {rows:,} {fidelity.rows[0]["sample"]}, between the stored ids before
-            and after; `recommended` and `faithful` store 128 ids a token, the others 50, and KL is comparable only for
-            the same number. Speed is the best of {decode.rows[0]["runs"]} runs on all cores, {decode.measured}, while
-            other work ran on the machine; the spread is below. Bytes are those of a vocabulary of 32,769 to 65,536
-            ids."""
+            f"""KL and top-1 kept (the share of rows whose most probable id stays the most probable) are measured on
+            {rows:,} {fidelity.rows[0]["sample"]}, between the stored ids before and after. `recommended` and `faithful`
+            store 128 ids per token, the others 50, and KL is comparable only for the same number. Speed is the median
+            of {decode.rows[0]["runs"]} runs on all cores, {decode.measured}{decode.load}; the spread is below. Bytes
+            are those of a vocabulary of 32,769 to 65,536 ids."""
         ),
     ]
 
@@ -134,7 +143,7 @@ FIDELITY = {
     "KL p99": "kl_p99",
     "KL max": "kl_max",
     "mass error": "mass_error",
-    "top-1": "top1_agreement",
+    "top-1 kept": "top1_agreement",
     "worst error": "worst_error",
     "worst, p > 1e-6": "worst_likely",
 }
@@ -142,9 +151,15 @@ FIDELITY = {
 
 def fidelity_line(row: Row) -> list[str]:
     show = {column: percent if column == "top1_agreement" else number for column in FIDELITY.values()}
-    cells = [
-        f"**{show[column](row, f'ours_{column}')}** / {show[column](row, f'published_{column}')}" for column in show
-    ]
+    cells = []
+    for column in show:
+        ours, published = (float(row[f"{side}_{column}"]) for side in ("ours", "published"))
+        texts = [show[column](row, f"{side}_{column}") for side in ("ours", "published")]
+        # What reads the same is not marked, whatever further digits say.
+        if texts[0] != texts[1]:
+            better = int((ours < published) == (column == "top1_agreement"))
+            texts[better] = f"**{texts[better]}**"
+        cells.append(" / ".join(texts))
     over = f"{float(row['over_optimum']):.3f}" if row["over_optimum"] else ""
     return [f"`{row['config']}`", row["bytes_per_token"], *cells, over]
 
@@ -155,17 +170,18 @@ def fidelity_section() -> list[str]:
     return [
         "## Fidelity",
         prose(
-            f"""**Ours** / the published encoder in the same bytes, both read by the same decoder, on
+            f"""Ours / the published encoder in the same bytes, both read by the same decoder, the better in bold, on
             {int(rows[0]["rows"]):,} {rows[0]["sample"]}. KL(original ‖ decoded) is in nats, both sides renormalised
-            over the stored ids; mass error is the mean of |Σp̂ − Σp|; top-1 is the share of rows whose most probable id
-            stays the most probable; errors are of log-probabilities. The last column is our mean KL over the least that
-            the layout allows with unrounded coefficients and values in any order."""
+            over the stored ids; mass error is the mean of |Σp̂ − Σp|; top-1 kept is the share of rows whose most
+            probable id stays the most probable; errors are of log-probabilities. The last column is our mean KL over
+            the least that the layout allows with unrounded coefficients and values in any order."""
         ),
         table(["preset", "bytes per token", *FIDELITY, "ours / least KL"], map(fidelity_line, rows)),
         prose(
-            f"""Measured {found.measured}. The published algorithm is written down in plain torch
-            (`python/distillkit/bench/published.py`); bytes of both encoders are readable by both decoders, which is
-            checked first. Its figures here are those with one thread; for `recommended` they say little: see below."""
+            f"""Measured {found.measured}. The published algorithm, that of the original DistillKit, is written down in
+            plain torch (`python/distillkit/bench/published.py`); bytes of both encoders are readable by both decoders,
+            which is checked first. Its figures here are those with one thread; for `recommended` they say little: see
+            below."""
         ),
         prose(
             """Without residuals and with float32 coefficients (`recommended`, `budget`), no decoded row rises from one
@@ -206,8 +222,8 @@ def spread_section() -> list[str]:
         "## The published encoder on `recommended`",
         prose(
             f"""The published encoder has no single figure for `recommended`: its KL changes with the number of threads.
-            It fits the coefficients by a singular value decomposition in float32. The terms, powers of the rank up to
-            111⁴ beside its square root, have singular values from {singular[0] / 1e6:.0f} million
+            It fits the coefficients by a singular value decomposition in float32. The terms, the square root of the
+            rank and powers up to 111⁴, have singular values from {singular[0] / 1e6:.0f} million
             down to {singular[-1]:.2f}, of which float32 cannot resolve those below about {resolved:.0f}:
             {int((singular < resolved).sum())} of the {len(singular)}. What the encoder divides by are rounding errors,
             and those depend on the order in which numbers are added: on the number of threads, the processor and the
@@ -274,10 +290,10 @@ def speed_section() -> list[str]:
     return [
         "## Speed",
         prose(
-            f"""Ours and the published algorithm in batched torch, in turns in one process, with all cores unless the
-            row says otherwise; the best of several calls. What is timed is checked first. MB/s are of the decoded ids
-            and values (12 bytes for each of k), or of the logits. The limit is what the same machine does with as many
-            bytes. Measured {found.measured}."""
+            f"""Ours and the published algorithm in batched torch, interleaved in one process, with all cores unless
+            the row says otherwise; the best of several calls. What is timed is checked first. MB/s are of the decoded
+            ids and values (12 bytes for each of k), or of the logits. The limit is what the same machine does with as
+            many bytes. Measured {found.measured}{found.load}."""
         ),
         table([*headings, "limit, tokens/s"], lines),
         prose(memory),
@@ -286,6 +302,11 @@ def speed_section() -> list[str]:
             code); memory bandwidth, which moved by a third between runs on this machine; and other work on the machine.
             The published algorithm expands every id to a tensor of its bits, so its speed depends on whether these
             tensors fit into the caches: compare calls of 512 rows with those of 8,192."""
+        ),
+        prose(
+            """The two rows on reading shards into arrays do not show how reading scales: the one with one core is
+            measured in a process of its own and not interleaved with the other, and they differ by less than this
+            machine varies between runs."""
         ),
     ]
 
@@ -309,8 +330,7 @@ def decode_section() -> list[str]:
         "### Decoding, preset by preset",
         prose(
             f"""{first["runs"]} runs of decoding {int(first["rows"]):,} rows per call, with the spread of the runs; each
-            run's figure is its best call. Measured {found.measured}, while the machine did other work too; the table
-            above is from a quiet one."""
+            run's figure is its best call. Measured {found.measured}{found.load}."""
         ),
         table([*headings, "slowest to fastest run"], lines),
     ]
@@ -339,11 +359,11 @@ def packer_section() -> list[str]:
     return [
         "## The bit packer",
         prose(
-            f"""Billions of integers a second on one core, beside the fastest of the crates fastlanes and bitpacking at
-            each width; the range is over the widths. All buffers lie in the first-level cache, and every packer's
-            values are checked before its time counts. The other crates interleave values in layouts of their own; ours
-            is the published one. Measured {found.measured}; without AVX-512 our rates are lower (columns `portable`
-            and `avx2` of the CSV)."""
+            f"""Billions of integers per second on one core, compared with the fastest of the crates fastlanes and
+            bitpacking at each width; the range is over the widths. All buffers lie in the first-level cache, and every
+            packer's values are checked before its time counts. The other crates interleave values in layouts of their
+            own; ours is the published one. Measured {found.measured}{found.load}; without AVX-512 our rates are lower
+            (columns `portable` and `avx2` of the CSV)."""
         ),
         table(["work", "bits wide", "ours", "fastest other", "ours / other"], lines),
     ]
@@ -368,16 +388,17 @@ def capture_section() -> list[str]:
                 f"{work:.1f}",
             ]
         )
-    headings = ["teacher", "tokens", "alone, tokens/s", "captured, tokens/s", "overhead (median of shards)", "range"]
+    headings = ["teacher", "tokens", "alone, tokens/s", "captured, tokens/s", "extra time, median shard", "range"]
     return [
         "## What capturing costs",
         prose(
-            f"""The same documents scored by the teacher with nothing kept, and captured with `recommended`; shard by
-            shard in turns. The second row is a teacher whose answers are in memory already: the speed of the pipeline
-            itself. Measured {found.measured}. A faster teacher spends a larger share on capturing; the time of the
-            encoder's thread, in the last column, hardly changes."""
+            f"""The same documents scored by the teacher with nothing kept, and captured with `recommended`; the
+            shards of both are interleaved. The second row is a teacher whose answers are in memory already: the speed
+            of the pipeline itself. Measured {found.measured}{found.load}. The last column is the time of the encoder's
+            thread, which shares the cores with the teacher. A faster teacher spends a larger share of its time on
+            capturing."""
         ),
-        table([*headings, "encoder and writer, µs a token"], lines),
+        table([*headings, "encoder and writer, µs per token"], lines),
     ]
 
 
@@ -398,10 +419,11 @@ def engines_section() -> list[str]:
         "## transformers and vLLM",
         prose(
             f"""The demo's teacher in float32 on a CPU, captured by both engines, and the demo's student trained from
-            either capture. Over {int(first["rows"]):,} rows, {percent(first, "same_first_id")} have the same most
-            probable id, {percent(first, "shared_ids", 4)} of the stored ids are the same, and the KL between the stored
-            distributions is {number(first, "kl_mean")} on average and {number(first, "kl_p99")} at the 99th percentile.
-            Measured {found.measured}. A GPU, or a lower precision, would change both the speed and the distance."""
+            either capture for 100 steps. Over {int(first["rows"]):,} rows, {percent(first, "same_first_id")} have the
+            same most probable id, {percent(first, "shared_ids", 4)} of the stored ids are the same, and the KL between
+            the stored distributions is {number(first, "kl_mean")} on average and {number(first, "kl_p99")} at the 99th
+            percentile. Measured {found.measured}. A GPU, or a lower precision, would change both the speed and the
+            distance."""
         ),
         table(["engine", "tokens", "tokens/s", *(f"held-out KL, seed {s.rsplit('_', 1)[1]}" for s in seeds)], lines),
     ]
@@ -459,7 +481,8 @@ def which_loss_section() -> list[str]:
 
 
 RERUN = [
-    "`make bench`: fidelity, speed, decoding and the bit packer, written to benches/results/ under today's date.",
+    "`make bench`: fidelity, speed, decoding and the bit packer, on an otherwise idle machine, written to "
+    "benches/results/ under today's date. Enter a known load in `LOAD` of `benches/docs.py`.",
     "`python benches/bench.py fidelity`, `speed` or `decode`: one of them. They run on positions of the demo's "
     "teacher, which `benches/sample.py` collects once, in a few minutes.",
     "`python benches/order.py`, `benches/capture.py`, `benches/losses.py`, `benches/engines.py` and "
@@ -476,7 +499,8 @@ def page() -> str:
         prose(
             """Generated by `make bench-docs` (`benches/docs.py`) from the newest CSV files in
             [benches/results](../benches/results); do not edit it by hand. Every section says when, where and how its
-            figures were measured, and what would change them. How to measure them again is at the end."""
+            figures were measured, and what would change them. Where a section does not say whether the machine was
+            quiet during a timing, its load was not recorded. How to measure them again is at the end."""
         ),
     ]
     sections = (

@@ -264,7 +264,7 @@ def run_training(output: Path, name: str, *, kl: bool, steps: int | None) -> dic
 MEASURES = (
     ("eval_kl", "KL(teacher ‖ student), nats", "{:.3f}"),
     ("eval_perplexity", "perplexity", "{:,.0f}"),
-    ("eval_top1_agreement", "same first token as the teacher", "{:.1%}"),
+    ("eval_top1_agreement", "top-1 agreement with the teacher", "{:.1%}"),
 )
 
 

@@ -240,6 +240,12 @@ def test_vllm_that_is_not_there(teacher: Path, monkeypatch: pytest.MonkeyPatch) 
         make_teacher(settings)
 
 
+def test_an_engine_without_a_teacher_is_refused(teacher: Path) -> None:
+    settings = CaptureSettings(model=str(teacher), dataset="d", output="o", compression_config=EXACT)
+    with refused(ConfigError, "engine", "'other'"):
+        make_teacher(settings.model_copy(update={"engine": "other"}))
+
+
 def test_vllm_needs_room_for_a_token_more(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distillkit.capture.teachers.vllm.find_spec", lambda name: True)
     with refused(ConfigError, "max_model_len", "64", "65"):

@@ -59,7 +59,7 @@ _FIDELITY_ABOUT = (
 
 def fidelity_table(rows: Sequence[FidelityRow], sample: Sample) -> Group:
     """For each configuration: our encoder, the published one, and the limits of the layout."""
-    headings = "", "KL\nmean", "\np99", "\nmax", "mass\nerror", "mass\n> 1", "top-1\nsame", "worst\nerror", "p >\n1e-6"
+    headings = "", "KL\nmean", "\np99", "\nmax", "mass\nerror", "mass\n> 1", "top-1\nkept", "worst\nerror", "p >\n1e-6"
     table = _table((*headings, "ris-\ning"))
     for row in rows:
         if row.skipped:

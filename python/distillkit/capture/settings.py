@@ -130,8 +130,8 @@ class CaptureSettings(BaseModel):
     shuffle: bool = Field(default=False, description="Capture rows in random order.")
     where: Conditions = Field(
         default=(),
-        description="Capture only rows whose column has this value; several conditions must all hold. A value that is "
-        "not text is written as JSON.",
+        description="Conditions of the form column=value: capture only rows whose column has this value; several "
+        "conditions must all hold. A value that is not text is written as JSON.",
     )
     min_tokens: int | None = Field(default=None, ge=1, description="Leave out documents with fewer tokens.")
     max_tokens: int | None = Field(default=None, ge=2, description="Leave out documents with more tokens.")
@@ -182,7 +182,8 @@ class CaptureSettings(BaseModel):
     )
     shard_range: str | None = Field(
         default=None,
-        description="Capture only these shards of the plan, END excluded, so that several jobs can share the work.",
+        description="Capture only these shards of the plan, in the form FIRST:END (numbered from 0, END excluded), so "
+        "that several jobs can share the work.",
     )
     skip_bad_documents: int = Field(
         default=0, ge=0, description="Leave out up to this many documents that the teacher cannot score."

@@ -229,7 +229,7 @@ def _fidelity(inspection: Inspection) -> _Section:
     section.add("KL, p99", f"{stats.kl_p99:.2e}")
     section.add("KL, max", f"{stats.kl_max:.2e}")
     section.add("worst error", f"{stats.worst_error:.3g}", "nats, of any stored id")
-    section.add("top-1 agreement", f"{stats.top1_agreement:.2%}", "the most probable id stays the most probable")
+    section.add("top-1 kept", f"{stats.top1_agreement:.2%}", "the most probable id stays the most probable")
     section.add("mass error", f"{stats.mass_error:.1e}", "mean difference of the total stored probability")
     return section
 

@@ -39,7 +39,7 @@ Generated from the code by `make docs`; do not edit.
 
 A YAML file has the settings of a training run (`distillkit config.yaml`) or of captures
 (`distillkit capture captures.yaml`). All unknown settings and invalid values are reported at once,
-before anything is loaded.
+before anything is loaded. *Published* means: of the original DistillKit ([glossary](glossary.md)).
 
 Editors with the YAML language server complete settings, show their descriptions and mark mistakes.
 Write the JSON schemas to files, and begin each YAML file with the line that names its schema:
@@ -65,10 +65,11 @@ teacher: {{kind: dataset}}
 
 ## Captures
 
-Every setting is also an option of `distillkit capture` (`--max-seq-len 2048`) and an argument of
-`distillkit.capture.capture`. Engine settings go in the engine's section or at the top level
-(`tensor_parallel_size: 4`). A file may list several captures under `captures`, each with the
-settings in which it differs.
+Every setting except the three sections `hf`, `vllm` and `openai` is also an option of
+`distillkit capture` (`--max-seq-len 2048`), as are the settings in these sections. All of them are
+arguments of `distillkit.capture.capture`. In a file, engine settings go in the engine's section or
+at the top level (`tensor_parallel_size: 4`). A file may list several captures under `captures`,
+each with the settings in which it differs.
 
 ```yaml
 # yaml-language-server: $schema=capture.schema.json

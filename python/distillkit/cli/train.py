@@ -26,7 +26,7 @@ _MEASURES = (
     ("eval_kl", "KL(teacher ‖ student)", "{:.4f}"),
     ("eval_cross_entropy", "cross-entropy", "{:.4f}"),
     ("eval_perplexity", "perplexity", "{:,.2f}"),
-    ("eval_top1_agreement", "same first token as the teacher", "{:.1%}"),
+    ("eval_top1_agreement", "top-1 agreement with the teacher", "{:.1%}"),
     ("eval_student_mass", "probability on the stored tokens", "{:.1%}"),
 )
 

@@ -73,9 +73,9 @@ class LossConfig(BaseModel):
     )
     missing_probability_handling: Handling | None = Field(
         default=None,
-        description="How to treat the teacher's probability outside the stored tokens: zero (the default) drops it "
-        "and renormalises the rest; uniform (or symmetric_uniform) compares it as one bucket with that of the student; "
-        "label assigns it to the true next token.",
+        description="How to treat the teacher's probability outside the stored tokens: zero (the default; the default "
+        "`loss_functions` use uniform) drops it and renormalises the rest; uniform (or symmetric_uniform) compares it "
+        "as one bucket with that of the student; label assigns it to the true next token.",
     )
     sparse_chunk_length: int | None = Field(
         default=None,

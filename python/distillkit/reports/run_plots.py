@@ -38,7 +38,7 @@ def plot_quality(run: RunRecord, path: Path) -> None:
     _losses(axes[0, 0], run)
     _divergence(axes[0, 1], run)
     _shares(
-        axes[1, 0], run, (("top1_agreement", "same top token"), ("topk_overlap", "overlap of top tokens")), zero=True
+        axes[1, 0], run, (("top1_agreement", "top-1 agreement"), ("topk_overlap", "overlap of top tokens")), zero=True
     )
     style_axes(axes[1, 0], f"Agreement with the teacher{_where(held_out)}")
     _shares(axes[1, 1], run, (("student_mass", "student"), ("teacher_mass", "teacher")), zero=False)

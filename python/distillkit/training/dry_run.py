@@ -337,7 +337,8 @@ def _batch(state: _State) -> Check | tuple[str, dict[str, Any]]:
     names = [loss["name"] for loss in state.run.description["losses"]]
     losses = ", ".join(f"{name} {averages[name]:.4f}" for name in names)
     detail = (
-        f"{shape}: forward and backward run; {losses}; same first token as the teacher {averages['top1_agreement']:.1%}"
+        f"{shape}: forward and backward run; {losses}; top-1 agreement with the teacher "
+        f"{averages['top1_agreement']:.1%}"
     )
     figures = {"rows": rows, "length": length, **{name: averages[name] for name in (*names, "top1_agreement")}}
     return detail, figures

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distillkit.capture.teachers.base import Teacher
+from distillkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from distillkit.capture.settings import CaptureSettings
@@ -38,6 +39,8 @@ def make_teacher(settings: CaptureSettings) -> Teacher:
             tokenizer=settings.tokenizer,
             trust_remote_code=trust,
         )
-    from distillkit.capture.teachers.openai import OpenAITeacher
+    if settings.engine == "openai":
+        from distillkit.capture.teachers.openai import OpenAITeacher
 
-    return OpenAITeacher(settings.openai, head_size=head_size, k=k, max_seq_len=settings.max_seq_len)
+        return OpenAITeacher(settings.openai, head_size=head_size, k=k, max_seq_len=settings.max_seq_len)
+    raise ConfigError(f"engine: {settings.engine!r} has no teacher in capture/teachers/make.py")

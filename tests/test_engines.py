@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from distillkit.capture import CaptureSettings, capture
-from distillkit.capture.engine_settings import OpenAISettings
+from distillkit.capture.engine_settings import OpenAISettings, VLLMSettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.make import make_teacher
 from distillkit.capture.teachers.openai import OpenAITeacher, echoed_entries, prompt_entries
@@ -189,7 +189,7 @@ def test_batch_tokens_are_what_memory_has_room_for() -> None:
     assert fit(2.4e9, 151_936) == 2560 == int(2.4e9 / (151_936 * 6)) // 256 * 256
     assert fit(2.4e9, 151_936, 4) == 1792, "float32 logits beside float32 log-probabilities"
     assert fit(256 * 262_144 * 6, 262_144) == 256
-    with refused(ConfigError, "256", "262,144", "6 B", "402.7 MB", "of 80 GB"):
+    with refused(ConfigError, "256", "262,144", "6 B", "403 MB", "of 80 GB"):
         fit(256 * 262_144 * 6 - 1, 262_144)
     with refused(ConfigError, "0 bytes"):
         fit(-1, 1000)
@@ -220,7 +220,7 @@ def test_settings_of_another_engine_are_refused() -> None:
         ({"engine": "openai", "base_url": "x", "request_timeout": 0}, ["request_timeout", "0"]),
     ):
         with refused(ConfigError, *facts):
-            CaptureSettings.of(model="m", dataset="d", output="o", **options)
+            CaptureSettings(model="m", dataset="d", output="o", **options)
 
 
 def test_the_engine_is_in_the_header_where_it_decides() -> None:
@@ -249,7 +249,7 @@ def test_an_engine_without_a_teacher_is_refused(teacher: Path) -> None:
 def test_vllm_needs_room_for_a_token_more(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distillkit.capture.teachers.vllm.find_spec", lambda name: True)
     with refused(ConfigError, "max_model_len", "64", "65"):
-        VLLMTeacher(str(teacher), k=8, max_seq_len=64, max_model_len=64)
+        VLLMTeacher(str(teacher), VLLMSettings(max_model_len=64), k=8, max_seq_len=64)
 
 
 def test_published_options_are_understood(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,8 +411,8 @@ def test_what_a_server_can_not_give_is_said_plainly() -> None:
     with server(lambda body: ok(completion(body))) as (url, _):
         with refused(ConfigError, "tiny", "'large'"):
             ask(url, served_model="large")
-        with refused(ConfigError, "65", "--max-seq-len 64"):
-            OpenAITeacher(url, head_size=V, k=K, max_seq_len=65)
+        with refused(ConfigError, "65", "--max-seq-len", "64"):
+            OpenAITeacher(OpenAISettings(base_url=url), head_size=V, k=K, max_seq_len=65)
 
 
 def test_a_document_that_a_server_can_not_do_and_a_server_that_is_gone() -> None:

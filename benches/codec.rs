@@ -69,10 +69,10 @@ fn packing(c: &mut Criterion) {
         assert_eq!(back, values);
         group.throughput(Throughput::Elements(values.len() as u64));
         group.bench_function(format!("pack {width}"), |b| {
-            b.iter(|| bits::pack(&values, width, &mut packed))
+            b.iter(|| bits::pack(&values, width, &mut packed));
         });
         group.bench_function(format!("unpack {width}"), |b| {
-            b.iter(|| bits::unpack(&packed, width, &mut back))
+            b.iter(|| bits::unpack(&packed, width, &mut back));
         });
     }
     group.finish();

@@ -151,7 +151,7 @@ def test_capture_under_its_published_name(folder: Path, text: Path, tmp_path: Pa
     config = tmp_path / "compression_config.yaml"
     config.write_text(yaml.safe_dump({**EXACT, "d": 100}))
     options = ["--model", folder, "--dataset", text, "--output", tmp_path / "vllm", "--compression-config", config]
-    command = [sys.executable, "-m", "distillkit.cli.compat.sample_logits_vllm", *options, "--max-seq-len", "64"]
+    command = [sys.executable, "-m", "distillkit.sample_logits_vllm", *options, "--max-seq-len", "64"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("captured:"), "vLLM's log is on stderr"

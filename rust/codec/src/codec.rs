@@ -256,5 +256,5 @@ fn whole_rows(name: &str, len: usize, row: usize) -> Result<usize> {
     if len.is_multiple_of(row) {
         return Ok(len / row);
     }
-    Err(CodecError::Input(format!("{len} {name} are no whole number of rows of {row}")))
+    Err(CodecError::Input(format!("{len} {name} cannot be divided into rows of {row}")))
 }

@@ -133,7 +133,7 @@ impl Backend {
                 config_error(
                     BACKEND_VARIABLE,
                     format!(
-                        "{name:?} is no backend; this CPU has {known} (unset it for the fastest)"
+                        "{name:?} is not a backend; this CPU has {known} (unset it for the fastest)"
                     ),
                 )
             }

@@ -411,7 +411,7 @@ def test_what_a_server_can_not_give_is_said_plainly() -> None:
     with server(lambda body: ok(completion(body))) as (url, _):
         with refused(ConfigError, "tiny", "'large'"):
             ask(url, served_model="large")
-        with refused(ConfigError, "65", "--max-seq-len", "64"):
+        with refused(ConfigError, "65", "--max-seq-len 64"):
             OpenAITeacher(OpenAISettings(base_url=url), head_size=V, k=K, max_seq_len=65)
 
 

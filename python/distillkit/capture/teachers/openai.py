@@ -171,7 +171,7 @@ class OpenAITeacher:
         if isinstance(longest, int) and longest < max_seq_len + 1:
             raise ConfigError(
                 f"max_seq_len: documents of {max_seq_len} tokens and the one that must be generated exceed the "
-                f"{longest} that {self._server} accepts: lower --max-seq-len to {longest - 1}, or start the "
+                f"{longest} that {self._server} accepts: use --max-seq-len {longest - 1}, or start the "
                 f"server with --max-model-len {max_seq_len + 1}"
             )
         return name

@@ -213,6 +213,7 @@ def test_a_missing_package_is_named(dataset: Path, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_and_an_old_terminal(dataset: Path) -> None:
     program = "import sys; from distillkit.cli.codec import main; main()"
     command = [sys.executable, "-W", "error", "-c", program, "inspect", str(dataset)]

@@ -13,6 +13,7 @@ from distillkit.training.config.file import load_config
 
 
 @pytest.mark.parametrize("module", ["sample_logits_vllm", "pack_logits"])
+@pytest.mark.slow
 def test_published_commands_run_as_modules(module: str) -> None:
     command = [sys.executable, "-m", f"distillkit.{module}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -16,13 +16,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 
 @pytest.fixture
 def docs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_docs", ROOT / "benches" / "docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # where its dataclasses look their types up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs", monkeypatch)
 
 
 def test_the_page_is_up_to_date(docs: ModuleType) -> None:

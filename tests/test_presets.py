@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,6 +10,7 @@ import pytest
 from distillkit.bench.fidelity import FidelityRow, Figures, compare
 from distillkit.bench.sample import bundled_sample
 from distillkit.codec import preset
+from support.scripts import load_script
 
 COUNTERPARTS = {"faithful": "recommended", "compact": "budget"}
 
@@ -46,14 +44,7 @@ def test_balanced_is_far_better_for_a_few_bytes_more() -> None:
 
 
 def search_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = Path(__file__).resolve().parent.parent / "benches" / "presets.py"
-    spec = importlib.util.spec_from_file_location("presets_search", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # where its dataclasses look their types up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("presets", monkeypatch)
 
 
 def test_the_search_finds_better_ones(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

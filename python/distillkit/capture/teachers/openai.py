@@ -15,7 +15,7 @@ import numpy as np
 
 from distillkit.capture.engine_settings import OpenAISettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
-from distillkit.capture.teachers.ranked import RankedEntries, scored_document
+from distillkit.capture.teachers.ranked import RankedEntries, check_request, scored_document
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.types import TokenDocument
 
@@ -84,13 +84,7 @@ class OpenAITeacher:
         self, documents: Sequence[TokenDocument], request: RowRequest
     ) -> Iterator[ScoredDocument | RejectedDocument]:
         """Yield every document's distributions as the server answers; see `Teacher.score`."""
-        if request.keep_ids:
-            raise ConfigError(
-                "keep_ids: a server returns only the top k, not the log-probabilities of chosen ids; use the "
-                "transformers engine (--engine hf)"
-            )
-        if request.k > self._k:
-            raise ConfigError(f"k: {request.k} ids per row were requested, but the server was set up for {self._k}")
+        check_request(request, self._k, "a server", "the server was set up for")
         waiting = iter(enumerate(documents))
         pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="distillkit-request")
         try:

@@ -14,14 +14,35 @@ import numpy as np
 import numpy.typing as npt
 
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument, refusal
+from distillkit.errors import ConfigError
 from distillkit.types import SparseLogprobs, TokenDocument
 
-__all__ = ["RankedEntries", "scored_document"]
+__all__ = ["RankedEntries", "check_request", "scored_document"]
 
 # Engines with a JSON API write −9999 for −∞.
 _LOWEST = -9998.0
 # float32 sums and a 16-bit softmax may slightly exceed one; garbage exceeds it by more.
 _MOST_MASS = 1.01
+
+
+def check_request(request: RowRequest, most: int, engine: str, limit: str) -> None:
+    """Refuse what an engine that returns ranked log-probabilities cannot provide.
+
+    Args:
+        request: what is stored of the distributions.
+        most: ids per row that the engine returns.
+        engine, limit: what messages call the engine, and how it came to return that many.
+
+    Raises:
+        ConfigError: chosen ids, or too many per row, are requested.
+    """
+    if request.keep_ids:
+        raise ConfigError(
+            f"keep_ids: {engine} returns only the top k, not the log-probabilities of chosen ids; use the "
+            "transformers engine (--engine hf)"
+        )
+    if request.k > most:
+        raise ConfigError(f"k: {request.k} ids per row were requested, but {limit} {most}")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import xxhash
 from distillkit.capture.engine_settings import VLLMSettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.hf import load_config, resolve_device, resolve_dtype
-from distillkit.capture.teachers.ranked import RankedEntries, scored_document
+from distillkit.capture.teachers.ranked import RankedEntries, check_request, scored_document
 from distillkit.console import human_bytes
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.types import TokenDocument
@@ -145,13 +145,7 @@ class VLLMTeacher:
         vLLM's values depend slightly on which documents it processes at the same time, so they vary slightly between
         runs.
         """
-        if request.keep_ids:
-            raise ConfigError(
-                "keep_ids: vLLM returns only the top k, not the log-probabilities of chosen ids; use the "
-                "transformers engine (--engine hf)"
-            )
-        if request.k > self._k:
-            raise ConfigError(f"k: {request.k} ids per row were requested, but the engine was started for {self._k}")
+        check_request(request, self._k, "vLLM", "the engine was started for")
         params, fatal = _sampling_params(request), _fatal_errors()
         waiting = deque(range(len(documents)))
         running: dict[str, int] = {}

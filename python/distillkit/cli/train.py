@@ -55,7 +55,7 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
         logging.getLogger("distillkit").setLevel(logging.WARNING)
     # Libraries and trackers print to stdout, which is only for the result.
     with contextlib.redirect_stdout(sys.stderr):
-        result = _check(config) if checks_only else _train(config)
+        result = dry_run(config) if checks_only else _train(config)
         _leave_process_group()
     content = result.to_dict() if isinstance(result, DryRun) else result
     if first and as_json:
@@ -71,7 +71,10 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
 def _train(config: Path) -> dict[str, Any]:
     from distillkit.training.config.file import load_config
 
+    from distillkit.training.config.surroundings import check_surroundings
+
     run = load_config(config)
+    check_surroundings(run)  # before the slow imports below
     from transformers.utils.logging import disable_progress_bar
 
     from distillkit.training.run import train as train_student
@@ -79,13 +82,6 @@ def _train(config: Path) -> dict[str, Any]:
     # Its progress bars for loading and saving would collide with ours.
     disable_progress_bar()
     return train_student(run)
-
-
-def _check(config: Path) -> DryRun:
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    return dry_run(config)
 
 
 _MARKS = {"passed": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[bold red]✗[/]", "not checked": "[dim]·[/]"}
@@ -123,6 +119,8 @@ def _leave_process_group() -> None:
     The wrapped student keeps the group alive in reference cycles. If it lived until the interpreter's exit, the group's
     threads could call into Python after its finalisation, which aborts the process.
     """
+    if "torch" not in sys.modules:
+        return
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

@@ -43,14 +43,15 @@ def _exists(name: str) -> bool:
         return False
 
 
-def missing_place(name: str, what: str = "folder") -> str | None:
+def missing_place(name: str, what: str = "folder", *, hub: bool = True) -> str | None:
     """Return why nothing can be loaded from a name that is a path, or None if it exists or could be a hub id.
 
     Args:
         name: a setting that takes a path or a hub id.
         what: `folder` for models and tokenizers, `file or folder` for datasets.
+        hub: whether it may be a hub id; False: any name is a path.
     """
-    if not is_path(name):
+    if hub and not is_path(name):
         return None
     if not _exists(name):
         return f"no such {what}: {name}{_neighbour(name)}"

@@ -70,7 +70,6 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
 
 def _train(config: Path) -> dict[str, Any]:
     from distillkit.training.config.file import load_config
-
     from distillkit.training.config.surroundings import check_surroundings
 
     run = load_config(config)

@@ -197,7 +197,8 @@ def _output(state: _State) -> Check | tuple[str, dict[str, Any]]:
         pass
     resumed = checkpoint_of(state.config)
     if resumed is not None:
-        return f"{folder}: writable; training resumes from {resumed}", {"resumes_from": resumed}
+        found = str(resumed.folder)
+        return f"{folder}: writable; training resumes from {found}", {"resumes_from": found}
     if (folder / "metrics.jsonl").exists():
         detail = f"{folder}: contains an earlier run, whose metrics, report and student would be overwritten"
         return Check("output folder", "warning", detail)
@@ -269,6 +270,17 @@ def _plan(state: _State) -> tuple[str, dict[str, Any]]:
     state.steps, state.steps_an_epoch = steps, per_epoch
     detail = f"{steps:,} steps of {batch:,} rows; one pass over the data takes {per_epoch:,} steps"
     return detail, {"steps": steps, "rows_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}
+
+
+def _resume(state: _State) -> tuple[str, dict[str, Any]]:
+    from distillkit.training.run import resumed_checkpoint
+
+    checkpoint = resumed_checkpoint(state.run, state.config)
+    if checkpoint is None:
+        return "training starts at step 0", {"step": 0}
+    return f"{checkpoint.folder} is whole and of the same run; {checkpoint.step:,} steps are done", {
+        "step": checkpoint.step
+    }
 
 
 def _memory(state: _State) -> Check:
@@ -405,6 +417,7 @@ _STEPS = (
     _Step("data fits student", ("data", "teacher"), _fits),
     _Step("head and losses", ("data fits student",), _head),
     _Step("steps", ("head and losses",), _plan),
+    _Step("resume", ("output folder", "steps"), _resume),
     _Step("memory", ("head and losses",), _memory),
     _Step("first batch", ("memory", "steps"), _batch),
     _Step("disk", ("output folder", "steps"), _disk),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -245,7 +245,7 @@ def evaluation_metrics(content: Mapping[Any, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*_LESS_IS_BETTER, *GREATER_IS_BETTER, *repeated)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _checked(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(ARGUMENTS[name])
 

@@ -157,11 +157,11 @@ def checkpoints_in(folder: Path) -> Iterator[Path]:
 
 
 def newest_checkpoint(folder: Path, *, content: bool = False) -> Checkpoint | None:
-    """Find the newest checkpoint that training can go on from. Those that it passes over are named in warnings.
+    """Find the newest checkpoint that training can go on from, and warn of those that are passed over.
 
     Args:
         folder: the output folder.
-        content: compare the contents of its files with their hashes, not only their sizes.
+        content: compare the contents of files with their hashes; without it only their sizes, and nothing is logged.
 
     Raises:
         CheckpointError: there are checkpoints, but none to go on from; names each with its reason.
@@ -173,7 +173,7 @@ def newest_checkpoint(folder: Path, *, content: bool = False) -> Checkpoint | No
         except CheckpointError as damage:
             damaged.append(damage)
             continue
-        for damage in damaged:
+        for damage in damaged if content else ():
             logger.warning("%s. Going on from the checkpoint before it, %s", damage, path)
         return checkpoint
     if damaged:

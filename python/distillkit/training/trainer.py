@@ -307,8 +307,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if self.last_checkpoint is not None:
             saved = f"The last checkpoint, {self.last_checkpoint}, was saved before this"
         return DistillKitError(
-            f"{what} at step {self.state.global_step}: lower the learning rate, or train in bfloat16 or float32 instead "
-            f"of float16. {saved}"
+            f"{what} at step {self.state.global_step}: lower the learning rate, or train in bfloat16 or float32 "
+            f"instead of float16. {saved}"
         )
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from pydantic import (
 
 from distillkit.codec import Codec
 from distillkit.configuration.places import is_path
-from distillkit.configuration.problems import shown
+from distillkit.configuration.problems import cut, shown
 from distillkit.errors import ConfigError, nearest
 from distillkit.losses.config import LossConfig
 from distillkit.models.adapters import LoraSection
@@ -115,7 +115,7 @@ class DatasetSection(_Model):
     def _a_section(cls, value: object) -> object:
         if isinstance(value, str):
             key = "disk_path" if is_path(value) else "repo_id"
-            raise ValueError(f"must be a section such as {{{key}: {value}}}, found {shown(value)}")
+            raise ValueError(f"must be a section such as {{{key}: {cut(value)}}}, found {shown(value)}")
         return value
 
 
@@ -328,7 +328,7 @@ class RunConfig(_Model):
     @classmethod
     def _a_section(cls, value: object) -> object:
         if isinstance(value, str):
-            known = f"{{kind: {value}}}" if value == "dataset" else f"{{kind: hf, path: {value}}}"
+            known = f"{{kind: {value}}}" if value == "dataset" else f"{{kind: hf, path: {cut(value)}}}"
             raise ValueError(f"must be a section such as {known}, found {shown(value)}")
         return value
 

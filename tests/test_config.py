@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import httpx
 import pytest
 import transformers
 import yaml
@@ -30,8 +31,9 @@ from distillkit.codec import Codec, DistributionQuantizationConfig, LegacyLogitC
 from distillkit.configuration.places import missing_place
 from distillkit.configuration.problems import shown
 from distillkit.configuration.secrets import redacted, secret_paths, without_secrets
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, DistillKitError
 from distillkit.models.weights import damaged_file
+from distillkit.text.tokenizer import load_tokenizer
 from distillkit.training.config.argument_rules import argument_problems, converted, evaluation_metrics
 from distillkit.training.config.argument_table import ARGUMENTS as TABLE
 from distillkit.training.config.argument_table import ROWS
@@ -572,6 +574,15 @@ def test_a_damaged_file_of_weights_is_named(tmp_path: Path) -> None:
         config = parse_config({**MINIMAL, "model": str(tmp_path / "student")})
         with refused(ConfigError, "model", str(file)):
             check_surroundings(config)
+    file.write_bytes(whole)
+    index = tmp_path / "student" / "model.safetensors.index.json"
+    for text, fact in (('{"weight_map": {"a": "other.safetensors"}}', "other.safetensors"), ("{", index.name)):
+        index.write_text(text)
+        check_names(str(damaged_file(str(tmp_path / "student"))), str(index.parent / fact))
+    index.unlink()
+    (tmp_path / "student" / "tokenizer.json").write_text('{"model": 3}')
+    with refused(ConfigError, str(tmp_path / "student")):
+        load_tokenizer(str(tmp_path / "student"))
 
 
 def test_pushing_needs_the_hub_and_a_token(
@@ -589,6 +600,20 @@ def test_pushing_needs_the_hub_and_a_token(
     check_surroundings(
         run_config(parts["student"], tmp_path, parts["train"], training_args={**arguments, "hub_token": "x"})
     )
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("Name or service not known\nfor https://me:s3cret@host")
+
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", unreachable)
+    config = run_config(parts["student"], tmp_path, parts["train"], training_args={"push_to_hub": True})
+    with pytest.raises(DistillKitError) as caught:
+        Run(config).trainer  # noqa: B018
+    assert "\n" not in str(caught.value)
+    check_names(str(caught.value), "training_args.push_to_hub", "Name or service not known")
 
 
 def test_packages_that_are_too_old_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

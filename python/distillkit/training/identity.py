@@ -10,7 +10,7 @@ micro-batches and processes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,8 +116,20 @@ def identity_of(
     if _depends_on_end(arguments):
         found[LAST] = None
     # Not-a-number has no JSON, and is not equal to itself.
-    plain: dict[str, Any] = json.loads(json.dumps(without_secrets(found), default=str), parse_constant=str)
-    return plain
+    plain = json.loads(json.dumps(without_secrets(found), default=str), parse_constant=str)
+    return dict(_flat(plain, ""))
+
+
+def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of a value by path, so that a message has the very parts that differ."""
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from _flat(part, f"{path}.{name}" if path else name)
+    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        for index, part in enumerate(value):
+            yield from _flat(part, f"{path}.{index}")
+    else:
+        yield path, value
 
 
 def check_same_run(kept: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from distillkit.configuration.places import neighbour
 from distillkit.configuration.secrets import secret_paths, without_secrets
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.losses.fused import Objective
@@ -25,7 +26,7 @@ from distillkit.reports.run_report import ReportFiles
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.callbacks import ConsoleProgress, MetricsFile
-from distillkit.training.checkpoints import Checkpoint, checked, newest_checkpoint
+from distillkit.training.checkpoints import Checkpoint, checked, checkpoints_in, newest_checkpoint
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.schema import LiveTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
@@ -315,15 +316,30 @@ def checkpoint_of(config: RunConfig, *, content: bool = False) -> Checkpoint | N
     if not wanted:
         return None
     try:
-        found = newest_checkpoint(Path(config.output_path), content=content) if wanted is True else None
-        if wanted is not True and not Path(wanted).is_dir():
-            raise ConfigError(f"no such folder: {wanted!r}")
-        found = found or (None if wanted is True else checked(Path(wanted), content=content))
+        if wanted is True:
+            found = newest_checkpoint(Path(config.output_path), content=content)
+        else:
+            found = _named_checkpoint(wanted, content=content)
     except ConfigError as error:
         raise ConfigError(f"{config.source}: {key}: {error}") from error
     if found is None:
         raise ConfigError(f"{config.source}: {key}: {config.output_path} contains no checkpoint; remove this setting")
     return found
+
+
+def _named_checkpoint(name: str, *, content: bool) -> Checkpoint:
+    """Return the checkpoint in a folder.
+
+    Raises:
+        ConfigError: there is no whole one.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"no such folder: {name!r}{neighbour(name)}")
+    inside = next(checkpoints_in(folder), None)
+    if inside is not None:
+        raise ConfigError(f"{name!r} is not a checkpoint, but has some in it, such as {inside}")
+    return checked(folder, content=content)
 
 
 def resumed_checkpoint(run: Run, config: RunConfig) -> Checkpoint | None:
@@ -346,6 +362,14 @@ def resumed_checkpoint(run: Run, config: RunConfig) -> Checkpoint | None:
         raise ConfigError(
             f"{config.source}: training_args: {checkpoint.folder} was saved after step {checkpoint.step:,}, but this "
             f"run ends at step {steps:,} (max_steps or num_train_epochs); resume from an earlier checkpoint"
+        )
+    processes = run.arguments.world_size
+    states = {"rng_state.pth"} if processes == 1 else {f"rng_state_{rank}.pth" for rank in range(processes)}
+    if not states <= checkpoint.files.keys():
+        logger.warning(
+            "%s was saved by another number of processes: dropout, if the student has any, goes on with other random "
+            "numbers",
+            checkpoint.folder,
         )
     return checkpoint
 

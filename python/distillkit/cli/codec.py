@@ -16,7 +16,7 @@ from rich.text import Text
 from distillkit import __version__
 from distillkit.cli.common import CONFIG, SPLIT, run_cli
 from distillkit.codec import PRESETS, preset
-from distillkit.console import human_bytes, output, progress_bar, show
+from distillkit.console import human_bytes, progress_bar, say, show
 from distillkit.errors import DistillKitError
 from distillkit.reports.inspection import Inspection, inspect_dataset, recompute_fidelity
 from distillkit.shards import Dataset, convert, verify_dataset
@@ -90,7 +90,7 @@ def inspect(
         sections = (_what, _size, _content, _alignment, _fidelity)
         show(Group(*(section(inspection) for section in sections)))
         if plot is not None:
-            output().print(f"plot: {plot}", soft_wrap=True, markup=False)
+            say(f"plot: {plot}")
     if not inspection.plausible:
         raise DistillKitError(
             f"{path}: the probabilities of {inspection.mass_impossible:.1%} of the rows add up to more than 1.1, "
@@ -254,7 +254,7 @@ def verify(path: str, config: str | None, split: str | None, as_json: bool) -> N
     else:
         counts = {name: getattr(report, name) for name in ("files", "documents", "tokens", "rows")}
         found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-        output().print(f"{'valid' if report.ok else 'valid part'}: {found}", soft_wrap=True)
+        say(f"{'valid' if report.ok else 'valid part'}: {found}")
     if not report.ok:
         count = len(report.problems)
         heading = f"{count} file{'s' if count > 1 else ''} of {path} damaged"
@@ -305,12 +305,8 @@ def convert_command(
     documents, tokens = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("documents", "tokens"))
     size = human_bytes(sum(shard.bytes for shard in manifest.shards))
     before = human_bytes(sum(shard.bytes for shard in dataset.shards))
-    output().print(
-        f"{documents:,} documents, {tokens:,} tokens in {len(manifest.shards)} shards: {destination}\n"
-        f"{size}, from {before}; every distribution unchanged, byte for byte",
-        soft_wrap=True,
-        markup=False,
-    )
+    say(f"{documents:,} documents, {tokens:,} tokens in {len(manifest.shards)} shards: {destination}")
+    say(f"{size}, from {before}; every distribution unchanged, byte for byte")
 
 
 def _tokenizer_facts(name: str | None) -> tuple[dict[str, Any] | None, int | None]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from distillkit.cli.capture import capture_options, chosen_captures
 from distillkit.cli.setting_options import GroupedCommand
-from distillkit.console import human_bytes, progress_bar, show
+from distillkit.console import human_bytes, progress_bar, say, show
 from distillkit.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def _show(result: Forecast) -> None:
     show(_summary(result))
     show(_codecs(result.codecs))
     for name, reason in result.left_out.items():
-        click.echo(f"not possible: {name}: {reason}")
+        say(f"not possible: {name}: {reason}")
     for codec in result.codecs:
         if codec.note:
-            click.echo(f"not measured: {codec.name}: {codec.note}")
+            say(f"not measured: {codec.name}: {codec.note}")
 
 
 def _summary(result: Forecast) -> Table:

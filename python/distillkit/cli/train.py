@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from distillkit.console import human_bytes, output, show
+from distillkit.console import human_bytes, say, show
 from distillkit.errors import ConfigError, nearest
 from distillkit.training.dry_run import DryRun, dry_run
 
@@ -63,7 +63,7 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
     elif first and isinstance(result, DryRun):
         _show_checks(config, result)
     elif first:
-        output().print(summary_table(content))
+        show(summary_table(content))
     if isinstance(result, DryRun) and not result.ok:
         context.exit(1)
 
@@ -88,32 +88,38 @@ def _check(config: Path) -> DryRun:
     return dry_run(config)
 
 
-_MARKS = {"passed": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[bold red]✗[/]", "not checked": "[dim]·[/]"}
-_PLAIN_MARKS = {"passed": "ok", "warning": "!", "failed": "FAILED", "not checked": "-"}
+# The mark of a check by its outcome, where the terminal has the character and where not, with its style.
+_MARKS = {
+    "passed": ("✓", "ok", "green"),
+    "warning": ("!", "!", "yellow"),
+    "failed": ("✗", "FAILED", "bold red"),
+    "not checked": ("·", "-", "dim"),
+}
 
 
 def _show_checks(config: Path, result: DryRun) -> None:
     """Print a dry run: one line per check, with a mark, and what training would write."""
     try:
         "✓✗·".encode(sys.stdout.encoding or "ascii")
-        marks = _MARKS
+        plain = False
     except UnicodeEncodeError:
-        marks = _PLAIN_MARKS
+        plain = True
     table = Table(title=f"dry run: {config}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in result.checks:
-        table.add_row(marks[check.status], check.name, escape(check.detail))
+        character, word, style = _MARKS[check.status]
+        table.add_row(Text(word if plain else character, style), check.name, check.detail)
     show(table)
     failed = [check.name for check in result.checks if check.status == "failed"]
     if failed:
-        click.echo(f"training would not run: {', '.join(failed)}")
+        say(f"training would not run: {', '.join(failed)}")
         return
-    click.echo("all checks passed. Nothing was trained or written to the output folder; training would write:")
+    say("all checks passed. Nothing was trained or written to the output folder; training would write:")
     width = max(len(path) for path, _ in result.would_write)
     for path, what in result.would_write:
-        click.echo(f"  {path:<{width}}  {what}")
+        say(f"  {path:<{width}}  {what}")
 
 
 def _leave_process_group() -> None:

@@ -22,7 +22,7 @@ class _EngineSettings(BaseModel):
 
 
 class _LocalEngineSettings(_EngineSettings):
-    dtype: str = Field(
+    dtype: Literal["auto", "float32", "float", "bfloat16", "float16", "half"] = Field(
         default="auto",
         description="Data type of the weights: float32, bfloat16, float16, or auto (the checkpoint's own; float32 on a "
         "CPU).",

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from distillkit.capture.preflight import check_before_loading
 from distillkit.cli.capture import capture_options, chosen_captures
+from distillkit.cli.common import prepare_libraries
 from distillkit.cli.setting_options import GroupedCommand
 from distillkit.console import human_bytes, progress_bar, say, show
 from distillkit.errors import CaptureError
@@ -49,12 +51,12 @@ def forecast(
       distillkit forecast --model teacher/ --dataset text.jsonl --output captured/
       distillkit forecast teachers.yaml --seconds 0
     """
-    from transformers.utils.logging import disable_progress_bar
-
+    captures = chosen_captures(context, config, options)
+    for settings in captures:
+        check_before_loading(settings)
+    prepare_libraries()
     from distillkit.capture.forecast.forecast import forecast as forecast_captures
 
-    disable_progress_bar()
-    captures = chosen_captures(context, config, options)
     if progress:
         with progress_bar("running the teacher") as advance:
             found = forecast_captures(

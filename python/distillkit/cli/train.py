@@ -15,8 +15,9 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from distillkit.cli.common import prepare_libraries
 from distillkit.console import human_bytes, say, show
-from distillkit.errors import ConfigError, nearest
+from distillkit.errors import ConfigError
 from distillkit.training.dry_run import DryRun, dry_run
 
 __all__ = ["summary_table", "train"]
@@ -44,10 +45,10 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
     configuration's output_path. With --dry-run nothing is written there, and the exit status is 1 if training would
     fail.
     """
-    if not config.is_file():
-        from distillkit.cli.main import COMMANDS
-
-        raise ConfigError(f"{config}: no such configuration file or command{nearest(config, COMMANDS)}")
+    if config.is_dir():
+        raise ConfigError(f"{config}: expected a YAML file with the configuration, found a folder")
+    if not config.exists():
+        raise ConfigError(f"{config}: there is no such configuration file")
     first = os.environ.get("RANK", "0") == "0"
     if verbose:
         logging.getLogger().setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
@@ -72,19 +73,14 @@ def _train(config: Path) -> dict[str, Any]:
     from distillkit.training.config.file import load_config
 
     run = load_config(config)
-    from transformers.utils.logging import disable_progress_bar
-
+    prepare_libraries()
     from distillkit.training.run import train as train_student
 
-    # Its progress bars for loading and saving would collide with ours.
-    disable_progress_bar()
     return train_student(run)
 
 
 def _check(config: Path) -> DryRun:
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
+    prepare_libraries()
     return dry_run(config)
 
 

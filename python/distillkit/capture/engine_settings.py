@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from distillkit.configuration.problems import InvalidSettingsError, Problem
-from distillkit.errors import redacted
+from distillkit.configuration.secrets import redacted
 
 __all__ = ["ENGINES", "HFSettings", "OpenAISettings", "VLLMSettings", "engines_with", "nest_settings"]
 

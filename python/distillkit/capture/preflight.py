@@ -1,14 +1,14 @@
-"""What is wrong with a capture's settings can often be told without the libraries that run teachers: within a second."""
+"""Checks a capture's settings against this machine, without the libraries that run teachers: within a second."""
 
 from __future__ import annotations
 
 import os
-import re
 from importlib.util import find_spec
 from pathlib import Path
 
 from distillkit.capture.settings import CaptureSettings
-from distillkit.errors import ConfigError, redacted
+from distillkit.configuration.places import missing_place
+from distillkit.errors import ConfigError
 from distillkit.text.file_formats import FORMATS
 
 __all__ = ["check_before_loading"]
@@ -20,7 +20,6 @@ _PACKAGES = {
     "openai": (("openai",), "openai"),
     "ray": (("ray",), "ray"),
 }
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def check_before_loading(settings: CaptureSettings) -> None:
@@ -49,29 +48,22 @@ def check_before_loading(settings: CaptureSettings) -> None:
 
 
 def _check_model(setting: str, name: str) -> None:
-    """Refuse what is neither a folder of a model nor the id of one on the hub."""
-    path = Path(name)
-    if path.is_dir():
-        if setting == "model" and not (path / "config.json").is_file():
-            raise ConfigError(f"{setting}: the folder {name} contains no config.json, so it is not that of a model")
-    elif path.exists():
-        raise ConfigError(f"{setting}: {name} is a file; expected the folder of a model, or a hub id")
-    elif not _HUB_ID.fullmatch(name) or name.startswith((".", "-")):
-        raise ConfigError(f"{setting}: there is no folder {name}, and it is not a hub id such as owner/name either")
+    """Refuse what is neither the folder of a model nor the id of one on the hub."""
+    problem = missing_place(name)
+    if problem is None and setting == "model" and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        problem = f"the folder {name} contains no config.json, so it is not that of a model"
+    if problem is not None:
+        raise ConfigError(f"{setting}: {problem}")
 
 
 def _check_dataset(name: str) -> None:
     """Refuse a local dataset that does not exist, or that is a file of another kind."""
-    if "://" in name:
-        return
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix not in FORMATS:
-        raise ConfigError(f"dataset: {name}: expected a file of {', '.join(FORMATS)}, found {path.suffix or 'no suffix'!r}")
-    if path.exists():
-        return
-    local = name.startswith(("/", ".", "~")) or path.suffix in FORMATS
-    if local or not _HUB_ID.fullmatch(name):
-        raise ConfigError(f"dataset: there is no file or folder {redacted(name)}")
+    path = Path(name)
+    problem = None if "://" in name else missing_place(name, "file or folder", hub=path.suffix not in FORMATS)
+    if problem is None and path.is_file() and path.suffix not in FORMATS:
+        problem = f"{name}: expected a file of {', '.join(FORMATS)}, found {path.suffix or 'no suffix'!r}"
+    if problem is not None:
+        raise ConfigError(f"dataset: {problem}")
 
 
 def _check_output(name: str) -> None:

@@ -15,9 +15,9 @@ from distillkit.capture.preflight import check_before_loading
 from distillkit.capture.result import CaptureReport
 from distillkit.capture.settings import CaptureSettings
 from distillkit.capture.settings_file import load_captures
-from distillkit.cli.common import prepare_libraries, stopping_on_sigterm
+from distillkit.cli.common import stopping_on_sigterm
 from distillkit.cli.setting_options import GroupedCommand, setting_options
-from distillkit.console import human_bytes, show
+from distillkit.console import human_bytes, quiet_libraries, show
 
 __all__ = ["capture", "capture_options", "chosen_captures", "show_reports"]
 
@@ -61,7 +61,7 @@ def show_reports(captures: Sequence[CaptureSettings], *, as_json: bool = False, 
     """Run captures one after the other, and print their reports."""
     for settings in captures:
         check_before_loading(settings)
-    prepare_libraries()
+    quiet_libraries()
     from distillkit.capture.run import run_capture
 
     reports = []

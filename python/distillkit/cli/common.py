@@ -15,9 +15,10 @@ from typing import NoReturn
 
 import click
 
-from distillkit.errors import DistillKitError, printable, redacted
+from distillkit.configuration.secrets import redacted
+from distillkit.errors import DistillKitError, printable
 
-__all__ = ["CONFIG", "JSON", "SPLIT", "prepare_libraries", "run_cli", "stopping_on_sigterm"]
+__all__ = ["CONFIG", "JSON", "SPLIT", "run_cli", "stopping_on_sigterm"]
 
 # Options of the commands that read published datasets.
 CONFIG = click.option(
@@ -104,22 +105,6 @@ def stopping_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def prepare_libraries() -> None:
-    """Import transformers, and let its messages and the hub's come once, and like ours.
-
-    The libraries print their messages themselves when they are imported, and pass them on as well. Their progress bars
-    would collide with ours.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.enable_propagation()
-    for library in ("transformers", "huggingface_hub", "datasets"):
-        logging.getLogger(library).handlers.clear()
-    # Says at each start that a faster kernel for 4-bit weights on CPUs could be installed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _fail(message: str) -> NoReturn:

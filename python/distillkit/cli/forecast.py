@@ -13,9 +13,8 @@ from rich.table import Table
 
 from distillkit.capture.preflight import check_before_loading
 from distillkit.cli.capture import capture_options, chosen_captures
-from distillkit.cli.common import prepare_libraries
 from distillkit.cli.setting_options import GroupedCommand
-from distillkit.console import human_bytes, progress_bar, say, show
+from distillkit.console import human_bytes, progress_bar, quiet_libraries, say, show
 from distillkit.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def forecast(
     captures = chosen_captures(context, config, options)
     for settings in captures:
         check_before_loading(settings)
-    prepare_libraries()
+    quiet_libraries()
     from distillkit.capture.forecast.forecast import forecast as forecast_captures
 
     if progress:

@@ -13,8 +13,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from distillkit.cli.common import CONFIG, JSON, SPLIT, prepare_libraries
-from distillkit.console import human_bytes, progress_bar, say, show
+from distillkit.cli.common import CONFIG, JSON, SPLIT
+from distillkit.console import human_bytes, progress_bar, quiet_libraries, say, show
 from distillkit.errors import DistillKitError
 from distillkit.reports.inspection import Inspection, inspect_dataset, recompute_fidelity
 from distillkit.shards import Dataset
@@ -58,7 +58,7 @@ def inspect(
     with progress_bar("reading documents") as progress:
         inspection = inspect_dataset(dataset, sample=sample, progress=progress)
     if teacher is not None:
-        prepare_libraries()
+        quiet_libraries()
         with progress_bar("running the teacher") as progress:
             stats = recompute_fidelity(dataset, teacher, sample=sample or 16, progress=progress)
         source = f"recomputed with {teacher}"

@@ -15,8 +15,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from distillkit.cli.common import prepare_libraries
-from distillkit.console import human_bytes, say, show
+from distillkit.console import human_bytes, quiet_libraries, say, show
 from distillkit.errors import ConfigError
 from distillkit.training.dry_run import DryRun, dry_run
 
@@ -56,7 +55,7 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
         logging.getLogger("distillkit").setLevel(logging.WARNING)
     # Libraries and trackers print to stdout, which is only for the result.
     with contextlib.redirect_stdout(sys.stderr):
-        result = _check(config) if checks_only else _train(config)
+        result = dry_run(config) if checks_only else _train(config)
         _leave_process_group()
     content = result.to_dict() if isinstance(result, DryRun) else result
     if first and as_json:
@@ -71,17 +70,15 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
 
 def _train(config: Path) -> dict[str, Any]:
     from distillkit.training.config.file import load_config
+    from distillkit.training.config.surroundings import check_surroundings
 
     run = load_config(config)
-    prepare_libraries()
+    # Before the slow imports below.
+    check_surroundings(run)
+    quiet_libraries()
     from distillkit.training.run import train as train_student
 
     return train_student(run)
-
-
-def _check(config: Path) -> DryRun:
-    prepare_libraries()
-    return dry_run(config)
 
 
 # The mark of a check by its outcome, where the terminal has the character and where not, with its style.
@@ -125,6 +122,8 @@ def _leave_process_group() -> None:
     The wrapped student keeps the group alive in reference cycles. If it lived until the interpreter's exit, the group's
     threads could call into Python after its finalisation, which aborts the process.
     """
+    if "torch" not in sys.modules:
+        return
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distillkit.console import human_bytes
+from distillkit.console import human_bytes, quiet_libraries
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.training.config.arguments import to_plain_value
 
@@ -69,6 +69,9 @@ class DryRun:
         return {"ok": self.ok, "checks": checks, "would_write": dict(self.would_write)}
 
 
+_SURROUNDINGS = "paths and packages"
+
+
 def dry_run(path: str | Path) -> DryRun:
     """Check everything that a training run would need.
 
@@ -76,14 +79,22 @@ def dry_run(path: str | Path) -> DryRun:
         path: the configuration file.
     """
     from distillkit.training.config.file import load_config
+    from distillkit.training.config.surroundings import check_surroundings
 
     try:
         config = load_config(path)
     except ConfigError as error:
         return DryRun([Check("configuration", "failed", str(error))], [])
+    known = Check("configuration", "passed", f"{path}: all settings are known and agree")
+    try:
+        check_surroundings(config)
+    except ConfigError as error:
+        rest = [Check(step.name, "not checked", f"needs: {_SURROUNDINGS}") for step in _STEPS]
+        return DryRun([known, Check(_SURROUNDINGS, "failed", str(error)), *rest], [])
+    quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="distillkit-dry-run-") as folder:
         state = _State(config, _harmless(config, folder))
-        checks = [Check("configuration", "passed", f"{path}: all settings are known and agree")]
+        checks = [known, Check(_SURROUNDINGS, "passed", "all that the configuration names is there")]
         failed: set[str] = set()
         for step in _STEPS:
             lacking = [name for name in step.needs if name in failed]

@@ -17,7 +17,8 @@ import numpy as np
 from distillkit.capture.engine_settings import OpenAISettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.ranked import RankedEntries, check_request, scored_document
-from distillkit.errors import CaptureError, ConfigError, printable, redacted
+from distillkit.configuration.secrets import redacted
+from distillkit.errors import CaptureError, ConfigError, printable
 from distillkit.types import TokenDocument
 
 __all__ = ["OpenAITeacher", "echoed_entries", "prompt_entries"]

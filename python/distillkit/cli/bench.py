@@ -17,7 +17,7 @@ __all__ = ["bench"]
 _QUICK_ROWS = 256
 
 
-@click.command()
+@click.command(short_help="Measure the codec's fidelity and speed.")
 @click.option(
     "--sample",
     metavar="DATASET",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from distillkit.errors import nearest
+from distillkit.errors import ConfigError, nearest
 
 __all__ = ["CODEC", "DISTILLKIT", "Commands", "TrainsByDefault"]
 
@@ -70,7 +70,7 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            raise click.UsageError(f"no such command '{args[0]}'{self._instead(args[0])}", ctx=ctx)
+            raise click.UsageError(f"No such command '{args[0]}'{self._instead(args[0])}", ctx=ctx)
         return super().resolve_command(ctx, args)
 
     def _instead(self, word: str) -> str:
@@ -89,8 +89,11 @@ class TrainsByDefault(Commands):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         first = next((arg for arg in args if not arg.startswith("-")), None)
-        if first is not None and _may_be_a_configuration(first) and first not in self.table:
-            args = ["train", *args]
+        if first is not None and first not in (*self.table, *_ALIASES):
+            if _may_be_a_configuration(first):
+                args = ["train", *args]
+            elif len(args) == 1:
+                raise ConfigError(f"{first}: no such configuration file or command{self._instead(first)}")
         return super().parse_args(ctx, args)
 
 

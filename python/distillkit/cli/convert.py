@@ -15,7 +15,7 @@ from distillkit.shards.convert import convert as convert_dataset
 __all__ = ["convert"]
 
 
-@click.command()
+@click.command(short_help="Convert a published dataset to shards, without loss.")
 @click.argument("source")
 @click.argument("destination", type=click.Path(file_okay=False))
 @CONFIG

@@ -40,7 +40,7 @@ def _run(module: str) -> None:
     except Exception:
         # A library that was being imported turned the KeyboardInterrupt into this.
         if signal.getsignal(signal.SIGINT) is _end:
-            os._exit(_INTERRUPTED)
+            _end(signal.SIGINT, None)
         raise
 
 

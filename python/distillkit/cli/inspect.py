@@ -23,7 +23,7 @@ from distillkit.shards.alignment import SHIFTS
 __all__ = ["inspect"]
 
 
-@click.command()
+@click.command(short_help="Show a dataset's size, fidelity and alignment.")
 @click.argument("path")
 @CONFIG
 @SPLIT

@@ -15,7 +15,7 @@ from distillkit.shards import verify_dataset
 __all__ = ["verify"]
 
 
-@click.command()
+@click.command(short_help="Check every hash, checksum and row of a dataset.")
 @click.argument("path")
 @CONFIG
 @SPLIT

@@ -312,7 +312,8 @@ def _understanding(run: RunRecord) -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CorruptDataError(
-            f"{run.folder / METRICS} or {run.folder / SUMMARY}: not the record of a run, as this release writes it: {error!r}"
+            f"{run.folder / METRICS} or {run.folder / SUMMARY}: not the record of a run as this release writes it: "
+            f"{error!r}"
         ) from error
 
 

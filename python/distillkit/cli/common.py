@@ -18,7 +18,7 @@ import click
 from distillkit.configuration.secrets import redacted
 from distillkit.errors import DistillKitError, printable
 
-__all__ = ["CONFIG", "JSON", "SPLIT", "run_cli", "stopping_on_sigterm"]
+__all__ = ["CONFIG", "JSON", "SPLIT", "LogHandler", "run_cli", "stopping_on_sigterm"]
 
 # Options of the commands that read published datasets.
 CONFIG = click.option(
@@ -53,7 +53,7 @@ def run_cli(command: click.Command) -> NoReturn:
         # Some terminal encodings lack ‖ and ×: print ? instead of failing.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogHandler()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogHandler()])
     logging.getLogger("distillkit").setLevel(logging.INFO)
     try:
         status = command.main(standalone_mode=False) or 0
@@ -121,7 +121,7 @@ def _text(error: Exception) -> str:
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
-class _LogHandler(logging.Handler):
+class LogHandler(logging.Handler):
     """Prints log messages to stderr. Most commands have none, so what prints them is only imported for the first."""
 
     _printer: logging.Handler | None = None

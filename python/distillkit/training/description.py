@@ -48,7 +48,7 @@ def describe(
     """
     description = {
         "project": config.project_name,
-        "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "student": describe_student(config, model),
         "teacher": _teacher(config, datasets["train"]),
         "data": {key: _data(getattr(config.dataset, f"{key}_dataset"), dataset) for key, dataset in datasets.items()},

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distillkit.console import human_bytes
+from distillkit.console import human_bytes, quiet_libraries
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.training.config.arguments import to_plain_value
 
@@ -91,10 +91,7 @@ def dry_run(path: str | Path) -> DryRun:
     except ConfigError as error:
         rest = [Check(step.name, "not checked", f"needs: {_SURROUNDINGS}") for step in _STEPS]
         return DryRun([known, Check(_SURROUNDINGS, "failed", str(error)), *rest], [])
-    from transformers.utils.logging import disable_progress_bar
-
-    # Its progress bars for loading would collide with the checks.
-    disable_progress_bar()
+    quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="distillkit-dry-run-") as folder:
         state = _State(config, _harmless(config, folder))
         checks = [known, Check(_SURROUNDINGS, "passed", "all that the configuration names is there")]

@@ -345,7 +345,7 @@ class RunConfig(_Model):
         for expression in value:
             try:
                 re.compile(expression)
-            except re.error as error:  # noqa: PERF203 - each expression is named
+            except re.error as error:
                 raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
         return value
 

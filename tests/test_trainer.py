@@ -97,34 +97,55 @@ def test_a_student_learns_and_leaves_everything_behind(parts: dict[str, str], tm
 
 
 def test_evaluation_is_the_mean_over_all_held_out_positions(parts: dict[str, str], tmp_path: Path) -> None:
-    """Whatever the batches: checked against whole logits and the float64 oracle, document by document."""
+    """Whatever the batches, and with dataloader_drop_last, which is meant for training: checked against whole logits and
+    the float64 oracle, document by document."""
     config = run_config(
         parts["student"],
         tmp_path,
         parts["train"],
         parts["eval"],
-        training_args={"max_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 3},
+        training_args={
+            "max_steps": 1,
+            "eval_on_start": True,
+            "per_device_eval_batch_size": 3,
+            "dataloader_drop_last": True,
+        },
     )
     measured = train(config)["eval_first"]
     student, teacher = AutoModelForCausalLM.from_pretrained(parts["student"]), tiny_model(7)
-    kl, entropy, agreement, mass, positions = 0.0, 0.0, 0, 0.0, 0
+    kl, with_rest, entropy, agreement, mass, positions = 0.0, 0.0, 0.0, 0, 0.0, 0
     for document in random_documents(7, seed=1):
         rows = teacher_rows(teacher, document)
         with torch.no_grad():
             logits = student(torch.from_numpy(document).long()[None]).logits[0].double().numpy()
         for t, (ids, logprobs) in enumerate(zip(rows.ids.tolist(), rows.logprobs.tolist(), strict=True)):
             kl += reference.measure_of("kl", *reference.outcomes_at(logits[t], ids, logprobs, 0, 1.0, "zero"))
+            with_rest += reference.measure_of("kl", *reference.outcomes_at(logits[t], ids, logprobs, 0, 1.0, "uniform"))
             entropy += reference.cross_entropy_at(logits[t], int(document[t + 1]))
             agreement += int(logits[t].argmax() == ids[0])
             mass += float(np.exp(logprobs).sum())
             positions += 1
     assert measured["eval_positions"] == positions
     assert measured["eval_kl"] == pytest.approx(kl / positions, rel=1e-5)
+    assert measured["eval_kl_with_rest"] == pytest.approx(with_rest / positions, rel=1e-5)
     assert measured["eval_cross_entropy"] == pytest.approx(entropy / positions, rel=1e-5)
     assert measured["eval_perplexity"] == pytest.approx(np.exp(entropy / positions), rel=1e-4)
     assert measured["eval_loss"] == pytest.approx((0.25 * entropy + 0.75 * kl) / positions, rel=1e-5)
     assert measured["eval_top1_agreement"] == pytest.approx(agreement / positions)
     assert measured["eval_teacher_mass"] == pytest.approx(mass / positions, rel=1e-5)
+
+
+def test_a_training_set_smaller_than_a_batch_that_drops_the_last_is_refused(
+    parts: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = {"dataloader_drop_last": True, "per_device_train_batch_size": 5}
+    for settings in ({"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 2}):
+        config = run_config(
+            parts["student"], tmp_path, parts["train"], dataset={"num_samples": 3}, training_args=arguments | settings
+        )
+        with refused(ConfigError, "dataloader_drop_last", "3", "5", "per_device_train_batch_size"):
+            train(config)
+    assert not list(tmp_path.iterdir()), "nothing was trained or saved"
 
 
 def test_stored_log_probs_of_next_tokens_reach_the_loss(parts: dict[str, str], tmp_path: Path) -> None:

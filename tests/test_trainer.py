@@ -402,24 +402,49 @@ def test_a_full_disk_leaves_whole_checkpoints(
             train(resumable(parts, output, resume_from_checkpoint=True))
 
 
-def test_long_documents_are_cut_counted_and_named_once(
+def test_long_documents_are_cut_split_or_left_out_as_asked(
     parts: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = run_config(
-        parts["student"],
-        tmp_path,
-        parts["train"],
-        sequence_length=16,
-        training_args={"num_train_epochs": 1, "max_steps": -1},
-    )
-    with caplog.at_level(logging.WARNING, logger="distillkit"):
-        summary = train(config)
-    lengths = [len(document) for document in random_documents(24)]
-    assert summary["cut_documents"] == sum(length > 16 for length in lengths)
-    assert summary["cut_tokens"] == sum(max(0, length - 16) for length in lengths)
-    assert summary["train_tokens"] == sum(min(length, 16) for length in lengths)
-    warnings = [record for record in caplog.records if re.search(r"\b16\b", record.message)]
-    assert len(warnings) == 1
+    """In training and evaluation, packed or not; unasked, at most a twentieth of the tokens is cut."""
+
+    def run(name: str, overflow: str | None, limit: int = 16, **arguments: Any) -> dict[str, Any]:
+        config = run_config(
+            parts["student"],
+            tmp_path / name,
+            parts["train"],
+            parts["eval"],
+            sequence_length=limit,
+            dataset={"overflow": overflow},
+            training_args={"num_train_epochs": 1, "max_steps": -1, "eval_strategy": "epoch", **arguments},
+        )
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="distillkit"):
+            return train(config)
+
+    lengths = np.array([len(document) for document in random_documents(24)])
+    held_out = np.array([len(document) for document in random_documents(7, seed=1)])
+    share = f"{np.maximum(lengths - 16, 0).sum() / lengths.sum():.1%}"
+    with refused(ConfigError, "dataset.train_dataset", "dataset.overflow", "split", "cut", "drop", "16", share):
+        run("asked", None)
+    summary = run("cut", "cut", packing=True)
+    assert summary["cut_documents"] == (lengths > 16).sum()
+    assert summary["cut_tokens"] == np.maximum(lengths - 16, 0).sum()
+    assert summary["train_tokens"] == np.minimum(lengths, 16).sum()
+    assert summary["eval_last"]["eval_positions"] == (np.minimum(held_out, 16) - 1).sum()
+    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert sum("dataset.train_dataset" in message and share in message for message in said) == 1
+    summary = run("split", "split", packing=False)
+    assert summary["cut_documents"] == 0
+    assert summary["eval_last"]["eval_positions"] == (held_out - 1).sum()
+    # Each piece after the first repeats two tokens.
+    assert summary["train_tokens"] == lengths.sum() + 2 * np.maximum(-(-(lengths - 16) // 14), 0).sum()
+    summary = run("drop", "drop", packing=True, eval_packing=False)
+    assert summary["train_tokens"] == lengths[lengths <= 16].sum()
+    assert summary["eval_last"]["eval_positions"] == (held_out[held_out <= 16] - 1).sum()
+    summary = run("unasked", None, int(lengths.max()) - 1)
+    assert summary["cut_tokens"] == (lengths == lengths.max()).sum()
+    with refused(ConfigError, "dataset.overflow", "drop"):
+        run("none", "drop", 2)
 
 
 def test_a_masked_document_trains_nothing(parts: dict[str, str], tmp_path: Path) -> None:
@@ -497,7 +522,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(parts: dict[str, str
     ):
         model, *data = config
         with refused(error, *facts):
-            train(run_config(model, tmp_path / "out", *data))
+            train(run_config(model, tmp_path / "out", *data, dataset={"overflow": "cut"}))
     labels = run_config(student, tmp_path / "out", captured, dataset={"eos_label_token_ids": [3, 64]})
     with refused(ConfigError, "dataset.eos_label_token_ids", "64"):
         train(labels)
@@ -529,7 +554,7 @@ def test_published_datasets_train(tmp_path: Path, name: str, vocabulary: int, ke
         str(GOLDEN / name),
         str(GOLDEN / name),
         sequence_length=32,
-        dataset={"num_samples": 4, "num_eval_samples": 1},
+        dataset={"num_samples": 4, "num_eval_samples": 1, "overflow": "cut"},
         teacher=teacher,
         training_args={
             "max_steps": 2,

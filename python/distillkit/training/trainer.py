@@ -3,7 +3,6 @@ configuration."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["DistillationTrainer", "ReportWriter"]
-
-logger = logging.getLogger(__name__)
 
 _COUNTS = ("tokens", "cut_documents", "cut_tokens")
 
@@ -289,17 +286,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         averages, counts, seconds = self._window.finish(self.accelerator)
         self.training_seconds += seconds
         self.waiting_seconds += averages["data_wait"] * seconds
-        before = self.counts["cut_documents"]
         for name in _COUNTS:
             self.counts[name] += counts[name]
-        if not before and self.counts["cut_documents"]:
-            logger.warning(
-                "%s of the documents so far are longer than the sequence length of %s tokens; they are cut, together "
-                "with their teacher rows (%s tokens cut off). Logged once",
-                f"{self.counts['cut_documents']:,}",
-                f"{self.train_dataset.sequence_length:,}",
-                f"{self.counts['cut_tokens']:,}",
-            )
         return averages
 
     @contextmanager

@@ -71,10 +71,10 @@ def _teacher(config: RunConfig, dataset: DistillationDataset) -> dict[str, Any]:
 
 
 def _data(where: DatasetSource, dataset: DistillationDataset) -> dict[str, Any]:
-    whole = len(dataset.indices) == len(dataset.source)
+    whole = dataset.documents == len(dataset.source)
     return {
         "path": where.repo_id or where.disk_path,
-        "documents": len(dataset.indices),
+        "documents": dataset.documents,
         # For a subset of the documents, the tokens would have to be counted.
         "tokens": tokens_of(dataset.source) if whole else None,
         "rows": None if dataset.packing is None else len(dataset),

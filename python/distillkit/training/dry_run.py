@@ -209,19 +209,25 @@ def _tokenizer(state: _State) -> tuple[str, dict[str, Any]]:
     return f"{type(state.run.tokenizer).__name__}, {size:,} ids", {"ids": size}
 
 
-def _data(state: _State) -> tuple[str, dict[str, Any]]:
+def _data(state: _State) -> Check:
+    from distillkit.training.data.documents import long_documents
     from distillkit.training.data.prepared import PreparedDataset
     from distillkit.training.description import tokens_of
 
     lines: list[str] = []
     figures: dict[str, Any] = {}
+    overflow = state.config.dataset.overflow
+    status: Status = "passed"
     _ = state.run.eos_labels  # raises here if they are wrong, since they belong to the data
     for key, source in state.run.sources.items():
         tokens = tokens_of(source)
         kept = f" (prepared, and cached for training in {source.folder})" if isinstance(source, PreparedDataset) else ""
-        lines.append(f"{key}: {len(source):,} documents, {tokens:,} tokens{kept}")
-        figures[key] = {"documents": len(source), "tokens": tokens}
-    return "; ".join(lines), figures
+        long = long_documents(state.config, key, source)
+        outcome = f"; {long.outcome(overflow)}" if long.long else ""
+        status = "warning" if long.long and overflow != "split" else status
+        lines.append(f"{key}: {len(source):,} documents, {tokens:,} tokens{kept}{outcome}")
+        figures[key] = {"documents": len(source), "tokens": tokens, "long": long.long, "beyond_tokens": long.beyond}
+    return Check("data", status, "; ".join(lines), figures)
 
 
 def _student(state: _State) -> tuple[str, dict[str, Any]]:

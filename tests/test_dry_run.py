@@ -102,7 +102,13 @@ FAILURES: list[tuple[dict[str, Any], str, list[str], set[str]]] = [
         ["training_args.report_to", "'mlflow'"],
         {"tokenizer"},
     ),
-    ({"dataset": {"num_samples": 1000}}, "data fits student", ["dataset.num_samples", "1,000", "24"], {"steps"}),
+    ({"dataset": {"num_samples": 1000}}, "data", ["dataset.num_samples", "1,000", "24"], {"steps"}),
+    (
+        {"sequence_length": 8},
+        "data",
+        ["dataset.train_dataset", "19 of 24", "67.2", "dataset.overflow"],
+        {"first batch"},
+    ),
     ({"frozen_res": ["nothing"]}, "student's settings", ["frozen_res", "'nothing'"], {"student"}),
     (
         {"arguments": {"resume_from_checkpoint": True}},
@@ -129,6 +135,17 @@ def test_what_fails_is_named_and_the_rest_is_checked(
         assert unchecked <= {name for name, check in checks.items() if check["status"] == "not checked"}
         assert checks["configuration"]["status"] == "passed"
         assert not (tmp_path / "out").exists()
+
+
+def test_documents_that_will_be_cut_or_split_are_told(parts: dict[str, str], tmp_path: Path) -> None:
+    for overflow, status, facts in (
+        ("cut", "warning", ["train", "19 of 24", "67.2", "eval", "5 of 7"]),
+        ("split", "passed", ["train", "19 of 24"]),
+    ):
+        config = config_for(parts, tmp_path / "out", sequence_length=8, dataset={"overflow": overflow})
+        (check,) = [check for check in dry_run(written(config, tmp_path)).checks if check.name == "data"]
+        assert check.status == status
+        check_names(check.detail, *facts)
 
 
 def test_a_configuration_with_mistakes_is_all_that_is_said(parts: dict[str, str], tmp_path: Path) -> None:

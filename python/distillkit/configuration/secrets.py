@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 __all__ = ["REDACTED", "is_secret", "redacted", "secret_paths", "without_secrets"]
 
@@ -33,13 +35,22 @@ def is_secret(name: object) -> bool:
     return _SECRET.fullmatch(text) is not None and _OF_TEXT.fullmatch(text) is None
 
 
-def redacted(text: str) -> str:
-    """Return a text without its secrets: passwords in URLs, signed parameters, `'token': '…'`, known kinds of keys.
+# Shorter values of environment variables may be words.
+_SHORTEST = 8
+
+
+def redacted(text: str, *secrets: str) -> str:
+    """Return a text without its secrets: passwords in URLs, signed parameters, `'token': '…'`, known kinds of keys, the
+    values of environment variables with secret names, and the given ones.
 
     Example:
         >>> redacted("https://me:s3cret@example.com/data?token=abc&split=train")
         'https://me:***@example.com/data?token=***&split=train'
     """
+    known = [value for name, value in os.environ.items() if len(value) >= _SHORTEST and is_secret(name)]
+    spelled = {spelling for value in (*known, *secrets) if value for spelling in (value, quote(value, ""))}
+    for value in sorted(spelled, key=len, reverse=True):
+        text = text.replace(value, REDACTED)
     text = _USER.sub(rf"\1\2:{REDACTED}@", text)
     text = _BARE_USER.sub(rf"\1{REDACTED}@", text)
     text = _PARAMETER.sub(lambda found: f"{found[1]}{found[2]}={_or_hidden(found[2], found[3])}", text)

@@ -48,7 +48,7 @@ def describe(
     """
     description = {
         "project": config.project_name,
-        "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "student": describe_student(config, model),
         "teacher": _teacher(config, datasets["train"]),
         "data": {key: _data(getattr(config.dataset, f"{key}_dataset"), dataset) for key, dataset in datasets.items()},
@@ -71,10 +71,10 @@ def _teacher(config: RunConfig, dataset: DistillationDataset) -> dict[str, Any]:
 
 
 def _data(where: DatasetSource, dataset: DistillationDataset) -> dict[str, Any]:
-    whole = len(dataset.indices) == len(dataset.source)
+    whole = dataset.documents == len(dataset.source)
     return {
         "path": where.repo_id or where.disk_path,
-        "documents": len(dataset.indices),
+        "documents": dataset.documents,
         # For a subset of the documents, the tokens would have to be counted.
         "tokens": tokens_of(dataset.source) if whole else None,
         "rows": None if dataset.packing is None else len(dataset),

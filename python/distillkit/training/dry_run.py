@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distillkit.console import human_bytes
+from distillkit.console import human_bytes, quiet_libraries
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.training.config.arguments import to_plain_value
 
@@ -91,10 +91,7 @@ def dry_run(path: str | Path) -> DryRun:
     except ConfigError as error:
         rest = [Check(step.name, "not checked", f"needs: {_SURROUNDINGS}") for step in _STEPS]
         return DryRun([known, Check(_SURROUNDINGS, "failed", str(error)), *rest], [])
-    from transformers.utils.logging import disable_progress_bar
-
-    # Its progress bars for loading would collide with the checks.
-    disable_progress_bar()
+    quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="distillkit-dry-run-") as folder:
         state = _State(config, _harmless(config, folder))
         checks = [known, Check(_SURROUNDINGS, "passed", "all that the configuration names is there")]
@@ -212,19 +209,25 @@ def _tokenizer(state: _State) -> tuple[str, dict[str, Any]]:
     return f"{type(state.run.tokenizer).__name__}, {size:,} ids", {"ids": size}
 
 
-def _data(state: _State) -> tuple[str, dict[str, Any]]:
+def _data(state: _State) -> Check:
+    from distillkit.training.data.documents import long_documents
     from distillkit.training.data.prepared import PreparedDataset
     from distillkit.training.description import tokens_of
 
     lines: list[str] = []
     figures: dict[str, Any] = {}
+    overflow = state.config.dataset.overflow
+    status: Status = "passed"
     _ = state.run.eos_labels  # raises here if they are wrong, since they belong to the data
     for key, source in state.run.sources.items():
         tokens = tokens_of(source)
         kept = f" (prepared, and cached for training in {source.folder})" if isinstance(source, PreparedDataset) else ""
-        lines.append(f"{key}: {len(source):,} documents, {tokens:,} tokens{kept}")
-        figures[key] = {"documents": len(source), "tokens": tokens}
-    return "; ".join(lines), figures
+        long = long_documents(state.config, key, source)
+        outcome = f"; {long.outcome(overflow)}" if long.long else ""
+        status = "warning" if long.long and overflow != "split" else status
+        lines.append(f"{key}: {len(source):,} documents, {tokens:,} tokens{kept}{outcome}")
+        figures[key] = {"documents": len(source), "tokens": tokens, "long": long.long, "beyond_tokens": long.beyond}
+    return Check("data", status, "; ".join(lines), figures)
 
 
 def _student(state: _State) -> tuple[str, dict[str, Any]]:

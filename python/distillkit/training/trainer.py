@@ -3,7 +3,6 @@ configuration."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["DistillationTrainer", "ReportWriter"]
-
-logger = logging.getLogger(__name__)
 
 _COUNTS = ("tokens", "cut_documents", "cut_tokens")
 
@@ -120,6 +117,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         self._order: DocumentOrder | None = None
         self.identity = dict(identity or {})
         self.last_checkpoint: Path | None = None
+        self._check_batch()
         self.add_callback(_Epochs(self))
 
     # -- data: in each epoch, the processes together see every document exactly once, in a new order -------------------
@@ -129,19 +127,30 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         seed = None
         if self.args.train_sampling_strategy != "sequential":
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        drops = self.args.dataloader_drop_last
-        self._order = DocumentOrder(
-            len(dataset), seed=seed, multiple=1 if drops else self._whole_batches(self._train_batch_size)
-        )
+        # A single process may end with a smaller batch. Several must have the same number of batches, for which
+        # accelerate would repeat documents.
+        fill = self.args.world_size > 1 and not self.args.dataloader_drop_last
+        multiple = self._train_batch_size * self.args.world_size if fill else 1
+        self._order = DocumentOrder(len(dataset), seed=seed, multiple=multiple)
         return self._order
 
     def _get_eval_sampler(self, eval_dataset: Any) -> DocumentOrder:
-        return DocumentOrder(len(eval_dataset), seed=None, multiple=self._whole_batches(self.args.eval_batch_size))
+        # With dataloader_drop_last, a batch that is not filled up would be left out.
+        fill = self.args.world_size > 1 or self.args.dataloader_drop_last
+        multiple = self.args.eval_batch_size * self.args.world_size if fill else 1
+        return DocumentOrder(len(eval_dataset), seed=None, multiple=multiple)
 
-    def _whole_batches(self, batch_size: int) -> int:
-        # A single process may end with a smaller batch. Several must have the same number of batches, for which
-        # accelerate would repeat documents.
-        return batch_size * self.args.world_size if self.args.world_size > 1 else 1
+    def _check_batch(self) -> None:
+        """Refuse a training set of which `dataloader_drop_last` would leave nothing."""
+        rows, batch = len(self.train_dataset), self._train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and rows < batch:
+            each = f"per_device_train_batch_size {self._train_batch_size} × processes: {self.args.world_size}"
+            what = "documents" if self.train_dataset.packing is None else "packed rows"
+            raise ConfigError(
+                f"training_args.dataloader_drop_last: true leaves out incomplete batches, and the training set is one: "
+                f"{rows:,} {what}, but a batch has {batch:,} ({each}). Use a smaller batch, or dataloader_drop_last: "
+                "false"
+            )
 
     def start_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch.
@@ -208,8 +217,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
         Returns:
             Metrics `<prefix>_loss` (as trained), `_kl` (KL(teacher ‖ student) at temperature 1, stored ids
-            renormalised), `_cross_entropy` and `_perplexity` (of the true tokens), `_top1_agreement`, `_topk_overlap`,
-            `_teacher_mass`, `_student_mass` (of the stored ids), `_positions`, and every other loss by its name.
+            renormalised), `_kl_with_rest` (the same with all other ids as one more outcome), `_cross_entropy` and
+            `_perplexity` (of the true tokens), `_top1_agreement`, `_topk_overlap`, `_teacher_mass`, `_student_mass` (of
+            the stored ids), `_positions`, and every other loss by its name.
         """
         with self._window.paused():
             model = self._evaluated_model()
@@ -235,8 +245,10 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             raise DistillKitError(
                 "the evaluation set has no position to predict: all its documents are empty, single tokens or masked"
             )
-        metrics = {name: value / positions for name, value in named.items() if name not in ("kl", "cross_entropy")}
-        for name in ("kl", "cross_entropy"):
+        # These yardsticks replace the losses of the same names.
+        yardsticks = [name.removeprefix("eval:") for name in named if name.startswith("eval:")]
+        metrics = {name: value / positions for name, value in named.items() if name not in yardsticks}
+        for name in yardsticks:
             metrics[name] = metrics.pop(f"eval:{name}")
         metrics |= {
             "loss": totals[-1] / positions,
@@ -277,17 +289,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         averages, counts, seconds = self._window.finish(self.accelerator)
         self.training_seconds += seconds
         self.waiting_seconds += averages["data_wait"] * seconds
-        before = self.counts["cut_documents"]
         for name in _COUNTS:
             self.counts[name] += counts[name]
-        if not before and self.counts["cut_documents"]:
-            logger.warning(
-                "%s of the documents so far are longer than the sequence length of %s tokens; they are cut, together "
-                "with their teacher rows (%s tokens cut off). Logged once",
-                f"{self.counts['cut_documents']:,}",
-                f"{self.train_dataset.sequence_length:,}",
-                f"{self.counts['cut_tokens']:,}",
-            )
         return averages
 
     @contextmanager

@@ -27,6 +27,7 @@ from distillkit.configuration.problems import cut, shown
 from distillkit.errors import ConfigError, nearest
 from distillkit.losses.config import LossConfig
 from distillkit.models.adapters import LoraSection
+from distillkit.types import Overflow
 
 __all__ = ["DatasetSource", "LiveTeacherConfig", "RunConfig", "StoredTeacherConfig"]
 
@@ -103,6 +104,13 @@ class DatasetSection(_Model):
         min_length=1,
         description="Folder for tokenised text, which later runs with the same data, tokenizer and settings reuse; by "
         "default the cache of the datasets library. Captured datasets need no preparation.",
+    )
+    overflow: Overflow | None = Field(
+        default=None,
+        description="What to do with documents of more than `sequence_length` tokens. cut keeps the beginning; split "
+        "makes pieces of them, which repeat an eighth of the tokens before them as context, so that each token counts "
+        "in one piece; drop leaves these documents out. By default they are cut, if that takes at most 5% of all "
+        "tokens; otherwise the run is refused.",
     )
     prepacked: bool = Field(
         default=False,
@@ -245,8 +253,8 @@ class RunConfig(_Model):
     output_path: str = Field(min_length=1, description="Folder for checkpoints, metrics and the trained student.")
     sequence_length: int = Field(
         ge=2,
-        description="Maximum number of tokens in a training row; longer documents are cut, together with the teacher's "
-        "rows.",
+        description="Maximum number of tokens in a training row; `dataset.overflow` says what to do with longer "
+        "documents.",
     )
     dataset: DatasetSection = Field(description="What the student is trained and evaluated on.")
     teacher: TeacherConfig = Field(description="Where the teacher's distributions come from.")
@@ -345,7 +353,7 @@ class RunConfig(_Model):
         for expression in value:
             try:
                 re.compile(expression)
-            except re.error as error:  # noqa: PERF203 - each expression is named
+            except re.error as error:
                 raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
         return value
 

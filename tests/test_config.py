@@ -224,6 +224,7 @@ ARGUMENTS: list[tuple[str, Any, list[str]]] = [
     ("max_steps", 1.5, ["1.5"]),
     ("save_strategy", "step", ["'step'", "'steps'", "'epoch'"]),
     ("packing", "some", ["'some'"]),
+    ("gradient_checkpointing_kwargs", {"use_reentrent": False}, ["'use_reentrent'", "'use_reentrant'"]),
     # What contradicts other sections.
     ("max_length", 64, ["64", "sequence_length", "128"]),
     ("output_dir", "elsewhere", ["'elsewhere'", "output_path", "'out'"]),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distillkit.errors import nearest
 
-__all__ = ["is_path", "missing_place"]
+__all__ = ["is_path", "missing_place", "neighbour"]
 
 # As huggingface_hub.utils.validate_repo_id: one or two parts of letters, digits, - _ and .
 _PART = r"[A-Za-z0-9_](?:[\w.\-]*[A-Za-z0-9_])?"
@@ -54,14 +54,14 @@ def missing_place(name: str, what: str = "folder", *, hub: bool = True) -> str |
     if hub and not is_path(name):
         return None
     if not _exists(name):
-        return f"no such {what}: {name}{_neighbour(name)}"
+        return f"no such {what}: {name}{neighbour(name)}"
     if what == "folder" and not Path(name).expanduser().is_dir():
         return f"{name} is a file; expected the folder of a model"
     return None
 
 
-def _neighbour(name: str) -> str:
-    """Return a hint at what lies beside a missing path under a similar name."""
+def neighbour(name: str) -> str:
+    """Return a hint at what lies beside a missing path under a similar name, to append to a message; "" if nothing."""
     path = Path(name)
     try:
         siblings = [entry.name for entry in path.expanduser().parent.iterdir()]

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from distillkit.configuration.secrets import redacted
 from distillkit.errors import ConfigError, nearest
 
-__all__ = ["InvalidSettingsError", "Problem", "find_problems", "refusals", "report", "shown", "value_problem"]
+__all__ = ["InvalidSettingsError", "Problem", "cut", "find_problems", "refusals", "report", "shown", "value_problem"]
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,30 @@ def value_problem(error: ValidationError) -> str:
     return "; ".join(dict.fromkeys(found))
 
 
-def shown(value: object, longest: int = 120) -> str:
+def shown(value: object) -> str:
     """Return a value for a message: cut to a readable length however large it is, and without secrets."""
-    text = redacted(_SHORT.repr(value))
+    return cut(_SHORT.repr(value))
+
+
+def cut(text: str, longest: int = 120) -> str:
+    """Return a text for a message: its beginning, without secrets and what no terminal can show."""
+    text = redacted(text[: 10 * longest]).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= longest else f"{text[:longest]} …"
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
-_SHORT.maxlevel = 3
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 100
+        self.maxlevel = 3
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write integers of more than some thousand digits.
+        return repr(value) if value.bit_length() < 300 else f"an integer of {value.bit_length():,} bits"
+
+
+_SHORT = _Short()
+_LONGEST_REASON = 600
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,7 @@ def _problem(item: _Item, model: type[BaseModel] | None, unknown: str, known: It
         return Problem(f"{path}.{tag}", message)
     if kind == "value_error":
         # Our own messages start with the key below this path, if they concern one.
-        cause = str(context["error"])
+        cause = cut(str(context["error"]), _LONGEST_REASON)
         key, separator, message = cause.partition(": ")
         within = bool(separator) and re.fullmatch(r"[\w.]+", key)
         if within:
@@ -266,4 +281,4 @@ def _without_value(message: str) -> bool:
 def _must_be(what: str, found: object) -> str:
     """Compose a message: what a value must be, what was found, and the closest of the choices, if any."""
     choices = re.findall(r"'(\w+)'", what)
-    return f"must be {what}, found {shown(found)}{nearest(found, choices)}"
+    return f"must be {what}, found {shown(found)}{nearest(cut(found), choices) if isinstance(found, str) else ''}"

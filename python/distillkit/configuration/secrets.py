@@ -30,8 +30,8 @@ _KNOWN = re.compile(
 
 
 def is_secret(name: object) -> bool:
-    """Whether a setting of this name holds a secret."""
-    text = str(name)
+    """Whether a setting of this name, or of this dotted path, holds a secret."""
+    text = str(name).rpartition(".")[2]
     return _SECRET.fullmatch(text) is not None and _OF_TEXT.fullmatch(text) is None
 
 

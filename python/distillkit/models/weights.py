@@ -1,14 +1,22 @@
-"""Whether the files of a model's weights are whole, without loading them."""
+"""Whether a model's folder is there and the files of its weights are whole, without loading them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-__all__ = ["damaged_file"]
+from distillkit.configuration.places import missing_place
+
+__all__ = ["damaged_file", "model_problem"]
 
 # As the safetensors library: a longer header is refused.
 _LONGEST_HEADER = 100_000_000
+_INDEX = "model.safetensors.index.json"
+
+
+def model_problem(name: str) -> str | None:
+    """Return why no model can be loaded from a path, or None; also None for what could be a hub id."""
+    return missing_place(name) or damaged_file(name)
 
 
 def damaged_file(folder: str) -> str | None:
@@ -21,14 +29,31 @@ def damaged_file(folder: str) -> str | None:
         folder: a model's folder; anything else, such as a hub id, has no such files.
     """
     try:
-        files = sorted(Path(folder).expanduser().glob("*.safetensors"))
+        path = Path(folder).expanduser()
+        files = sorted(path.glob("*.safetensors"))
     except (OSError, ValueError, RuntimeError):
         return None
+    listed, problem = _listed(path / _INDEX)
+    if problem is not None:
+        return problem
+    missing = sorted(listed - {file.name for file in files})
+    if missing:
+        return f"{path / missing[0]} is missing: {_INDEX} lists it among {len(listed):,} files"
     for file in files:
         reason = _damage(file)
         if reason is not None:
             return f"{file}: not a whole safetensors file: {reason}; copy or download it again"
     return None
+
+
+def _listed(index: Path) -> tuple[set[str], str | None]:
+    """Return the files that an index lists, and what is wrong with it."""
+    if not index.is_file():
+        return set(), None
+    try:
+        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}, None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set(), f"{index}: not an index of files of weights; copy or download it again"
 
 
 def _damage(path: Path) -> str | None:

@@ -44,6 +44,10 @@ def training_arguments(config: RunConfig) -> SFTConfig:
             continue
         field = RENAMED.get(name, name)
         arguments[field] = converted(field, value)
+    token = arguments.pop("hub_token", None)
+    if token:
+        # The Trainer would save it, with all its arguments, beside the student, and push it to the hub with that.
+        os.environ["HF_TOKEN"] = token
     defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     accelerated = accelerator is not None and not arguments.get("use_cpu")

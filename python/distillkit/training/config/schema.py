@@ -23,10 +23,11 @@ from pydantic import (
 
 from distillkit.codec import Codec
 from distillkit.configuration.places import is_path
-from distillkit.configuration.problems import shown
+from distillkit.configuration.problems import cut, shown
 from distillkit.errors import ConfigError, nearest
 from distillkit.losses.config import LossConfig
 from distillkit.models.adapters import LoraSection
+from distillkit.types import Overflow
 
 __all__ = ["DatasetSource", "LiveTeacherConfig", "RunConfig", "StoredTeacherConfig"]
 
@@ -104,6 +105,13 @@ class DatasetSection(_Model):
         description="Folder for tokenised text, which later runs with the same data, tokenizer and settings reuse; by "
         "default the cache of the datasets library. Captured datasets need no preparation.",
     )
+    overflow: Overflow | None = Field(
+        default=None,
+        description="What to do with documents of more than `sequence_length` tokens. cut keeps the beginning; split "
+        "makes pieces of them, which repeat an eighth of the tokens before them as context, so that each token counts "
+        "in one piece; drop leaves these documents out. By default they are cut, if that takes at most 5% of all "
+        "tokens; otherwise the run is refused.",
+    )
     prepacked: bool = Field(
         default=False,
         description="The documents are already packed rows, to be used unchanged whatever `training_args.packing` "
@@ -115,7 +123,7 @@ class DatasetSection(_Model):
     def _a_section(cls, value: object) -> object:
         if isinstance(value, str):
             key = "disk_path" if is_path(value) else "repo_id"
-            raise ValueError(f"must be a section such as {{{key}: {value}}}, found {shown(value)}")
+            raise ValueError(f"must be a section such as {{{key}: {cut(value)}}}, found {shown(value)}")
         return value
 
 
@@ -245,8 +253,8 @@ class RunConfig(_Model):
     output_path: str = Field(min_length=1, description="Folder for checkpoints, metrics and the trained student.")
     sequence_length: int = Field(
         ge=2,
-        description="Maximum number of tokens in a training row; longer documents are cut, together with the teacher's "
-        "rows.",
+        description="Maximum number of tokens in a training row; `dataset.overflow` says what to do with longer "
+        "documents.",
     )
     dataset: DatasetSection = Field(description="What the student is trained and evaluated on.")
     teacher: TeacherConfig = Field(description="Where the teacher's distributions come from.")
@@ -328,7 +336,7 @@ class RunConfig(_Model):
     @classmethod
     def _a_section(cls, value: object) -> object:
         if isinstance(value, str):
-            known = f"{{kind: {value}}}" if value == "dataset" else f"{{kind: hf, path: {value}}}"
+            known = f"{{kind: {value}}}" if value == "dataset" else f"{{kind: hf, path: {cut(value)}}}"
             raise ValueError(f"must be a section such as {known}, found {shown(value)}")
         return value
 

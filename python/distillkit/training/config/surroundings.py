@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distillkit.configuration.places import is_path, missing_place
 from distillkit.configuration.problems import report
 from distillkit.errors import ConfigError
-from distillkit.models.weights import damaged_file
+from distillkit.models.weights import model_problem
 
 if TYPE_CHECKING:
     from distillkit.training.config.schema import DatasetSource, RunConfig
@@ -42,7 +42,7 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
     if config.teacher.kind == "hf":
         models["teacher.path"] = config.teacher.path
     for key, name in models.items():
-        problem = missing_place(name) or damaged_file(name)
+        problem = model_problem(name)
         if problem is not None:
             yield f"{key}: {problem}"
 

@@ -298,3 +298,16 @@ def test_secrets_and_control_characters_are_not_logged(capsys: pytest.CaptureFix
     printed = "".join(capsys.readouterr().err.split())
     assert "pass-1" not in printed
     assert r"@b/\x1b[2J" in printed
+
+
+def test_a_bug_keeps_its_traceback_but_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("https://me:pass-1@host/\x1b[2J")
+
+    monkeypatch.setattr("distillkit.cli.inspect.inspect_dataset", broken)
+    result = run_here("inspect", GOLDEN / "upstream_v1")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert r"RuntimeError: https://me:***@host/\x1b[2J" in result.stderr
+    assert "pass-1" not in result.stderr
+    assert "\x1b[2J" not in result.stderr

@@ -137,9 +137,23 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     if expected != json_hash(content):
         raise CorruptDataError(f"{where}: its hash is {json_hash(content)}, expected {expected!r:.200}")
     header, capture = Header.from_dict(content.get("header"), where=where), content.get("capture")
-    if not isinstance(capture, (dict, type(None))):
-        raise CorruptDataError(f"{where}: capture is {capture!r:.200}, expected a mapping")
+    if capture is not None and not _is_capture(capture):
+        raise CorruptDataError(f"{where}: capture is {capture!r:.200}, expected what FORMAT.md says")
     return Manifest(header, _shards(content.get("shards"), where, bound=version > 1), capture)
+
+
+def _is_capture(value: Any) -> bool:
+    """Whether a value has the shape of `capture`; `ShardSummary` checks its summary."""
+    if not isinstance(value, dict):
+        return False
+    counts, skipped = value.get("passed_over", {}), value.get("skipped", [])
+    return (
+        isinstance(counts, dict)
+        and all(type(count) is int for count in counts.values())
+        and isinstance(skipped, list)
+        and all(isinstance(entry, list) and [type(part) for part in entry] == [str, str] for entry in skipped)
+        and isinstance(value.get("summary", {}), dict)
+    )
 
 
 def _shards(entries: Any, where: str, *, bound: bool) -> tuple[ShardInfo, ...]:

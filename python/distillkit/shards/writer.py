@@ -162,6 +162,7 @@ class ShardWriter:
         self._codec = header.make_codec()
         self._shard_tokens = shard_tokens
         self._open: NewShard | None = None
+        self._folder.make()
         self._lock = FolderLock(self._folder)
         try:
             self._shards, self._headers = self._existing(resume)

@@ -525,7 +525,10 @@ def test_a_few_bytes_that_stand_for_many_are_not_read(tmp_path: Path) -> None:
     repeated, many = pa.array([bytes(20_000)] * 64, pa.large_binary()), 8192
     ids = pa.ListArray.from_arrays([0, 2], pa.array([1, 2], pa.int32()))
     tables = {
-        "repeated": {"input_ids": pa.concat_arrays([ids] * many), "teacher": pa.chunked_array([repeated] * (many // 64))},
+        "repeated": {
+            "input_ids": pa.concat_arrays([ids] * many),
+            "teacher": pa.chunked_array([repeated] * (many // 64)),
+        },
         "long": {
             "input_ids": pa.ListArray.from_arrays([0, 20_000_000], np.ones(20_000_000, np.int32)),
             "teacher": pa.array([b""], pa.large_binary()),

@@ -63,14 +63,16 @@ class ShardInfo:
         """
         if not isinstance(entry, Mapping):
             raise InputError(f"{entry!r:.200} is not a shard's entry")
-        kinds = {"file": str, "documents": int, "tokens": int, "rows": int, "bytes": int, "xxh3_128": str}
-        odd = sorted(set(entry) - {"groups_xxh3"} ^ set(kinds))
+        texts, numbers = ("file", "xxh3_128"), ("documents", "tokens", "rows", "bytes")
+        odd = sorted(set(entry) - {"groups_xxh3"} ^ {*texts, *numbers})
         if odd:
             raise InputError(f"the fields {', '.join(map(str, odd))} are missing or unknown")
-        for key, kind in {**kinds, "groups_xxh3": str}.items():
-            value = entry.get(key, "")
-            if type(value) is not kind or (kind is int and value < 0):
-                raise InputError(f"{key} is {value!r:.200}, expected {'text' if kind is str else 'a whole number'}")
+        for key in numbers:
+            if type(entry[key]) is not int or entry[key] < 0:
+                raise InputError(f"{key} is {entry[key]!r:.200}, expected a whole number")
+        for key in (*texts, "groups_xxh3"):
+            if not isinstance(entry.get(key, ""), str):
+                raise InputError(f"{key} is {entry[key]!r:.200}, expected text")
         if not is_shard_name(entry["file"]):
             raise InputError(f"file is {entry['file']!r:.200}, expected a name such as {shard_name(0)}")
         return ShardInfo(**entry)

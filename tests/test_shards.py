@@ -298,7 +298,12 @@ def test_resuming_something_else_is_refused(written: tuple[Path, Written], folde
     other = replace(HEADER, capture={"seed": 43})
     with refused(MismatchError, "data-00000.parquet", "capture.seed", "42", "43"):
         ShardWriter(folder, other, resume=True)
-    (folder / "data-00001.parquet").unlink()
+    path = folder / "data-00001.parquet"
+    data, teacher = path.read_bytes(), Dataset.open(path)[0].teacher
+    path.write_bytes(data.replace(teacher, bytes([teacher[0] ^ 1]) + teacher[1:]))
+    with refused(CorruptDataError, "data-00001.parquet"):
+        ShardWriter(folder, HEADER, resume=True)
+    path.unlink()
     with refused(CorruptDataError, "data-00001.parquet", "data-00002.parquet"):
         whole_shards(folder)
 

@@ -81,12 +81,14 @@ def whole_shards(folder: str | os.PathLike[str]) -> list[tuple[ShardInfo, Header
 
 
 def shard_info(folder: Folder, name: str) -> tuple[ShardInfo, Header]:
-    """A shard's counts, size and file hash, and its header.
+    """A shard's counts, size and file hash, and its header. Reads and checks all of it, as its hash is taken over it.
 
     Raises:
         CorruptDataError: the shard is damaged.
     """
     shard = ShardFile(folder.of(name))
+    for _ in shard.blocks():
+        pass
     return replace(shard.info(), xxh3_128=folder.file_hash(name)), shard.header
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -416,6 +417,15 @@ def save_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / "manifest.json").write_text(json.dumps({**rest, "xxh3": digest}))
 
 
+def save_metadata(shard: Path, table: pa.Table, metadata: dict[bytes, bytes], key: bytes, text: bytes) -> None:
+    """Write a shard again with other metadata under a key, and a hash that fits."""
+    kept = {name: value for name, value in metadata.items() if name != b"ARROW:schema"}
+    forged = {key: text, key + b".xxh3": xxhash.xxh3_128_hexdigest(text).encode()}
+    with pq.ParquetWriter(shard, table.schema.remove_metadata()) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({**kept, **forged})
+
+
 def nested(levels: int) -> Any:
     value: Any = 1
     for _ in range(levels):
@@ -463,6 +473,48 @@ def test_forged_manifests_are_refused(folder: Path, subtests: pytest.Subtests) -
                 Dataset.open(folder)
 
 
+ODD_VALUES = [None, True, -1, 1.5, 10**30, "../x", [], {}, [[1]]]
+
+
+def changed_somewhere(value: Any) -> Iterator[Any]:
+    """JSON with one part of it, however deep, replaced by something else or left out."""
+    yield from ODD_VALUES
+    parts: Any = ()
+    if isinstance(value, dict):
+        parts = value
+        yield from ({key: rest for key, rest in value.items() if key != left_out} for left_out in value)
+    elif isinstance(value, list):
+        parts = range(min(len(value), 2))
+    for key in parts:
+        for other in changed_somewhere(value[key]):
+            copied = value.copy()
+            copied[key] = other
+            yield copied
+
+
+@pytest.mark.slow
+def test_no_field_of_ours_gives_a_raw_error(folder: Path) -> None:
+    """Each field of manifest, header and groups, changed under a hash that fits."""
+
+    def read(path: Path) -> None:
+        with contextlib.suppress(DistillKitError):
+            dataset = Dataset.open(path)
+            assert len([*dataset.decoded()]) == len(dataset)
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["xxh3"]
+    for forged in changed_somewhere(manifest):
+        if isinstance(forged, dict):
+            save_manifest(folder, forged)
+            read(folder)
+    shard = folder / "data-00000.parquet"
+    table, metadata = pq.read_table(shard), pq.ParquetFile(shard).metadata.metadata
+    for key in (b"distillkit.header", b"distillkit.groups"):
+        for forged in changed_somewhere(json.loads(metadata[key])):
+            save_metadata(shard, table, metadata, key, json.dumps(forged).encode())
+            read(shard)
+
+
 UNREADABLE = [
     b"",
     b"{",
@@ -486,10 +538,7 @@ def test_json_that_is_none_is_refused_everywhere(folder: Path, key: str, subtest
             manifest.write_bytes(data)
             with refused(CorruptDataError, str(manifest)):
                 Dataset.open(folder)
-            forged = {key.encode(): data, f"{key}.xxh3".encode(): xxhash.xxh3_128_hexdigest(data).encode()}
-            with pq.ParquetWriter(shard, table.schema.remove_metadata()) as writer:
-                writer.write_table(table)
-                writer.add_key_value_metadata({**{k: v for k, v in metadata.items() if k != b"ARROW:schema"}, **forged})
+            save_metadata(shard, table, metadata, key.encode(), data)
             with refused(CorruptDataError, str(shard), key):
                 Dataset.open(shard)
 
@@ -549,6 +598,19 @@ def test_a_few_bytes_that_stand_for_many_are_not_read(tmp_path: Path) -> None:
             with refused(CorruptDataError, str(path)):
                 read(dataset)
         assert pa.total_allocated_bytes() == before
+
+
+def test_an_id_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "doc_id": pa.array([b"\xff" * 32], pa.binary()).view(pa.string()),
+            "input_ids": pa.array([[1]], pa.list_(pa.int32())),
+            "teacher": pa.array([b""], pa.large_binary()),
+            "checksum": [0],
+        }
+    )
+    with refused(CorruptDataError, "shard.parquet, documents 0 to 0"):
+        crafted(tmp_path / "shard.parquet", table)[0]
 
 
 def test_kept_columns_count_in_the_size_of_a_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

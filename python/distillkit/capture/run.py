@@ -19,7 +19,7 @@ from distillkit.codec import Codec
 from distillkit.console import human_bytes
 from distillkit.errors import CaptureError
 from distillkit.memory import peak_memory
-from distillkit.shards import Manifest, read_manifest
+from distillkit.shards import Dataset, Manifest, read_manifest
 from distillkit.shards.lock import CAPTURE_FOLDER, FolderLock
 from distillkit.shards.manifest import MANIFEST, merged_fidelity
 from distillkit.shards.storage import Folder
@@ -55,6 +55,8 @@ def _already_complete(inputs: CaptureInputs, folder: Folder) -> CaptureReport:
     if finished is None:
         raise CaptureError(f"{folder}: {MANIFEST} was removed while this capture started; run it again")
     inputs.check_finished(finished, folder)
+    # Refuses a dataset whose shards are not those that it lists.
+    Dataset.open(folder.url)
     if folder.inner(CAPTURE_FOLDER).names():
         # Left behind by a run that was killed right after it had written the manifest.
         with FolderLock(folder, range(0)):

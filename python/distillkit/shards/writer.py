@@ -189,6 +189,11 @@ class ShardWriter:
             self._header.check_same(header, where=self._folder.of(info.file))
         return [info for info, _ in found], [header for _, header in found]
 
+    def resumed_documents(self) -> Iterator[Document]:
+        """The documents of the finished shards found in the folder, in order."""
+        for shard in self.resumed:
+            yield from ShardFile(self._folder.of(shard.file))
+
     def write(
         self,
         input_ids: npt.NDArray[Any],

@@ -28,6 +28,7 @@ from distillkit.training.data.prepared import Part
 from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
 from distillkit.training.saving import save_student, whole_checkpoint
+from distillkit.training.separation import choose_packing, trained_models
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
@@ -117,6 +118,8 @@ class Run:
     def datasets(self) -> dict[Part, DistillationDataset]:
         """Training and evaluation examples, checked against the student."""
         live, _ = self.teacher
+        if self.config.dataset.packing == "auto":
+            choose_packing(self.arguments, trained_models(self.model, None if live is None else live.model))
         return {
             part: _dataset(self.config, part, source, self.model, self.arguments, live)
             for part, source in self.sources.items()

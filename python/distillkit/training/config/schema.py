@@ -102,6 +102,12 @@ class DatasetSection(_Model):
         description="Folder for tokenised text, which later runs with the same data, tokenizer and settings reuse; by "
         "default the cache of the datasets library. Captured datasets need no preparation.",
     )
+    packing: Literal["auto"] | bool | None = Field(
+        default=None,
+        description="Pack whole documents into rows of up to `sequence_length` tokens: true, false, or auto, which "
+        "packs if the student and a live teacher keep the documents of a row apart. By default as "
+        "`training_args.packing` says; with true, models that do not keep them apart are refused.",
+    )
     prepacked: bool = Field(
         default=False,
         description="The documents are already packed rows, to be used unchanged whatever `training_args.packing` "

@@ -20,6 +20,7 @@ from distillkit.codec.topk import sparse_from_logits
 from distillkit.errors import ConfigError, MismatchError
 from distillkit.losses.positions import DenseTeacher, Targets
 from distillkit.models.head import backbone_layers, bare_model, check_lm_head, logit_chunks
+from distillkit.models.rope import choose_frequencies_by_document
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.data.examples import MODEL_INPUTS
 from distillkit.types import Document, SparseLogprobs
@@ -128,6 +129,7 @@ def load_teacher(config: RunConfig, device: torch.device) -> PreTrainedModel:
         raise ConfigError(
             f"{config.source}: teacher.path: {teacher.path!r} cannot be loaded with {arguments}: {error}"
         ) from error
+    choose_frequencies_by_document(model)
     if "device_map" not in arguments:
         model.to(device)
     model.eval().requires_grad_(False)

@@ -232,7 +232,8 @@ def _live_teacher(
         force = config.force_hidden_state_projection
         matching = match_layers(config.layer_mapping, model, teacher, force_projection=force)
     layers = () if matching is None else matching.teacher_layers
-    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers), matching
+    head_size = rows_of(model.get_output_embeddings().weight)
+    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers, head_size=head_size), matching
 
 
 def _dataset(

@@ -15,6 +15,7 @@ import torch
 from distillkit.errors import ConfigError, DistillKitError, nearest
 from distillkit.models.adapters import add_adapters
 from distillkit.models.head import bare_model, elements_of, lm_head_of, rows_of
+from distillkit.models.layers import layer_pairs
 from distillkit.models.rope import choose_frequencies_by_document
 from distillkit.training.quantization import quantization_config_of
 
@@ -52,8 +53,27 @@ def check_student(config: RunConfig) -> PreTrainedModel | PeftModel:
     """
     _load_arguments(config)
     outline = student_outline(config, attention=config.model_kwargs.get("attn_implementation"))
+    _check_layers(config, outline)
     with torch.device("meta"):
         return _prepared(outline, config)
+
+
+def _check_layers(config: RunConfig, outline: PreTrainedModel) -> None:
+    """Check `layer_mapping` with the models' configs."""
+    if config.layer_mapping is None or config.teacher.kind != "hf":
+        return
+    from transformers import AutoConfig
+
+    try:
+        teacher = AutoConfig.from_pretrained(config.teacher.path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{config.source}: teacher.path: no model config could be loaded from {config.teacher.path!r}: {error}"
+        ) from error
+    try:
+        layer_pairs(config.layer_mapping, outline.config.get_text_config(), teacher.get_text_config())
+    except ConfigError as error:
+        raise ConfigError(f"{config.source}: {error}") from error
 
 
 def student_outline(config: RunConfig, attention: str | None = None) -> PreTrainedModel:

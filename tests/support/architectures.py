@@ -85,7 +85,7 @@ def architecture(model_type: str, **settings: Any) -> Any:
 def save_architecture(folder: Path, model_type: str, **settings: Any) -> str:
     """Save a model with a tokenizer of as many ids."""
     architecture(model_type, **settings).save_pretrained(folder)
-    tiny_tokenizer(VOCABULARY).save_pretrained(folder)
+    tiny_tokenizer(settings.get("vocab_size", VOCABULARY)).save_pretrained(folder)
     return str(folder)
 
 

@@ -118,7 +118,7 @@ class _Measured:
 
     Attributes:
         padded, packed: by the other documents of a batch, and of a row.
-        context: by a document before it, as if the two were one: a full leak.
+        context: by other tokens before it in the same document: a full leak.
         rounding: by rounding its embeddings differently, or by a row of equal length beside it.
     """
 
@@ -139,8 +139,8 @@ class _Measured:
         if change <= allowed:
             return None
         return (
-            f"a relative difference of {change:.2g}, where rounding makes {self.rounding:.1g} and a document in front "
-            f"of it {self.context:.2g}"
+            f"a relative difference of {change:.2g}, where rounding makes {self.rounding:.1g} and other tokens before "
+            f"it {self.context:.2g}"
         )
 
 
@@ -155,11 +155,12 @@ def _measure(bare: Any, collate: Collate, packs: bool) -> _Measured:
         hidden = backbone_hidden(bare, **collate([[first, second], [third]]))
         parts = [*hidden[0].split([len(first), len(second), hidden.shape[1] - len(first) - len(second)])[:2], hidden[1]]
         packed = [_change(part[: len(own)], own) for part, own in zip(parts, alone, strict=True)]
-    joined = _run(bare, torch.cat([first, second])[None])[0, len(first) :]
+    joined = _run(bare, torch.stack([torch.cat([before, second]) for before in (first, first.roll(1))]))
+    context = _change(joined[1, len(first) :], joined[0, len(first) :])
     rounding = [_change(_run(bare, torch.stack([first, first.roll(1)]))[0], alone[0])]
     with _rounded_embeddings(bare):
         rounding.append(_change(_run(bare, first[None])[0], alone[0]))
-    return _Measured(max(changes), max(packed), _change(joined, alone[1]), max(rounding))
+    return _Measured(max(changes), max(packed), context, max(rounding))
 
 
 def _run(bare: Any, ids: torch.Tensor) -> torch.Tensor:

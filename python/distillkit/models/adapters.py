@@ -57,7 +57,11 @@ class LoraSection(BaseModel):
         default=None, description="Modules that are fully trained and saved with the adapters."
     )
     use_rslora: bool = Field(default=False, description="Rank-stabilised scaling; see `lora_alpha`.")
-    use_dora: bool = Field(default=False, description="Train the magnitude and direction of weights separately (DoRA).")
+    use_dora: bool = Field(
+        default=False,
+        description="Train the magnitude and direction of weights separately (DoRA). Load such adapters with PeftModel, or "
+        "merge them.",
+    )
     init_lora_weights: Any = Field(default=True, description=f"Initialisation of the adapters: {_INITIALISATIONS}.")
     bias: Literal["none", "all", "lora_only"] = Field(
         default="none", description="Which biases of the model are trained."

@@ -196,7 +196,7 @@ def _documents(bare: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     They are short, but longer than the model's windows where those are short, too.
     """
     config = bare.config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "floor_scale")]
     longest = 4 + max([8, *(each for each in windows if isinstance(each, int) and each <= _LONGEST_WINDOW)])
     settings = {**config.to_dict(), **bare.config.to_dict()}
     special = {settings[name] for name in settings if name.endswith(("token_id", "token_index", "tokens_id"))}

@@ -58,7 +58,7 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
 def attach_losses(
     model: PreTrainedModel | PeftModel,
     matching: LayerMatching | None = None,
-    check: Callable[[PreTrainedModel], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> LMHead:
     """Make `model(**inputs, distill=DistillationInputs(…))` return losses; without `distill` the model is unchanged.
 
@@ -69,7 +69,7 @@ def attach_losses(
     Args:
         model: the student.
         matching: which of its hidden states are compared with the teacher's, if any.
-        check: what else to check of the model, whenever its head is.
+        check: what else to check, when the head is.
 
     Returns:
         The model's head, checked against its logits.
@@ -85,7 +85,7 @@ def attach_losses(
     checked = not _shard_head(model) and not needs_gpu
     head = check_lm_head(model) if checked else lm_head_of(model)
     if checked and check is not None:
-        check(model)
+        check()
     wanted = () if matching is None else matching.student_layers
 
     # Keeps the signature, which generate() and the Trainer inspect.
@@ -97,7 +97,7 @@ def attach_losses(
         if not checked:
             check_lm_head(self, original)
             if check is not None:
-                check(self)
+                check()
             checked = True
         hidden, states = backbone_layers(self, wanted, **inputs)
         counted = [each.flatten(0, 1)[distill.rows] for each in (hidden, *states)]

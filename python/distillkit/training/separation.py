@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from distillkit.errors import DistillKitError
+from distillkit.errors import ConfigError, DistillKitError
 from distillkit.models.head import bare_model
 from distillkit.models.rope import frequencies_change_after
 from distillkit.models.separation import Collate, separation_of
@@ -19,7 +19,7 @@ from distillkit.training.data.examples import MODEL_INPUTS, Collator, Example
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-__all__ = ["batch_layout", "choose_packing", "packing_problem", "trained_models"]
+__all__ = ["batch_layout", "check_batches", "choose_packing", "packing_problem", "trained_models"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,26 @@ def packing_problem(models: Mapping[str, Any]) -> str | None:
             raise DistillKitError(f"{key}: {error}") from error
         problem = problem or (None if found.packed is None else f"{key}: {found.packed}")
     return problem
+
+
+def check_batches(models: Mapping[str, Any], collator: Collator, *, packed: bool) -> None:
+    """Check that models can be run on the batches of a run, and let the collator refuse rows that they cannot.
+
+    Args:
+        models: see `trained_models`.
+        collator: makes the batches.
+        packed: whether documents are packed.
+
+    Raises:
+        ConfigError: documents are packed, and a model does not keep them apart.
+        DistillKitError: a model cannot be run on padded batches.
+    """
+    collator.unpackable = packing_problem(models)
+    if packed and collator.unpackable is not None:
+        raise ConfigError(
+            f"packing: {collator.unpackable}. Without packing it can be trained: set training_args.packing: false, or "
+            "use dataset.packing: auto, which packs only if all models keep documents apart"
+        )
 
 
 def choose_packing(arguments: SFTConfig, models: Mapping[str, Any]) -> None:

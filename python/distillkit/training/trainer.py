@@ -24,7 +24,7 @@ from distillkit.training.attach import DistillationInputs, DistillationOutput, a
 from distillkit.training.data.examples import MODEL_INPUTS, Collator, DistillationDataset, DocumentOrder
 from distillkit.training.identity import LAST
 from distillkit.training.saving import saving
-from distillkit.training.separation import batch_layout, packing_problem, trained_models
+from distillkit.training.separation import batch_layout, check_batches, trained_models
 from distillkit.training.signals.live import OnlineSignal
 
 if TYPE_CHECKING:
@@ -82,27 +82,18 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"--nproc_per_node {args.n_gpu} -m distillkit CONFIG.yaml` (or accelerate launch), or choose one "
                 "with CUDA_VISIBLE_DEVICES"
             )
-        teacher = train_dataset.signal.model if isinstance(train_dataset.signal, OnlineSignal) else None
-        models = trained_models(model, teacher)
+        signal = train_dataset.signal
+        models = trained_models(model, signal.model if isinstance(signal, OnlineSignal) else None)
+        pad_id = getattr(processing_class, "pad_token_id", None)
         collator = Collator(
-            pad_id=0 if (pad_id := getattr(processing_class, "pad_token_id", None)) is None else pad_id,
+            pad_id=0 if pad_id is None else pad_id,
             pad_to_multiple_of=args.pad_to_multiple_of,
             **batch_layout(models),
             eos_labels=eos_labels,
             eos_id=getattr(processing_class, "eos_token_id", None),
         )
-
-        def check(model: Any) -> None:
-            collator.unpackable = packing_problem(models | {"model": model})
-            if collator.unpackable is not None and any(
-                dataset is not None and dataset.packing is not None for dataset in (train_dataset, eval_dataset)
-            ):
-                raise ConfigError(
-                    f"packing: {collator.unpackable}. Without packing it can be trained: training_args.packing: "
-                    "false, or dataset.packing: auto, which packs only for models that keep documents apart"
-                )
-
-        attach_losses(model, matching, check)
+        packed = any(each is not None and each.packing is not None for each in (train_dataset, eval_dataset))
+        attach_losses(model, matching, lambda: check_batches(models, collator, packed=packed))
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,

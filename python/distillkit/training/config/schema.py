@@ -272,7 +272,7 @@ class RunConfig(_Model):
     layer_mapping: LayerMapping = Field(
         default=None,
         description="Hidden states to compare in hs_mse and hs_cosine: pairs of [student layer, teacher layer], or "
-        "all. 0 is the output of the embeddings, n that of the n-th layer, −1 that of the last.",
+        "all, for models of equal depth. 0 is the output of the embeddings, n that of the n-th layer, −1 that of the last.",
     )
     force_hidden_state_projection: bool = Field(
         default=False,
@@ -283,7 +283,8 @@ class RunConfig(_Model):
     )
     use_flash_attention: bool | None = Field(
         default=None,
-        description="true requires FlashAttention, false never uses it; by default it is used if it can run.",
+        description="true requires FlashAttention, false never uses it; by default it is used if it can run and the "
+        "student supports it. Otherwise the student gets transformers' default, or `model_kwargs.attn_implementation`.",
     )
     functionary_packing: bool = Field(
         default=False,

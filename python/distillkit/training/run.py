@@ -37,6 +37,7 @@ from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
 from distillkit.training.identity import check_same_run, identity_of
 from distillkit.training.saving import reaching_hub, save_student
+from distillkit.training.separation import choose_packing, trained_models
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
@@ -130,6 +131,8 @@ class Run:
     def datasets(self) -> dict[Part, DistillationDataset]:
         """Training and evaluation examples, checked against the student."""
         live, _ = self.teacher
+        if self.config.dataset.packing == "auto":
+            choose_packing(self.arguments, trained_models(self.model, None if live is None else live.model))
         return {
             part: _dataset(self.config, part, source, self.model, self.arguments, live)
             for part, source in self.sources.items()
@@ -276,7 +279,8 @@ def _live_teacher(
         force = config.force_hidden_state_projection
         matching = match_layers(config.layer_mapping, model, teacher, force_projection=force)
     layers = () if matching is None else matching.teacher_layers
-    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers), matching
+    head_size = rows_of(model.get_output_embeddings().weight)
+    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers, head_size=head_size), matching
 
 
 def _dataset(

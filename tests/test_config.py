@@ -676,7 +676,7 @@ def test_a_path_is_told_from_a_hub_id(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in ("./studnet", "studnet/", "runs/a/b", "~/no-such-folder", "a b", "x" * 500, "a\0b", ".hidden", "a--b"):
         message = missing_place(name)
         assert message is not None
-        assert name in message
+        assert repr(name) in message
     check_names(str(missing_place("./studnet")), "'./student'")
     check_names(str(missing_place(str(tmp_path / "studnet"))), f"'{tmp_path / 'student'}'")
     assert missing_place("file.txt") is not None, "a model is a folder"

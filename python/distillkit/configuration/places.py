@@ -54,9 +54,9 @@ def missing_place(name: str, what: str = "folder", *, hub: bool = True) -> str |
     if hub and not is_path(name):
         return None
     if not _exists(name):
-        return f"no such {what}: {name}{neighbour(name)}"
+        return f"no such {what}: {name!r}{neighbour(name)}"
     if what == "folder" and not Path(name).expanduser().is_dir():
-        return f"{name} is a file; expected the folder of a model"
+        return f"{name!r} is a file; expected the folder of a model"
     return None
 
 

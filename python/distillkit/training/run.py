@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import transformers
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 __all__ = ["Run", "checkpoint_of", "resumed_checkpoint", "train"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Run:
@@ -189,11 +191,11 @@ class Run:
         trainer.add_callback(ReportWriter(trainer, ReportFiles(self.folder)))
         return trainer
 
-    def decided(self, decide: Callable[[], Any]) -> Any:
+    def decided(self, decide: Callable[[], T]) -> T:
         """Return what the first process decides, in all processes; an error is raised in all of them."""
         if self.arguments.world_size == 1:
             return decide()
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # the result, and the error
         if self.arguments.process_index == 0:
             try:
                 outcome[0] = decide()
@@ -202,7 +204,7 @@ class Run:
         torch.distributed.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise outcome[1]
-        return outcome[0]
+        return cast(T, outcome[0])
 
 
 def train(config: RunConfig) -> dict[str, Any]:

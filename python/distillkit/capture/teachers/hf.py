@@ -25,7 +25,6 @@ from distillkit.errors import CaptureError, ConfigError
 from distillkit.models.head import backbone_hidden, check_lm_head
 from distillkit.models.rope import choose_frequencies_by_document, frequencies_change_after
 from distillkit.models.separation import separation_of
-from distillkit.models.weights import model_problem
 from distillkit.types import SparseLogprobs, TokenDocument
 
 __all__ = ["HFTeacher", "length_batches", "load_config", "resolve_device", "resolve_dtype"]
@@ -280,9 +279,6 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    problem = model_problem(model)
-    if problem is not None:
-        raise ConfigError(f"model: {problem}")
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     # The checks of each model's config raise their own errors.

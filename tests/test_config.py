@@ -186,6 +186,7 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("loss_functions.0.temperature", 0, ["0"]),
     ("loss_functions.0.tempreature", 2, ["'temperature'"]),
     ("loss_functions.0.margin", 1.0, ["1.0", "kl", "hinge"]),
+    ("dataset.overflow", "window", ["'window'", "cut", "split", "drop"]),
     ("loss_functions.0.missing_probability_handling", "none", ["'none'", "'uniform'"]),
 ]
 

@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from distillkit.errors import ConfigError, DistillKitError, MismatchError
 from distillkit.shards import ShardWriter
 from distillkit.text.tokenizer import fingerprint
 from distillkit.training.config.schema import RunConfig
-from distillkit.training.run import train
+from distillkit.training.run import Run, train
 from distillkit.training.trainer import DistillationTrainer
 from distillkit.types import SparseLogprobs
 from support import reference
@@ -97,8 +96,8 @@ def test_a_student_learns_and_leaves_everything_behind(parts: dict[str, str], tm
 
 
 def test_evaluation_is_the_mean_over_all_held_out_positions(parts: dict[str, str], tmp_path: Path) -> None:
-    """Whatever the batches, and with dataloader_drop_last, which is meant for training: checked against whole logits and
-    the float64 oracle, document by document."""
+    """Whatever the batches, and with dataloader_drop_last, which is for training: checked against whole logits and the
+    float64 oracle, document by document."""
     config = run_config(
         parts["student"],
         tmp_path,
@@ -133,6 +132,25 @@ def test_evaluation_is_the_mean_over_all_held_out_positions(parts: dict[str, str
     assert measured["eval_loss"] == pytest.approx((0.25 * entropy + 0.75 * kl) / positions, rel=1e-5)
     assert measured["eval_top1_agreement"] == pytest.approx(agreement / positions)
     assert measured["eval_teacher_mass"] == pytest.approx(mass / positions, rel=1e-5)
+
+
+def test_arithmetic_other_than_the_published_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = []
+    stored, whole = {"kind": "dataset"}, {"kind": "hf", "path": "teacher"}
+    for teacher, temperature, published in (
+        (stored, 2.0, None),
+        (whole | {"top_k": 8}, 2.0, None),
+        (stored, 1.0, None),
+        (stored, 2.0, True),
+        (stored, 2.0, False),
+        (whole, 2.0, None),
+    ):
+        loss = {"function": "kl", "weight": 1, "temperature": temperature, "published_temperature": published}
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="distillkit"):
+            _ = Run(run_config("student", tmp_path, "data", teacher=teacher, loss_functions=[loss])).objective
+        told.append("published_temperature" in caplog.text)
+    assert told == [True, True, False, False, False, False]
 
 
 def test_a_training_set_smaller_than_a_batch_that_drops_the_last_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from distillkit.training.config.schema import RunConfig
 
 __all__ = ["Run", "checkpoint_of", "train"]
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -125,6 +128,7 @@ class Run:
     @cached_property
     def objective(self) -> Objective:
         """The losses."""
+        _tell_temperature(self.config)
         return Objective.training(self.config.loss_functions)
 
     @cached_property
@@ -205,6 +209,21 @@ def train(config: RunConfig) -> dict[str, Any]:
         (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         ReportFiles(run.folder).finish()
     return summary
+
+
+def _tell_temperature(config: RunConfig) -> None:
+    """Log losses that are computed with another arithmetic than the published one, unless that was asked for."""
+    if isinstance(config.teacher, LiveTeacherConfig) and config.teacher.top_k is None:
+        return
+    for loss in config.loss_functions:
+        if loss.temperature not in (None, 1.0) and loss.published_temperature is None:
+            logger.info(
+                "loss_functions: %s at temperature %g softens teacher and student over the stored ids and one outcome "
+                "for all others. The published toolkit softens the student over its whole vocabulary; "
+                "published_temperature: true does the same (see docs/losses.md)",
+                loss.function,
+                loss.temperature,
+            )
 
 
 def _open_sources(config: RunConfig, tokenizer: Any, arguments: SFTConfig) -> dict[Part, DocumentSource]:

@@ -34,7 +34,6 @@ from distillkit.codec.presets import PresetName
 from distillkit.configuration.problems import InvalidSettingsError, Problem, find_problems, refusals
 from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError, MismatchError, nearest
-from distillkit.text.documents import default_overlap
 
 __all__ = ["CaptureSettings"]
 
@@ -383,6 +382,9 @@ class CaptureSettings(BaseModel):
             # These engines choose their own batches; their results are reproducible only within their noise.
             identity["engine"] = self.engine
         if self.overflow == "window":
+            # Imports pyarrow, which a mistyped setting need not wait for.
+            from distillkit.text.documents import default_overlap
+
             identity["overlap"] = self.overlap or default_overlap(self.max_seq_len)
         if self.samples is not None or self.shuffle:
             identity["seed"] = self.seed

@@ -251,7 +251,7 @@ ARGUMENTS: list[tuple[str, Any, list[str]]] = [
     ("dataset_kwargs", "skip", ["'skip'"]),
     ("dataset_num_proc", 0, ["0", "1"]),
     ("packing_strategy", "wrapped", ["'wrapped'", "'bfd'"]),
-    ("packing_strategy", "bfd_split", ["'bfd_split'", "'bfd'", "sequence_length"]),
+    ("packing_strategy", "bfd_split", ["'bfd_split'", "'bfd'", "dataset.overflow"]),
     ("packing_strategy", "ffd", ["'ffd'", "'bfd'"]),
 ]
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from distillkit.errors import ConfigError, DistillKitError, MismatchError
 from distillkit.shards import ShardWriter
@@ -132,6 +132,29 @@ def test_evaluation_is_the_mean_over_all_held_out_positions(parts: dict[str, str
     assert measured["eval_loss"] == pytest.approx((0.25 * entropy + 0.75 * kl) / positions, rel=1e-5)
     assert measured["eval_top1_agreement"] == pytest.approx(agreement / positions)
     assert measured["eval_teacher_mass"] == pytest.approx(mass / positions, rel=1e-5)
+
+
+def test_documents_beyond_a_students_positions_are_refused_or_told(
+    parts: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever sequence_length is, as long as no document is so long."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=30, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "table")
+    tiny_tokenizer().save_pretrained(tmp_path / "table")
+    rotary = save_student(tmp_path / "rotary", max_position_embeddings=30)
+
+    def told(student: str, length: int) -> bool:
+        caplog.clear()
+        settings = {"sequence_length": length, "dataset": {"overflow": "cut"}}
+        _ = Run(run_config(student, tmp_path / "out", parts["train"], **settings)).datasets
+        return "max_position_embeddings" in caplog.text
+
+    with refused(ConfigError, "model", "30", "dataset.train_dataset", "39", "sequence_length"):
+        told(str(tmp_path / "table"), 100_000)
+    assert not told(str(tmp_path / "table"), 30)
+    assert told(rotary, 64)
+    assert not told(rotary, 30)
+    assert not told(parts["student"], 100_000)
 
 
 def test_arithmetic_other_than_the_published_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -30,7 +30,7 @@ from distillkit.training.checkpoints import Checkpoint, checked, checkpoints_in,
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.schema import LiveTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
-from distillkit.training.data.documents import open_documents, training_dataset
+from distillkit.training.data.documents import check_positions, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
 from distillkit.training.data.prepared import Part
 from distillkit.training.data.stored import check_dataset, check_ids
@@ -305,6 +305,8 @@ def _dataset(
 ) -> DistillationDataset:
     """Check a dataset against the student, and return its training examples."""
     head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
+    live = {} if teacher is None else {"teacher.path": teacher.model}
+    check_positions(config, part, source, {"model": model, **live})
     if teacher is not None:
         check_ids(source, head_size, key)
         return training_dataset(config, part, source, teacher, arguments)

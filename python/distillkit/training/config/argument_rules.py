@@ -36,7 +36,7 @@ GREATER_IS_BETTER = (
     "samples_per_second",
     "steps_per_second",
 )
-_LESS_IS_BETTER = ("loss", "kl", "cross_entropy", "perplexity", "runtime")
+_LESS_IS_BETTER = ("loss", "kl", "kl_with_rest", "cross_entropy", "perplexity", "runtime")
 
 # Removed arguments, with the one value that matches the only remaining behaviour.
 GONE: dict[str, tuple[object, str]] = {
@@ -101,8 +101,7 @@ _FOR_TEXT: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 _PACKING_STRATEGIES = {
-    "bfd_split": "later pieces of a split document would lack the context that the teacher saw; allowed: "
-    "'bfd', which cuts documents that are longer than sequence_length",
+    "bfd_split": "dataset.overflow: split does this, and repeats some context in each piece; allowed: 'bfd'",
     "wrapped": "it would cut documents anywhere and let them attend to each other; allowed: 'bfd'",
 }
 

@@ -128,10 +128,19 @@ def test_maps_and_json_of_older_files(tmp_path: Path) -> None:
     """A map is an object; PyArrow releases that do not know the type JSON keep its name beside the column."""
     mapped = pa.array([[("b", None), ("a", 1)]], pa.map_(pa.string(), pa.int64()))
     named = pa.field("m", pa.string(), metadata={"ARROW:extension:name": "arrow.json"})
-    table = pa.table([mapped, pa.array(['{"x": [null]}'])], schema=pa.schema([pa.field("p", mapped.type), named]))
+    inner = pa.array([[{"a": None, "j": "[1]"}]], pa.list_(pa.struct([("a", pa.int64()), named.with_name("j")])))
+    schema = pa.schema([("text", pa.string()), ("p", mapped.type), named, ("s", inner.type)])
+    table = pa.table([pa.array(["t"]), mapped, pa.array(['{"x": [null]}']), inner], schema=schema)
     pa.parquet.write_table(table, tmp_path / "a.parquet")
-    [(_, row)] = open_source(str(tmp_path / "a.parquet")).rows()
-    assert row == {"p": {"b": None, "a": 1}, "m": {"x": [None]}}
+    source = open_source(str(tmp_path / "a.parquet"))
+    [(_, row)] = source.rows()
+    assert row == {"text": "t", "p": {"b": None, "a": 1}, "m": {"x": [None]}, "s": [{"j": [1]}]}
+    # Kept, they are what they were.
+    reader = DocumentReader(source, byte_tokenizer(), max_tokens=9, id_limit=999, keep_columns="p,m,s")
+    [document] = reader
+    for field in reader.kept:
+        stored = pa.array([document.columns[field.name]], field.type)
+        assert stored.to_pylist() == table.column(field.name).to_pylist(), field
 
 
 def test_damaged_tables_are_refused_before_they_are_read(tmp_path: Path) -> None:
@@ -195,6 +204,11 @@ TOOL_TEMPLATES = {
     "null": (
         "{% for m in messages %}<{{ m.role }}>{% if m['content'] is none %}({{ m.tool_calls[0].function.name }})"
         "{% else %}{{ m['content'] }}{% endif %}{% endfor %}",
+        "(f)",
+    ),
+    "absent": (
+        "{% for m in messages %}<{{ m.role }}>{% if m.content is defined %}{{ m.content }}"
+        "{% else %}({{ m.tool_calls[0].function.name }}){% endif %}{% endfor %}",
         "(f)",
     ),
     "no null": (
@@ -459,6 +473,20 @@ if m.thinking and loop.last %}<|message|>{{ m.thinking }}<|end|><|start|>assista
 ›{% else %}{{ m.content }}<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}""",
+    # The loop is over numbers.
+    "numbers": """{% for n in range(messages | length) %}<|im_start|>{{ messages[n].role }}
+{% if messages[n].role == 'assistant' %}‹{% if messages[n].thinking and loop.last %}<think>{{ messages[n].thinking
+}}</think>{% endif %}{{ messages[n].content }}<|im_end|>
+›{% else %}{{ messages[n].content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}""",
+    # The loop is in a macro, or writes into a variable.
+    "macro": """{% macro chat(all) %}{% for m in all %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}‹{% if m.thinking and loop.last %}<think>{{ m.thinking }}</think>{% endif %}{{ m.content
+}}<|im_end|>
+›{% else %}{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}{% endmacro %}{{ chat(messages) }}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}""",
 }
 THOUGHT = [
     {"role": "user", "content": "one"},
@@ -567,7 +595,7 @@ def test_rows_that_cannot_be_rendered_may_be_left_out() -> None:
     documents = DocumentReader(rows, byte_tokenizer(TURNS), max_tokens=9, id_limit=999, skip_bad=2)
     for _ in range(2):
         assert [d.source for d in documents] == ["0", "2", "4"]
-        assert (documents.counts["rows_that_cannot_be_read"], documents.rows) == (2, 5)
+        assert (documents.counts["rows_that_cannot_be_used"], documents.rows) == (2, 5)
     documents.skip_bad = 1
     with refused(InputError, "3", "'robot'", "--skip-bad-documents"):
         list(documents)

@@ -200,8 +200,8 @@ class CaptureSettings(BaseModel):
     skip_bad_documents: int = Field(
         default=0,
         ge=0,
-        description="Leave out up to this many rows that cannot be read or rendered, and up to as many documents that "
-        "the teacher cannot score.",
+        description="Leave out up to this many rows that are not understood or cannot be rendered, and up to "
+        "as many documents that the teacher cannot score.",
     )
     workers: Literal["ray"] | None = Field(default=None, description="Distribute the shards over a Ray cluster.")
     num_workers: int | None = Field(

@@ -220,8 +220,13 @@ class Chat:
             raise self._rejected(error) from error
         return list(spans)
 
-    def traced(self, messages: Messages, **more: Any) -> Traced:
+    def traced(self, messages: Messages, *, inside: bool = False, **more: Any) -> Traced:
         """Render messages and record what each of them wrote: what the template writes while it loops over it.
+
+        Args:
+            messages: the conversation.
+            inside: also follow loops in macros and in what is written into variables. Templates may compare or measure
+                that, and then render something else.
 
         Raises:
             InputError: the template fails.
@@ -239,33 +244,41 @@ class Chat:
         variables = {"documents": None, "add_generation_prompt": False, **self.tokenizer.special_tokens_map}
         variables |= {**self.options, **more, "messages": objects, "tools": self.tools, _TRACER: trace}
         try:
-            return _read_trace(_tracing_template(self.source).render(variables))
+            return _read_trace(_tracing_template(self.source, inside).render(variables))
         except Exception as error:
             raise self._rejected(error) from error
 
 
 @functools.lru_cache(maxsize=32)
-def _tracing_template(source: str) -> Any:
+def _tracing_template(source: str, inside: bool) -> Any:
     """Compile a chat template so that it writes where its loops begin and end, and over which message they loop."""
     from jinja2 import Template, nodes
     from jinja2.visitor import NodeTransformer
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
+    def trace(value: nodes.Expr) -> nodes.Node:
+        return nodes.Output([nodes.Call(nodes.Name(_TRACER, "load"), [value], [], None, None)])
+
     class Tracing(NodeTransformer):
         def visit_For(self, node: nodes.For) -> list[nodes.Node]:  # noqa: N802 (Jinja's name)
             self.generic_visit(node)
             if isinstance(node.target, nodes.Name):
-                value = nodes.Name(node.target.name, "load")
-                call = nodes.Call(nodes.Name(_TRACER, "load"), [value], [], None, None)
-                node.body.insert(0, nodes.Output([call]))
+                name = node.target.name
+                lists = [each.node for each in node.find_all(nodes.Getitem) if _is_name(each.arg, name)]
+                marks = [trace(nodes.Name(name, "load"))]
+                # A loop over numbers reads messages[number].
+                marks += [trace(nodes.Getitem(each, nodes.Name(name, "load"), "load")) for each in lists[:1]]
+                node.body[:0] = marks
             around = [nodes.Output([nodes.TemplateData(mark)]) for mark in (_LOOP, _LOOP_END)]
             return [around[0], node, around[1]]
 
         def keep(self, node: nodes.Node) -> nodes.Node:
-            """Leave alone what is written into a variable, where templates compare and measure it."""
-            return node
+            return self.generic_visit(node) if inside else node
 
         visit_Macro = visit_AssignBlock = visit_FilterBlock = keep  # noqa: N815 (Jinja's names)
+
+    def _is_name(node: nodes.Node, name: str) -> bool:
+        return isinstance(node, nodes.Name) and node.name == name
 
     environment = _compile_jinja_template(source).environment
     tree = Tracing().visit(environment.parse(source))
@@ -309,7 +322,7 @@ def _forms(messages: Messages) -> Iterator[Messages]:
     """Yield a conversation in the forms that templates take, without repetition."""
     seen: list[Messages] = []
     contents = (_as_given, _joined, _in_parts)
-    empties = (_without_content, _null_content, _empty_text)
+    empties = (_without_null, _null_content, _empty_text, _without_content)
     for content, empty, arguments in itertools.product(contents, empties, (_parsed, _as_text)):
         form = [arguments(empty(content(message))) for message in messages]
         if form not in seen:
@@ -343,9 +356,13 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
-def _without_content(message: dict[str, Any]) -> dict[str, Any]:
+def _without_null(message: dict[str, Any]) -> dict[str, Any]:
     """Leave out content that is null, as Transformers does."""
     return message if message["content"] is not None else {k: v for k, v in message.items() if k != "content"}
+
+
+def _without_content(message: dict[str, Any]) -> dict[str, Any]:
+    return _without_null(_null_content(message))
 
 
 def _null_content(message: dict[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class DocumentReader:
         drop_duplicates: skip documents whose ids and mask have been seen before, measured before they are cut; takes
             about 120 bytes of memory per document. None: only if no columns are kept, so that with columns the output
             rows match the input rows.
-        skip_bad: skip up to this many rows that cannot be read or rendered.
+        skip_bad: skip up to this many rows that are not understood or cannot be rendered.
         rows, empty, short: counted while iterating: rows read, rows without content, and documents of one token (no
             next token to predict).
     """
@@ -199,13 +199,13 @@ class DocumentReader:
         try:
             return self._reader([row])[0]
         except InputError as error:
-            if self._counts.get("rows_that_cannot_be_read", 0) == self.skip_bad:
+            if self._counts.get("rows_that_cannot_be_used", 0) == self.skip_bad:
                 raise InputError(
                     f"{error} (after {self.skip_bad} others; --skip-bad-documents sets how many may be left out)"
                 ) from error
             logger.warning("left out: %s", error)
         self.rows += 1
-        self._count("rows_that_cannot_be_read")
+        self._count("rows_that_cannot_be_used")
         return None
 
     def _pieces(self, document: TokenDocument) -> Iterator[tuple[int, int, npt.NDArray[np.bool_] | None]]:

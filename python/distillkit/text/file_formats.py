@@ -244,7 +244,10 @@ FORMATS = {
     ".parquet": _Format(_count_parquet, _read_parquet, _Table, _parquet_schema),
 }
 # Suffixes of data that are not read; a folder's other files, such as README.md, are nobody's data.
-OTHER_DATA = (".csv", ".tsv", ".arrow", ".feather", ".avro", ".orc", ".pkl", ".zst", ".zip", ".tar", ".tgz", ".7z")
+OTHER_DATA = (
+    *(".csv", ".tsv", ".arrow", ".feather", ".avro", ".orc", ".pkl", ".xlsx", ".jsonlines"),
+    *(".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", *_COMPRESSED),
+)
 SUFFIXES = f"{', '.join(FORMATS)} (all but .parquet also compressed: {', '.join(_COMPRESSED)})"
 
 

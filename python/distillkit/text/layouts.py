@@ -313,6 +313,7 @@ def template_options(row: Mapping[str, Any], reserved: Collection[str], where: s
     options = row.get("chat_template_kwargs") or {}
     if isinstance(options, str):
         options = _json(options, f"{where}: chat_template_kwargs")
+        options = {} if options is None else options
     if not isinstance(options, Mapping):
         raise InputError(f"{where}: chat_template_kwargs must be a mapping, found {type(options).__name__}")
     taken = sorted(set(options) & set(reserved))

@@ -336,7 +336,7 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
     files = [file for file in everything if is_read(file)]
-    others = [file.name for file in everything if file.suffix.lower() in OTHER_DATA]
+    others = [file.name for file in everything if file.suffix.lower() in OTHER_DATA and not is_read(file)]
     if not files:
         raise ConfigError(
             f"{folder}: contains no files of {SUFFIXES}, and was not written by save_to_disk"

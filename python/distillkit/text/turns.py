@@ -41,9 +41,7 @@ class Turns:
     def __init__(self, chat: Chat, messages: Messages, text: str, special_tokens: Collection[str]) -> None:
         self._chat, self._messages, self._text = chat, messages, text
         self._special_tokens = special_tokens
-        self._traced = chat.traced(messages)
-        if self._traced.text != text:
-            raise self._unclear(None, "the chat template renders the conversation differently when it is followed")
+        self._inside, self._traced = self._follow()
         self._other = self._with_placeholders()
         self._prompt = self._other.text[self._other.loop_end :]
 
@@ -67,6 +65,20 @@ class Turns:
             return start
         return start + self._header(index, self._text[start:stop])
 
+    def _follow(self) -> tuple[bool, Traced]:
+        """Render the conversation once more, and record which message wrote what."""
+        turns = [index for index, message in enumerate(self._messages) if message["role"] == "assistant"]
+        found = None
+        for inside in (False, True):
+            traced = self._chat.traced(self._messages, inside=inside)
+            if traced.text == self._text:
+                found = found or (inside, traced)
+                if all(traced.written(index) for index in turns):
+                    return inside, traced
+        if found is None:
+            raise self._unclear(None, "the chat template renders the conversation differently when it is followed")
+        return found
+
     def _written(self, index: int) -> Span:
         span = self._traced.written(index)
         if span is None:
@@ -86,7 +98,7 @@ class Turns:
         if other[-1]["role"] == "assistant":
             users = [message for message in other if message["role"] == "user"]
             other.append(users[-1] if users else {"role": "user", "content": _PLACEHOLDER})
-        return self._chat.traced(other, add_generation_prompt=True)
+        return self._chat.traced(other, inside=self._inside, add_generation_prompt=True)
 
     def _header(self, index: int, turn: str) -> int:
         """Return how much of a turn comes before what the assistant generates."""

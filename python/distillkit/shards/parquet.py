@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillkit.errors import CorruptDataError, TruncatedDataError
-from distillkit.shards.storage import open_source, reading
+from distillkit.shards.storage import locate, open_source, reading
 
 __all__ = []
 
@@ -54,7 +53,7 @@ def validated(data: _Tabular, where: object) -> _Tabular:
 
 
 def _check_ends(path: str) -> None:
-    filesystem, inner = fsspec.core.url_to_fs(path)
+    filesystem, inner = locate(path)
     if not filesystem.exists(inner):
         raise FileNotFoundError(2, "no such file", path)
     size = filesystem.size(inner)

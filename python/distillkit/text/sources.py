@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -22,6 +21,7 @@ import xxhash
 
 from distillkit.errors import ConfigError, InputError
 from distillkit.shards.parquet import validated
+from distillkit.shards.storage import is_url, locate
 from distillkit.text.arrow_rows import arrow_rows, stored_type
 from distillkit.text.file_formats import OTHER_DATA, SUFFIXES, TEACHER_COLUMNS, file_format, is_read
 
@@ -101,7 +101,7 @@ def open_source(dataset: str, *, configuration: str | None = None, split: str = 
     Raises:
         ConfigError: there is no such file, dataset or split; the message lists the available splits.
     """
-    if "://" in dataset:
+    if is_url(dataset):
         return _fetched(dataset, split)
     path = Path(dataset).expanduser()
     if path.exists() or dataset.startswith(("/", ".", "~")) or is_read(path):
@@ -118,7 +118,7 @@ def _fetched(url: str, split: str) -> Source:
     name = _without_secrets(url)
     folder = tempfile.TemporaryDirectory(prefix="distillkit-")
     try:
-        filesystem, root = fsspec.core.url_to_fs(url)
+        filesystem, root = locate(url)
         top = Path(folder.name) / (_without_secrets(root.rstrip("/")).rsplit("/", 1)[-1] or "data")
         for file, local in _remote_files(filesystem, root.rstrip("/"), top):
             local.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def _remote_files(filesystem: Any, root: str, top: Path) -> list[tuple[str, Path
     """Return the data files at a URL, and where to copy them. A URL that names a file is not listed but read."""
     if is_read(Path(top.name)):
         return [(root, top)]
-    found = [file for file in filesystem.find(root) if file != root]
+    found = [file for file in filesystem.find(root) if file.startswith(f"{root}/") and ".." not in file.split("/")]
     if not found:
         filesystem.info(root)  # some kinds of storage list nothing where they fail
     saved = any(file.endswith(("/state.json", "/dataset_dict.json")) for file in found)
@@ -423,6 +423,10 @@ class _Loaded:
 def _saved(folder: Path, split: str | None) -> Source:
     import datasets
 
+    if "::" in str(folder):
+        raise ConfigError(
+            f"dataset: {folder}: the datasets library cannot read a folder with '::' in its path: rename it"
+        )
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:

@@ -153,6 +153,13 @@ def test_damaged_tables_are_refused_before_they_are_read(tmp_path: Path) -> None
     file.write_bytes(data.replace(offsets, np.array([0, 2**31 - 9, 6], "<i4").tobytes()))
     with refused(CorruptDataError, "saved"):
         list(open_source(str(tmp_path / "saved")).rows())
+    # The description of the columns, which datasets parses.
+    damaged = data.replace(b'"features": {', b'"features":1{')
+    assert damaged != data
+    for content in (damaged, data[:200]):
+        file.write_bytes(content)
+        with refused(InputError, "saved"):
+            list(open_source(str(tmp_path / "saved")).rows())
 
 
 # -- what templates take -----------------------------------------------------------------------------------------------
@@ -480,13 +487,6 @@ if m.thinking and loop.last %}<|message|>{{ m.thinking }}<|end|><|start|>assista
 ›{% else %}{{ messages[n].content }}<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}""",
-    # The loop is in a macro, or writes into a variable.
-    "macro": """{% macro chat(all) %}{% for m in all %}<|im_start|>{{ m.role }}
-{% if m.role == 'assistant' %}‹{% if m.thinking and loop.last %}<think>{{ m.thinking }}</think>{% endif %}{{ m.content
-}}<|im_end|>
-›{% else %}{{ m.content }}<|im_end|>
-{% endif %}{% endfor %}{% endmacro %}{{ chat(messages) }}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}""",
 }
 THOUGHT = [
     {"role": "user", "content": "one"},
@@ -518,6 +518,17 @@ def test_turns_that_look_different_once_others_follow(name: str) -> None:
         [document] = read(plain, {"messages": messages}, loss_on="assistant")
         assert document.input_ids.tolist() == expected["input_ids"]
         assert document.loss_mask.astype(int).tolist() == expected["assistant_masks"]
+
+
+def test_turns_that_are_not_written_directly() -> None:
+    """Transformers' own mask does not know where the output of a macro comes to stand."""
+    loop = "{% for m in messages %}" + TURNS.removeprefix("{% for m in messages %}").partition("{% if add")[0]
+    prompt = TURNS.removeprefix(loop)
+    macro = "{% macro chat(messages) %}" + loop + "{% endmacro %}{{ chat(messages) }}" + prompt
+    variable = "{% set text %}" + loop + "{% endset %}{{ text }}" + prompt
+    for template in (TURNS, macro, variable):
+        row = {"messages": [*QA, *QA[:1], {"role": "assistant", "content": "c"}]}
+        assert counted(byte_tokenizer(template), row, loss_on="assistant") == "b<|im_end|>\n|c<|im_end|>\n"
 
 
 @pytest.mark.parametrize(

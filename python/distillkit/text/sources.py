@@ -429,8 +429,10 @@ def _saved(folder: Path, split: str | None) -> Source:
         )
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: cannot be read as a save_to_disk folder: {error}") from error
+    except Exception as error:  # what it raises depends on which byte is damaged
+        raise InputError(
+            f"{folder}: cannot be read as a save_to_disk folder: {type(error).__name__}: {error}"
+        ) from error
     if isinstance(loaded, datasets.DatasetDict):
         split = _the_split(split, list(loaded), folder)
         return _Loaded(loaded[split], {"name": folder.name, "split": split})

@@ -118,6 +118,7 @@ class Document:
             a single document.
         label_logprobs: (L − 1,) float32, the teacher's log-probability of each next token, even if that token is not
             among the row's k ids; None if these were not stored.
+        place: where it was read from, for messages: file, and number in the file.
     """
 
     doc_id: str
@@ -127,6 +128,7 @@ class Document:
     loss_mask: npt.NDArray[np.bool_] | None = None
     segment_lengths: npt.NDArray[np.int32] | None = None
     label_logprobs: npt.NDArray[np.float32] | None = None
+    place: str = "the document"
 
     def segments(self, most: int | None = None) -> npt.NDArray[np.int64]:
         """(S,) int64 lengths of the packed documents (one if not packed), limited to the first `most` tokens if set."""

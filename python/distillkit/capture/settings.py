@@ -32,8 +32,8 @@ from distillkit.capture.engine_settings import (
 from distillkit.codec import Codec, CodecConfig, codec_config, preset
 from distillkit.codec.presets import PresetName
 from distillkit.configuration.problems import InvalidSettingsError, Problem, find_problems, refusals
-from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError, MismatchError, nearest
+from distillkit.shards.published import load_codec_config
 from distillkit.text.documents import default_overlap
 
 __all__ = ["CaptureSettings"]
@@ -348,7 +348,7 @@ class CaptureSettings(BaseModel):
         """
         config: Any = self.compression_config
         try:
-            return codec_config(read_yaml(config) if isinstance(config, (str, Path)) else config)
+            return load_codec_config(config)
         except ConfigError as error:
             raise ConfigError(f"compression_config: {error}") from error
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import xxhash
 
 from distillkit.errors import ConfigError, InputError
+from distillkit.shards.saved import check_saved
 from distillkit.text.file_formats import FORMATS, TEACHER_COLUMNS
 
 __all__ = ["Row", "Source", "chosen_rows", "kept_schema", "open_hub", "open_local", "open_source"]
@@ -348,6 +349,7 @@ class _Loaded:
 def _saved(folder: Path, split: str | None) -> Source:
     import datasets
 
+    check_saved(folder)
     loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
         split = _the_split(split, list(loaded), folder)

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillkit.errors import CorruptDataError, TruncatedDataError
 from distillkit.shards.footer import read_footer
-from distillkit.shards.storage import open_source, reading
+from distillkit.shards.storage import locate, open_source, reading
 
 __all__ = []
 
@@ -53,7 +52,7 @@ def open_parquet(
 
 def _check_size(path: str) -> None:
     """Refuse a row group of which a few bytes decode to gigabytes, judged by the footer."""
-    filesystem, inner = fsspec.core.url_to_fs(path)
+    filesystem, inner = locate(path)
     size = filesystem.size(inner)
     length = int.from_bytes(filesystem.cat_file(inner, start=size - 8, end=size - 4), "little")
     with reading(path):
@@ -84,7 +83,7 @@ def validated(data: _Tabular, where: object) -> _Tabular:
 
 
 def _check_ends(path: str) -> None:
-    filesystem, inner = fsspec.core.url_to_fs(path)
+    filesystem, inner = locate(path)
     if not filesystem.exists(inner):
         raise FileNotFoundError(2, "no such file", path)
     size = filesystem.size(inner)

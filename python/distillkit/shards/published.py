@@ -9,10 +9,8 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -24,7 +22,7 @@ from distillkit.shards.header import Header, alignment, check_codec
 from distillkit.shards.manifest import ShardInfo
 from distillkit.shards.parquet import open_parquet, validated
 from distillkit.shards.saved import saved_files, saved_splits
-from distillkit.shards.storage import reading
+from distillkit.shards.storage import locate, reading
 from distillkit.shards.table import Block, Documents, check_document, document_id, int32_array, make_block
 from distillkit.types import Document
 
@@ -111,7 +109,7 @@ def open_published(
 
 def _data_files(name: str, split: str | None) -> tuple[str, list[str]]:
     """The folder of a published dataset (where its configuration may be) and its data files, in order."""
-    filesystem, inner = fsspec.core.url_to_fs(name)
+    filesystem, inner = locate(name)
     if not filesystem.isdir(inner):
         if name.lower().endswith(_TEXT_SUFFIXES):
             raise InputError(f"{name}: {_CAPTURE_FIRST}")
@@ -125,35 +123,30 @@ def _data_files(name: str, split: str | None) -> tuple[str, list[str]]:
         if chosen not in splits:
             raise InputError(f"{name}: has no split {chosen!r}; its splits are {', '.join(splits)}")
         folder = f"{name}/{chosen}"
-    paths = sorted(
-        (
-            Path(path).name
-            for suffix in ("parquet", "arrow")
-            for path in filesystem.glob(f"{_inner(folder)}/*.{suffix}")
-        ),
-        key=_natural,
-    )
+    paths = sorted((name for name in _names(folder) if name.endswith((".parquet", ".arrow"))), key=_natural)
     saved = saved_files(folder)
     if saved is not None:
         paths = saved
     elif split is not None and not splits:
         # Parquet files of a Hub dataset, such as data/train-00000-of-00002.parquet.
-        hub = sorted(Path(path).name for path in filesystem.glob(f"{inner}/data/{split}-*.parquet"))
-        named = [path for path in paths if path.startswith(f"{split}-")]
+        hub, named = (
+            [path for path in found if path.startswith(f"{split}-")] for found in (_names(f"{name}/data"), paths)
+        )
         if hub and not paths:
             return name, [f"{name}/data/{path}" for path in hub]
         paths = named or paths
     return folder, [f"{folder}/{path}" for path in paths]
 
 
-def _inner(name: str) -> str:
-    path: str = fsspec.core.url_to_fs(name)[1]
-    return path
+def _names(folder: str) -> list[str]:
+    """Names of what is in a folder, sorted; empty if there is none. Unlike a glob, takes the folder's name literally."""
+    filesystem, inner = locate(folder)
+    found = filesystem.ls(inner, detail=False) if filesystem.isdir(inner) else []
+    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
 
 
 def _without_data(folder: str) -> str:
-    filesystem, inner = fsspec.core.url_to_fs(folder)
-    if any(path.lower().endswith(_TEXT_SUFFIXES[:3]) for path in filesystem.ls(inner, detail=False)):
+    if any(name.lower().endswith(_TEXT_SUFFIXES[:3]) for name in _names(folder)):
         return f"contains no Parquet or Arrow files; if it is {_CAPTURE_FIRST}"
     return "contains no Parquet or Arrow files; expected a captured or a published dataset"
 
@@ -166,7 +159,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _config_beside(folder: str) -> str | None:
     for place in (folder, folder.rsplit("/", 1)[0] if "/" in folder else "."):
-        filesystem, inner = fsspec.core.url_to_fs(f"{place}/{CONFIG_FILE}")
+        filesystem, inner = locate(f"{place}/{CONFIG_FILE}")
         if filesystem.exists(inner):
             return f"{place}/{CONFIG_FILE}"
     return None
@@ -274,7 +267,7 @@ class _TableFile:
 
     def _map(self) -> pa.Table:
         if self._mapped is None:
-            table = pa.ipc.open_stream(pa.memory_map(_inner(self.path))).read_all()
+            table = pa.ipc.open_stream(pa.memory_map(locate(self.path)[1])).read_all()
             # Nothing else is read, so nothing else needs to be sound.
             known = [name for name in _KNOWN_COLUMNS if name in table.schema.names]
             self._mapped = validated(table.select(known) if "input_ids" in known else table, self.path)
@@ -327,7 +320,7 @@ class _PublishedFile:
         """File name, counts and size. Reads the token columns only."""
         lengths = self.lengths().tolist()
         rows = sum(self.header.rows_of(length) for length in lengths)
-        filesystem, inner = fsspec.core.url_to_fs(self.path)
+        filesystem, inner = locate(self.path)
         return ShardInfo(self.path.rsplit("/", 1)[-1], len(lengths), sum(lengths), rows, filesystem.size(inner), "")
 
     def lengths(self) -> npt.NDArray[np.int64]:

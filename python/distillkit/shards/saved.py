@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from distillkit.errors import CorruptDataError, InputError
+from distillkit.shards.json_text import parse_json
+from distillkit.shards.storage import locate
 
 __all__ = ["check_saved", "saved_files", "saved_splits"]
 
@@ -67,13 +67,10 @@ def check_saved(folder: str | os.PathLike[str]) -> None:
 def _read(folder: str, name: str) -> tuple[dict[str, Any] | None, str]:
     """The content of a JSON file (None if there is no such file), and its place for messages."""
     where = f"{folder}/{name}"
-    filesystem, inner = fsspec.core.url_to_fs(where)
+    filesystem, inner = locate(where)
     if not filesystem.exists(inner):
         return None, where
-    try:
-        content = json.loads(filesystem.cat_file(inner))
-    except (ValueError, RecursionError) as error:
-        raise CorruptDataError(f"{where}: not JSON: {error}") from error
+    content = parse_json(filesystem.cat_file(inner), where=where)
     if not isinstance(content, dict):
         raise CorruptDataError(f"{where}: must be an object, found {type(content).__name__}")
     return content, where
@@ -94,7 +91,7 @@ def _plain(name: object, where: str) -> str:
 
 def _check_inside(folder: str, name: str, where: str) -> None:
     """Refuse a symbolic link that leads out of the folder, except into the hub's cache, which consists of links."""
-    filesystem, inner = fsspec.core.url_to_fs(folder)
+    filesystem, inner = locate(folder)
     if not isinstance(filesystem, LocalFileSystem):
         return
     root = Path(inner)

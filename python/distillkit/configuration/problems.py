@@ -101,7 +101,7 @@ def _problem(item: ErrorDetails, model: type[BaseModel], unknown: str, known: It
         return Problem(path, item["msg"])
     if kind in _MUST_BE:
         return Problem(path, _must_be(_MUST_BE[kind].format(**context), found))
-    return Problem(path, f"{item['msg']} (found {found!r:.200})")
+    return Problem(path, f"{item['msg']} (found {found!r})")
 
 
 # -- where a problem is ------------------------------------------------------------------------------------------------
@@ -163,4 +163,4 @@ _MUST_BE = {
 def _must_be(what: str, found: object) -> str:
     """Compose a message: what a value must be, what was found, and the closest of the choices, if any."""
     choices = re.findall(r"'(\w+)'", what)
-    return f"must be {what}, found {found!r:.200}{nearest(found, choices)}"
+    return f"must be {what}, found {found!r}{nearest(found, choices)}"

@@ -137,4 +137,4 @@ class Document:
         if most is None:
             return whole
         kept = np.diff(np.minimum(np.cumsum(whole), most), prepend=0)
-        return kept[kept > 0]
+        return kept[kept > 0] if kept.any() else kept[:1]

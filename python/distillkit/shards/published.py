@@ -139,7 +139,7 @@ def _data_files(name: str, split: str | None) -> tuple[str, list[str]]:
 
 
 def _names(folder: str) -> list[str]:
-    """Names of what is in a folder, sorted; empty if there is none. Unlike a glob, takes the folder's name literally."""
+    """Names of what is in a folder, sorted; empty if there is none. Unlike globs, takes the folder's name literally."""
     filesystem, inner = locate(folder)
     found = filesystem.ls(inner, detail=False) if filesystem.isdir(inner) else []
     return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)

@@ -13,6 +13,7 @@ from distillkit.errors import ConfigError, InputError, MismatchError
 from distillkit.shards.plausibility import check_plausible, sampled
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.data.examples import DocumentSource
+from distillkit.training.signals.base import check_ids_fit
 from distillkit.types import Document
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
         )
     sample = list(sampled(dataset))
     for document in sample:
-        _check_largest(document, head_size, key)
+        _check_ids_fit(document, head_size, key)
     rates = check_plausible(sample, dataset.codec, key)
     logger.info("%s: %s documents; the true next token is the teacher's first: %s", key, f"{len(dataset):,}", rates)
 
@@ -191,13 +192,12 @@ def check_ids(documents: DocumentSource, head_size: int, key: str) -> None:
     if len(documents) == 0:
         raise ConfigError(f"{key}: the dataset has no documents")
     for document in sampled(documents):
-        _check_largest(document, head_size, key)
+        _check_ids_fit(document, head_size, key)
     logger.info("%s: %s documents", key, f"{len(documents):,}")
 
 
-def _check_largest(document: Document, head_size: int, key: str) -> None:
-    largest = int(document.input_ids.max(initial=0))
-    if largest >= head_size:
-        raise MismatchError(
-            f"{key}: {document.place} contains token id {largest:,}, but the student's head has {head_size:,} rows"
-        )
+def _check_ids_fit(document: Document, head_size: int, key: str) -> None:
+    try:
+        check_ids_fit(document, head_size)
+    except MismatchError as error:
+        raise MismatchError(f"{key}: {error}") from error

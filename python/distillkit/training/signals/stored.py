@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 
 from distillkit.codec import Codec
-from distillkit.errors import CorruptDataError, MismatchError
+from distillkit.errors import CorruptDataError
 from distillkit.losses.positions import Targets
 from distillkit.shards.plausibility import HIGHEST, check_values, decoded
+from distillkit.training.signals.base import check_ids_fit
 from distillkit.types import Document, SparseLogprobs
 
 __all__ = ["OfflineSignal"]
@@ -44,11 +45,7 @@ class OfflineSignal:
             MismatchError: a token id is beyond the student's head.
             CorruptDataError: the document cannot be decoded, or has a log-probability that is too high to be one.
         """
-        largest = int(document.input_ids.max(initial=0))
-        if largest >= self.head_size:
-            raise MismatchError(
-                f"{document.place}: token id {largest:,}, but the student's head has {self.head_size:,} rows"
-            )
+        check_ids_fit(document, self.head_size)
         if self.on_device:
             taken = {"bytes": self.codec.document_rows(document.teacher, document.num_rows)[positions]}
         else:

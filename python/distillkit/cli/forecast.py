@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from distillkit.capture.preflight import check_before_loading
 from distillkit.capture.result import counted
 from distillkit.cli.capture import capture_options, chosen_captures
 from distillkit.cli.setting_options import GroupedCommand
-from distillkit.console import human_bytes, progress_bar, show
+from distillkit.console import human_bytes, progress_bar, quiet_libraries, say, show
 from distillkit.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -50,12 +51,12 @@ def forecast(
       distillkit forecast --model teacher/ --dataset text.jsonl --output captured/
       distillkit forecast teachers.yaml --seconds 0
     """
-    from transformers.utils.logging import disable_progress_bar
-
+    captures = chosen_captures(context, config, options)
+    for settings in captures:
+        check_before_loading(settings)
+    quiet_libraries()
     from distillkit.capture.forecast.forecast import forecast as forecast_captures
 
-    disable_progress_bar()
-    captures = chosen_captures(context, config, options)
     if progress:
         with progress_bar("running the teacher") as advance:
             found = forecast_captures(
@@ -78,10 +79,10 @@ def _show(result: Forecast) -> None:
     show(_summary(result))
     show(_codecs(result.codecs))
     for name, reason in result.left_out.items():
-        click.echo(f"not possible: {name}: {reason}")
+        say(f"not possible: {name}: {reason}")
     for codec in result.codecs:
         if codec.note:
-            click.echo(f"not measured: {codec.name}: {codec.note}")
+            say(f"not measured: {codec.name}: {codec.note}")
 
 
 def _summary(result: Forecast) -> Table:

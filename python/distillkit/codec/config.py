@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Union
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from distillkit import _native
+from distillkit.configuration.problems import find_problems
 from distillkit.errors import ConfigError
 
 __all__ = [
@@ -22,17 +23,6 @@ __all__ = [
 ]
 
 FloatName = Literal["float16", "bfloat16", "float32", "float64"]
-
-
-def _describe(error: ValidationError) -> str:
-    """All problems on one line, each with its dotted path."""
-    lines = []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"] if not isinstance(part, str) or "[" not in part)
-        message = problem["msg"].removeprefix("Value error, ")
-        found = "" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r:.200})"
-        lines.append(f"{path}: {message}{found}" if path else message)
-    return "; ".join(lines)
 
 
 class _Model(BaseModel):
@@ -54,7 +44,8 @@ class _CodecModel(_Model):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise ConfigError(f"{type(self).__name__}: {_describe(error)}") from None
+            problems = "; ".join(map(str, find_problems(error, type(self))))
+            raise ConfigError(f"{type(self).__name__}: {problems}") from None
 
     @model_validator(mode="after")
     def _check(self) -> _CodecModel:
@@ -154,9 +145,8 @@ def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
         if key in config:
             others = sorted(str(name) for name in config if name != key)
             if others:
-                raise ConfigError(
-                    f"a codec configuration must have no keys besides {key}; found {', '.join(others):.200}"
-                )
+                found = ", ".join(others)
+                raise ConfigError(f"a codec configuration must have no keys besides {key}; found {found:.200}")
             fields = config[key]
             if not isinstance(fields, Mapping):
                 raise ConfigError(f"{key} must be a mapping, found {type(fields).__name__}: {fields!r:.200}")

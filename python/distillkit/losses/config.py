@@ -36,13 +36,16 @@ _RANKING = ("hinge", "logistic_ranking")
 _TAKES: dict[str, tuple[str, ...]] = {
     "temperature": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
     "missing_probability_handling": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
+    "published_temperature": tuple(
+        name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)
+    ),
     "margin": ("hinge",),
     "alpha": _SKEWED,
     "top_k": _RANKING,
 }
 # Published configurations set a temperature and a handling for every loss; these values are accepted everywhere, since
 # they have no effect.
-_HARMLESS = {"temperature": 1.0, "missing_probability_handling": "zero"}
+_HARMLESS = {"temperature": 1.0, "missing_probability_handling": "zero", "published_temperature": False}
 
 # Published configurations use two names for the handling with a bucket for missing probability.
 _SYNONYMS = {"symmetric_uniform": "uniform"}
@@ -68,8 +71,14 @@ class LossConfig(BaseModel):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="Temperature T: both distributions are softened to p^(1/T) and renormalised, and the loss is "
-        "multiplied by T²; 1 by default.",
+        description="Temperature T: both distributions, over the stored tokens and all others as one outcome, are "
+        "softened to p^(1/T) and renormalised, and the loss is multiplied by T²; 1 by default.",
+    )
+    published_temperature: bool | None = Field(
+        default=None,
+        description="true softens the student over its whole vocabulary instead, as the published toolkit does, which "
+        "gives other values at temperatures other than 1: the teacher is then not the optimum. No effect with a live "
+        "teacher that has all tokens.",
     )
     missing_probability_handling: Handling | None = Field(
         default=None,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.reports.inspection_plots import BLUE, GREEN, GREY, INK, ORANGE, style_axes
+from distillkit.reports.inspection_plots import BLUE, GREEN, GREY, INK, ORANGE, plot_text, style_axes
 from distillkit.reports.run_record import RunRecord
 
 __all__ = ["plot_comparison", "plot_quality", "plot_speed"]
@@ -94,7 +94,7 @@ def plot_comparison(runs: Sequence[RunRecord], names: Sequence[str], path: Path)
         for number, (run, label) in enumerate(zip(runs, names, strict=True)):
             steps, values = run.series(name, held_out=held_out)
             if values:
-                _line(panel, steps, values, number, label, marked=held_out)
+                _line(panel, steps, values, number, plot_text(label), marked=held_out)
                 everything += values
         if not everything:
             _empty(panel)
@@ -123,7 +123,7 @@ def _losses(axes: Any, run: RunRecord) -> None:
         steps, values = run.series(name)
         if values:
             weight = run.parts.get(name)
-            label = name if weight is None else f"{name} (× {weight:.3g})"
+            label = plot_text(name) if weight is None else f"{plot_text(name)} (× {weight:.3g})"
             _line(axes, steps, values, number, "total" if name == "loss" and parts else label)
             everything += values
     if everything:

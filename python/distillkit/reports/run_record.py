@@ -133,12 +133,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         CorruptDataError: any other line is not a log entry.
         OSError: the file cannot be read.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     entries = []
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise CorruptDataError(f"{path}: line {number} is not JSON: {error}") from error
@@ -163,8 +163,10 @@ def read_run(folder: str | Path) -> RunRecord:
     if (folder / SUMMARY).is_file():
         try:
             summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptDataError(f"{folder / SUMMARY}: not JSON: {error}") from error
+        if not isinstance(summary, dict):
+            raise CorruptDataError(f"{folder / SUMMARY}: expected an object, found {type(summary).__name__}")
     descriptions = [entry["run"] for entry in entries if "run" in entry]
     return RunRecord(
         folder=folder,

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distillkit.errors import ConfigError
+from distillkit.shards.overflow import default_overlap, windows
 from distillkit.text.layouts import has_value
 from distillkit.text.policy import capture_policy
 from distillkit.text.rows import RowReader
@@ -200,21 +201,3 @@ class DocumentReader:
                 yield start, stop, None if mask[1:].all() else mask
         if not some:
             self._count("documents_without_a_counted_token")
-
-
-def default_overlap(max_tokens: int) -> int:
-    """Return how many tokens each piece of a long document repeats from the previous one: an eighth of a piece."""
-    return max(1, max_tokens // 8)
-
-
-def windows(length: int, limit: int, overlap: int) -> list[tuple[int, int]]:
-    """Cut `length` tokens into (start, stop) pieces of at most `limit`, each starting `overlap` before the last ends.
-
-    With an overlap of at least one, every token but the first shares a piece with the token before it, so each of
-    them gets a distribution.
-    """
-    pieces = [(0, min(length, limit))]
-    while pieces[-1][1] < length:
-        start = pieces[-1][1] - overlap
-        pieces.append((start, min(length, start + limit)))
-    return pieces

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from distillkit.configuration.places import neighbour
+from distillkit.configuration.secrets import redacted
 from distillkit.errors import ConfigError, DistillKitError, nearest
 from distillkit.models.adapters import add_adapters
 from distillkit.models.head import bare_model, elements_of, lm_head_of, rows_of
+from distillkit.models.weights import model_problem
 from distillkit.training.quantization import quantization_config_of
 
 if TYPE_CHECKING:
@@ -165,12 +169,18 @@ def _auto_class(config: RunConfig) -> Any:
 @contextmanager
 def _loading(config: RunConfig, what: object) -> Iterator[None]:
     """Turn the errors that transformers raises while loading into one message."""
+    from safetensors import SafetensorError
+
+    damaged = (SafetensorError, EOFError, pickle.UnpicklingError)
     try:
         yield
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, *damaged) as error:
+        problem = model_problem(config.model)
+        if problem is not None:
+            raise ConfigError(f"{config.source}: model: {problem}") from error
         raise ConfigError(
-            f"{config.source}: model: {config.model!r} cannot be loaded by {config.model_auto_class} with {what}: "
-            f"{error}"
+            f"{config.source}: model: {config.model!r} cannot be loaded by {config.model_auto_class} with "
+            f"{redacted(str(what))}: {redacted(str(error))}{neighbour(config.model)}"
         ) from error
 
 

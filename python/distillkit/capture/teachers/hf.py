@@ -273,19 +273,30 @@ def resolve_device(device: str) -> str:
     """Return the device to run on; "auto" is the first CUDA device, or the CPU.
 
     Raises:
-        ConfigError: `device` is not a torch device or a placement.
+        ConfigError: `device` is not a torch device or a placement, or this machine does not have it.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device in _PLACEMENTS:
         return device
     try:
-        return str(torch.device(device))
+        found = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(
             f"device: {device!r} is not a torch device; expected auto, cpu, cuda, cuda:1, … or one of "
             f"{', '.join(_PLACEMENTS)}"
         ) from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {device!r}, but torch finds {torch.cuda.device_count()} CUDA GPUs on this machine (see "
+            "`nvidia-smi`); cpu runs without one"
+        )
+    try:
+        # A type that torch knows may not be there, or have no memory, as meta.
+        torch.ones(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError) as error:
+        raise ConfigError(f"device: {device!r} cannot be used on this machine: {str(error).splitlines()[0]}") from error
+    return str(found)
 
 
 def resolve_dtype(dtype: str, config: Any, device: str) -> str:

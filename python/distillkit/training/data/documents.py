@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from distillkit.errors import ConfigError
 from distillkit.shards import Dataset as StoredDataset
+from distillkit.shards.overflow import LongDocuments, Pieces
 from distillkit.shards.packing import pack
 from distillkit.shards.reader import is_captured
 from distillkit.shards.storage import TEMPORARY_PREFIX
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from distillkit.training.config.schema import DatasetSource, RunConfig
     from distillkit.training.signals.base import TeacherSignal
 
-__all__ = ["document_lengths", "is_packed", "open_documents", "training_dataset"]
+__all__ = ["document_lengths", "is_packed", "long_documents", "open_documents", "training_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFT
         arguments: the trainer's arguments.
 
     Raises:
-        ConfigError: there is no such data, or a setting does not fit it.
+        ConfigError: there is no such data, a setting does not fit it, or much of it would be cut off unasked.
         InputError: a row has an unknown format.
         MismatchError: the data were captured with another tokenizer or codec.
     """
@@ -77,25 +78,50 @@ def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFT
             sample=_sample(config, part),
             processes=arguments.dataset_num_proc or 1,
         )
-    if is_packed(config, arguments, part):
-        document_lengths(documents, cache)  # cached here if reading them takes long
+    long = long_documents(config, part, documents)
+    overflow = config.dataset.overflow
+    long.check(overflow, key=key, row=f"sequence_length: {long.limit:,}", setting="dataset.overflow")
+    if long.long:
+        logger.log(logging.INFO if overflow == "split" else logging.WARNING, "%s: %s", key, long.outcome(overflow))
     return documents
+
+
+def long_documents(config: RunConfig, part: Part, documents: DocumentSource) -> LongDocuments:
+    """Count the documents, among those that a run uses, that are longer than the sequence length."""
+    return LongDocuments.of(_chosen(config, part, documents)[1], config.sequence_length)
+
+
+def _chosen(
+    config: RunConfig, part: Part, documents: DocumentSource
+) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.int64]]:
+    """Return which documents a run uses, None for all, and their lengths."""
+    lengths = document_lengths(documents, cache_folder(config))
+    # Rows of text were already sampled when they were prepared.
+    chosen = None if isinstance(documents, PreparedDataset) else _sample(config, part).choose(len(documents))
+    return chosen, lengths if chosen is None else lengths[chosen]
 
 
 def training_dataset(
     config: RunConfig, part: Part, documents: DocumentSource, signal: TeacherSignal, arguments: SFTConfig
 ) -> DistillationDataset:
-    """Make training examples of documents: sample them and pack them as configured.
+    """Make training examples of documents: sample them, split or drop long ones, and pack them as configured.
 
     Raises:
-        ConfigError: the dataset has fewer documents than requested.
+        ConfigError: the dataset has fewer documents than requested, or all of them are dropped.
     """
-    # Rows of text were already sampled when they were prepared.
-    chosen = None if isinstance(documents, PreparedDataset) else _sample(config, part).choose(len(documents))
+    chosen, lengths = _chosen(config, part, documents)
+    pieces = None
+    if config.dataset.overflow in ("split", "drop") and lengths.max(initial=0) > config.sequence_length:
+        pieces = Pieces.of(lengths, config.sequence_length, config.dataset.overflow)
+        lengths = pieces.lengths
+        if not len(pieces):
+            raise ConfigError(
+                f"dataset.overflow: drop leaves nothing of dataset.{part}_dataset: all its documents are longer than "
+                f"sequence_length: {config.sequence_length:,}"
+            )
     packing = None
     if is_packed(config, arguments, part):
-        lengths = document_lengths(documents, cache_folder(config))
-        packing = pack(lengths if chosen is None else lengths[chosen], config.sequence_length, seed=config.dataset.seed)
+        packing = pack(lengths, config.sequence_length, seed=config.dataset.seed)
         logger.info(
             "dataset.%s_dataset: %s documents packed in %s rows of %s tokens, %.1f%% full",
             part,
@@ -104,7 +130,7 @@ def training_dataset(
             f"{config.sequence_length:,}",
             100 * packing.fill,
         )
-    return DistillationDataset(documents, signal, config.sequence_length, chosen, packing=packing)
+    return DistillationDataset(documents, signal, config.sequence_length, chosen, pieces=pieces, packing=packing)
 
 
 def _sample(config: RunConfig, part: Part) -> Sample:

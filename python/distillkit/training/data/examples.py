@@ -18,6 +18,7 @@ import torch
 
 from distillkit.errors import CorruptDataError
 from distillkit.shards.alignment import counted_positions
+from distillkit.shards.overflow import Pieces
 from distillkit.shards.packing import Packing
 from distillkit.training.signals.base import TeacherSignal
 from distillkit.types import Document
@@ -51,7 +52,7 @@ class Example:
     """A training example: a document, or several packed ones.
 
     Attributes:
-        input_ids: (L,) int32, cut to the sequence length.
+        input_ids: (L,) int32, at most the sequence length.
         segment_lengths: lengths of the packed documents, in order; they sum to L.
         positions: (P,) int64, counted positions t, ascending, at which token t + 1 is predicted.
         teacher: arrays (P, …) from the teacher's signal.
@@ -78,14 +79,15 @@ class DocumentSource(Protocol):
 
 
 class DistillationDataset(torch.utils.data.Dataset[Example]):
-    """Map-style dataset of documents, cut to the sequence length together with their teacher rows.
+    """Map-style dataset of documents or their pieces, at most the sequence length, together with their teacher rows.
 
     Args:
         source: the documents.
         signal: provides the teacher's data.
         sequence_length: maximum L.
         indices: which documents of the source to use; all if None.
-        packing: which of these documents share a row, by whose number examples are then indexed; None: no packing.
+        pieces: which parts of these to use; each one's beginning if None.
+        packing: which of these pieces share a row, by whose number examples are then indexed; None: no packing.
     """
 
     def __init__(
@@ -95,16 +97,25 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
         sequence_length: int,
         indices: npt.NDArray[np.int64] | None = None,
         *,
+        pieces: Pieces | None = None,
         packing: Packing | None = None,
     ) -> None:
         self.source = source
         self.signal = signal
         self.sequence_length = sequence_length
         self.indices = np.arange(len(source), dtype=np.int64) if indices is None else indices
+        self.pieces = pieces
         self.packing = packing
 
     def __len__(self) -> int:
-        return len(self.indices) if self.packing is None else len(self.packing)
+        if self.packing is not None:
+            return len(self.packing)
+        return len(self.indices if self.pieces is None else self.pieces)
+
+    @property
+    def documents(self) -> int:
+        """Number of documents of which any part is used."""
+        return len(self.indices) if self.pieces is None else len(np.unique(self.pieces.documents))
 
     def __getitem__(self, index: int) -> Example:
         """Read a document, or the documents of a packed row; `BLANK` returns an example without tokens.
@@ -117,24 +128,32 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
                 np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.int64), self.signal.empty_targets()
             )
         if self.packing is None:
-            return self.cut(self.source[int(self.indices[index])])
-        documents = self.indices[self.packing[index]].tolist()
-        example = joined([self.cut(self.source[document]) for document in documents])
+            return self.piece(index)
+        pieces = self.packing[index].tolist()
+        example = joined([self.piece(piece) for piece in pieces])
         if len(example.input_ids) > self.sequence_length:
             raise CorruptDataError(
-                f"the documents {documents} have {len(example.input_ids):,} tokens, but at most "
+                f"the documents or pieces {pieces} have {len(example.input_ids):,} tokens, but at most "
                 f"{self.sequence_length:,} were packed: the data changed after their lengths were read"
             )
         return example
 
-    def cut(self, document: Document) -> Example:
-        """Cut a document to the sequence length, and read the teacher rows of its counted positions."""
-        length = min(len(document.input_ids), self.sequence_length)
-        lengths = document.segments(length)
-        loss_mask = None if document.loss_mask is None else document.loss_mask[:length]
-        positions = counted_positions(lengths, loss_mask)
-        teacher = self.signal.take(document, positions)
-        return Example(document.input_ids[:length], lengths, positions, teacher, len(document.input_ids) - length)
+    def piece(self, index: int) -> Example:
+        """Read a document or one of its pieces, and the teacher rows of its counted positions."""
+        if self.pieces is None:
+            document = self.source[int(self.indices[index])]
+            start, stop, first = 0, min(len(document.input_ids), self.sequence_length), 0
+            cut = len(document.input_ids) - stop
+        else:
+            number, start, stop, first = self.pieces[index]
+            document, cut = self.source[int(self.indices[number])], 0
+        lengths = document.segments(stop, start)
+        mask = None if document.loss_mask is None else document.loss_mask[start:stop]
+        positions = counted_positions(lengths, mask)
+        # The rest of the tokens is context, and counts in the piece before.
+        positions = positions[positions + 1 >= first - start]
+        teacher = self.signal.take(document, positions + start)
+        return Example(document.input_ids[start:stop], lengths, positions, teacher, cut)
 
 
 def joined(examples: Sequence[Example]) -> Example:

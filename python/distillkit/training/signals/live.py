@@ -9,6 +9,7 @@ Shape legend: B batch, S sequence, N counted positions, H hidden size of the tea
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,12 @@ import numpy.typing as npt
 import torch
 
 from distillkit.codec.topk import sparse_from_logits
+from distillkit.configuration.places import neighbour
+from distillkit.configuration.secrets import redacted
 from distillkit.errors import ConfigError, MismatchError
 from distillkit.losses.positions import DenseTeacher, Targets
 from distillkit.models.head import backbone_layers, bare_model, check_lm_head, logit_chunks
+from distillkit.models.weights import model_problem
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.data.examples import MODEL_INPUTS
 from distillkit.types import Document, SparseLogprobs
@@ -118,16 +122,20 @@ def load_teacher(config: RunConfig, device: torch.device) -> PreTrainedModel:
     Raises:
         ConfigError: the teacher cannot be loaded.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     teacher: LiveTeacherConfig = config.teacher  # type: ignore[assignment]
     arguments = {"dtype": "auto", "trust_remote_code": config.trust_remote_code, **teacher.kwargs}
+    damaged = (SafetensorError, EOFError, pickle.UnpicklingError)
     try:
         model = AutoModelForCausalLM.from_pretrained(teacher.path, **arguments)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise ConfigError(
-            f"{config.source}: teacher.path: {teacher.path!r} cannot be loaded with {arguments}: {error}"
-        ) from error
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, *damaged) as error:
+        problem = model_problem(teacher.path) or (
+            f"{teacher.path!r} cannot be loaded with {redacted(str(arguments))}: {redacted(str(error))}"
+            f"{neighbour(teacher.path)}"
+        )
+        raise ConfigError(f"{config.source}: teacher.path: {problem}") from error
     if "device_map" not in arguments:
         model.to(device)
     model.eval().requires_grad_(False)

@@ -160,7 +160,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _config_beside(folder: str) -> str | None:
     for place in (folder, folder.rsplit("/", 1)[0] if "/" in folder else "."):
         filesystem, inner = locate(f"{place}/{CONFIG_FILE}")
-        if filesystem.exists(inner):
+        if filesystem.isfile(inner):
             return f"{place}/{CONFIG_FILE}"
     return None
 
@@ -214,13 +214,19 @@ def _plain_codec(table: _TableFile, config: ConfigSource, vocab_size: int | None
         raise ConfigError(
             f"{name}: plain top-k columns do not record the vocabulary size; pass vocab_size, or a configuration with d"
         )
-    first = table.load(0, ("token_ids",))
-    rows = _nested(first["token_ids"], 0, f"{table.path}, document 0, token_ids")
-    return Codec(
-        DistributionQuantizationConfig(
-            d=size, k=rows.shape[1], exact_k=rows.shape[1], residual_bins=[], delta_encoding=False
-        )
-    )
+    k = _plain_k(table)
+    return Codec(DistributionQuantizationConfig(d=size, k=k, exact_k=k, residual_bins=[], delta_encoding=False))
+
+
+def _plain_k(table: _TableFile) -> int:
+    """Stored ids per row, according to the first document that has rows."""
+    for group in range(len(table.groups)):
+        column = table.load(group, ("token_ids",))["token_ids"]
+        for index in range(len(column)):
+            rows = _nested(column, index, f"{table.path}, token_ids")
+            if len(rows):
+                return int(rows.shape[1])
+    raise InputError(f"{table.path}: contains no distributions")
 
 
 def _alignment_of(tables: list[_TableFile], codec: Codec, layout: str) -> Any:
@@ -252,6 +258,9 @@ class _TableFile:
         self.path = path
         self._mapped: pa.Table | None = None
         self._metadata: Any = None
+        filesystem, inner = locate(path)
+        if not filesystem.isfile(inner):
+            raise InputError(f"{path}: not a file")
         with reading(path):
             if path.endswith(".arrow"):
                 schema, rows = self._map().schema, self._map().num_rows
@@ -419,7 +428,7 @@ class _Tokens:
             hint = "; the labels are shifted by one: store each beside its own token" if shifted else ""
             raise CorruptDataError(
                 f"{where}: the label of token {at} is {labels[at]}, but the token is {self.ids[at]}; a label is its "
-                f"token's id, or {_IGNORED} where it does not count{hint}"
+                f"token's id, or {_IGNORED} where it does not count{hint}. Correct the column, or remove it"
             )
         return np.asarray(counted)
 

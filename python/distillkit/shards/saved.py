@@ -68,7 +68,7 @@ def _read(folder: str, name: str) -> tuple[dict[str, Any] | None, str]:
     """The content of a JSON file (None if there is no such file), and its place for messages."""
     where = f"{folder}/{name}"
     filesystem, inner = locate(where)
-    if not filesystem.exists(inner):
+    if not filesystem.isfile(inner):
         return None, where
     content = parse_json(filesystem.cat_file(inner), where=where)
     if not isinstance(content, dict):

@@ -134,9 +134,8 @@ class CaptureInputs:
         )
         if not plan.shards:
             plan.remove()
-            raise CaptureError(
-                f"{settings.dataset}: contains no document of at least 2 tokens: {', '.join(counted(plan.counts)) or 'it is empty'}"
-            )
+            why = ", ".join(counted(plan.counts)) or "it is empty"
+            raise CaptureError(f"{settings.dataset}: contains no document of at least 2 tokens: {why}")
         logger.info(
             "%s: %s documents with %s tokens in %d shards",
             settings.dataset,

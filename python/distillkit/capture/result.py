@@ -25,8 +25,9 @@ def counted(counts: Mapping[str, int]) -> list[str]:
     """What was done with rows and documents that were not captured as they are, from a reader's counts."""
     texts = {name: _COUNTED.get(name, name.replace("_", " ")) for name in counts if name != "rows"}
     return [
-        f"1 {text.replace('documents', 'document', 1).replace('rows', 'row', 1)}" if counts[name] == 1 else
-        f"{counts[name]:,} {text}"
+        f"1 {text.replace('documents', 'document', 1).replace('rows', 'row', 1)}"
+        if counts[name] == 1
+        else f"{counts[name]:,} {text}"
         for name, text in texts.items()
         if counts[name]
     ]

@@ -19,7 +19,7 @@ from distillkit.codec import Codec
 from distillkit.console import human_bytes
 from distillkit.errors import CaptureError
 from distillkit.memory import peak_memory
-from distillkit.shards import Manifest, read_manifest
+from distillkit.shards import Dataset, Manifest, read_manifest
 from distillkit.shards.lock import CAPTURE_FOLDER, FolderLock
 from distillkit.shards.manifest import MANIFEST, merged_fidelity
 from distillkit.shards.storage import Folder
@@ -55,6 +55,8 @@ def _already_complete(inputs: CaptureInputs, folder: Folder) -> CaptureReport:
     if finished is None:
         raise CaptureError(f"{folder}: {MANIFEST} was removed while this capture started; run it again")
     inputs.check_finished(finished, folder)
+    # Refuses a dataset whose shards are not those that it lists.
+    Dataset.open(folder.url)
     if folder.inner(CAPTURE_FOLDER).names():
         # Left behind by a run that was killed right after it had written the manifest.
         with FolderLock(folder, range(0)):
@@ -116,7 +118,7 @@ def _finish(plan: ShardPlan, times: StageTimes, resumed: int, settings: CaptureS
     """
     finished = read_manifest(plan.folder.url)
     if finished is not None:
-        # Two jobs wrote their last shards at once, and the other one was first.
+        _check_finished_by_another(plan, finished)
         return _report(plan.folder, finished, times, resumed)
     receipts = plan.receipts(trusted=settings.shard_numbers(len(plan.shards)))
     if len(receipts) < len(plan.shards):
@@ -141,6 +143,26 @@ def _finish(plan: ShardPlan, times: StageTimes, resumed: int, settings: CaptureS
     manifest.write(plan.folder)
     plan.remove()
     return _report(plan.folder, manifest, times, resumed)
+
+
+def _check_finished_by_another(plan: ShardPlan, finished: Manifest) -> None:
+    """Compare this run's shards with a manifest that another run has written meanwhile.
+
+    Jobs that share a dataset may write their last shards at once. Where storage has no locks, it may also be a second
+    capture of the same shards, and this run has replaced some of its files.
+
+    Raises:
+        CaptureError: names the shards that differ.
+    """
+    listed = {info.file: info for info in finished.shards}
+    receipts = plan.receipts(trusted=range(len(plan.shards))).values()
+    odd = [receipt.info.file for receipt in receipts if listed.get(receipt.info.file) != receipt.info]
+    if odd:
+        raise CaptureError(
+            f"{plan.folder}: another capture has finished this dataset meanwhile, with other contents of "
+            f"{', '.join(odd[:5])}: remove the folder and capture again"
+        )
+    plan.remove()
 
 
 def _manifest(plan: ShardPlan, receipts: Mapping[int, ShardReceipt]) -> Manifest:

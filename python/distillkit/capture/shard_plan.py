@@ -39,7 +39,7 @@ from distillkit.shards.json_text import canonical_json, json_hash, parse_json
 from distillkit.shards.lock import CAPTURE_FOLDER
 from distillkit.shards.manifest import shard_name
 from distillkit.shards.reader import ShardFile
-from distillkit.shards.storage import Folder, reading, writing
+from distillkit.shards.storage import Folder, reading
 from distillkit.shards.writer import kept_array, stored_schema, value_bytes
 from distillkit.types import TokenDocument
 
@@ -390,11 +390,11 @@ def _document_table(documents: Sequence[TokenDocument], kept: pa.Schema, schema:
         pa.array([document.loss_mask for document in documents], pa.list_(pa.bool_())),
         pa.array([document.source for document in documents], pa.string()),
     ]
-    for field in kept:
-        try:
-            columns.append(kept_array([(document.columns or {}).get(field.name) for document in documents], field))
-        except InputError as error:
-            raise InputError(f"{documents[0].source} to {documents[-1].source}: {error}") from error
+    rows = [document.columns or {} for document in documents]
+    try:
+        columns += [kept_array([row.get(field.name) for row in rows], field) for field in kept]
+    except InputError as error:
+        raise InputError(f"{documents[0].source} to {documents[-1].source}: {error}") from error
     return pa.Table.from_arrays(columns, schema=schema)
 
 

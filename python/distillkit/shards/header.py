@@ -11,6 +11,7 @@ import xxhash
 
 from distillkit import __version__
 from distillkit.codec import Codec
+from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import ConfigError, CorruptDataError, InputError, MismatchError, UnsupportedVersionError
 from distillkit.shards.json_text import canonical_json, parse_json
 
@@ -159,9 +160,12 @@ class Header:
             odd = sorted(set(description) ^ known)
             raise CorruptDataError(f"{where}: the header's fields {', '.join(odd)} are missing or unknown")
         try:
-            return Header(**description)
-        except InputError as error:
+            header = Header(**description)
+            if header.fidelity is not None:
+                FidelityStats.from_dict(header.fidelity)
+        except (InputError, CorruptDataError) as error:
             raise CorruptDataError(f"{where}: {error}") from error
+        return header
 
 
 def _is_number(value: object) -> bool:

@@ -52,7 +52,7 @@ class FolderLock:
     """The right to write some shards of a dataset, until it is released or the process ends.
 
     Args:
-        folder: the dataset's folder; created if needed.
+        folder: the dataset's folder; created if needed, and then removed again if nothing was written.
         shards: numbers of the shards; None for the whole dataset.
 
     Raises:
@@ -63,9 +63,9 @@ class FolderLock:
     def __init__(self, folder: Folder, shards: range | None = None) -> None:
         self._folder, self._shards = folder, shards
         self._release: weakref.finalize[..., FolderLock] | None = None
-        folder.make()
         if folder.local_path is None:
             return
+        self._made = not folder.local_path.exists()
         self._inside = folder.local_path / CAPTURE_FOLDER
         with writing(folder.of(CAPTURE_FOLDER)):
             try:
@@ -106,7 +106,7 @@ class FolderLock:
         path = self._inside / f"{_WRITER}{secrets.token_hex(8)}.json"
         descriptor = _open_locked(path)
         # Also if it is forgotten, or the program ends.
-        self._release = weakref.finalize(self, _unregister, path, descriptor, os.getpid())
+        self._release = weakref.finalize(self, _unregister, path, descriptor, os.getpid(), self._made)
         os.write(descriptor, json.dumps(writer).encode())
 
     @contextmanager
@@ -132,7 +132,7 @@ class FolderLock:
         self.release()
 
 
-def _unregister(path: Path, descriptor: int, process: int) -> None:
+def _unregister(path: Path, descriptor: int, process: int, made: bool) -> None:
     if os.getpid() != process:
         return
     with _waiting(path.with_name(_MUTEX)):
@@ -141,9 +141,11 @@ def _unregister(path: Path, descriptor: int, process: int) -> None:
         if not list(path.parent.glob(f"{_WRITER}*.json")):
             for name in (_TURN, _MUTEX):
                 path.with_name(name).unlink(missing_ok=True)
-    # Unless a plan is there, or something that is not ours.
+    # Unless a plan or shards are there, or something that is not ours.
     with contextlib.suppress(OSError):
         path.parent.rmdir()
+        if made:
+            path.parent.parent.rmdir()
 
 
 def _overlap(ours: range | None, theirs: range | None) -> bool:

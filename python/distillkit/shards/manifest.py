@@ -63,14 +63,16 @@ class ShardInfo:
         """
         if not isinstance(entry, Mapping):
             raise InputError(f"{entry!r:.200} is not a shard's entry")
-        kinds = {"file": str, "documents": int, "tokens": int, "rows": int, "bytes": int, "xxh3_128": str}
-        odd = sorted(set(entry) - {"groups_xxh3"} ^ set(kinds))
+        texts, numbers = ("file", "xxh3_128"), ("documents", "tokens", "rows", "bytes")
+        odd = sorted(set(entry) - {"groups_xxh3"} ^ {*texts, *numbers})
         if odd:
             raise InputError(f"the fields {', '.join(map(str, odd))} are missing or unknown")
-        for key, kind in {**kinds, "groups_xxh3": str}.items():
-            value = entry.get(key, "")
-            if type(value) is not kind or (kind is int and value < 0):
-                raise InputError(f"{key} is {value!r:.200}, expected {'text' if kind is str else 'a whole number'}")
+        for key in numbers:
+            if type(entry[key]) is not int or entry[key] < 0:
+                raise InputError(f"{key} is {entry[key]!r:.200}, expected a whole number")
+        for key in (*texts, "groups_xxh3"):
+            if not isinstance(entry.get(key, ""), str):
+                raise InputError(f"{key} is {entry[key]!r:.200}, expected text")
         if not is_shard_name(entry["file"]):
             raise InputError(f"file is {entry['file']!r:.200}, expected a name such as {shard_name(0)}")
         return ShardInfo(**entry)
@@ -137,9 +139,23 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     if expected != json_hash(content):
         raise CorruptDataError(f"{where}: its hash is {json_hash(content)}, expected {expected!r:.200}")
     header, capture = Header.from_dict(content.get("header"), where=where), content.get("capture")
-    if not isinstance(capture, (dict, type(None))):
-        raise CorruptDataError(f"{where}: capture is {capture!r:.200}, expected a mapping")
+    if capture is not None and not _is_capture(capture):
+        raise CorruptDataError(f"{where}: capture is {capture!r:.200}, expected what FORMAT.md says")
     return Manifest(header, _shards(content.get("shards"), where, bound=version > 1), capture)
+
+
+def _is_capture(value: Any) -> bool:
+    """Whether a value has the shape of `capture`; `ShardSummary` checks its summary."""
+    if not isinstance(value, dict):
+        return False
+    counts, skipped = value.get("passed_over", {}), value.get("skipped", [])
+    return (
+        isinstance(counts, dict)
+        and all(type(count) is int for count in counts.values())
+        and isinstance(skipped, list)
+        and all(isinstance(entry, list) and [type(part) for part in entry] == [str, str] for entry in skipped)
+        and isinstance(value.get("summary", {}), dict)
+    )
 
 
 def _shards(entries: Any, where: str, *, bound: bool) -> tuple[ShardInfo, ...]:

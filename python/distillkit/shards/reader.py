@@ -140,10 +140,9 @@ class ShardFile:
         with reading(where):
             teacher = parquet.read_row_group(group, columns=["teacher"], use_threads=False)
             table = table.append_column(SCHEMA.field("teacher"), teacher.column("teacher"))
-            found = GroupDigest.of(table)
-        if found != self._digests[group]:
-            raise CorruptDataError(f"{where}: the documents or their order differ from what was written")
-        return ShardRows(table, self.header, self._codec, self.path, self._starts[group])
+            if GroupDigest.of(table) != self._digests[group]:
+                raise CorruptDataError(f"{where}: the documents or their order differ from what was written")
+            return ShardRows(table, self.header, self._codec, self.path, self._starts[group])
 
     def _check_size(self, group: int) -> None:
         """Compares a group's size in memory, as its metadata declares it, with that in the file.

@@ -116,7 +116,7 @@ def pack_dataset(
     long.check(overflow, key=source.path, row=f"--max-len {max_len:,}", setting="--overflow")
     pieces = Pieces.of(lengths, max_len, overflow)
     plan = PackingPlan.of(source, pieces, max_len, seed, window)
-    settings = {"max_len": max_len, "seed": seed, "window": window, "documents": len(source)}
+    settings: dict[str, Any] = {"max_len": max_len, "seed": seed, "window": window, "documents": len(source)}
     if overflow in ("split", "drop"):
         settings["overflow"] = overflow
     header = replace(
@@ -249,9 +249,7 @@ def _same_labels(written: Document, document: Document, start: int, stop: int) -
     return np.array_equal(written.label_logprobs[start : stop - 1], document.label_logprobs[: stop - start - 1])
 
 
-def _compare(
-    source: Dataset, folder: str, pieces: Pieces, plan: PackingPlan, progress: Callable[[int], None]
-) -> None:
+def _compare(source: Dataset, folder: str, pieces: Pieces, plan: PackingPlan, progress: Callable[[int], None]) -> None:
     """Read the packed rows back and compare their tokens, masks and teacher rows with the source.
 
     Raises:

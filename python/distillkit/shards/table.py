@@ -103,11 +103,7 @@ class GroupDigest:
 
 
 def _is_digest(entry: object) -> bool:
-    return (
-        isinstance(entry, list)
-        and [type(part) for part in entry] == [int, str]
-        and 0 <= entry[0]
-    )
+    return isinstance(entry, list) and [type(part) for part in entry] == [int, str] and entry[0] >= 0
 
 
 def _fields(document: Document) -> Iterator[Any]:

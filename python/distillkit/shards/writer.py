@@ -81,12 +81,14 @@ def whole_shards(folder: str | os.PathLike[str]) -> list[tuple[ShardInfo, Header
 
 
 def shard_info(folder: Folder, name: str) -> tuple[ShardInfo, Header]:
-    """A shard's counts, size and file hash, and its header.
+    """A shard's counts, size and file hash, and its header. Reads and checks all of it, as its hash is taken over it.
 
     Raises:
         CorruptDataError: the shard is damaged.
     """
     shard = ShardFile(folder.of(name))
+    for _ in shard.blocks():
+        pass
     return replace(shard.info(), xxh3_128=folder.file_hash(name)), shard.header
 
 
@@ -162,6 +164,7 @@ class ShardWriter:
         self._codec = header.make_codec()
         self._shard_tokens = shard_tokens
         self._open: NewShard | None = None
+        self._folder.make()
         self._lock = FolderLock(self._folder)
         try:
             self._shards, self._headers = self._existing(resume)
@@ -185,6 +188,11 @@ class ShardWriter:
         for info, header in found:
             self._header.check_same(header, where=self._folder.of(info.file))
         return [info for info, _ in found], [header for _, header in found]
+
+    def resumed_documents(self) -> Iterator[Document]:
+        """The documents of the finished shards found in the folder, in order."""
+        for shard in self.resumed:
+            yield from ShardFile(self._folder.of(shard.file))
 
     def write(
         self,

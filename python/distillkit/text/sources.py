@@ -350,6 +350,10 @@ def _saved(folder: Path, split: str | None) -> Source:
     import datasets
 
     check_saved(folder)
+    if "::" in str(folder):
+        raise ConfigError(
+            f"dataset: {folder}: the datasets library cannot read a folder with '::' in its path: rename it"
+        )
     loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
         split = _the_split(split, list(loaded), folder)

@@ -16,7 +16,7 @@ __all__ = ["TeacherSignal", "check_ids_fit"]
 
 
 def check_ids_fit(document: Document, head_size: int) -> None:
-    """Refuse a document with a token id beyond the student's head, for which there is no embedding.
+    """Refuse a document with a token id beyond a model's head, for which it has no embedding.
 
     Raises:
         MismatchError: there is one; names document and id.
@@ -24,7 +24,7 @@ def check_ids_fit(document: Document, head_size: int) -> None:
     largest = int(document.input_ids.max(initial=0))
     if largest >= head_size:
         raise MismatchError(
-            f"{document.place} contains token id {largest:,}, but the student's head has {head_size:,} rows"
+            f"{document.place} contains token id {largest:,}, but the model's head has {head_size:,} rows"
         )
 
 

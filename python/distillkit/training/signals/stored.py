@@ -16,7 +16,7 @@ from distillkit.shards.plausibility import HIGHEST, check_values, decoded
 from distillkit.training.signals.base import check_ids_fit
 from distillkit.types import Document, SparseLogprobs
 
-__all__ = ["OfflineSignal"]
+__all__ = ["OfflineSignal", "within"]
 
 
 class OfflineSignal:
@@ -83,7 +83,7 @@ class OfflineSignal:
         else:
             ids, logprobs = batch["teacher_ids"], batch["teacher_logprobs"]
         if self.codec.vocab_size > self.head_size and ids.numel():
-            ids, logprobs = _within(ids, logprobs, self.head_size)
+            ids, logprobs = within(ids, logprobs, self.head_size)
         known = batch.get("teacher_label_logprobs")
         if known is not None:
             # A label may differ from the token whose log-prob the teacher stored (eos_label_token_ids).
@@ -102,7 +102,7 @@ def _check_decoded(logprobs: torch.Tensor) -> None:
         )
 
 
-def _within(ids: torch.Tensor, logprobs: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def within(ids: torch.Tensor, logprobs: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Give ids ≥ head_size zero probability, replacing each with the row's first id within the head (since all ids must
     be valid for the head)."""
     outside = ids >= head_size

@@ -287,7 +287,8 @@ class Published:
         self._files = files(self._folder)
         self._read()
 
-    def make(self, folder: Path) -> None:
+    @classmethod
+    def make(cls, folder: Path) -> None:
         folder.mkdir()
         shutil.copy(GOLDEN / "upstream_v1" / "compression_config.yaml", folder)
         pq.write_table(pq.read_table(GOLDEN / "upstream_v1" / "data_0.parquet").slice(0, 2), folder / "data_0.parquet")
@@ -316,7 +317,8 @@ class Published:
 class PublishedArrow(Published):
     """As `Published`, as `save_to_disk` writes it."""
 
-    def make(self, folder: Path) -> None:
+    @classmethod
+    def make(cls, folder: Path) -> None:
         super().make(folder)
         table = pq.read_table(folder / "data_0.parquet")
         (folder / "data_0.parquet").unlink()

@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["distillkit"]):
     from distillkit.shards import Dataset
 
 sys.path.append(str(Path(__file__).parent.parent))
-from support.campaigns import Published, PublishedArrow  # noqa: E402 — after the instrumented modules
+from support.campaigns import Published, PublishedArrow
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm"))
 PARTS = {

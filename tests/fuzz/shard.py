@@ -20,10 +20,10 @@ with atheris.instrument_imports(include=["distillkit"]):
     from distillkit.shards.header import HEADER_KEY, Header
     from distillkit.shards.table import GROUPS_KEY, GroupDigest
 
-import pyarrow.parquet as pq  # noqa: E402 — after the instrumented modules
+import pyarrow.parquet as pq
 
 sys.path.append(str(Path(__file__).parent.parent))
-from support.shards import make_documents, write  # noqa: E402
+from support.shards import make_documents, write
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm"))
 

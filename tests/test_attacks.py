@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from support import attacks
+import support.attacks as attacks
 
 MOST = {
     "shard_bits": 3000,

@@ -21,7 +21,7 @@ from distillkit.errors import ConfigError, CorruptDataError, InputError
 from distillkit.shards.header import Header, alignment, check_codec
 from distillkit.shards.manifest import ShardInfo
 from distillkit.shards.parquet import open_parquet, validated
-from distillkit.shards.saved import saved_files, saved_splits
+from distillkit.shards.saved import check_uncompressed, saved_files, saved_splits
 from distillkit.shards.storage import locate, reading
 from distillkit.shards.table import Block, Documents, check_document, document_id, int32_array, make_block
 from distillkit.types import Document
@@ -276,6 +276,7 @@ class _TableFile:
 
     def _map(self) -> pa.Table:
         if self._mapped is None:
+            check_uncompressed(self.path)
             table = pa.ipc.open_stream(pa.memory_map(locate(self.path)[1])).read_all()
             # Nothing else is read, so nothing else needs to be sound.
             known = [name for name in _KNOWN_COLUMNS if name in table.schema.names]

@@ -11,7 +11,7 @@ from distillkit.configuration.places import missing_place
 from distillkit.errors import ConfigError
 from distillkit.models.weights import model_problem
 
-__all__ = ["DATA_FILES", "check_before_loading"]
+__all__ = ["DATA_FILES", "check_before_loading", "check_inputs"]
 
 # The keys of `FORMATS` in text/file_formats.py, whose import takes as long as everything here.
 DATA_FILES = (".jsonl", ".json", ".txt", ".parquet")
@@ -26,19 +26,14 @@ _PACKAGES = {
 
 
 def check_before_loading(settings: CaptureSettings) -> None:
-    """Refuse paths that do not exist, a codec that is not valid, and engines that are not installed.
+    """Refuse inputs that are not there, an output that cannot be written to, and engines that are not installed.
 
     Raises:
         ConfigError: names the setting.
         OSError: a folder cannot be read.
     """
-    _check_model("model", settings.model)
-    if settings.tokenizer is not None:
-        _check_model("tokenizer", settings.tokenizer)
-    _check_dataset(settings.dataset)
+    check_inputs(settings)
     _check_output(settings.output)
-    if settings.compression_config is not None:
-        settings.read_compression_config()
     for name in (settings.engine, settings.workers):
         packages, extra = _PACKAGES.get(name or "", ((), ""))
         missing = [package for package in packages if find_spec(package) is None]
@@ -48,6 +43,21 @@ def check_before_loading(settings: CaptureSettings) -> None:
             raise ConfigError(
                 f"{setting}: {', '.join(missing)} is not installed: pip install 'distillkit[{extra}]'{remark}"
             )
+
+
+def check_inputs(settings: CaptureSettings) -> None:
+    """Refuse a model, tokenizer or dataset that is not there, and a codec that is not valid.
+
+    Raises:
+        ConfigError: names the setting.
+        OSError: a folder cannot be read.
+    """
+    _check_model("model", settings.model)
+    if settings.tokenizer is not None:
+        _check_model("tokenizer", settings.tokenizer)
+    _check_dataset(settings.dataset)
+    if settings.compression_config is not None:
+        settings.read_compression_config()
 
 
 def _check_model(setting: str, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ def check_before_loading(settings: CaptureSettings) -> None:
 
     Raises:
         ConfigError: names the setting.
-        OSError: a folder cannot be read.
+        OSError: the output's folder cannot be written to.
     """
     check_inputs(settings)
     _check_output(settings.output)
@@ -50,7 +51,6 @@ def check_inputs(settings: CaptureSettings) -> None:
 
     Raises:
         ConfigError: names the setting.
-        OSError: a folder cannot be read.
     """
     _check_model("model", settings.model)
     if settings.tokenizer is not None:
@@ -80,12 +80,13 @@ def _check_dataset(name: str) -> None:
 
 
 def _check_output(name: str) -> None:
-    """Refuse a local folder that cannot be written to."""
+    """Refuse a local folder that cannot be made; one that exists may hold a finished capture, which is only read."""
     if "://" in name:
         return
     path = Path(os.path.abspath(name))
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not there.is_dir():
         raise ConfigError(f"output: {name} cannot be a folder: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"output: {name}: no permission to write to the folder {there}")
+    if there != path and not os.access(there, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(number, os.strerror(number), str(there))

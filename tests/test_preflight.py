@@ -80,7 +80,10 @@ def test_nothing_heavy_is_imported_for_it(there: Path) -> None:
     commands = []
     for options, _ in WRONG[:-1]:
         words = [f"--{name.replace('_', '-')}={value}" for name, value in settings(options).items()]
-        commands += [["capture", *words], ["forecast", *words]]
+        commands.append(["capture", *words])
+        if "output" not in options:
+            # Where it is estimated need not be where it is captured.
+            commands.append(["forecast", *words])
     code = (
         "import sys\n"
         "from distillkit.cli.main import main\n"

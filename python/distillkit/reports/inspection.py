@@ -407,11 +407,17 @@ def _check_left_out(teacher: str, compared: int, rows: int) -> None:
 
 
 def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
+    from pydantic import ValidationError
+
     from distillkit.capture.engine_settings import HFSettings
     from distillkit.capture.teachers.hf import HFTeacher
 
     dtype = (dataset.header.teacher or {}).get("dtype") or "auto"
-    engine = HFTeacher(teacher, HFSettings(dtype=dtype))
+    try:
+        settings = HFSettings.model_validate({"dtype": dtype})
+    except ValidationError as error:
+        raise ConfigError(f"the dataset's teacher ran in {dtype!r}, in which no teacher can be run here") from error
+    engine = HFTeacher(teacher, settings)
     if engine.head_size != dataset.header.head_size:
         raise MismatchError(
             f"{teacher}: its head size is {engine.head_size}, but the dataset's is {dataset.header.head_size}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from distillkit.training.student import load_student
 from distillkit.types import TokenDocument
 from support.architectures import ARCHITECTURES, VOCABULARY, architecture, save_architecture
 from support.refusals import check_names, refused
-from support.training import run_config, write_dataset
+from support.training import run_config, tiny_tokenizer, write_dataset
 
 LONG = os.environ.get("DISTILLKIT_ATTACK") == "long"
 # Whether packed documents are kept apart: by the mask, or not, or since there is a state instead of a mask.
@@ -226,7 +227,7 @@ def test_students_get_the_attention_that_transformers_chooses(model_type: str, t
 @pytest.mark.slow
 @pytest.mark.skipif(not LONG, reason="takes minutes; set DISTILLKIT_ATTACK=long")
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_every_architecture_works_or_is_refused_by_name(model_type: str) -> None:
+def test_every_architecture_works_or_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
     try:
         model = architecture(model_type)
     except Exception as error:  # noqa: BLE001 - transformers raises all kinds
@@ -248,4 +249,12 @@ def test_every_architecture_works_or_is_refused_by_name(model_type: str) -> None
         return
     assert furthest(model, [[first], [third], [second]]) < 1e-4
     assert (furthest(model, [[first, second], [third]]) < 1e-4) == (problem is None)
-    assert (packing_problem({"model": model.to(torch.bfloat16)}) is None) == (problem is None)
+
+    # As student and teacher of a run, from disk.
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer(64).save_pretrained(tmp_path)
+    compare(HFTeacher(str(tmp_path), HFSettings()), lambda: model, [third, first, second])
+    student = load_student(run_config(str(tmp_path), tmp_path / "out", "data"), 64)
+    assert (packing_problem({"model": student}) is None) == (problem is None)
+    with suppress(DistillKitError):  # some only run in float32
+        assert (packing_problem({"model": model.to(torch.bfloat16)}) is None) == (problem is None)

@@ -79,8 +79,8 @@ def check_batches(models: Mapping[str, Any], collator: Collator, *, packed: bool
     collator.unpackable = packing_problem(models)
     if packed and collator.unpackable is not None:
         raise ConfigError(
-            f"packing: {collator.unpackable}. Without packing it can be trained: set training_args.packing: false, or "
-            "use dataset.packing: auto, which packs only if all models keep documents apart"
+            f"packing: {collator.unpackable}. It can be trained without packing (training_args.packing, dataset.packing "
+            "or functionary_packing: false); dataset.packing: auto packs only if all models keep documents apart"
         )
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillkit.errors import TruncatedDataError
+from distillkit.errors import CorruptDataError, TruncatedDataError
 from distillkit.shards.storage import locate, open_source, reading
 
 __all__ = []
+
+_Tabular = TypeVar("_Tabular", pa.Table, pa.RecordBatch)
 
 
 @contextmanager
@@ -32,6 +36,20 @@ def open_parquet(path: str, metadata: pq.FileMetaData | None = None) -> Iterator
         pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True) as parquet,
     ):
         yield parquet
+
+
+def validated(data: _Tabular, where: object) -> _Tabular:
+    """Return a table or batch after checking its offsets, sizes and text, which readers of its values rely on: damaged
+    ones lead outside the memory of the data.
+
+    Raises:
+        CorruptDataError: the data are damaged.
+    """
+    try:
+        data.validate(full=True)
+    except pa.ArrowException as error:
+        raise CorruptDataError(f"{where}: damaged Arrow data: {error}") from error
+    return data
 
 
 def _check_ends(path: str) -> None:

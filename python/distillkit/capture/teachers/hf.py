@@ -69,7 +69,8 @@ class HFTeacher:
                 device_map=device,
                 trust_remote_code=trust_remote_code,
             ).eval()
-        except (OSError, ValueError, TypeError, ImportError, RuntimeError, AttributeError, KeyError) as error:
+        # What a damaged or foreign checkpoint raises depends on where it is noticed.
+        except Exception as error:
             raise ConfigError(f"model: {model!r} could not be loaded as a causal language model: {error}") from error
         choose_frequencies_by_document(self._model)
         self._frequencies_differ = frequencies_change_after(self._model) is not None
@@ -280,7 +281,8 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    # The checks of each model's config raise their own errors.
+    except Exception as error:
         raise ConfigError(
             f"model: no model config could be loaded from {model!r} (expected a folder or a hub id): {error}"
         ) from error
@@ -312,7 +314,8 @@ def resolve_device(device: str) -> str:
         # A type that torch knows may not be there, or have no memory, as meta.
         torch.ones(1, device=found).item()
     except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError) as error:
-        raise ConfigError(f"device: {device!r} cannot be used on this machine: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition(". ")[0].partition("\n")[0]
+        raise ConfigError(f"device: {device!r} cannot be used on this machine: {reason}") from error
     return str(found)
 
 

@@ -32,7 +32,6 @@ from distillkit.capture.engine_settings import (
 from distillkit.codec import Codec, CodecConfig, codec_config, preset
 from distillkit.codec.presets import PresetName
 from distillkit.configuration.problems import InvalidSettingsError, Problem, find_problems, refusals
-from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError, MismatchError, nearest
 
 __all__ = ["CaptureSettings"]
@@ -363,9 +362,11 @@ class CaptureSettings(BaseModel):
         Raises:
             ConfigError: there is no such file, or its content is not a valid codec configuration.
         """
+        from distillkit.shards.published import load_codec_config
+
         config: Any = self.compression_config
         try:
-            return codec_config(read_yaml(config) if isinstance(config, (str, Path)) else config)
+            return load_codec_config(config)
         except ConfigError as error:
             # As in `_one_codec`; errors of reading the file name it already.
             reason = re.sub(r"^\w+Config: ", "", str(error))

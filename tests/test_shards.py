@@ -663,7 +663,7 @@ def test_names_in_storage_elsewhere_are_taken_as_they_are(written: tuple[Path, W
     Folder(url).remove_files(lambda name: name.startswith("data-"))
     assert Folder(url).names() == ["manifest.json"]
     assert other.names() == ["data-00000.parquet"]
-    for refused_url in ("simplecache::memory://x", "nothing://x"):
+    for refused_url in ("simplecache::memory://x", "nothing://x", "zip://x"):
         with refused(InputError, refused_url):
             Dataset.open(refused_url)
 

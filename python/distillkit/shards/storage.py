@@ -67,7 +67,8 @@ def locate(place: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     and would then read, write or remove something else.
 
     Raises:
-        InputError: a chained URL, a kind of storage that fsspec does not know, or one whose package is not installed.
+        InputError: a chained URL, a kind of storage that fsspec does not know or that a URL alone does not describe, or
+            one whose package is not installed.
     """
     name = str(os.fspath(place))
     if _CHAINED_URL.match(name):
@@ -78,9 +79,9 @@ def locate(place: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     protocol = url["protocol"]
     try:
         kind = fsspec.get_filesystem_class(protocol)
-    except (ImportError, ValueError) as error:
+        return fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(name)), str(kind._strip_protocol(name))
+    except (ImportError, ValueError, TypeError) as error:
         raise InputError(f"{name} cannot be opened: {error}") from error
-    return fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(name)), str(kind._strip_protocol(name))
 
 
 class Folder:

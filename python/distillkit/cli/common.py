@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,10 +16,11 @@ from typing import NoReturn
 
 import click
 
+from distillkit.cli.entry import was_interrupted
 from distillkit.configuration.secrets import redacted
 from distillkit.errors import DistillKitError, printable
 
-__all__ = ["CONFIG", "JSON", "SPLIT", "LogHandler", "run_cli", "stopping_on_sigterm"]
+__all__ = ["CONFIG", "JSON", "LARGEST", "SPLIT", "LogHandler", "run_cli", "stopping_on_sigterm"]
 
 # Options of the commands that read published datasets.
 CONFIG = click.option(
@@ -28,6 +30,9 @@ CONFIG = click.option(
 )
 SPLIT = click.option("--split", help="Split of a published dataset that has splits.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+
+LARGEST = 2**31 - 1
+"""The largest count that an option takes; numpy and Parquet count no further in some places."""
 
 _EXTRAS = {
     "torch": "capture",
@@ -47,7 +52,7 @@ _EXTRAS = {
 def run_cli(command: click.Command) -> NoReturn:
     """Run a command and exit: 0 success, 1 failure (a message on stderr), 2 wrong usage, 130 interrupted, 143 SIGTERM.
 
-    Errors of distillkit and of the file system are printed as messages; anything else is a bug and keeps its traceback.
+    Errors of distillkit and of the file system are printed as messages; anything else is a bug, with its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         # Some terminal encodings lack ‖ and ×: print ? instead of failing.
@@ -66,8 +71,7 @@ def run_cli(command: click.Command) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: complete files are kept", err=True)
-        sys.exit(128 + signal.SIGINT)
+        _leave_interrupted()
     except Terminated:
         click.echo("stopped by SIGTERM: complete files are kept, run the same command again to resume", err=True)
         sys.exit(128 + signal.SIGTERM)
@@ -82,6 +86,11 @@ def run_cli(command: click.Command) -> NoReturn:
         _fail(f"this needs {package}, which is not installed: pip install 'distillkit[{_EXTRAS[package]}]'")
     except (DistillKitError, OSError) as error:
         _fail(_text(error))
+    except Exception as error:  # noqa: BLE001 - printed whole, but for secrets and control characters
+        if was_interrupted():
+            _leave_interrupted()
+        click.echo(printable(redacted("".join(traceback.format_exception(error)))), err=True, nl=False)
+        sys.exit(1)
 
 
 class Terminated(BaseException):
@@ -107,7 +116,14 @@ def stopping_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _leave_interrupted() -> NoReturn:
+    click.echo("interrupted: complete files are kept", err=True)
+    sys.exit(128 + signal.SIGINT)
+
+
 def _fail(message: str) -> NoReturn:
+    if was_interrupted():
+        _leave_interrupted()
     from rich.text import Text
 
     from distillkit.console import progress_console

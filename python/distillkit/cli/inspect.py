@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from distillkit.cli.common import CONFIG, JSON, SPLIT
+from distillkit.cli.common import CONFIG, JSON, LARGEST, SPLIT
 from distillkit.console import human_bytes, progress_bar, quiet_libraries, say, show
 from distillkit.errors import DistillKitError
 from distillkit.reports.inspection import Inspection, inspect_dataset, recompute_fidelity
@@ -27,7 +27,9 @@ __all__ = ["inspect"]
 @click.argument("path")
 @CONFIG
 @SPLIT
-@click.option("--sample", type=click.IntRange(min=1), help="Read this many documents, evenly spread, instead of all.")
+@click.option(
+    "--sample", type=click.IntRange(1, LARGEST), help="Read this many documents, evenly spread, instead of all."
+)
 @click.option("--teacher", help="Recompute fidelity with this model (folder or hub id), on --sample documents or 16.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Plot the distribution, the mass and the sizes (PNG).")
 @JSON

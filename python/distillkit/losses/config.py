@@ -36,9 +36,7 @@ _RANKING = ("hinge", "logistic_ranking")
 _TAKES: dict[str, tuple[str, ...]] = {
     "temperature": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
     "missing_probability_handling": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
-    "published_temperature": tuple(
-        name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)
-    ),
+    "published_temperature": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
     "margin": ("hinge",),
     "alpha": _SKEWED,
     "top_k": _RANKING,

@@ -246,9 +246,7 @@ def _same_labels(written: Document, document: Document, start: int, stop: int) -
     return np.array_equal(written.label_logprobs[start : stop - 1], document.label_logprobs[: stop - start - 1])
 
 
-def _compare(
-    source: Dataset, folder: str, pieces: Pieces, plan: PackingPlan, progress: Callable[[int], None]
-) -> None:
+def _compare(source: Dataset, folder: str, pieces: Pieces, plan: PackingPlan, progress: Callable[[int], None]) -> None:
     """Read the packed rows back and compare their tokens, masks and teacher rows with the source.
 
     Raises:

@@ -24,6 +24,8 @@ from distillkit.training.attach import DistillationInputs, DistillationOutput, a
 from distillkit.training.data.examples import MODEL_INPUTS, Collator, DistillationDataset, DocumentOrder
 from distillkit.training.identity import LAST
 from distillkit.training.saving import saving
+from distillkit.training.separation import batch_layout, check_batches, trained_models
+from distillkit.training.signals.live import OnlineSignal
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -80,19 +82,23 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"--nproc_per_node {args.n_gpu} -m distillkit CONFIG.yaml` (or accelerate launch), or choose one "
                 "with CUDA_VISIBLE_DEVICES"
             )
-        attach_losses(model, matching)
-        use_cache = getattr(model.config, "use_cache", None)
+        signal = train_dataset.signal
+        models = trained_models(model, signal.model if isinstance(signal, OnlineSignal) else None)
         pad_id = getattr(processing_class, "pad_token_id", None)
+        collator = Collator(
+            pad_id=0 if pad_id is None else pad_id,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            **batch_layout(models),
+            eos_labels=eos_labels,
+            eos_id=getattr(processing_class, "eos_token_id", None),
+        )
+        packed = any(each is not None and each.packing is not None for each in (train_dataset, eval_dataset))
+        attach_losses(model, matching, lambda: check_batches(models, collator, packed=packed))
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(
-                pad_id=0 if pad_id is None else pad_id,
-                pad_to_multiple_of=args.pad_to_multiple_of,
-                flash_attention=str(model.config._attn_implementation).startswith("flash"),
-                eos_labels=eos_labels,
-                eos_id=getattr(processing_class, "eos_token_id", None),
-            ),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -119,6 +125,16 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         self.last_checkpoint: Path | None = None
         self._check_batch()
         self.add_callback(_Epochs(self))
+
+    def create_optimizer(self, *arguments: Any, **named: Any) -> Any:
+        """As the Trainer's; arguments that do not fit the optimiser are named as settings."""
+        with _naming("optim and optim_args"):
+            return super().create_optimizer(*arguments, **named)
+
+    def create_scheduler(self, *arguments: Any, **named: Any) -> Any:
+        """As the Trainer's; arguments that do not fit the schedule are named as settings."""
+        with _naming("lr_scheduler_type and lr_scheduler_kwargs"):
+            return super().create_scheduler(*arguments, **named)
 
     # -- data: in each epoch, the processes together see every document exactly once, in a new order -------------------
 
@@ -495,6 +511,16 @@ class _Window:
         averages["data_wait"] = accelerator.reduce(share, reduction="mean").item()
         self._restart()
         return averages, counts, seconds
+
+
+@contextmanager
+def _naming(settings: str) -> Iterator[None]:
+    """Turn the errors that torch and transformers raise for values that do not fit into one message."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError, ZeroDivisionError) as error:
+        reason = str(error) if not isinstance(error, KeyError) else f"unknown value {error}"
+        raise ConfigError(f"training_args: {settings} do not fit: {reason}") from error
 
 
 def _peak_memory_gb() -> float:

@@ -140,11 +140,14 @@ def _sample(config: RunConfig, part: Part) -> Sample:
 
 def is_packed(config: RunConfig, arguments: SFTConfig, part: Part) -> bool:
     """Whether several documents share a row, according to `packing` or `functionary_packing`, and `eval_packing` for
-    evaluation. Rows that are already packed are used unchanged (`dataset.prepacked`)."""
+    evaluation. Rows that are already packed are used unchanged (`dataset.prepacked`). For `dataset.packing: auto`,
+    `choose_packing` sets `arguments.packing`."""
     if config.dataset.prepacked:
         return False
     if part == "eval" and arguments.eval_packing is not None:
         return bool(arguments.eval_packing)
+    if isinstance(config.dataset.packing, bool):
+        return config.dataset.packing
     return bool(arguments.packing or config.functionary_packing)
 
 

@@ -138,5 +138,6 @@ class Document:
         whole = np.asarray(lengths, dtype=np.int64)
         if most is None and not start:
             return whole
-        kept = np.diff(np.clip(np.cumsum(whole), start, most), prepend=start)
-        return kept[kept > 0]
+        ends = np.clip(np.cumsum(whole), start, most)
+        kept = ends - np.concatenate([[start], ends[:-1]])
+        return np.asarray(kept[kept > 0], dtype=np.int64)

@@ -42,8 +42,9 @@ def window_option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 @click.option(
     "--overflow",
     type=click.Choice(get_args(Overflow)),
-    help="What to do with longer documents: cut them, split them into pieces that repeat an eighth of a row as context, "
-    "or drop them. By default they are cut, if that takes at most 5% of all tokens; otherwise nothing is packed.",
+    help="What to do with longer documents: cut them, split them into pieces that repeat an eighth of a row as "
+    "context, or drop them. By default they are cut, if that takes at most 5% of all tokens; otherwise nothing is "
+    "packed.",
 )
 @SHUFFLE_SEED
 @window_option("--window")

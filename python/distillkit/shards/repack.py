@@ -113,7 +113,7 @@ def pack_dataset(
     long.check(overflow, key=source.path, row=f"--max-len {max_len:,}", setting="--overflow")
     pieces = Pieces.of(lengths, max_len, overflow)
     plan = PackingPlan.of(source, pieces, max_len, seed, window)
-    settings = {"max_len": max_len, "seed": seed, "window": window, "documents": len(source)}
+    settings: dict[str, Any] = {"max_len": max_len, "seed": seed, "window": window, "documents": len(source)}
     if overflow in ("split", "drop"):
         settings["overflow"] = overflow
     header = replace(

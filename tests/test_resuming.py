@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from trl import SFTConfig
 
 from distillkit.errors import ConfigError, DistillKitError, MismatchError
 from distillkit.training.checkpoints import RECEIPT, checked, newest_checkpoint
@@ -119,7 +120,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_another_run_is_refused_with_both_values(
-    parts: dict[str, str], others: dict[str, str], whole: Path, tmp_path: Path
+    parts: dict[str, str], others: dict[str, str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = str(whole / "checkpoint-2")
     for change, facts in CHANGES:
@@ -127,6 +128,9 @@ def test_another_run_is_refused_with_both_values(
         arguments = {**settings.pop("training_args", {}), "resume_from_checkpoint": checkpoint}
         with refused(MismatchError, checkpoint, *facts):
             check_resumable(saving(parts, tmp_path, training_args=arguments, **settings))
+    monkeypatch.setattr(SFTConfig, "world_size", property(lambda self: 2))
+    with refused(MismatchError, checkpoint, "processes", "8", "16"):
+        check_resumable(saving(parts, tmp_path, training_args={"resume_from_checkpoint": checkpoint}))
 
 
 def test_what_changes_nothing_may_change(parts: dict[str, str], whole: Path, tmp_path: Path) -> None:
@@ -169,8 +173,6 @@ def test_what_changes_nothing_may_change(parts: dict[str, str], whole: Path, tmp
 
 
 def test_every_argument_is_classified_and_new_ones_must_stay_the_same(parts: dict[str, str], tmp_path: Path) -> None:
-    from trl import SFTConfig
-
     names = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
     assert names - set(ARGUMENTS) == set(), "arguments that the table lacks: decide whether a resumed run may change it"
     assert set(ARGUMENTS) - names == set(), "arguments that the installed trl no longer has"

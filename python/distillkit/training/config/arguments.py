@@ -54,6 +54,9 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     arguments.setdefault("use_cpu", not accelerated)
     arguments.setdefault("dataloader_pin_memory", accelerated)
     arguments.setdefault("dataloader_num_workers", _reading_processes(accelerated))
+    if not arguments["dataloader_num_workers"]:
+        # These say how worker processes are kept and started; torch refuses them where there are none.
+        arguments |= {"dataloader_persistent_workers": False, "dataloader_multiprocessing_context": None}
     if not arguments.get("fp16"):
         arguments.setdefault("bf16", accelerated and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     if isinstance(arguments.get("fsdp_config"), str):

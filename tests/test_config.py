@@ -213,6 +213,7 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("loss_functions.0.temperature", 0, ["0"]),
     ("loss_functions.0.tempreature", 2, ["'temperature'"]),
     ("loss_functions.0.margin", 1.0, ["1.0", "kl", "hinge"]),
+    ("dataset.overflow", "window", ["'window'", "cut", "split", "drop"]),
     ("loss_functions.0.missing_probability_handling", "none", ["'none'", "'uniform'"]),
 ]
 
@@ -253,7 +254,7 @@ ARGUMENTS: list[tuple[str, Any, list[str]]] = [
     ("dataset_kwargs", "skip", ["'skip'"]),
     ("dataset_num_proc", 0, ["0", "1"]),
     ("packing_strategy", "wrapped", ["'wrapped'", "'bfd'"]),
-    ("packing_strategy", "bfd_split", ["'bfd_split'", "'bfd'", "sequence_length"]),
+    ("packing_strategy", "bfd_split", ["'bfd_split'", "'bfd'", "dataset.overflow"]),
     ("packing_strategy", "ffd", ["'ffd'", "'bfd'"]),
 ]
 

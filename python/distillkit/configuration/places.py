@@ -64,7 +64,7 @@ def neighbour(name: str) -> str:
     """Return a hint at what lies beside a missing path under a similar name, to append to a message; "" if nothing."""
     path = Path(name)
     try:
-        siblings = [entry.name for entry in path.expanduser().parent.iterdir()]
+        siblings = [entry.name for entry in path.expanduser().parent.iterdir() if entry.name != path.name]
     except (OSError, ValueError, RuntimeError):
         return ""
     hint = nearest(path.name, siblings)

@@ -53,11 +53,8 @@ _ROWS = "training_args.per_device_train_batch_size × gradient_accumulation_step
 _SECTIONS = ("model", "dataset", "teacher", "training_args", "model_kwargs", "loss_functions", "peft")
 _FREE_SETTINGS = ("project_name", "output_path", "trust_remote_code", "functionary_packing", "use_flash_attention")
 _FREE_DATASET = (
-    "train_dataset",
-    "eval_dataset",
-    "num_samples",
-    "num_eval_samples",
-    "prepared_dataset_path",
+    *("train_dataset", "eval_dataset", "num_samples", "num_eval_samples"),
+    *("overflow", "prepared_dataset_path"),
     "packing",  # what it comes to is compared
 )
 _FREE_TEACHER = ("path", "kwargs", "logprob_compressor", "legacy_logit_compression", "vocab_size")
@@ -249,6 +246,7 @@ def _data(key: str, dataset: DistillationDataset) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"{key}: documents": len(source),
         f"{key}: documents used": len(dataset.indices),
+        f"{key}: pieces": None if dataset.pieces is None else len(dataset.pieces),
         f"{key}: content": _content(source),
     }
     if isinstance(source, StoredDataset):

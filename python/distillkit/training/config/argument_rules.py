@@ -101,8 +101,7 @@ _FOR_TEXT: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 _PACKING_STRATEGIES = {
-    "bfd_split": "later pieces of a split document would lack the context that the teacher saw; allowed: "
-    "'bfd', which cuts documents that are longer than sequence_length",
+    "bfd_split": "dataset.overflow: split does this, and repeats some context in each piece; allowed: 'bfd'",
     "wrapped": "it would cut documents anywhere and let them attend to each other; allowed: 'bfd'",
 }
 

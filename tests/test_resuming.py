@@ -128,9 +128,11 @@ def test_another_run_is_refused_with_both_values(
         arguments = {**settings.pop("training_args", {}), "resume_from_checkpoint": checkpoint}
         with refused(MismatchError, checkpoint, *facts):
             check_resumable(saving(parts, tmp_path, training_args=arguments, **settings))
+    run = Run(saving(parts, tmp_path))
+    _ = run.datasets, run.teacher
     monkeypatch.setattr(SFTConfig, "world_size", property(lambda self: 2))
     with refused(MismatchError, checkpoint, "processes", "8", "16"):
-        check_resumable(saving(parts, tmp_path, training_args={"resume_from_checkpoint": checkpoint}))
+        check_same_run(checked(Path(checkpoint), content=False).identity, run.identity, Path(checkpoint))
 
 
 def test_what_changes_nothing_may_change(parts: dict[str, str], whole: Path, tmp_path: Path) -> None:

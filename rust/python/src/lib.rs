@@ -3,11 +3,15 @@
 
 #![expect(clippy::needless_pass_by_value, reason = "extracted arguments are owned")]
 
+use std::sync::OnceLock;
+use std::thread::ThreadId;
+
 use distillkit_codec::{self as core, CodecError, Config, HalfBitsSliceExt, bf16, f16};
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyReadwriteArray2,
     PyUntypedArrayMethods,
 };
+use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 
 mod errors {
@@ -26,8 +30,24 @@ fn raise(error: CodecError) -> PyErr {
         CodecError::Input(_) => errors::InputError::new_err(message),
         CodecError::Corrupt(_) => errors::CorruptDataError::new_err(message),
         CodecError::Truncated { .. } => errors::TruncatedDataError::new_err(message),
+        // What the signal's handler raised.
+        CodecError::Interrupted => {
+            Python::attach(PyErr::take).unwrap_or_else(|| PyKeyboardInterrupt::new_err(message))
+        }
         _ => errors::DistillKitError::new_err(message),
     }
+}
+
+/// The thread that imported the module: Python runs the handlers of signals only in the main one,
+/// and another must not wait for the GIL only to learn that it has nothing to do.
+static IMPORTED_BY: OnceLock<ThreadId> = OnceLock::new();
+
+/// Runs the handlers of signals that arrived meanwhile; false if one of them raised, as Ctrl-C does.
+fn goes_on() -> bool {
+    if IMPORTED_BY.get() != Some(&std::thread::current().id()) {
+        return true;
+    }
+    Python::attach(|py| py.check_signals().map_err(|error| error.restore(py)).is_ok())
 }
 
 /// Runs `work` without the GIL.
@@ -105,10 +125,13 @@ struct Codec {
 #[pymethods]
 impl Codec {
     #[new]
-    fn new(format: &str, config_json: &str) -> PyResult<Self> {
-        let inner =
-            Config::from_json(format, config_json).and_then(core::Codec::new).map_err(raise)?;
-        Ok(Self { inner })
+    #[pyo3(signature = (format, config_json, published_rounding = false))]
+    fn new(format: &str, config_json: &str, published_rounding: bool) -> PyResult<Self> {
+        let mut config = Config::from_json(format, config_json).map_err(raise)?;
+        if let Config::Quantized(config) = &mut config {
+            config.published_rounding = published_rounding;
+        }
+        Ok(Self { inner: core::Codec::new(config).map_err(raise)? })
     }
 
     /// Name of the instruction set in use.
@@ -307,6 +330,15 @@ fn unpack_bits<'py>(
 mod _native {
     #[pymodule_export]
     use super::{Codec, pack_bits, topk, unpack_bits};
+    use super::{IMPORTED_BY, core, goes_on};
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        IMPORTED_BY.get_or_init(|| std::thread::current().id());
+        core::ask_whether_to_go_on(goes_on);
+        Ok(())
+    }
 
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "Python's name for it")]

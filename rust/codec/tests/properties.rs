@@ -390,7 +390,7 @@ fn masked_row(d: u64, k: usize, random: &mut Random) -> (Vec<i64>, Vec<f32>) {
     let (ids, mut logprobs) = row(d, k, random);
     logprobs.sort_by(|a, b| b.total_cmp(a));
     if random.below(2) == 0 {
-        let lowest = [-60.0, -1000.0, -1e6, -1e30][random.below(4) as usize];
+        let lowest = [-60.0, -1000.0, -3e4, -6e4][random.below(4) as usize];
         let first = k - random.below(k as u64) as usize;
         logprobs[first..].fill(lowest);
     }

@@ -207,8 +207,8 @@ mod tests {
         logits.iter().map(logprob).collect()
     }
 
-    /// The cost in the module's documentation with the best shift of the approximated values, and
-    /// that shift.
+    /// Twice the second order of KL over K ∪ {R} with the best shift of the approximated values, and
+    /// that shift: the renormalised row's part and that of the total probability.
     fn cost(row: &[f32], stored: &[f64]) -> (f64, f64) {
         let p = |y: &f32| f64::from(*y).exp();
         let total: f64 = row.iter().map(p).sum();
@@ -223,7 +223,7 @@ mod tests {
         let of = |shift: f64| {
             let mass = sum + rest * shift;
             let renormalised = squares + rest * shift * shift - mass * mass / total;
-            renormalised + f64::from(MISSING) * mass * mass / (total * (1.0 - total))
+            renormalised + mass * mass / (total * (1.0 - total))
         };
         // A parabola through three points has its least value here.
         let [low, middle, high] = [of(-1.0), of(0.0), of(1.0)];

@@ -4,7 +4,7 @@
 //! With F(t) = Σ c·term(t) in place of the log-probabilities y(t) of the ranks that are not stored
 //! exactly, and p = eʸ, the part of the KL divergence that c changes is Σ (e^F − p·F) up to a
 //! constant. (This is the generalised form. Its minimum has the right total mass, and is also the
-//! minimum of the renormalised divergence wherever a constant is among the terms.) It is convex in
+//! minimum of the divergence over K ∪ {R} wherever a constant is among the terms.) It is convex in
 //! c:
 //!
 //! ```text
@@ -119,12 +119,12 @@ pub(crate) struct Fitted {
     /// The first fitted probability, its target F, and in its units Σ p, Σ p·q and the probability
     /// of R.
     pub(crate) first: f64,
-    reference: f32,
-    mass: f64,
-    of_p: Vec<f64>,
-    missing: f64,
+    pub(crate) reference: f32,
+    pub(crate) mass: f64,
+    pub(crate) of_p: Vec<f64>,
+    pub(crate) missing: f64,
     /// Room for Σ e^F·q.
-    of_f: Vec<f64>,
+    pub(crate) of_f: Vec<f64>,
     /// Largest |F − target| of the unweighted least-squares fit, over the likely ranks.
     pub(crate) unweighted_error: f32,
     /// The coefficients keep the limits.

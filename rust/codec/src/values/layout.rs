@@ -57,7 +57,11 @@ impl Layout {
     #[inline(always)]
     pub(crate) fn published_sum(&self, value: f64, residual: f32) -> f64 {
         let residual = self.exact_dtype.round(f64::from(residual));
-        self.published_sum_type().round(value + residual)
+        match self.published_sum_type() {
+            FloatType::Float64 => value + residual,
+            // Sums of 16-bit floats are float32 first.
+            dtype => dtype.round(f64::from((value + residual) as f32)),
+        }
     }
 }
 

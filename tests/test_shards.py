@@ -83,7 +83,7 @@ def test_fidelity_is_measured_while_writing(written: tuple[Path, Written]) -> No
     dataset = Dataset.open(folder)
     kl = np.concatenate(
         [
-            reference.kl_renormalised(
+            reference.kl_with_missing(
                 rows.logprobs, dataset.codec.decode_document(document.teacher, document.num_rows).logprobs
             )
             for (_, rows, _), document in zip(documents, dataset, strict=True)

@@ -195,7 +195,7 @@ def _published_codec(layout: str, config: ConfigSource, beside: str | None, name
             f"{name}: a published dataset does not record how it was encoded, and there is no {CONFIG_FILE} next to "
             "it; pass its codec configuration"
         )
-    codec = Codec(load_codec_config(beside if config is None else config))
+    codec = Codec.for_published(load_codec_config(beside if config is None else config))
     if config is not None and beside is not None:
         check_codec(codec, Codec(load_codec_config(beside)), name, f"the codec in {CONFIG_FILE}")
     if codec.format != layout:

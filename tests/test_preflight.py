@@ -24,7 +24,7 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / folder).mkdir()
     for file in ("teacher/config.json", "documents.jsonl", "table.csv", "held out.jsonl"):
         (tmp_path / file).write_text("{}")
-    (tmp_path / "codec.yaml").write_text("d: 128\nk: 8\nexact_k: 9\n")
+    (tmp_path / "codec.yaml").write_text("d: 128\nk: 8\nexact_k: 9\nexact_dtype: float32\nresidual_bins: []\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -41,7 +41,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"output": "documents.jsonl"}, ["output", "documents.jsonl", "file"]),
     ({"output": "documents.jsonl/captured"}, ["output", "documents.jsonl/captured"]),
     ({"compression_config": "nowhere.yaml"}, ["compression_config", "nowhere.yaml"]),
-    ({"compression_config": "codec.yaml"}, ["compression_config", "exact_k", "9"]),
+    ({"compression_config": "codec.yaml"}, ["compression_config", "codec.yaml", "exact_k", "9"]),
     ({"engine": "vllm"}, ["engine", "vllm", "pip install 'distillkit[vllm]'"]),
 ]
 RIGHT: list[dict[str, Any]] = [

@@ -14,6 +14,7 @@ import click
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.text import Text
 
 from distillkit.errors import printable
 
@@ -24,6 +25,9 @@ class _Console(Console):
     """A console on which only rich's own control codes reach the terminal."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        if isinstance(renderable, Text) and (plain := printable(renderable.plain)) != renderable.plain:
+            # Before it is divided into lines, as escapes are longer.
+            renderable = Text(plain, renderable.style, justify=renderable.justify, overflow=renderable.overflow)
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 

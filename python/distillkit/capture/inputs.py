@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distillkit.capture.result import counted
 from distillkit.capture.settings import CaptureSettings
 from distillkit.capture.shard_plan import ShardPlan, ShardReceipt, make_plan, read_plan
 from distillkit.capture.teachers.base import RowRequest, Teacher
@@ -133,9 +134,8 @@ class CaptureInputs:
         )
         if not plan.shards:
             plan.remove()
-            raise CaptureError(
-                f"{settings.dataset}: contains no document of at least 2 tokens: {_passed_over(plan.counts)}"
-            )
+            why = ", ".join(counted(plan.counts)) or "it is empty"
+            raise CaptureError(f"{settings.dataset}: contains no document of at least 2 tokens: {why}")
         logger.info(
             "%s: %s documents with %s tokens in %d shards",
             settings.dataset,
@@ -218,10 +218,6 @@ def _explain_mismatch(folder: Folder) -> Iterator[None]:
 def _public_name(path: str) -> str:
     """Return a hub id unchanged, and only the name of a local folder: headers are published with datasets."""
     return Path(path).resolve().name if Path(path).exists() else path
-
-
-def _passed_over(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()) or "it is empty"
 
 
 def stored_bytes_per_token(codec: Codec, settings: CaptureSettings) -> int:

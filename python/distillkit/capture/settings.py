@@ -349,7 +349,10 @@ class CaptureSettings(BaseModel):
         try:
             return codec_config(read_yaml(config) if isinstance(config, (str, Path)) else config)
         except ConfigError as error:
-            raise ConfigError(f"compression_config: {error}") from error
+            # As in `_one_codec`; errors of reading the file name it already.
+            reason = re.sub(r"^\w+Config: ", "", str(error))
+            where = f"{config}: " if isinstance(config, (str, Path)) and not reason.startswith(str(config)) else ""
+            raise ConfigError(f"compression_config: {where}{reason}") from error
 
     def codec(self, head_size: int) -> Codec:
         """Make the codec for a teacher whose logits are `head_size` wide.

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from rich.table import Table
 
 from distillkit.capture.preflight import check_before_loading
-from distillkit.capture.result import CaptureReport
+from distillkit.capture.result import CaptureReport, counted
 from distillkit.capture.settings import CaptureSettings
 from distillkit.capture.settings_file import load_captures
 from distillkit.cli.common import stopping_on_sigterm
@@ -153,7 +153,5 @@ def _documents(report: CaptureReport) -> str:
         notes.append(f"{report.resumed_documents:,} from an earlier run")
     if report.skipped:
         notes.append(f"{len(report.skipped):,} left out because the teacher cannot score them")
-    for name, count in report.passed_over.items():
-        if name != "rows" and count:
-            notes.append(f"{count:,} {name.replace('_', ' ')} passed over")
+    notes += counted(report.passed_over)
     return f"{report.documents:,}" + (f"  ({', '.join(notes)})" if notes else "")

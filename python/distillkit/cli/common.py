@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +16,7 @@ from typing import NoReturn
 
 import click
 
+from distillkit.cli.entry import was_interrupted
 from distillkit.configuration.secrets import redacted
 from distillkit.errors import DistillKitError, printable
 
@@ -47,7 +49,7 @@ _EXTRAS = {
 def run_cli(command: click.Command) -> NoReturn:
     """Run a command and exit: 0 success, 1 failure (a message on stderr), 2 wrong usage, 130 interrupted, 143 SIGTERM.
 
-    Errors of distillkit and of the file system are printed as messages; anything else is a bug and keeps its traceback.
+    Errors of distillkit and of the file system are printed as messages; anything else is a bug, with its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         # Some terminal encodings lack ‖ and ×: print ? instead of failing.
@@ -66,8 +68,7 @@ def run_cli(command: click.Command) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: complete files are kept", err=True)
-        sys.exit(128 + signal.SIGINT)
+        _leave_interrupted()
     except Terminated:
         click.echo("stopped by SIGTERM: complete files are kept, run the same command again to resume", err=True)
         sys.exit(128 + signal.SIGTERM)
@@ -82,6 +83,11 @@ def run_cli(command: click.Command) -> NoReturn:
         _fail(f"this needs {package}, which is not installed: pip install 'distillkit[{_EXTRAS[package]}]'")
     except (DistillKitError, OSError) as error:
         _fail(_text(error))
+    except Exception as error:  # noqa: BLE001 - printed whole, but for secrets and control characters
+        if was_interrupted():
+            _leave_interrupted()
+        click.echo(printable(redacted("".join(traceback.format_exception(error)))), err=True, nl=False)
+        sys.exit(1)
 
 
 class Terminated(BaseException):
@@ -107,7 +113,14 @@ def stopping_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _leave_interrupted() -> NoReturn:
+    click.echo("interrupted: complete files are kept", err=True)
+    sys.exit(128 + signal.SIGINT)
+
+
 def _fail(message: str) -> NoReturn:
+    if was_interrupted():
+        _leave_interrupted()
     from rich.text import Text
 
     from distillkit.console import progress_console

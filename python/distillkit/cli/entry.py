@@ -7,7 +7,7 @@ import os
 import signal
 from types import FrameType
 
-__all__ = ["codec", "main"]
+__all__ = ["codec", "main", "was_interrupted"]
 
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -35,13 +35,12 @@ def _run(module: str) -> None:
     command = importlib.import_module(module)
     if handled:
         signal.signal(signal.SIGINT, _interrupt)
-    try:
-        command.main()
-    except Exception:
-        # A library that was being imported turned the KeyboardInterrupt into this.
-        if signal.getsignal(signal.SIGINT) is _end:
-            _end(signal.SIGINT, None)
-        raise
+    command.main()
+
+
+def was_interrupted() -> bool:
+    """Whether Ctrl-C was pressed: libraries that are being imported turn the KeyboardInterrupt into other errors."""
+    return signal.getsignal(signal.SIGINT) is _end
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

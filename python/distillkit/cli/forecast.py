@@ -12,6 +12,7 @@ import click
 from rich.table import Table
 
 from distillkit.capture.preflight import check_before_loading
+from distillkit.capture.result import counted
 from distillkit.cli.capture import capture_options, chosen_captures
 from distillkit.cli.setting_options import GroupedCommand
 from distillkit.console import human_bytes, progress_bar, quiet_libraries, say, show
@@ -109,8 +110,7 @@ def _add_text(table: Table, text: TextForecast) -> None:
             f"{text.captured_tokens:,} already captured, {_count(text.left_tokens)} left for this run",
         )
     if text.passed_over:
-        reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in text.passed_over.items())
-        table.add_row("passed over", f"{reasons}  (in the rows that were read)")
+        table.add_row("", f"{', '.join(counted(text.passed_over))}  (in the rows that were read)")
     if text.duplicates_unknown:
         table.add_row("", "duplicates among unread rows are unknown: there may be fewer tokens")
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import fsspec
 import pyarrow.parquet as pq
 
 from distillkit.errors import TruncatedDataError
-from distillkit.shards.storage import open_source, reading
+from distillkit.shards.storage import locate, open_source, reading
 
 __all__ = []
 
@@ -36,7 +35,7 @@ def open_parquet(path: str, metadata: pq.FileMetaData | None = None) -> Iterator
 
 
 def _check_ends(path: str) -> None:
-    filesystem, inner = fsspec.core.url_to_fs(path)
+    filesystem, inner = locate(path)
     if not filesystem.exists(inner):
         raise FileNotFoundError(2, "no such file", path)
     size = filesystem.size(inner)

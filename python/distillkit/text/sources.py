@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
 from distillkit.errors import ConfigError, InputError
+from distillkit.shards.storage import is_url, locate
 from distillkit.text.file_formats import FORMATS, TEACHER_COLUMNS
 
 __all__ = ["Row", "Source", "chosen_rows", "kept_schema", "open_hub", "open_local", "open_source"]
@@ -91,7 +91,7 @@ def open_source(dataset: str, *, configuration: str | None = None, split: str = 
     Raises:
         ConfigError: there is no such file, dataset or split; the message lists the available splits.
     """
-    if "://" in dataset:
+    if is_url(dataset):
         return _fetched(dataset, split)
     path = Path(dataset).expanduser()
     if path.exists() or dataset.startswith(("/", ".", "~")) or path.suffix in FORMATS:
@@ -106,9 +106,9 @@ def _fetched(url: str, split: str) -> Source:
         ConfigError: the URL has no data files, or the package for this kind of URL is missing.
     """
     try:
-        filesystem, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"dataset: {url} cannot be opened: {error}") from error
+        filesystem, root = locate(url)
+    except InputError as error:
+        raise ConfigError(f"dataset: {error}") from error
     root = root.rstrip("/")
     wanted = (*FORMATS, ".arrow")
     files = [file for file in filesystem.find(root) if file.endswith(wanted)]
@@ -348,6 +348,10 @@ class _Loaded:
 def _saved(folder: Path, split: str | None) -> Source:
     import datasets
 
+    if "::" in str(folder):
+        raise ConfigError(
+            f"dataset: {folder}: the datasets library cannot read a folder with '::' in its path: rename it"
+        )
     loaded = datasets.load_from_disk(str(folder))
     if isinstance(loaded, datasets.DatasetDict):
         split = _the_split(split, list(loaded), folder)

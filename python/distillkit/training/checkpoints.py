@@ -170,14 +170,14 @@ def newest_checkpoint(folder: Path, *, content: bool = False) -> Checkpoint | No
     for path in checkpoints_in(folder):
         try:
             checkpoint = checked(path, content=content)
-        except CheckpointError as damage:
-            damaged.append(damage)
+        except CheckpointError as error:
+            damaged.append(error)
             continue
-        for damage in damaged if content else ():
-            logger.warning("%s. Going on from the checkpoint before it, %s", damage, path)
+        for reason in damaged if content else ():
+            logger.warning("%s. Going on from the checkpoint before it, %s", reason, path)
         return checkpoint
     if damaged:
-        reasons = "\n".join(f"  {damage}" for damage in damaged)
+        reasons = "\n".join(f"  {reason}" for reason in damaged)
         raise CheckpointError(f"{folder} has no checkpoint to go on from:\n{reasons}")
     return None
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import transformers
@@ -37,6 +37,7 @@ from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
 from distillkit.training.identity import check_same_run, identity_of
 from distillkit.training.saving import reaching_hub, save_student
+from distillkit.training.separation import choose_packing, trained_models
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
@@ -53,7 +54,7 @@ __all__ = ["Run", "checkpoint_of", "resumed_checkpoint", "train"]
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Run:
@@ -130,6 +131,8 @@ class Run:
     def datasets(self) -> dict[Part, DistillationDataset]:
         """Training and evaluation examples, checked against the student."""
         live, _ = self.teacher
+        if self.config.dataset.packing == "auto":
+            choose_packing(self.arguments, trained_models(self.model, None if live is None else live.model))
         return {
             part: _dataset(self.config, part, source, self.model, self.arguments, live)
             for part, source in self.sources.items()
@@ -189,11 +192,11 @@ class Run:
         trainer.add_callback(ReportWriter(trainer, ReportFiles(self.folder)))
         return trainer
 
-    def decided(self, decide: Callable[[], Any]) -> Any:
+    def decided(self, decide: Callable[[], T]) -> T:
         """Return what the first process decides, in all processes; an error is raised in all of them."""
         if self.arguments.world_size == 1:
             return decide()
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # the result, and the error
         if self.arguments.process_index == 0:
             try:
                 outcome[0] = decide()
@@ -202,7 +205,7 @@ class Run:
         torch.distributed.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise outcome[1]
-        return outcome[0]
+        return cast(T, outcome[0])
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -292,7 +295,8 @@ def _live_teacher(
         force = config.force_hidden_state_projection
         matching = match_layers(config.layer_mapping, model, teacher, force_projection=force)
     layers = () if matching is None else matching.teacher_layers
-    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers), matching
+    head_size = rows_of(model.get_output_embeddings().weight)
+    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers, head_size=head_size), matching
 
 
 def _dataset(
@@ -306,7 +310,7 @@ def _dataset(
     """Check a dataset against the student, and return its training examples."""
     head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
     live = {} if teacher is None else {"teacher.path": teacher.model}
-    check_positions(config, part, source, {"model": model, **live})
+    check_positions(config, part, source, arguments, {"model": model, **live})
     if teacher is not None:
         check_ids(source, head_size, key)
         return training_dataset(config, part, source, teacher, arguments)

@@ -24,6 +24,8 @@ from distillkit.training.attach import DistillationInputs, DistillationOutput, a
 from distillkit.training.data.examples import MODEL_INPUTS, Collator, DistillationDataset, DocumentOrder
 from distillkit.training.identity import LAST
 from distillkit.training.saving import saving
+from distillkit.training.separation import batch_layout, check_batches, trained_models
+from distillkit.training.signals.live import OnlineSignal
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -80,19 +82,23 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"--nproc_per_node {args.n_gpu} -m distillkit CONFIG.yaml` (or accelerate launch), or choose one "
                 "with CUDA_VISIBLE_DEVICES"
             )
-        attach_losses(model, matching)
-        use_cache = getattr(model.config, "use_cache", None)
+        signal = train_dataset.signal
+        models = trained_models(model, signal.model if isinstance(signal, OnlineSignal) else None)
         pad_id = getattr(processing_class, "pad_token_id", None)
+        collator = Collator(
+            pad_id=0 if pad_id is None else pad_id,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            **batch_layout(models),
+            eos_labels=eos_labels,
+            eos_id=getattr(processing_class, "eos_token_id", None),
+        )
+        packed = any(each is not None and each.packing is not None for each in (train_dataset, eval_dataset))
+        attach_losses(model, matching, lambda: check_batches(models, collator, packed=packed))
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(
-                pad_id=0 if pad_id is None else pad_id,
-                pad_to_multiple_of=args.pad_to_multiple_of,
-                flash_attention=str(model.config._attn_implementation).startswith("flash"),
-                eos_labels=eos_labels,
-                eos_id=getattr(processing_class, "eos_token_id", None),
-            ),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

@@ -105,6 +105,12 @@ class DatasetSection(_Model):
         description="Folder for tokenised text, which later runs with the same data, tokenizer and settings reuse; by "
         "default the cache of the datasets library. Captured datasets need no preparation.",
     )
+    packing: Literal["auto"] | bool | None = Field(
+        default=None,
+        description="Pack whole documents into rows of up to `sequence_length` tokens: true, false, or auto, which "
+        "packs if the student and a live teacher keep the documents of a row apart. By default as "
+        "`training_args.packing` says; with true, models that do not keep them apart are refused.",
+    )
     overflow: Overflow | None = Field(
         default=None,
         description="What to do with documents of more than `sequence_length` tokens. cut keeps the beginning; split "
@@ -266,7 +272,7 @@ class RunConfig(_Model):
     layer_mapping: LayerMapping = Field(
         default=None,
         description="Hidden states to compare in hs_mse and hs_cosine: pairs of [student layer, teacher layer], or "
-        "all. 0 is the output of the embeddings, n that of the n-th layer, −1 that of the last.",
+        "all, for models of equal depth. 0 is the output of the embeddings, n that of the n-th layer, −1 that of the last.",
     )
     force_hidden_state_projection: bool = Field(
         default=False,
@@ -277,7 +283,8 @@ class RunConfig(_Model):
     )
     use_flash_attention: bool | None = Field(
         default=None,
-        description="true requires FlashAttention, false never uses it; by default it is used if it can run.",
+        description="true requires FlashAttention, false never uses it; by default it is used if it can run and the "
+        "student supports it. Otherwise the student gets transformers' default, or `model_kwargs.attn_implementation`.",
     )
     functionary_packing: bool = Field(
         default=False,

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distillkit.errors import CorruptDataError
+from distillkit.errors import ConfigError, CorruptDataError
 from distillkit.shards.alignment import counted_positions
 from distillkit.shards.overflow import Pieces
 from distillkit.shards.packing import Packing
@@ -183,8 +183,13 @@ class Collator:
         pad_to_multiple_of: pad the common length S to a multiple of this.
         flash_attention: also return the document boundaries of the flattened batch, which FlashAttention needs for
             packed rows.
+        longest_alike: documents up to this length have the same rotary frequencies. Where padding would make one look
+            longer, its position ids begin again at 0.
         eos_labels: token ids that become `eos_id` in the labels.
         eos_id: the tokenizer's end-of-sequence id.
+
+    Attributes:
+        unpackable: why a model cannot be run on rows of several documents, which are then refused; None if it can.
     """
 
     def __init__(
@@ -193,12 +198,15 @@ class Collator:
         *,
         pad_to_multiple_of: int | None = None,
         flash_attention: bool = False,
+        longest_alike: int | None = None,
         eos_labels: Sequence[int] = (),
         eos_id: int | None = None,
     ) -> None:
         self.pad_id = pad_id
         self.multiple = pad_to_multiple_of or 1
         self.flash_attention = flash_attention
+        self.longest_alike = longest_alike
+        self.unpackable: str | None = None
         self.eos_labels = np.array(sorted(eos_labels), dtype=np.int64)
         self.eos_id = eos_id
 
@@ -213,7 +221,13 @@ class Collator:
             counts: (3,) int64: tokens without padding, documents that were cut, tokens cut off.
             With packed documents under FlashAttention also cu_seq_lens_q and cu_seq_lens_k int32, max_length_q and
                 max_length_k.
+
+        Raises:
+            ConfigError: a row holds several documents, and a model does not keep them apart.
         """
+        packed = any(len(example.segment_lengths) > 1 for example in examples)
+        if packed and self.unpackable is not None:
+            raise ConfigError(f"the dataset's rows hold several documents, but {self.unpackable}")
         longest = max(1, *(len(example.input_ids) for example in examples))
         length = -(-longest // self.multiple) * self.multiple
         input_ids = np.full((len(examples), length), self.pad_id, dtype=np.int64)
@@ -224,6 +238,9 @@ class Collator:
             starts = np.cumsum(example.segment_lengths) - example.segment_lengths
             # Each position minus the start of its document; padding belongs to the last document.
             position_ids[row] = np.arange(length) - np.repeat(starts, np.diff(starts, append=length))
+            padding = position_ids[row, len(example.input_ids) :]
+            if self.longest_alike is not None and padding.max(initial=0) >= self.longest_alike:
+                padding[:] = np.arange(len(padding)) % self.longest_alike
             labels[row, example.positions + 1] = example.input_ids[example.positions + 1]
         if len(self.eos_labels) and self.eos_id is not None:
             labels[np.isin(labels, self.eos_labels)] = self.eos_id
@@ -243,7 +260,7 @@ class Collator:
         }
         for name in examples[0].teacher:
             batch[f"teacher_{name}"] = torch.from_numpy(np.concatenate([example.teacher[name] for example in examples]))
-        if self.flash_attention and any(len(example.segment_lengths) > 1 for example in examples):
+        if self.flash_attention and packed:
             batch |= _boundaries(position_ids)
         return batch
 

@@ -170,6 +170,11 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
             "tokenizers are the same and only the padding differs, set resize_embeddings_to_multiple_of so that the "
             "head is wide enough"
         )
+    if dataset.codec.k > head_size:
+        raise MismatchError(
+            f"{key}: each row holds {dataset.codec.k:,} ids, more than the student's head has rows: {head_size:,}. "
+            "Capture fewer ids per row (k), or set resize_embeddings_to_multiple_of"
+        )
     sample = list(_sample(dataset))
     for index, document in sample:
         _check_largest(index, document, head_size, key)

@@ -13,7 +13,7 @@ from distillkit.codec import Codec
 from distillkit.losses.positions import Targets
 from distillkit.types import Document, SparseLogprobs
 
-__all__ = ["OfflineSignal"]
+__all__ = ["OfflineSignal", "within"]
 
 
 class OfflineSignal:
@@ -72,7 +72,7 @@ class OfflineSignal:
         else:
             ids, logprobs = batch["teacher_ids"], batch["teacher_logprobs"]
         if self.codec.vocab_size > self.head_size and ids.numel():
-            ids, logprobs = _within(ids, logprobs, self.head_size)
+            ids, logprobs = within(ids, logprobs, self.head_size)
         known = batch.get("teacher_label_logprobs")
         if known is not None:
             # A label may differ from the token whose log-prob the teacher stored (eos_label_token_ids).
@@ -81,7 +81,7 @@ class OfflineSignal:
         return Targets(labels, SparseLogprobs(ids, logprobs), label_logprobs=known)
 
 
-def _within(ids: torch.Tensor, logprobs: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def within(ids: torch.Tensor, logprobs: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Give ids ≥ head_size zero probability, replacing each with the row's first id within the head (since all ids must
     be valid for the head)."""
     outside = ids >= head_size

@@ -414,7 +414,9 @@ def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
     try:
         settings = HFSettings(dtype=dtype)
     except ValueError as error:
-        raise InputError(f"{dataset.path}: the header's teacher.dtype is {dtype!r:.100}, not a type of weights") from error
+        raise InputError(
+            f"{dataset.path}: the header's teacher.dtype is {dtype!r:.100}, not a type of weights"
+        ) from error
     engine = HFTeacher(teacher, settings)
     if engine.head_size != dataset.header.head_size:
         raise MismatchError(

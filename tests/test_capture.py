@@ -56,7 +56,8 @@ def test_rows_are_the_teachers_own_distributions(teacher: Path, text: Path, tmp_
         np.testing.assert_allclose(np.take_along_axis(expected, rows.ids, -1), rows.logprobs, atol=2e-5)
         read.append(document.input_ids.tolist())
 
-    whole = [tokenizer(json.loads(line)["text"])["input_ids"] for line in text.read_text().splitlines()]
+    written = [json.loads(line)["text"] + tokenizer.eos_token for line in text.read_text().splitlines()]
+    whole = tokenizer(written)["input_ids"]
     pieces = [ids[start:stop] for ids in whole for start, stop in windows(len(ids), 64, 8)]
     assert read == pieces, "all tokens, in the text's order"
     assert (report.documents, report.tokens) == (len(read), sum(map(len, read)))
@@ -88,6 +89,7 @@ def test_the_header_says_what_was_captured(teacher: Path, text: Path, tmp_path: 
         "loss_on": "auto",
         "drop_duplicates": True,
         "apply_chat_template": True,
+        "append_eos": True,
         "head_dtype": "float32",
         "batch_tokens": 256,
         "head_rows": 50,

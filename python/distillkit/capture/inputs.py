@@ -75,6 +75,13 @@ class CaptureInputs:
         settings, k = self.settings, self.codec.k
         return RowRequest(k, settings.token_ids(self.tokenizer, k), settings.label_logprobs, settings.last_row)
 
+    @property
+    def append_eos(self) -> bool:
+        """Whether plain text ends with the end-of-sequence token."""
+        if self.settings.append_eos is None:
+            return self.tokenizer.eos_token is not None
+        return self.settings.append_eos
+
     def source(self) -> Source:
         """Open the dataset."""
         settings = self.settings
@@ -101,6 +108,7 @@ class CaptureInputs:
             alignment=alignment("L" if self.request.last_row else "L-1"),
             capture={
                 **self.settings.identity(),
+                "append_eos": self.append_eos,
                 "dataset": source.description,
                 "device": self.device.partition(":")[0],
             },
@@ -200,7 +208,10 @@ def document_reader(settings: CaptureSettings, source: Source, tokenizer: Any, *
         overlap=settings.overlap,
         loss_on=settings.loss_on,
         keep_columns=settings.keep_columns,
+        read_columns=settings.read_columns,
+        append_eos=settings.append_eos,
         drop_duplicates=settings.drop_duplicates,
+        skip_bad=settings.skip_bad_documents,
     )
 
 

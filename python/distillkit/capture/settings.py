@@ -106,9 +106,10 @@ class CaptureSettings(BaseModel):
     )
     dataset: Text = Field(
         min_length=1,
-        description="Text to run the teacher over: a .jsonl, .json, .txt or .parquet file, a folder of them, a "
-        "save_to_disk folder, a URL of any of these, or a hub id. Rows have text; messages; conversations; instruction "
-        "(+ input) + output; inputs + targets; tools + turns; prompt + response or completion; or input_ids.",
+        description="Text to run the teacher over: a .jsonl (.ndjson), .json, .txt or .parquet file, a folder of them, "
+        "a save_to_disk folder, a URL of any of these, or a hub id. Rows have text; messages; conversations; "
+        "instruction (+ input, system, history) + output; inputs + targets; tools + turns; prompt + response or "
+        "completion; or input_ids.",
     )
     output: Text = Field(min_length=1, description="Folder or storage URL for the captured dataset.")
     preset: PresetName | None = Field(
@@ -121,7 +122,8 @@ class CaptureSettings(BaseModel):
     dataset_configuration: str | None = Field(default=None, description="Configuration of a hub dataset.")
     split: str = Field(
         default="train",
-        description="Split of the dataset; in a folder of files, those with the split's name in their path.",
+        description="Split of the dataset; in a folder of files, those whose names begin or end with the split's, or "
+        "that are in a folder of that name.",
     )
     samples: int | None = Field(
         default=None, ge=1, description="Capture only a random sample of this many rows, kept in the dataset's order."
@@ -137,7 +139,18 @@ class CaptureSettings(BaseModel):
     max_tokens: int | None = Field(default=None, ge=2, description="Leave out documents with more tokens.")
     drop_duplicates: bool | None = Field(
         default=None,
-        description="Leave out documents that repeat an earlier one; on by default unless `keep_columns` is used.",
+        description="Leave out documents that repeat an earlier one as a whole; on by default unless `keep_columns` is "
+        "used.",
+    )
+    read_columns: Names = Field(
+        default=(),
+        description="Columns to read rows by, such as text, or prompt,completion. By default prompts and responses "
+        "come before chats, and chats before text. A single column of another name has text.",
+    )
+    append_eos: bool | None = Field(
+        default=None,
+        description="End plain text with the end-of-sequence token, from which students learn to stop; on by default "
+        "if the tokenizer has one, as in training with a live teacher.",
     )
     keep_columns: Names = Field(
         default=("none",),
@@ -163,7 +176,7 @@ class CaptureSettings(BaseModel):
         default="auto",
         description="Which tokens count in the loss. assistant: the assistant's turns; completion: the response; all: "
         "every token; auto: the response if rows have prompt and response, what loss_mask or labels say if rows are "
-        "token ids, otherwise all.",
+        "token ids, the assistant's turns of weight 1 if messages have weight or train, otherwise all.",
     )
     keep_ids: Tokens = Field(
         default=(),
@@ -186,7 +199,10 @@ class CaptureSettings(BaseModel):
         "that several jobs can share the work.",
     )
     skip_bad_documents: int = Field(
-        default=0, ge=0, description="Leave out up to this many documents that the teacher cannot score."
+        default=0,
+        ge=0,
+        description="Leave out up to this many rows that are not understood or cannot be rendered, and up to "
+        "as many documents that the teacher cannot score.",
     )
     workers: Literal["ray"] | None = Field(default=None, description="Distribute the shards over a Ray cluster.")
     num_workers: int | None = Field(
@@ -408,5 +424,5 @@ class CaptureSettings(BaseModel):
 _DECIDING = ("max_seq_len", "apply_chat_template", "shard_tokens", "overflow", "loss_on")
 _DECIDING_IF_SET = (
     *("samples", "shuffle", "where", "min_tokens", "max_tokens", "drop_duplicates", "keep_columns", "keep_ids"),
-    *("label_logprobs", "last_row"),
+    *("read_columns", "label_logprobs", "last_row"),
 )

@@ -74,7 +74,7 @@ def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFT
     else:
         documents = prepare(
             _open_rows(source, part, key),
-            RowReader(tokenizer, training_policy(tokenizer, _text_options(arguments)), vocab_size(tokenizer)),
+            RowReader(tokenizer, training_policy(tokenizer, _text_options(config, arguments)), vocab_size(tokenizer)),
             cache,
             key=key,
             sample=_sample(config, part),
@@ -204,9 +204,10 @@ def cache_folder(config: RunConfig) -> Path:
     return Path(HF_DATASETS_CACHE) / "distillkit"
 
 
-def _text_options(arguments: SFTConfig) -> TextOptions:
+def _text_options(config: RunConfig, arguments: SFTConfig) -> TextOptions:
     return TextOptions(
         text_column=arguments.dataset_text_field,
+        text_first="dataset_text_field" in config.training_args,
         completion_only=arguments.completion_only_loss,
         assistant_only=arguments.assistant_only_loss,
         tokenised=bool((arguments.dataset_kwargs or {}).get("skip_prepare_dataset")),

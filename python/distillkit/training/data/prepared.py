@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 Part = Literal["train", "eval"]
 
-VERSION = 1
+VERSION = 2
 """Part of the key of prepared data; must be increased when the same settings would produce other tokens."""
 
 _DESCRIPTION = "prepared.json"

@@ -73,15 +73,15 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self._depth >= _DEEPEST:
-            self._refuse(f"nested more than {_DEEPEST} levels deep", self.peek_event().start_mark)
-        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+            self._refuse(f"nested more than {_DEEPEST} levels deep", parent.start_mark)
+        alias = self.check_event(yaml.AliasEvent)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
-        if alias is None:
+        if node is not None and not alias:
             self._sizes[id(node)] = self._expanded(node)
         elif id(node) not in self._sizes:
-            self._refuse(f"the alias *{alias.anchor} is inside what it stands for", alias.start_mark)
+            self._refuse("an alias is inside what it stands for", parent.start_mark)
         return node
 
     def _expanded(self, node: yaml.Node) -> int:

@@ -435,15 +435,12 @@ class _Tokens:
 
 
 def _tokens(columns: Mapping[str, pa.Array], index: int, where: str) -> _Tokens:
-    found = {
-        name: _integers(columns[name], index, f"{where}: {name}") if name in columns else None
-        for name in _TOKEN_COLUMNS
-    }
+    found = {name: _integers(columns[name], index, f"{where}: {name}") for name in _TOKEN_COLUMNS if name in columns}
     ids = found["input_ids"]
     for name, values in found.items():
-        if values is not None and len(values) != len(ids):
+        if len(values) != len(ids):
             raise CorruptDataError(f"{where}: {name} has {len(values)} entries for {len(ids)} tokens")
-    return _Tokens(ids, found["attention_mask"], found["labels"], found["loss_mask"])
+    return _Tokens(ids, found.get("attention_mask"), found.get("labels"), found.get("loss_mask"))
 
 
 def _integers(column: pa.Array, index: int, where: str) -> npt.NDArray[Any]:

@@ -180,13 +180,21 @@ BOTH = (
 @pytest.mark.parametrize(
     ("template", "expected"),
     [(STRINGS, "<user>a b<assistant>c"), (PRINTS, "<user>a b<assistant>c"), (PARTS, "<user>a b<assistant>c"),
-     (BOTH, "<user>[a ][b]<assistant>c")],
+     (BOTH, "<user>a b<assistant>c")],
     ids=["concatenates", "prints", "loops", "both"],
 )  # fmt: skip
 def test_content_in_parts(template: str, expected: str) -> None:
     parts = [{"type": "text", "text": "a ", "image": None}, {"type": "text", "text": "b"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]
     assert texts(byte_tokenizer(template), {"messages": messages}) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [(STRINGS, '<tool>{"a": "é"}'), (PRINTS, '<tool>{"a": "é"}'), ("<{{ messages[0].content.a }}>", "<é>")],
+)
+def test_what_a_tool_answers_may_be_an_object(template: str, expected: str) -> None:
+    assert texts(byte_tokenizer(template), {"messages": [{"role": "tool", "content": {"a": "é"}}]}) == [expected]
 
 
 @pytest.mark.parametrize("kind", ["image", "image_url", "input_audio", "video"])

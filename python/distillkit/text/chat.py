@@ -320,7 +320,8 @@ def _read_trace(output: str) -> Traced:
 def _forms(messages: Messages) -> Iterator[Messages]:
     """Yield a conversation in the forms that templates take, without repetition."""
     seen: list[Messages] = []
-    contents = (_as_given, _joined, _in_parts)
+    # Most templates take text; those of vision models may only take parts.
+    contents = (_joined, _as_given, _in_parts, _all_text)
     empties = (_without_null, _null_content, _empty_text, _without_content)
     for content, empty, arguments in itertools.product(contents, empties, (_parsed, _as_text)):
         form = [arguments(empty(content(message))) for message in messages]
@@ -334,12 +335,16 @@ def _as_given(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:
-    content, parts = message["content"], _text_parts(message)
-    if parts is not None:
-        return {**message, "content": "".join(parts)}
-    if content is None or isinstance(content, str):
-        return message
-    return {**message, "content": json.dumps(content, ensure_ascii=False)}  # what a tool answered
+    parts = _text_parts(message)
+    return message if parts is None else {**message, "content": "".join(parts)}
+
+
+def _all_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Also write a tool's answer that is an object as JSON."""
+    joined = _joined(message)
+    if joined["content"] is None or isinstance(joined["content"], str):
+        return joined
+    return {**joined, "content": json.dumps(joined["content"], ensure_ascii=False)}
 
 
 def _text_parts(message: dict[str, Any]) -> list[str] | None:

@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 UV := UV_NATIVE_TLS=1 $(BIN)/python -m uv pip
 RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
-.PHONY: help setup demo docs test test-fast test-lowest test-vllm test-emulated fuzz miri lint bench bench-docs wheel clean
+.PHONY: help setup demo docs test test-fast attack test-lowest test-vllm test-emulated fuzz miri lint bench bench-docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -54,7 +54,7 @@ test-vllm: setup .venv-vllm/.packages ## Run the tests with the real vLLM on a C
 	PYTHONPATH=python $(VLLM) -m pytest -m vllm tests/test_vllm.py
 
 # The lowest releases that pyproject.toml allows, all at once; what the tests need besides is the newest. The codec is
-# the one of .venv.
+# the one of .venv. Old releases use what newer ones of their own dependencies have deprecated.
 LOWEST := .venv-lowest/bin/python
 .venv-lowest/.packages: pyproject.toml .venv/.packages
 	@test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
@@ -66,11 +66,14 @@ LOWEST := .venv-lowest/bin/python
 
 LOWEST_TESTS ?= tests
 test-lowest: setup .venv-lowest/.packages ## Run the quick tests with the lowest versions allowed (installs 5 GB into .venv-lowest)
-	PYTHONPATH=python $(LOWEST) -m pytest -m 'not slow' $(LOWEST_TESTS)
+	PYTHONPATH=python $(LOWEST) -m pytest -m 'not slow' -W ignore::DeprecationWarning $(LOWEST_TESTS)
 
 test-fast: setup ## Run the quick part of the tests
 	cargo test --package distillkit-codec --quiet
 	$(BIN)/python -m pytest -m 'not slow'
+
+attack: setup ## Run the campaigns of hostile inputs, faults and kills in their long form
+	DISTILLKIT_ATTACK=long $(BIN)/python -m pytest $$(grep -l DISTILLKIT_ATTACK tests/*.py)
 
 # Its lock file is separate: see rust/fuzz/Cargo.toml. The flags are cargo-fuzz's without the tracing of comparisons,
 # which costs a third of the speed and guesses constants that do not occur in the codec. Stable compilers have the

@@ -229,7 +229,7 @@ def test_students_get_the_attention_that_transformers_chooses(model_type: str, t
 def test_every_architecture_works_or_is_refused_by_name(model_type: str) -> None:
     try:
         model = architecture(model_type)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - transformers raises all kinds
         pytest.skip(f"cannot be built tiny: {error}")
     choose_frequencies_by_document(model)
     first, second, third = documents(21, 19, 14)

@@ -122,7 +122,7 @@ def test_a_value_that_is_no_number_is_located(tmp_path: Path) -> None:
     pq.write_table(changed, tmp_path / "data_0.parquet")
     result = run_here("inspect", tmp_path)
     assert result.returncode == 1
-    check_names(result.stderr, f"{tmp_path}: document", "row 3", "NaN", "rank 0")
+    check_names(result.stderr, f"{tmp_path}/data_0.parquet, document 1", "row 3", "NaN", "rank 0")
 
 
 @pytest.mark.parametrize("shift", [-1, 1])

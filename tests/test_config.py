@@ -213,6 +213,7 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("loss_functions.0.temperature", 0, ["0"]),
     ("loss_functions.0.tempreature", 2, ["'temperature'"]),
     ("loss_functions.0.margin", 1.0, ["1.0", "kl", "hinge"]),
+    ("dataset.overflow", "window", ["'window'", "cut", "split", "drop"]),
     ("loss_functions.0.missing_probability_handling", "none", ["'none'", "'uniform'"]),
 ]
 
@@ -224,6 +225,7 @@ ARGUMENTS: list[tuple[str, Any, list[str]]] = [
     ("max_steps", 1.5, ["1.5"]),
     ("save_strategy", "step", ["'step'", "'steps'", "'epoch'"]),
     ("packing", "some", ["'some'"]),
+    ("gradient_checkpointing_kwargs", {"use_reentrent": False}, ["'use_reentrent'", "'use_reentrant'"]),
     # What contradicts other sections.
     ("max_length", 64, ["64", "sequence_length", "128"]),
     ("output_dir", "elsewhere", ["'elsewhere'", "output_path", "'out'"]),
@@ -250,7 +252,7 @@ ARGUMENTS: list[tuple[str, Any, list[str]]] = [
     ("dataset_kwargs", "skip", ["'skip'"]),
     ("dataset_num_proc", 0, ["0", "1"]),
     ("packing_strategy", "wrapped", ["'wrapped'", "'bfd'"]),
-    ("packing_strategy", "bfd_split", ["'bfd_split'", "'bfd'", "sequence_length"]),
+    ("packing_strategy", "bfd_split", ["'bfd_split'", "'bfd'", "dataset.overflow"]),
     ("packing_strategy", "ffd", ["'ffd'", "'bfd'"]),
 ]
 
@@ -675,7 +677,7 @@ def test_a_path_is_told_from_a_hub_id(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in ("./studnet", "studnet/", "runs/a/b", "~/no-such-folder", "a b", "x" * 500, "a\0b", ".hidden", "a--b"):
         message = missing_place(name)
         assert message is not None
-        assert name in message
+        assert repr(name) in message
     check_names(str(missing_place("./studnet")), "'./student'")
     check_names(str(missing_place(str(tmp_path / "studnet"))), f"'{tmp_path / 'student'}'")
     assert missing_place("file.txt") is not None, "a model is a folder"

@@ -102,6 +102,18 @@ FAILURES: list[tuple[dict[str, Any], str, list[str], set[str]]] = [
         ["training_args.report_to", "'mlflow'"],
         {"tokenizer"},
     ),
+    (
+        {"arguments": {"lr_scheduler_type": "cosine_with_min_lr"}},
+        "steps",
+        ["training_args", "lr_scheduler_kwargs", "min_lr"],
+        {"first batch", "resume"},
+    ),
+    (
+        {"arguments": {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"min_lr": 0}}},
+        "steps",
+        ["training_args", "lr_scheduler_kwargs", "'min_lr'"],
+        {"disk"},
+    ),
     ({"dataset": {"num_samples": 1000}}, "data", ["dataset.num_samples", "1,000", "24"], {"steps"}),
     (
         {"sequence_length": 8},

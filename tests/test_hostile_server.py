@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import random
 import time
 import zlib
@@ -25,6 +26,8 @@ from test_engines import DOCUMENTS, IDS, K, V, completion, document, ok, true_lo
 
 pytest.importorskip("openai")
 
+# How often the campaigns are repeated, each time with other seeds.
+ROUNDS = 20 if os.environ.get("DISTILLKIT_ATTACK") == "long" else 1
 KEY = "sesame-8f31-open"
 LONGEST = 64
 # What the teacher allows for one answer of LONGEST tokens: see _OTHER_BYTES and _BYTES_PER_ENTRY.
@@ -277,7 +280,7 @@ def test_mutated_answers_are_refused_or_are_distributions(echoes: bool) -> None:
     outcomes, said = {"stored": 0, "rejected": 0}, list[str]()
     with hostile_server(answer) as (url, _):
         teacher = ask(url)
-        for _ in range(250):
+        for _ in range(250 * ROUNDS):
             try:
                 (result,) = teacher.score([document(IDS)], RowRequest(K, label_logprobs=True))
             except CaptureError as error:
@@ -307,12 +310,12 @@ def test_mutated_lists_of_models_are_refused_or_used() -> None:
 
     refusals = []
     with hostile_server(answer) as (url, _):
-        for _ in range(50):
+        for _ in range(50 * ROUNDS):
             try:
                 assert ask(url, served_model=rng.choice((None, "tiny"))).identity["name"] == "tiny"
             except DistillKitError as error:
                 refusals.append(str(error))
-    assert 5 < len(refusals) < 47
+    assert 5 < len(refusals) / ROUNDS < 47
     assert all(text.isprintable() and len(text) < 2000 for text in refusals)
 
 

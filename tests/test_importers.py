@@ -198,8 +198,8 @@ def test_a_wrong_configuration_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused_with_what_was_found(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "data_0.parquet")
-    with refused(InputError, "data_0.parquet", "text", "input_ids", "compressed_logprobs"):
+    pq.write_table(pa.table({"value": ["a"]}), tmp_path / "data_0.parquet")
+    with refused(InputError, "data_0.parquet", "value", "input_ids", "compressed_logprobs"):
         Dataset.open(tmp_path)
     (tmp_path / "empty").mkdir()
     with refused(InputError, str(tmp_path / "empty")):

@@ -123,8 +123,8 @@ def test_a_loss_has_the_value_and_gradient_of_its_definition(
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("known", [False, True])
 def test_the_teacher_itself_is_the_optimum_at_every_temperature(name: str, known: bool) -> None:
-    """With its whole distribution (`uniform`) or with what the handling makes of it: no loss, no gradient, and any other
-    student is worse. The published arithmetic has another optimum."""
+    """With its whole distribution (`uniform`) or with what the handling makes of it: no loss, no gradient, and any
+    other student is worse. The published arithmetic has another optimum."""
     targets, logits = with_label_logprobs(6, 200, 8)
     targets = targets if known else Targets(targets.labels, targets.teacher)
     outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, targets.teacher.ids, False)

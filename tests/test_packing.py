@@ -136,7 +136,7 @@ def test_split_documents_train_each_counted_position_once_with_its_row(rows: str
         replace(document, input_ids=(1000 * number + np.arange(len(document.input_ids))).astype(np.int32))
         for number, document in enumerate(some_documents(rows))
     ]
-    source, signal = Sources(documents), OfflineSignal(exact_codec(), VOCABULARY)
+    source, signal = Sources(documents), OfflineSignal(exact_codec(), 4000)
     indices = np.arange(3, 40)
     whole = DistillationDataset(source, signal, 1000, indices)
     pieces = Pieces.of(source.lengths()[indices], limit, "split")
@@ -145,11 +145,11 @@ def test_split_documents_train_each_counted_position_once_with_its_row(rows: str
     trained = []
     for data in (whole, split):
         found = []
-        for example in (data[index] for index in range(len(data))):
-            assert example.segment_lengths.sum() == len(example.input_ids) <= data.sequence_length
-            assert example.cut_tokens == 0
-            teacher = [tuple(values) for values in example.teacher["ids"].tolist()]
-            context, labels = (example.input_ids[example.positions + by].tolist() for by in (0, 1))
+        for part in (data[index] for index in range(len(data))):
+            assert part.segment_lengths.sum() == len(part.input_ids) <= data.sequence_length
+            assert part.cut_tokens == 0
+            teacher = [tuple(values) for values in part.teacher["ids"].tolist()]
+            context, labels = (part.input_ids[part.positions + by].tolist() for by in (0, 1))
             found += zip(context, labels, teacher, strict=True)
         trained.append(sorted(found))
     assert trained[0] == trained[1]

@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from distillkit.capture import CaptureSettings, capture
 from distillkit.capture.preflight import DATA_FILES, check_before_loading
-from distillkit.capture.teachers.hf import resolve_device
+from distillkit.capture.teachers.hf import load_config, resolve_device
+from distillkit.cli.main import cli
 from distillkit.errors import ConfigError
 from distillkit.text.file_formats import FORMATS
-from support.refusals import refused
+from support.refusals import check_names, refused
 
 
 @pytest.fixture
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with something of everything, as the current one."""
-    for folder in ("teacher", "empty", "output"):
+    for folder in ("teacher", "empty", "output", "cut"):
         (tmp_path / folder).mkdir()
-    for file in ("teacher/config.json", "documents.jsonl", "table.csv", "held out.jsonl"):
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"\x00\x01")
+    for file in ("teacher/config.json", "cut/config.json", "documents.jsonl", "table.csv", "held out.jsonl"):
         (tmp_path / file).write_text("{}")
     (tmp_path / "codec.yaml").write_text("d: 128\nk: 8\nexact_k: 9\nexact_dtype: float32\nresidual_bins: []\n")
     monkeypatch.chdir(tmp_path)
@@ -34,6 +37,10 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"model": "runs/best/teacher"}, ["model", "runs/best/teacher"]),
     ({"model": "documents.jsonl"}, ["model", "documents.jsonl", "file"]),
     ({"model": "empty"}, ["model", "empty", "config.json"]),
+    ({"model": "cut"}, ["model", "cut/model.safetensors"]),
+    ({"model": ""}, ["model", "1"]),
+    ({"dataset": ""}, ["dataset", "1"]),
+    ({"output": ""}, ["output", "1"]),
     ({"tokenizer": "/no/such/tokenizer"}, ["tokenizer", "/no/such/tokenizer"]),
     ({"dataset": "document.jsonl"}, ["dataset", "document.jsonl", "'documents.jsonl'"]),
     ({"dataset": "./held_out"}, ["dataset", "./held_out"]),
@@ -103,3 +110,33 @@ def test_a_device_that_is_not_there_is_refused_before_the_model_is_loaded(monkey
     with refused(ConfigError, "'cuda:2'", "2"):
         resolve_device("cuda:2")
     assert resolve_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[1]", "{}", '{"model_type": "nosuch"}', '{"model_type": 5}', "\x00"),
+        *('{"model_type": "llama", "vocab_size": "x"}', '{"model_type": "llama", "dtype": "float8"}'),
+        '{"model_type": "llama", "num_attention_heads": 0}',
+    ],
+)
+def test_a_config_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    """Whatever the checks of the library raise for it."""
+    (tmp_path / "config.json").write_text(content)
+    with refused(ConfigError, "model", str(tmp_path)):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("pack", ["a", "b", f"--max-len={10**20}"]),
+        ("pack", ["a", "b", "--max-len=32", f"--window={10**20}"]),
+        ("forecast", ["--seconds=nan"]),
+        ("forecast", ["--seconds=inf"]),
+    ],
+)
+def test_numbers_that_mean_nothing_are_wrong_usage(command: str, options: list[str]) -> None:
+    result = CliRunner().invoke(cli, [command, *options])
+    assert result.exit_code == 2, result.output
+    check_names(result.output, options[-1].partition("=")[0])

@@ -256,7 +256,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"model_auto_class": "AutoModelForImageTextToText"}, ["model", "AutoModelForImageTextToText"]),
     ({"model_auto_class": "AutoModel"}, ["LlamaModel"]),
-    ({"model": "/no/such/folder"}, ["model", "'/no/such/folder'"]),
+    ({"model": "/no/such/folder"}, ["model", "/no/such/folder"]),
     ({"frozen_modules": ["model.embed_token"]}, ["frozen_modules", "'model.embed_tokens'"]),
     ({"frozen_res": ["vision"]}, ["frozen_res", "'vision'"]),
     ({"frozen_res": ["."]}, ["frozen_modules", "frozen_res"]),

@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from distillkit.errors import ConfigError, DistillKitError, MismatchError
 from distillkit.shards import ShardWriter
 from distillkit.text.tokenizer import fingerprint
 from distillkit.training.config.schema import RunConfig
-from distillkit.training.run import train
+from distillkit.training.run import Run, train
 from distillkit.training.trainer import DistillationTrainer
 from distillkit.types import SparseLogprobs
 from support import reference
@@ -97,8 +96,8 @@ def test_a_student_learns_and_leaves_everything_behind(parts: dict[str, str], tm
 
 
 def test_evaluation_is_the_mean_over_all_held_out_positions(parts: dict[str, str], tmp_path: Path) -> None:
-    """Whatever the batches, and with dataloader_drop_last, which is meant for training: checked against whole logits and
-    the float64 oracle, document by document."""
+    """Whatever the batches, and with dataloader_drop_last, which is for training: checked against whole logits and the
+    float64 oracle, document by document."""
     config = run_config(
         parts["student"],
         tmp_path,
@@ -133,6 +132,48 @@ def test_evaluation_is_the_mean_over_all_held_out_positions(parts: dict[str, str
     assert measured["eval_loss"] == pytest.approx((0.25 * entropy + 0.75 * kl) / positions, rel=1e-5)
     assert measured["eval_top1_agreement"] == pytest.approx(agreement / positions)
     assert measured["eval_teacher_mass"] == pytest.approx(mass / positions, rel=1e-5)
+
+
+def test_documents_beyond_a_students_positions_are_refused_or_told(
+    parts: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever sequence_length is, as long as no document is so long."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=30, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "table")
+    tiny_tokenizer().save_pretrained(tmp_path / "table")
+    rotary = save_student(tmp_path / "rotary", max_position_embeddings=30)
+
+    def told(student: str, length: int) -> bool:
+        caplog.clear()
+        settings = {"sequence_length": length, "dataset": {"overflow": "cut"}}
+        _ = Run(run_config(student, tmp_path / "out", parts["train"], **settings)).datasets
+        return "max_position_embeddings" in caplog.text
+
+    with refused(ConfigError, "model", "30", "dataset.train_dataset", "39", "sequence_length"):
+        told(str(tmp_path / "table"), 100_000)
+    assert not told(str(tmp_path / "table"), 30)
+    assert told(rotary, 64)
+    assert not told(rotary, 30)
+    assert not told(parts["student"], 100_000)
+
+
+def test_arithmetic_other_than_the_published_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = []
+    stored, whole = {"kind": "dataset"}, {"kind": "hf", "path": "teacher"}
+    for teacher, temperature, published in (
+        (stored, 2.0, None),
+        (whole | {"top_k": 8}, 2.0, None),
+        (stored, 1.0, None),
+        (stored, 2.0, True),
+        (stored, 2.0, False),
+        (whole, 2.0, None),
+    ):
+        loss = {"function": "kl", "weight": 1, "temperature": temperature, "published_temperature": published}
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="distillkit"):
+            _ = Run(run_config("student", tmp_path, "data", teacher=teacher, loss_functions=[loss])).objective
+        told.append("published_temperature" in caplog.text)
+    assert told == [True, True, False, False, False, False]
 
 
 def test_a_training_set_smaller_than_a_batch_that_drops_the_last_is_refused(

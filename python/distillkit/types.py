@@ -121,6 +121,7 @@ class Document:
             a single document.
         label_logprobs: (L − 1,) float32, the teacher's log-probability of each next token, even if that token is not
             among the row's k ids; None if these were not stored.
+        place: where it was read from, for messages: file, and number in the file.
     """
 
     doc_id: str
@@ -130,6 +131,7 @@ class Document:
     loss_mask: npt.NDArray[np.bool_] | None = None
     segment_lengths: npt.NDArray[np.int32] | None = None
     label_logprobs: npt.NDArray[np.float32] | None = None
+    place: str = "the document"
 
     def segments(self, most: int | None = None, start: int = 0) -> npt.NDArray[np.int64]:
         """(S,) int64 lengths of the packed documents (one if not packed), limited to the tokens `start` … `most` − 1 if
@@ -138,5 +140,6 @@ class Document:
         whole = np.asarray(lengths, dtype=np.int64)
         if most is None and not start:
             return whole
-        kept = np.diff(np.clip(np.cumsum(whole), start, most), prepend=start)
-        return kept[kept > 0]
+        ends = np.clip(np.cumsum(whole), start, most)
+        kept = ends - np.concatenate([[start], ends[:-1]])
+        return np.asarray(kept[kept > 0] if kept.any() else kept[:1], dtype=np.int64)

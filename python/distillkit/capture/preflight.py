@@ -9,6 +9,7 @@ from pathlib import Path
 from distillkit.capture.settings import CaptureSettings
 from distillkit.configuration.places import missing_place
 from distillkit.errors import ConfigError
+from distillkit.models.weights import model_problem
 
 __all__ = ["DATA_FILES", "check_before_loading"]
 
@@ -51,7 +52,7 @@ def check_before_loading(settings: CaptureSettings) -> None:
 
 def _check_model(setting: str, name: str) -> None:
     """Refuse what is neither the folder of a model nor the id of one on the hub."""
-    problem = missing_place(name)
+    problem = model_problem(name)
     if problem is None and setting == "model" and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         problem = f"the folder {name} contains no config.json, so it is not that of a model"
     if problem is not None:

@@ -32,7 +32,6 @@ from distillkit.capture.engine_settings import (
 from distillkit.codec import Codec, CodecConfig, codec_config, preset
 from distillkit.codec.presets import PresetName
 from distillkit.configuration.problems import InvalidSettingsError, Problem, find_problems, refusals
-from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError, MismatchError, nearest
 
 __all__ = ["CaptureSettings"]
@@ -101,16 +100,18 @@ class CaptureSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
     model: Text = Field(
+        min_length=1,
         description="Teacher model: a folder or a Hugging Face hub id. With a server: where the model's config and "
-        "tokenizer are."
+        "tokenizer are.",
     )
     dataset: Text = Field(
+        min_length=1,
         description="Text to run the teacher over: a .jsonl (.ndjson), .json, .txt or .parquet file, a folder of them, "
         "a save_to_disk folder, a URL of any of these, or a hub id. Rows have text; messages; conversations; "
         "instruction (+ input, system, history) + output; inputs + targets; tools + turns; prompt + response or "
-        "completion; or input_ids."
+        "completion; or input_ids.",
     )
-    output: Text = Field(description="Folder or storage URL for the captured dataset.")
+    output: Text = Field(min_length=1, description="Folder or storage URL for the captured dataset.")
     preset: PresetName | None = Field(
         default=None, description="Codec configuration by name; recommended if no codec is chosen."
     )
@@ -361,9 +362,11 @@ class CaptureSettings(BaseModel):
         Raises:
             ConfigError: there is no such file, or its content is not a valid codec configuration.
         """
+        from distillkit.shards.published import load_codec_config
+
         config: Any = self.compression_config
         try:
-            return codec_config(read_yaml(config) if isinstance(config, (str, Path)) else config)
+            return load_codec_config(config)
         except ConfigError as error:
             # As in `_one_codec`; errors of reading the file name it already.
             reason = re.sub(r"^\w+Config: ", "", str(error))

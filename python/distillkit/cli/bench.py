@@ -8,7 +8,7 @@ import click
 from rich.console import Group
 
 from distillkit import __version__
-from distillkit.cli.common import JSON
+from distillkit.cli.common import JSON, LARGEST
 from distillkit.codec import PRESETS, preset
 from distillkit.console import progress_bar, show
 
@@ -25,7 +25,7 @@ _QUICK_ROWS = 256
 )
 @click.option(
     "--vocab-size",
-    type=click.IntRange(min=256),
+    type=click.IntRange(256, LARGEST),
     help="Vocabulary size of codecs and dense logits (default: the sample's; 151,936 logits without --sample).",
 )
 @click.option(

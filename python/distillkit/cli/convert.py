@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from distillkit.cli.common import CONFIG, SPLIT
+from distillkit.cli.common import CONFIG, LARGEST, SPLIT
 from distillkit.console import human_bytes, progress_bar, say
 from distillkit.shards import Dataset
 from distillkit.shards.convert import convert as convert_dataset
@@ -21,7 +21,7 @@ __all__ = ["convert"]
 @CONFIG
 @SPLIT
 @click.option(
-    "--shard-tokens", type=click.IntRange(min=1), default=262_144, show_default=True, help="Tokens per shard."
+    "--shard-tokens", type=click.IntRange(1, LARGEST), default=262_144, show_default=True, help="Tokens per shard."
 )
 @click.option(
     "--tokenizer", help="The teacher's tokenizer (folder or hub id), which training compares with the student's."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,19 @@ _WORTH_SAYING = 1_000_000
 """Bytes of memory."""
 
 
+def _a_number(context: click.Context, option: click.Parameter, value: float) -> float:
+    # NaN passes any limit.
+    if math.isnan(value):
+        raise click.BadParameter("must be a number of seconds, found nan")
+    return value
+
+
 @click.command(cls=GroupedCommand, short_help="Estimate what a capture will cost, and whether it fits.")
 @capture_options
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(0, 86_400),
+    callback=_a_number,
     default=10.0,
     show_default=True,
     help="How long to run the teacher, to measure its speed and the fidelity of each codec; 0 only estimates sizes.",

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import click
 from rich.table import Table
 
-from distillkit.cli.common import CONFIG, SPLIT
+from distillkit.cli.common import CONFIG, LARGEST, SPLIT
 from distillkit.console import progress_bar, show
 from distillkit.shards.reader import Dataset
 from distillkit.shards.repack import PackReport, pack_dataset
@@ -18,7 +18,7 @@ from distillkit.types import Overflow
 __all__ = ["MAX_LEN", "SHUFFLE_SEED", "pack", "run_pack", "table_of", "window_option"]
 
 # Options shared with the published spelling of the command, distillkit.pack_logits.
-MAX_LEN = click.option("--max-len", required=True, type=click.IntRange(min=2), help="Tokens per row.")
+MAX_LEN = click.option("--max-len", required=True, type=click.IntRange(2, LARGEST), help="Tokens per row.")
 SHUFFLE_SEED = click.option("--shuffle-seed", type=click.IntRange(min=0), help="Shuffle the documents before packing.")
 
 
@@ -26,7 +26,7 @@ def window_option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     """Make the option for how many documents are packed together."""
     return click.option(
         name,
-        type=click.IntRange(min=1),
+        type=click.IntRange(1, LARGEST),
         default=10_000,
         show_default=True,
         help="Number of documents packed together; all of them are held in memory.",
@@ -42,8 +42,9 @@ def window_option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 @click.option(
     "--overflow",
     type=click.Choice(get_args(Overflow)),
-    help="What to do with longer documents: cut them, split them into pieces that repeat an eighth of a row as context, "
-    "or drop them. By default they are cut, if that takes at most 5% of all tokens; otherwise nothing is packed.",
+    help="What to do with longer documents: cut them, split them into pieces that repeat an eighth of a row as "
+    "context, or drop them. By default they are cut, if that takes at most 5% of all tokens; otherwise nothing is "
+    "packed.",
 )
 @SHUFFLE_SEED
 @window_option("--window")

@@ -24,6 +24,7 @@ __all__ = ["summary_table", "train"]
 # Evaluation metrics in the summary table: metric, label, format.
 _MEASURES = (
     ("eval_kl", "KL(teacher ‖ student)", "{:.4f}"),
+    ("eval_kl_with_rest", "with all other tokens as one outcome", "{:.4f}"),
     ("eval_cross_entropy", "cross-entropy", "{:.4f}"),
     ("eval_perplexity", "perplexity", "{:,.2f}"),
     ("eval_top1_agreement", "top-1 agreement with the teacher", "{:.1%}"),

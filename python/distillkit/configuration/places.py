@@ -54,9 +54,9 @@ def missing_place(name: str, what: str = "folder", *, hub: bool = True) -> str |
     if hub and not is_path(name):
         return None
     if not _exists(name):
-        return f"no such {what}: {name}{neighbour(name)}"
+        return f"no such {what}: {name!r}{neighbour(name)}"
     if what == "folder" and not Path(name).expanduser().is_dir():
-        return f"{name} is a file; expected the folder of a model"
+        return f"{name!r} is a file; expected the folder of a model"
     return None
 
 
@@ -64,7 +64,7 @@ def neighbour(name: str) -> str:
     """Return a hint at what lies beside a missing path under a similar name, to append to a message; "" if nothing."""
     path = Path(name)
     try:
-        siblings = [entry.name for entry in path.expanduser().parent.iterdir()]
+        siblings = [entry.name for entry in path.expanduser().parent.iterdir() if entry.name != path.name]
     except (OSError, ValueError, RuntimeError):
         return ""
     hint = nearest(path.name, siblings)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from distillkit.configuration.secrets import redacted
-from distillkit.errors import ConfigError, nearest
+from distillkit.errors import ConfigError, nearest, printable
 
 __all__ = ["InvalidSettingsError", "Problem", "cut", "find_problems", "refusals", "report", "shown", "value_problem"]
 
@@ -94,7 +94,7 @@ def shown(value: object) -> str:
 
 def cut(text: str, longest: int = 120) -> str:
     """Return a text for a message: its beginning, without secrets and what no terminal can show."""
-    text = redacted(text[: 10 * longest]).encode("utf-8", "backslashreplace").decode()
+    text = printable(redacted(text[: 10 * longest]))
     return text if len(text) <= longest else f"{text[:longest]} …"
 
 

@@ -32,11 +32,12 @@ HIDDEN_LOSSES = ("hs_mse", "hs_cosine")
 
 _SKEWED = ("skewed_kl", "skewed_reverse_kl")
 _RANKING = ("hinge", "logistic_ranking")
+_OF_DISTRIBUTIONS = tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES))
 # Settings that apply only to certain losses; `weight` and `sparse_chunk_length` apply to all.
 _TAKES: dict[str, tuple[str, ...]] = {
-    "temperature": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
-    "missing_probability_handling": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
-    "published_temperature": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
+    "temperature": _OF_DISTRIBUTIONS,
+    "missing_probability_handling": _OF_DISTRIBUTIONS,
+    "published_temperature": _OF_DISTRIBUTIONS,
     "margin": ("hinge",),
     "alpha": _SKEWED,
     "top_k": _RANKING,
@@ -74,9 +75,9 @@ class LossConfig(BaseModel):
     )
     published_temperature: bool | None = Field(
         default=None,
-        description="true softens the student over its whole vocabulary instead, as the published toolkit does, which "
-        "gives other values at temperatures other than 1: the teacher is then not the optimum. No effect with a live "
-        "teacher that has all tokens.",
+        description="true softens the student over its whole vocabulary instead, as the published toolkit does. At "
+        "temperatures other than 1 the loss then has other values, and the teacher itself does not minimise it. No "
+        "effect with a live teacher that has all tokens. false, the default, is logged unless it is set.",
     )
     missing_probability_handling: Handling | None = Field(
         default=None,

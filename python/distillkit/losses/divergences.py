@@ -114,8 +114,9 @@ def adaptive_kl(between: Comparison) -> torch.Tensor:
     Divergence in Knowledge Distillation for Large Language Models", 2024, §4).
 
     The head consists of the teacher's most probable outcome and of those after it as long as their cumulative
-    probability, including their own, is at most ½ (as in the authors' code); the tail of all others and R. With g the sum of |p − q| over each, KL(p ‖ q) has weight g_head / (g_head + g_tail), and KL(q ‖ p) has
-    weight g_tail / (g_head + g_tail). No gradient flows through the weights.
+    probability, including their own, is at most ½ (as in the authors' code); the tail of all others and R. With g the
+    sum of |p − q| over each, KL(p ‖ q) has weight g_head / (g_head + g_tail), and KL(q ‖ p) has weight
+    g_tail / (g_head + g_tail). No gradient flows through the weights.
 
     Returns:
         (N,) float32.

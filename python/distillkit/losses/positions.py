@@ -5,18 +5,18 @@ A teacher provides log-probabilities of its k most probable ids (`SparseLogprobs
 rest R. Divergences (`divergences`) and ranking losses (`ranking`) are defined on comparisons.
 
 The probability outside the stored ids is the missing mass m = max(0, 1 − Σ_K p), where K is the set of stored ids with
-p > 0. Handling it gives two distributions over individual outcomes and R, each of which sums to one; with q = softmax(z)
-over the entire vocabulary, and q_R its total probability of all ids that are not individual outcomes:
+p > 0. Handling it gives two distributions over individual outcomes and R, each of which sums to one. Here q is
+softmax(z) over the entire vocabulary, and q_R its total probability of all ids that are not individual outcomes:
 
     zero:     p_i / Σ_K p for i in K, and 0 for R, against (q_K, q_R)
     uniform:  p_i for i in K, and m for R, against (q_K, q_R); divided by p's sum if rounding made it exceed one
     label:    p_i + m·[i = y] for i in K ∪ {y}, and 0 for R, against (q_K∪{y}, q_R); y is the true next token
 
-A temperature T softens these two: both are raised to 1/T and divided by their sums. They are equal after that if and only
-if they were before, so at every temperature a divergence is 0 where, and only where, student and teacher agree on them;
-and if every id is an outcome, these are softmax(z / T) of both. (Softening the whole vocabulary instead would require
-raising each of the V − k other probabilities to the power 1/T. The top k do not determine these for the teacher, and m
-raised to 1/T is not their sum: a student compared so would have to give them far less probability than the teacher does.)
+A temperature T softens these two: both are raised to 1/T and divided by their sums. They are then equal if and only if
+they were before, so at every temperature a divergence is 0 where, and only where, student and teacher agree on them. If
+every id is an outcome, the results are softmax(z / T) of both. (Softening the entire vocabulary would require raising
+each of the V − k other probabilities to 1/T. For the teacher, the top k do not determine them, and m^(1/T) is far less
+than their sum: compared with it, a student would have to give them far less probability than the teacher does.)
 
 The published toolkit does that. With `published`, p is softened as above, but q is softmax(z / T) over the entire
 vocabulary, and q_R its total probability outside.

@@ -59,8 +59,8 @@ class LoraSection(BaseModel):
     use_rslora: bool = Field(default=False, description="Rank-stabilised scaling; see `lora_alpha`.")
     use_dora: bool = Field(
         default=False,
-        description="Train the magnitude and direction of weights separately (DoRA). Load such adapters with PeftModel, or "
-        "merge them.",
+        description="Train the magnitude and direction of weights separately (DoRA). Load such adapters with "
+        "PeftModel, or merge them.",
     )
     init_lora_weights: Any = Field(default=True, description=f"Initialisation of the adapters: {_INITIALISATIONS}.")
     bias: Literal["none", "all", "lora_only"] = Field(
@@ -176,6 +176,9 @@ def add_adapters(model: PreTrainedModel, section: LoraSection, frozen: Set[str])
         with warnings.catch_warnings():
             # PEFT uses a deprecated name of a transformers property.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            if section.merge_on_save:  # refused below
+                warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+                warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
             wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM" if causal else None, **settings))
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"peft: these settings do not fit {type(model).__name__}: {error}") from error

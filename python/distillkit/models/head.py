@@ -43,9 +43,10 @@ __all__ = [
 ]
 
 # Config attributes that multiply the logits, and those that divide them. They are used by Cohere (`logit_scale`),
-# Muse (`output_multiplier`), Falcon-H1 (`lm_head_multiplier`), Granite and MiniCPM3 (`logits_scaling`).
+# Muse (`output_multiplier`), Falcon-H1 (`lm_head_multiplier`), Granite and MiniCPM3 (`logits_scaling`), Inkling
+# (`logits_mup_width_multiplier`).
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-_DIVISORS = ("logits_scaling",)
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 # HyperCLOVA X multiplies by `logits_scaling` instead of dividing by it.
 _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
 # Config attributes for c in a soft cap, c·tanh(logits / c), in this order: Gemma and others, RecurrentGemma, xLSTM.
@@ -224,13 +225,17 @@ def backbone_layers(model: Any, layers: Sequence[int], **inputs: Any) -> tuple[t
     backbone = _backbone(bare)
     if layers:
         inputs["output_hidden_states"] = True
-    output = backbone(**_accepted(type(backbone), inputs), use_cache=False)
+    if not _knows_positions(type(backbone)):
+        # That packed documents are then not kept apart is for `distillkit.models.separation` to find.
+        inputs.pop("position_ids", None)
+    output = backbone(**inputs, use_cache=False)
     hidden, states = getattr(output, "last_hidden_state", None), getattr(output, "hidden_states", None)
     if hidden is None or (layers and states is None):
         missing = "last_hidden_state" if hidden is None else "hidden_states of its layers"
         raise DistillKitError(f"{type(backbone).__name__}, the backbone of {type(bare).__name__}, returns no {missing}")
     before_head = _before_head(bare)
-    return hidden if before_head is None else before_head(hidden), [states[index] for index in layers] if states else []
+    hidden = hidden if before_head is None else before_head(hidden)
+    return hidden, [states[index] for index in layers] if states else []
 
 
 def _backbone(bare: PreTrainedModel) -> torch.nn.Module:
@@ -253,19 +258,10 @@ def _before_head(bare: PreTrainedModel) -> torch.nn.Module | None:
 
 
 @cache
-def _accepts_anything_else(backbone: type) -> tuple[frozenset[str], bool]:
-    """Return the names of a backbone's arguments, and whether it takes others, too."""
-    parameters = inspect.signature(backbone.forward).parameters.values()  # type: ignore[attr-defined]
-    return frozenset(each.name for each in parameters), any(each.kind is each.VAR_KEYWORD for each in parameters)
-
-
-def _accepted(backbone: type, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Leave out position ids where a backbone knows none: models that carry a state instead of attending.
-
-    That they then do not keep packed documents apart is for `distillkit.models.separation` to find.
-    """
-    names, others = _accepts_anything_else(backbone)
-    return inputs if others or "position_ids" in names else {k: v for k, v in inputs.items() if k != "position_ids"}
+def _knows_positions(backbone: type[torch.nn.Module]) -> bool:
+    """Return whether a backbone takes position ids; models that carry a state instead of attending may not."""
+    parameters = inspect.signature(backbone.forward).parameters
+    return "position_ids" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def rows_of(weight: torch.Tensor) -> int:

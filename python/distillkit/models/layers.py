@@ -21,7 +21,15 @@ from distillkit.models.head import bare_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LayerMatching", "exported", "layer_pairs", "load_projections", "match_layers", "save_projections", "without_projections"]
+__all__ = [
+    "LayerMatching",
+    "exported",
+    "layer_pairs",
+    "load_projections",
+    "match_layers",
+    "save_projections",
+    "without_projections",
+]
 
 # The projections are part of the student during training, so that the optimiser, DDP and FSDP handle them.
 _NAME = "distillkit_projections"

@@ -95,7 +95,9 @@ def separation_of(model: Any, collate: Collate, *, packs: bool = True) -> Separa
 
 
 def _named(bare: Any) -> str:
-    return f"{type(bare).__name__} (model_type {bare.config.model_type!r}, {bare.config._attn_implementation} attention)"
+    return (
+        f"{type(bare).__name__} (model_type {bare.config.model_type!r}, {bare.config._attn_implementation} attention)"
+    )
 
 
 def _way_out(bare: Any) -> str:
@@ -200,7 +202,8 @@ def _documents(bare: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     longest = 4 + max([8, *(each for each in windows if isinstance(each, int) and each <= _LONGEST_WINDOW)])
     settings = {**config.to_dict(), **bare.config.to_dict()}
     special = {settings[name] for name in settings if name.endswith(("token_id", "token_index", "tokens_id"))}
-    ordinary = [token for token in range(min(rows_of(bare.get_input_embeddings().weight), 4096)) if token not in special]
+    vocabulary = rows_of(bare.get_input_embeddings().weight)
+    ordinary = [token for token in range(min(vocabulary, 4096)) if token not in special]
     generator = torch.Generator().manual_seed(0)
     lengths = (longest, longest - 3, longest // 2)
     ids = torch.tensor(ordinary)[torch.randint(len(ordinary), (sum(lengths),), generator=generator)]

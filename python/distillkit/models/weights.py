@@ -16,7 +16,10 @@ _INDEX = "model.safetensors.index.json"
 
 def model_problem(name: str) -> str | None:
     """Return why no model can be loaded from a path, or None; also None for what could be a hub id."""
-    return missing_place(name) or damaged_file(name)
+    problem = missing_place(name)
+    if problem is None and Path(name).expanduser().is_dir() and not (Path(name).expanduser() / "config.json").is_file():
+        return f"the folder {name!r} contains no config.json, so it is not that of a model"
+    return problem or damaged_file(name)
 
 
 def damaged_file(folder: str) -> str | None:

@@ -138,17 +138,19 @@ def _losses(axes: Any, run: RunRecord) -> None:
 def _divergence(axes: Any, run: RunRecord) -> None:
     """KL and cross-entropy on held-out documents, or in training if there are none."""
     held_out = bool(run.evaluations)
-    everything: list[float] = []
-    for number, (name, label) in enumerate((("kl", "KL(teacher ‖ student)"), ("cross_entropy", "cross-entropy"))):
+    lines = {"KL(teacher ‖ student)": "kl", "cross-entropy": "cross_entropy", "KL with the rest": "kl_with_rest"}
+    everything: dict[str, list[float]] = {}
+    for number, (label, name) in enumerate(lines.items()):
         steps, values = run.series(f"eval_{name}" if held_out else name, held_out=held_out)
-        if values:
+        # Of a teacher with all ids, there is no rest.
+        if values and values != everything.get("kl"):
             _line(axes, steps, values, number, label, marked=held_out)
-            everything += values
-            if held_out:
+            everything[name] = values
+            if held_out and name != "kl_with_rest":
                 # KL is the lower of the two.
                 _label_last(axes, steps, values, "{:.3g}", above=number > 0)
     if everything:
-        _wide_axis(axes, everything)
+        _wide_axis(axes, [value for values in everything.values() for value in values])
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     else:
         _empty(axes)

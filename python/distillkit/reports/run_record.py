@@ -34,6 +34,7 @@ class Measure:
 
 MEASURES = (
     Measure("eval_kl", "KL(teacher ‖ student), nats", "{:.4f}"),
+    Measure("eval_kl_with_rest", "the same, with all other tokens as one outcome", "{:.4f}"),
     Measure("eval_cross_entropy", "cross-entropy, nats", "{:.4f}"),
     Measure("eval_perplexity", "perplexity", "{:,.2f}"),
     Measure("eval_top1_agreement", "top-1 agreement with the teacher", "{:.1%}", share=True),

@@ -12,6 +12,7 @@ import numpy as np
 from distillkit import __version__
 from distillkit.errors import MismatchError
 from distillkit.shards.manifest import Manifest
+from distillkit.shards.plausibility import check_plausible, sampled
 from distillkit.shards.reader import Dataset
 from distillkit.shards.writer import ShardWriter
 from distillkit.types import Document
@@ -40,7 +41,8 @@ def convert(
 
     Raises:
         InputError: the folder contains a finished dataset.
-        MismatchError: the folder contains shards of another dataset.
+        MismatchError: the folder contains shards of another dataset, or the source's rows cannot have been written with
+            its codec.
         CorruptDataError: a source document is damaged.
 
     Example:
@@ -48,6 +50,7 @@ def convert(
         >>> convert(Dataset.open("captured"), "converted", shard_tokens=20).shards[0].documents
         2
     """
+    check_plausible(sampled(source), source.codec, source.path)
     header = replace(
         source.header,
         fidelity=None,

@@ -1,4 +1,4 @@
-"""Opens Parquet files, with an early check for truncated ones."""
+"""Opens Parquet files and checks Arrow data that others wrote, before any value is read."""
 
 from __future__ import annotations
 
@@ -10,32 +10,62 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillkit.errors import CorruptDataError, TruncatedDataError
+from distillkit.shards.footer import read_footer
 from distillkit.shards.storage import locate, open_source, reading
 
 __all__ = []
+
+_ALLOWED_BYTES, _ALLOWED_RATIO = 1 << 28, 200
+"""A row group may always decode to so many bytes, and to more only in proportion to its bytes in the file:
+distributions and text do not compress to a two-hundredth."""
 
 _Tabular = TypeVar("_Tabular", pa.Table, pa.RecordBatch)
 
 
 @contextmanager
-def open_parquet(path: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+def open_parquet(
+    path: str, metadata: pq.FileMetaData | None = None, *, any_size: bool = False
+) -> Iterator[pq.ParquetFile]:
     """Opens a Parquet file (a path or an fsspec URL) for the `with` block. Every read verifies page checksums.
 
     Args:
         metadata: the file's footer, if already read.
+        any_size: also open files of which a few bytes decode to gigabytes, which takes a look at each row group to
+            tell. For footers alone, and shards.
 
     Raises:
         FileNotFoundError: the file does not exist.
         TruncatedDataError: it does not end like a Parquet file.
+        CorruptDataError: it is damaged, or a few of its bytes decode to gigabytes.
     """
     if metadata is None:
         _check_ends(path)
+        if not any_size:
+            _check_size(path)
     with (
         reading(path),
         open_source(path) as file,
         pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True) as parquet,
     ):
         yield parquet
+
+
+def _check_size(path: str) -> None:
+    """Refuse a row group of which a few bytes decode to gigabytes, judged by the footer."""
+    filesystem, inner = locate(path)
+    size = filesystem.size(inner)
+    length = int.from_bytes(filesystem.cat_file(inner, start=size - 8, end=size - 4), "little")
+    with reading(path):
+        if length > size - 12:
+            raise ValueError(f"a footer of {length:,} bytes in {size:,}")
+        groups = read_footer(filesystem.cat_file(inner, start=size - 8 - length, end=size - 8))
+    for number, columns in enumerate(groups):
+        stored, decoded = (sum(getattr(column, name) for column in columns) for name in ("stored", "decoded"))
+        if decoded > max(_ALLOWED_BYTES, _ALLOWED_RATIO * min(stored, size)):
+            raise CorruptDataError(
+                f"{path}: row group {number} takes {stored:,} bytes in the file, but {decoded:,} in memory: not read. "
+                "If its content is right, write it in smaller row groups"
+            )
 
 
 def validated(data: _Tabular, where: object) -> _Tabular:

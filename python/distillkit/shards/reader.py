@@ -78,7 +78,7 @@ class ShardFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        with open_parquet(path) as parquet:
+        with open_parquet(path, any_size=True) as parquet:
             self._metadata, schema = parquet.metadata, parquet.schema_arrow
             self.header = Header.from_metadata(self._metadata.metadata, where=path)
             self._digests = GroupDigest.from_metadata(self._metadata.metadata, where=path)
@@ -383,7 +383,7 @@ def _parts(folder: str) -> list[str]:
 
 
 def _has_header(name: str) -> bool:
-    with open_parquet(name) as parquet:
+    with open_parquet(name, any_size=True) as parquet:
         metadata = parquet.metadata.metadata or {}
     # Any of our keys will do, since one of them may be damaged.
     return any(key.startswith(b"distillkit.") for key in metadata)

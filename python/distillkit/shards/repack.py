@@ -19,6 +19,7 @@ from distillkit.errors import CorruptDataError, InputError
 from distillkit.shards.header import Header
 from distillkit.shards.overflow import LongDocuments, Pieces
 from distillkit.shards.packing import pack
+from distillkit.shards.plausibility import check_plausible, sampled
 from distillkit.shards.reader import Dataset
 from distillkit.shards.writer import ShardWriter
 from distillkit.types import Document, Overflow
@@ -98,7 +99,8 @@ def pack_dataset(
         ConfigError: more than 5% of the tokens would be cut off, and `overflow` is None.
         InputError: `max_len` is too small, the codec's rows have no fixed size, there is nothing to pack, or the folder
             contains a finished dataset.
-        MismatchError: the folder contains shards of another dataset.
+        MismatchError: the folder contains shards of another dataset, or the source's rows cannot have been written with
+            its codec.
         CorruptDataError: a source document is damaged, or what was written differs from the source when read back.
     """
     started = time.perf_counter()
@@ -108,12 +110,13 @@ def pack_dataset(
         raise InputError(
             f"{source.path}: rows of the format {source.codec.format} have no fixed size, so they cannot be cut"
         )
+    check_plausible(sampled(source), source.codec, source.path)
     lengths = source.lengths()
     long = LongDocuments.of(lengths, max_len)
     long.check(overflow, key=source.path, row=f"--max-len {max_len:,}", setting="--overflow")
     pieces = Pieces.of(lengths, max_len, overflow)
     plan = PackingPlan.of(source, pieces, max_len, seed, window)
-    settings = {"max_len": max_len, "seed": seed, "window": window, "documents": len(source)}
+    settings: dict[str, Any] = {"max_len": max_len, "seed": seed, "window": window, "documents": len(source)}
     if overflow in ("split", "drop"):
         settings["overflow"] = overflow
     header = replace(

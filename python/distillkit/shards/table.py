@@ -280,6 +280,7 @@ class ShardRows(Documents):
             self._masks[index],
             self._lengths[index],
             self._labels[index],
+            where,
         )
         found, stored = checksum(document), self._checksums[index]
         if found != stored:

@@ -21,6 +21,7 @@ import xxhash
 
 from distillkit.errors import ConfigError, InputError
 from distillkit.shards.parquet import validated
+from distillkit.shards.saved import check_saved
 from distillkit.shards.storage import is_url, locate
 from distillkit.text.arrow_rows import arrow_rows, stored_type
 from distillkit.text.file_formats import OTHER_DATA, SUFFIXES, TEACHER_COLUMNS, file_format, is_read
@@ -423,6 +424,7 @@ class _Loaded:
 def _saved(folder: Path, split: str | None) -> Source:
     import datasets
 
+    check_saved(folder)
     if "::" in str(folder):
         raise ConfigError(
             f"dataset: {folder}: the datasets library cannot read a folder with '::' in its path: rename it"

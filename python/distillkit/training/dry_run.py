@@ -270,6 +270,8 @@ def _plan(state: _State) -> tuple[str, dict[str, Any]]:
     )
     if per_epoch < 1 or steps < 1:
         raise ConfigError("dataset.train_dataset: it does not contain a single full batch")
+    if not state.sharded:
+        trainer.create_optimizer_and_scheduler(steps)  # raises if their arguments are wrong
     state.steps, state.steps_an_epoch = steps, per_epoch
     detail = f"{steps:,} steps of {batch:,} rows; one pass over the data takes {per_epoch:,} steps"
     return detail, {"steps": steps, "rows_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}

@@ -53,11 +53,8 @@ _ROWS = "training_args.per_device_train_batch_size × gradient_accumulation_step
 _SECTIONS = ("model", "dataset", "teacher", "training_args", "model_kwargs", "loss_functions", "peft")
 _FREE_SETTINGS = ("project_name", "output_path", "trust_remote_code", "functionary_packing", "use_flash_attention")
 _FREE_DATASET = (
-    "train_dataset",
-    "eval_dataset",
-    "num_samples",
-    "num_eval_samples",
-    "prepared_dataset_path",
+    *("train_dataset", "eval_dataset", "num_samples", "num_eval_samples"),
+    *("overflow", "prepared_dataset_path"),
     "packing",  # what it comes to is compared
 )
 _FREE_TEACHER = ("path", "kwargs", "logprob_compressor", "legacy_logit_compression", "vocab_size")
@@ -81,11 +78,11 @@ _FREE_LOADING = (
     "use_safetensors",
 )
 
-# Resolved in entries of their own, or set by this package.
-_ELSEWHERE = ("max_length", "packing", "packing_strategy", "remove_unused_columns")
+# In entries of their own, set by this package, or made of other arguments.
+_ELSEWHERE = ("fsdp_plugin_args", "max_length", "packing", "packing_strategy", "remove_unused_columns")
 
 _HASHED_WHOLE = 4 << 30
-_PIECES, _PIECE = 64, 1 << 20
+_PIECE = 1 << 20
 _SAMPLED = 4096
 
 
@@ -191,7 +188,8 @@ def _arguments(arguments: SFTConfig, train: DistillationDataset, *, by_evaluatio
     """Return the arguments that decide the student, by path, and the rows of a step."""
     free = {*FREE, *ROWS, *LAST_STEP, *_ELSEWHERE} | (set() if by_evaluation else DEPENDS_ON_EVALUATION)
     # Also those that this release does not know, should transformers have new ones.
-    names = [name for name in dict.fromkeys([*ARGUMENTS, *vars(arguments)]) if _public(name)]
+    others = [name for name, value in vars(arguments).items() if _is_plain(value) and not name.startswith("_")]
+    names = dict.fromkeys([*ARGUMENTS, *others])
     found = {
         f"training_args.{name}": _plain(getattr(arguments, name))
         for name in names
@@ -206,17 +204,9 @@ def _arguments(arguments: SFTConfig, train: DistillationDataset, *, by_evaluatio
     return found
 
 
-# Attributes that transformers derives from arguments, or from the machine.
-_DERIVED = (
-    "deepspeed_plugin",
-    "distributed_state",
-    "fsdp_plugin_args",
-    "hf_deepspeed_config",
-)
-
-
-def _public(name: str) -> bool:
-    return not name.startswith("_") and name not in _DERIVED
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be an argument's, unlike what transformers makes of arguments and of the machine."""
+    return value is None or isinstance(to_plain_value(value), (bool, int, float, str, list, dict))
 
 
 def _plain(value: Any) -> Any:
@@ -256,6 +246,7 @@ def _data(key: str, dataset: DistillationDataset) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"{key}: documents": len(source),
         f"{key}: documents used": len(dataset.indices),
+        f"{key}: pieces": None if dataset.pieces is None else len(dataset.pieces),
         f"{key}: content": _content(source),
     }
     if isinstance(source, StoredDataset):
@@ -279,22 +270,23 @@ def _content(source: DocumentSource) -> str:
 
 
 def _files_hash(files: list[Path]) -> str:
-    """Hash the contents of files, in order: all bytes of up to 4 GiB, otherwise 64 MiB of each, evenly spread."""
+    """Hash the contents of files, in order: all bytes of up to 4 GiB, otherwise as many of them, evenly spread."""
     sizes = [file.stat().st_size for file in files]
-    whole = sum(sizes) <= _HASHED_WHOLE
+    pieces = None if sum(sizes) <= _HASHED_WHOLE else max(2, _HASHED_WHOLE // _PIECE // len(files))
     with ThreadPoolExecutor(8) as pool:
-        hashes = list(pool.map(lambda file: _file_hash(file, whole=whole), files))
+        hashes = list(pool.map(lambda file: _file_hash(file, pieces), files))
     return _hash([sizes, hashes])
 
 
-def _file_hash(path: Path, *, whole: bool) -> str:
+def _file_hash(path: Path, pieces: int | None) -> str:
+    """Hash a file's contents, or this many pieces of it."""
     digest, size = xxhash.xxh3_128(), path.stat().st_size
     with path.open("rb") as file:
-        if whole or size <= _PIECES * _PIECE:
+        if pieces is None or size <= pieces * _PIECE:
             while piece := file.read(_PIECE):
                 digest.update(piece)
         else:
-            for start in np.linspace(0, size - _PIECE, _PIECES, dtype=np.int64).tolist():
+            for start in np.linspace(0, size - _PIECE, pieces, dtype=np.int64).tolist():
                 file.seek(start)
                 digest.update(file.read(_PIECE))
     return digest.hexdigest()
@@ -310,7 +302,7 @@ def _hash(value: Any) -> str:
 def _model(key: str, model: Any, *, resized: bool) -> dict[str, Any]:
     """Return what identifies a model as it was loaded, before training: its configuration and its weights."""
     bare = bare_model(model)
-    settings = json.loads(bare.config.to_json_string(use_diff=False))
+    settings = json.loads(bare.config.to_json_string())
     for name in ("_name_or_path", "transformers_version", "use_cache", "pad_token_id", "eos_token_id", "bos_token_id"):
         settings.pop(name, None)
     # New rows of embeddings are random, and not the same on every machine.

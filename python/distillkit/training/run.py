@@ -30,7 +30,7 @@ from distillkit.training.checkpoints import Checkpoint, checked, checkpoints_in,
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.schema import LiveTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
-from distillkit.training.data.documents import open_documents, training_dataset
+from distillkit.training.data.documents import check_positions, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
 from distillkit.training.data.prepared import Part
 from distillkit.training.data.stored import check_dataset, check_ids
@@ -141,6 +141,7 @@ class Run:
     @cached_property
     def objective(self) -> Objective:
         """The losses."""
+        _tell_temperature(self.config)
         return Objective.training(self.config.loss_functions)
 
     @cached_property
@@ -257,6 +258,21 @@ def train(config: RunConfig) -> dict[str, Any]:
     return summary
 
 
+def _tell_temperature(config: RunConfig) -> None:
+    """Log losses that are computed with another arithmetic than the published one, unless that was asked for."""
+    if isinstance(config.teacher, LiveTeacherConfig) and config.teacher.top_k is None:
+        return
+    for loss in config.loss_functions:
+        if loss.temperature not in (None, 1.0) and loss.published_temperature is None:
+            logger.info(
+                "loss_functions: %s at temperature %g softens teacher and student over the stored ids and one outcome "
+                "for all others. The published toolkit softens the student over its whole vocabulary; "
+                "published_temperature: true does the same (see docs/losses.md)",
+                loss.function,
+                loss.temperature,
+            )
+
+
 def _open_sources(config: RunConfig, tokenizer: Any, arguments: SFTConfig) -> dict[Part, DocumentSource]:
     """Open training and evaluation data; a mismatched tokenizer raises before any model is loaded."""
     if config.teacher.kind == "hf":
@@ -293,6 +309,8 @@ def _dataset(
 ) -> DistillationDataset:
     """Check a dataset against the student, and return its training examples."""
     head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
+    live = {} if teacher is None else {"teacher.path": teacher.model}
+    check_positions(config, part, source, {"model": model, **live})
     if teacher is not None:
         check_ids(source, head_size, key)
         return training_dataset(config, part, source, teacher, arguments)

@@ -187,11 +187,6 @@ def _describe(model: PreTrainedModel | PeftModel, config: RunConfig) -> None:
         student["dtype"],
         student["attention"],
     )
-    longest = getattr(bare_model(model).config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.sequence_length > longest:
-        logger.warning(
-            "sequence_length %s is more than the student's max_position_embeddings, %s", config.sequence_length, longest
-        )
 
 
 def _auto_class(config: RunConfig) -> Any:

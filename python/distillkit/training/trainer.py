@@ -126,6 +126,16 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         self._check_batch()
         self.add_callback(_Epochs(self))
 
+    def create_optimizer(self, *arguments: Any, **named: Any) -> Any:
+        """As the Trainer's; arguments that do not fit the optimiser are named as settings."""
+        with _naming("optim and optim_args"):
+            return super().create_optimizer(*arguments, **named)
+
+    def create_scheduler(self, *arguments: Any, **named: Any) -> Any:
+        """As the Trainer's; arguments that do not fit the schedule are named as settings."""
+        with _naming("lr_scheduler_type and lr_scheduler_kwargs"):
+            return super().create_scheduler(*arguments, **named)
+
     # -- data: in each epoch, the processes together see every document exactly once, in a new order -------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> DocumentOrder:
@@ -501,6 +511,16 @@ class _Window:
         averages["data_wait"] = accelerator.reduce(share, reduction="mean").item()
         self._restart()
         return averages, counts, seconds
+
+
+@contextmanager
+def _naming(settings: str) -> Iterator[None]:
+    """Turn the errors that torch and transformers raise for values that do not fit into one message."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError, ZeroDivisionError) as error:
+        reason = str(error) if not isinstance(error, KeyError) else f"unknown value {error}"
+        raise ConfigError(f"training_args: {settings} do not fit: {reason}") from error
 
 
 def _peak_memory_gb() -> float:

@@ -36,7 +36,7 @@ GREATER_IS_BETTER = (
     "samples_per_second",
     "steps_per_second",
 )
-_LESS_IS_BETTER = ("loss", "kl", "cross_entropy", "perplexity", "runtime")
+_LESS_IS_BETTER = ("loss", "kl", "kl_with_rest", "cross_entropy", "perplexity", "runtime")
 
 # Removed arguments, with the one value that matches the only remaining behaviour.
 GONE: dict[str, tuple[object, str]] = {
@@ -100,9 +100,19 @@ _FOR_TEXT: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dataset_text_field": (lambda value: value == "text", _PREPARES_TEXT),
 }
 
+# The keys of `activation_checkpointing_kwargs`: transformers' own, and arguments of torch.utils.checkpoint.
+_CHECKPOINTING = (
+    "debug",
+    "determinism_check",
+    "early_stop",
+    "every_n_layers",
+    "offload",
+    "preserve_rng_state",
+    "use_reentrant",
+)
+
 _PACKING_STRATEGIES = {
-    "bfd_split": "later pieces of a split document would lack the context that the teacher saw; allowed: "
-    "'bfd', which cuts documents that are longer than sequence_length",
+    "bfd_split": "dataset.overflow: split does this, and repeats some context in each piece; allowed: 'bfd'",
     "wrapped": "it would cut documents anywhere and let them attend to each other; allowed: 'bfd'",
 }
 
@@ -155,6 +165,9 @@ def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callabl
             )
     if field == "dataset_kwargs" and value is not None:
         return _dataset_kwargs_problem(value)
+    if field == "activation_checkpointing_kwargs" and isinstance(value, Mapping):
+        unknown = next((key for key in value if key not in _CHECKPOINTING), None)
+        return None if unknown is None else f"unknown key {shown(unknown)}{nearest(unknown, _CHECKPOINTING)}"
     if field == "packing_strategy" and value != "bfd":
         if value in ("bfd_split", "wrapped"):
             return f"{value!r} is not supported ({_PACKING_STRATEGIES[value]})"

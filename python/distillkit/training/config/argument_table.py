@@ -217,7 +217,7 @@ _FREE: dict[str, Any] = {
     "eval_do_concat_batches": bool,
     "eval_on_start": bool,
     "eval_use_gather_object": bool,
-    "gradient_checkpointing": bool | None,
+    "gradient_checkpointing": bool,
     "gradient_checkpointing_kwargs": Mapping | Path | None,
     "hub_always_push": bool,
     "hub_model_id": str | None,

@@ -272,7 +272,8 @@ class RunConfig(_Model):
     layer_mapping: LayerMapping = Field(
         default=None,
         description="Hidden states to compare in hs_mse and hs_cosine: pairs of [student layer, teacher layer], or "
-        "all, for models of equal depth. 0 is the output of the embeddings, n that of the n-th layer, −1 that of the last.",
+        "all, for models of equal depth. 0 is the output of the embeddings, n that of the n-th layer, −1 that of the "
+        "last.",
     )
     force_hidden_state_projection: bool = Field(
         default=False,

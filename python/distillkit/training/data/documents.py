@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillkit.errors import ConfigError
+from distillkit.models.head import bare_model
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.shards.overflow import LongDocuments, Pieces
 from distillkit.shards.packing import pack
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from distillkit.training.config.schema import DatasetSource, RunConfig
     from distillkit.training.signals.base import TeacherSignal
 
-__all__ = ["document_lengths", "is_packed", "long_documents", "open_documents", "training_dataset"]
+__all__ = ["check_positions", "document_lengths", "is_packed", "long_documents", "open_documents", "training_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,48 @@ def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFT
 def long_documents(config: RunConfig, part: Part, documents: DocumentSource) -> LongDocuments:
     """Count the documents, among those that a run uses, that are longer than the sequence length."""
     return LongDocuments.of(_chosen(config, part, documents)[1], config.sequence_length)
+
+
+def check_positions(config: RunConfig, part: Part, documents: DocumentSource, models: Mapping[str, Any]) -> None:
+    """Refuse documents beyond a model's table of positions, and warn of those beyond what it was made for.
+
+    Args:
+        config: the run's configuration.
+        part: whose documents these are.
+        documents: the documents.
+        models: the student, and a live teacher, by the setting that names them.
+
+    Raises:
+        ConfigError: the model has no embedding for a position.
+    """
+    header = documents.header.capture or {} if isinstance(documents, StoredDataset) else {}
+    if config.dataset.prepacked or "packed" in header:
+        return  # positions restart in rows that are packed already
+    longest = min(long_documents(config, part, documents).longest, config.sequence_length)
+    for name, model in models.items():
+        limit = getattr(bare_model(model).config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(limit, int) or longest <= limit:
+            continue
+        found = (
+            f"{name} was made for {limit:,} positions (max_position_embeddings), and dataset.{part}_dataset has "
+            f"documents of up to {longest:,} tokens"
+        )
+        if _position_table(model, limit):
+            raise ConfigError(f"{found}, for which it has no embeddings. Set sequence_length to at most {limit:,}")
+        logger.warning("%s", found)
+
+
+def _position_table(model: Any, size: int) -> bool:
+    """Whether a model has an embedding for each position, which some of them number from 1 or 2."""
+    import torch
+
+    bare = bare_model(model)
+    return any(
+        isinstance(module, torch.nn.Embedding)
+        and module is not bare.get_input_embeddings()
+        and size <= module.num_embeddings <= size + 2
+        for module in bare.modules()
+    )
 
 
 def _chosen(

@@ -27,6 +27,7 @@ from distillkit.models.rope import choose_frequencies_by_document
 from distillkit.models.weights import model_problem
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.data.examples import MODEL_INPUTS
+from distillkit.training.signals.base import check_ids_fit
 from distillkit.training.signals.stored import within
 from distillkit.types import Document, SparseLogprobs
 
@@ -69,7 +70,12 @@ class OnlineSignal:
                 raise ConfigError(f"teacher.top_k: {top_k:,} ids were requested, but the {whose} head has {size:,}")
 
     def take(self, document: Document, positions: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """Return nothing: the batch's token ids are enough."""
+        """Return nothing: the batch's token ids are enough.
+
+        Raises:
+            MismatchError: a token id is beyond the head of the student or the teacher.
+        """
+        check_ids_fit(document, min(self.head_size, self.head.size))
         return {}
 
     def empty_targets(self) -> dict[str, npt.NDArray[Any]]:

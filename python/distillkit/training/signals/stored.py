@@ -10,7 +10,10 @@ import numpy.typing as npt
 import torch
 
 from distillkit.codec import Codec
+from distillkit.errors import CorruptDataError
 from distillkit.losses.positions import Targets
+from distillkit.shards.plausibility import HIGHEST, check_values, decoded
+from distillkit.training.signals.base import check_ids_fit
 from distillkit.types import Document, SparseLogprobs
 
 __all__ = ["OfflineSignal", "within"]
@@ -39,12 +42,15 @@ class OfflineSignal:
         label_logprobs (P,) if enabled, NaN if the document has none.
 
         Raises:
-            CorruptDataError: the document cannot be decoded.
+            MismatchError: a token id is beyond the student's head.
+            CorruptDataError: the document cannot be decoded, or has a log-probability that is too high to be one.
         """
+        check_ids_fit(document, self.head_size)
         if self.on_device:
             taken = {"bytes": self.codec.document_rows(document.teacher, document.num_rows)[positions]}
         else:
-            rows = self.codec.decode_document(document.teacher, document.num_rows)
+            rows = decoded(document, self.codec)
+            check_values(document, rows, self.codec.config.exact_k)
             taken = {"ids": np.asarray(rows.ids)[positions], "logprobs": np.asarray(rows.logprobs)[positions]}
         if self.label_logprobs:
             known = document.label_logprobs
@@ -66,9 +72,14 @@ class OfflineSignal:
 
     def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
         """Make the targets (N, k) from `teacher_bytes`, or `teacher_ids` and `teacher_logprobs`, and from
-        `teacher_label_logprobs` if present."""
+        `teacher_label_logprobs` if present.
+
+        Raises:
+            CorruptDataError: bytes decode to values that are not log-probabilities.
+        """
         if self.on_device:
             ids, logprobs = self.codec.decode_torch(batch["teacher_bytes"])
+            _check_decoded(logprobs)
         else:
             ids, logprobs = batch["teacher_ids"], batch["teacher_logprobs"]
         if self.codec.vocab_size > self.head_size and ids.numel():
@@ -79,6 +90,16 @@ class OfflineSignal:
             tokens = batch["input_ids"].flatten()[batch["rows"] + 1].to(labels.device)
             known = known.masked_fill(tokens != labels, torch.nan)
         return Targets(labels, SparseLogprobs(ids, logprobs), label_logprobs=known)
+
+
+def _check_decoded(logprobs: torch.Tensor) -> None:
+    """Refuse what `take` refuses, where bytes are decoded on the device, without the documents' places."""
+    lowest, highest = torch.finfo(logprobs.dtype).min, HIGHEST
+    if not bool(((logprobs >= lowest) & (logprobs <= highest)).all()):
+        raise CorruptDataError(
+            "a teacher row of this batch contains values that are not log-probabilities; `distillkit-codec verify` and "
+            "`inspect` find the document"
+        )
 
 
 def within(ids: torch.Tensor, logprobs: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,17 +72,18 @@ test-fast: setup ## Run the quick part of the tests
 	cargo test --package distillkit-codec --quiet
 	$(BIN)/python -m pytest -m 'not slow'
 
-attack: setup ## Run the campaigns of hostile inputs, faults and kills in their long form
-	DISTILLKIT_ATTACK=long $(BIN)/python -m pytest $$(grep -l DISTILLKIT_ATTACK tests/*.py)
+attack: setup ## Run the campaigns of damaged and hostile inputs, faults and kills in their long form (hours)
+	DISTILLKIT_ATTACK=long $(BIN)/python -m pytest $$(grep -l support.attacks tests/test_*.py)
 
 # Its lock file is separate: see rust/fuzz/Cargo.toml. The flags are cargo-fuzz's without the tracing of comparisons,
 # which costs a third of the speed and guesses constants that do not occur in the codec. Stable compilers have the
 # address sanitizer behind a switch.
 FUZZ_SECONDS ?= 300
 FUZZ_TARGETS ?= bits config_json decode_legacy decode_quantized encode logits
+PYTHON_FUZZ_TARGETS ?= shard published
 FUZZ_FLAGS := --cfg fuzzing -Zsanitizer=address -Cpasses=sancov-module \
 	$(addprefix -Cllvm-args=-sanitizer-coverage-,level=3 inline-8bit-counters pc-table)
-fuzz: ## Fuzz the codec: each of FUZZ_TARGETS (all) for FUZZ_SECONDS (300)
+fuzz: setup ## Fuzz codec and readers: each of FUZZ_TARGETS and PYTHON_FUZZ_TARGETS (all) for FUZZ_SECONDS (300)
 	@host=$$(rustc -vV | sed -n 's/^host: //p') && \
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(FUZZ_FLAGS)" \
 		cargo build --quiet --release --manifest-path rust/fuzz/Cargo.toml --target-dir target/fuzz --target $$host && \
@@ -90,6 +91,13 @@ fuzz: ## Fuzz the codec: each of FUZZ_TARGETS (all) for FUZZ_SECONDS (300)
 		mkdir -p corpus/$$target artifacts/$$target && \
 		../../target/fuzz/$$host/release/$$target corpus/$$target $$(ls -d seeds/$$target 2>/dev/null) -artifact_prefix=artifacts/$$target/ \
 			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -len_control=0 -verbosity=0 -print_funcs=0 -print_final_stats=1 || exit 1; \
+	done
+	@for target in $(PYTHON_FUZZ_TARGETS); do \
+		mkdir -p target/fuzz/corpus/$$target target/fuzz/seeds/$$target target/fuzz/artifacts/$$target && \
+		$(BIN)/python tests/fuzz/$$target.py seeds target/fuzz/seeds/$$target && \
+		$(BIN)/python tests/fuzz/$$target.py target/fuzz/corpus/$$target target/fuzz/seeds/$$target \
+			-artifact_prefix=target/fuzz/artifacts/$$target/ -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=1500 \
+			-verbosity=0 -print_final_stats=1 || exit 1; \
 	done
 
 # The modules with unsafe code. Miri supports AVX2, so the bit packer runs with it, but not AVX-512 or the float16

@@ -3,7 +3,6 @@ compared with each document alone. What cannot be used is refused by name."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import support.attacks as attacks
 from distillkit.capture.engine_settings import HFSettings
 from distillkit.capture.teachers.base import RowRequest, ScoredDocument
 from distillkit.capture.teachers.hf import HFTeacher
@@ -28,7 +28,6 @@ from support.architectures import ARCHITECTURES, VOCABULARY, architecture, save_
 from support.refusals import check_names, refused
 from support.training import run_config, write_dataset
 
-LONG = os.environ.get("DISTILLKIT_ATTACK") == "long"
 # Whether packed documents are kept apart: by the mask, or not, or since there is a state instead of a mask.
 PACKS = {"llama": True, "gpt2": True, "gemma2": True, "deepseek_v3": True, "phi3": True, "modernbert-decoder": True}
 PACKS |= {"llama4": True, "gpt_oss": False, "bloom": False, "opt": False, "mpt": False}
@@ -224,7 +223,7 @@ def test_students_get_the_attention_that_transformers_chooses(model_type: str, t
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LONG, reason="takes minutes; set DISTILLKIT_ATTACK=long")
+@pytest.mark.skipif(not attacks.LONG, reason="takes minutes; set DISTILLKIT_ATTACK=long")
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_every_architecture_works_or_is_refused_by_name(model_type: str) -> None:
     try:

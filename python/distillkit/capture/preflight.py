@@ -11,11 +11,9 @@ from distillkit.capture.settings import CaptureSettings
 from distillkit.configuration.places import missing_place
 from distillkit.errors import ConfigError
 from distillkit.models.weights import model_problem
+from distillkit.text.file_names import SUFFIXES, is_read
 
-__all__ = ["DATA_FILES", "check_before_loading", "check_inputs"]
-
-# The keys of `FORMATS` in text/file_formats.py, whose import takes as long as everything here.
-DATA_FILES = (".jsonl", ".json", ".txt", ".parquet")
+__all__ = ["check_before_loading", "check_inputs"]
 
 # The packages of each engine and of workers, and the extra that installs them.
 _PACKAGES = {
@@ -72,9 +70,9 @@ def _check_model(setting: str, name: str) -> None:
 def _check_dataset(name: str) -> None:
     """Refuse a local dataset that does not exist, or that is a file of another kind."""
     path = Path(name)
-    problem = None if "://" in name else missing_place(name, "file or folder", hub=path.suffix not in DATA_FILES)
-    if problem is None and path.is_file() and path.suffix not in DATA_FILES:
-        problem = f"{name}: expected a file of {', '.join(DATA_FILES)}, found {path.suffix or 'no suffix'!r}"
+    problem = None if "://" in name else missing_place(name, "file or folder", hub=not is_read(path))
+    if problem is None and path.is_file() and not is_read(path):
+        problem = f"{name}: expected a file of {SUFFIXES}, found {path.suffix or 'no suffix'!r}"
     if problem is not None:
         raise ConfigError(f"dataset: {problem}")
 

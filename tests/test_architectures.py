@@ -3,8 +3,8 @@ compared with each document alone. What cannot be used is refused by name."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import support.attacks as attacks
 from distillkit.capture.engine_settings import HFSettings
 from distillkit.capture.teachers.base import RowRequest, ScoredDocument
 from distillkit.capture.teachers.hf import HFTeacher
@@ -26,9 +27,8 @@ from distillkit.training.student import load_student
 from distillkit.types import TokenDocument
 from support.architectures import ARCHITECTURES, VOCABULARY, architecture, save_architecture
 from support.refusals import check_names, refused
-from support.training import run_config, write_dataset
+from support.training import run_config, tiny_tokenizer, write_dataset
 
-LONG = os.environ.get("DISTILLKIT_ATTACK") == "long"
 # Whether packed documents are kept apart: by the mask, or not, or since there is a state instead of a mask.
 PACKS = {"llama": True, "gpt2": True, "gemma2": True, "deepseek_v3": True, "phi3": True, "modernbert-decoder": True}
 PACKS |= {"llama4": True, "gpt_oss": False, "bloom": False, "opt": False, "mpt": False}
@@ -224,9 +224,9 @@ def test_students_get_the_attention_that_transformers_chooses(model_type: str, t
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LONG, reason="takes minutes; set DISTILLKIT_ATTACK=long")
+@pytest.mark.skipif(not attacks.LONG, reason="takes minutes; set DISTILLKIT_ATTACK=long")
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_every_architecture_works_or_is_refused_by_name(model_type: str) -> None:
+def test_every_architecture_works_or_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
     try:
         model = architecture(model_type)
     except Exception as error:  # noqa: BLE001 - transformers raises all kinds
@@ -248,4 +248,20 @@ def test_every_architecture_works_or_is_refused_by_name(model_type: str) -> None
         return
     assert furthest(model, [[first], [third], [second]]) < 1e-4
     assert (furthest(model, [[first, second], [third]]) < 1e-4) == (problem is None)
-    assert (packing_problem({"model": model.to(torch.bfloat16)}) is None) == (problem is None)
+
+    try:
+        model.save_pretrained(tmp_path)
+    except RuntimeError as error:
+        pytest.skip(f"transformers cannot save it: {error}")
+    tiny_tokenizer(64).save_pretrained(tmp_path)
+    try:
+        teacher = HFTeacher(str(tmp_path), HFSettings())
+    except ConfigError as error:
+        # The text model of some vision-language models is saved with a config that no auto class loads.
+        check_names(str(error), "model", str(tmp_path), type(model.config).__name__)
+        return
+    compare(teacher, lambda: model, [third, first, second])
+    student = load_student(run_config(str(tmp_path), tmp_path / "out", "data"), 64)
+    assert (packing_problem({"model": student}) is None) == (problem is None)
+    with suppress(DistillKitError):  # some only run in float32
+        assert (packing_problem({"model": model.to(torch.bfloat16)}) is None) == (problem is None)

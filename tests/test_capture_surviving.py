@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import support.attacks as attacks
 from distillkit.capture.shard_plan import ShardPlan, make_plan, read_plan
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.hf import HFTeacher
@@ -43,7 +44,7 @@ def whole(teacher: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-KILLS, RACES = (200, 50) if os.environ.get("DISTILLKIT_ATTACK") == "long" else (40, 4)
+KILLS, RACES = (200, 50) if attacks.LONG else (40, 4)
 
 
 @pytest.mark.slow

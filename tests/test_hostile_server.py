@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
 import random
 import time
 import zlib
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import support.attacks as attacks
 from distillkit.capture.engine_settings import OpenAISettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.configuration.secrets import redacted
@@ -27,7 +27,7 @@ from test_engines import DOCUMENTS, IDS, K, V, completion, document, ok, true_lo
 pytest.importorskip("openai")
 
 # How often the campaigns are repeated, each time with other seeds.
-ROUNDS = 20 if os.environ.get("DISTILLKIT_ATTACK") == "long" else 1
+ROUNDS = 20 if attacks.LONG else 1
 KEY = "sesame-8f31-open"
 LONGEST = 64
 # What the teacher allows for one answer of LONGEST tokens: see _OTHER_BYTES and _BYTES_PER_ENTRY.

@@ -25,11 +25,13 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_attention_heads"), 4),
     **dict.fromkeys(("n_head", "n_heads", "num_heads", "decoder_attention_heads", "rotary_dim", "time_step_rank"), 4),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "linear_num_value_heads"), 4),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "mamba_dt_rank"), 4),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "mamba_dt_rank", "linear_num_heads"), 4),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_key_value_heads", "num_experts_per_tok"), 2),
     **dict.fromkeys(("linear_num_key_heads", "num_labels", "eos_token_id"), 2),
     **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "state_size"), 8),
-    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(
+        ("mamba_d_state", "ssm_state_size", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8
+    ),
     "hidden_size_per_layer_input": 8,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "moe_intermediate_size", "q_lora_rank"), 16),

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any, NoReturn
 
-import fsspec
 import yaml
 
-from distillkit.errors import ConfigError
+from distillkit.configuration.urls import is_url, locate
+from distillkit.errors import ConfigError, InputError
 
 __all__ = ["parse_yaml", "read_yaml"]
 
@@ -32,8 +31,12 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     """
     name = str(os.fspath(path))
     try:
-        with fsspec.open(name, "rb") if "://" in name else Path(name).open("rb") as file:
+        filesystem, inner = locate(name)
+        # fsspec would seek in it, which a pipe does not allow.
+        with filesystem.open(inner, "rb") if is_url(name) else open(inner, "rb") as file:
             content = file.read(_MOST_BYTES + 1)
+    except InputError as error:
+        raise ConfigError(str(error)) from error
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read: {error.strerror or error}") from error
     return parse_yaml(content, name)

@@ -258,7 +258,7 @@ def _before_head(bare: PreTrainedModel) -> torch.nn.Module | None:
 
 
 @cache
-def _knows_positions(backbone: type[torch.nn.Module]) -> bool:
+def _knows_positions(backbone: Any) -> bool:
     """Return whether a backbone takes position ids; models that carry a state instead of attending may not."""
     parameters = inspect.signature(backbone.forward).parameters
     return "position_ids" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())

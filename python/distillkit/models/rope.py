@@ -83,7 +83,7 @@ def _by_document(module: Any) -> Callable[..., Any]:
             short = _cut(original(x, _up_to(position_ids, limit), **named))
             return _chosen(lengths > limit, _cut(original(x, beyond, **named)), short)
         found = None
-        for length in lengths.clamp(min=limit).unique().tolist():
+        for length in sorted(set(lengths.clamp(min=limit).flatten().tolist())):
             original(x, torch.zeros_like(position_ids[..., :1]), **named)  # forgets the longest length so far
             these = _cut(original(x, _up_to(position_ids, length), **named))
             found = these if found is None else _chosen(lengths == length, these, found)

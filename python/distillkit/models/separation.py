@@ -148,21 +148,30 @@ class _Measured:
 
 def _measure(bare: Any, collate: Collate, packs: bool) -> _Measured:
     """Run documents alone, in a padded batch and in a packed one, and see how much the comparison can tell."""
-    first, second, third = documents = _documents(bare)
+    documents = first, second, _ = _documents(bare)
     alone = [_run(bare, document[None])[0] for document in documents]
-    padded = backbone_hidden(bare, **collate([[second], [first], [third]]))
-    changes = [_change(padded[row, : len(alone[i])], alone[i]) for row, i in enumerate((1, 0, 2))]
-    packed = [0.0]
-    if packs:
-        hidden = backbone_hidden(bare, **collate([[first, second], [third]]))
-        parts = [*hidden[0].split([len(first), len(second), hidden.shape[1] - len(first) - len(second)])[:2], hidden[1]]
-        packed = [_change(part[: len(own)], own) for part, own in zip(parts, alone, strict=True)]
-    joined = _run(bare, torch.stack([torch.cat([before, second]) for before in (first, first.roll(1))]))
-    context = _change(joined[1, len(first) :], joined[0, len(first) :])
-    rounding = [_change(_run(bare, torch.stack([first, first.roll(1)]))[0], alone[0])]
+
+    def changed(rows: list[list[int]]) -> float:
+        """Return the change in a batch whose rows hold documents by number."""
+        hidden = backbone_hidden(bare, **collate([[documents[number] for number in row] for row in rows]))
+        found = 0.0
+        for states, row in zip(hidden, rows, strict=True):
+            start = 0
+            for number in row:
+                stop = start + len(documents[number])
+                found, start = max(found, _change(states[start:stop], alone[number])), stop
+        return found
+
+    behind = _run(bare, torch.stack([torch.cat([before, second]) for before in (first, first.roll(1))]))
+    rounding = _change(_run(bare, torch.stack([first, first.roll(1)]))[0], alone[0])
     with _rounded_embeddings(bare):
-        rounding.append(_change(_run(bare, first[None])[0], alone[0]))
-    return _Measured(max(changes), max(packed), context, max(rounding))
+        rounding = max(rounding, _change(_run(bare, first[None])[0], alone[0]))
+    return _Measured(
+        padded=changed([[1], [0], [2]]),
+        packed=changed([[0, 1], [2]]) if packs else 0.0,
+        context=_change(behind[1, len(first) :], behind[0, len(first) :]),
+        rounding=rounding,
+    )
 
 
 def _run(bare: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -172,8 +181,9 @@ def _run(bare: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def _change(hidden: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest relative difference of the hidden states (L, H) of a document's positions; NaN counts as infinite."""
-    difference = (hidden.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
-    return float(difference.nan_to_num(nan=math.inf).max())
+    difference = (hidden.float() - expected.float()).norm(dim=-1)
+    relative = torch.where(difference == 0, 0.0, difference / expected.float().norm(dim=-1))
+    return float(relative.nan_to_num(nan=math.inf).max())
 
 
 @contextmanager
@@ -205,9 +215,10 @@ def _documents(bare: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     vocabulary = rows_of(bare.get_input_embeddings().weight)
     ordinary = [token for token in range(min(vocabulary, 4096)) if token not in special]
     generator = torch.Generator().manual_seed(0)
-    lengths = (longest, longest - 3, longest // 2)
-    ids = torch.tensor(ordinary)[torch.randint(len(ordinary), (sum(lengths),), generator=generator)]
-    first, second, third = ids.to(bare.device).split(lengths)
+    first, second, third = (
+        torch.tensor(ordinary)[torch.randint(len(ordinary), (length,), generator=generator)].to(bare.device)
+        for length in (longest, longest - 3, longest // 2)
+    )
     return first, second, third
 
 

@@ -7,11 +7,28 @@ from pathlib import Path
 
 from distillkit.configuration.places import missing_place
 
-__all__ = ["damaged_file", "model_problem"]
+__all__ = ["damaged_file", "loading_errors", "loading_reason", "model_problem"]
 
 # As the safetensors library: a longer header is refused.
 _LONGEST_HEADER = 100_000_000
 _INDEX = "model.safetensors.index.json"
+
+
+def loading_errors() -> tuple[type[Exception], ...]:
+    """Return what transformers raises for models that it cannot load: unknown, damaged, or with configs that its code
+    does not expect."""
+    import pickle
+
+    from safetensors import SafetensorError
+
+    lookups = (AttributeError, KeyError, IndexError, AssertionError)
+    damaged = (SafetensorError, EOFError, pickle.UnpicklingError)
+    return (OSError, ValueError, TypeError, ImportError, RuntimeError, *lookups, *damaged)
+
+
+def loading_reason(error: Exception) -> str:
+    """Return why transformers could not load a model, without its list of all architectures."""
+    return str(error).partition("\nModel type should be one of")[0]
 
 
 def model_problem(name: str) -> str | None:

@@ -407,6 +407,7 @@ def _check_left_out(teacher: str, compared: int, rows: int) -> None:
 
 
 def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
+
     from distillkit.capture.engine_settings import HFSettings
     from distillkit.capture.teachers.hf import HFTeacher
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["DistillationInputs", "DistillationOutput", "attach_losses"]
+__all__ = ["DistillationInputs", "DistillationOutput", "attach_losses", "needs_gpu"]
 
 
 class DistillationInputs:
@@ -81,8 +81,7 @@ def attach_losses(
     original = model.forward
     # ZeRO-3 sharded the weights while loading them, and FlashAttention only runs once the weights are on a GPU: the
     # checks must then wait for the first forward.
-    needs_gpu = str(model.config._attn_implementation).startswith("flash") and model.device.type == "cpu"
-    checked = not _shard_head(model) and not needs_gpu
+    checked = not _shard_head(model) and not needs_gpu(model)
     head = check_lm_head(model) if checked else lm_head_of(model)
     if checked and check is not None:
         check()
@@ -107,6 +106,11 @@ def attach_losses(
 
     model.forward = types.MethodType(forward, model)
     return head
+
+
+def needs_gpu(model: PreTrainedModel) -> bool:
+    """Return whether a model cannot run before it is moved to a GPU."""
+    return str(model.config._attn_implementation).startswith("flash") and model.device.type == "cpu"
 
 
 def _shard_head(model: PreTrainedModel) -> bool:

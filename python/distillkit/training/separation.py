@@ -14,6 +14,7 @@ from distillkit.errors import ConfigError, DistillKitError
 from distillkit.models.head import bare_model
 from distillkit.models.rope import frequencies_change_after
 from distillkit.models.separation import Collate, separation_of
+from distillkit.training.attach import needs_gpu
 from distillkit.training.data.examples import MODEL_INPUTS, Collator, Example
 
 if TYPE_CHECKING:
@@ -79,13 +80,28 @@ def check_batches(models: Mapping[str, Any], collator: Collator, *, packed: bool
     collator.unpackable = packing_problem(models)
     if packed and collator.unpackable is not None:
         raise ConfigError(
-            f"packing: {collator.unpackable}. Without packing it can be trained: set training_args.packing: false, or "
-            "use dataset.packing: auto, which packs only if all models keep documents apart"
+            f"packing: {collator.unpackable}. It can be trained without packing: set training_args.packing, "
+            "dataset.packing or functionary_packing to false, or use dataset.packing: auto, which packs only if all "
+            "models keep documents apart"
         )
 
 
 def choose_packing(arguments: SFTConfig, models: Mapping[str, Any]) -> None:
-    """Set `arguments.packing` for `dataset.packing: auto`: documents are packed if all models keep them apart."""
+    """Set `arguments.packing` for `dataset.packing: auto`: documents are packed if all models keep them apart.
+
+    Raises:
+        ConfigError: that cannot be told before training.
+        DistillKitError: a model cannot be run on padded batches.
+    """
+    for key, model in models.items():
+        if not needs_gpu(bare_model(model)):
+            continue
+        if arguments.fsdp or arguments.deepspeed:
+            raise ConfigError(
+                f"dataset.packing: auto: {key} uses FlashAttention, which cannot be tried before the weights are "
+                "sharded; set dataset.packing to true or false"
+            )
+        model.to(arguments.device)
     problem = packing_problem(models)
     arguments.packing = problem is None
     if problem is not None:

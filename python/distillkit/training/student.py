@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from distillkit.models.adapters import add_adapters
 from distillkit.models.head import bare_model, elements_of, lm_head_of, rows_of
 from distillkit.models.layers import layer_pairs
 from distillkit.models.rope import choose_frequencies_by_document
-from distillkit.models.weights import model_problem
+from distillkit.models.weights import loading_errors, loading_reason, model_problem
 from distillkit.training.quantization import quantization_config_of
 
 if TYPE_CHECKING:
@@ -91,10 +90,9 @@ def student_outline(config: RunConfig, attention: str | None = None) -> PreTrain
         ConfigError: there is no such model, or the auto class does not support it.
     """
     arguments = {} if attention is None else {"attn_implementation": attention}
+    student = _student_config(config)
     with _loading(config, arguments or "its config"), torch.device("meta"):
-        return _auto_class(config).from_config(
-            _student_config(config), trust_remote_code=config.trust_remote_code, **arguments
-        )
+        return _auto_class(config).from_config(student, trust_remote_code=config.trust_remote_code, **arguments)
 
 
 def _student_config(config: RunConfig) -> Any:
@@ -198,18 +196,15 @@ def _auto_class(config: RunConfig) -> Any:
 @contextmanager
 def _loading(config: RunConfig, what: object) -> Iterator[None]:
     """Turn the errors that transformers raises while loading into one message."""
-    from safetensors import SafetensorError
-
-    damaged = (SafetensorError, EOFError, pickle.UnpicklingError)
     try:
         yield
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError, *damaged) as error:
+    except loading_errors() as error:
         problem = model_problem(config.model)
         if problem is not None:
             raise ConfigError(f"{config.source}: model: {problem}") from error
         raise ConfigError(
             f"{config.source}: model: {config.model!r} cannot be loaded by {config.model_auto_class} with "
-            f"{redacted(str(what))}: {redacted(str(error))}{neighbour(config.model)}"
+            f"{redacted(str(what))}: {redacted(loading_reason(error))}{neighbour(config.model)}"
         ) from error
 
 

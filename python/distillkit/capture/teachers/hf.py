@@ -25,6 +25,7 @@ from distillkit.errors import CaptureError, ConfigError
 from distillkit.models.head import backbone_hidden, check_lm_head
 from distillkit.models.rope import choose_frequencies_by_document, frequencies_change_after
 from distillkit.models.separation import separation_of
+from distillkit.models.weights import loading_errors, loading_reason
 from distillkit.types import SparseLogprobs, TokenDocument
 
 __all__ = ["HFTeacher", "length_batches", "load_config", "resolve_device", "resolve_dtype"]
@@ -69,9 +70,10 @@ class HFTeacher:
                 device_map=device,
                 trust_remote_code=trust_remote_code,
             ).eval()
-        # What a damaged or foreign checkpoint raises depends on where it is noticed.
-        except Exception as error:
-            raise ConfigError(f"model: {model!r} could not be loaded as a causal language model: {error}") from error
+        except loading_errors() as error:
+            raise ConfigError(
+                f"model: {model!r} could not be loaded as a causal language model: {loading_reason(error)}"
+            ) from error
         choose_frequencies_by_document(self._model)
         self._frequencies_differ = frequencies_change_after(self._model) is not None
         self._head = check_lm_head(self._model)

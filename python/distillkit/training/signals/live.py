@@ -9,7 +9,6 @@ Shape legend: B batch, S sequence, N counted positions, H hidden size of the tea
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from distillkit.errors import ConfigError, MismatchError
 from distillkit.losses.positions import DenseTeacher, Targets
 from distillkit.models.head import backbone_layers, bare_model, check_lm_head, logit_chunks
 from distillkit.models.rope import choose_frequencies_by_document
-from distillkit.models.weights import model_problem
+from distillkit.models.weights import loading_errors, loading_reason, model_problem
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.data.examples import MODEL_INPUTS
 from distillkit.training.signals.base import check_ids_fit
@@ -141,17 +140,15 @@ def load_teacher(config: RunConfig, device: torch.device) -> PreTrainedModel:
     Raises:
         ConfigError: the teacher cannot be loaded.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     teacher: LiveTeacherConfig = config.teacher  # type: ignore[assignment]
     arguments = {"dtype": "auto", "trust_remote_code": config.trust_remote_code, **teacher.kwargs}
-    damaged = (SafetensorError, EOFError, pickle.UnpicklingError)
     try:
         model = AutoModelForCausalLM.from_pretrained(teacher.path, **arguments)
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError, *damaged) as error:
+    except loading_errors() as error:
         problem = model_problem(teacher.path) or (
-            f"{teacher.path!r} cannot be loaded with {redacted(str(arguments))}: {redacted(str(error))}"
+            f"{teacher.path!r} cannot be loaded with {redacted(str(arguments))}: {redacted(loading_reason(error))}"
             f"{neighbour(teacher.path)}"
         )
         raise ConfigError(f"{config.source}: teacher.path: {problem}") from error

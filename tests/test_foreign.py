@@ -77,6 +77,8 @@ def test_a_few_bytes_that_decode_to_gigabytes_are_not_read(tmp_path: Path, monke
     assert (tmp_path / "data_0.parquet").stat().st_size < 4000
     with refused(CorruptDataError, str(tmp_path / "data_0.parquet"), "row group 0"):
         Dataset.open(tmp_path, config=preset("budget", vocab_size=1000))
+    with refused(InputError, str(tmp_path / "data_0.parquet"), "row group 0"):
+        list(open_local(str(tmp_path)).rows())
     # Padding may repeat as often as it likes beside distributions.
     table = pa.table({"input_ids": pa.array([[0] * 100_000]), "x": [np.random.default_rng(0).bytes(100_000)]})
     pq.write_table(table, tmp_path / "data_0.parquet")

@@ -1,4 +1,4 @@
-"""Reads many damaged copies of a published dataset, in child processes that may die of it.
+"""Reads many damaged copies of a published dataset and of a shard, in child processes that may die of it.
 
     python -m support.mutations 2000 7
 
@@ -8,6 +8,7 @@ each other outcome, such as an exception of Python, a message without the file, 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 from distillkit.errors import DistillKitError
 from distillkit.reports.inspection import inspect_dataset
 from distillkit.shards import Dataset
+from support.shards import make_documents, write
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 _AT_A_TIME = 200
@@ -32,7 +34,11 @@ _MEMORY = 6 << 30
 
 
 def published(folder: Path, container: str, layout: str) -> Path:
-    """Write two published documents with labels and a mask, as Parquet or Arrow; returns the file."""
+    """Write two published documents with labels and a mask, in Parquet or Arrow, or a shard; returns the file."""
+    if container == "shard":
+        write(folder, make_documents(6), shard_tokens=1 << 20)
+        (folder / "manifest.json").unlink()
+        return folder / "data-00000.parquet"
     source = GOLDEN / {"quantized": "upstream_v1", "legacy": "upstream_legacy"}[layout]
     folder.mkdir(parents=True)
     shutil.copy(source / "compression_config.yaml", folder)
@@ -80,10 +86,21 @@ def with_negative_offsets(data: bytes) -> list[bytes]:
     return [data[: place + 4] + struct.pack("<i", -5) + data[place + 8 :] for place in places]
 
 
+def with_other_schemas(data: bytes) -> list[bytes]:
+    """Copies of a shard with a bit flipped just before the name of a column in its footer's schema."""
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    copies = []
+    for name in (b"checksum", b"element", b"teacher"):
+        at = data.index(name, footer) + len(name)
+        for place in (*range(at - len(name) - 6, at - len(name)), *range(at, at + 6)):
+            copies += [data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :] for bit in range(8)]
+    return copies
+
+
 def outcome(path: Path) -> str:
     """Read everything that a dataset of one file offers."""
     try:
-        dataset = Dataset.open(path.parent)
+        dataset = Dataset.open(path.parent if path.name.startswith("data_") else path)
         dataset.lengths()
         inspect_dataset(dataset)
     except DistillKitError as error:
@@ -98,7 +115,8 @@ def campaign(container: str, layout: str, count: int, seed: int) -> dict[str, in
     with tempfile.TemporaryDirectory() as folder:
         path = published(Path(folder) / "data", container, layout)
         data, found, first = path.read_bytes(), Counter[str](), 0
-        copies = with_negative_offsets(data) if container == "arrow" else []
+        crafted = {"arrow": with_negative_offsets, "shard": with_other_schemas}.get(container)
+        copies = crafted(data) if crafted is not None else []
         count += len(copies)
         while first < count:
             reader, writer = os.pipe()
@@ -125,7 +143,6 @@ def campaign(container: str, layout: str, count: int, seed: int) -> dict[str, in
 
 if __name__ == "__main__":
     total = Counter[str]()
-    for container in ("arrow", "parquet"):
-        for layout in ("quantized", "legacy"):
-            total.update(campaign(container, layout, int(sys.argv[1]), int(sys.argv[2])))
+    for container, layout in (*itertools.product(("arrow", "parquet"), ("quantized", "legacy")), ("shard", "")):
+        total.update(campaign(container, layout, int(sys.argv[1]), int(sys.argv[2])))
     print(json.dumps(total))

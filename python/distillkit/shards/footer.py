@@ -13,11 +13,15 @@ from typing import Any
 __all__ = ["Chunk", "read_footer"]
 
 _ROW_GROUPS, _COLUMNS, _CHUNK = 4, 1, 3
-_TYPE, _NUM_VALUES, _DECODED_BYTES, _STORED_BYTES = 1, 5, 6, 7
+_TYPE, _ENCODINGS, _NUM_VALUES, _UNCOMPRESSED, _COMPRESSED, _DICTIONARY = 1, 2, 5, 6, 7, 11
 """Field numbers of FileMetaData, RowGroup, ColumnChunk and ColumnMetaData."""
 
 _WIDTHS = {0: 1, 1: 4, 3: 12, 4: 4}
 """Bytes per value by physical type: BOOLEAN, INT32, INT96, FLOAT; 8 for the others (of text, this is its offset)."""
+_ENCODING_NAMES = {
+    **{0: "PLAIN", 2: "PLAIN_DICTIONARY", 3: "RLE", 4: "BIT_PACKED", 5: "DELTA_BINARY_PACKED"},
+    **{6: "DELTA_LENGTH_BYTE_ARRAY", 7: "DELTA_BYTE_ARRAY", 8: "RLE_DICTIONARY", 9: "BYTE_STREAM_SPLIT"},
+}
 
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 12
 _INTEGERS = (4, 5, 6)
@@ -26,10 +30,23 @@ _DEEPEST = 16
 
 @dataclass(frozen=True)
 class Chunk:
-    """A column in a row group: its bytes in the file, and at least in memory."""
+    """A column in a row group, with the names of `pyarrow.parquet.ColumnChunkMetaData`.
 
-    stored: int
-    decoded: int
+    Attributes:
+        width: bytes of a value in memory, at least.
+    """
+
+    total_compressed_size: int
+    total_uncompressed_size: int
+    num_values: int
+    width: int
+    encodings: tuple[str, ...]
+    has_dictionary_page: bool
+
+    @property
+    def decoded(self) -> int:
+        """Bytes in memory, at least."""
+        return max(self.total_uncompressed_size, self.num_values * self.width)
 
 
 def read_footer(data: bytes) -> list[list[Chunk]]:
@@ -49,8 +66,12 @@ def read_footer(data: bytes) -> list[list[Chunk]]:
 
 
 def _chunk(fields: dict[int, Any]) -> Chunk:
+    compressed, uncompressed, values = (fields[name] for name in (_COMPRESSED, _UNCOMPRESSED, _NUM_VALUES))
+    if not all(isinstance(size, int) and size >= 0 for size in (compressed, uncompressed, values)):
+        raise ValueError(f"a column of {values} values in {compressed} and {uncompressed} bytes")
+    encodings = tuple(_ENCODING_NAMES.get(encoding, str(encoding)) for encoding in fields[_ENCODINGS])
     width = _WIDTHS.get(fields[_TYPE], 8)
-    return Chunk(fields[_STORED_BYTES], max(fields[_DECODED_BYTES], fields[_NUM_VALUES] * width))
+    return Chunk(compressed, uncompressed, values, width, encodings, _DICTIONARY in fields)
 
 
 class _Reader:

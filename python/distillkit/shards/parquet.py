@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillkit.errors import CorruptDataError, TruncatedDataError
-from distillkit.shards.footer import read_footer
+from distillkit.shards.footer import Chunk, read_footer
 from distillkit.shards.storage import locate, open_source, reading
 
 __all__ = []
@@ -52,20 +52,29 @@ def open_parquet(
 
 def _check_size(path: str) -> None:
     """Refuse a row group of which a few bytes decode to gigabytes, judged by the footer."""
+    for number, columns in enumerate(footer_of(path)):
+        stored = sum(column.total_compressed_size for column in columns)
+        decoded = sum(column.decoded for column in columns)
+        if decoded > max(_ALLOWED_BYTES, _ALLOWED_RATIO * stored):
+            raise CorruptDataError(
+                f"{path}: row group {number} takes {stored:,} bytes in the file, but {decoded:,} in memory: not read. "
+                "If its content is right, write it in smaller row groups"
+            )
+
+
+def footer_of(path: str) -> list[list[Chunk]]:
+    """The columns of each row group of a Parquet file (a path or an fsspec URL), from its footer.
+
+    Raises:
+        CorruptDataError: the footer is damaged.
+    """
     filesystem, inner = locate(path)
     size = filesystem.size(inner)
     length = int.from_bytes(filesystem.cat_file(inner, start=size - 8, end=size - 4), "little")
     with reading(path):
         if length > size - 12:
             raise ValueError(f"a footer of {length:,} bytes in {size:,}")
-        groups = read_footer(filesystem.cat_file(inner, start=size - 8 - length, end=size - 8))
-    for number, columns in enumerate(groups):
-        stored, decoded = (sum(getattr(column, name) for column in columns) for name in ("stored", "decoded"))
-        if decoded > max(_ALLOWED_BYTES, _ALLOWED_RATIO * min(stored, size)):
-            raise CorruptDataError(
-                f"{path}: row group {number} takes {stored:,} bytes in the file, but {decoded:,} in memory: not read. "
-                "If its content is right, write it in smaller row groups"
-            )
+        return read_footer(filesystem.cat_file(inner, start=size - 8 - length, end=size - 8))
 
 
 def validated(data: _Tabular, where: object) -> _Tabular:

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from distillkit.codec import Codec, CodecConfig
 from distillkit.errors import CorruptDataError, InputError, MismatchError, UnsupportedVersionError
+from distillkit.shards.footer import Chunk
 from distillkit.shards.header import Header, check_codec
 from distillkit.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
-from distillkit.shards.parquet import open_parquet
+from distillkit.shards.parquet import footer_of, open_parquet
 from distillkit.shards.published import load_codec_config, open_published
 from distillkit.shards.storage import Folder, locate, reading
 from distillkit.shards.table import GROUPS_KEY, SCHEMA, Block, Documents, GroupDigest, ShardRows
@@ -86,6 +87,8 @@ class ShardFile:
             leaves = [parquet.schema.column(i).path.split(".")[0] for i in range(len(parquet.schema))]
             self._leaves = [(i, name) for i, name in enumerate(leaves) if name in SCHEMA.names]
             stored = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+        # Read when first needed; pyarrow's own columns end the process if a damaged footer contradicts its schema.
+        self._footer: list[list[Chunk]] | None = None
         self._groups = [digest.documents for digest in self._digests]
         self._starts = list(itertools.accumulate(self._groups, initial=0))
         if stored != self._groups or self._metadata.num_rows != sum(stored):
@@ -159,10 +162,13 @@ class ShardFile:
         Raises:
             CorruptDataError: they are far more than the bytes in the file.
         """
-        row_group = self._metadata.row_group(group)
+        if self._footer is None:
+            self._footer = footer_of(self.path)
+            if {len(columns) for columns in self._footer} - {self._metadata.num_columns}:
+                raise CorruptDataError(f"{self.path}: the columns of its row groups contradict its schema")
         inside = stored = 0
         for index, name in self._leaves:
-            column = row_group.column(index)
+            column = self._footer[group][index]
             stored += column.total_compressed_size
             if name in _WIDTHS:
                 inside += column.num_values * _WIDTHS[name]

@@ -171,8 +171,8 @@ def fidelity_section() -> list[str]:
         "## Fidelity",
         prose(
             f"""Ours / the published encoder in the same bytes, both read by the same decoder, the better in bold, on
-            {int(rows[0]["rows"]):,} {rows[0]["sample"]}. KL(original ‖ decoded) is in nats, both sides renormalised
-            over the stored ids; mass error is the mean of |Σp̂ − Σp|; top-1 kept is the share of rows whose most
+            {int(rows[0]["rows"]):,} {rows[0]["sample"]}. KL(original ‖ decoded) is in nats, over
+            K ∪ {{R}}: the stored ids, and all others together as one more outcome R; mass error is the mean of |Σp̂ − Σp|; top-1 kept is the share of rows whose most
             probable id stays the most probable; errors are of log-probabilities. The last column is our mean KL over
             the least that the layout allows with unrounded coefficients and values in any order."""
         ),
@@ -257,9 +257,8 @@ def order_section() -> list[str]:
         ),
         table(["preset", *whats], lines),
         prose(
-            f"""Ours can be below such a bound because it rounds exact values jointly: the KL of renormalised rows does
-            not see an error that all values share, and rows with much missing probability use that, at the price of a
-            larger mass error. Measured {found.measured}, on every fourth row of the sample."""
+            f"""Ours can be below such a bound because it rounds exact values jointly, such that their errors cancel.
+            Measured {found.measured}, on every fourth row of the sample."""
         ),
     ]
 

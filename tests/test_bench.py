@@ -51,13 +51,13 @@ def check_baseline(codec: Codec, recorded: dict[str, np.ndarray[Any, Any]], data
     written = baseline.encode(torch.from_numpy(recorded["in_ids"].astype(np.int64)), original)
     assert tuple(written.shape) == data.shape
     descending = original.sort(descending=True).values.numpy()
-    own = reference.kl_renormalised(descending, baseline.decode(written)[1].numpy()).mean()
-    theirs = reference.kl_renormalised(descending, recorded["out_logprobs"]).mean()
+    own = reference.kl_with_missing(descending, baseline.decode(written)[1].numpy()).mean()
+    theirs = reference.kl_with_missing(descending, recorded["out_logprobs"]).mean()
     if is_resolved(codec.config):
         assert theirs / 1.25 - 1e-9 <= own <= 1.25 * theirs + 1e-9
     else:
         # Its coefficients are rounding errors, which differ from machine to machine.
-        least = reference.kl_renormalised(descending, optimum(codec.config, descending)).mean()
+        least = reference.kl_with_missing(descending, optimum(codec.config, descending)).mean()
         assert least <= min(own, theirs)
 
 
@@ -101,8 +101,8 @@ def test_limits_of_a_layout() -> None:
     config = preset("budget", vocab_size=sample.vocab_size)
     _, original = sample.top(config.k, config.d)
     best, fitted = optimum(config, original), least_squares(config, original)
-    least = reference.kl_renormalised(original, best)
-    assert (least <= reference.kl_renormalised(original, fitted) + 1e-9).all()
+    least = reference.kl_with_missing(original, best)
+    assert (least <= reference.kl_with_missing(original, fitted) + 1e-9).all()
     np.testing.assert_array_equal(best[:, :1], original[:, :1])
     # With a constant among the terms, the optimum keeps the mass.
     np.testing.assert_allclose(np.exp(best).sum(-1), np.exp(original.astype(np.float64)).sum(-1), atol=1e-4)
@@ -111,7 +111,7 @@ def test_limits_of_a_layout() -> None:
         for size in (-0.02, 0.02):
             moved = best.copy()
             moved[:, 1:] += size * change
-            assert (reference.kl_renormalised(original, moved) >= least - 1e-7).all()
+            assert (reference.kl_with_missing(original, moved) >= least - 1e-7).all()
 
     exact = codec_of(k=3, exact_k=1, polynomial_terms=[0, 1])
     np.testing.assert_allclose(optimum(exact.config, original[:, :3]), original[:, :3], atol=1e-4)

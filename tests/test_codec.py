@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import signal
+import threading
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distillkit.bench.fidelity import optimum
-from distillkit.bench.published import is_resolved
+from distillkit.bench.published import is_resolved, published_codec
 from distillkit.codec import Codec, DistributionQuantizationConfig, LegacyLogitCompressionConfig, codec_config, preset
 from distillkit.errors import ConfigError, CorruptDataError, InputError, TruncatedDataError, UnsupportedVersionError
 from support import reference
@@ -46,6 +48,58 @@ def test_torch_decodes_what_rust_decodes(subtests: pytest.Subtests) -> None:
             np.testing.assert_array_equal(torch_logprobs.flatten(0, 1).numpy(), logprobs)
 
 
+def published_error(codec: Codec) -> tuple[float, float, float]:
+    """Mean error where residuals are: of version 1, of version 2, and of the published decoder, on published bytes."""
+    k, exact_k = codec.k, codec.config.exact_k
+    logits = np.random.default_rng(0).standard_normal((64, 1000)) * 4
+    logprobs = np.sort(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[:, ::-1][:, :k].astype(np.float32)
+    published = published_codec(codec.config)
+    data = published.encode(torch.arange(k).repeat(64, 1), torch.from_numpy(logprobs.copy()))
+    decoded = [Codec(codec.config).decode(data.numpy())[1], codec.decode(data.numpy())[1], published.decode(data)[1]]
+    np.testing.assert_array_equal(codec.decode_torch(data)[1].numpy(), decoded[1])
+    version1, version2, theirs = (float(np.abs(np.asarray(d) - logprobs)[:, exact_k:].mean()) for d in decoded)
+    return version1, version2, theirs
+
+
+@pytest.mark.parametrize("term_dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("exact_dtype", ["float32", "float16", "bfloat16"])
+def test_published_bytes_decode_as_exactly_as_published(term_dtype: str, exact_dtype: str) -> None:
+    """Their encoder took residuals against its own polynomial, rounded to 16 bits."""
+    codec = Codec.for_published(
+        {
+            "d": 1000,
+            "k": 24,
+            "exact_k": 4,
+            "exact_dtype": exact_dtype,
+            "polynomial_terms": [0, 1, "sqrt"],
+            "term_dtype": term_dtype,
+            "residual_bins": [{"scale_dtype": "float32", "element_bits": 10, "num_elements": 20}],
+            "delta_encoding": False,
+            "normalize_t": True,
+        }
+    )
+    version1, version2, theirs = published_error(codec)
+    assert version2 <= 1.1 * theirs
+    if exact_dtype == "float32":
+        assert version2 < version1 / 2
+
+
+@pytest.mark.parametrize("name", ["q_rand3", "q_rand6", "q_rand7"])
+def test_published_vectors_of_rounded_polynomials(name: str) -> None:
+    """Version 2 gives the recorded values, but for sums that the published product rounded the other way."""
+    version1, recorded, data = golden(name)
+    codec = Codec.for_published(version1.config)
+    assert (codec.version, Codec.for_published(CASES["q_readme_bins"]["config"]).version) == (2, 1)
+    assert Codec.from_dict(json.loads(json.dumps(codec.to_dict()))) == pickle.loads(pickle.dumps(codec)) == codec
+    assert codec != version1
+    ids, logprobs = codec.decode(data)
+    np.testing.assert_array_equal(ids, recorded["out_ids"])
+    np.testing.assert_array_equal(codec.decode_torch(torch.from_numpy(data))[1].numpy(), logprobs)
+    theirs = recorded["out_logprobs"]
+    old = np.abs(version1.decode(data)[1] - theirs)
+    assert np.abs(logprobs - theirs).mean() < old.mean() / 2
+
+
 def test_columns_convert_both_ways_bit_for_bit(subtests: pytest.Subtests) -> None:
     for name in CASES:
         with subtests.test(case=name):
@@ -70,15 +124,15 @@ def check_encoding(codec: Codec, recorded: dict[str, np.ndarray[Any, Any]], publ
     oracle_ids, oracle = reference.decode_row(codec.to_dict(), bytes(data[0]))
     np.testing.assert_array_equal(oracle_ids, ids[0])
     np.testing.assert_allclose(logprobs[0], oracle, rtol=1e-6, atol=1e-6)
-    ours = reference.kl_renormalised(recorded["in_logprobs"], logprobs).mean()
+    ours = reference.kl_with_missing(recorded["in_logprobs"], logprobs).mean()
     if is_resolved(codec.config):
-        theirs = reference.kl_renormalised(recorded["in_logprobs"], recorded["out_logprobs"]).mean()
+        theirs = reference.kl_with_missing(recorded["in_logprobs"], recorded["out_logprobs"]).mean()
         # These few rows are half synthetic.
         assert ours <= 1.1 * theirs + 1e-9, f"KL {ours:.3e}, published encoder {theirs:.3e}"
     else:
         # The recorded values depend on rounding errors: compare with the optimum instead.
         descending = -np.sort(-recorded["in_logprobs"], axis=1)
-        least = reference.kl_renormalised(descending, optimum(codec.config, descending)).mean()
+        least = reference.kl_with_missing(descending, optimum(codec.config, descending)).mean()
         assert ours <= 1.2 * least, f"KL {ours:.3e}, the least possible {least:.3e}"
 
 
@@ -296,14 +350,77 @@ def test_a_coarse_config_warns() -> None:
     assert Codec(preset("recommended", vocab_size=49_152)).warnings == []
 
 
+def long_call() -> tuple[Codec, np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A codec, and ids, log-probabilities and output of rows that take it about a second."""
+    codec = Codec(preset("faithful", vocab_size=49_152))
+    logits = np.sort(np.random.default_rng(0).standard_normal((500, codec.k)).astype(np.float32) * 4)[:, ::-1]
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True)) - 0.1
+    logprobs = np.ascontiguousarray(np.tile(logprobs, (60, 1)))
+    ids = np.tile(np.arange(codec.k), (len(logprobs), 1))
+    return codec, ids, logprobs, np.zeros((len(ids), codec.bytes_per_token), np.uint8)
+
+
+def test_a_signal_ends_a_long_call_at_once() -> None:
+    codec, ids, logprobs, out = long_call()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            codec.encode(ids, logprobs, out=out)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not out[-1].any(), "the call went on to its end"
+    codec.encode(ids[:300], logprobs[:300], out=out[:300])
+
+
+def test_outputs_share_no_memory() -> None:
+    codec, ids, logprobs, _ = long_call()
+    data = codec.encode(ids[:4], logprobs[:4])
+    both = np.zeros(2 * 4 * codec.k, np.int64)
+    first = both[: 4 * codec.k].reshape(4, -1)
+    overlapping = both.view(np.float32)[4 * codec.k : 8 * codec.k].reshape(4, -1)
+    apart = both.view(np.float32)[8 * codec.k : 12 * codec.k].reshape(4, -1)
+    with refused(InputError, "out[1]"):
+        codec.decode(data, out=(first, overlapping))
+    with refused(InputError, "out"):
+        codec.decode_torch(torch.from_numpy(data), out=(torch.from_numpy(first), torch.from_numpy(overlapping)))
+    codec.decode(data, out=(first, apart))
+    np.testing.assert_array_equal(first, ids[:4])
+
+
+def test_two_threads_cannot_write_into_one_array() -> None:
+    codec, ids, logprobs, out = long_call()
+    started = threading.Event()
+
+    def encode() -> None:
+        started.set()
+        codec.encode(ids, logprobs, out=out)
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    try:
+        started.wait()
+        with refused(InputError, "out"):
+            while thread.is_alive():
+                codec.encode(ids[:8], logprobs[:8], out=torch.from_numpy(out[:8]).numpy())
+    finally:
+        thread.join()
+    np.testing.assert_array_equal(codec.encode(ids[:8], logprobs[:8]), out[:8])
+
+
 def test_descriptions_identify_a_codec() -> None:
     codec = Codec(preset("recommended", vocab_size=49_152))
     assert codec.bytes_per_token == 312
     description = json.loads(json.dumps(codec.to_dict()))
     assert Codec.from_dict(description) == codec == pickle.loads(pickle.dumps(codec))
     assert Codec(preset("recommended", vocab_size=49_153)) != codec
-    with refused(UnsupportedVersionError, "2"):
-        Codec.from_dict({**description, "version": 2})
+    with refused(UnsupportedVersionError, "3"):
+        Codec.from_dict({**description, "version": 3})
     with refused(UnsupportedVersionError, "compact"):
         Codec.from_dict({**description, "format": "compact"})
     with pytest.raises(CorruptDataError):

@@ -226,6 +226,8 @@ ARGUMENTS: list[tuple[str, Any, list[str]]] = [
     ("save_strategy", "step", ["'step'", "'steps'", "'epoch'"]),
     ("packing", "some", ["'some'"]),
     ("gradient_checkpointing_kwargs", {"use_reentrent": False}, ["'use_reentrent'", "'use_reentrant'"]),
+    ("activation_checkpointing_kwargs", {"use_reentrant": "no"}, ["use_reentrant", "'no'"]),
+    ("activation_checkpointing_kwargs", {"every_n_layers": 0}, ["every_n_layers", "1", "0"]),
     # What contradicts other sections.
     ("max_length", 64, ["64", "sequence_length", "128"]),
     ("output_dir", "elsewhere", ["'elsewhere'", "output_path", "'out'"]),
@@ -323,6 +325,14 @@ def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
             load_config(path)
     with refused(ConfigError, str(tmp_path / "none.yaml"), os.strerror(errno.ENOENT)):
         load_config(tmp_path / "none.yaml")
+
+
+def test_how_workers_are_kept_says_nothing_where_there_are_none() -> None:
+    content = config_with("training_args.dataloader_persistent_workers", True)
+    content["training_args"]["dataloader_multiprocessing_context"] = "spawn"
+    arguments = training_arguments(parse_config(content))
+    found = (arguments.dataloader_persistent_workers, arguments.dataloader_multiprocessing_context)
+    assert found == (False, None), "torch refuses them without workers"
 
 
 def test_the_argument_combinations_of_transformers_are_one_clear_message() -> None:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from distillkit.codec.fidelity import FidelityStats
+from distillkit.codec.fidelity import FidelityStats, kl_rows
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.types import SparseLogprobs
 from support import reference
@@ -35,7 +35,7 @@ def test_figures_are_the_definition_however_they_are_split(parts: int) -> None:
         )
         total.merge(FidelityStats.from_dict(json.loads(json.dumps(part.to_dict()))))
     p, q = (np.asarray(part.logprobs, dtype=np.float64) for part in (original, decoded))
-    kl = reference.kl_renormalised(p, q)
+    kl = reference.kl_with_missing(p, q)
     assert total.rows == 1000
     assert total.kl_mean == pytest.approx(kl.mean(), rel=1e-9)
     assert total.kl_max == pytest.approx(kl.max(), rel=1e-12)
@@ -56,7 +56,16 @@ def test_one_id_a_row_and_no_rows() -> None:
     stats.update(*rows(0, 4, 0.1))
     assert stats.rows == 0
     stats.update(*rows(5, 1, 0.1))
-    assert (stats.kl_mean, stats.top1_agreement) == (0.0, 1.0)
+    original, decoded = rows(5, 1, 0.1)
+    kl = reference.kl_with_missing(original.logprobs, decoded.logprobs)
+    assert (stats.kl_mean, stats.top1_agreement) == (pytest.approx(kl.mean(), rel=1e-9), 1.0)
+
+
+def test_the_missing_outcome_counts_by_hand() -> None:
+    """p = (1/2, 1/4) leaves 1/4 for R; q = (1/4, 1/4) leaves 1/2: KL = ½ ln 2 + ¼ ln ½. Renormalised it would be less."""
+    found = kl_rows(np.log([[0.5, 0.25]]), np.log([[0.25, 0.25]]))
+    np.testing.assert_allclose(found, [0.25 * np.log(2)], rtol=1e-12)
+    assert kl_rows(np.log([[0.5, 0.25]]), np.log([[0.5, 0.25]]))[0] < 1e-15
 
 
 def test_refusals() -> None:

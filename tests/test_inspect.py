@@ -186,6 +186,11 @@ def test_another_teacher_is_refused(teacher: Path, tmp_path: Path) -> None:
     hot = captured(tmp_path / "hot", teacher, codec=dataset.codec, header={"temperature": 2.0})
     with refused(InputError, "2.0"):
         recompute_fidelity(hot, str(teacher))
+    double = captured(
+        tmp_path / "double", teacher, codec=dataset.codec, header={"teacher": {"name": "t", "dtype": "float64"}}
+    )
+    with refused(ConfigError, "'float64'"):
+        recompute_fidelity(double, str(teacher))
 
 
 def test_packed_documents_are_not_read_as_one(teacher: Path, tmp_path: Path) -> None:

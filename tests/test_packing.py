@@ -136,7 +136,7 @@ def test_split_documents_train_each_counted_position_once_with_its_row(rows: str
         replace(document, input_ids=(1000 * number + np.arange(len(document.input_ids))).astype(np.int32))
         for number, document in enumerate(some_documents(rows))
     ]
-    source, signal = Sources(documents), OfflineSignal(exact_codec(), 4000)
+    source, signal = Sources(documents), OfflineSignal(exact_codec(), 100_000)
     indices = np.arange(3, 40)
     whole = DistillationDataset(source, signal, 1000, indices)
     pieces = Pieces.of(source.lengths()[indices], limit, "split")

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from trl import SFTConfig
 
 from distillkit.errors import ConfigError, DistillKitError, MismatchError
 from distillkit.training.checkpoints import RECEIPT, checked, newest_checkpoint
@@ -119,7 +120,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_another_run_is_refused_with_both_values(
-    parts: dict[str, str], others: dict[str, str], whole: Path, tmp_path: Path
+    parts: dict[str, str], others: dict[str, str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = str(whole / "checkpoint-2")
     for change, facts in CHANGES:
@@ -127,6 +128,11 @@ def test_another_run_is_refused_with_both_values(
         arguments = {**settings.pop("training_args", {}), "resume_from_checkpoint": checkpoint}
         with refused(MismatchError, checkpoint, *facts):
             check_resumable(saving(parts, tmp_path, training_args=arguments, **settings))
+    run = Run(saving(parts, tmp_path))
+    _ = run.datasets, run.teacher
+    monkeypatch.setattr(SFTConfig, "world_size", property(lambda self: 2))
+    with refused(MismatchError, checkpoint, "processes", "8", "16"):
+        check_same_run(checked(Path(checkpoint), content=False).identity, run.identity, Path(checkpoint))
 
 
 def test_what_changes_nothing_may_change(parts: dict[str, str], whole: Path, tmp_path: Path) -> None:
@@ -169,8 +175,6 @@ def test_what_changes_nothing_may_change(parts: dict[str, str], whole: Path, tmp
 
 
 def test_every_argument_is_classified_and_new_ones_must_stay_the_same(parts: dict[str, str], tmp_path: Path) -> None:
-    from trl import SFTConfig
-
     names = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
     assert names - set(ARGUMENTS) == set(), "arguments that the table lacks: decide whether a resumed run may change it"
     assert set(ARGUMENTS) - names == set(), "arguments that the installed trl no longer has"
@@ -213,6 +217,29 @@ def test_evaluations_are_part_of_a_run_that_keeps_the_best_student(parts: dict[s
         (tmp_path / "moved" / name).unlink()
     train(saving(parts, tmp_path / "moved", training_args=resumed))
     assert bytes_of(tmp_path / "moved") == expected
+
+
+def test_another_live_teacher_or_text_is_refused(parts: dict[str, str], others: dict[str, str], tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    rows = [{"text": " ".join(f"t{token}" for token in document)} for document in random_documents(8)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def live(path: str = parts["teacher"], top_k: int = 4, **arguments: Any) -> RunConfig:
+        teacher = {"kind": "hf", "path": path, "top_k": top_k}
+        settings = {"dataset": {"prepared_dataset_path": str(tmp_path / "prepared")}, "teacher": teacher}
+        merged = {"max_steps": 1, **arguments}
+        return saving(parts, tmp_path / "out", train=str(text), eval=None, training_args=merged, **settings)
+
+    train(live())
+    resumed = {"resume_from_checkpoint": True, "max_steps": 2}
+    check_resumable(live(str(shutil.copytree(parts["teacher"], tmp_path / "teacher")), **resumed))
+    with refused(MismatchError, "teacher.path"):
+        check_resumable(live(others["another"], **resumed))
+    with refused(MismatchError, "teacher.top_k", "4", "5"):
+        check_resumable(live(top_k=5, **resumed))
+    text.write_text(text.read_text().replace("t7", "t8"))
+    with refused(MismatchError, "dataset.train_dataset"):
+        check_resumable(live(**resumed))
 
 
 # -- whole checkpoints -------------------------------------------------------------------------------------------------

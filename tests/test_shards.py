@@ -83,7 +83,7 @@ def test_fidelity_is_measured_while_writing(written: tuple[Path, Written]) -> No
     dataset = Dataset.open(folder)
     kl = np.concatenate(
         [
-            reference.kl_renormalised(
+            reference.kl_with_missing(
                 rows.logprobs, dataset.codec.decode_document(document.teacher, document.num_rows).logprobs
             )
             for (_, rows, _), document in zip(documents, dataset, strict=True)
@@ -565,12 +565,14 @@ def test_what_is_no_regular_file_is_not_read(folder: Path, subtests: pytest.Subt
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
-def crafted(path: Path, table: pa.Table) -> Dataset:
-    """A shard of one row group whose metadata fits."""
+def crafted(path: Path, table: pa.Table, groups: int = 1) -> Dataset:
+    """A shard of equal row groups whose metadata fits."""
     schema = pa.schema([SCHEMA.field(name) for name in table.column_names])
     with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
-        writer.write_table(table.cast(schema), row_group_size=len(table))
-        writer.add_key_value_metadata({**HEADER.to_metadata(), **GroupDigest.to_metadata([GroupDigest.of(table)])})
+        for _ in range(groups):
+            writer.write_table(table.cast(schema), row_group_size=len(table))
+        digests = GroupDigest.to_metadata([GroupDigest.of(table)] * groups)
+        writer.add_key_value_metadata({**HEADER.to_metadata(), **digests})
     return Dataset.open(path)
 
 
@@ -598,6 +600,26 @@ def test_a_few_bytes_that_stand_for_many_are_not_read(tmp_path: Path) -> None:
             with refused(CorruptDataError, str(path)):
                 read(dataset)
         assert pa.total_allocated_bytes() == before
+
+
+def test_lengths_are_read_in_parts(tmp_path: Path) -> None:
+    """Row groups each of which is small enough, but not all of them together."""
+    table = pa.table(
+        {
+            "doc_id": ["0" * 32],
+            "input_ids": pa.ListArray.from_arrays([0, 12_000_000], np.ones(12_000_000, np.int32)),
+            "teacher": pa.array([b""], pa.large_binary()),
+            "checksum": [0],
+        }
+    )
+    dataset, pool = crafted(tmp_path / "shard.parquet", table, groups=5), pa.proxy_memory_pool(pa.system_memory_pool())
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        assert dataset.lengths().tolist() == [12_000_000] * 5
+    finally:
+        pa.set_memory_pool(before)
+    assert 48_000_000 <= (pool.max_memory() or 0) < 5 * 48_000_000
 
 
 def test_an_id_that_is_no_text_is_damage(tmp_path: Path) -> None:
@@ -663,7 +685,7 @@ def test_names_in_storage_elsewhere_are_taken_as_they_are(written: tuple[Path, W
     Folder(url).remove_files(lambda name: name.startswith("data-"))
     assert Folder(url).names() == ["manifest.json"]
     assert other.names() == ["data-00000.parquet"]
-    for refused_url in ("simplecache::memory://x", "nothing://x"):
+    for refused_url in ("simplecache::memory://x", "nothing://x", "github://x"):
         with refused(InputError, refused_url):
             Dataset.open(refused_url)
 
@@ -684,6 +706,22 @@ def test_a_second_writer_is_refused_until_the_first_one_ends(written: tuple[Path
     del forgotten
     write(tmp_path / "other", documents)
     assert files(tmp_path / "other") == files(written[0])
+
+
+def test_many_writers_come_and_go(tmp_path: Path) -> None:
+    """Whoever leaves last removes what another one is about to open."""
+    folder, children = Folder(tmp_path / "data"), []
+    for number in range(6):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                for _ in range(60):
+                    FolderLock(folder, range(number, number + 1)).release()
+                os._exit(0)
+            os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
+    assert not [*tmp_path.rglob("*")] or [*tmp_path.rglob("*")] == [tmp_path / "data"]
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:

@@ -143,15 +143,19 @@ def test_documents_beyond_a_students_positions_are_refused_or_told(
     tiny_tokenizer().save_pretrained(tmp_path / "table")
     rotary = save_student(tmp_path / "rotary", max_position_embeddings=30)
 
-    def told(student: str, length: int) -> bool:
+    def told(student: str, length: int, **arguments: Any) -> bool:
         caplog.clear()
-        settings = {"sequence_length": length, "dataset": {"overflow": "cut"}}
+        settings = {"sequence_length": length, "dataset": {"overflow": "cut"}, "training_args": arguments}
         _ = Run(run_config(student, tmp_path / "out", parts["train"], **settings)).datasets
         return "max_position_embeddings" in caplog.text
 
     with refused(ConfigError, "model", "30", "dataset.train_dataset", "39", "sequence_length"):
         told(str(tmp_path / "table"), 100_000)
     assert not told(str(tmp_path / "table"), 30)
+    # Padding has positions, too.
+    for length, arguments, row in ((30, {"pad_to_multiple_of": 8}, "32"), (31, {"packing": True}, "31")):
+        with refused(ConfigError, "model", "30", "dataset.train_dataset", row):
+            told(str(tmp_path / "table"), length, **arguments)
     assert told(rotary, 64)
     assert not told(rotary, 30)
     assert not told(parts["student"], 100_000)

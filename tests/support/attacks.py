@@ -78,7 +78,7 @@ def _rest(name: str, folder: Path, most: int, seeds: list[int] | None, outcome: 
     """Make attempts until all are made or the process dies; returns what is left."""
     with Attacker(name, folder) as attacker:
         count = attacker.answer(START_SECONDS)
-        assert count, f"{name} does not start"
+        assert count, f"{name} does not start: see `python -m support.attacks {name} {folder}`"
         left = list(sample(count, most)) if seeds is None else seeds
         attacker.begin(left)
         while left and len(outcome.failures) < MOST_FAILURES:
@@ -103,6 +103,7 @@ class Attacker:
             cwd=Path(__file__).parent.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # Warnings of what is passed over, thousands of them.
             text=True,
         )
         self._lines: queue.Queue[str | None] = queue.Queue()

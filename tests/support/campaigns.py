@@ -240,24 +240,31 @@ class CapturePlans:
     seeds = 20_000
 
     def __init__(self, folder: Path) -> None:
-        write(folder / "set", make_documents(4))
+        write(folder / "set", make_documents(4), shard_tokens=10_000)
         self._folder = folder / "set"
-        info = Dataset.open(self._folder).shards[0]
+        dataset = Dataset.open(self._folder)
+        info = dataset.shards[0]
+        documents = [
+            TokenDocument(
+                d.input_ids, f"row {row}", loss_mask=d.loss_mask, columns={"a": 1}, segment_lengths=d.segment_lengths
+            )
+            for row, d in enumerate(dataset)
+        ]
         (self._folder / "manifest.json").unlink()
-        documents = [TokenDocument(np.arange(2, 9, dtype=np.int32), f"row {row}", columns={"a": 1}) for row in range(9)]
         kept = pa.schema([pa.field("a", pa.int64())])
         plan = make_plan(
-            Folder(self._folder), HEADER, documents, 30, source={"rows": 9}, kept=kept, counts=lambda: {"rows": 9}
+            Folder(self._folder), HEADER, documents, 10_000, source={"rows": 9}, kept=kept, counts=lambda: {"rows": 9}
         )
         plan.write_receipt(0, ShardReceipt(info, HEADER, ShardSummary()))
         self._inside = self._folder / ".capture"
         self._files = {name: data for name, data in files(self._inside).items() if not name.startswith(".")}
         self._read()
+        assert self.receipts == 1, "the receipt does not fit"
 
     def _read(self) -> None:
         plan = read_plan(Folder(self._folder))
         assert plan is not None, "the plan is passed over"
-        plan.receipts()
+        self.receipts = len(plan.receipts())
         for number in range(len(plan.shards)):
             plan.read(number)
 

@@ -1,8 +1,8 @@
 """Reads many damaged copies of a published dataset, in child processes that may die of it.
 
-    python -m support.mutations parquet legacy 2000 7
+    python -m support.mutations 2000 7
 
-prints what happened to 2,000 copies with the seed 7, as JSON: how many were read or refused, and the first example of
+prints what happened to 2,000 copies of each kind of file with the seed 7, as JSON: how many were read or refused, and
 each other outcome, such as an exception of Python, a message without the file, or a signal.
 """
 
@@ -124,4 +124,8 @@ def campaign(container: str, layout: str, count: int, seed: int) -> dict[str, in
 
 
 if __name__ == "__main__":
-    print(json.dumps(campaign(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+    total = Counter[str]()
+    for container in ("arrow", "parquet"):
+        for layout in ("quantized", "legacy"):
+            total.update(campaign(container, layout, int(sys.argv[1]), int(sys.argv[2])))
+    print(json.dumps(total))

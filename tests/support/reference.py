@@ -107,15 +107,17 @@ def _decode_legacy(config: dict[str, Any], row: bytes) -> tuple[list[int], npt.N
     return ids[:k], np.array(values, dtype=np.float64)
 
 
-def kl_renormalised(original: npt.ArrayLike, decoded: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """KL(p ‖ q) a row, of the stored log-probabilities renormalised to one, in nats; (R, k) and (R, k) → (R,)."""
+def kl_with_missing(original: npt.ArrayLike, decoded: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """KL(p ‖ q) a row over K ∪ {R} in nats: the stored ids, and what is missing from 1 as one more outcome."""
 
-    def normalised(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        logs = np.asarray(values, dtype=np.float64)
-        return np.asarray(logs - np.log(np.exp(logs).sum(-1, keepdims=True)))
+    def outcomes(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        p = np.exp(np.asarray(values, dtype=np.float64))
+        p = np.concatenate([p, np.maximum(1 - p.sum(-1, keepdims=True), 1e-12)], axis=-1)
+        return np.asarray(p / p.sum(-1, keepdims=True))
 
-    p, q = normalised(original), normalised(decoded)
-    return np.asarray((np.exp(p) * (p - q)).sum(-1))
+    p, q = outcomes(original), outcomes(decoded)
+    # An id may be too improbable for float64.
+    return np.asarray(np.where(p > 0, p * np.log(np.where(p > 0, p / np.maximum(q, 1e-300), 1.0)), 0.0).sum(-1))
 
 
 # -- losses: one position at a time, over the whole vocabulary ---------------------------------------------------------

@@ -51,7 +51,8 @@ class Figures:
     """Statistics of decoded against original log-probabilities.
 
     Attributes:
-        kl_mean, kl_p99, kl_max: KL(original ‖ decoded) of a row in nats, both renormalised over the stored ids.
+        kl_mean, kl_p99, kl_max: KL(original ‖ decoded) of a row over K ∪ {R} in nats: the stored ids, and all others
+            together as one more outcome.
         mass_error: mean |Σ p̂ − Σ p| over the stored ids.
         mass_above_one: fraction of rows whose decoded probabilities sum to more than 1 + 1e-6.
         top1_agreement: fraction of rows whose most probable id is still the most probable after decoding.
@@ -119,7 +120,7 @@ def optimum(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
     unchanged.
 
     Minimises Σ exp(ŷ) − p·ŷ over the approximated ranks, which is convex in the coefficients, by Newton's method. If
-    the terms include a constant, the minimum preserves the mass, and also minimises the renormalised KL.
+    the terms include a constant, the minimum preserves the mass, and also minimises the KL over K ∪ {R}.
 
     Args:
         original: (N, k) log-probabilities, descending.

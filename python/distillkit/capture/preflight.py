@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,11 +11,9 @@ from distillkit.capture.settings import CaptureSettings
 from distillkit.configuration.places import missing_place
 from distillkit.errors import ConfigError
 from distillkit.models.weights import model_problem
+from distillkit.text.file_names import SUFFIXES, is_read
 
-__all__ = ["DATA_FILES", "check_before_loading"]
-
-# The keys of `FORMATS` in text/file_formats.py, whose import takes as long as everything here.
-DATA_FILES = (".jsonl", ".json", ".txt", ".parquet")
+__all__ = ["check_before_loading", "check_inputs"]
 
 # The packages of each engine and of workers, and the extra that installs them.
 _PACKAGES = {
@@ -26,19 +25,14 @@ _PACKAGES = {
 
 
 def check_before_loading(settings: CaptureSettings) -> None:
-    """Refuse paths that do not exist, a codec that is not valid, and engines that are not installed.
+    """Refuse inputs that are not there, an output that cannot be written to, and engines that are not installed.
 
     Raises:
         ConfigError: names the setting.
-        OSError: a folder cannot be read.
+        OSError: the output's folder cannot be written to.
     """
-    _check_model("model", settings.model)
-    if settings.tokenizer is not None:
-        _check_model("tokenizer", settings.tokenizer)
-    _check_dataset(settings.dataset)
+    check_inputs(settings)
     _check_output(settings.output)
-    if settings.compression_config is not None:
-        settings.read_compression_config()
     for name in (settings.engine, settings.workers):
         packages, extra = _PACKAGES.get(name or "", ((), ""))
         missing = [package for package in packages if find_spec(package) is None]
@@ -48,6 +42,20 @@ def check_before_loading(settings: CaptureSettings) -> None:
             raise ConfigError(
                 f"{setting}: {', '.join(missing)} is not installed: pip install 'distillkit[{extra}]'{remark}"
             )
+
+
+def check_inputs(settings: CaptureSettings) -> None:
+    """Refuse a model, tokenizer or dataset that is not there, and a codec that is not valid.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    _check_model("model", settings.model)
+    if settings.tokenizer is not None:
+        _check_model("tokenizer", settings.tokenizer)
+    _check_dataset(settings.dataset)
+    if settings.compression_config is not None:
+        settings.read_compression_config()
 
 
 def _check_model(setting: str, name: str) -> None:
@@ -62,20 +70,21 @@ def _check_model(setting: str, name: str) -> None:
 def _check_dataset(name: str) -> None:
     """Refuse a local dataset that does not exist, or that is a file of another kind."""
     path = Path(name)
-    problem = None if "://" in name else missing_place(name, "file or folder", hub=path.suffix not in DATA_FILES)
-    if problem is None and path.is_file() and path.suffix not in DATA_FILES:
-        problem = f"{name}: expected a file of {', '.join(DATA_FILES)}, found {path.suffix or 'no suffix'!r}"
+    problem = None if "://" in name else missing_place(name, "file or folder", hub=not is_read(path))
+    if problem is None and path.is_file() and not is_read(path):
+        problem = f"{name}: expected a file of {SUFFIXES}, found {path.suffix or 'no suffix'!r}"
     if problem is not None:
         raise ConfigError(f"dataset: {problem}")
 
 
 def _check_output(name: str) -> None:
-    """Refuse a local folder that cannot be written to."""
+    """Refuse a local folder that cannot be made; one that exists may hold a finished capture, which is only read."""
     if "://" in name:
         return
     path = Path(os.path.abspath(name))
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not there.is_dir():
         raise ConfigError(f"output: {name} cannot be a folder: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"output: {name}: no permission to write to the folder {there}")
+    if there != path and not os.access(there, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(number, os.strerror(number), str(there))

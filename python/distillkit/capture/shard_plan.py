@@ -132,12 +132,11 @@ class ShardPlan:
         name = _documents_name(number)
         place, expected = self._inside.of(name), self.shards[number].xxh3_128
         data = self._inside.read(name, most=None)
-        found = None if data is None else xxhash.xxh3_128_hexdigest(data)
-        if data is None or (expected and found != expected):
-            raise CorruptDataError(
-                f"{place} is {'missing' if data is None else f'not what was planned: its hash is {found}, expected '}"
-                f"{'' if data is None else expected}: remove {self._inside} to plan and capture everything again"
-            )
+        if data is None:
+            raise CorruptDataError(f"{place} is missing: {_start_over(self._inside)}")
+        found = xxhash.xxh3_128_hexdigest(data)
+        if expected and found != expected:
+            raise CorruptDataError(f"{place} has the hash {found}, expected {expected}: {_start_over(self._inside)}")
         with reading(place), pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as parquet:
             groups = [parquet.read_row_group(group) for group in range(parquet.num_row_groups)]
         return [document for group in groups for document in _token_documents(group, self.kept.names)]
@@ -255,6 +254,10 @@ class ShardPlan:
         return self.folder.inner(CAPTURE_FOLDER)
 
 
+def _start_over(inside: Folder) -> str:
+    return f"remove {inside} to plan and capture everything again"
+
+
 def remove_plan(folder: Folder) -> None:
     """Remove the plan of a capture from a dataset's folder, with its receipts, and nothing else."""
     folder.inner(CAPTURE_FOLDER).remove_files(lambda name: _OURS.fullmatch(name) is not None)
@@ -317,7 +320,11 @@ def read_plan(folder: Folder) -> ShardPlan | None:
     inside = folder.inner(CAPTURE_FOLDER)
     if inside.size(_PLAN) is None:
         return None
-    content, place = _read_json(inside, _PLAN), inside.of(_PLAN)
+    place = inside.of(_PLAN)
+    try:
+        content = _read_json(inside, _PLAN)
+    except CorruptDataError as error:
+        raise CorruptDataError(f"{error}: {_start_over(inside)}") from error
     if content.get("format") != _FORMAT or type(content.get("version")) is not int:
         raise CorruptDataError(f"{place} is not a capture's plan")
     if content["version"] > _VERSION:
@@ -432,8 +439,5 @@ def _read_json(folder: Folder, name: str) -> dict[str, Any]:
     content = parse_json(folder.read(name) or b"", where=place)
     expected = content.pop("xxh3", None) if isinstance(content, dict) else None
     if expected is None or expected != json_hash(content):
-        raise CorruptDataError(
-            f"{place} was modified: its hash is {json_hash(content)}, expected {expected!r:.200}. Without {folder}, "
-            "the capture starts over"
-        )
+        raise CorruptDataError(f"{place} was modified: its hash is {json_hash(content)}, expected {expected!r:.200}")
     return dict(content)

@@ -67,8 +67,9 @@ def run_cli(command: click.Command) -> NoReturn:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.message = printable(error.message)
-        error.show()
+        message = io.StringIO()
+        error.show(message)
+        click.echo(printable(message.getvalue()), err=True, nl=False)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _leave_interrupted()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from distillkit.capture.preflight import check_before_loading
+from distillkit.capture.preflight import check_inputs
 from distillkit.capture.result import counted
 from distillkit.cli.capture import capture_options, chosen_captures
 from distillkit.cli.setting_options import GroupedCommand
@@ -62,7 +62,7 @@ def forecast(
     """
     captures = chosen_captures(context, config, options)
     for settings in captures:
-        check_before_loading(settings)
+        check_inputs(settings)
     quiet_libraries()
     from distillkit.capture.forecast.forecast import forecast as forecast_captures
 

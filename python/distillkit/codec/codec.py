@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Codec"]
 
-_VERSIONS = {"quantized": 1, "legacy": 1}
-"""The latest version of each format that this release reads and writes (rust/codec/FORMAT.md)."""
+_VERSIONS = {"quantized": 2, "legacy": 1}
+"""The latest version of each format that this release reads (rust/codec/FORMAT.md)."""
+_PUBLISHED_ROUNDING = 2
+"""The version of "quantized" whose bytes are decoded with the roundings of the published decoder."""
 _CONFIGS = {"quantized": DistributionQuantizationConfig, "legacy": LegacyLogitCompressionConfig}
 
 
@@ -41,6 +43,8 @@ class Codec:
 
     Args:
         config: a configuration, or a mapping that `codec_config` accepts.
+        version: version of the format. Version 2 of "quantized" has the bytes of version 1, but they are decoded with
+            every rounding of the published decoder; see `for_published`.
 
     Attributes:
         config: the configuration.
@@ -54,6 +58,7 @@ class Codec:
 
     Raises:
         ConfigError: the configuration is invalid.
+        UnsupportedVersionError: this release does not support that version of the format.
 
     Example:
         >>> import numpy as np
@@ -72,12 +77,13 @@ class Codec:
         True
     """
 
-    def __init__(self, config: CodecConfig | Mapping[str, Any]) -> None:
+    def __init__(self, config: CodecConfig | Mapping[str, Any], *, version: int = 1) -> None:
         self.config: CodecConfig = codec_config(config)
         self.format: str = self.config.format
-        self.version: int = _VERSIONS[self.format]
+        _check_version(self.format, version)
+        self.version: int = version
         self._config_json = self.config.model_dump_json()
-        self._native = _native.Codec(self.format, self._config_json)
+        self._native = _native.Codec(self.format, self._config_json, version == _PUBLISHED_ROUNDING)
         self.k: int = self._native.k
         self.simd: str = self._native.backend
         self.vocab_size: int = self._native.vocab_size
@@ -95,8 +101,34 @@ class Codec:
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_dict(), sort_keys=True))
 
-    def __reduce__(self) -> tuple[Any, tuple[CodecConfig]]:
-        return Codec, (self.config,)
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Codec.from_dict, (self.to_dict(),)
+
+    @staticmethod
+    def for_published(config: CodecConfig | Mapping[str, Any]) -> Codec:
+        """The codec for bytes that the published encoder wrote.
+
+        It took residuals against its own polynomial, rounded to `term_dtype`. If that has 16 bits, only a decoder with
+        the same roundings restores the values; in all other configurations ours is at least as exact as the published.
+
+        Raises:
+            ConfigError: the configuration is invalid.
+
+        Example:
+            >>> from distillkit.codec import Codec
+            >>> bins = [{"scale_dtype": "float32", "element_bits": 8, "num_elements": 4}]
+            >>> config = {"d": 1000, "k": 8, "exact_k": 4, "polynomial_terms": [0, 1], "residual_bins": bins}
+            >>> [Codec.for_published({**config, "term_dtype": dtype}).version for dtype in ("float32", "float16")]
+            [1, 2]
+        """
+        parsed = codec_config(config)
+        rounded = (
+            isinstance(parsed, DistributionQuantizationConfig)
+            and bool(parsed.residual_bins)
+            and bool(parsed.polynomial_terms)
+            and parsed.term_dtype in ("float16", "bfloat16")
+        )
+        return Codec(parsed, version=_PUBLISHED_ROUNDING if rounded else 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Format, version and configuration as a JSON-serialisable mapping, as stored in a shard's header."""
@@ -120,12 +152,8 @@ class Codec:
         name, version, config = (description.get(key) for key in ("format", "version", "config"))
         if not isinstance(name, str) or not isinstance(version, int) or not isinstance(config, Mapping):
             raise CorruptDataError(f"a codec description needs format, version and config; found {dict(description)!r}")
-        if name not in _VERSIONS or version > _VERSIONS[name] or version < 1:
-            known = ", ".join(f"{known} up to version {newest}" for known, newest in _VERSIONS.items())
-            raise UnsupportedVersionError(
-                f"the data is in codec format '{name}' version {version}; this release reads {known}; update distillkit"
-            )
-        return Codec(_CONFIGS[name](**config))
+        _check_version(name, version)
+        return Codec(_CONFIGS[name](**config), version=version)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -236,7 +264,7 @@ class Codec:
         from distillkit.codec.torch_decode import decoder_for
 
         self._check_row_bytes(data)
-        return decoder_for(self.format, self._config_json, data.device)(data, out)
+        return decoder_for(self.format, self._config_json, self.version, data.device)(data, out)
 
     def _check_row_bytes(self, data: Any) -> None:
         if str(data.dtype).removeprefix("torch.") != "uint8":
@@ -371,6 +399,14 @@ class Codec:
                 np.ascontiguousarray(words).astype("<u8").view(np.uint8),
             ]
         return np.concatenate(parts, axis=-1)
+
+
+def _check_version(name: str, version: int) -> None:
+    if name not in _VERSIONS or version > _VERSIONS[name] or version < 1:
+        known = ", ".join(f"{known} up to version {newest}" for known, newest in _VERSIONS.items())
+        raise UnsupportedVersionError(
+            f"the data is in codec format '{name}' version {version}; this release reads {known}; update distillkit"
+        )
 
 
 def _coefficient_dtype(config: LegacyLogitCompressionConfig) -> str:

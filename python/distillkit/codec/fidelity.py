@@ -18,26 +18,34 @@ __all__ = ["FidelityStats", "kl_rows"]
 
 _BINS_PER_OCTAVE = 16
 """Resolution of the KL histogram: a quantile read from it is at most 2^(1/16) − 1 = 4.4% too high."""
+_LEAST_MISSING = 1e-12
+"""The least missing probability that is told from none."""
 _LOWEST = 2.0**-40
 """Smaller KL values count as this one (1e-12 nats)."""
 
 
 def kl_rows(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """KL(p ‖ p̂) of each row in nats, Σ p (log p − log p̂), both renormalised over the stored ids; float64, at least 0.
+    """KL(p ‖ p̂) of each row over K ∪ {R} in nats: its stored ids, and R, all other ids together, as one more outcome.
+
+    R has what is missing from 1, at least 1e-12; both sides are renormalised, as rounding may take a sum above 1. This
+    is what the encoder minimises.
 
     Args:
         original, decoded: (R, k) log-probabilities of the same ids in the same order.
 
     Returns:
-        (R,) float64.
+        (R,) float64, at least 0.
     """
 
-    def renormalised(logprobs: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    def outcomes(logprobs: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         logs = logprobs.astype(np.float64)
+        with np.errstate(over="ignore"):
+            missing = np.maximum(1 - np.exp(logs).sum(-1, keepdims=True), _LEAST_MISSING)
+        logs = np.concatenate([logs, np.log(missing)], axis=-1)
         highest = logs.max(-1, keepdims=True)
         return np.asarray(logs - highest - np.log(np.exp(logs - highest).sum(-1, keepdims=True)))
 
-    p, q = renormalised(original), renormalised(decoded)
+    p, q = outcomes(original), outcomes(decoded)
     return np.asarray(np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0))
 
 
@@ -46,7 +54,7 @@ class FidelityStats:
 
     Attributes:
         rows: number of rows compared.
-        kl_max: largest KL of a row, nats.
+        kl_max: largest KL of a row over K ∪ {R} (see `kl_rows`), nats.
         worst_error: largest |log-probability error| of any stored id, nats.
     """
 

@@ -184,10 +184,14 @@ class TorchDecoder:
         config: the codec's configuration.
         terms_mn: (m, n) float64, the terms evaluated at the approximated ranks, from the native code.
         id_bits: bits per id.
+        published_rounding: round wherever the published decoder does (version 2, FORMAT.md §2.4).
     """
 
-    def __init__(self, config: CodecConfig, terms_mn: npt.NDArray[np.float64], id_bits: int) -> None:
+    def __init__(
+        self, config: CodecConfig, terms_mn: npt.NDArray[np.float64], id_bits: int, published_rounding: bool
+    ) -> None:
         self._config = config
+        self._published_rounding = published_rounding
         self._id_bits = id_bits
         wide = isinstance(config, DistributionQuantizationConfig) and config.term_dtype == "float64"
         self._terms = torch.from_numpy(terms_mn).to(torch.float64 if wide else torch.float32)
@@ -217,6 +221,8 @@ class TorchDecoder:
             ids, logprobs = out
             _check_output("ids", ids, shape, torch.int64, data.device)
             _check_output("logprobs", logprobs, shape, torch.float32, data.device)
+            if not torch.compiler.is_compiling():
+                _check_apart(ids, logprobs, data)
         rows, k = len(data_NB), self._config.k
         ids_Nk, logprobs_Nk = ids.view(rows, k), logprobs.view(rows, k)
         constants = self._on_device[data.device]
@@ -272,18 +278,25 @@ class TorchDecoder:
         exact = _floats(take(config.exact_k * _DTYPES[config.exact_dtype].itemsize), config.exact_dtype)
         coefficients = _floats(take(terms_mn.shape[0] * _DTYPES[config.term_dtype].itemsize), config.term_dtype)
         values_Nn = _polynomial(coefficients, terms_mn)
+        exact_dtype, term_dtype = _DTYPES[config.exact_dtype], _DTYPES[config.term_dtype]
+        if self._published_rounding:
+            values_Nn = values_Nn.to(term_dtype).to(torch.promote_types(term_dtype, exact_dtype))
         first = 0
         for bin_, positions in zip(config.residual_bins, constants.bins, strict=True):
             scale_N1 = _floats(take(_DTYPES[bin_.scale_dtype].itemsize), bin_.scale_dtype).float()
             codes = take(-(-bin_.num_elements * bin_.element_bits // 8))
             residuals = _dequantize(_unpack(codes, positions), bin_.element_bits, scale_N1)
+            if self._published_rounding:
+                residuals = residuals.to(exact_dtype)
             values_Nn[:, first : first + bin_.num_elements].add_(residuals)
             first += bin_.num_elements
         # Running sums are in float64 and rounded only at the end (FORMAT.md §2.3).
         sequence_Nk = torch.empty_like(logprobs_Nk, dtype=torch.float64) if config.delta_encoding else logprobs_Nk
         sequence_Nk[:, : config.exact_k].copy_(exact)
         sequence_Nk[:, config.exact_k :].copy_(values_Nn)
-        if config.delta_encoding:
+        if config.delta_encoding and self._published_rounding:
+            logprobs_Nk.copy_(sequence_Nk.float().double().cumsum_(1).float().to(exact_dtype))
+        elif config.delta_encoding:
             logprobs_Nk.copy_(sequence_Nk.cumsum_(1))
         return at
 
@@ -314,28 +327,42 @@ def _check_output(
         )
 
 
-_DECODERS: dict[tuple[str, str], TorchDecoder] = {}
+def _check_apart(ids: torch.Tensor, logprobs: torch.Tensor, data: torch.Tensor) -> None:
+    """Refuses outputs whose memory overlaps with each other's or with the contiguous part of `data`."""
+
+    def ends(tensor: torch.Tensor) -> tuple[int, int]:
+        return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+
+    for one, other in ((ids, logprobs), (ids, data), (logprobs, data)):
+        (first, first_end), (second, second_end) = ends(one), ends(other)
+        if first < second_end and second < first_end:
+            raise InputError("out: ids, logprobs and data share memory; outputs need memory of their own")
+
+
+_DECODERS: dict[tuple[str, str, int], TorchDecoder] = {}
 
 
 # torch.compile runs this eagerly and treats its entry in _DECODERS as constant.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepared(format_name: str, config_json: str, device: torch.device) -> bool:
-    key = (format_name, config_json)
+def _prepared(format_name: str, config_json: str, version: int, device: torch.device) -> bool:
+    key = (format_name, config_json, version)
     if key not in _DECODERS:
         native = _native.Codec(format_name, config_json)
-        _DECODERS[key] = TorchDecoder(codec_config(json.loads(config_json)), native.terms(), native.id_bits)
+        config = codec_config(json.loads(config_json))
+        _DECODERS[key] = TorchDecoder(config, native.terms(), native.id_bits, published_rounding=version == 2)
     _DECODERS[key].prepare(device)
     return True
 
 
-def decoder_for(format_name: str, config_json: str, device: torch.device) -> TorchDecoder:
+def decoder_for(format_name: str, config_json: str, version: int, device: torch.device) -> TorchDecoder:
     """The decoder of a configuration, created once per process and prepared for a device.
 
     Args:
         format_name, config_json: as for the native codec.
+        version: version of the format.
     """
-    _prepared(format_name, config_json, device)
-    return _DECODERS[format_name, config_json]
+    _prepared(format_name, config_json, version, device)
+    return _DECODERS[format_name, config_json, version]
 
 
 if torch.tensor([1], dtype=torch.int16).view(torch.uint8)[0] != 1:

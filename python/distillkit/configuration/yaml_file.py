@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any, NoReturn
 
-import fsspec
 import yaml
 
-from distillkit.errors import ConfigError
+from distillkit.configuration.urls import is_url, locate
+from distillkit.errors import ConfigError, InputError
 
 __all__ = ["parse_yaml", "read_yaml"]
 
@@ -32,8 +31,12 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     """
     name = str(os.fspath(path))
     try:
-        with fsspec.open(name, "rb") if "://" in name else Path(name).open("rb") as file:
+        filesystem, inner = locate(name)
+        # fsspec would seek in it, which a pipe does not allow.
+        with filesystem.open(inner, "rb") if is_url(name) else open(inner, "rb") as file:
             content = file.read(_MOST_BYTES + 1)
+    except InputError as error:
+        raise ConfigError(str(error)) from error
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read: {error.strerror or error}") from error
     return parse_yaml(content, name)
@@ -70,15 +73,15 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self._depth >= _DEEPEST:
-            self._refuse(f"nested more than {_DEEPEST} levels deep", self.peek_event().start_mark)
-        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+            self._refuse(f"nested more than {_DEEPEST} levels deep", parent.start_mark)
+        alias = self.check_event(yaml.AliasEvent)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
-        if alias is None:
+        if node is not None and not alias:
             self._sizes[id(node)] = self._expanded(node)
         elif id(node) not in self._sizes:
-            self._refuse(f"the alias *{alias.anchor} is inside what it stands for", alias.start_mark)
+            self._refuse("an alias is inside what it stands for", parent.start_mark)
         return node
 
     def _expanded(self, node: yaml.Node) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
+from distillkit.configuration.problems import shown
 from distillkit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class LoraSection(BaseModel):
                 raise ValueError(f"{value!r} is not a regular expression: {error}") from None
             return value
         if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
-            raise ValueError(f"must be a list of names or a regular expression, found {value!r}")
+            raise ValueError(f"must be a list of names or a regular expression, found {shown(value)}")
         return value
 
     @field_validator("layers_to_transform")
@@ -112,7 +113,7 @@ class LoraSection(BaseModel):
     def _layers(cls, value: Any) -> Any:
         layers = value if isinstance(value, list) else [value]
         if value is not None and not all(type(layer) is int and layer >= 0 for layer in layers):
-            raise ValueError(f"must be a layer index or a list of layer indices, found {value!r}")
+            raise ValueError(f"must be a layer index or a list of layer indices, found {shown(value)}")
         return value
 
     @field_validator("init_lora_weights")
@@ -122,7 +123,7 @@ class LoraSection(BaseModel):
             return value
         if isinstance(value, str) and re.fullmatch(r"gaussian|orthogonal|olora|pissa|pissa_niter_\d+", value):
             return value
-        raise ValueError(f"{value!r} is not allowed; allowed: {_INITIALISATIONS}")
+        raise ValueError(f"{shown(value)} is not allowed; allowed: {_INITIALISATIONS}")
 
     @model_validator(mode="after")
     def _layers_need_names(self) -> LoraSection:

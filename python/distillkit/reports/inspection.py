@@ -367,7 +367,7 @@ def recompute_fidelity(
     Raises:
         MismatchError: this is not the dataset's teacher: its head has a different size, most of its first ids differ,
             or most rows have ids that are not among its most probable ones.
-        InputError: documents are packed, or the logits were divided by a temperature.
+        InputError: documents are packed, the logits were divided by a temperature, or the recorded dtype is none.
         ConfigError: the model cannot be loaded.
         CaptureError: the teacher rejects a document.
     """
@@ -407,11 +407,18 @@ def _check_left_out(teacher: str, compared: int, rows: int) -> None:
 
 
 def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
+
     from distillkit.capture.engine_settings import HFSettings
     from distillkit.capture.teachers.hf import HFTeacher
 
-    dtype = (dataset.header.teacher or {}).get("dtype") or "auto"
-    engine = HFTeacher(teacher, HFSettings(dtype=dtype))
+    dtype: Any = (dataset.header.teacher or {}).get("dtype") or "auto"
+    try:
+        settings = HFSettings(dtype=dtype)
+    except ValueError as error:
+        raise InputError(
+            f"{dataset.path}: the header's teacher.dtype is {dtype!r:.100}, not a type of weights"
+        ) from error
+    engine = HFTeacher(teacher, settings)
     if engine.head_size != dataset.header.head_size:
         raise MismatchError(
             f"{teacher}: its head size is {engine.head_size}, but the dataset's is {dataset.header.head_size}"

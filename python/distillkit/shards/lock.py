@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -31,7 +32,8 @@ __all__ = ["CAPTURE_FOLDER", "FolderLock"]
 logger = logging.getLogger(__name__)
 
 CAPTURE_FOLDER = ".capture"
-_MUTEX, _TURN, _WRITER = "lock", "turn", "writer-"
+_MUTEX, _TURN, _WRITER = "writers.lock", "turn.lock", "writer-"
+_ATTEMPTS = 1000
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 _inherited: set[int] = set()
@@ -172,7 +174,9 @@ def _open_locked(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     _inherited.add(descriptor)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not _locked_now(descriptor):
+            logger.info("%s: waiting for the process that holds it", path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
     except BaseException:
         _close(descriptor)
         raise
@@ -187,11 +191,14 @@ def _close(descriptor: int) -> None:
 @contextmanager
 def _waiting(path: Path) -> Iterator[None]:
     """Waits for the lock on a file, which whoever held it may have removed."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in itertools.count():
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _open_locked(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
+            # The folder was removed just now; or something else has its name.
+            if attempt == _ATTEMPTS:
+                raise
             continue
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):

@@ -250,14 +250,14 @@ def _signs_of(
     rises_Rk = np.diff(logprobs_Rk, axis=-1)
     yield "highest", _too_high(logprobs_Rk, exact_k)
     yield "exact_mass", probabilities_Rk[:, :exact_k].sum(-1) > _EXACT_MASS
-    yield "exact_order", (rises_Rk[:, : max(exact_k - 1, 0)] > _EXACT_RISE).any(-1)
+    yield "exact_order", np.asarray((rises_Rk[:, : max(exact_k - 1, 0)] > _EXACT_RISE).any(-1))
     yield "mass", probabilities_Rk.sum(-1) > IMPOSSIBLE_MASS
-    yield "order", (rises_Rk > _RISE).any(-1)
+    yield "order", np.asarray((rises_Rk > _RISE).any(-1))
     falls_Rk = -rises_Rk[:, :_FALL_RANKS]
     if falls_Rk.shape[1] > 2:
         faster_R = (np.diff(falls_Rk, axis=-1) > -1e-3).all(-1)
         yield "fall", faster_R & (falls_Rk[:, -1] - falls_Rk[:, 0] > _FALL)
-    yield "repeated", (np.diff(np.sort(ids_Rk, axis=-1), axis=-1) == 0).any(-1)
+    yield "repeated", np.asarray((np.diff(np.sort(ids_Rk, axis=-1), axis=-1) == 0).any(-1))
 
 
 def _steps_of(logprobs_Rk: npt.NDArray[np.float64], exact_k: int) -> npt.NDArray[np.float64]:

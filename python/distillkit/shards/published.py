@@ -21,7 +21,7 @@ from distillkit.errors import ConfigError, CorruptDataError, InputError
 from distillkit.shards.header import Header, alignment, check_codec
 from distillkit.shards.manifest import ShardInfo
 from distillkit.shards.parquet import open_parquet, validated
-from distillkit.shards.saved import saved_files, saved_splits
+from distillkit.shards.saved import check_uncompressed, saved_files, saved_splits
 from distillkit.shards.storage import locate, reading
 from distillkit.shards.table import Block, Documents, check_document, document_id, int32_array, make_block
 from distillkit.types import Document
@@ -195,7 +195,7 @@ def _published_codec(layout: str, config: ConfigSource, beside: str | None, name
             f"{name}: a published dataset does not record how it was encoded, and there is no {CONFIG_FILE} next to "
             "it; pass its codec configuration"
         )
-    codec = Codec(load_codec_config(beside if config is None else config))
+    codec = Codec.for_published(load_codec_config(beside if config is None else config))
     if config is not None and beside is not None:
         check_codec(codec, Codec(load_codec_config(beside)), name, f"the codec in {CONFIG_FILE}")
     if codec.format != layout:
@@ -276,6 +276,7 @@ class _TableFile:
 
     def _map(self) -> pa.Table:
         if self._mapped is None:
+            check_uncompressed(self.path)
             table = pa.ipc.open_stream(pa.memory_map(locate(self.path)[1])).read_all()
             # Nothing else is read, so nothing else needs to be sound.
             known = [name for name in _KNOWN_COLUMNS if name in table.schema.names]
@@ -434,15 +435,12 @@ class _Tokens:
 
 
 def _tokens(columns: Mapping[str, pa.Array], index: int, where: str) -> _Tokens:
-    found = {
-        name: _integers(columns[name], index, f"{where}: {name}") if name in columns else None
-        for name in _TOKEN_COLUMNS
-    }
+    found = {name: _integers(columns[name], index, f"{where}: {name}") for name in _TOKEN_COLUMNS if name in columns}
     ids = found["input_ids"]
     for name, values in found.items():
-        if values is not None and len(values) != len(ids):
+        if len(values) != len(ids):
             raise CorruptDataError(f"{where}: {name} has {len(values)} entries for {len(ids)} tokens")
-    return _Tokens(ids, found["attention_mask"], found["labels"], found["loss_mask"])
+    return _Tokens(ids, found.get("attention_mask"), found.get("labels"), found.get("loss_mask"))
 
 
 def _integers(column: pa.Array, index: int, where: str) -> npt.NDArray[Any]:

@@ -124,14 +124,11 @@ class ShardFile:
         """Reads the documents of a range of groups, in order."""
         names = [name for name in self._columns if name != "teacher"]
         with open_parquet(self.path, self._metadata) as parquet:
-            for start in range(groups.start, groups.stop, _GROUPS_AT_A_TIME):
-                run = range(start, min(start + _GROUPS_AT_A_TIME, groups.stop))
-                for group in run:
-                    self._check_size(group)
+            for run in self._runs(groups, _GROUPS_AT_A_TIME):
                 with reading(self._where(run)):
                     table = parquet.read_row_groups(list(run), columns=names, use_threads=False)
                 for group in run:
-                    part = table.slice(self._starts[group] - self._starts[start], self._groups[group])
+                    part = table.slice(self._starts[group] - self._starts[run.start], self._groups[group])
                     yield self._with_teacher(group, part, parquet)
 
     def _with_teacher(self, group: int, table: pa.Table, parquet: pq.ParquetFile) -> ShardRows:
@@ -144,11 +141,23 @@ class ShardFile:
                 raise CorruptDataError(f"{where}: the documents or their order differ from what was written")
             return ShardRows(table, self.header, self._codec, self.path, self._starts[group])
 
-    def _check_size(self, group: int) -> None:
-        """Compares a group's size in memory, as its metadata declares it, with that in the file.
+    def _runs(self, groups: range, most: int) -> Iterator[range]:
+        """Divides groups into runs that are read in one call: of at most so many, and small together."""
+        start, total = groups.start, 0
+        for group in groups:
+            size = self._size(group)
+            if group > start and (group - start == most or total + size > _SMALL_GROUP):
+                yield range(start, group)
+                start, total = group, 0
+            total += size
+        if start < groups.stop:
+            yield range(start, groups.stop)
+
+    def _size(self, group: int) -> int:
+        """A group's bytes in memory, as its metadata declares them.
 
         Raises:
-            CorruptDataError: it is far larger.
+            CorruptDataError: they are far more than the bytes in the file.
         """
         row_group = self._metadata.row_group(group)
         inside = stored = 0
@@ -165,6 +174,7 @@ class ShardFile:
                 f"{self._where(range(group, group + 1))}: {inside:,} bytes in memory from {stored:,} in the file: not "
                 "what distillkit writes"
             )
+        return inside
 
     def _where(self, groups: range) -> str:
         return f"{self.path}, documents {self._starts[groups.start]} to {self._starts[groups.stop] - 1}"
@@ -179,12 +189,12 @@ class ShardFile:
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """(D,) int64 tokens per document."""
-        for group in range(len(self._groups)):
-            self._check_size(group)
+        parts = [np.empty(0, np.int64)]
         with open_parquet(self.path, self._metadata) as parquet:
-            column = parquet.read(columns=["input_ids"], use_threads=False).column("input_ids")
-        parts = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
-        return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
+            for run in self._runs(range(len(self._groups)), len(self._groups)):
+                column = parquet.read_row_groups(list(run), columns=["input_ids"], use_threads=False).column(0)
+                parts += [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
+        return np.concatenate(parts).astype(np.int64)
 
 
 class Dataset(Documents):

@@ -10,13 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.shards.json_text import parse_json
-from distillkit.shards.storage import locate
+from distillkit.shards.storage import locate, reading
 
-__all__ = ["check_saved", "saved_files", "saved_splits"]
+__all__ = ["check_saved", "check_uncompressed", "saved_files", "saved_splits"]
+
+_MESSAGE_HEADER, _DICTIONARY_DATA, _BATCH_COMPRESSION = 2, 1, 3
+"""Fields of Arrow's Message, DictionaryBatch and RecordBatch."""
 
 SPLITS, STATE = "dataset_dict.json", "state.json"
 
@@ -59,9 +63,49 @@ def check_saved(folder: str | os.PathLike[str]) -> None:
         InputError, CorruptDataError: as for `saved_files` and `saved_splits`.
     """
     path = str(os.fspath(folder))
-    for split in saved_splits(path):
-        saved_files(f"{path}/{split}")
-    saved_files(path)
+    for folder in (path, *(f"{path}/{split}" for split in saved_splits(path))):
+        for name in saved_files(folder) or ():
+            check_uncompressed(f"{folder}/{name}")
+
+
+def check_uncompressed(path: str) -> None:
+    """Refuse a local Arrow file with compressed values, of which a few bytes can take gigabytes. `save_to_disk` maps
+    its files into memory as they are and never compresses them.
+
+    Raises:
+        CorruptDataError: values are compressed, or the file is damaged.
+    """
+    with reading(path), pa.memory_map(locate(path)[1]) as file:
+        if any(_is_compressed(message) for message in pa.ipc.MessageReader.open_stream(file)):
+            raise CorruptDataError(
+                f"{path}: an Arrow file with compressed values, expected one that save_to_disk wrote. Not read, since "
+                "its size in memory cannot be bounded"
+            )
+
+
+def _is_compressed(message: pa.Message) -> bool:
+    """Read from a message's metadata, a flatbuffer (https://github.com/apache/arrow/blob/main/format/Message.fbs),
+    whether its record batch has a `compression`."""
+    data = message.metadata.to_pybytes()
+    kinds = {"record batch": (), "dictionary": (_DICTIONARY_DATA,)}
+    if message.type not in kinds:
+        return False
+    table: int | None = int.from_bytes(data[:4], "little")
+    for field in (_MESSAGE_HEADER, *kinds[message.type], _BATCH_COMPRESSION):
+        table = None if table is None else _field(data, table, field)
+    return table is not None
+
+
+def _field(data: bytes, table: int, number: int) -> int | None:
+    """The position of a table in a table of a flatbuffer; None if there is none."""
+    start = table - int.from_bytes(data[table : table + 4], "little", signed=True)
+    slot = 4 + 2 * number
+    if start < 0 or slot + 2 > int.from_bytes(data[start : start + 2], "little"):
+        return None
+    offset = int.from_bytes(data[start + slot : start + slot + 2], "little")
+    if offset == 0:
+        return None
+    return table + offset + int.from_bytes(data[table + offset : table + offset + 4], "little")
 
 
 def _read(folder: str, name: str) -> tuple[dict[str, Any] | None, str]:

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 import xxhash
 from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from distillkit.errors import CorruptDataError, DistillKitError, InputError
+from distillkit.configuration.urls import is_url, locate
+from distillkit.errors import CorruptDataError, DistillKitError
 
 __all__ = [
     "TEMPORARY_PREFIX",
@@ -41,9 +41,6 @@ TEMPORARY_PREFIX = ".incomplete-"
 _TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<name>.+?)(\.[0-9a-f]{8})?")
 """Names of files that are being written. The digits tell apart those that several processes write under one name."""
 
-_URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://")
-_CHAINED_URL = re.compile(r"(\w+::)+[A-Za-z][A-Za-z0-9+.-]*://")
-
 _LARGEST_JSON = 1 << 28
 """Bytes of a manifest, plan or receipt: about a million shards."""
 
@@ -53,34 +50,6 @@ _ANSWER_SECONDS, _SLOWEST_UPLOAD = 300.0, 100_000.0
 _WHOLE_AT_ONCE = {"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "hf"}
 """Protocols under which a file only appears once its upload is complete; otherwise it is uploaded under a temporary
 name and then moved."""
-
-
-def is_url(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is an fsspec URL. Everything else is a local path, whatever characters it contains."""
-    return _URL.match(str(os.fspath(place))) is not None
-
-
-def locate(place: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
-    """The file system of a path or an fsspec URL, and the path in that file system.
-
-    Names are taken as they are. fsspec itself reads `a::b` as a chain of URLs, also in local paths and keys of objects,
-    and would then read, write or remove something else.
-
-    Raises:
-        InputError: a chained URL, a kind of storage that fsspec does not know, or one whose package is not installed.
-    """
-    name = str(os.fspath(place))
-    if _CHAINED_URL.match(name):
-        raise InputError(f"{name}: chained URLs are not supported; give the URL of the data itself")
-    url = _URL.match(name)
-    if url is None:
-        return LocalFileSystem(), os.path.abspath(os.path.expanduser(name) if name.startswith("~/") else name)
-    protocol = url["protocol"]
-    try:
-        kind = fsspec.get_filesystem_class(protocol)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{name} cannot be opened: {error}") from error
-    return fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(name)), str(kind._strip_protocol(name))
 
 
 class Folder:

@@ -154,7 +154,7 @@ class Chat:
             incomplete = incomplete or (form, text)
         if incomplete is None:
             # The form that came furthest says best what is wrong.
-            raise max(unfit, key=lambda error: error.place) if unfit else failures[0]
+            raise InputError(str(max(unfit, key=lambda error: error.place))) if unfit else failures[0]
         return incomplete
 
     def _check_source(self, messages: Messages, text: str) -> None:
@@ -238,7 +238,9 @@ class Chat:
         objects = [dict(message) for message in alias(messages)]
         numbers = {id(message): number for number, message in enumerate(objects)}
 
-        def trace(value: object) -> str:
+        def trace(value: object, messages: object = None) -> str:
+            if isinstance(messages, list) and isinstance(value, int) and 0 <= value < len(messages):
+                value = messages[value]
             return f"{_MESSAGE}{numbers[id(value)]}{_MESSAGE}" if id(value) in numbers else ""
 
         variables = {"documents": None, "add_generation_prompt": False, **self.tokenizer.special_tokens_map}
@@ -256,19 +258,19 @@ def _tracing_template(source: str, inside: bool) -> Any:
     from jinja2.visitor import NodeTransformer
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    def trace(value: nodes.Expr) -> nodes.Node:
-        return nodes.Output([nodes.Call(nodes.Name(_TRACER, "load"), [value], [], None, None)])
+    def is_item(node: nodes.Getitem, name: str) -> bool:
+        return isinstance(node.node, nodes.Name) and isinstance(node.arg, nodes.Name) and node.arg.name == name
 
     class Tracing(NodeTransformer):
         def visit_For(self, node: nodes.For) -> list[nodes.Node]:  # noqa: N802 (Jinja's name)
             self.generic_visit(node)
             if isinstance(node.target, nodes.Name):
-                name = node.target.name
-                lists = [each.node for each in node.find_all(nodes.Getitem) if _is_name(each.arg, name)]
-                marks = [trace(nodes.Name(name, "load"))]
                 # A loop over numbers reads messages[number].
-                marks += [trace(nodes.Getitem(each, nodes.Name(name, "load"), "load")) for each in lists[:1]]
-                node.body[:0] = marks
+                name = node.target.name
+                read = (each.node.name for each in node.find_all(nodes.Getitem) if is_item(each, name))
+                arguments = [nodes.Name(each, "load") for each in (name, *itertools.islice(read, 1))]
+                call = nodes.Call(nodes.Name(_TRACER, "load"), arguments, [], None, None)
+                node.body.insert(0, nodes.Output([call]))
             around = [nodes.Output([nodes.TemplateData(mark)]) for mark in (_LOOP, _LOOP_END)]
             return [around[0], node, around[1]]
 
@@ -276,9 +278,6 @@ def _tracing_template(source: str, inside: bool) -> Any:
             return self.generic_visit(node) if inside else node
 
         visit_Macro = visit_AssignBlock = visit_FilterBlock = keep  # noqa: N815 (Jinja's names)
-
-    def _is_name(node: nodes.Node, name: str) -> bool:
-        return isinstance(node, nodes.Name) and node.name == name
 
     environment = _compile_jinja_template(source).environment
     tree = Tracing().visit(environment.parse(source))
@@ -321,7 +320,8 @@ def _read_trace(output: str) -> Traced:
 def _forms(messages: Messages) -> Iterator[Messages]:
     """Yield a conversation in the forms that templates take, without repetition."""
     seen: list[Messages] = []
-    contents = (_as_given, _joined, _in_parts)
+    # Most templates take text; those of vision models may only take parts.
+    contents = (_joined, _as_given, _in_parts, _all_text)
     empties = (_without_null, _null_content, _empty_text, _without_content)
     for content, empty, arguments in itertools.product(contents, empties, (_parsed, _as_text)):
         form = [arguments(empty(content(message))) for message in messages]
@@ -335,12 +335,16 @@ def _as_given(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:
-    content, parts = message["content"], _text_parts(message)
-    if parts is not None:
-        return {**message, "content": "".join(parts)}
-    if content is None or isinstance(content, str):
-        return message
-    return {**message, "content": json.dumps(content, ensure_ascii=False)}  # what a tool answered
+    parts = _text_parts(message)
+    return message if parts is None else {**message, "content": "".join(parts)}
+
+
+def _all_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Also write a tool's answer that is an object as JSON."""
+    joined = _joined(message)
+    if joined["content"] is None or isinstance(joined["content"], str):
+        return joined
+    return {**joined, "content": json.dumps(joined["content"], ensure_ascii=False)}
 
 
 def _text_parts(message: dict[str, Any]) -> list[str] | None:
@@ -370,7 +374,7 @@ def _null_content(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _empty_text(message: dict[str, Any]) -> dict[str, Any]:
-    return {**message, "content": ""} if message["content"] is None else message
+    return {**message, "content": ""} if message.get("content", "") is None else message
 
 
 def _parsed(message: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 from distillkit.errors import ConfigError, CorruptDataError, InputError
 from distillkit.shards.parquet import open_parquet, validated
 from distillkit.text.arrow_rows import arrow_rows
+from distillkit.text.file_names import SUFFIXES, format_suffix
 
 __all__ = []
 
@@ -59,14 +60,14 @@ class _Format:
     schema: Callable[[Path, Sequence[str] | None], pa.Schema]
 
 
-_COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @contextmanager
 def _open(file: Path) -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed."""
-    compressed = _COMPRESSED.get(file.suffix.lower())
+    compressed = _DECOMPRESSORS.get(file.suffix.lower())
     try:
         with file.open("rb") if compressed is None else compressed(file) as data:
             yield cast(BinaryIO, data)
@@ -92,7 +93,7 @@ def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _load_lines(file: Path) -> _Rows:
-    return list(_read_lines(file)) if file.suffix.lower() in _COMPRESSED else _Lines(file)
+    return list(_read_lines(file)) if file.suffix.lower() in _DECOMPRESSORS else _Lines(file)
 
 
 class _Lines:
@@ -243,12 +244,6 @@ FORMATS = {
     ".txt": _Format(lambda file: 1, _read_text, lambda file: list(_read_text(file)), _text_schema),
     ".parquet": _Format(_count_parquet, _read_parquet, _Table, _parquet_schema),
 }
-# Suffixes of data that are not read; a folder's other files, such as README.md, are nobody's data.
-OTHER_DATA = (
-    *(".csv", ".tsv", ".arrow", ".feather", ".avro", ".orc", ".pkl", ".xlsx", ".jsonlines"),
-    *(".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", *_COMPRESSED),
-)
-SUFFIXES = f"{', '.join(FORMATS)} (all but .parquet also compressed: {', '.join(_COMPRESSED)})"
 
 
 def file_format(file: Path) -> _Format:
@@ -257,20 +252,7 @@ def file_format(file: Path) -> _Format:
     Raises:
         ConfigError: files of this name are not read.
     """
-    suffix = _suffix(file)
+    suffix = format_suffix(file)
     if suffix not in FORMATS:
         raise ConfigError(f"{file}: expected a file of {SUFFIXES}, found {file.suffix or 'no suffix'!r}")
     return FORMATS[suffix]
-
-
-def is_read(file: Path) -> bool:
-    """Whether files of this name are read."""
-    return _suffix(file) in FORMATS
-
-
-def _suffix(file: Path) -> str:
-    """Return the suffix that says the format, in lower case; in compressed files it is the one before the last."""
-    suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
-    if suffixes and suffixes[-1] in _COMPRESSED and suffixes[0] != ".parquet":
-        return suffixes[0]
-    return suffixes[-1] if suffixes else ""

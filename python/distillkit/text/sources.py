@@ -24,7 +24,8 @@ from distillkit.shards.parquet import validated
 from distillkit.shards.saved import check_saved
 from distillkit.shards.storage import is_url, locate
 from distillkit.text.arrow_rows import arrow_rows, stored_type
-from distillkit.text.file_formats import OTHER_DATA, SUFFIXES, TEACHER_COLUMNS, file_format, is_read
+from distillkit.text.file_formats import TEACHER_COLUMNS, file_format
+from distillkit.text.file_names import OTHER_DATA, SUFFIXES, is_read
 
 __all__ = ["Row", "Source", "chosen_rows", "kept_schema", "open_hub", "open_local", "open_source"]
 

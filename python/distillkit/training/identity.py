@@ -53,9 +53,13 @@ _ROWS = "training_args.per_device_train_batch_size × gradient_accumulation_step
 _SECTIONS = ("model", "dataset", "teacher", "training_args", "model_kwargs", "loss_functions", "peft")
 _FREE_SETTINGS = ("project_name", "output_path", "trust_remote_code", "functionary_packing", "use_flash_attention")
 _FREE_DATASET = (
-    *("train_dataset", "eval_dataset", "num_samples", "num_eval_samples"),
-    *("overflow", "prepared_dataset_path"),
-    "packing",  # what it comes to is compared
+    "train_dataset",
+    "eval_dataset",
+    "num_samples",
+    "num_eval_samples",
+    "prepared_dataset_path",
+    "packing",  # what these two come to is compared
+    "overflow",
 )
 _FREE_TEACHER = ("path", "kwargs", "logprob_compressor", "legacy_logit_compression", "vocab_size")
 _FREE_LOSS = ("sparse_chunk_length",)

@@ -310,7 +310,7 @@ def _dataset(
     """Check a dataset against the student, and return its training examples."""
     head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
     live = {} if teacher is None else {"teacher.path": teacher.model}
-    check_positions(config, part, source, {"model": model, **live})
+    check_positions(config, part, source, arguments, {"model": model, **live})
     if teacher is not None:
         check_ids(source, head_size, key)
         return training_dataset(config, part, source, teacher, arguments)

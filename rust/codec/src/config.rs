@@ -106,6 +106,10 @@ pub struct QuantizedConfig {
     /// Evaluate the terms at n points evenly on \[0, 1\] instead of 0 … n − 1.
     #[serde(default)]
     pub normalize_t: bool,
+    /// Decode as version 2 of the format: with the roundings of the published decoder. It is no
+    /// field of a published configuration, so never part of its JSON.
+    #[serde(skip)]
+    pub published_rounding: bool,
 }
 
 impl QuantizedConfig {

@@ -30,6 +30,9 @@ pub enum CodecError {
         /// The number of bytes needed.
         expected: usize,
     },
+    /// The caller said not to go on.
+    #[error("interrupted")]
+    Interrupted,
 }
 
 /// Result with [`CodecError`].

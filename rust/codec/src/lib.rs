@@ -21,4 +21,5 @@ pub use float::FloatType;
 pub use format::{Legacy, Quantized};
 pub use half::{bf16, f16, slice::HalfBitsSliceExt};
 pub use simd::{BACKEND_VARIABLE, Backend};
+pub use tasks::ask_whether_to_go_on;
 pub use topk::{Logit, topk};

@@ -355,6 +355,104 @@ proptest! {
     }
 }
 
+/// A configuration that keeps rows in order: a constant among the terms, coefficients of at least
+/// float32, neither residuals nor differences.
+fn ordered_configs() -> impl Strategy<Value = Config> {
+    let terms = prop::collection::vec(term(), 0..6);
+    let quantized = (sizes(), exact_share(), terms, float_type(), any::<[bool; 2]>());
+    prop_oneof![
+        4 => quantized.prop_filter_map("a term is not finite", |parts| {
+            let ((d, k), share, mut terms, exact_dtype, [wide, normalize]) = parts;
+            terms.push(json!(0));
+            let fields = json!({
+                "d": d,
+                "k": k,
+                "exact_k": (share * k as f64) as usize,
+                "exact_dtype": exact_dtype,
+                "polynomial_terms": terms,
+                "term_dtype": if wide { "float64" } else { "float32" },
+                "residual_bins": [],
+                "delta_encoding": false,
+                "normalize_t": normalize,
+            });
+            Config::from_json("quantized", &fields.to_string()).ok()
+        }),
+        1 => legacy().prop_filter("coefficients too coarse", |config| match config {
+            Config::Legacy(config) =>
+                matches!(config.term_dtype, FloatType::Float32 | FloatType::Float64),
+            Config::Quantized(_) => false,
+        }),
+    ]
+}
+
+/// A row of which some of the last ids are masked: their log-probabilities are very low.
+fn masked_row(d: u64, k: usize, random: &mut Random) -> (Vec<i64>, Vec<f32>) {
+    let (ids, mut logprobs) = row(d, k, random);
+    logprobs.sort_by(|a, b| b.total_cmp(a));
+    if random.below(2) == 0 {
+        let lowest = [-60.0, -1000.0, -3e4, -6e4][random.below(4) as usize];
+        let first = k - random.below(k as u64) as usize;
+        logprobs[first..].fill(lowest);
+    }
+    (ids, logprobs)
+}
+
+/// The largest rise from one decoded value to the next, and the total probability.
+fn rise_and_mass(decoded: &[f32]) -> (f64, f64) {
+    let rise = |pair: &[f32]| f64::from(pair[1]) - f64::from(pair[0]);
+    let largest = decoded.windows(2).map(rise).fold(0.0, f64::max);
+    (largest, decoded.iter().map(|&value| f64::from(value).exp()).sum())
+}
+
+proptest! {
+    #![proptest_config(cases(3000))]
+
+    #[test]
+    fn rows_without_residuals_do_not_rise_and_have_at_most_probability_1(
+        config in ordered_configs(),
+        seed: u64,
+    ) {
+        let codec = Codec::new(config).unwrap();
+        let mut random = Random(seed);
+        let k = codec.k();
+        let (ids, logprobs): (Vec<_>, Vec<_>) =
+            (0..16).map(|_| masked_row(codec.vocab_size(), k, &mut random)).unzip();
+        let (ids, logprobs) = (ids.concat(), logprobs.concat());
+        let (_, found) = decode(&codec, &encode(&codec, &ids, &logprobs).unwrap()).unwrap();
+        for (given, found) in logprobs.chunks(k).zip(found.chunks(k)) {
+            let (rise, mass) = rise_and_mass(found);
+            let given_mass: f64 = given.iter().map(|&y| f64::from(y).exp()).sum();
+            prop_assert!(rise <= 0.0101, "{} {:?} {:?}", rise, given, found);
+            prop_assert!(mass <= given_mass.max(1.0) + 4e-6, "{} {:?} {:?}", mass, given, found);
+        }
+    }
+}
+
+/// Layouts whose fit once left a row far out of order.
+#[test]
+fn a_masked_id_does_not_lift_the_others() {
+    for (d, k, exact_k, terms, lowest) in [
+        (97, 8, 3, json!([0, 1, 2, "sqrt"]), -1e6),
+        (97, 8, 3, json!([0, 1, 2, "sqrt"]), -1000.0),
+        (300, 30, 2, json!([0, 1, 2, 3, 4, 5, "sqrt"]), -1000.0),
+    ] {
+        let fields = json!({
+            "d": d, "k": k, "exact_k": exact_k, "exact_dtype": "bfloat16",
+            "polynomial_terms": terms, "residual_bins": [], "delta_encoding": false,
+        });
+        let codec =
+            Codec::new(Config::from_json("quantized", &fields.to_string()).unwrap()).unwrap();
+        let mut logprobs: Vec<f32> = (0..k).map(|i| -0.5 - 0.7 * i as f32).collect();
+        let total: f64 = logprobs.iter().map(|&y| f64::from(y).exp()).sum();
+        logprobs.iter_mut().for_each(|y| *y -= (total.ln() + 0.1) as f32);
+        logprobs[k - 1] = lowest;
+        let ids: Vec<i64> = (0..k as i64).collect();
+        let (_, found) = decode(&codec, &encode(&codec, &ids, &logprobs).unwrap()).unwrap();
+        let (rise, mass) = rise_and_mass(&found);
+        assert!(rise <= 0.0 && mass <= 1.0 + 1e-6, "{rise} {mass} {found:?}");
+    }
+}
+
 /// Bytes of which floats are often zero, infinite, huge or tiny.
 fn select_byte(random: &mut Random) -> u8 {
     [0x00, 0x7F, 0x80, 0xFF, 0x3F, 0x7B, 0xFC, 0x01][random.below(8) as usize]

@@ -3,11 +3,15 @@
 
 #![expect(clippy::needless_pass_by_value, reason = "extracted arguments are owned")]
 
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread::ThreadId;
+
 use distillkit_codec::{self as core, CodecError, Config, HalfBitsSliceExt, bf16, f16};
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyReadwriteArray2,
     PyUntypedArrayMethods,
 };
+use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 
 mod errors {
@@ -26,8 +30,24 @@ fn raise(error: CodecError) -> PyErr {
         CodecError::Input(_) => errors::InputError::new_err(message),
         CodecError::Corrupt(_) => errors::CorruptDataError::new_err(message),
         CodecError::Truncated { .. } => errors::TruncatedDataError::new_err(message),
+        // What the signal's handler raised.
+        CodecError::Interrupted => {
+            Python::attach(PyErr::take).unwrap_or_else(|| PyKeyboardInterrupt::new_err(message))
+        }
         _ => errors::DistillKitError::new_err(message),
     }
+}
+
+/// The thread that imported the module: Python runs the handlers of signals only in the main one,
+/// and another must not wait for the GIL only to learn that it has nothing to do.
+static IMPORTED_BY: OnceLock<ThreadId> = OnceLock::new();
+
+/// Runs the handlers of signals that arrived meanwhile; false if one of them raised, as Ctrl-C does.
+fn goes_on() -> bool {
+    if IMPORTED_BY.get() != Some(&std::thread::current().id()) {
+        return true;
+    }
+    Python::attach(|py| py.check_signals().map_err(|error| error.restore(py)).is_ok())
 }
 
 /// Runs `work` without the GIL.
@@ -35,31 +55,95 @@ fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> core::Result<T> + Se
     py.detach(work).map_err(raise)
 }
 
-fn contiguous<'a, T: numpy::Element>(
-    name: &str,
-    array: &'a PyReadonlyArray2<'_, T>,
-) -> PyResult<&'a [T]> {
-    array
-        .as_slice()
-        .map_err(|_| errors::InputError::new_err(format!("{name} must be C-contiguous")))
+/// The memory of arguments of calls that are running: its ends, and whether the call writes there.
+static IN_USE: Mutex<Vec<(usize, usize, bool)>> = Mutex::new(Vec::new());
+
+/// Holds the memory of one argument for the time of a call. numpy's own borrows do not see memory
+/// that comes from elsewhere, such as a tensor's.
+struct InUse(usize, usize, bool);
+
+impl InUse {
+    fn claim<T: numpy::Element>(
+        name: &str,
+        array: &Bound<'_, PyArray2<T>>,
+        writes: bool,
+    ) -> PyResult<Self> {
+        let start = array.data() as usize;
+        let end = start + array.len() * size_of::<T>();
+        let mut in_use = IN_USE.lock().unwrap_or_else(PoisonError::into_inner);
+        let meets = |&(from, to, written): &(usize, usize, bool)| {
+            from < end && start < to && (written || writes)
+        };
+        if in_use.iter().any(meets) {
+            return Err(errors::InputError::new_err(format!(
+                "{name} shares memory with another argument, or with an array that another thread is \
+                 passing to the codec; outputs need memory of their own"
+            )));
+        }
+        in_use.push((start, end, writes));
+        Ok(Self(start, end, writes))
+    }
 }
 
-fn contiguous_mut<'a, T: numpy::Element>(
-    name: &str,
-    array: &'a mut PyReadwriteArray2<'_, T>,
-) -> PyResult<&'a mut [T]> {
-    array
-        .as_slice_mut()
-        .map_err(|_| errors::InputError::new_err(format!("{name} must be C-contiguous")))
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let mut in_use = IN_USE.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = (self.0, self.1, self.2);
+        if let Some(place) = in_use.iter().position(|each| *each == own) {
+            in_use.swap_remove(place);
+        }
+    }
+}
+
+/// An argument that is read, C-contiguous.
+struct Input<'py, T: numpy::Element> {
+    name: &'static str,
+    array: PyReadonlyArray2<'py, T>,
+    _memory: InUse,
+}
+
+impl<'py, T: numpy::Element> Input<'py, T> {
+    fn new(name: &'static str, array: &Bound<'py, PyArray2<T>>) -> PyResult<Self> {
+        let memory = InUse::claim(name, array, false)?;
+        let array = array.try_readonly().map_err(|error| refused(name, &error))?;
+        Ok(Self { name, array, _memory: memory })
+    }
+
+    fn slice(&self) -> PyResult<&[T]> {
+        self.array.as_slice().map_err(|_| refused(self.name, &"must be C-contiguous"))
+    }
+}
+
+/// An argument that is written, C-contiguous.
+struct Output<'py, T: numpy::Element> {
+    name: &'static str,
+    array: PyReadwriteArray2<'py, T>,
+    _memory: InUse,
+}
+
+impl<'py, T: numpy::Element> Output<'py, T> {
+    fn new(name: &'static str, array: &Bound<'py, PyArray2<T>>) -> PyResult<Self> {
+        let memory = InUse::claim(name, array, true)?;
+        let array = array.try_readwrite().map_err(|error| refused(name, &error))?;
+        Ok(Self { name, array, _memory: memory })
+    }
+
+    fn slice(&mut self) -> PyResult<&mut [T]> {
+        self.array.as_slice_mut().map_err(|_| refused(self.name, &"must be C-contiguous"))
+    }
+}
+
+fn refused(name: &str, why: &dyn std::fmt::Display) -> PyErr {
+    errors::InputError::new_err(format!("{name}: {why}"))
 }
 
 /// Dense logits in one of the types they come in; 16-bit types arrive as their bits.
 #[derive(FromPyObject)]
 enum Logits<'py> {
     #[pyo3(transparent)]
-    Float32(PyReadonlyArray2<'py, f32>),
+    Float32(Bound<'py, PyArray2<f32>>),
     #[pyo3(transparent)]
-    Bits16(PyReadonlyArray2<'py, u16>),
+    Bits16(Bound<'py, PyArray2<u16>>),
 }
 
 /// Calls `$run` with the logits as a slice of their type.
@@ -67,12 +151,14 @@ macro_rules! with_logits {
     ($logits:expr, $bfloat16:expr, |$slice:ident, $width:ident| $run:expr) => {
         match &$logits {
             Logits::Float32(array) => {
-                let $slice = contiguous("logits", array)?;
+                let input = Input::new("logits", array)?;
+                let $slice = input.slice()?;
                 let $width = array.shape()[1];
                 $run
             }
             Logits::Bits16(array) => {
-                let bits = contiguous("logits", array)?;
+                let input = Input::new("logits", array)?;
+                let bits = input.slice()?;
                 let $width = array.shape()[1];
                 if $bfloat16 {
                     let $slice = bits.reinterpret_cast::<bf16>();
@@ -105,10 +191,13 @@ struct Codec {
 #[pymethods]
 impl Codec {
     #[new]
-    fn new(format: &str, config_json: &str) -> PyResult<Self> {
-        let inner =
-            Config::from_json(format, config_json).and_then(core::Codec::new).map_err(raise)?;
-        Ok(Self { inner })
+    #[pyo3(signature = (format, config_json, published_rounding = false))]
+    fn new(format: &str, config_json: &str, published_rounding: bool) -> PyResult<Self> {
+        let mut config = Config::from_json(format, config_json).map_err(raise)?;
+        if let Config::Quantized(config) = &mut config {
+            config.published_rounding = published_rounding;
+        }
+        Ok(Self { inner: core::Codec::new(config).map_err(raise)? })
     }
 
     /// Name of the instruction set in use.
@@ -190,13 +279,13 @@ impl Codec {
     fn encode(
         &self,
         py: Python<'_>,
-        ids: PyReadonlyArray2<'_, i64>,
-        logprobs: PyReadonlyArray2<'_, f32>,
-        mut out: PyReadwriteArray2<'_, u8>,
+        ids: Bound<'_, PyArray2<i64>>,
+        logprobs: Bound<'_, PyArray2<f32>>,
+        out: Bound<'_, PyArray2<u8>>,
     ) -> PyResult<()> {
-        let ids = contiguous("ids", &ids)?;
-        let logprobs = contiguous("logprobs", &logprobs)?;
-        let out = contiguous_mut("out", &mut out)?;
+        let (ids, logprobs) = (Input::new("ids", &ids)?, Input::new("logprobs", &logprobs)?);
+        let mut out = Output::new("out", &out)?;
+        let (ids, logprobs, out) = (ids.slice()?, logprobs.slice()?, out.slice()?);
         detached(py, || self.inner.encode(ids, logprobs, out))
     }
 
@@ -204,13 +293,14 @@ impl Codec {
     fn decode(
         &self,
         py: Python<'_>,
-        data: PyReadonlyArray2<'_, u8>,
-        mut ids: PyReadwriteArray2<'_, i64>,
-        mut logprobs: PyReadwriteArray2<'_, f32>,
+        data: Bound<'_, PyArray2<u8>>,
+        ids: Bound<'_, PyArray2<i64>>,
+        logprobs: Bound<'_, PyArray2<f32>>,
     ) -> PyResult<()> {
-        let ids = contiguous_mut("ids", &mut ids)?;
-        let logprobs = contiguous_mut("logprobs", &mut logprobs)?;
-        let data = contiguous("data", &data)?;
+        let data = Input::new("data", &data)?;
+        let mut ids = Output::new("out[0]", &ids)?;
+        let mut logprobs = Output::new("out[1]", &logprobs)?;
+        let (data, ids, logprobs) = (data.slice()?, ids.slice()?, logprobs.slice()?);
         detached(py, || self.inner.decode(data, ids, logprobs))
     }
 
@@ -220,9 +310,10 @@ impl Codec {
         py: Python<'_>,
         logits: Logits<'_>,
         bfloat16: bool,
-        mut out: PyReadwriteArray2<'_, u8>,
+        out: Bound<'_, PyArray2<u8>>,
     ) -> PyResult<()> {
-        let out = contiguous_mut("out", &mut out)?;
+        let mut out = Output::new("out", &out)?;
+        let out = out.slice()?;
         with_logits!(logits, bfloat16, |slice, width| detached(py, || self
             .inner
             .encode_logits(slice, width, out)))
@@ -259,12 +350,13 @@ fn topk<'py>(
 #[pyfunction]
 fn pack_bits<'py>(
     py: Python<'py>,
-    values: PyReadonlyArray2<'py, u64>,
+    values: Bound<'py, PyArray2<u64>>,
     width: u32,
 ) -> PyResult<Bound<'py, PyArray2<u8>>> {
     let rows = values.shape()[0];
     let n = values.shape()[1];
-    let values = contiguous("values", &values)?;
+    let values = Input::new("values", &values)?;
+    let values = values.slice()?;
     let bytes = core::bits::packed_len(n, width.min(64));
     let data = detached(py, || {
         let mut data = vec![0; rows * bytes];
@@ -283,13 +375,14 @@ fn pack_bits<'py>(
 #[pyfunction]
 fn unpack_bits<'py>(
     py: Python<'py>,
-    data: PyReadonlyArray2<'py, u8>,
+    data: Bound<'py, PyArray2<u8>>,
     width: u32,
     count: usize,
 ) -> PyResult<Bound<'py, PyArray2<u64>>> {
     let rows = data.shape()[0];
     let bytes = data.shape()[1];
-    let data = contiguous("data", &data)?;
+    let data = Input::new("data", &data)?;
+    let data = data.slice()?;
     let values = detached(py, || {
         let mut values = vec![0; rows * count];
         for row in 0..rows {
@@ -307,6 +400,15 @@ fn unpack_bits<'py>(
 mod _native {
     #[pymodule_export]
     use super::{Codec, pack_bits, topk, unpack_bits};
+    use super::{IMPORTED_BY, core, goes_on};
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        IMPORTED_BY.get_or_init(|| std::thread::current().id());
+        core::ask_whether_to_go_on(goes_on);
+        Ok(())
+    }
 
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "Python's name for it")]

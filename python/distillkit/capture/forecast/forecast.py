@@ -55,7 +55,7 @@ class CodecForecast:
         fits: whether that fits on the disk; None if the free space is unknown.
         positions: number of positions that the figures below were measured on; 0 if they were not measured.
         mass_mean: mean total probability of a row's stored ids.
-        kl_mean, kl_p99: KL(top k ‖ decoded) in nats per row.
+        kl_mean, kl_p99: KL(teacher ‖ decoded) over K ∪ {R} in nats per row.
         note: why the figures were not measured.
     """
 

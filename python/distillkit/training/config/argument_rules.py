@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from distillkit.configuration.problems import shown, value_problem
 from distillkit.errors import nearest
 from distillkit.losses.config import LOSS_NAMES
-from distillkit.training.config.argument_table import ARGUMENTS
+from distillkit.training.config.argument_table import ARGUMENTS, CHECKPOINTING
 
 __all__ = ["GREATER_IS_BETTER", "argument_problems", "converted"]
 
@@ -100,17 +100,6 @@ _FOR_TEXT: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dataset_text_field": (lambda value: value == "text", _PREPARES_TEXT),
 }
 
-# The keys of `activation_checkpointing_kwargs`: transformers' own, and arguments of torch.utils.checkpoint.
-_CHECKPOINTING = (
-    "debug",
-    "determinism_check",
-    "early_stop",
-    "every_n_layers",
-    "offload",
-    "preserve_rng_state",
-    "use_reentrant",
-)
-
 _PACKING_STRATEGIES = {
     "bfd_split": "dataset.overflow: split does this, and repeats some context in each piece; allowed: 'bfd'",
     "wrapped": "it would cut documents anywhere and let them attend to each other; allowed: 'bfd'",
@@ -166,8 +155,7 @@ def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callabl
     if field == "dataset_kwargs" and value is not None:
         return _dataset_kwargs_problem(value)
     if field == "activation_checkpointing_kwargs" and isinstance(value, Mapping):
-        unknown = next((key for key in value if key not in _CHECKPOINTING), None)
-        return None if unknown is None else f"unknown key {shown(unknown)}{nearest(unknown, _CHECKPOINTING)}"
+        return next((problem for item in value.items() if (problem := _checkpointing_problem(*item))), None)
     if field == "packing_strategy" and value != "bfd":
         if value in ("bfd_split", "wrapped"):
             return f"{value!r} is not supported ({_PACKING_STRATEGIES[value]})"
@@ -178,6 +166,16 @@ def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callabl
         return str(error)
     if name == "warmup_ratio" and plain is not None and plain >= 1:
         return f"must be less than 1, a fraction of all steps, found {shown(value)}; a number of steps is warmup_steps"
+    return None
+
+
+def _checkpointing_problem(key: Any, value: Any) -> str | None:
+    if key not in CHECKPOINTING:
+        return f"unknown key {shown(key)}{nearest(key, CHECKPOINTING)}"
+    try:
+        TypeAdapter(CHECKPOINTING[key]).validate_python(value, strict=True)
+    except ValidationError as error:
+        return f"{key} {value_problem(error)}"
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-__all__ = ["ARGUMENTS", "DEPENDS_ON_EVALUATION", "FREE", "LAST_STEP", "ROWS", "SCHEDULES_WITHOUT_END"]
+__all__ = ["ARGUMENTS", "CHECKPOINTING", "DEPENDS_ON_EVALUATION", "FREE", "LAST_STEP", "ROWS", "SCHEDULES_WITHOUT_END"]
 
 
 def _whole_steps(value: float | None) -> float | None:
@@ -257,6 +257,17 @@ _FREE: dict[str, Any] = {
 
 ARGUMENTS: dict[str, Any] = {**_FIXED, **_ROWS, **_LAST_STEP, **_EVALUATION, **_FREE}
 """The type of each argument, with its limits."""
+
+CHECKPOINTING: dict[str, Any] = {
+    "debug": bool,
+    "determinism_check": Literal["default", "none"],
+    "early_stop": bool,
+    "every_n_layers": Count,
+    "offload": bool,
+    "preserve_rng_state": bool,
+    "use_reentrant": bool,
+}
+"""The keys of `activation_checkpointing_kwargs`: transformers' own, and arguments of torch.utils.checkpoint."""
 
 ROWS = frozenset(_ROWS)
 LAST_STEP = frozenset(_LAST_STEP)

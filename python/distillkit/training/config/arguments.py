@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distillkit.configuration.problems import shown
 from distillkit.configuration.secrets import redacted
 from distillkit.errors import ConfigError, nearest
 from distillkit.training.config.argument_rules import GONE, GREATER_IS_BETTER, RENAMED, converted
@@ -54,6 +55,9 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     arguments.setdefault("use_cpu", not accelerated)
     arguments.setdefault("dataloader_pin_memory", accelerated)
     arguments.setdefault("dataloader_num_workers", _reading_processes(accelerated))
+    if not arguments["dataloader_num_workers"]:
+        # These say how worker processes are kept and started; torch refuses them where there are none.
+        arguments |= {"dataloader_persistent_workers": False, "dataloader_multiprocessing_context": None}
     if not arguments.get("fp16"):
         arguments.setdefault("bf16", accelerated and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     if isinstance(arguments.get("fsdp_config"), str):
@@ -201,7 +205,7 @@ def _check_fsdp_config(settings: object) -> None:
     """Refuse unknown settings, which transformers would ignore, and other versions than FSDP2."""
     if not isinstance(settings, Mapping):
         raise ConfigError(
-            f"training_args.fsdp_config: must be a mapping or the path of a JSON file, found {settings!r}"
+            f"training_args.fsdp_config: must be a mapping or the path of a JSON file, found {shown(settings)}"
         )
     for key, value in settings.items():
         name = str(key).removeprefix("fsdp_")
@@ -209,8 +213,8 @@ def _check_fsdp_config(settings: object) -> None:
             raise ConfigError(
                 f"training_args.fsdp_config.{key}: unknown setting of FSDP2{nearest(name, _FSDP_SETTINGS)}"
             )
-        if name == "version" and int(value) != 2:
-            raise ConfigError(f"training_args.fsdp_config.{key}: {value!r} is not supported; only 2 is")
+        if name == "version" and value not in (2, "2"):
+            raise ConfigError(f"training_args.fsdp_config.{key}: {shown(value)} is not supported; only 2 is")
 
 
 def _sharding_itself(settings: object, name: str) -> bool:

@@ -140,8 +140,8 @@ def _one_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
     """Rename `torch_dtype`, as in older configurations, to `dtype`, and check its value."""
     if "torch_dtype" in arguments and "dtype" in arguments:
         raise ValueError(
-            f"dtype: {arguments['dtype']!r} and torch_dtype: {arguments['torch_dtype']!r} are the same setting; use "
-            "dtype"
+            f"dtype: {shown(arguments['dtype'])} and torch_dtype: {shown(arguments['torch_dtype'])} are the same "
+            "setting; use dtype"
         )
     arguments = {("dtype" if key == "torch_dtype" else key): value for key, value in arguments.items()}
     dtype = arguments.get("dtype")

@@ -93,13 +93,16 @@ def long_documents(config: RunConfig, part: Part, documents: DocumentSource) -> 
     return LongDocuments.of(_chosen(config, part, documents)[1], config.sequence_length)
 
 
-def check_positions(config: RunConfig, part: Part, documents: DocumentSource, models: Mapping[str, Any]) -> None:
-    """Refuse documents beyond a model's table of positions, and warn of those beyond what it was made for.
+def check_positions(
+    config: RunConfig, part: Part, documents: DocumentSource, arguments: SFTConfig, models: Mapping[str, Any]
+) -> None:
+    """Refuse rows beyond a model's table of positions, and warn of documents beyond what it was made for.
 
     Args:
         config: the run's configuration.
         part: whose documents these are.
         documents: the documents.
+        arguments: the trainer's arguments.
         models: the student, and a live teacher, by the setting that names them.
 
     Raises:
@@ -109,17 +112,21 @@ def check_positions(config: RunConfig, part: Part, documents: DocumentSource, mo
     if config.dataset.prepacked or "packed" in header:
         return  # positions restart in rows that are packed already
     longest = min(long_documents(config, part, documents).longest, config.sequence_length)
+    # The positions of padding continue those of a row's last document.
+    multiple = arguments.pad_to_multiple_of or 1
+    row = -(-(config.sequence_length if is_packed(config, arguments, part) else longest) // multiple) * multiple
     for name, model in models.items():
         limit = getattr(bare_model(model).config.get_text_config(), "max_position_embeddings", None)
-        if not isinstance(limit, int) or longest <= limit:
+        if not isinstance(limit, int) or row <= limit:
             continue
-        found = (
-            f"{name} was made for {limit:,} positions (max_position_embeddings), and dataset.{part}_dataset has "
-            f"documents of up to {longest:,} tokens"
-        )
+        made = f"{name} was made for {limit:,} positions (max_position_embeddings), and dataset.{part}_dataset has"
         if _position_table(model, limit):
-            raise ConfigError(f"{found}, for which it has no embeddings. Set sequence_length to at most {limit:,}")
-        logger.warning("%s", found)
+            raise ConfigError(
+                f"{made} rows of up to {row:,} tokens, for which it has no embeddings. Set sequence_length to at most "
+                f"{limit:,}"
+            )
+        if longest > limit:
+            logger.warning("%s documents of up to %s tokens", made, f"{longest:,}")
 
 
 def _position_table(model: Any, size: int) -> bool:

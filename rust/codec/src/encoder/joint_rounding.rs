@@ -1,40 +1,26 @@
 //! Exact values of a row rounded jointly.
 //!
-//! With errors eᵢ of the exact values, a shift s of all approximated ones, and T their probability,
-//! the second order of what rounding costs is
+//! With errors eᵢ of the exact values and M the probability of everything else (approximated ids
+//! and the missing outcome R), the second order of what their rounding adds to KL over K ∪ {R} is
 //!
 //! ```text
-//! P·KL of the renormalised rows  ½ (Σ pᵢeᵢ² + T s² − A²/P)
-//! KL of the missing probability  ½ A² / (P (1 − P))
-//! A = Σ pᵢeᵢ + T s               the error of the total probability P
+//! ½ (Σ pᵢeᵢ² + S²/M)      S = Σ pᵢeᵢ
 //! ```
 //!
-//! and a row minimises the first plus [`MISSING`] times the second. In s that is a parabola. With
-//! the best s, what is left is Σ pᵢeᵢ² + K (Σ pᵢeᵢ)² with K = κ / (1 + T κ) and
-//! κ = ([`MISSING`] / (1 − P) − 1) / P.
-//!
-//! Where K is negative (much probability is missing), errors may share a direction: the minimum is
-//! the rounding of the values shifted by some amount, which is searched for on a grid. Where K is
-//! positive (hardly any is missing), errors have to cancel: after the grid search, values flip to
-//! their other neighbour where that helps, the most probable first. Both look at the first
-//! [`SEARCHED_RANKS`] ranks, which have nearly all the probability; s is cut off at
-//! [`LARGEST_SHIFT`]. Every exact value stays one of its two neighbours.
+//! where everything else has the probability M − S: the approximated values are shifted by −S/M,
+//! which leaves R the same factor. So the errors should cancel. Each value is first rounded to
+//! nearest; then values flip to their other neighbour where that costs less, the most probable
+//! first. Only the first [`SEARCHED_RANKS`] ranks do, which have nearly all the probability; the
+//! shift is cut off at [`LARGEST_SHIFT`]. Every exact value stays one of its two neighbours.
 
-use super::row::{Group, LIKELY_PROBABILITY, MIN_LOGPROB};
+use super::row::{Group, LEAST_MISSING, LIKELY_PROBABILITY, MIN_LOGPROB};
 use crate::float::nearest_bfloat16;
 use crate::simd::lanes::{LANES, Lanes, no_unroll};
 
-/// How much the KL of the missing probability counts beside that of the renormalised row.
-const MISSING: f32 = 0.01;
-/// Less missing probability than this counts as this: sums of float32 probabilities are no better.
-const LEAST_MISSING: f32 = 1e-4;
-/// Values are shifted by up to this many grid steps in both directions.
-const SHIFTS: usize = 6;
-const SHIFT: f32 = 1e-3;
-/// The ranks that shifts are compared by, and that flip to their other neighbour one by one.
+/// The ranks that may flip to their other neighbour.
 const SEARCHED_RANKS: usize = 32;
 /// Approximated values follow by no more than this (nats).
-const LARGEST_SHIFT: f32 = 0.01;
+pub(crate) const LARGEST_SHIFT: f32 = 0.01;
 
 /// Buffers, kept from group to group.
 #[derive(Debug, Default)]
@@ -53,8 +39,6 @@ struct Rank {
     up_error: Lanes,
     down_error: Lanes,
     p: Lanes,
-    /// Shifted by this, the value is as near to one neighbour as to the other.
-    flip_shift: Lanes,
     /// 1 where `up` is stored, else 0.
     is_up: Lanes,
 }
@@ -81,9 +65,8 @@ impl Rank {
         }
         let up_error = up - target;
         let down_error = down - target;
-        let flip_shift = Lanes::splat(0.5) * (up_error + down_error);
-        let is_up = positive(Lanes::ZERO - flip_shift);
-        Self { up, down, up_error, down_error, p: y.exp(), flip_shift, is_up }
+        let is_up = positive(Lanes::ZERO - up_error - down_error);
+        Self { up, down, up_error, down_error, p: y.exp(), is_up }
     }
 
     /// Leaves only the nearer neighbour where the other's error is larger than `allowed`, or the
@@ -124,7 +107,7 @@ fn positive(x: Lanes) -> Lanes {
 pub(crate) struct JointRounding {
     /// By how much they should be shifted.
     pub(crate) shift: Lanes,
-    /// K, the weight of the squared error that all values share.
+    /// 1/M, the weight of S².
     pub(crate) shared: Lanes,
 }
 
@@ -139,7 +122,7 @@ pub(crate) fn round_jointly(
     scratch: &mut JointScratch,
     exact: &mut Vec<f64>,
 ) -> JointRounding {
-    let Group { logprobs, k, masses } = group;
+    let Group { logprobs, k, .. } = group;
     let row = |lane: usize| logprobs.get(lane * k..(lane + 1) * k).unwrap_or(&logprobs[..k]);
     let rows: [&[f32]; LANES] = std::array::from_fn(row);
     let JointScratch { ranks } = scratch;
@@ -157,12 +140,12 @@ pub(crate) fn round_jointly(
         let larger = allowed.max(rank.error().abs());
         allowed = rank.p.where_greater(Lanes::splat(LIKELY_PROBABILITY), larger, allowed);
     }
-    let rest = (masses - mass).max(Lanes::ZERO);
     let one = Lanes::splat(1.0);
-    let missing = (one - masses).max(Lanes::splat(LEAST_MISSING));
-    let kappa = (Lanes::splat(MISSING) / missing - one) / masses;
-    let shared = kappa / (one + rest * kappa);
-    shift_ranks(ranks, allowed, shared);
+    let shared = one / (one - mass).max(Lanes::splat(LEAST_MISSING));
+    for rank in ranks.iter_mut() {
+        no_unroll();
+        rank.keep_within(allowed);
+    }
     let next = Lanes(rows.map(|row| row.get(exact_k).copied().unwrap_or(f32::NEG_INFINITY)));
     let error = coordinate_descent(ranks, shared, next);
     exact.resize(logprobs.len() / k * exact_k, 0.0);
@@ -175,50 +158,6 @@ pub(crate) fn round_jointly(
     let limit = Lanes::splat(LARGEST_SHIFT);
     let shift = (Lanes::ZERO - error * shared).min(limit).max(Lanes::ZERO - limit);
     JointRounding { shift, shared }
-}
-
-/// Rounds the values shifted by what costs each row least, with errors within `allowed`.
-#[inline(always)]
-fn shift_ranks(ranks: &mut [Rank], allowed: Lanes, shared: Lanes) {
-    let count = ranks.len().min(SEARCHED_RANKS);
-    // The sums where all values are rounded down, and what each adds when it is rounded up.
-    let mut sum_down = Lanes::ZERO;
-    let mut squares_down = Lanes::ZERO;
-    let mut gains = [[Lanes::ZERO; 2]; SEARCHED_RANKS];
-    for (i, rank) in ranks.iter_mut().enumerate() {
-        no_unroll();
-        rank.keep_within(allowed);
-        if let Some([sum, squares]) = gains.get_mut(i) {
-            let down = rank.p * rank.down_error;
-            let up = rank.p * rank.up_error;
-            sum_down += down;
-            squares_down += down * rank.down_error;
-            *sum = up - down;
-            *squares = up * rank.up_error - down * rank.down_error;
-        }
-    }
-    let mut best = Lanes::ZERO;
-    let mut least = Lanes::splat(f32::INFINITY);
-    for step in 0..=2 * SHIFTS {
-        // Smaller ones come first: 0, 1, −1, 2, −2, …
-        let size = step.div_ceil(2) as f32 * SHIFT;
-        let shift = Lanes::splat(if step % 2 == 1 { size } else { -size });
-        let mut sum = sum_down;
-        let mut squares = squares_down;
-        for (rank, [of_sum, of_squares]) in ranks[..count].iter().zip(&gains[..count]) {
-            no_unroll();
-            let is_up = positive(shift - rank.flip_shift);
-            sum += is_up * *of_sum;
-            squares += is_up * *of_squares;
-        }
-        let cost = squares + shared * sum * sum;
-        best = least.where_greater(cost, shift, best);
-        least = least.min(cost);
-    }
-    for rank in ranks {
-        no_unroll();
-        rank.is_up = positive(best - rank.flip_shift);
-    }
 }
 
 /// Flips values to their other neighbour, in order of rank, where that costs a row less and keeps
@@ -268,8 +207,8 @@ mod tests {
         logits.iter().map(logprob).collect()
     }
 
-    /// The cost in the module's documentation with the best shift of the approximated values, and
-    /// that shift.
+    /// Twice the second order of KL over K ∪ {R} with the best shift of the approximated values, and
+    /// that shift: the renormalised row's part and that of the total probability.
     fn cost(row: &[f32], stored: &[f64]) -> (f64, f64) {
         let p = |y: &f32| f64::from(*y).exp();
         let total: f64 = row.iter().map(p).sum();
@@ -284,7 +223,7 @@ mod tests {
         let of = |shift: f64| {
             let mass = sum + rest * shift;
             let renormalised = squares + rest * shift * shift - mass * mass / total;
-            renormalised + f64::from(MISSING) * mass * mass / (total * (1.0 - total))
+            renormalised + mass * mass / (total * (1.0 - total))
         };
         // A parabola through three points has its least value here.
         let [low, middle, high] = [of(-1.0), of(0.0), of(1.0)];

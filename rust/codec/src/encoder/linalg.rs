@@ -188,6 +188,22 @@ pub(crate) fn cholesky(a: &mut [f64], r: usize) -> bool {
     true
 }
 
+/// Changes a factor of A from [`cholesky`] into that of A + v·vᵀ; v is overwritten.
+#[inline(always)]
+pub(crate) fn add_square(l: &mut [f64], v: &mut [f64], r: usize) {
+    for k in 0..r {
+        let inverse = l[k * r + k];
+        let t = v[k] * inverse;
+        let stretch = (1.0 + t * t).sqrt();
+        l[k * r + k] = inverse / stretch;
+        for i in k + 1..r {
+            let below = (l[i * r + k] + t * v[i]) / stretch;
+            v[i] = (v[i] - t * l[i * r + k]) / stretch;
+            l[i * r + k] = below;
+        }
+    }
+}
+
 /// b ← L⁻¹ b, with a factor from [`cholesky`].
 #[inline(always)]
 pub(crate) fn solve_lower(l: &[f64], b: &mut [f64], r: usize) {

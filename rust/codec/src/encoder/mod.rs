@@ -1,4 +1,5 @@
-//! The encoder of a row's values: which bytes decode to a distribution close to the given one.
+//! The encoder of a row's values: which bytes decode to a distribution close to the given one. Close
+//! is KL over K ∪ {R}: the row's ids, and all others together as one more outcome R.
 //!
 //! docs/encoder.md explains the method and why each step is there. In short, for a group of up to
 //! sixteen rows, one in each lane of a vector:
@@ -14,6 +15,7 @@
 //!     c ← c − H⁻¹ g, shortened so that no value moves by more than 2 nats
 //!     stop a row whose step promised less than 1e-3 nats
 //! for each row that is out of order, or wrong by more than the unweighted fit:
+//!     H ← H + s·sᵀ / R, s = Σ p·q                              the cost of a wrong total probability
 //!     c ← argmin (c − c*)ᵀ H (c − c*) within these bounds                              active_set
 //! stored  ← round the coefficients of the terms, c mapped back                       coefficients
 //! decoded ← what the decoder computes from them                                       group_check
@@ -35,8 +37,8 @@
 //! 4. The search runs in float32, in an orthonormal basis that was found in float64. No operation
 //!    is fused and lanes never see each other, so bytes depend on neither the machine nor the rows
 //!    beside a row.
-//! 5. Bounds are met on one parabola, that of the unbounded minimum, instead of one for each point
-//!    on the way (sequential quadratic programming).
+//! 5. Bounds are met on one parabola, that of the unbounded minimum, and on a second one where they
+//!    cost much, instead of one for each point on the way (sequential quadratic programming).
 //! 6. The dual active-set method factorises its few active normals anew in each step instead of
 //!    updating the factor, starts with the violation that the group's check found, and accepts
 //!    violations below half the margin.

@@ -1,24 +1,27 @@
 //! What the encoder works out once per configuration.
 
+use std::iter::repeat_n;
 use std::sync::Arc;
 
 use super::column_sums::rank_table;
 use super::rounding::ExactRounding;
 use super::row::LIKELY_LOGPROB;
 use super::solver::{Fit, Limits};
+use crate::float::FloatType;
 use crate::values::{Terms, ValueDecoder};
 
 /// How much each value must be below the one before it (nats): tried in turn until the decoder's
 /// rounding leaves the row in order.
 const MARGINS: [f64; 3] = [4e-5, 3.2e-4, 2.6e-3];
 /// The error that likely ids are always allowed is the least of three, all in nats. The first is
-/// this many with one coefficient, and half as many with each further one.
-const ALLOWED_ERROR: f64 = 16.0;
+/// this many with one coefficient, and fewer by this factor with each further one.
+const ALLOWED_ERROR: f64 = 50.0;
+const ALLOWED_FACTOR: f64 = 0.4;
 /// Coefficients beyond this many leave it as it is.
 const ALLOWED_TERMS: usize = 6;
 /// The second is this many for each e-fold of ranks, divided by one more than there are
 /// coefficients.
-const ALLOWED_FOLD: f64 = 6.4;
+const ALLOWED_FOLD: f64 = 8.0;
 /// The third is this many for each e-fold of ranks, divided by the square of the first rank that is
 /// neither exact nor has a residual.
 const ALLOWED_FIRST: f64 = 100.0;
@@ -89,6 +92,15 @@ impl Plan {
         self.constant
     }
 
+    /// Whether every row can be kept in order and to a total probability of at most 1: values can be
+    /// shifted down without residuals or differences behind them, in steps that do not show.
+    #[inline(always)]
+    pub(crate) fn keeps_order(&self) -> bool {
+        let layout = self.decoder.layout();
+        let fine = matches!(layout.coefficient_dtype, FloatType::Float32 | FloatType::Float64);
+        fine && self.constant.is_some() && !layout.delta_encoding && layout.residual_bins.is_empty()
+    }
+
     /// The largest error of likely ids that is never fought (nats).
     #[inline(always)]
     pub(crate) const fn allowed_error(&self) -> f64 {
@@ -138,7 +150,9 @@ fn allowed_error(decoder: &ValueDecoder) -> f64 {
     let first = (layout.exact_k + layout.residual_count()).max(1) as f64;
     let folds = libm::log(decoder.k().max(1) as f64 / first);
     let a_fold = (ALLOWED_FOLD / (m + 1) as f64).min(ALLOWED_FIRST / (first * first));
-    let of_terms = ALLOWED_ERROR * 0.5f64.powi(m.min(ALLOWED_TERMS) as i32 - 1);
+    // Not by `powi`, whose rounding std leaves open.
+    let further = repeat_n(ALLOWED_FACTOR, m.clamp(1, ALLOWED_TERMS) - 1);
+    let of_terms = ALLOWED_ERROR * further.product::<f64>();
     of_terms.min(a_fold * folds)
 }
 

@@ -9,10 +9,18 @@ use super::plan::Plan;
 use super::residuals::Residual;
 use super::row::{LIKELY_LOGPROB, MIN_LOGPROB, RowInput, StoredRow, likely_ranks};
 use super::solver::{Fit, FitScratch, Fitted};
-use crate::simd::lanes::{all_finite, order_and_mass, sum_exp};
+use crate::simd::lanes::{all_finite, exp, order_and_mass, sum_exp};
 
 /// Where order and errors exclude each other, errors may be this many times larger, in turn.
 const RELAXED: [f64; 7] = [1.0, 1.25, 1.6, 2.0, 2.5, 3.2, f64::INFINITY];
+
+/// Coefficients whose rounding makes no value rise by more than this (nats) stay as they are: to be
+/// in order they would have to do without most terms.
+const ROUNDED_RISE: f64 = 1e-2;
+/// How often all values of a row are shifted down to meet a limit.
+const MOST_SHIFTS: usize = 16;
+/// Less probability than this is not aimed at.
+const LEAST_MASS: f64 = 1e-30;
 
 /// One row of a group to write.
 #[derive(Clone, Copy)]
@@ -54,38 +62,137 @@ impl RowJob<'_> {
             self.limit_mass(exact, sum_exp(&scratch.stored.evaluated.narrow), scratch);
             return;
         };
-        let mut shift = 0.0;
         for margin in plan.margins() {
             if !fitted.inside {
-                fit.take_factor(fit_scratch, self.lane, fitted);
+                fit.take_factor(fit_scratch, self.lane, self.input, fitted);
                 self.keep_bounds(fit, margin, fitted, &mut scratch.bounds);
             }
             self.round(fit, &fitted.c, scratch);
-            plan.shift_down(shift, &mut scratch.stored.coefficients);
             self.evaluate(scratch);
-            if let Some(mass) = self.mass_if_ordered(scratch) {
-                self.raise_last_exact_if_below(exact, scratch);
-                let excess = self.limit_mass(exact, mass, scratch);
-                if excess <= MASS_ROUNDING || shift > 0.0 || plan.constant().is_none() {
-                    return;
-                }
-                // Bounds can add mass to the approximated ranks; shifting all of them down by the
-                // same amount takes it away again.
-                shift = shift_for_excess(excess, mass);
-                plan.shift_down(shift, &mut scratch.stored.coefficients);
-                self.evaluate(scratch);
-                if self.mass_if_ordered(scratch).is_some() {
-                    return;
-                }
+            if self.settle(exact, scratch) {
+                return;
             }
             // Rounding disturbed what the fit left in order.
             fitted.inside = false;
         }
         self.choose_without_order(fit, fitted, scratch);
+        if plan.keeps_order() && self.largest_rise(scratch) > ROUNDED_RISE {
+            self.choose_in_order(exact, scratch);
+            return;
+        }
         if !all_finite(&scratch.stored.evaluated.narrow) {
             self.flat_fallback(scratch);
         }
-        self.limit_mass(exact, sum_exp(&scratch.stored.evaluated.narrow), scratch);
+        for _ in 0..MOST_SHIFTS {
+            let mass = sum_exp(&scratch.stored.evaluated.narrow);
+            let excess = self.limit_mass(exact, mass, scratch);
+            if excess <= MASS_ROUNDING || plan.constant().is_none() {
+                return;
+            }
+            plan.shift_down(shift_for_excess(excess, mass), &mut scratch.stored.coefficients);
+            self.evaluate(scratch);
+        }
+    }
+
+    /// By how much a value is at most above the one before it, or the first above the ceiling;
+    /// infinite where a value is not finite.
+    fn largest_rise(&self, scratch: &RowScratch) -> f64 {
+        let mut before = self.ceiling;
+        let mut largest = 0.0f64;
+        for value in &scratch.stored.evaluated.narrow {
+            let value = f64::from(*value);
+            let rise = value - before;
+            largest = if rise.is_finite() { largest.max(rise) } else { f64::INFINITY };
+            before = value;
+        }
+        largest
+    }
+
+    /// Raises the last exact value where the first approximated one needs it, and takes away what
+    /// the row has above a total probability of 1: from exact values that were rounded up, and then
+    /// from all approximated ones alike. Returns false where the row is not in order, or has still
+    /// too much.
+    #[inline(always)]
+    fn settle(&self, exact: &mut [f64], scratch: &mut RowScratch) -> bool {
+        for _ in 0..MOST_SHIFTS {
+            let Some(mass) = self.mass_if_ordered(scratch) else { return false };
+            self.raise_last_exact_if_below(exact, scratch);
+            let excess = self.limit_mass(exact, mass, scratch);
+            if excess <= MASS_ROUNDING || self.plan.constant().is_none() {
+                return true;
+            }
+            self.plan.shift_down(shift_for_excess(excess, mass), &mut scratch.stored.coefficients);
+            self.evaluate(scratch);
+        }
+        false
+    }
+
+    /// The constant and one other term: their sum is in order whatever its coefficients are rounded
+    /// to, if the sign is right. Of all such pairs, that of least KL over K ∪ {R}; each has the
+    /// right probability where the ceiling allows it.
+    #[cold]
+    fn choose_in_order(&self, exact: &mut [f64], scratch: &mut RowScratch) {
+        let y = self.input.y;
+        let p: Vec<f64> = y.iter().map(|&y| f64::from(exp(y))).collect();
+        let mass: f64 = p.iter().sum();
+        let mut least = f64::INFINITY;
+        let mut best = vec![0.0; scratch.stored.coefficients.len()];
+        let terms = self.plan.decoder().terms();
+        for (index, term) in terms.rows().enumerate() {
+            let Some(falling) = direction(term) else { continue };
+            let slope = falling * (falling * weighted_slope(term, y, &p)).max(0.0);
+            let dtype = self.plan.decoder().layout().coefficient_dtype;
+            let slope = dtype.round(slope.clamp(-dtype.max(), dtype.max()));
+            scratch.stored.coefficients.fill(0.0);
+            scratch.stored.coefficients[index] = slope;
+            if !self.level(mass, scratch) {
+                continue;
+            }
+            let mut cost = 0.0;
+            for ((p, value), y) in p.iter().zip(&scratch.stored.evaluated.narrow).zip(y) {
+                cost += p * (f64::from(*y) - f64::from(*value));
+            }
+            let left = self.input.missing + mass - sum_exp(&scratch.stored.evaluated.narrow);
+            cost -= self.input.missing * libm::log(left.max(f64::MIN_POSITIVE));
+            if cost < least {
+                least = cost;
+                best.clone_from(&scratch.stored.coefficients);
+            }
+        }
+        scratch.stored.coefficients = best;
+        self.evaluate(scratch);
+        if least.is_infinite() {
+            self.level(mass, scratch);
+        }
+        self.settle(exact, scratch);
+    }
+
+    /// Sets the coefficient of the constant term such that the values have the probability `mass`,
+    /// or less where the first of them would exceed the ceiling. Returns false where the values are
+    /// not finite.
+    fn level(&self, mass: f64, scratch: &mut RowScratch) -> bool {
+        let Some(constant) = self.plan.constant() else { return false };
+        let dtype = self.plan.decoder().layout().coefficient_dtype;
+        self.evaluate(scratch);
+        let values = &scratch.stored.evaluated.narrow;
+        let first = f64::from(values[0]);
+        if !all_finite(values) {
+            return false;
+        }
+        let relative: f64 = values.iter().map(|&value| libm::exp(f64::from(value) - first)).sum();
+        let highest = libm::log(mass.max(LEAST_MASS) / relative).min(self.ceiling);
+        let mut lower = 0.0;
+        for _ in 0..MOST_SHIFTS {
+            let c = &mut scratch.stored.coefficients[constant];
+            *c = dtype.next_down(dtype.round(highest - lower - first));
+            self.evaluate(scratch);
+            if self.mass_if_ordered(scratch).is_some() {
+                return true;
+            }
+            // The sum was rounded up to above the ceiling.
+            lower = 2.0 * lower + first.abs().max(1.0) * 1e-7;
+        }
+        false
     }
 
     /// Moves the fit into its bounds. Order comes before errors where a row cannot have both.
@@ -248,4 +355,28 @@ impl RowJob<'_> {
         }
         limit_mass(self.plan, self.input.logprobs, exact, mass, &mut scratch.stored)
     }
+}
+
+/// −1 where a term increases from rank to rank, and so falls with a negative coefficient, 1 where it
+/// decreases; `None` where it does neither, or nothing at all.
+fn direction(term: &[f64]) -> Option<f64> {
+    if term.first() == term.last() {
+        None
+    } else if term.is_sorted() {
+        Some(-1.0)
+    } else {
+        term.is_sorted_by(|a, b| a >= b).then_some(1.0)
+    }
+}
+
+/// The slope of the line through the points (term, y), with weights p.
+fn weighted_slope(term: &[f64], y: &[f32], p: &[f64]) -> f64 {
+    let mass: f64 = p.iter().sum();
+    let points = || term.iter().zip(y).zip(p).map(|((x, y), p)| (*x, f64::from(*y), *p));
+    // A rank without probability has no say, however low its value is.
+    let mean_x = points().map(|(x, _, p)| p * x).sum::<f64>() / mass;
+    let mean_y = points().map(|(_, y, p)| p * y).sum::<f64>() / mass;
+    let along: f64 = points().map(|(x, y, p)| p * (x - mean_x) * (y - mean_y)).sum();
+    let square: f64 = points().map(|(x, _, p)| p * (x - mean_x).powi(2)).sum();
+    if square > 0.0 { along / square } else { 0.0 }
 }

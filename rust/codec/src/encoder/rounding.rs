@@ -1,7 +1,7 @@
 //! Rounding of the exact values, before anything is fitted: each to one of its two neighbours.
 
-use super::joint_rounding::{JointRounding, JointScratch, round_jointly};
-use super::row::{Ceiling, Group, RowInput};
+use super::joint_rounding::{JointRounding, JointScratch, LARGEST_SHIFT, round_jointly};
+use super::row::{Ceiling, Group, LEAST_MISSING, RowInput};
 use crate::error::{CodecError, Result, RowResult};
 use crate::float::FloatType;
 use crate::simd::lanes::{LANES, exp};
@@ -36,14 +36,10 @@ impl ExactRounding {
     }
 
     /// Whether the values of a row are rounded jointly. In types other than bfloat16 their errors
-    /// are too small for that to matter. Where nothing has larger errors than they have, each of
-    /// these errors is kept least.
+    /// are too small for that to matter.
     #[inline(always)]
     fn is_joint(&self) -> bool {
-        self.dtype == FloatType::Bfloat16
-            && !self.delta_encoding
-            && self.exact_k > 0
-            && self.allowed_error > 0.0
+        self.dtype == FloatType::Bfloat16 && !self.delta_encoding && self.exact_k > 0
     }
 
     /// Rounds the exact values of a group's rows, and returns what is to be fitted in each row;
@@ -69,19 +65,19 @@ impl ExactRounding {
             let stored = &exact[i * self.exact_k..(i + 1) * self.exact_k];
             self.check(stored, first).map_err(|error| (i, error))?;
             let shift = f64::from(jointly.shift.0[i]);
-            *row = RowInput { logprobs, y, base, shift, ceiling: Ceiling::default() };
+            let missing = f64::from((1.0 - group.masses.0[i]).max(LEAST_MISSING));
+            *row = RowInput { logprobs, y, base, shift, missing, ceiling: Ceiling::default() };
             row.ceiling = self.ceiling(row, stored, f64::from(jointly.shared.0[i]));
         }
         Ok(rows)
     }
 
     /// Appends the stored values of one row and returns where the sequence stands: 0 without
-    /// differences, and with them the running sum, less the mean error of the values so far,
-    /// weighted by their probabilities.
+    /// differences, and with them the running sum, less the shift of the values that follow.
     ///
     /// Differences are rounded against what was stored before, so errors do not add up. They are
-    /// rounded not to the values but to the values shifted by that mean error, since KL is blind to
-    /// an error that all values share.
+    /// rounded not to the values but to the values shifted by −S/M (see `joint_rounding.rs`): errors
+    /// so far have taken S from the probability M of everything else.
     #[inline(always)]
     fn round_row(&self, y: &[f32], exact: &mut Vec<f64>) -> f64 {
         if !self.delta_encoding {
@@ -89,19 +85,20 @@ impl ExactRounding {
             return 0.0;
         }
         let mut sum = 0.0;
-        let mut shared = 0.0;
-        let mut mass = 0.0;
+        let mut shift = 0.0f64;
+        let mut rest = 1.0;
         let mut error = 0.0;
         for &value in y {
-            let stored = self.dtype.round(f64::from(value) + shared - sum);
+            let stored = self.dtype.round(f64::from(value) + shift - sum);
             exact.push(stored);
             sum += stored;
             let p = f64::from(exp(value));
-            mass += p;
+            rest -= p;
             error += p * (sum - f64::from(value));
-            shared = if mass > 0.0 { error / mass } else { 0.0 };
+            let limit = f64::from(LARGEST_SHIFT);
+            shift = (-error / rest.max(f64::from(LEAST_MISSING))).clamp(-limit, limit);
         }
-        sum - shared
+        sum - shift
     }
 
     /// Fails when a stored value of a row is not finite.

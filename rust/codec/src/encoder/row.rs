@@ -10,6 +10,9 @@ pub(crate) const MIN_LOGPROB: f32 = -1000.0;
 pub(crate) const LIKELY_PROBABILITY: f32 = 1e-6;
 /// The same as a log-probability.
 pub(crate) const LIKELY_LOGPROB: f32 = -13.815_51;
+/// Less probability of the missing outcome than this counts as this: sums of float32 probabilities
+/// are no better.
+pub(crate) const LEAST_MISSING: f32 = 1e-4;
 /// The least weight of a rank in a fit that is followed by residuals, and in their quantisation.
 pub(crate) const LEAST_WEIGHT: f32 = 1e-3;
 
@@ -39,8 +42,10 @@ pub(crate) struct RowInput<'a> {
     pub(crate) y: &'a [f32],
     /// What the decoder adds to the fit F: F + base is fitted to y + `shift`.
     pub(crate) base: f64,
-    /// By how much F + base should be above y, because the exact values are.
+    /// By how much F + base should be above y, because the exact values are below it.
     pub(crate) shift: f64,
+    /// The probability of the missing outcome R, at least [`LEAST_MISSING`].
+    pub(crate) missing: f64,
     pub(crate) ceiling: Ceiling,
 }
 

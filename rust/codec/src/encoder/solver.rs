@@ -4,7 +4,7 @@
 //! With F(t) = Σ c·term(t) in place of the log-probabilities y(t) of the ranks that are not stored
 //! exactly, and p = eʸ, the part of the KL divergence that c changes is Σ (e^F − p·F) up to a
 //! constant. (This is the generalised form. Its minimum has the right total mass, and is also the
-//! minimum of the renormalised divergence wherever a constant is among the terms.) It is convex in
+//! minimum of the divergence over K ∪ {R} wherever a constant is among the terms.) It is convex in
 //! c:
 //!
 //! ```text
@@ -20,10 +20,12 @@
 
 use super::coefficients::{CoefficientRounding, FIRST_RIDGE, least_squares_weight};
 use super::column_sums::{Columns, Products, dot_terms, padded, rank_table};
-use super::linalg::{Basis, lower_triangle, solve_lanes};
+use super::linalg::{
+    Basis, add_square, cholesky, dot_short, lower_triangle, solve_lanes, solve_lower, solve_upper,
+};
 use super::row::{MIN_LOGPROB, RowInput};
 use crate::float::FloatType;
-use crate::simd::lanes::{LANES, Lanes, no_unroll};
+use crate::simd::lanes::{LANES, Lanes, exp, no_unroll};
 
 /// Weight of Σ (F − y)² beside the KL divergence, in units of the largest fitted probability.
 const RIDGE: f32 = 1e-4;
@@ -39,6 +41,8 @@ const HIGHEST: f32 = 20.0;
 /// Newton's method stops after the step that promised to lower KL by less than this (nats).
 const ENOUGH: f32 = 1e-3;
 const MOST_STEPS: usize = 4;
+/// Where another parabola is drawn, R is taken to be left at least this part of its probability.
+const LEAST_LEFT: f64 = 0.1;
 /// A decrease that no step can promise.
 const LARGEST_DECREASE: f32 = 1e30;
 
@@ -112,12 +116,35 @@ pub(crate) struct Fitted {
     /// Cholesky factor of the Hessian (r × r, lower triangle, as by
     /// [`cholesky`](super::linalg::cholesky)), in units of the first fitted probability.
     pub(crate) factor: Vec<f64>,
+    /// The first fitted probability, its target F, and in its units Σ p, Σ p·q and the probability
+    /// of R.
+    pub(crate) first: f64,
+    pub(crate) reference: f32,
+    pub(crate) mass: f64,
+    pub(crate) of_p: Vec<f64>,
+    pub(crate) missing: f64,
+    /// Room for Σ e^F·q.
+    pub(crate) of_f: Vec<f64>,
     /// Largest |F − target| of the unweighted least-squares fit, over the likely ranks.
     pub(crate) unweighted_error: f32,
     /// The coefficients keep the limits.
     pub(crate) inside: bool,
     /// The last exact value is raised to make room for them.
     pub(crate) raises: bool,
+}
+
+impl Fitted {
+    /// e^F in units of the first fitted probability.
+    #[inline(always)]
+    fn probabilities(&self, values: &[f32; LANES]) -> Lanes {
+        (Lanes(*values) - Lanes::splat(self.reference)).min(Lanes::splat(HIGHEST)).exp()
+    }
+
+    /// What values of probability `mass` leave for R, at least `part` of what R should have.
+    #[inline(always)]
+    fn left(&self, mass: Lanes, part: f64) -> f64 {
+        (self.mass + self.missing - f64::from(mass.total())).max(part * self.missing)
+    }
 }
 
 /// Fits rows of one configuration.
@@ -130,6 +157,8 @@ pub(crate) struct Fit {
     residual_count: usize,
     /// The rank from which on F is fitted to what y falls below the rank before (0: nowhere).
     restart: usize,
+    /// All values can be shifted alike.
+    has_constant: bool,
     /// The orthonormal columns in float32: [`padded`] r numbers for each rank; r vectors for
     /// [`LANES`] ranks at a time (zero beyond the last); and tables for sums.
     q_of_rank: Vec<f32>,
@@ -154,15 +183,18 @@ impl Fit {
         let coefficients = CoefficientRounding::new(columns, dtype, residual_count);
         let q = &coefficients.basis().q;
         let largest = |column: &Vec<f64>| column.iter().fold(0.0, |a: f64, x| a.max(x.abs()));
+        let total = |column: &Vec<f64>| column.iter().sum::<f64>();
+        let along_ones: f64 = q.iter().map(|column| total(column).powi(2)).sum();
         Self {
             n,
             residual_count,
             restart,
+            has_constant: (along_ones - n as f64).abs() < 1e-9 * n as f64,
             q_of_rank: rank_table(q, n),
             q_of_block: block_table(q, n),
             columns_q: Columns::new(q, n),
             products: Products::new(q, n),
-            totals: q.iter().map(|column| column.iter().sum::<f64>() as f32).collect(),
+            totals: q.iter().map(|column| total(column) as f32).collect(),
             largest: q.iter().map(|column| largest(column) as f32).collect(),
             coefficients,
         }
@@ -410,16 +442,129 @@ impl Fit {
         (most, which)
     }
 
-    /// Copies a row's factor out of the group's.
+    /// Copies a row's factor out of the group's, and adds what an error of the total probability
+    /// costs the missing outcome R: half its square divided by R's probability.
     #[inline(always)]
-    pub(crate) fn take_factor(&self, scratch: &FitScratch, lane: usize, row: &mut Fitted) {
+    pub(crate) fn take_factor(
+        &self,
+        scratch: &FitScratch,
+        lane: usize,
+        input: &RowInput,
+        row: &mut Fitted,
+    ) {
         let r = self.totals.len();
-        if row.factor.is_empty() {
-            row.factor.resize(r * r, 0.0);
-            for ((i, j), value) in lower_triangle(r).zip(&scratch.system.factor) {
-                row.factor[i * r + j] = f64::from(value.0[lane]);
+        if !row.factor.is_empty() {
+            return;
+        }
+        row.factor.resize(r * r, 0.0);
+        for ((i, j), value) in lower_triangle(r).zip(&scratch.system.factor) {
+            row.factor[i * r + j] = f64::from(value.0[lane]);
+        }
+        if self.residual_count > 0 {
+            return;
+        }
+        row.first = f64::from(exp(input.y[0]));
+        row.reference = input.y[0] - input.base as f32 + input.shift as f32;
+        row.missing = input.missing / row.first;
+        row.of_p.clear();
+        row.of_p.extend(scratch.system.of_p[..r].iter().map(|sum| f64::from(sum.0[lane])));
+        row.mass = 0.0;
+        for (sum, total) in row.of_p.iter().zip(&self.totals) {
+            row.mass += sum * f64::from(*total);
+        }
+        // At the minimum Σ e^F·q is Σ p·q.
+        let weight = 1.0 / row.missing.sqrt();
+        row.of_f.clear();
+        row.of_f.extend(row.of_p.iter().map(|sum| weight * sum));
+        add_square(&mut row.factor, &mut row.of_f, r);
+    }
+
+    /// Lowers all values alike where they have more probability than they should.
+    #[inline(always)]
+    pub(crate) fn lower_mass(&self, row: &mut Fitted, values: &[f32]) {
+        let mut mass = Lanes::ZERO;
+        for block in values.as_chunks::<LANES>().0 {
+            no_unroll();
+            mass += row.probabilities(block);
+        }
+        let shift = libm::log(row.mass / f64::from(mass.total()));
+        if self.has_constant && shift < 0.0 {
+            for (c, total) in row.c.iter_mut().zip(&self.totals) {
+                *c += shift * f64::from(*total);
             }
         }
+    }
+
+    /// What the coefficients change of KL over K ∪ {R}: −Σ p·F − R·ln R̂, in units of the first
+    /// fitted probability. Leaves e^F in `values`.
+    #[inline(always)]
+    pub(crate) fn objective(&self, row: &Fitted, values: &mut Vec<[f32; LANES]>) -> f64 {
+        self.values(&row.c, values);
+        let mut mass = Lanes::ZERO;
+        for block in values.iter_mut() {
+            no_unroll();
+            let p = row.probabilities(block);
+            mass += p;
+            *block = p.0;
+        }
+        let left = row.left(mass, f64::MIN_POSITIVE);
+        -dot_short(&row.of_p, &row.c) - row.missing * libm::log(left)
+    }
+
+    /// Replaces the parabola of a row by that of its present coefficients, and returns the
+    /// objective there.
+    ///
+    /// It is for few rows, and not inlined: that would be much code in every instruction set's
+    /// entry.
+    #[inline(never)]
+    pub(crate) fn take_parabola(&self, row: &mut Fitted, values: &mut Vec<[f32; LANES]>) -> f64 {
+        let before = self.objective(row, values);
+        let r = self.totals.len();
+        let mut mass = Lanes::ZERO;
+        for block in values.iter() {
+            mass += Lanes(*block);
+        }
+        // The parabola for less would be too narrow to move on.
+        let ratio = row.missing / row.left(mass, LEAST_LEFT);
+        let Fitted { c, unconstrained, factor, of_p, of_f, missing, .. } = row;
+        let blocks = || values.iter().zip(self.q_of_block.chunks_exact(r));
+        of_f.clear();
+        for i in 0..r {
+            let mut sum = Lanes::ZERO;
+            for (w, q) in blocks() {
+                no_unroll();
+                sum += q[i] * Lanes(*w);
+            }
+            of_f.push(ratio * f64::from(sum.total()));
+        }
+        for (i, j) in lower_triangle(r) {
+            let mut sum = Lanes::ZERO;
+            for (w, q) in blocks() {
+                no_unroll();
+                sum += q[i] * q[j] * Lanes(*w);
+            }
+            factor[i * r + j] = ratio * f64::from(sum.total()) + of_f[i] * of_f[j] / *missing;
+        }
+        for i in 0..r {
+            factor[i * r + i] += f64::from(RIDGE);
+        }
+        if !cholesky(factor, r) {
+            return f64::NEG_INFINITY;
+        }
+        for ((to, p), f) in unconstrained.iter_mut().zip(of_p).zip(of_f) {
+            *to = *p - *f;
+        }
+        solve_lower(factor, unconstrained, r);
+        solve_upper(factor, unconstrained, r);
+        unconstrained.iter_mut().zip(c).for_each(|(to, c)| *to += *c);
+        before
+    }
+
+    /// Σ c·q at each rank, and −∞ beyond the last up to a whole number of [`LANES`].
+    #[inline(always)]
+    fn values(&self, c: &[f64], values: &mut Vec<[f32; LANES]>) {
+        self.combine(c, values);
+        values.as_flattened_mut()[self.n..].fill(f32::NEG_INFINITY);
     }
 
     /// values[t] = Σ c·q[t], and 0 up to a whole number of [`LANES`].

@@ -29,6 +29,7 @@ impl Legacy {
             wide: false,
             residual_bins: Vec::new(),
             delta_encoding: false,
+            published_rounding: false,
         };
         let values = ValueDecoder::new(layout, Terms::new(values, terms.len(), n));
         Self { config, values: Arc::new(values) }

@@ -30,6 +30,7 @@ impl Quantized {
             wide: config.term_dtype == FloatType::Float64,
             residual_bins: config.residual_bins.clone(),
             delta_encoding: config.delta_encoding,
+            published_rounding: config.published_rounding,
         };
         let values = ValueDecoder::new(layout, Terms::new(values, terms.len(), n));
         Self { config, values: Arc::new(values) }

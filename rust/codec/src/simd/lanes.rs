@@ -86,6 +86,20 @@ impl Lanes {
         lanes.0[0]
     }
 
+    /// The sum of the numbers, halves first.
+    #[inline(always)]
+    pub(crate) fn total(self) -> f32 {
+        let mut lanes = self;
+        let mut width = LANES / 2;
+        while width > 0 {
+            for lane in 0..width {
+                lanes.0[lane] += lanes.0[lane + width];
+            }
+            width /= 2;
+        }
+        lanes.0[0]
+    }
+
     /// The largest of the numbers, none of which is NaN.
     #[inline(always)]
     pub(crate) fn largest(self) -> f32 {

@@ -66,7 +66,7 @@ impl ValueDecoder {
         for (i, c) in coefficients[..m].iter_mut().enumerate() {
             *c = layout.coefficient_dtype.read(stored, i);
         }
-        if layout.wide || layout.delta_encoding {
+        if layout.wide || layout.delta_encoding || layout.published_rounding {
             self.evaluate(&coefficients[..m], &mut scratch.evaluated);
             self.decode_sequence(isa, (exact, bins), logprobs, &mut scratch.evaluated.wide)?;
         } else {
@@ -97,6 +97,13 @@ impl ValueDecoder {
             wide.clear();
             wide.extend(narrow.iter().map(|&value| f64::from(value)));
         }
+        if self.layout.published_rounding {
+            let dtype = self.layout.coefficient_dtype;
+            for (wide, narrow) in wide.iter_mut().zip(narrow) {
+                *wide = dtype.round(*wide);
+                *narrow = *wide as f32;
+            }
+        }
     }
 
     /// Adds the residuals to the approximated values that have one, by `sum`.
@@ -120,10 +127,13 @@ impl ValueDecoder {
         Ok(())
     }
 
-    /// Adds one residual: in float64 where the polynomial is evaluated in it, otherwise in float32.
+    /// Adds one residual: in float64 where the polynomial is evaluated in it, otherwise in float32,
+    /// or as the published decoder does.
     #[inline(always)]
     pub(crate) fn add_residual(&self, value: f64, residual: f32) -> f64 {
-        if self.layout.wide {
+        if self.layout.published_rounding {
+            self.layout.published_sum(value, residual)
+        } else if self.layout.wide {
             value + f64::from(residual)
         } else {
             f64::from(value as f32 + residual)
@@ -146,6 +156,12 @@ impl ValueDecoder {
         let mut sum = 0.0;
         let exact = (0..layout.exact_k).map(|i| layout.exact_dtype.read(exact, i));
         for (out, value) in logprobs.iter_mut().zip(exact.chain(values.iter().copied())) {
+            if layout.delta_encoding && layout.published_rounding {
+                // It sums up float32, and rounds what comes out.
+                sum += f64::from(value as f32);
+                *out = layout.exact_dtype.round(f64::from(sum as f32)) as f32;
+                continue;
+            }
             sum = if layout.delta_encoding { sum + value } else { value };
             *out = sum as f32;
         }

@@ -15,6 +15,8 @@ pub(crate) struct Layout {
     pub(crate) wide: bool,
     pub(crate) residual_bins: Vec<ResidualBin>,
     pub(crate) delta_encoding: bool,
+    /// Values are rounded wherever the published decoder rounds them (FORMAT.md §2.4).
+    pub(crate) published_rounding: bool,
 }
 
 impl Layout {
@@ -34,7 +36,32 @@ impl Layout {
     /// or a running sum.
     #[inline(always)]
     pub(crate) fn is_plain(&self) -> bool {
-        !self.wide && !self.delta_encoding && self.residual_bins.is_empty()
+        !self.wide
+            && !self.delta_encoding
+            && !self.published_rounding
+            && self.residual_bins.is_empty()
+    }
+
+    /// The type of a sum of a polynomial's value and a residual in the published decoder.
+    #[inline(always)]
+    fn published_sum_type(&self) -> FloatType {
+        let types = (self.coefficient_dtype, self.exact_dtype);
+        match types {
+            (term, exact) if term == exact => exact,
+            (FloatType::Float64, _) | (_, FloatType::Float64) => FloatType::Float64,
+            _ => FloatType::Float32,
+        }
+    }
+
+    /// A polynomial's value plus a residual, as the published decoder adds them.
+    #[inline(always)]
+    pub(crate) fn published_sum(&self, value: f64, residual: f32) -> f64 {
+        let residual = self.exact_dtype.round(f64::from(residual));
+        match self.published_sum_type() {
+            FloatType::Float64 => value + residual,
+            // Sums of 16-bit floats are float32 first.
+            dtype => dtype.round(f64::from((value + residual) as f32)),
+        }
     }
 }
 

@@ -50,21 +50,15 @@ def check_inputs(settings: CaptureSettings) -> None:
     Raises:
         ConfigError: names the setting.
     """
-    _check_model("model", settings.model)
+    models = {"model": model_problem(settings.model)}
     if settings.tokenizer is not None:
-        _check_model("tokenizer", settings.tokenizer)
+        models["tokenizer"] = missing_place(settings.tokenizer)
+    for setting, problem in models.items():
+        if problem is not None:
+            raise ConfigError(f"{setting}: {problem}")
     _check_dataset(settings.dataset)
     if settings.compression_config is not None:
         settings.read_compression_config()
-
-
-def _check_model(setting: str, name: str) -> None:
-    """Refuse what is neither the folder of a model nor the id of one on the hub."""
-    problem = model_problem(name)
-    if problem is None and setting == "model" and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        problem = f"the folder {name} contains no config.json, so it is not that of a model"
-    if problem is not None:
-        raise ConfigError(f"{setting}: {problem}")
 
 
 def _check_dataset(name: str) -> None:

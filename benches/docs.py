@@ -172,7 +172,8 @@ def fidelity_section() -> list[str]:
         prose(
             f"""Ours / the published encoder in the same bytes, both read by the same decoder, the better in bold, on
             {int(rows[0]["rows"]):,} {rows[0]["sample"]}. KL(original ‖ decoded) is in nats, over
-            K ∪ {{R}}: the stored ids, and all others together as one more outcome R; mass error is the mean of |Σp̂ − Σp|; top-1 kept is the share of rows whose most
+            K ∪ {{R}}: the stored ids, and all others together as one more outcome R; mass error is the
+            mean of |Σp̂ − Σp|; top-1 kept is the share of rows whose most
             probable id stays the most probable; errors are of log-probabilities. The last column is our mean KL over
             the least that the layout allows with unrounded coefficients and values in any order."""
         ),

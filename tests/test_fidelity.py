@@ -62,7 +62,7 @@ def test_one_id_a_row_and_no_rows() -> None:
 
 
 def test_the_missing_outcome_counts_by_hand() -> None:
-    """p = (1/2, 1/4) leaves 1/4 for R; q = (1/4, 1/4) leaves 1/2: KL = ½ ln 2 + ¼ ln ½. Renormalised it would be less."""
+    """p = (1/2, 1/4) leaves 1/4 for R; q = (1/4, 1/4) leaves 1/2: KL = ½ ln 2 + ¼ ln ½."""
     found = kl_rows(np.log([[0.5, 0.25]]), np.log([[0.25, 0.25]]))
     np.testing.assert_allclose(found, [0.25 * np.log(2)], rtol=1e-12)
     assert kl_rows(np.log([[0.5, 0.25]]), np.log([[0.5, 0.25]]))[0] < 1e-15

@@ -219,10 +219,11 @@ def test_evaluations_are_part_of_a_run_that_keeps_the_best_student(parts: dict[s
     assert bytes_of(tmp_path / "moved") == expected
 
 
-def test_another_live_teacher_or_text_is_refused(parts: dict[str, str], others: dict[str, str], tmp_path: Path) -> None:
-    text = tmp_path / "text.jsonl"
-    rows = [{"text": " ".join(f"t{token}" for token in document)} for document in random_documents(8)]
-    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_another_live_teacher_or_other_rows_are_refused(
+    parts: dict[str, str], others: dict[str, str], tmp_path: Path
+) -> None:
+    text, documents = tmp_path / "rows.jsonl", [document.tolist() for document in random_documents(8)]
+    text.write_text("".join(json.dumps({"input_ids": document}) + "\n" for document in documents))
 
     def live(path: str = parts["teacher"], top_k: int = 4, **arguments: Any) -> RunConfig:
         teacher = {"kind": "hf", "path": path, "top_k": top_k}
@@ -237,7 +238,8 @@ def test_another_live_teacher_or_text_is_refused(parts: dict[str, str], others: 
         check_resumable(live(others["another"], **resumed))
     with refused(MismatchError, "teacher.top_k", "4", "5"):
         check_resumable(live(top_k=5, **resumed))
-    text.write_text(text.read_text().replace("t7", "t8"))
+    documents[3][0] ^= 1
+    text.write_text("".join(json.dumps({"input_ids": document}) + "\n" for document in documents))
     with refused(MismatchError, "dataset.train_dataset"):
         check_resumable(live(**resumed))
 

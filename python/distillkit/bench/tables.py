@@ -52,8 +52,9 @@ def _table(headings: Sequence[str]) -> Table:
 
 _FIDELITY_ABOUT = (
     "Decoded values of our encoder and of the published one (B: bytes per token) against the original top k; KL over "
-    "K ∪ {R} (the stored ids, and all others as one outcome) and errors in nats. Rising: rows whose values are not in descending order. Limits of the layout without rounding: "
-    "unweighted least squares, and the least possible KL, which sacrifices the far tail."
+    "K ∪ {R} (the stored ids, and all others as one outcome) and errors in nats. Rising: rows whose values are not in "
+    "descending order. Limits of the layout without rounding: unweighted least squares, and the least possible KL, "
+    "which sacrifices the far tail."
 )
 
 

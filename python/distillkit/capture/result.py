@@ -44,7 +44,7 @@ class CaptureReport:
             last one.
         bytes_per_token: the codec's bytes per row, ids and values.
         disk_bytes: size of the shards.
-        kl_mean, kl_p99: KL(teacher ‖ decoded) over K ∪ {R} in nats per row, as measured while writing; None without rows.
+        kl_mean, kl_p99: KL(teacher ‖ decoded) over K ∪ {R} in nats per row, measured while writing; None without rows.
         mass_mean: mean total probability of the stored ids of a row; None if unknown.
         mass_quantiles: quantiles of that probability, by the share of rows that do not exceed them.
         next_token_rates: how often the teacher's first id is the next token, with the rows in place ("0") and shifted

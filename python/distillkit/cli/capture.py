@@ -106,7 +106,9 @@ def _table(report: CaptureReport) -> Table:
         )
     table.add_row("bytes per token", f"{report.bytes_per_token:g}  ({human_bytes(report.disk_bytes)} on disk)")
     if report.kl_mean is not None and report.kl_p99 is not None:
-        table.add_row("fidelity", f"KL mean {report.kl_mean:.2e}, p99 {report.kl_p99:.2e} nats (over the stored ids and the rest)")
+        table.add_row(
+            "fidelity", f"KL mean {report.kl_mean:.2e}, p99 {report.kl_p99:.2e} nats (over the stored ids and the rest)"
+        )
     if report.mass_mean is not None:
         shares = ", ".join(
             f"{float(share):.0%} of rows ≤ {mass:.3f}"

@@ -203,7 +203,8 @@ def _fidelity(inspection: Inspection) -> _Section:
         section = _Section("fidelity", "not recorded; measure it with --teacher MODEL")
         return section
     section = _Section("fidelity", f"decoded against the original, {inspection.fidelity_source}, {stats.rows:,} rows")
-    section.add("KL, mean", f"{stats.kl_mean:.2e}", "nats, KL(original ‖ decoded) over K ∪ {R}: the stored ids and the rest")
+    about = "nats, KL(original ‖ decoded) over K ∪ {R}: the stored ids and the rest"
+    section.add("KL, mean", f"{stats.kl_mean:.2e}", about)
     section.add("KL, p99", f"{stats.kl_p99:.2e}")
     section.add("KL, max", f"{stats.kl_max:.2e}")
     section.add("worst error", f"{stats.worst_error:.3g}", "nats, of any stored id")

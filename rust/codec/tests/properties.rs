@@ -738,8 +738,9 @@ fn tied_rows_stay_close() {
         let p: Vec<f64> = found.iter().map(|&found| f64::from(found).exp()).collect();
         let total: f64 = p.iter().sum();
         let kl: f64 = p.iter().map(|p| (total / (30.0 * p)).ln() / 30.0).sum();
-        // The probabilities sum to 1, so what exact values have too much the others have too little.
-        assert!(found.is_sorted_by(|a, b| a >= b) && kl < 6e-5, "{value}: {kl} {found:?}");
+        // Hardly anything is missing, so what exact values have too much the others have too little;
+        // leaving it to the missing outcome would cost 2.6e-3.
+        assert!(found.is_sorted_by(|a, b| a >= b) && kl < 8e-5, "{value}: {kl} {found:?}");
     }
 }
 

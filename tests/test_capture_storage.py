@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ import fsspec
 import psutil
 import pytest
 import torch
+from fsspec.asyn import AsyncFileSystem
 
 from distillkit.capture.shard_plan import read_plan
 from distillkit.errors import CaptureError
@@ -126,6 +128,50 @@ def test_a_file_that_arrives_in_part_is_refused(monkeypatch: pytest.MonkeyPatch)
         file.stream.write(bytes(1000))
         with refused(OSError, "999", "1000"):
             file.publish()
+
+
+class Silent(AsyncFileSystem):
+    """Takes connections, and never answers."""
+
+    protocol = "silent"
+
+    async def _put_file(self, lpath: str, rpath: str, mode: str = "overwrite", **options: Any) -> None:
+        await asyncio.sleep(3600)
+
+    async def _info(self, path: str, **options: Any) -> None:
+        await asyncio.sleep(3600)
+
+
+def test_storage_that_does_not_answer_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("silent", Silent, clobber=True)
+    monkeypatch.setattr("distillkit.shards.storage._ANSWER_SECONDS", 0.1)
+    folder = Folder("silent://bucket/data")
+    with refused(TimeoutError, "silent://bucket/data/manifest.json", "put_file"):
+        folder.write("manifest.json", b"{}")
+    with refused(TimeoutError, "silent://bucket/data", "info"):
+        read_manifest("silent://bucket/data")
+
+
+def test_a_second_capture_elsewhere_that_replaced_a_finished_one_says_so(
+    teacher: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are no locks there: both capture everything, and their bytes differ."""
+    url = f"memory://{os.getpid()}/twice"
+    options = {"samples": 10, "shard_tokens": 10**6}
+    from distillkit.capture import pipeline
+
+    honest, started = pipeline.encode_rows, []
+
+    def other(codec: Any, rows: Any) -> Any:
+        if not started:
+            started.append(0)
+            run(teacher, text, url, **options)
+        data, stats = honest(codec, rows)
+        return data[::-1], stats
+
+    monkeypatch.setattr(pipeline, "encode_rows", lambda *given: (honest if started else other)(*given))
+    with refused(CaptureError, url, "data-00000.parquet"):
+        run(teacher, text, url, **options)
 
 
 # -- Ray ---------------------------------------------------------------------------------------------------------------

@@ -110,12 +110,15 @@ def test_layouts(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_tool_calls_reach_the_template(tmp_path: Path, tokenizer: Any) -> None:
-    template = "{{ tools[0].name }} {{ messages[0].tool_calls[0].function.arguments.x }} {{ messages[0].content }}"
+    template = (
+        "{{ tools[0].name }} {% set f = messages[0].tool_calls[0].function %}{{ f.name }} {{ f.arguments.x }} "
+        "{{ messages[0].content }}"
+    )
     tokenizer_of_calls = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
-    call = {"name": "f", "arguments": '{"x": "b"}'}
+    call = {"name": "e", "arguments": '{"x": "b"}'}
     row = {"tools": ['{"name": "a"}'], "turns": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
     (document,) = reader(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer_of_calls)
-    assert words(document.input_ids) == "a b"
+    assert words(document.input_ids) == "a e b"
 
 
 def test_packed_and_padded_ids_are_taken_apart(tmp_path: Path, tokenizer: Any) -> None:
@@ -133,6 +136,9 @@ MISFITS: list[tuple[Any, list[str]]] = [
     ({"messages": [{"content": "a"}]}, ["messages[0]", "role", "content", "from", "value"]),
     ({"conversations": [{"from": "robot", "value": "a"}]}, ["conversations[0]", "'robot'"]),
     ({"input_ids": [8, 13]}, ["input_ids", "13", "0…12"]),
+    ({"input_ids": [[8], [8, 9]]}, ["input_ids"]),
+    ({"input_ids": [8, 2**70]}, ["input_ids", str(2**70)]),
+    ({"input_ids": [8, 9], "loss_mask": "ab"}, ["loss_mask", "'ab'"]),
     ({"input_ids": [8, 9], "attention_mask": [1]}, ["attention_mask", "(1,)", "input_ids", "(2,)"]),
     (["a"], ["list"]),
 ]
@@ -338,10 +344,20 @@ def test_the_assistants_turns_of_templates_without_marks() -> None:
 
 
 def test_turns_are_what_a_marked_template_marks() -> None:
-    """TRL's variants of these templates mark the assistant's turns and render the same text."""
-    for template in ("lfm2", "llama3", "qwen2_5_vl", "qwen3_instruct_2507"):
+    """TRL's variants of these templates mark the assistant's turns and render the same text.
+
+    Some have no tools, and Nemotron's variants mark what the prompt opens.
+    """
+    reasoning = [{**CONVERSATION[0]}, {**CONVERSATION[1], "reasoning_content": "Hm"}, *CONVERSATION[2:]]
+    templates = {
+        **dict.fromkeys(("lfm2", "llama3", "qwen2_5_vl"), (CONVERSATION,)),
+        **dict.fromkeys(
+            ("qwen3_instruct_2507", "nemotron_3_nano", "nemotron_3_ultra"), (CONVERSATION, TOOLS, reasoning)
+        ),
+    }
+    for template, conversations in templates.items():
         plain, marked = byte_tokenizer(template), byte_tokenizer(f"{template}_training")
-        for messages in (CONVERSATION, TOOLS):
+        for messages in conversations:
             expected = marked.apply_chat_template(
                 messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
@@ -352,6 +368,45 @@ def test_turns_are_what_a_marked_template_marks() -> None:
                 assert document.input_ids.tolist() == expected["input_ids"], template
                 assert document.loss_mask is not None
                 assert document.loss_mask.astype(int).tolist() == expected["assistant_masks"], template
+
+
+SYSTEM_OF_GPT_OSS = "# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>"
+THOUGHT = [
+    {**message, **({"reasoning_content": "Hm"} if message["role"] == "assistant" else {})} for message in CONVERSATION
+]
+# Templates whose variants render other text, or mark the header of a turn, too.
+LATER_TURNS = {
+    "gptoss": (
+        THOUGHT,
+        "<|start|>user<|message|>Hi thére<|end|><|start|>assistant‹<|channel|>final<|message|>Öne.<|end|>›"
+        "<|start|>user<|message|>And?<|end|><|start|>assistant‹<|channel|>analysis<|message|>Hm<|end|><|start|>assistant"
+        "<|channel|>final<|message|>Two, three<|return|>›",
+    ),
+    "glm4moe": (
+        THOUGHT,
+        "[gMASK]<sop><|user|>\nHi thére<|assistant|>‹\n<think></think>\nÖne.›<|user|>\nAnd?"
+        "<|assistant|>‹\n<think>Hm</think>\nTwo, three›",
+    ),
+    **dict.fromkeys(
+        ("qwen3_5_think", "qwen3_6"),
+        (
+            [*TOOLS, *CONVERSATION[2:3], *TOOLS[1:]],
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+            "‹<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call><|im_end|>\n›"
+            "<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n‹Five<|im_end|>\n›"
+            "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n<think>\n‹\n</think>\n\n"
+            "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call><|im_end|>\n›"
+            "<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n‹\n</think>"
+            "\n\nFive<|im_end|>\n›",
+        ),
+    ),
+}
+
+
+def test_turns_of_templates_that_write_earlier_ones_differently() -> None:
+    for template, (messages, expected) in LATER_TURNS.items():
+        (found,) = counted_text([{"messages": messages}], byte_tokenizer(template), loss_on="assistant")
+        assert found.partition(SYSTEM_OF_GPT_OSS)[2 if template == "gptoss" else 0] == expected, template
 
 
 @pytest.mark.parametrize("columns", [("prompt", "response"), ("prompt", "completion")])
@@ -413,8 +468,8 @@ def test_losses_that_rows_do_not_allow() -> None:
     check(ConfigError, {"text": "a"}, "assistant", ["loss_on", "assistant", "text"])
     check(ConfigError, {"prompt": "a", "response": "b"}, "assistant", ["loss_on", "assistant"])
     check(ConfigError, chat, "completion", ["loss_on", "completion", "prompt", "messages"])
-    check(InputError, chat, "assistant", ["1", "'<|return|>'"])
-    check(InputError, chat, "assistant", ["1", "--loss-on all"], byte_tokenizer("nemotron_3_nano"))
+    gemma = [*TOOLS, {"role": "user", "content": "And?"}, {**TOOLS[1], "content": "So"}, *TOOLS[2:]]
+    check(InputError, {"messages": gemma}, "assistant", ["5", "--loss-on all"], byte_tokenizer("gemma4"))
 
     class Slow:
         is_fast = False
@@ -613,7 +668,7 @@ def test_what_can_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with refused(ConfigError, str(tmp_path / "missing.jsonl")):
         open_source(str(tmp_path / "missing.jsonl"))
     (tmp_path / "data.csv").write_text("a")
-    suffixes = ".jsonl, .json, .txt, .parquet"
+    suffixes = ".jsonl, .ndjson, .json, .txt, .parquet"
     with refused(ConfigError, suffixes, "'.csv'"):
         open_source(str(tmp_path / "data.csv"))
     with refused(ConfigError, str(tmp_path), suffixes):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from distillkit.cli.common import LogHandler
 from distillkit.console import human_bytes
 from distillkit.reports.inspection import inspect_dataset
 from distillkit.shards import Dataset, ShardWriter
@@ -119,7 +122,7 @@ def test_a_value_that_is_no_number_is_located(tmp_path: Path) -> None:
     pq.write_table(changed, tmp_path / "data_0.parquet")
     result = run_here("inspect", tmp_path)
     assert result.returncode == 1
-    check_names(result.stderr, f"{tmp_path}: document", "row 3", "NaN", "rank 0")
+    check_names(result.stderr, f"{tmp_path}/data_0.parquet, document 1", "row 3", "NaN", "rank 0")
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -263,3 +266,48 @@ def test_wrong_use_is_one_message(arguments: list[str], status: int, message: st
     assert result.returncode == status
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_control_characters_of_others_never_reach_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of teachers and files, in results, errors, wrong usage and logs; with colours, too."""
+    evil = "\x1b]0;t\x1b[2Jx\x9b1m\x7f\u202e\u2066\U000e0041"
+    markup = "[red]:boom:[/red]"
+    converted = tmp_path / f"c{evil}"
+    run_here("convert", GOLDEN / "upstream_v1", converted, "--teacher", evil + markup)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    results = [
+        run_here("inspect", converted),
+        run_here("verify", converted),
+        run_here("convert", converted, converted),
+        run_here("inspect", tmp_path / (evil + markup)),
+        run_here("inspect", converted, "--sample", evil + markup),
+        run_here(evil),
+    ]
+    assert [result.returncode for result in results] == [0, 0, 1, 1, 2, 2]
+    # What rich itself writes for colours and progress bars ends in one of these letters. Cells are wrapped.
+    texts = [re.sub("\x1b\\[[?\\d;]*[mlhKA]|\\s", "", result.stdout + result.stderr) for result in results]
+    for text in texts:
+        assert text.isprintable(), text
+    for place in (0, 3, 4):
+        assert r"\x1b[2Jx\x9b1m\x7f\u202e\u2066\U000e0041" + markup in texts[place], "nor markup and emoji codes"
+
+
+def test_secrets_and_control_characters_are_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    record = logging.LogRecord("a.library", logging.WARNING, "", 0, "%s", ("s3://k:pass-1@b/\x1b[2J",), None)
+    LogHandler().emit(record)
+    printed = "".join(capsys.readouterr().err.split())
+    assert "pass-1" not in printed
+    assert r"@b/\x1b[2J" in printed
+
+
+def test_a_bug_keeps_its_traceback_but_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("https://me:pass-1@host/\x1b[2J")
+
+    monkeypatch.setattr("distillkit.cli.inspect.inspect_dataset", broken)
+    result = run_here("inspect", GOLDEN / "upstream_v1")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert r"RuntimeError: https://me:***@host/\x1b[2J" in result.stderr
+    assert "pass-1" not in result.stderr
+    assert "\x1b[2J" not in result.stderr

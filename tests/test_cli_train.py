@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
 
+from distillkit.cli.commands import CODEC, DISTILLKIT, Commands
 from distillkit.cli.main import cli, main
 from distillkit.cli.train import summary_table
 from support.refusals import check_names
@@ -91,6 +93,12 @@ def test_exit_status_tells_failure_from_misuse(
         ([str(bad)], 1, [str(bad), "training_args.learnin_rate", "'learning_rate'"]),
         (["nowhere.yaml"], 1, ["nowhere.yaml"]),
         (["trian"], 1, ["'train'"]),
+        (["inspect"], 1, ["'distillkit-codec inspect'"]),
+        (["inspect", "captured"], 2, ["'distillkit-codec inspect'"]),
+        (["inspekt", "captured"], 2, ["'distillkit-codec inspect'"]),
+        (["catpure", "--model", "x"], 2, ["'capture'"]),
+        (["--model", "x", "catpure"], 2, ["--model"]),
+        ([str(tmp_path)], 1, [str(tmp_path), "folder"]),
         (["train"], 2, ["CONFIG"]),
         (["train", "--no-such-option", "x"], 2, ["--no-such-option"]),
     ):
@@ -101,15 +109,92 @@ def test_exit_status_tells_failure_from_misuse(
         assert printed.out == ""
 
 
-def test_help_needs_no_torch() -> None:
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [("main", ("train", "capture", "distillkit config.yaml")), ("codec", ("inspect", "verify", "convert", "bench"))],
+)
+def test_help_imports_next_to_nothing(module: str, words: tuple[str, ...]) -> None:
     code = (
-        "import sys; from distillkit.cli.main import cli; cli(['--help'], standalone_mode=False); "
-        "assert 'torch' not in sys.modules"
+        f"import sys; from distillkit.cli.{module} import cli; cli(['--help'], standalone_mode=False); "
+        "heavy = {'torch', 'numpy', 'pydantic', 'pyarrow', 'rich', 'yaml', 'fsspec'} & set(sys.modules); "
+        "assert not heavy, heavy"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
-    for word in ("train", "capture", "distillkit config.yaml"):
+    for word in words:
         assert word in result.stdout
+
+
+def test_the_help_of_a_program_says_of_commands_what_they_say_themselves() -> None:
+    for program, table in (("distillkit", DISTILLKIT), ("distillkit-codec", CODEC)):
+        for name, entry in table.items():
+            command = Commands(table=table).get_command(click.Context(cli), name)
+            assert command is not None, program
+            assert command.name == name
+            assert entry.about == command.short_help, name
+
+
+# -- Ctrl-C ------------------------------------------------------------------------------------------------------------
+
+_INTERRUPTED = """
+import importlib.abc, os, signal, sys, time
+
+class Interrupting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {name!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                time.sleep(5)
+            except KeyboardInterrupt:
+                # As libraries do it.
+                raise ImportError(name) from None
+
+sys.meta_path.insert(0, Interrupting())
+from distillkit.cli.entry import main
+sys.argv[1:] = ["schema", "capture"]
+main()
+"""
+_TWICE = """
+import os, signal, sys, time
+from distillkit.cli import entry, commands
+import click
+
+@click.command()
+def schema():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(20)
+    finally:
+        print("cleaning up", file=sys.stderr, flush=True)
+        {again}
+        print("cleaned up", file=sys.stderr, flush=True)
+
+commands.Commands.get_command = lambda self, context, name: schema
+sys.argv[1:] = ["schema"]
+entry.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(
+            _INTERRUPTED.format(name=name)
+            for name in ("click", "distillkit.cli.main", "numpy", "distillkit.cli.schema")
+        ),
+        _TWICE.format(again=""),
+        _TWICE.format(again="os.kill(os.getpid(), signal.SIGINT); time.sleep(20)"),
+    ],
+    ids=["click", "main", "numpy", "schema", "once", "twice"],
+)
+def test_ctrl_c_ends_with_its_status_and_no_traceback(code: str) -> None:
+    """While modules are imported, in a command, and again while the first one is being answered."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 130, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "interrupted" in result.stderr
+    assert ("cleaned up" in result.stderr) is (code == _TWICE.format(again=""))
+    assert result.stdout == ""
 
 
 def test_the_table_has_what_there_is() -> None:

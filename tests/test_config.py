@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import datetime
 import errno
+import importlib.metadata
+import math
 import os
 import re
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
+import httpx
 import pytest
+import transformers
 import yaml
+from pydantic import BaseModel
+from pydantic_core._pydantic_core import list_all_errors
+from trl import SFTConfig
 
-from distillkit.errors import ConfigError
-from distillkit.training.config.argument_rules import argument_problems
+from distillkit.capture.settings import CaptureSettings
+from distillkit.codec import Codec, DistributionQuantizationConfig, LegacyLogitCompressionConfig
+from distillkit.configuration.places import missing_place
+from distillkit.configuration.problems import shown
+from distillkit.configuration.secrets import redacted, secret_paths, without_secrets
+from distillkit.errors import ConfigError, DistillKitError
+from distillkit.models.weights import damaged_file
+from distillkit.text.tokenizer import load_tokenizer
+from distillkit.training.config.argument_rules import argument_problems, converted, evaluation_metrics
+from distillkit.training.config.argument_table import ARGUMENTS as TABLE
+from distillkit.training.config.argument_table import ROWS
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.file import load_config, parse_config
+from distillkit.training.config.schema import AUTO_CLASSES, RunConfig
+from distillkit.training.config.surroundings import check_surroundings
+from distillkit.training.run import Run
 from support.refusals import check_names, refused
+from support.training import run_config, save_student
 
 # Every key of the published configuration that is supported, with the spellings it is used in.
 PUBLISHED = """
@@ -186,6 +213,7 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("loss_functions.0.temperature", 0, ["0"]),
     ("loss_functions.0.tempreature", 2, ["'temperature'"]),
     ("loss_functions.0.margin", 1.0, ["1.0", "kl", "hinge"]),
+    ("dataset.overflow", "window", ["'window'", "cut", "split", "drop"]),
     ("loss_functions.0.missing_probability_handling", "none", ["'none'", "'uniform'"]),
 ]
 
@@ -197,6 +225,9 @@ ARGUMENTS: list[tuple[str, Any, list[str]]] = [
     ("max_steps", 1.5, ["1.5"]),
     ("save_strategy", "step", ["'step'", "'steps'", "'epoch'"]),
     ("packing", "some", ["'some'"]),
+    ("gradient_checkpointing_kwargs", {"use_reentrent": False}, ["'use_reentrent'", "'use_reentrant'"]),
+    ("activation_checkpointing_kwargs", {"use_reentrant": "no"}, ["use_reentrant", "'no'"]),
+    ("activation_checkpointing_kwargs", {"every_n_layers": 0}, ["every_n_layers", "1", "0"]),
     # What contradicts other sections.
     ("max_length", 64, ["64", "sequence_length", "128"]),
     ("output_dir", "elsewhere", ["'elsewhere'", "output_path", "'out'"]),
@@ -223,7 +254,7 @@ ARGUMENTS: list[tuple[str, Any, list[str]]] = [
     ("dataset_kwargs", "skip", ["'skip'"]),
     ("dataset_num_proc", 0, ["0", "1"]),
     ("packing_strategy", "wrapped", ["'wrapped'", "'bfd'"]),
-    ("packing_strategy", "bfd_split", ["'bfd_split'", "'bfd'", "sequence_length"]),
+    ("packing_strategy", "bfd_split", ["'bfd_split'", "'bfd'", "dataset.overflow"]),
     ("packing_strategy", "ffd", ["'ffd'", "'bfd'"]),
 ]
 
@@ -296,7 +327,368 @@ def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
+def test_how_workers_are_kept_says_nothing_where_there_are_none() -> None:
+    content = config_with("training_args.dataloader_persistent_workers", True)
+    content["training_args"]["dataloader_multiprocessing_context"] = "spawn"
+    arguments = training_arguments(parse_config(content))
+    found = (arguments.dataloader_persistent_workers, arguments.dataloader_multiprocessing_context)
+    assert found == (False, None), "torch refuses them without workers"
+
+
 def test_the_argument_combinations_of_transformers_are_one_clear_message() -> None:
     config = parse_config(config_with("training_args.dataloader_prefetch_factor", 2))
     with refused(ConfigError, "training_args", "dataloader_prefetch_factor"):
         training_arguments(config)
+
+
+# -- wrong values of every setting -------------------------------------------------------------------------------------
+
+WRONG: tuple[Any, ...] = (
+    *(None, "text", "", "1k", "x" * 5000, "\udc80", -1, 0, 1, 1.5, 10**400, True, math.nan, math.inf),
+    *([], {}, [1], ["a", 1], [[]], [None], {"a": 1}, {1: 2}, datetime.date(2020, 1, 1), b"x", {"a"}),
+)
+# Beginnings of pydantic's own messages: "Input should be", "Field required", "Extra inputs are not permitted", …
+PHRASES = {error["message_template_python"].split("{")[0].strip() for error in list_all_errors()}
+PHRASES = {phrase for phrase in PHRASES if len(phrase) >= 12} | {"instance of", "after validation", "unable to parse"}
+
+
+def settings_in(model: type[BaseModel], path: str = "") -> Iterator[str]:
+    """The dotted paths of all settings; of lists of sections, the first."""
+    for name, field in model.model_fields.items():
+        yield f"{path}{name}"
+        pending, inner = [field.annotation], f"{path}{name}."
+        while pending:
+            annotation = pending.pop()
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                yield from settings_in(annotation, inner)
+            if get_origin(annotation) is list:
+                inner += "0."
+            pending += get_args(annotation)
+
+
+def checks() -> Iterator[tuple[str, Callable[[Any], object]]]:
+    """Every setting of training, capture and codecs, and what checks a value of it."""
+    for path in [*settings_in(RunConfig), *(f"training_args.{name}" for name in TABLE)]:
+        for teacher in ({"kind": "dataset"}, {"kind": "hf", "path": "x"}) if path.startswith("teacher.") else (None,):
+
+            def check(value: Any, path: str = path, teacher: Any = teacher) -> object:
+                content = config_with(path, value)
+                if teacher is not None and path != "teacher.kind":
+                    content["teacher"] = {**teacher, path.removeprefix("teacher."): value}
+                return parse_config(content)
+
+            yield path, check
+    given = {"model": "m", "dataset": "d", "output": "o"}
+    for path in settings_in(CaptureSettings):
+        section, _, name = path.rpartition(".")
+        if section:
+            yield path, lambda v, s=section, n=name: CaptureSettings(**given, engine=s, **{s: {n: v}})  # type: ignore[misc]
+        else:
+            yield path, lambda v, n=name: CaptureSettings(**{**given, n: v})  # type: ignore[misc]
+    bins = {"scale_dtype": "float32", "element_bits": 4, "num_elements": 2}
+    quantized = {"d": 100, "k": 8, "exact_k": 4, "polynomial_terms": [0, 1], "residual_bins": [bins]}
+    for name in DistributionQuantizationConfig.model_fields:
+        yield name, lambda v, n=name: DistributionQuantizationConfig(**{**quantized, n: v})  # type: ignore[misc]
+    for name in bins:
+        yield name, lambda v, n=name: Codec({**quantized, "residual_bins": [{**bins, n: v}]})  # type: ignore[misc]
+    legacy = {"vocab_size": 100, "k": 8, "exact_k": 2, "polynomial_degree": 2}
+    for name in LegacyLogitCompressionConfig.model_fields:
+        yield name, lambda v, n=name: LegacyLogitCompressionConfig(**{**legacy, n: v})  # type: ignore[misc]
+
+
+def refusal_of(check: Callable[[Any], object], value: Any) -> str | None:
+    try:
+        check(value)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def test_wrong_values_of_every_setting_are_refused_in_our_own_words() -> None:
+    refusals = 0
+    for path, check in checks():
+        for value in WRONG:
+            message = refusal_of(check, value)
+            if message is not None:
+                refusals += 1
+                assert [phrase for phrase in PHRASES if phrase in message] == [], (path, message)
+                assert len(message) < 2500, path
+                assert path.split(".")[0] in message, (path, message)
+    assert refusals > 4000
+    assert len(shown(10**6000)) < 200
+
+
+NUMBERS: list[tuple[str, tuple[Any, ...]]] = [
+    *((name, (0, -4, 1.5, math.nan, True, "none")) for name in ROWS),
+    *((name, (0, -4, 1.5)) for name in ("per_device_eval_batch_size", "dataset_num_proc", "ddp_timeout")),
+    *((name, (-1, -1e-9, math.nan, math.inf, "fast", None)) for name in ("learning_rate", "weight_decay")),
+    *((name, (-0.1, math.nan, math.inf)) for name in ("max_grad_norm", "eval_delay", "neftune_noise_alpha")),
+    *((name, (-0.1, 1, 1.5, math.nan)) for name in ("adam_beta1", "adam_beta2", "warmup_ratio")),
+    *((name, (0, -1, 1.5, math.nan, math.inf)) for name in ("save_steps", "eval_steps", "logging_steps")),
+    ("warmup_steps", (-1, 1.5, math.nan, math.inf)),
+    ("adam_epsilon", (0, -1e-8, math.nan)),
+    ("num_train_epochs", (0, -1, math.nan, math.inf)),
+    ("max_steps", (0, -2, 1.5)),
+    ("save_total_limit", (0, -1, 1.5)),
+    ("seed", (-1, 2**32, 1.5)),
+    ("data_seed", (-1, 1.5)),
+    ("dataloader_num_workers", (-1, 1.5)),
+    ("dataloader_prefetch_factor", (0, -1)),
+]
+
+
+def test_numbers_beyond_their_limits_are_refused_when_read() -> None:
+    tried = set()
+    for name, values in NUMBERS:
+        tried.add(name)
+        for value in values:
+            with refused(ConfigError, f"config: training_args.{name}"):
+                parse_config(config_with(f"training_args.{name}", value))
+    numeric = {name for name in TABLE if {int, float} & kinds(TABLE[name])}
+    ignored = {"label_smoothing_factor", "local_rank", "max_length", "pad_to_multiple_of", "router_aux_loss_coef"}
+    ignored |= {"ddp_bucket_cap_mb", "eval_accumulation_steps", "torch_empty_cache_steps"}
+    assert numeric - ignored <= tried | {"warmup_steps"}, "every number has its limits tried"
+
+
+def kinds(annotation: Any) -> set[type]:
+    """The plain types in an annotation."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return {annotation}
+    inner = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in inner}
+    return set().union(*(kinds(part) for part in inner), {get_origin(annotation)} & {list, dict})
+
+
+def test_the_table_has_the_types_of_the_installed_trl() -> None:
+    """Of names that are chosen from, all; of other arguments, the plain types."""
+    hints = typing.get_type_hints(SFTConfig)
+    # Wider than declared, since both are used; or refused whatever it is.
+    wider = {"fsdp": {bool}, "resume_from_checkpoint": {bool}, "pad_to_multiple_of": set(), "parallelism_config": None}
+    for field in dataclasses.fields(SFTConfig):
+        if not field.init or wider.get(field.name, set()) is None:
+            continue
+        expected, found = hints[field.name], kinds(TABLE[field.name])
+        members = [kind for kind in kinds(expected) if issubclass(kind, Enum)]
+        if members and get_origin(expected) is not list and field.name != "debug":
+            names = {member.value for member in members[0]}
+            assert {value for value in literals(TABLE[field.name]) if isinstance(value, str)} == names, field.name
+            assert {converted(field.name, name) for name in names} == names
+            continue
+        plain = {kind for kind in kinds(expected) if not issubclass(kind, Enum)}
+        assert found - {Any} == (plain | (wider.get(field.name) or set())) - {Any}, field.name
+
+
+def literals(annotation: Any) -> set[Any]:
+    """The values of the literals in an annotation."""
+    if get_origin(annotation) is Literal:
+        return set(get_args(annotation))
+    return set().union(*(literals(part) for part in get_args(annotation))) if get_args(annotation) else set()
+
+
+def test_the_classes_of_models_are_those_of_transformers() -> None:
+    assert all(hasattr(transformers, name) for name in AUTO_CLASSES)
+
+
+def test_metrics_of_the_best_student_are_those_that_are_measured(parts: dict[str, str], tmp_path: Path) -> None:
+    losses = [{"function": name, "weight": 1} for name in ("kl", "jsd", "kl")]
+    arguments = {"eval_on_start": True, "max_steps": 1, "metric_for_best_model": "jsd"}
+    config = run_config(
+        parts["student"],
+        tmp_path,
+        parts["train"],
+        parts["eval"],
+        loss_functions=losses,
+        training_args=arguments,
+    )
+    measured = Run(config).trainer.evaluate()
+    known = evaluation_metrics({"loss_functions": losses})
+    assert {f"eval_{name}" for name in known} == {name for name in measured if name.startswith("eval_")}
+    assert training_arguments(config).greater_is_better is False
+    for name in known:
+        parse_config(config_with_losses(losses, name))
+    with refused(ConfigError, "training_args.metric_for_best_model", "'accuracy'", "'top1_agreement'", "'kl@2'"):
+        parse_config(config_with_losses(losses, "accuracy"))
+    with refused(ConfigError, "training_args.metric_for_best_model", "'eval_top1_agrement'", "'top1_agreement'"):
+        parse_config(config_with_losses(losses, "eval_top1_agrement"))
+
+
+def config_with_losses(losses: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    content = config_with("training_args.metric_for_best_model", metric)
+    return {**content, "loss_functions": losses}
+
+
+IMPORTED = """
+import sys, time
+from distillkit.cli.main import cli
+began = time.process_time()
+try:
+    cli(sys.argv[1:], standalone_mode=False)
+except Exception as error:
+    print(error)
+heavy = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"} & set(sys.modules)
+print("imported:", *sorted(heavy), f"in {time.process_time() - began:.3f} s")
+"""
+
+
+def test_a_wrong_key_or_path_is_told_before_anything_large_is_imported(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for options, name, value, facts in (
+        ([], "training_args.learnin_rate", 1, ["training_args.learnin_rate", "'learning_rate'"]),
+        ([], "model", "./studnet", ["model", "./studnet"]),
+        (["--dry-run"], "model_auto_class", "AutoModelForCausal", ["model_auto_class"]),
+        (["--dry-run"], "model", "./studnet", ["model", "./studnet"]),
+    ):
+        path.write_text(yaml.safe_dump(config_with(name, value)))
+        result = subprocess.run(
+            [sys.executable, "-c", IMPORTED, str(path), *options],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            env={**os.environ, "COLUMNS": "300"},
+        )
+        check_names(result.stdout, *facts)
+        last = result.stdout.splitlines()[-1]
+        assert last.startswith("imported: in "), last
+        # Of this process, whatever else the machine does; torch alone takes longer.
+        assert float(last.split()[-2]) < 1, last
+
+
+def test_all_that_is_not_there_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "captured").mkdir()
+    (tmp_path / "file").touch()
+    content = {
+        "model": "./studnet",
+        "output_path": "file/out",
+        "sequence_length": 64,
+        "dataset": {"train_dataset": {"disk_path": "capturd"}, "eval_dataset": {"repo_id": "./captured"}},
+        "teacher": {"kind": "hf", "path": "runs/no/teacher"},
+        "training_args": {"deepspeed": "zero.json", "eval_strategy": "steps"},
+    }
+    facts = ["./studnet", "'./student'", "file", "capturd", "'captured'", "runs/no/teacher", "zero.json"]
+    paths = ["model", "output_path", "dataset.train_dataset.disk_path", "dataset.eval_dataset.repo_id", "teacher.path"]
+    with refused(ConfigError, "6", *facts, *paths, "training_args.deepspeed", os.strerror(errno.ENOENT)):
+        check_surroundings(parse_config(content))
+
+
+def test_a_damaged_file_of_weights_is_named(tmp_path: Path) -> None:
+    save_student(tmp_path / "student")
+    file = tmp_path / "student" / "model.safetensors"
+    whole = file.read_bytes()
+    assert damaged_file(str(tmp_path / "student")) is None
+    assert damaged_file("Qwen/Qwen3-0.6B") is None
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
+    for content in (b"", whole[:5], whole[:100], whole[:-1], whole + b"x", pointer, b"\xff" * 200, b"\0" * 100):
+        file.write_bytes(content)
+        config = parse_config({**MINIMAL, "model": str(tmp_path / "student")})
+        with refused(ConfigError, "model", str(file)):
+            check_surroundings(config)
+    file.write_bytes(whole)
+    index = tmp_path / "student" / "model.safetensors.index.json"
+    for text, fact in (('{"weight_map": {"a": "other.safetensors"}}', "other.safetensors"), ("{", index.name)):
+        index.write_text(text)
+        check_names(str(damaged_file(str(tmp_path / "student"))), str(index.parent / fact))
+    index.unlink()
+    (tmp_path / "student" / "tokenizer.json").write_text('{"model": 3}')
+    with refused(ConfigError, str(tmp_path / "student")):
+        load_tokenizer(str(tmp_path / "student"))
+
+
+def test_pushing_needs_the_hub_and_a_token(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"push_to_hub": True}
+    config = run_config(parts["student"], tmp_path, parts["train"], training_args=arguments)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with refused(ConfigError, "training_args.push_to_hub", "HF_HUB_OFFLINE"):
+        check_surroundings(config)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with refused(ConfigError, "training_args.push_to_hub", "HF_TOKEN"):
+        check_surroundings(config)
+    check_surroundings(
+        run_config(parts["student"], tmp_path, parts["train"], training_args={**arguments, "hub_token": "x"})
+    )
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("Name or service not known\nfor https://me:s3cret@host")
+
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", unreachable)
+    config = run_config(parts["student"], tmp_path, parts["train"], training_args={"push_to_hub": True})
+    with pytest.raises(DistillKitError) as caught:
+        Run(config).trainer  # noqa: B018
+    assert "\n" not in str(caught.value)
+    check_names(str(caught.value), "training_args.push_to_hub", "Name or service not known")
+
+
+def test_packages_that_are_too_old_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowest = ['transformers>=5.23; extra == "train"', 'torch>=2.7; extra == "train"', 'ray>=99; extra == "ray"']
+    versions = {"transformers": "5.22.2", "torch": "2.7.0", "accelerate": "1"}
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: lowest)
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    config = parse_config({**MINIMAL, "model": "a/b", "dataset": {"train_dataset": {"repo_id": "a/b"}}})
+    with refused(ConfigError, "transformers", "5.23", "5.22.2", "trl", "distillkit[train]"):
+        check_surroundings(config)
+
+
+# -- secrets and places ------------------------------------------------------------------------------------------------
+
+SECRETS = (
+    ("https://me:s3cret@example.com/data", "https://me:***@example.com/data"),
+    ("s3://key:p@ss@bucket/x, then hdfs://u:s3cret@h", "s3://key:***@bucket/x, then hdfs://u:***@h"),
+    ("https://s3cret@example.com/x", "https://***@example.com/x"),
+    ("https://h/x?X-Amz-Signature=s3cret&split=a&sig=s3cret", "https://h/x?X-Amz-Signature=***&split=a&sig=***"),
+    ("with {'token': 's3cret', 'eos_token': '</s>'}", "with {'token': '***', 'eos_token': '</s>'}"),
+    ('{"api_key": "s3cret"}', '{"api_key": "***"}'),
+    ("Authorization: Bearer s3cret-s3cret", "Authorization: ***"),
+    ("hf_s3crets3crets3cret", "***"),
+    ("no token: log in with name@example.com at https://example.com/a?b=c", None),
+    ("s3://bucket/a@b?version=3; git@github.com:a/b", None),
+)
+
+
+def test_secrets_are_redacted_and_nothing_else() -> None:
+    for text, expected in SECRETS:
+        assert redacted(text) == (text if expected is None else expected)
+    settings = {
+        "model_kwargs": {"token": "s3cret", "dtype": "auto", "headers": [{"x_api_key": 1234}]},
+        "training_args": {"hub_token": "s3cret", "eos_token": "</s>", "num_tokens": 3, "keep": True},
+        "token": True,
+        "path": "https://me:s3cret@host/x",
+    }
+    assert without_secrets(settings) == {
+        "model_kwargs": {"dtype": "auto", "headers": [{}]},
+        "training_args": {"eos_token": "</s>", "num_tokens": 3, "keep": True},
+        "token": True,
+        "path": "https://me:***@host/x",
+    }
+    assert secret_paths(settings) == ["model_kwargs.token", "training_args.hub_token"]
+
+
+def test_a_path_is_told_from_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "file.txt").touch()
+    for name in ("gpt2", "Qwen/Qwen3-0.6B", "student", "./student/", str(tmp_path / "student")):
+        assert missing_place(name) is None, name
+    for name in ("./studnet", "studnet/", "runs/a/b", "~/no-such-folder", "a b", "x" * 500, "a\0b", ".hidden", "a--b"):
+        message = missing_place(name)
+        assert message is not None
+        assert repr(name) in message
+    check_names(str(missing_place("./studnet")), "'./student'")
+    check_names(str(missing_place(str(tmp_path / "studnet"))), f"'{tmp_path / 'student'}'")
+    assert missing_place("file.txt") is not None, "a model is a folder"
+    assert missing_place("file.txt", "file or folder") is None

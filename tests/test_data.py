@@ -295,6 +295,15 @@ def test_a_head_that_is_too_small_is_refused_with_both_sizes(captured: Path, tmp
     with refused(MismatchError, "data", "64", "63"):
         check_dataset(padded, 63, "data")
 
+    # As many ids in a row as the teacher's padded head is wide.
+    many = exact_codec(80, k=72)
+    header = header_for(many, tiny_tokenizer(), vocab_size=64, head_size=80)
+    with ShardWriter(tmp_path / "many", header) as writer:
+        writer.write(np.arange(20, dtype=np.int32), teacher_rows(tiny_model(7, vocabulary=80), np.arange(20), k=72))
+    with refused(MismatchError, "data", "72", "70"):
+        check_dataset(Dataset.open(str(tmp_path / "many")), 70, "data")
+    check_dataset(Dataset.open(str(tmp_path / "many")), 72, "data")
+
 
 def test_a_capture_at_another_temperature_is_refused(tmp_path: Path) -> None:
     rows = teacher_rows(tiny_model(7), np.arange(20, dtype=np.int32))

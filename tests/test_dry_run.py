@@ -56,11 +56,14 @@ def test_all_is_well_and_nothing_is_left(
     """Not even a repository on the hub, which the trainer would make at once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda *_, **__: pytest.fail("it asks the hub"))
-    config = written(config_for(parts, tmp_path / "out", arguments={"push_to_hub": True}), tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "")
+    pushing = {"push_to_hub": True, "hub_token": "s3cret"}
+    config = written(config_for(parts, tmp_path / "out", arguments=pushing), tmp_path)
     before = sorted(tmp_path.rglob("*"))
     result = CliRunner(env={"COLUMNS": "200"}).invoke(cli, [str(config), "--dry-run"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert (result.stdout.count("✓"), result.stdout.count("✗")) == (14, 0)
+    assert (result.stdout.count("✓"), result.stdout.count("✗")) == (16, 0)
     assert f"{tmp_path / 'out' / 'report.md'}" in result.stdout
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -90,8 +93,8 @@ def test_the_first_batch_is_the_first_of_training(parts: dict[str, str], tmp_pat
 
 # What is changed; the check that fails, and what it names; what can not be checked then.
 FAILURES: list[tuple[dict[str, Any], str, list[str], set[str]]] = [
-    ({"student": "nowhere/at/all"}, "student's settings", ["'nowhere/at/all'"], {"tokenizer", "student", "data"}),
-    ({"train": "nowhere"}, "data", ["dataset.train_dataset", "nowhere"], {"data fits student", "first batch"}),
+    ({"student": "nowhere/at/all"}, "paths and packages", ["model", "nowhere/at/all"], {"tokenizer", "data"}),
+    ({"train": "nowhere"}, "paths and packages", ["dataset.train_dataset", "nowhere"], {"data", "first batch"}),
     ({"student": "other"}, "data", ["dataset.train_dataset", "xxh3-128"], {"data fits student", "memory"}),
     (
         {"arguments": {"report_to": "mlflow"}},
@@ -99,7 +102,25 @@ FAILURES: list[tuple[dict[str, Any], str, list[str], set[str]]] = [
         ["training_args.report_to", "'mlflow'"],
         {"tokenizer"},
     ),
-    ({"dataset": {"num_samples": 1000}}, "data fits student", ["dataset.num_samples", "1,000", "24"], {"steps"}),
+    (
+        {"arguments": {"lr_scheduler_type": "cosine_with_min_lr"}},
+        "steps",
+        ["training_args", "lr_scheduler_kwargs", "min_lr"],
+        {"first batch", "resume"},
+    ),
+    (
+        {"arguments": {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"min_lr": 0}}},
+        "steps",
+        ["training_args", "lr_scheduler_kwargs", "'min_lr'"],
+        {"disk"},
+    ),
+    ({"dataset": {"num_samples": 1000}}, "data", ["dataset.num_samples", "1,000", "24"], {"steps"}),
+    (
+        {"sequence_length": 8},
+        "data",
+        ["dataset.train_dataset", "19 of 24", "67.2", "dataset.overflow"],
+        {"first batch"},
+    ),
     ({"frozen_res": ["nothing"]}, "student's settings", ["frozen_res", "'nothing'"], {"student"}),
     (
         {"arguments": {"resume_from_checkpoint": True}},
@@ -126,6 +147,17 @@ def test_what_fails_is_named_and_the_rest_is_checked(
         assert unchecked <= {name for name, check in checks.items() if check["status"] == "not checked"}
         assert checks["configuration"]["status"] == "passed"
         assert not (tmp_path / "out").exists()
+
+
+def test_documents_that_will_be_cut_or_split_are_told(parts: dict[str, str], tmp_path: Path) -> None:
+    for overflow, status, facts in (
+        ("cut", "warning", ["train", "19 of 24", "67.2", "eval", "5 of 7"]),
+        ("split", "passed", ["train", "19 of 24"]),
+    ):
+        config = config_for(parts, tmp_path / "out", sequence_length=8, dataset={"overflow": overflow})
+        (check,) = [check for check in dry_run(written(config, tmp_path)).checks if check.name == "data"]
+        assert check.status == status
+        check_names(check.detail, *facts)
 
 
 def test_a_configuration_with_mistakes_is_all_that_is_said(parts: dict[str, str], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from distillkit.errors import ConfigError, CorruptDataError, InputError, Mismatc
 from distillkit.shards import Dataset, convert, verify_dataset
 from distillkit.types import SparseLogprobs
 from support.refusals import refused
+from support.shards import make_documents, write
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = ["upstream_v1", "upstream_legacy"]
@@ -197,8 +198,8 @@ def test_a_wrong_configuration_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused_with_what_was_found(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "data_0.parquet")
-    with refused(InputError, "data_0.parquet", "text", "input_ids", "compressed_logprobs"):
+    pq.write_table(pa.table({"value": ["a"]}), tmp_path / "data_0.parquet")
+    with refused(InputError, "data_0.parquet", "value", "input_ids", "compressed_logprobs"):
         Dataset.open(tmp_path)
     (tmp_path / "empty").mkdir()
     with refused(InputError, str(tmp_path / "empty")):
@@ -216,3 +217,23 @@ def test_resumed_conversion_of_something_else_is_refused(tmp_path: Path) -> None
         convert(source, tmp_path / "shards", shard_tokens=100, teacher={"name": "another"})
     convert(source, tmp_path / "shards", shard_tokens=100)
     check_against_recording(Dataset.open(tmp_path / "shards"), "upstream_v1")
+
+
+def test_a_conversion_is_not_resumed_with_other_documents(tmp_path: Path) -> None:
+    """Of the same codec, tokenizer and teacher: only the documents tell."""
+
+    def interrupted(tokens: int) -> Any:
+        seen.append(tokens)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    seen, documents = list[int](), make_documents(6)
+    write(tmp_path / "one", documents)
+    write(tmp_path / "other", [documents[0], *make_documents(5, seed=5)])
+    with pytest.raises(KeyboardInterrupt):
+        convert(Dataset.open(tmp_path / "one"), tmp_path / "out", shard_tokens=1, progress=interrupted)
+    with refused(MismatchError, str(tmp_path / "out"), str(tmp_path / "other"), "document 1"):
+        convert(Dataset.open(tmp_path / "other"), tmp_path / "out", shard_tokens=1)
+    manifest = convert(Dataset.open(tmp_path / "one"), tmp_path / "out", shard_tokens=1)
+    assert [shard.documents for shard in manifest.shards] == [1] * 6
+    assert [d.doc_id for d in Dataset.open(tmp_path / "out")] == [d.doc_id for d in Dataset.open(tmp_path / "one")]

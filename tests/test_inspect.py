@@ -99,11 +99,12 @@ def test_nothing_stored_is_said_and_not_divided_by(tmp_path: Path) -> None:
 def test_json_keys_are_stable() -> None:
     keys = (
         "path kind documents tokens rows files file_bytes documents_read rows_read bytes_per_token compression codec "
-        "teacher tokenizer capture temperature rows_per_document vocab_size head_size mass next_token alignment "
-        "fidelity"
+        "teacher tokenizer capture temperature rows_per_document vocab_size head_size mass plausibility "
+        "next_token alignment fidelity"
     )
     found = inspect_dataset(Dataset.open(GOLDEN / "upstream_v1")).to_dict()
     assert list(found) == keys.split()
+    assert found["plausibility"] == {"ok": True, "impossible": [], "doubts": []}
     assert set(found["alignment"]) == {"rates", "positions", "verdict", "ok"}
     assert set(found["alignment"]["rates"]) == {"-1", "0", "+1"}
 
@@ -185,6 +186,11 @@ def test_another_teacher_is_refused(teacher: Path, tmp_path: Path) -> None:
     hot = captured(tmp_path / "hot", teacher, codec=dataset.codec, header={"temperature": 2.0})
     with refused(InputError, "2.0"):
         recompute_fidelity(hot, str(teacher))
+    double = captured(
+        tmp_path / "double", teacher, codec=dataset.codec, header={"teacher": {"name": "t", "dtype": "float64"}}
+    )
+    with refused(ConfigError, "'float64'"):
+        recompute_fidelity(double, str(teacher))
 
 
 def test_packed_documents_are_not_read_as_one(teacher: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distillkit.errors import ConfigError, MismatchError
 from distillkit.training.config.file import parse_config
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.run import train
+from distillkit.training.signals.live import OnlineSignal
+from distillkit.training.student import check_student
 from support.refusals import check_names, refused
 from support.training import VOCABULARY, losses_of, random_documents, run_config, tiny_model, tiny_tokenizer
 
@@ -26,6 +29,9 @@ HIDDEN = [
     {"function": "hs_cosine", "weight": 2.0},
     {"function": "kl", "weight": 1.0},
 ]
+
+
+DEEP = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 
 
 def live(parts: dict[str, str], output: Path, which: str = "teacher", **settings: Any) -> RunConfig:
@@ -172,10 +178,40 @@ def test_settings_that_do_not_fit_the_teacher(parts: dict[str, str], tmp_path: P
         ("teacher", {"teacher": {"top_k": 65}}, ["teacher.top_k", "65", "64"]),
         ("teacher", {**deep, "layer_mapping": [[3, 1]]}, ["layer_mapping", "student", "3"]),
         ("teacher", {**deep, "layer_mapping": [[1, 5]]}, ["layer_mapping", "teacher", "5"]),
-        ("wide", {**deep, "layer_mapping": "all"}, ["layer_mapping", "2", "3"]),
+        ("wide", {**deep, "layer_mapping": "all"}, ["layer_mapping", "2", "3", "[[1, 2], [2, 3]]"]),
     ):
         with refused(ConfigError, *facts):
             train(live(parts, tmp_path, which, **settings))
+
+
+def test_layers_are_checked_by_the_configs_alone(parts: dict[str, str], tmp_path: Path) -> None:
+    """Before any weights are loaded: this teacher has none. What is proposed fits."""
+    for depth, proposed in ((30, "[[1, 15], [2, 30]]"), (1, "[[2, 1]]")):
+        LlamaConfig(**DEEP, num_hidden_layers=depth).save_pretrained(tmp_path)
+        settings: dict[str, Any] = {"loss_functions": HIDDEN, "layer_mapping": "all"}
+        with refused(ConfigError, "layer_mapping", "2", str(depth), proposed):
+            check_student(live({**parts, "deep": str(tmp_path)}, tmp_path / "out", "deep", **settings))
+        settings["layer_mapping"] = json.loads(proposed)
+        check_student(live({**parts, "deep": str(tmp_path)}, tmp_path / "out", "deep", **settings))
+
+
+def test_the_first_k_stay_within_the_students_head() -> None:
+    """A teacher's head may be padded further: these ids are missing mass, and more ids than the student has are not
+    asked for."""
+    torch.manual_seed(0)
+    teacher = tiny_model(7, vocabulary=96)
+    ids = torch.arange(12)[None]
+    batch = {"input_ids": ids, "position_ids": ids, "rows": torch.arange(11)}
+    targets = OnlineSignal(teacher, top_k=40, head_size=64).targets(batch, ids[0, 1:])
+    with torch.no_grad():
+        expected = teacher(ids).logits[0, :11].log_softmax(-1).topk(40)
+    inside = expected.indices < 64
+    assert not inside.all()
+    assert targets.teacher.ids.max() < 64
+    torch.testing.assert_close(targets.teacher.logprobs, expected.values.masked_fill(~inside, -torch.inf))
+    assert torch.equal(targets.teacher.ids[inside], expected.indices[inside])
+    with refused(ConfigError, "teacher.top_k", "65", "student's", "64"):
+        OnlineSignal(teacher, top_k=65, head_size=64)
 
 
 def test_settings_that_contradict_each_other() -> None:

@@ -21,7 +21,7 @@ from distillkit.errors import ConfigError
 from distillkit.losses.config import LOSS_NAMES, LossConfig
 from distillkit.losses.fused import Objective
 from distillkit.losses.positions import Positions, Targets, TeacherLogits
-from distillkit.losses.registry import HIDDEN, LOSSES, loss
+from distillkit.losses.registry import HIDDEN, LOSSES, kl_with_rest, loss
 from distillkit.models.head import LMHead, lm_head_of
 from distillkit.types import SparseLogprobs
 from support import reference
@@ -52,10 +52,10 @@ def value_of(name: str, logits: torch.Tensor, targets: Targets, **settings: Any)
 
 
 def value_and_gradient(
-    name: str, logits: torch.Tensor, targets: Targets, temperature: float, missing: Any
+    name: str, logits: torch.Tensor, targets: Targets, temperature: float, missing: Any, **settings: Any
 ) -> tuple[float, torch.Tensor]:
     logits = logits.clone().requires_grad_()
-    value = value_of(name, logits, targets, temperature=temperature, missing_probability_handling=missing)
+    value = value_of(name, logits, targets, temperature=temperature, missing_probability_handling=missing, **settings)
     value.backward()
     assert logits.grad is not None
     return value.item(), logits.grad
@@ -65,6 +65,7 @@ def oracle(
     name: str, targets: Targets, at: np.ndarray, temperature: float = 1.0, missing: str = "zero", **settings: Any
 ) -> Callable[[np.ndarray], float]:
     """The loss as a function of the logits; weights that carry no gradient are those of the logits `at`."""
+    published = bool(settings.pop("published_temperature", False))
 
     def rows(logits: np.ndarray) -> list[tuple[reference.Outcomes, tuple[float, float] | None]]:
         if isinstance(targets.teacher, TeacherLogits):
@@ -73,7 +74,7 @@ def oracle(
         stored = (targets.teacher.ids.tolist(), targets.teacher.logprobs.tolist(), targets.labels.tolist())
         known = [np.nan] * len(targets) if targets.label_logprobs is None else targets.label_logprobs.tolist()
         return [
-            reference.outcomes_at(row, *each, temperature, missing, label)
+            reference.outcomes_at(row, *each, temperature, missing, label, published=published)
             for row, label, *each in zip(logits, known, *stored, strict=True)
         ]
 
@@ -105,13 +106,42 @@ def check(name: str, logits: torch.Tensor, targets: Targets, temperature: float,
 SIZES = [(3, 37, 5, 1.0), (2, 23, 5, 2.5), (2, 23, 5, 0.5), (3, 11, 1, 1.0), (2, 11, 10, 2.0), (2, 7, 7, 2.0)]
 
 
-@pytest.mark.parametrize(("name", "sizes", "missing"), pairwise([*DIVERGENCES, *RANKING], SIZES, MISSING), ids=str)
+@pytest.mark.parametrize(
+    ("name", "sizes", "missing", "published"),
+    pairwise([*DIVERGENCES, *RANKING], SIZES, MISSING, [False, True]),
+    ids=str,
+)
 def test_a_loss_has_the_value_and_gradient_of_its_definition(
-    name: str, sizes: tuple[int, int, int, float], missing: Any
+    name: str, sizes: tuple[int, int, int, float], missing: Any, published: bool
 ) -> None:
     positions, vocabulary, k, temperature = sizes
     targets = Targets(some_labels(positions, vocabulary), teacher_rows(positions, vocabulary, k))
-    check(name, student_logits(positions, vocabulary), targets, temperature, missing)
+    settings = {"published_temperature": published}
+    check(name, student_logits(positions, vocabulary), targets, temperature, missing, **settings)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("known", [False, True])
+def test_the_teacher_itself_is_the_optimum_at_every_temperature(name: str, known: bool) -> None:
+    """With its whole distribution (`uniform`) or with what the handling makes of it: no loss, no gradient, and any
+    other student is worse. The published arithmetic has another optimum."""
+    targets, logits = with_label_logprobs(6, 200, 8)
+    targets = targets if known else Targets(targets.labels, targets.teacher)
+    outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, targets.teacher.ids, False)
+    alone, rows = logits.log_softmax(-1).masked_fill(outside, -80.0), torch.arange(6)
+    all_missing = alone.clone()
+    left = torch.as_tensor(targets.teacher.missing_mass()).log()
+    all_missing[rows, targets.labels] = torch.logaddexp(alone[rows, targets.labels], left)
+    for missing, student in {"zero": alone, "uniform": logits, "label": all_missing}.items():
+        for temperature in (0.5, 2.0, 5.0):
+            value, gradient = value_and_gradient(name, student, targets, temperature, missing)
+            case = (missing, temperature)
+            assert value == pytest.approx(0, abs=2e-5 * temperature**2), case
+            assert name == "tvd" or gradient.abs().max() < 2e-3, case  # it has a corner there
+            other = student + 0.3 * student_logits(6, 200, seed=5)
+            assert value_and_gradient(name, other, targets, temperature, missing)[0] > 1e-3, case
+    published = value_and_gradient(name, logits, targets, 2.0, "uniform", published_temperature=True)
+    assert published[0] > 0.1
 
 
 @pytest.mark.parametrize(
@@ -224,6 +254,22 @@ def test_storing_every_id_is_the_dense_loss(name: str) -> None:
         expected, expected_gradient = value_and_gradient(name, student, dense, temperature, missing)
         assert value == pytest.approx(expected, rel=1e-5), (temperature, missing)
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("probabilities", [[0.25] * 4, [0.2, 0.3, 0.5], [0.6, 0.4], [0.4, 0.35, 0.25], [0.1] * 10])
+def test_the_head_of_adaptive_kl_is_that_of_its_authors(probabilities: list[float]) -> None:
+    """The first id, and the next ones as long as the sum with their own is at most one half."""
+    teacher = torch.tensor([probabilities])
+    logits = student_logits(1, len(probabilities))
+    p, order = torch.sort(teacher, dim=-1, descending=True, stable=True)
+    tail = p.double().cumsum(-1) > 0.5 + 1e-7
+    tail[:, 0] = False
+    gap = (p - logits.softmax(-1).gather(-1, order)).abs()
+    share = (gap * ~tail).sum() / gap.sum()
+    targets = Targets(torch.tensor([0]), TeacherLogits(teacher.log()))
+    kl, reverse_kl = (value_of(name, logits, targets) for name in ("kl", "reverse_kl"))
+    expected = share * kl + (1 - share) * reverse_kl
+    assert value_of("adaptive_kl", logits, targets).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_cross_entropy_has_the_value_and_gradient_of_its_definition() -> None:
@@ -453,11 +499,29 @@ def test_the_fused_pass_counts_what_it_says() -> None:
         "topk_overlap": overlap.sum(),
         "eval:cross_entropy": -probabilities.log()[torch.arange(9), targets.labels].sum().item(),
         "eval:kl": value_of("kl", head(hidden), targets).item(),
+        "eval:kl_with_rest": value_of("kl", head(hidden), targets, missing_probability_handling="uniform").item(),
         "kl@2": value_of("kl", head(hidden), targets).item(),
         "kl@3": value_of("kl", head(hidden), targets, temperature=3.0).item(),
     }
     for name, value in expected.items():
         assert statistics[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_kl_with_rest_is_over_the_stored_ids_and_the_rest_and_0_for_the_teacher() -> None:
+    """Also where the label's probability is known, of a teacher with all ids, and of rows without any mass."""
+    targets, logits = with_label_logprobs(6, 60, 5)
+    plain = Targets(targets.labels, targets.teacher)
+    student = student_logits(6, 60, seed=8)
+    rows = zip(targets.teacher.ids.tolist(), targets.teacher.logprobs.tolist(), strict=True)
+    outcomes = [reference.outcomes_at(z, *row, 0, 1.0, "uniform") for z, row in zip(student.numpy(), rows, strict=True)]
+    expected = sum(reference.measure_of("kl", *each) for each in outcomes)
+    for goal in (targets, plain):
+        assert kl_with_rest(Positions(student, goal)).item() == pytest.approx(expected, rel=1e-5)
+        assert kl_with_rest(Positions(logits, goal)).item() == pytest.approx(0, abs=1e-5)
+    dense = Targets(targets.labels, TeacherLogits(logits))
+    assert kl_with_rest(Positions(student, dense)).item() == pytest.approx(value_of("kl", student, dense).item())
+    nothing = SparseLogprobs(targets.teacher.ids, torch.full_like(targets.teacher.logprobs, -torch.inf))
+    assert kl_with_rest(Positions(student, Targets(targets.labels, nothing))).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_an_id_without_probability_is_in_no_count() -> None:

@@ -20,6 +20,7 @@ from distillkit.training.attach import DistillationInputs, attach_losses
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.student import attention_implementation, freeze, load_student, widen_embeddings
 from distillkit.types import SparseLogprobs
+from support.architectures import save_architecture
 from support.refusals import check_names, refused
 from support.training import VOCABULARY, run_config, save_student, teacher_rows, tiny_model
 
@@ -78,13 +79,31 @@ def test_flash_attention_is_never_replaced_in_silence(student: str, caplog: pyte
     (said,) = (record.message for record in caplog.records if "FlashAttention" in record.message)
     check_names(said, "CUDA", "sdpa")
     caplog.clear()
-    assert attention_implementation(config(student, use_flash_attention=False)) == "sdpa"
+    assert attention_implementation(config(student, use_flash_attention=False)) is None
     assert attention_implementation(config(student, model_kwargs={"attn_implementation": "eager"})) is None
     assert not caplog.records
+    for named, wanted in (("eager", True), ("flash_attention_2", False)):
+        with refused(ConfigError, f"use_flash_attention: {str(wanted).lower()}", "attn_implementation", named):
+            attention_implementation(
+                config(student, use_flash_attention=wanted, model_kwargs={"attn_implementation": named})
+            )
     with refused(ConfigError, "use_flash_attention: true", "model_kwargs.attn_implementation", "eager"):
         attention_implementation(
             config(student, use_flash_attention=True, model_kwargs={"attn_implementation": "eager"})
         )
+
+
+def test_flash_attention_is_only_for_models_that_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it can run: by default where the model supports it, and a reason where it is required and does not."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name)
+    for model_type, name in {"llama": None, "mamba": "MambaForCausalLM", "bloom": "BloomForCausalLM"}.items():
+        folder = save_architecture(tmp_path / model_type, model_type)
+        chosen = attention_implementation(config(folder))
+        assert chosen == ("flash_attention_2" if name is None else None)
+        if name is not None:
+            with refused(ConfigError, "use_flash_attention: true", name):
+                attention_implementation(config(folder, use_flash_attention=True))
 
 
 def test_model_kwargs_reach_the_model(student: str) -> None:

@@ -13,12 +13,14 @@ from click.testing import CliRunner
 
 from distillkit.cli.compat import pack_logits
 from distillkit.cli.main import cli
-from distillkit.errors import CorruptDataError, InputError, MismatchError
+from distillkit.errors import ConfigError, CorruptDataError, InputError, MismatchError
 from distillkit.shards import Dataset, ShardWriter, verify_dataset
+from distillkit.shards.overflow import Pieces
 from distillkit.shards.repack import pack_dataset
 from distillkit.training.data.examples import DistillationDataset
 from distillkit.training.signals.stored import OfflineSignal
-from support.refusals import refused
+from distillkit.types import Overflow
+from support.refusals import check_names, refused
 from support.training import VOCABULARY, exact_codec, header_for, random_documents, teacher_rows, tiny_model
 
 MAX_LEN = 32
@@ -38,10 +40,10 @@ def write(folder: Path, rows: str) -> Dataset:
     return Dataset.open(folder)
 
 
-def examples(dataset: Dataset) -> list[tuple[Any, ...]]:
+def examples(dataset: Dataset, overflow: Overflow = "cut") -> list[tuple[Any, ...]]:
     """What is trained on, position by position: the context, the token to predict, the teacher's ids and values."""
     signal = OfflineSignal(exact_codec(), VOCABULARY)
-    data = DistillationDataset(dataset, signal, MAX_LEN)
+    data = DistillationDataset(dataset, signal, MAX_LEN, pieces=Pieces.of(dataset.lengths(), MAX_LEN, overflow))
     found = []
     for index in range(len(data)):
         example = data[index]
@@ -54,25 +56,41 @@ def examples(dataset: Dataset) -> list[tuple[Any, ...]]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("seed", [None, 7])
-@pytest.mark.parametrize("rows", ["L-1", "L"])
-def test_everything_that_is_trained_on_is_in_the_packed_rows(rows: str, seed: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "seed", "overflow"),
+    [("L-1", None, "cut"), ("L", 7, "cut"), ("L-1", 7, "split"), ("L", None, "split"), ("L-1", None, "drop")],
+)
+def test_everything_that_is_trained_on_is_in_the_packed_rows(
+    rows: str, seed: int | None, overflow: Overflow, tmp_path: Path
+) -> None:
     source = write(tmp_path / "source", rows)
     progress: list[tuple[int, int]] = []
     report = pack_dataset(
-        source, tmp_path / "packed", MAX_LEN, seed=seed, window=15, progress=lambda *state: progress.append(state)
+        source,
+        tmp_path / "packed",
+        MAX_LEN,
+        overflow=overflow,
+        seed=seed,
+        window=15,
+        progress=lambda *state: progress.append(state),
     )
     packed = Dataset.open(tmp_path / "packed")
-    assert examples(packed) == examples(source)
+    assert examples(packed) == examples(source, overflow)
     assert verify_dataset(tmp_path / "packed").ok
     assert packed.header.alignment == source.header.alignment
     assert packed.header.capture["packed"]["max_len"] == MAX_LEN
-    kept = [len(ids) for ids in DOCUMENTS if len(ids) > 1]
-    assert (report.documents, report.left_out, report.rows) == (len(kept), 1, len(packed))
-    assert report.cut_tokens == sum(max(0, length - MAX_LEN) for length in kept)
-    assert report.tokens == sum(min(length, MAX_LEN) for length in kept) == packed.num_tokens
-    assert report.fill > 0.85
-    assert progress[-1] == (2 * len(kept), 2 * len(kept))
+    kept = np.array([len(ids) for ids in DOCUMENTS if len(ids) > 1])
+    long = kept > MAX_LEN
+    assert (report.left_out, report.rows, report.tokens) == (1, len(packed), packed.num_tokens)
+    assert report.documents == (~long).sum() if overflow == "drop" else len(kept)
+    assert (report.dropped, report.split, report.cut_documents) == tuple(
+        long.sum() if overflow == name else 0 for name in ("drop", "split", "cut")
+    )
+    assert report.cut_tokens == (np.maximum(kept - MAX_LEN, 0).sum() if overflow == "cut" else 0)
+    if overflow != "split":
+        assert report.tokens == np.minimum(kept, MAX_LEN)[~long | (overflow == "cut")].sum()
+    assert report.fill > 0.8
+    assert progress[-1][0] == progress[-1][1] > 0
 
 
 def test_labels_stay_beside_their_tokens(tmp_path: Path) -> None:
@@ -124,7 +142,9 @@ def test_another_packing_is_not_mixed_in(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pack_dataset(source, tmp_path / "packed", MAX_LEN, shard_tokens=100, progress=stop)
     with refused(MismatchError, "capture.packed.max_len", "32", "16"):
-        pack_dataset(source, tmp_path / "packed", 16)
+        pack_dataset(source, tmp_path / "packed", 16, overflow="cut")
+    with refused(MismatchError, "capture.packed.overflow", "'split'"):
+        pack_dataset(source, tmp_path / "packed", MAX_LEN, overflow="split")
 
 
 def test_what_was_not_written_as_it_was_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +174,11 @@ GOLDEN = Path(__file__).parent / "golden" / "upstream_v1"
 
 def test_the_command_and_its_published_name_do_the_same(tmp_path: Path) -> None:
     runner = CliRunner()
-    ours = runner.invoke(cli, ["pack", str(GOLDEN), str(tmp_path / "a"), "--max-len", "64", "--json"])
+    command = ["pack", str(GOLDEN), str(tmp_path / "a"), "--max-len", "64", "--json"]
+    refusal = runner.invoke(cli, command)
+    assert isinstance(refusal.exception, ConfigError)
+    check_names(str(refusal.exception), str(GOLDEN), "8 of 8", "60.0%", "160", "--overflow", "split", "cut", "drop")
+    ours = runner.invoke(cli, [*command, "--overflow", "cut"])
     assert ours.exit_code == 0, ours.output
     assert json.loads(ours.stdout)["documents"] == 8
     options = "--max-len 64 --num-proc 2 --max-iters 10 --batch-size 10000 --remove-columns text"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from distillkit.errors import CorruptDataError
 from distillkit.shards import Dataset
+from distillkit.shards.overflow import Pieces, default_overlap, windows
 from distillkit.shards.packing import pack
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.schema import RunConfig
@@ -108,6 +110,50 @@ def test_documents_keep_their_tokens_and_teacher_rows(rows: str) -> None:
         for row in range(len(packed)):
             check_joined(packed[row], [alone[int(document)] for document in packing[row]])
         assert len(packed[BLANK].input_ids) == 0
+
+
+@given(st.lists(st.integers(0, 60), max_size=20), st.integers(2, 20))
+def test_the_pieces_of_a_document_are_its_windows(sizes: list[int], limit: int) -> None:
+    pieces = Pieces.of(np.array(sizes, dtype=np.int64), limit, "split")
+    expected = [
+        (number, start, stop)
+        for number, size in enumerate(sizes)
+        for start, stop in windows(size, limit, default_overlap(limit))
+    ]
+    found = [pieces[piece] for piece in range(len(pieces))]
+    assert [(number, start, stop) for number, start, stop, _ in found] == expected
+    assert pieces.lengths.tolist() == [stop - start for _, start, stop in expected]
+    new = [(number, token) for number, _, stop, first in found for token in range(first, stop)]
+    assert new == [(number, token) for number, size in enumerate(sizes) for token in range(size)]
+
+
+@pytest.mark.parametrize("rows", ["L", "L-1"])
+@pytest.mark.parametrize("limit", [2, 9, 24])
+@pytest.mark.parametrize("packed", [False, True])
+def test_split_documents_train_each_counted_position_once_with_its_row(rows: str, limit: int, packed: bool) -> None:
+    """Whatever masks and boundaries they have; only the overlap is read twice."""
+    documents = [
+        replace(document, input_ids=(1000 * number + np.arange(len(document.input_ids))).astype(np.int32))
+        for number, document in enumerate(some_documents(rows))
+    ]
+    source, signal = Sources(documents), OfflineSignal(exact_codec(), 100_000)
+    indices = np.arange(3, 40)
+    whole = DistillationDataset(source, signal, 1000, indices)
+    pieces = Pieces.of(source.lengths()[indices], limit, "split")
+    packing = pack(pieces.lengths, limit, seed=0) if packed else None
+    split = DistillationDataset(source, signal, limit, indices, pieces=pieces, packing=packing)
+    trained = []
+    for data in (whole, split):
+        found = []
+        for part in (data[index] for index in range(len(data))):
+            assert part.segment_lengths.sum() == len(part.input_ids) <= data.sequence_length
+            assert part.cut_tokens == 0
+            teacher = [tuple(values) for values in part.teacher["ids"].tolist()]
+            context, labels = (part.input_ids[part.positions + by].tolist() for by in (0, 1))
+            found += zip(context, labels, teacher, strict=True)
+        trained.append(sorted(found))
+    assert trained[0] == trained[1]
+    assert split.documents == len(indices)
 
 
 def check_joined(example: Example, parts: list[Example]) -> None:

@@ -170,15 +170,13 @@ def test_tokens_without_characters_and_joined_tokens_are_those_of_trl(tmp_path: 
             assert document.input_ids.tolist() == ids
             assert document.loss_mask is not None
             assert np.where(document.loss_mask, ids, -100).tolist() == labels
-    # A capture leaves tokens without characters out.
+    # A capture counts the same tokens.
     [captured], [trained] = (
         RowReader(tokenizer, policy, 1000)([("row", {"messages": indented})])[0]
         for policy in (capture_policy("assistant"), training_policy(tokenizer, TextOptions(assistant_only=True)))
     )
     assert captured.input_ids.tolist() == trained.input_ids.tolist()
-    empty = trained.loss_mask & ~captured.loss_mask
-    assert not (captured.loss_mask & ~trained.loss_mask).any()
-    assert {token.strip("Ġ") for token in tokenizer.convert_ids_to_tokens(captured.input_ids[empty])} == {""}
+    assert captured.loss_mask.tolist() == trained.loss_mask.tolist()
 
 
 def test_another_column_may_hold_the_text(tmp_path: Path, tokenizer: Any) -> None:
@@ -365,9 +363,43 @@ def test_a_configuration_finds_prepares_and_packs_text(tmp_path: Path, tokenizer
         assert open_documents(config, "eval", tokenizer, arguments) is None
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_long_text_is_cut_split_or_left_out_as_asked(tmp_path: Path, tokenizer: Any, packing: bool) -> None:
+    """Text ends with the tokenizer's end of sequence, which a split document keeps and a cut one loses."""
+    words = ["a b c d e f g h a b c d", "a b", "h g f e d c b a h g f"]
+    path = write_rows(tmp_path / "data.jsonl", [{"text": text} for text in words])
+
+    def trained(overflow: str | None) -> list[list[int]]:
+        config = live_config(tmp_path, path, dataset={"overflow": overflow}, training_args={"packing": packing})
+        arguments = training_arguments(config)
+        documents = open_documents(config, "train", tokenizer, arguments)
+        assert documents is not None
+        data = training_dataset(config, "train", documents, NoTeacher(), arguments)
+        found = [data[row] for row in range(len(data))]
+        assert all(len(example.input_ids) <= 8 for example in found)
+        return sorted(example.input_ids[example.positions + 1].tolist() for example in found)
+
+    config = live_config(tmp_path, path, dataset={"overflow": "cut"})
+    documents = open_documents(config, "train", tokenizer, training_arguments(config))
+    assert documents is not None
+    whole = [documents[number].input_ids.tolist() for number in range(3)]
+    assert [len(tokens) for tokens in whole] == [14, 4, 13]
+    for overflow, parts in (
+        ("cut", [tokens[1:8] for tokens in whole]),
+        ("split", [part for tokens in whole for part in (tokens[1:8], tokens[8:]) if part]),
+        ("drop", [whole[1][1:]]),
+    ):
+        flat = sorted(token for part in parts for token in part)
+        assert sorted(token for row in trained(overflow) for token in row) == flat
+        if not packing:
+            assert trained(overflow) == sorted(parts)
+    with refused(ConfigError, "dataset.train_dataset", "2 of 3", f"{11 / 31:.1%}", "dataset.overflow", "8"):
+        trained(None)
+
+
 def test_captured_data_serve_a_live_teacher(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "captured", random_documents(5))
-    config = live_config(tmp_path, path)
+    config = live_config(tmp_path, path, dataset={"overflow": "cut"})
     arguments = training_arguments(config)
     documents = open_documents(config, "train", tiny_tokenizer(), arguments)
     assert isinstance(documents, Dataset)
@@ -381,7 +413,7 @@ def test_published_data_serve_a_live_teacher_without_their_distributions(
 ) -> None:
     golden = Path(__file__).parent / "golden" / "upstream_v1"
     monkeypatch.setattr("distillkit.training.data.documents.vocab_size", lambda tokenizer: 49152)
-    config = live_config(tmp_path, golden)
+    config = live_config(tmp_path, golden, dataset={"overflow": "cut"})
     documents = open_documents(config, "train", tiny_tokenizer(), training_arguments(config))
     assert isinstance(documents, PreparedDataset)
     assert documents.lengths().tolist() == [len(document.input_ids) for document in Dataset.open(str(golden))]

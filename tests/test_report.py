@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from markdown_it import MarkdownIt
 from rich.console import Console
 
 from distillkit.cli.main import cli
 from distillkit.console import duration
 from distillkit.errors import CorruptDataError
 from distillkit.reports import run_plots as training_plots
+from distillkit.reports.inspection_plots import plot_text
 from distillkit.reports.run_record import RunRecord, read_metrics, read_run
 from distillkit.reports.run_report import comparison, markdown, write_report
 from distillkit.training.callbacks import ConsoleProgress
@@ -314,3 +316,105 @@ def test_times_are_readable() -> None:
         "3:04:05",
         "100:00:00",
     ]
+
+
+# What a name may do to a terminal, to Markdown (also within a table, where a bar ends the cell), and to a formula.
+EVIL = (
+    "\x1b]8;;http://evil\x1b\\\x9b31m\u202e",
+    "x\n# heading\n\n<script>alert(1)</script>\n\n![i](http://evil/i.png)",
+    "a\\|<img src=http://evil>|b`|<b>|``` c",
+    "[l](http://evil) <http://evil> http://evil www.evil.org $x_1$ ~~s~~ **b** &lt;",
+    "_$\\frac{1}{2}$ [red]x[/red] :boom:",
+)
+
+
+def evil_run(folder: Path, name: str) -> RunRecord:
+    """A finished run in which every text is this name."""
+    folder.mkdir(exist_ok=True)
+    settings: dict[str, Any] = dict.fromkeys(("optimizer", "schedule", "precision", "device", "workers", "seed"), name)
+    numbers = ("batch", "accumulation", "processes", "sequence_length", "learning_rate", "warmup_steps", "weight_decay")
+    data = {"path": name, "documents": 1, "tokens": 2, "rows": 1}
+    run = {
+        "student": {"path": name, "class": name, "dtype": name, "attention": name, "trained": 1, "parameters": 2},
+        "teacher": {"kind": "dataset", "name": name, "k": 8},
+        "data": {"train": data, "eval": data},
+        "losses": [{"name": name, "weight": 0.5, name: name}, {"name": "kl", "weight": 0.5}],
+        "settings": {**settings, **dict.fromkeys(numbers, 1), "activation_checkpointing": False},
+        "versions": {name: name},
+        "began": name,
+        "max_steps": 1,
+        "epochs": 1,
+    }
+    lines = [{"step": 0, "run": run}, {"step": 1, "loss": 1.0, "kl": 1.0, name: 1.0}, {"step": 1, "eval_loss": 1.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read_run(folder)
+
+
+def html_of(text: str) -> str:
+    """Markdown with GitHub's tables, as HTML; raw HTML would stay as it is."""
+    return str(MarkdownIt("commonmark", {"html": True}).enable("table").render(text))
+
+
+def shape(html: str) -> list[str]:
+    """The tags of a page, with their links."""
+    return re.findall(r"<[^>]+>", html)
+
+
+def test_names_can_do_nothing_in_a_report_a_plot_or_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [evil_run(tmp_path / f"run{number}", name) for number, name in enumerate(EVIL)]
+    harmless = evil_run(tmp_path / "run", "plain")
+    pictures = [("report-quality.png", "Losses")]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for run, name in zip(runs, EVIL, strict=True):
+        text = markdown(run, pictures)
+        expected = shape(html_of(markdown(harmless, pictures)))
+        # The only difference are marks of code around what was plain.
+        found = [tag for tag in shape(html_of(text)) if tag not in ("<code>", "</code>")]
+        assert found == [tag for tag in expected if tag not in ("<code>", "</code>")], name
+        assert "http" not in re.sub(r"<code>.*?</code>", "", html_of(text)), "would become a link"
+        result = CliRunner().invoke(
+            cli, ["report", str(run.folder), str(harmless.folder)], catch_exceptions=False, color=True
+        )
+        assert result.exit_code == 0
+        # Colours are rich's own; nothing else may begin with an escape character.
+        for control in re.findall("\x1b[^m]*m?", result.output):
+            assert re.fullmatch(r"\x1b\[[\d;]*m", control), control
+        assert re.sub("\x1b\\[[\\d;]*m|\n", "", result.output).isprintable()
+    assert (tmp_path / "run0" / "report.md").exists() is False
+    names = [f"${name}$_" for name in EVIL]
+    training_plots.plot_comparison(runs, names, tmp_path / "comparison.png")
+    for run in runs:
+        training_plots.plot_quality(run, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").read_bytes().startswith(PNG)
+
+
+def test_a_name_in_a_plot_is_shown_as_it_is() -> None:
+    from matplotlib.cbook import is_math_text
+
+    for name in ("$x$", "a$b", r"\$1$", "$$"):
+        shown = plot_text(name)
+        assert not is_math_text(shown)
+        assert shown.replace(r"\$", "$") == name
+    assert not plot_text("_hidden").startswith("_")
+    assert len(plot_text("n" * 500)) < 100
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.jsonl", "[" * 100_000 + "\n{}\n"),
+        ("metrics.jsonl", '{"step": 1, "loss": 1' + "0" * 5000 + "}\n{}\n"),
+        ("metrics.jsonl", '{"step": 0, "run": {"student": 5}}\n'),
+        ("metrics.jsonl", '{"step": 0, "run": {"data": {}, "losses": 3}}\n'),
+        ("metrics.jsonl", '{"step": "1"}\n'),
+        ("metrics.jsonl", '\x00\xff\n{"step": 1}\n'),
+        ("summary.json", "[1]"),
+        ("summary.json", "{}"),
+        ("summary.json", "[" * 100_000),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, file: str, content: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / file).write_bytes(content.encode("latin-1"))
+    with refused(CorruptDataError, str(tmp_path / file)):
+        write_report(read_run(tmp_path))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 from distillkit.errors import (
     CorruptDataError,
@@ -27,7 +32,10 @@ from distillkit.errors import (
     UnsupportedVersionError,
 )
 from distillkit.shards import Dataset, Header, ShardWriter, read_manifest, verify_dataset, whole_shards
+from distillkit.shards.lock import FolderLock
 from distillkit.shards.storage import Folder
+from distillkit.shards.table import SCHEMA, GroupDigest
+from distillkit.shards.writer import NewShard, make_document
 from distillkit.types import SparseLogprobs
 from support import reference
 from support.refusals import check_names, refused
@@ -291,7 +299,12 @@ def test_resuming_something_else_is_refused(written: tuple[Path, Written], folde
     other = replace(HEADER, capture={"seed": 43})
     with refused(MismatchError, "data-00000.parquet", "capture.seed", "42", "43"):
         ShardWriter(folder, other, resume=True)
-    (folder / "data-00001.parquet").unlink()
+    path = folder / "data-00001.parquet"
+    data, teacher = path.read_bytes(), Dataset.open(path)[0].teacher
+    path.write_bytes(data.replace(teacher, bytes([teacher[0] ^ 1]) + teacher[1:]))
+    with refused(CorruptDataError, "data-00001.parquet"):
+        ShardWriter(folder, HEADER, resume=True)
+    path.unlink()
     with refused(CorruptDataError, "data-00001.parquet", "data-00002.parquet"):
         whole_shards(folder)
 
@@ -394,6 +407,348 @@ def test_bad_documents_are_refused(ids: Any, rows: Any, facts: list[str], tmp_pa
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def save_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with a hash that fits, as a forger would."""
+    rest = {key: value for key, value in manifest.items() if key != "xxh3"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    digest = xxhash.xxh3_128_hexdigest(text.encode(errors="surrogatepass"))
+    (folder / "manifest.json").write_text(json.dumps({**rest, "xxh3": digest}))
+
+
+def save_metadata(shard: Path, table: pa.Table, metadata: dict[bytes, bytes], key: bytes, text: bytes) -> None:
+    """Write a shard again with other metadata under a key, and a hash that fits."""
+    kept = {name: value for name, value in metadata.items() if name != b"ARROW:schema"}
+    forged = {key: text, key + b".xxh3": xxhash.xxh3_128_hexdigest(text).encode()}
+    with pq.ParquetWriter(shard, table.schema.remove_metadata()) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({**kept, **forged})
+
+
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def test_forged_manifests_are_refused(folder: Path, subtests: pytest.Subtests) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    first, header = manifest["shards"][0], manifest["header"]
+    save_manifest(folder, manifest)
+    Dataset.open(folder)
+
+    def with_first(**fields: Any) -> dict[str, Any]:
+        return {"shards": [{**first, **fields}, *manifest["shards"][1:]]}
+
+    forged: list[tuple[dict[str, Any], list[str]]] = [
+        (with_first(file=7), ["shards[0]", "file"]),
+        (with_first(file="../data-00000.parquet"), ["shards[0]", "../data-00000.parquet"]),
+        (with_first(rows=None), ["shards[0]", "rows"]),
+        (with_first(bytes=True), ["shards[0]", "bytes"]),
+        (with_first(tokens=-1), ["shards[0]", "tokens", "-1"]),
+        (with_first(documents=1.0), ["shards[0]", "documents"]),
+        (with_first(color="red"), ["shards[0]", "color"]),
+        ({"shards": [first["file"]]}, ["shards[0]"]),
+        ({"shards": {"0": first}}, ["shards"]),
+        ({"shards": [first, *manifest["shards"]]}, []),
+        ({"capture": [1]}, ["capture"]),
+        ({"capture": nested(200)}, []),
+        ({"capture": {"mass": float("nan")}}, ["NaN"]),
+        ({"capture": {"mass": float("inf")}}, ["Infinity"]),
+        ({"capture": {"name": "\ud800"}}, []),
+        ({"version": True}, ["version"]),
+        ({"version": 0}, ["version", "0"]),
+        ({"header": {**header, "tokenizer": {"name": "tiny"}}}, ["tokenizer", "fingerprint"]),
+        ({"header": {**header, "teacher": {"name": 7}}}, ["teacher"]),
+        ({"header": {**header, "fidelity": {"rows": 3}}}, ["fidelity"]),
+        ({"capture": {"passed_over": {"rows": "3"}}}, ["capture"]),
+        ({"header": None}, []),
+    ]
+    for change, facts in forged:
+        with subtests.test(**{key: repr(value)[:80] for key, value in change.items()}):
+            save_manifest(folder, {**manifest, **change})
+            with refused(CorruptDataError, "manifest.json", *facts):
+                Dataset.open(folder)
+
+
+ODD_VALUES = [None, True, -1, 1.5, 10**30, "../x", [], {}, [[1]]]
+
+
+def changed_somewhere(value: Any) -> Iterator[Any]:
+    """JSON with one part of it, however deep, replaced by something else or left out."""
+    yield from ODD_VALUES
+    parts: Any = ()
+    if isinstance(value, dict):
+        parts = value
+        yield from ({key: rest for key, rest in value.items() if key != left_out} for left_out in value)
+    elif isinstance(value, list):
+        parts = range(min(len(value), 2))
+    for key in parts:
+        for other in changed_somewhere(value[key]):
+            copied = value.copy()
+            copied[key] = other
+            yield copied
+
+
+@pytest.mark.slow
+def test_no_field_of_ours_gives_a_raw_error(folder: Path) -> None:
+    """Each field of manifest, header and groups, changed under a hash that fits."""
+
+    def read(path: Path) -> None:
+        with contextlib.suppress(DistillKitError):
+            dataset = Dataset.open(path)
+            assert len([*dataset.decoded()]) == len(dataset)
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["xxh3"]
+    for forged in changed_somewhere(manifest):
+        if isinstance(forged, dict):
+            save_manifest(folder, forged)
+            read(folder)
+    shard = folder / "data-00000.parquet"
+    table, metadata = pq.read_table(shard), pq.ParquetFile(shard).metadata.metadata
+    for key in (b"distillkit.header", b"distillkit.groups"):
+        for forged in changed_somewhere(json.loads(metadata[key])):
+            save_metadata(shard, table, metadata, key, json.dumps(forged).encode())
+            read(shard)
+
+
+UNREADABLE = [
+    b"",
+    b"{",
+    b"\xff\xfe{\x00}\x00",
+    b"[" * 100_000,
+    b'{"format":' + b"[" * 100 + b"]" * 100 + b"}",
+    b'{"format": 1e999}',
+    b'{"format": NaN}',
+    b'{"format": "\\ud800"}',
+    b'{"format": ' + b"9" * 5000 + b"}",
+]
+
+
+@pytest.mark.parametrize("key", ["distillkit.header", "distillkit.groups"])
+def test_json_that_is_none_is_refused_everywhere(folder: Path, key: str, subtests: pytest.Subtests) -> None:
+    """In the manifest and, under a hash that fits, in a shard's metadata."""
+    shard, manifest = folder / "data-00000.parquet", folder / "manifest.json"
+    table, metadata = pq.read_table(shard), pq.ParquetFile(shard).metadata.metadata
+    for data in UNREADABLE:
+        with subtests.test(data=data[:40]):
+            manifest.write_bytes(data)
+            with refused(CorruptDataError, str(manifest)):
+                Dataset.open(folder)
+            save_metadata(shard, table, metadata, key.encode(), data)
+            with refused(CorruptDataError, str(shard), key):
+                Dataset.open(shard)
+
+
+def test_what_is_no_regular_file_is_not_read(folder: Path, subtests: pytest.Subtests) -> None:
+    """Reading a pipe would wait for ever, and a device would fill the memory."""
+    kinds: dict[str, Callable[[Path], None]] = {
+        "pipe": os.mkfifo,
+        "device": lambda path: path.symlink_to("/dev/zero"),
+        "folder": os.mkdir,
+    }
+    for name in ("manifest.json", "data-00000.parquet"):
+        for kind, make in kinds.items():
+            with subtests.test(name=name, kind=kind):
+                (folder / name).rename(folder / "aside")
+                make(folder / name)
+                with refused(DistillKitError, name):
+                    Dataset.open(folder)
+                (folder / name).rmdir() if kind == "folder" else (folder / name).unlink()
+                (folder / "aside").rename(folder / name)
+    assert verify_dataset(folder).ok
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+def crafted(path: Path, table: pa.Table, groups: int = 1) -> Dataset:
+    """A shard of equal row groups whose metadata fits."""
+    schema = pa.schema([SCHEMA.field(name) for name in table.column_names])
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        for _ in range(groups):
+            writer.write_table(table.cast(schema), row_group_size=len(table))
+        digests = GroupDigest.to_metadata([GroupDigest.of(table)] * groups)
+        writer.add_key_value_metadata({**HEADER.to_metadata(), **digests})
+    return Dataset.open(path)
+
+
+def test_a_few_bytes_that_stand_for_many_are_not_read(tmp_path: Path) -> None:
+    """Shards of some kB that would take more than 80 MB in memory before anything in them could be compared."""
+    repeated, many = pa.array([bytes(20_000)] * 64, pa.large_binary()), 8192
+    ids = pa.ListArray.from_arrays([0, 2], pa.array([1, 2], pa.int32()))
+    tables = {
+        "repeated": {
+            "input_ids": pa.concat_arrays([ids] * many),
+            "teacher": pa.chunked_array([repeated] * (many // 64)),
+        },
+        "long": {
+            "input_ids": pa.ListArray.from_arrays([0, 20_000_000], np.ones(20_000_000, np.int32)),
+            "teacher": pa.array([b""], pa.large_binary()),
+        },
+    }
+    for name, columns in tables.items():
+        count, path = len(columns["teacher"]), tmp_path / f"{name}.parquet"
+        fixed = {"doc_id": pa.repeat("0" * 32, count), "checksum": pa.repeat(0, count)}
+        dataset = crafted(path, pa.table({**columns, **fixed}))
+        assert path.stat().st_size < 200_000
+        before = pa.total_allocated_bytes()
+        for read in (lambda dataset: dataset[0], Dataset.lengths, lambda dataset: next(dataset.blocks())):
+            with refused(CorruptDataError, str(path)):
+                read(dataset)
+        assert pa.total_allocated_bytes() == before
+
+
+def test_lengths_are_read_in_parts(tmp_path: Path) -> None:
+    """Row groups each of which is small enough, but not all of them together."""
+    table = pa.table(
+        {
+            "doc_id": ["0" * 32],
+            "input_ids": pa.ListArray.from_arrays([0, 12_000_000], np.ones(12_000_000, np.int32)),
+            "teacher": pa.array([b""], pa.large_binary()),
+            "checksum": [0],
+        }
+    )
+    dataset, pool = crafted(tmp_path / "shard.parquet", table, groups=5), pa.proxy_memory_pool(pa.system_memory_pool())
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        assert dataset.lengths().tolist() == [12_000_000] * 5
+    finally:
+        pa.set_memory_pool(before)
+    assert 48_000_000 <= (pool.max_memory() or 0) < 5 * 48_000_000
+
+
+def test_an_id_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "doc_id": pa.array([b"\xff" * 32], pa.binary()).view(pa.string()),
+            "input_ids": pa.array([[1]], pa.list_(pa.int32())),
+            "teacher": pa.array([b""], pa.large_binary()),
+            "checksum": [0],
+        }
+    )
+    with refused(CorruptDataError, "shard.parquet, documents 0 to 0"):
+        crafted(tmp_path / "shard.parquet", table)[0]
+
+
+def test_kept_columns_count_in_the_size_of_a_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow cannot read nested columns of more than 2 GB in a row group back."""
+    monkeypatch.setattr("distillkit.shards.writer._ROW_GROUP_BYTES", 10_000)
+    kept = pa.schema([pa.field("pages", pa.list_(pa.struct([pa.field("text", pa.string())])))])
+    shard = NewShard(Folder(tmp_path), "data-00000.parquet", kept)
+    for ids, rows, _ in make_documents(12):
+        document = make_document(ids, CODEC.encode_document(rows), HEADER, CODEC)
+        shard.add(document, None, {"pages": [{"text": "a" * 1000}] * 4})
+    shard.finish(HEADER)
+    metadata = pq.ParquetFile(tmp_path / "data-00000.parquet").metadata
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [3, 3, 3, 3]
+
+
+# -- places ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen::v1", "file::x", "s3::bucket", "a*b[1]", "what?", "~x", "a b#c%20", "{x}"])
+def test_a_folder_may_have_any_name(
+    name: str, written: tuple[Path, Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also beside folders that it would mean as a pattern or as a chain of URLs."""
+    monkeypatch.chdir(tmp_path)
+    decoys = [Path(decoy) for decoy in ("aXb1", "whatX", "qwen", "v1", "x", "bucket")]
+    for decoy in (*decoys, *(Path("runs") / decoy for decoy in decoys)):
+        decoy.mkdir(parents=True)
+        (decoy / "data-00000.parquet").write_text("someone else's")
+    for place in (Path(name), Path("runs") / name):
+        write(place, written[1])
+        assert files(tmp_path / place) == files(written[0])
+        assert_read_alike(Dataset.open(place), written[1])
+        assert len(Dataset.open(place / "data-00001.parquet")) > 0
+        assert verify_dataset(place).ok
+        (place / "manifest.json").unlink()
+        with refused(InputError, "manifest.json"):
+            Dataset.open(place)
+        assert len(whole_shards(place)) == len(files(place))
+    for decoy in (*decoys, *(Path("runs") / decoy for decoy in decoys)):
+        assert files(decoy) == {"data-00000.parquet": b"someone else's"}
+
+
+def test_names_in_storage_elsewhere_are_taken_as_they_are(written: tuple[Path, Written]) -> None:
+    url, other = f"memory://{os.getpid()}/a*b::v[1]", Folder(f"memory://{os.getpid()}/aXb::v1")
+    other.write("data-00000.parquet", b"someone else's")
+    with ShardWriter(url, HEADER, shard_tokens=60) as writer:
+        for ids, rows, extra in written[1]:
+            writer.write(ids, rows, **extra)
+    assert_read_alike(Dataset.open(url), written[1])
+    Folder(url).remove_files(lambda name: name.startswith("data-"))
+    assert Folder(url).names() == ["manifest.json"]
+    assert other.names() == ["data-00000.parquet"]
+    for refused_url in ("simplecache::memory://x", "nothing://x", "github://x"):
+        with refused(InputError, refused_url):
+            Dataset.open(refused_url)
+
+
+# -- two writers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused_until_the_first_one_ends(written: tuple[Path, Written], tmp_path: Path) -> None:
+    folder, documents = tmp_path / "data", written[1]
+    with ShardWriter(folder, HEADER, shard_tokens=60) as writer:
+        for number, (ids, rows, extra) in enumerate(documents):
+            writer.write(ids, rows, **extra)
+            if number in (1, 9):
+                with refused(InputError, str(folder), str(os.getpid()), socket.gethostname()):
+                    ShardWriter(folder, HEADER, resume=True)
+    assert files(folder) == files(written[0])
+    forgotten = ShardWriter(tmp_path / "other", HEADER)
+    del forgotten
+    write(tmp_path / "other", documents)
+    assert files(tmp_path / "other") == files(written[0])
+
+
+def test_many_writers_come_and_go(tmp_path: Path) -> None:
+    """Whoever leaves last removes what another one is about to open."""
+    folder, children = Folder(tmp_path / "data"), []
+    for number in range(6):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                for _ in range(60):
+                    FolderLock(folder, range(number, number + 1)).release()
+                os._exit(0)
+            os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
+    assert not [*tmp_path.rglob("*")] or [*tmp_path.rglob("*")] == [tmp_path / "data"]
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    """Also where that process leaves a fork behind, which shares its open files."""
+    folder = Folder(tmp_path / "data")
+    read_end, write_end = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        lock = FolderLock(folder, range(2, 4))
+        child = os.fork()
+        if child:
+            os.write(write_end, str(child).encode())
+        signal.pause()
+        lock.release()
+    child = int(os.read(read_end, 100))
+    try:
+        for shards in (None, range(3, 9), range(3)):
+            with refused(InputError, str(folder), str(holder), socket.gethostname(), "2:4"):
+                FolderLock(folder, shards)
+        for shards in (range(4, 9), range(2), range(0)):
+            FolderLock(folder, shards).release()
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        FolderLock(folder).release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert list((tmp_path / "data").iterdir()) == []
 
 
 def content(path: Path) -> Any:
@@ -542,6 +897,42 @@ def test_a_report_is_not_taken_for_its_verdict(written: tuple[Path, Written]) ->
         bool(report)
 
 
+def same_size(folder: Path) -> list[Path]:
+    """A dataset whose shards differ in their token ids, and in nothing that a size or a count tells."""
+    teacher = CODEC.encode_document(make_documents(1)[0][1])
+    with ShardWriter(folder, HEADER, shard_tokens=1) as writer:
+        for token in (5, 6, 7):
+            writer.write(np.full(len(make_documents(1)[0][0]), token), teacher)
+    paths = sorted(folder.glob("*.parquet"))
+    assert len({path.stat().st_size for path in paths}) == 1
+    return paths
+
+
+def test_shards_exchanged_or_doubled_do_not_open(tmp_path: Path) -> None:
+    first, second, _ = same_size(tmp_path / "data")
+    one, two = first.read_bytes(), second.read_bytes()
+    second.write_bytes(one)
+    with refused(MismatchError, str(second), "manifest.json"):
+        Dataset.open(tmp_path / "data")
+    first.write_bytes(two)
+    with refused(MismatchError, str(first), "manifest.json"):
+        Dataset.open(tmp_path / "data")
+    second.write_bytes(two)
+    first.write_bytes(one)
+    assert [document.input_ids[0] for document in Dataset.open(tmp_path / "data")] == [5, 6, 7]
+
+
+def test_a_document_id_must_be_that_of_its_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All checksums hold, as the writer took them over the wrong id."""
+    monkeypatch.setattr("distillkit.shards.writer.document_id", lambda *fields: "0" * 32)
+    write(tmp_path / "data", make_documents(1))
+    place = str(tmp_path / "data" / "data-00000.parquet")
+    with refused(CorruptDataError, place, "document 0", "doc_id", "0" * 32):
+        Dataset.open(tmp_path / "data")[0]
+    (problem,) = verify_dataset(tmp_path / "data").problems
+    check_names(problem, place, "doc_id")
+
+
 def test_verify_names_every_problem(folder: Path) -> None:
     for name in ("data-00000.parquet", "data-00002.parquet"):
         data = bytearray((folder / name).read_bytes())
@@ -575,8 +966,22 @@ def test_impossible_headers_are_refused(subtests: pytest.Subtests) -> None:
 
 def test_a_newer_version_says_so(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
-    with refused(UnsupportedVersionError, "manifest.json", "2", "1"):
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))
+    with refused(UnsupportedVersionError, "manifest.json", "3", "2"):
+        Dataset.open(folder)
+
+
+def test_manifests_of_version_1_are_read(written: tuple[Path, Written], folder: Path) -> None:
+    """Those of distillkit 0.1 have no hashes of row groups."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    older = {**manifest, "version": 1, "shards": [dict(shard) for shard in manifest["shards"]]}
+    for shard in older["shards"]:
+        del shard["groups_xxh3"]
+    save_manifest(folder, older)
+    assert_read_alike(Dataset.open(folder), written[1])
+    assert verify_dataset(folder).ok
+    save_manifest(folder, {**older, "version": 2})
+    with refused(CorruptDataError, "manifest.json", "shards[0]", "groups_xxh3"):
         Dataset.open(folder)
 
 

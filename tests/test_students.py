@@ -17,6 +17,7 @@ from distillkit.losses.config import LossConfig
 from distillkit.losses.fused import Objective
 from distillkit.losses.positions import Targets
 from distillkit.models.adapters import LoraSection, add_adapters
+from distillkit.models.head import backbone_hidden, check_lm_head
 from distillkit.training.attach import DistillationInputs, attach_losses
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.schema import RunConfig
@@ -255,7 +256,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"model_auto_class": "AutoModelForImageTextToText"}, ["model", "AutoModelForImageTextToText"]),
     ({"model_auto_class": "AutoModel"}, ["LlamaModel"]),
-    ({"model": "/no/such/folder"}, ["model", "'/no/such/folder'"]),
+    ({"model": "/no/such/folder"}, ["model", "/no/such/folder"]),
     ({"frozen_modules": ["model.embed_token"]}, ["frozen_modules", "'model.embed_tokens'"]),
     ({"frozen_res": ["vision"]}, ["frozen_res", "'vision'"]),
     ({"frozen_res": ["."]}, ["frozen_modules", "frozen_res"]),
@@ -323,6 +324,42 @@ def test_a_tied_head_does_not_come_apart(parts: dict[str, str], tmp_path: Path) 
     for name in ("lm_head", "embed_tokens"):
         with refused(ConfigError, "peft.modules_to_save", name, "peft.ensure_weight_tying"):
             check_student(run(parts, tmp_path, "tied", peft={**LORA, "modules_to_save": [name]}))
+
+
+# Sections that are merged on saving, and what a refusal names: merged, they would be another model.
+MERGED: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("tied", {"target_modules": ["q_proj", "embed_tokens"]}, ["peft.merge_on_save", "embed_tokens"]),
+    ("tied", {"target_modules": r".*(q_proj|embed_tokens)", "use_dora": True}, ["peft.merge_on_save"]),
+    ("tied", {"trainable_token_indices": [1, 2]}, ["peft.trainable_token_indices", "peft.ensure_weight_tying"]),
+    ("student", {"target_modules": ["q_proj"], "lora_bias": True}, ["peft.merge_on_save", "peft.lora_bias"]),
+    ("tied", {"target_modules": ["q_proj"], "use_dora": True}, []),
+    ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, []),
+    ("student", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}, []),
+    ("student", {"trainable_token_indices": [1, 2], "bias": "all"}, []),
+]
+
+
+@pytest.mark.parametrize(("student", "section", "facts"), MERGED)
+def test_a_merged_student_is_the_one_that_was_evaluated(
+    parts: dict[str, str], tmp_path: Path, student: str, section: dict[str, Any], facts: list[str]
+) -> None:
+    config = run(parts, tmp_path, student, peft={**LORA, **section, "merge_on_save": True})
+    if facts:
+        with refused(ConfigError, *facts):
+            check_student(config)
+        return
+    model = load_student(config, VOCABULARY)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    head = check_lm_head(model)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        evaluated = head(backbone_hidden(model.eval(), input_ids=ids))
+    model.merge_and_unload(safe_merge=True).save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(saved), evaluated, rtol=1e-4, atol=1e-4)
 
 
 def test_without_bitsandbytes_there_is_nothing_quantised(

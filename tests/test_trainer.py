@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from distillkit.errors import ConfigError, DistillKitError, MismatchError
 from distillkit.shards import ShardWriter
 from distillkit.text.tokenizer import fingerprint
 from distillkit.training.config.schema import RunConfig
-from distillkit.training.run import train
+from distillkit.training.run import Run, train
 from distillkit.training.trainer import DistillationTrainer
 from distillkit.types import SparseLogprobs
 from support import reference
@@ -97,34 +96,101 @@ def test_a_student_learns_and_leaves_everything_behind(parts: dict[str, str], tm
 
 
 def test_evaluation_is_the_mean_over_all_held_out_positions(parts: dict[str, str], tmp_path: Path) -> None:
-    """Whatever the batches: checked against whole logits and the float64 oracle, document by document."""
+    """Whatever the batches, and with dataloader_drop_last, which is for training: checked against whole logits and the
+    float64 oracle, document by document."""
     config = run_config(
         parts["student"],
         tmp_path,
         parts["train"],
         parts["eval"],
-        training_args={"max_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 3},
+        training_args={
+            "max_steps": 1,
+            "eval_on_start": True,
+            "per_device_eval_batch_size": 3,
+            "dataloader_drop_last": True,
+        },
     )
     measured = train(config)["eval_first"]
     student, teacher = AutoModelForCausalLM.from_pretrained(parts["student"]), tiny_model(7)
-    kl, entropy, agreement, mass, positions = 0.0, 0.0, 0, 0.0, 0
+    kl, with_rest, entropy, agreement, mass, positions = 0.0, 0.0, 0.0, 0, 0.0, 0
     for document in random_documents(7, seed=1):
         rows = teacher_rows(teacher, document)
         with torch.no_grad():
             logits = student(torch.from_numpy(document).long()[None]).logits[0].double().numpy()
         for t, (ids, logprobs) in enumerate(zip(rows.ids.tolist(), rows.logprobs.tolist(), strict=True)):
             kl += reference.measure_of("kl", *reference.outcomes_at(logits[t], ids, logprobs, 0, 1.0, "zero"))
+            with_rest += reference.measure_of("kl", *reference.outcomes_at(logits[t], ids, logprobs, 0, 1.0, "uniform"))
             entropy += reference.cross_entropy_at(logits[t], int(document[t + 1]))
             agreement += int(logits[t].argmax() == ids[0])
             mass += float(np.exp(logprobs).sum())
             positions += 1
     assert measured["eval_positions"] == positions
     assert measured["eval_kl"] == pytest.approx(kl / positions, rel=1e-5)
+    assert measured["eval_kl_with_rest"] == pytest.approx(with_rest / positions, rel=1e-5)
     assert measured["eval_cross_entropy"] == pytest.approx(entropy / positions, rel=1e-5)
     assert measured["eval_perplexity"] == pytest.approx(np.exp(entropy / positions), rel=1e-4)
     assert measured["eval_loss"] == pytest.approx((0.25 * entropy + 0.75 * kl) / positions, rel=1e-5)
     assert measured["eval_top1_agreement"] == pytest.approx(agreement / positions)
     assert measured["eval_teacher_mass"] == pytest.approx(mass / positions, rel=1e-5)
+
+
+def test_documents_beyond_a_students_positions_are_refused_or_told(
+    parts: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever sequence_length is, as long as no document is so long."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=30, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "table")
+    tiny_tokenizer().save_pretrained(tmp_path / "table")
+    rotary = save_student(tmp_path / "rotary", max_position_embeddings=30)
+
+    def told(student: str, length: int, **arguments: Any) -> bool:
+        caplog.clear()
+        settings = {"sequence_length": length, "dataset": {"overflow": "cut"}, "training_args": arguments}
+        _ = Run(run_config(student, tmp_path / "out", parts["train"], **settings)).datasets
+        return "max_position_embeddings" in caplog.text
+
+    with refused(ConfigError, "model", "30", "dataset.train_dataset", "39", "sequence_length"):
+        told(str(tmp_path / "table"), 100_000)
+    assert not told(str(tmp_path / "table"), 30)
+    # Padding has positions, too.
+    for length, arguments, row in ((30, {"pad_to_multiple_of": 8}, "32"), (31, {"packing": True}, "31")):
+        with refused(ConfigError, "model", "30", "dataset.train_dataset", row):
+            told(str(tmp_path / "table"), length, **arguments)
+    assert told(rotary, 64)
+    assert not told(rotary, 30)
+    assert not told(parts["student"], 100_000)
+
+
+def test_arithmetic_other_than_the_published_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = []
+    stored, whole = {"kind": "dataset"}, {"kind": "hf", "path": "teacher"}
+    for teacher, temperature, published in (
+        (stored, 2.0, None),
+        (whole | {"top_k": 8}, 2.0, None),
+        (stored, 1.0, None),
+        (stored, 2.0, True),
+        (stored, 2.0, False),
+        (whole, 2.0, None),
+    ):
+        loss = {"function": "kl", "weight": 1, "temperature": temperature, "published_temperature": published}
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="distillkit"):
+            _ = Run(run_config("student", tmp_path, "data", teacher=teacher, loss_functions=[loss])).objective
+        told.append("published_temperature" in caplog.text)
+    assert told == [True, True, False, False, False, False]
+
+
+def test_a_training_set_smaller_than_a_batch_that_drops_the_last_is_refused(
+    parts: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = {"dataloader_drop_last": True, "per_device_train_batch_size": 5}
+    for settings in ({"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 2}):
+        config = run_config(
+            parts["student"], tmp_path, parts["train"], dataset={"num_samples": 3}, training_args=arguments | settings
+        )
+        with refused(ConfigError, "dataloader_drop_last", "3", "5", "per_device_train_batch_size"):
+            train(config)
+    assert not list(tmp_path.iterdir()), "nothing was trained or saved"
 
 
 def test_stored_log_probs_of_next_tokens_reach_the_loss(parts: dict[str, str], tmp_path: Path) -> None:
@@ -376,29 +442,55 @@ def test_a_full_disk_leaves_whole_checkpoints(
         check_names(caplog.text, "checkpoint-6")
         assert losses_of(output) == losses_of(tmp_path / "expected")
 
+        (output / "summary.json").unlink()  # as if it had been killed before the student was saved
         fill(tmp_path / "disk" / "filler")
         with refused(OSError, os.strerror(errno.ENOSPC)):
             train(resumable(parts, output, resume_from_checkpoint=True))
 
 
-def test_long_documents_are_cut_counted_and_named_once(
+def test_long_documents_are_cut_split_or_left_out_as_asked(
     parts: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = run_config(
-        parts["student"],
-        tmp_path,
-        parts["train"],
-        sequence_length=16,
-        training_args={"num_train_epochs": 1, "max_steps": -1},
-    )
-    with caplog.at_level(logging.WARNING, logger="distillkit"):
-        summary = train(config)
-    lengths = [len(document) for document in random_documents(24)]
-    assert summary["cut_documents"] == sum(length > 16 for length in lengths)
-    assert summary["cut_tokens"] == sum(max(0, length - 16) for length in lengths)
-    assert summary["train_tokens"] == sum(min(length, 16) for length in lengths)
-    warnings = [record for record in caplog.records if re.search(r"\b16\b", record.message)]
-    assert len(warnings) == 1
+    """In training and evaluation, packed or not; unasked, at most a twentieth of the tokens is cut."""
+
+    def run(name: str, overflow: str | None, limit: int = 16, **arguments: Any) -> dict[str, Any]:
+        config = run_config(
+            parts["student"],
+            tmp_path / name,
+            parts["train"],
+            parts["eval"],
+            sequence_length=limit,
+            dataset={"overflow": overflow},
+            training_args={"num_train_epochs": 1, "max_steps": -1, "eval_strategy": "epoch", **arguments},
+        )
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="distillkit"):
+            return train(config)
+
+    lengths = np.array([len(document) for document in random_documents(24)])
+    held_out = np.array([len(document) for document in random_documents(7, seed=1)])
+    share = f"{np.maximum(lengths - 16, 0).sum() / lengths.sum():.1%}"
+    with refused(ConfigError, "dataset.train_dataset", "dataset.overflow", "split", "cut", "drop", "16", share):
+        run("asked", None)
+    summary = run("cut", "cut", packing=True)
+    assert summary["cut_documents"] == (lengths > 16).sum()
+    assert summary["cut_tokens"] == np.maximum(lengths - 16, 0).sum()
+    assert summary["train_tokens"] == np.minimum(lengths, 16).sum()
+    assert summary["eval_last"]["eval_positions"] == (np.minimum(held_out, 16) - 1).sum()
+    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert sum("dataset.train_dataset" in message and share in message for message in said) == 1
+    summary = run("split", "split", packing=False)
+    assert summary["cut_documents"] == 0
+    assert summary["eval_last"]["eval_positions"] == (held_out - 1).sum()
+    # Each piece after the first repeats two tokens.
+    assert summary["train_tokens"] == lengths.sum() + 2 * np.maximum(-(-(lengths - 16) // 14), 0).sum()
+    summary = run("drop", "drop", packing=True, eval_packing=False)
+    assert summary["train_tokens"] == lengths[lengths <= 16].sum()
+    assert summary["eval_last"]["eval_positions"] == (held_out[held_out <= 16] - 1).sum()
+    summary = run("unasked", None, int(lengths.max()) - 1)
+    assert summary["cut_tokens"] == (lengths == lengths.max()).sum()
+    with refused(ConfigError, "dataset.overflow", "drop"):
+        run("none", "drop", 2)
 
 
 def test_a_masked_document_trains_nothing(parts: dict[str, str], tmp_path: Path) -> None:
@@ -476,7 +568,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(parts: dict[str, str
     ):
         model, *data = config
         with refused(error, *facts):
-            train(run_config(model, tmp_path / "out", *data))
+            train(run_config(model, tmp_path / "out", *data, dataset={"overflow": "cut"}))
     labels = run_config(student, tmp_path / "out", captured, dataset={"eos_label_token_ids": [3, 64]})
     with refused(ConfigError, "dataset.eos_label_token_ids", "64"):
         train(labels)
@@ -508,7 +600,7 @@ def test_published_datasets_train(tmp_path: Path, name: str, vocabulary: int, ke
         str(GOLDEN / name),
         str(GOLDEN / name),
         sequence_length=32,
-        dataset={"num_samples": 4, "num_eval_samples": 1},
+        dataset={"num_samples": 4, "num_eval_samples": 1, "overflow": "cut"},
         teacher=teacher,
         training_args={
             "max_steps": 2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distillkit.cli.main import main
+from distillkit.cli.entry import main
 
 if __name__ == "__main__":
     main()

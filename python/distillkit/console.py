@@ -1,25 +1,50 @@
-"""All terminal output goes through here: consoles, progress bars, and the formatting of byte counts and durations."""
+"""All terminal output goes through here: consoles, progress bars, and the formatting of byte counts and durations.
+
+Names of teachers, columns and files come from others, and so may contain anything. Consoles therefore write control
+characters as escapes, and take neither markup nor emoji codes: what has a style is a `Text`.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
 
-__all__ = ["duration", "human_bytes", "output", "progress_bar", "progress_console", "show"]
+from distillkit.errors import printable
+
+__all__ = ["duration", "human_bytes", "output", "progress_bar", "progress_console", "quiet_libraries", "say", "show"]
+
+
+class _Console(Console):
+    """A console on which only rich's own control codes reach the terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        if isinstance(renderable, Text) and (plain := printable(renderable.plain)) != renderable.plain:
+            # Before it is divided into lines, as escapes are longer.
+            renderable = Text(plain, renderable.style, justify=renderable.justify, overflow=renderable.overflow)
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def output() -> Console:
     """The console for a command's results: stdout, as plain text if it is not a terminal or `NO_COLOR` is set."""
-    return Console(highlight=False)
+    return _Console(highlight=False, markup=False, emoji=False)
 
 
 def progress_console() -> Console:
     """The console for logs and progress: stderr."""
-    return Console(stderr=True)
+    return _Console(stderr=True, markup=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """Prints a line of plain text to stdout, however long."""
+    click.echo(printable(text))
 
 
 def show(renderable: RenderableType) -> None:
@@ -27,7 +52,7 @@ def show(renderable: RenderableType) -> None:
     console = output()
     with console.capture() as captured:
         console.print(renderable)
-    for line in captured.get().splitlines():
+    for line in captured.get().split("\n")[:-1]:
         click.echo(line.rstrip(), color=console.is_terminal)
 
 
@@ -39,6 +64,22 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def quiet_libraries() -> None:
+    """Import transformers, and let its messages and the hub's come once, and like ours.
+
+    The libraries print their messages themselves when they are imported, and pass them on as well. Their progress bars
+    would collide with ours.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.enable_propagation()
+    for library in ("transformers", "huggingface_hub", "datasets"):
+        logging.getLogger(library).handlers.clear()
+    # Says at each start that a faster kernel for 4-bit weights on CPUs could be installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def human_bytes(count: float) -> str:

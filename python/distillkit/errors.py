@@ -1,4 +1,4 @@
-"""The exceptions that distillkit raises, in one hierarchy.
+"""The exceptions that distillkit raises, in one hierarchy, and what their messages may quote.
 
 The class says what is at fault: a configuration (`ConfigError`), the caller's arrays (`InputError`), stored bytes
 (`CorruptDataError`, `TruncatedDataError`, `UnsupportedVersionError`), two things that do not belong together
@@ -8,6 +8,7 @@ The class says what is at fault: a configuration (`ConfigError`), the caller's a
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "TruncatedDataError",
     "UnsupportedVersionError",
     "nearest",
+    "printable",
 ]
 
 
@@ -59,3 +61,15 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """Return a "did you mean" hint to append to a message: the closest known name, or "" if none is close."""
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+# C0 and C1 but for tabs and line feeds; marks that reorder text; separators, invisible and tag characters; surrogates.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str) -> str:
+    """Write control characters, among them those of terminals, as their escapes, such as \\x1b; keep line feeds."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,12 @@ from distillkit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Document", "SparseLogprobs", "TokenDocument"]
+__all__ = ["Document", "Overflow", "SparseLogprobs", "TokenDocument"]
 
 Array = Union[npt.NDArray[Any], "torch.Tensor"]
+
+Overflow = Literal["cut", "split", "drop"]
+"""What to do with documents that are longer than a row; see `distillkit.shards.overflow`."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Document:
             a single document.
         label_logprobs: (L − 1,) float32, the teacher's log-probability of each next token, even if that token is not
             among the row's k ids; None if these were not stored.
+        place: where it was read from, for messages: file, and number in the file.
     """
 
     doc_id: str
@@ -127,12 +131,15 @@ class Document:
     loss_mask: npt.NDArray[np.bool_] | None = None
     segment_lengths: npt.NDArray[np.int32] | None = None
     label_logprobs: npt.NDArray[np.float32] | None = None
+    place: str = "the document"
 
-    def segments(self, most: int | None = None) -> npt.NDArray[np.int64]:
-        """(S,) int64 lengths of the packed documents (one if not packed), limited to the first `most` tokens if set."""
+    def segments(self, most: int | None = None, start: int = 0) -> npt.NDArray[np.int64]:
+        """(S,) int64 lengths of the packed documents (one if not packed), limited to the tokens `start` … `most` − 1 if
+        set."""
         lengths = [len(self.input_ids)] if self.segment_lengths is None else self.segment_lengths
         whole = np.asarray(lengths, dtype=np.int64)
-        if most is None:
+        if most is None and not start:
             return whole
-        kept = np.diff(np.minimum(np.cumsum(whole), most), prepend=0)
-        return kept[kept > 0]
+        ends = np.clip(np.cumsum(whole), start, most)
+        kept = ends - np.concatenate([[start], ends[:-1]])
+        return np.asarray(kept[kept > 0] if kept.any() else kept[:1], dtype=np.int64)

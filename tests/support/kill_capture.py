@@ -1,8 +1,11 @@
 """Kills a capture with SIGKILL at random moments, again and again, and goes on with it each time.
 
+Then starts it twice at once, several times.
+
 Run by tests/test_capture_surviving.py. Everything is imported once, and each attempt is a fork. Prints as JSON how many
 attempts were killed, how many datasets were finished on the way, how many of those differ from the uninterrupted one,
-and the seconds of an uninterrupted run and of the last one, which goes on after a kill.
+how many times two started at once, with the errors that the refused ones raised, and the seconds of an uninterrupted
+run and of the last one, which goes on after a kill.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ import tqdm
 
 from distillkit.capture.run import run_capture
 from distillkit.capture.settings import CaptureSettings
+from distillkit.errors import InputError
 from support.capturing import everything
 
 OPTIONS = {"max_seq_len": 64, "batch_tokens": 128, "head_rows": 50, "shard_tokens": 200, "preset": "budget"}
+REFUSED = 17
 
 
 def start(teacher: str, dataset: str, output: Path) -> int:
@@ -34,6 +39,9 @@ def start(teacher: str, dataset: str, output: Path) -> int:
         try:
             run_capture(CaptureSettings(model=teacher, dataset=dataset, output=output, **OPTIONS), progress=False)
             os._exit(0)
+        except InputError as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(REFUSED)
         except BaseException as error:  # noqa: BLE001 — a fork must not run the parent's code
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
@@ -60,8 +68,17 @@ def finish(child: int) -> None:
         sys.exit(f"an uninterrupted run {'hangs' if status is None else 'failed'}")
 
 
-def main(teacher: str, dataset: str, folder: str, kills: str) -> None:
-    """Kill so many attempts."""
+def race(teacher: str, dataset: str, output: Path) -> int:
+    """Start two captures of one folder; returns how many were refused. At least one finishes the dataset."""
+    children = [start(teacher, dataset, output) for _ in range(2)]
+    statuses = [ends_within(child, 120) for child in children]
+    if sorted(statuses, key=str) not in ([0, 0], [0, REFUSED]):
+        sys.exit(f"two captures at once ended with {statuses}")
+    return statuses.count(REFUSED)
+
+
+def main(teacher: str, dataset: str, folder: str, kills: str, races: str) -> None:
+    """Kill so many attempts, and start so many pairs."""
     torch.set_num_threads(1)
     # Progress bars share a lock between processes: a run killed with it would hold up all that follow.
     tqdm.tqdm.set_lock(threading.RLock())
@@ -76,11 +93,14 @@ def main(teacher: str, dataset: str, folder: str, kills: str) -> None:
     expected = everything(whole)
     assert "manifest.json" in expected
 
-    moments = random.Random(0)
-    killed = finished = different = 0
+    # Spread evenly over a run, in random order.
+    moments = [(part + random.Random(part).random()) / int(kills) * seconds for part in range(int(kills))]
+    random.Random(0).shuffle(moments)
+    attempts = killed = finished = different = 0
     while killed < int(kills):
         child = start(teacher, dataset, output)
-        status = ends_within(child, moments.uniform(0, seconds))
+        status = ends_within(child, moments[attempts % int(kills)])
+        attempts += 1
         if status is None:
             os.kill(child, signal.SIGKILL)
             killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -94,9 +114,13 @@ def main(teacher: str, dataset: str, folder: str, kills: str) -> None:
     finish(start(teacher, dataset, output))
     different += everything(output) != expected
     last = time.monotonic() - begun
-    print(
-        json.dumps({"killed": killed, "finished": finished + 1, "different": different, "whole": seconds, "last": last})
-    )
+    refused = 0
+    for _ in range(int(races)):
+        shutil.rmtree(output)
+        refused += race(teacher, dataset, output)
+        different += everything(output) != expected
+    figures = {"killed": killed, "finished": finished + 1, "different": different, "refused": refused}
+    print(json.dumps({**figures, "whole": seconds, "last": last}))
 
 
 if __name__ == "__main__":

@@ -142,28 +142,34 @@ def outcomes_at(
     temperature: float,
     missing: str,
     label_logprob: float = math.nan,
+    *,
+    published: bool = False,
 ) -> tuple[Outcomes, tuple[float, float] | None]:
     """One position's outcomes one by one, and the pair of all other ids together (None if there is no other id).
 
+    Both are taken at temperature 1 and softened after that; published: the student's over its whole vocabulary first.
     `label_logprob` is the teacher's of the label, NaN if it was not kept.
     """
-    student = softmax(logits, temperature)
+    student = softmax(logits, temperature if published else 1.0)
     stored = {i: math.exp(value) for i, value in zip(ids, logprobs, strict=True) if value > -math.inf}
     if missing != "zero" and not math.isnan(label_logprob):
         stored.setdefault(label, math.exp(label_logprob))
-    rest = 0.0
     left = max(0.0, 1.0 - math.fsum(stored.values())) if len(stored) < len(student) else 0.0
     if missing == "label" and left > 0:
         stored[label] = stored.get(label, 0.0) + left
-    if missing == "uniform":
-        rest = left ** (1 / temperature)
-    softened = {i: p ** (1 / temperature) for i, p in stored.items()}
-    total = math.fsum([*softened.values(), rest])
-    if total == 0:
+    p = _softened([*stored.values(), left if missing == "uniform" else 0.0], temperature)
+    if not any(p):
         return [], None
-    outcomes = [(p / total, float(student[i])) for i, p in softened.items()]
     others = [float(student[i]) for i in range(len(student)) if i not in stored]
-    return outcomes, (rest / total, math.fsum(others)) if others else None
+    q = _softened([*(float(student[i]) for i in stored), math.fsum(others)], 1.0 if published else temperature)
+    return list(zip(p[:-1], q[:-1], strict=True)), (p[-1], q[-1]) if others else None
+
+
+def _softened(probabilities: list[float], temperature: float) -> list[float]:
+    """Raised to 1/T and divided by their sum, if there is any."""
+    raised = [p ** (1 / temperature) for p in probabilities]
+    total = math.fsum(raised)
+    return [p / total for p in raised] if total else raised
 
 
 def dense_outcomes_at(
@@ -231,15 +237,15 @@ def measure_of(
 
 
 def adaptive_share(outcomes: Outcomes, rest: tuple[float, float] | None) -> float:
-    """The weight of KL(p ‖ q) in `adaptive_kl`: the share of Σ|p − q| that lies in the teacher's head, its most
-    probable outcomes up to one half."""
-    head = tail = before = 0.0
-    for p, q in sorted(outcomes, key=lambda pair: -pair[0]):
-        if before < 0.5:
+    """The weight of KL(p ‖ q) in `adaptive_kl`: the share of Σ|p − q| that lies in the teacher's head: its most
+    probable outcome, and the next ones up to a total of one half."""
+    head = tail = total = 0.0
+    for rank, (p, q) in enumerate(sorted(outcomes, key=lambda pair: -pair[0])):
+        total += p
+        if rank == 0 or total <= 0.5:
             head += abs(p - q)
         else:
             tail += abs(p - q)
-        before += p
     tail += 0.0 if rest is None else abs(rest[0] - rest[1])
     return head / (head + tail) if head + tail > 0 else 0.5
 

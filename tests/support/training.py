@@ -96,11 +96,17 @@ def header_for(codec: Codec, tokenizer: Any = None, **overrides: Any) -> Header:
 
 
 def write_dataset(
-    folder: Path, documents: list[np.ndarray], *, codec: Codec | None = None, shift: int = 0, tokenizer: Any = None
+    folder: Path,
+    documents: list[np.ndarray],
+    *,
+    codec: Codec | None = None,
+    shift: int = 0,
+    tokenizer: Any = None,
+    seed: int = 7,
 ) -> str:
     """A captured dataset of a random teacher; with `shift`, its rows are moved by one position."""
     codec = codec or exact_codec()
-    teacher = tiny_model(7)
+    teacher = tiny_model(seed)
     header = header_for(codec, tokenizer or tiny_tokenizer())
     with ShardWriter(folder, header) as writer:
         for input_ids in documents:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distillkit.capture.preflight import check_before_loading
 from distillkit.capture.result import CaptureReport
 from distillkit.capture.settings import CaptureSettings
 from distillkit.codec import CodecConfig
@@ -46,8 +47,6 @@ def capture(
         MismatchError: the codec is for another vocabulary, or the output folder contains a capture with other settings.
         CaptureError: the teacher failed, or its output cannot be stored.
     """
-    from distillkit.capture.run import run_capture
-
     settings = CaptureSettings(
         model=model,
         dataset=dataset,
@@ -56,4 +55,7 @@ def capture(
         compression_config=compression_config,
         **options,
     )
+    check_before_loading(settings)
+    from distillkit.capture.run import run_capture
+
     return run_capture(settings, progress=progress)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from distillkit.configuration.problems import InvalidSettingsError, Problem
+from distillkit.configuration.secrets import redacted
 
 __all__ = ["ENGINES", "HFSettings", "OpenAISettings", "VLLMSettings", "engines_with", "nest_settings"]
 
@@ -20,7 +22,7 @@ class _EngineSettings(BaseModel):
 
 
 class _LocalEngineSettings(_EngineSettings):
-    dtype: str = Field(
+    dtype: Literal["auto", "float32", "float", "bfloat16", "float16", "half"] = Field(
         default="auto",
         description="Data type of the weights: float32, bfloat16, float16, or auto (the checkpoint's own; float32 on a "
         "CPU).",
@@ -91,9 +93,28 @@ class OpenAISettings(_EngineSettings):
     served_model: str | None = Field(
         default=None, description="The server's name for the teacher; only needed if it serves several models."
     )
-    concurrency: int = Field(default=16, ge=1, description="Maximum number of concurrent requests.")
+    concurrency: int = Field(default=16, ge=1, le=4096, description="Maximum number of concurrent requests.")
     max_retries: int = Field(default=8, ge=0, description="How often a failed request is retried, with growing pauses.")
-    request_timeout: float = Field(default=600.0, gt=0, description="Seconds after which a request counts as failed.")
+    request_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        le=604_800,
+        description="Seconds that a whole answer may take; after that, the request counts as failed.",
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _a_web_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return value
+        try:
+            url = urlsplit(value)
+            usable = url.scheme in ("http", "https") and url.hostname and (url.port is None or url.port > 0)
+        except ValueError:
+            usable = False
+        if not usable or not value.isascii() or not value.isprintable() or " " in value:
+            raise ValueError(f"must be a URL such as http://localhost:8000/v1, found {redacted(value)!r}")
+        return value
 
 
 ENGINES: dict[str, type[_EngineSettings]] = {"hf": HFSettings, "vllm": VLLMSettings, "openai": OpenAISettings}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distillkit.capture.result import counted
 from distillkit.capture.settings import CaptureSettings
 from distillkit.capture.shard_plan import ShardPlan, ShardReceipt, make_plan, read_plan
 from distillkit.capture.teachers.base import RowRequest, Teacher
@@ -74,6 +75,13 @@ class CaptureInputs:
         settings, k = self.settings, self.codec.k
         return RowRequest(k, settings.token_ids(self.tokenizer, k), settings.label_logprobs, settings.last_row)
 
+    @property
+    def append_eos(self) -> bool:
+        """Whether plain text ends with the end-of-sequence token."""
+        if self.settings.append_eos is None:
+            return self.tokenizer.eos_token is not None
+        return self.settings.append_eos
+
     def source(self) -> Source:
         """Open the dataset."""
         settings = self.settings
@@ -100,6 +108,7 @@ class CaptureInputs:
             alignment=alignment("L" if self.request.last_row else "L-1"),
             capture={
                 **self.settings.identity(),
+                "append_eos": self.append_eos,
                 "dataset": source.description,
                 "device": self.device.partition(":")[0],
             },
@@ -133,9 +142,8 @@ class CaptureInputs:
         )
         if not plan.shards:
             plan.remove()
-            raise CaptureError(
-                f"{settings.dataset}: contains no document of at least 2 tokens: {_passed_over(plan.counts)}"
-            )
+            why = ", ".join(counted(plan.counts)) or "it is empty"
+            raise CaptureError(f"{settings.dataset}: contains no document of at least 2 tokens: {why}")
         logger.info(
             "%s: %s documents with %s tokens in %d shards",
             settings.dataset,
@@ -200,7 +208,10 @@ def document_reader(settings: CaptureSettings, source: Source, tokenizer: Any, *
         overlap=settings.overlap,
         loss_on=settings.loss_on,
         keep_columns=settings.keep_columns,
+        read_columns=settings.read_columns,
+        append_eos=settings.append_eos,
         drop_duplicates=settings.drop_duplicates,
+        skip_bad=settings.skip_bad_documents,
     )
 
 
@@ -218,10 +229,6 @@ def _explain_mismatch(folder: Folder) -> Iterator[None]:
 def _public_name(path: str) -> str:
     """Return a hub id unchanged, and only the name of a local folder: headers are published with datasets."""
     return Path(path).resolve().name if Path(path).exists() else path
-
-
-def _passed_over(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()) or "it is empty"
 
 
 def stored_bytes_per_token(codec: Codec, settings: CaptureSettings) -> int:

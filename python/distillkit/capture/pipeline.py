@@ -22,8 +22,9 @@ from distillkit.capture.teachers.base import RejectedDocument, RowRequest, Score
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import CaptureError, InputError
 from distillkit.shards import Header
+from distillkit.shards.manifest import shard_name
 from distillkit.shards.storage import Folder
-from distillkit.shards.writer import NewShard, encode_rows, make_document, shard_name
+from distillkit.shards.writer import NewShard, encode_rows, make_document
 from distillkit.types import Document, TokenDocument
 
 __all__ = ["BYTES_A_VALUE", "StageTimes", "capture_shards", "queue_bytes"]
@@ -227,7 +228,7 @@ class _Encoder:
 
     def _begin(self, number: int, documents: Sequence[TokenDocument]) -> None:
         name = shard_name(number)
-        self._folder.remove_leftovers(name)
+        self._folder.remove_leftovers(lambda file: file == name)
         self._open = _OpenShard(number, documents, NewShard(self._folder, name, self._kept))
 
     def _take(self, result: ScoredDocument | RejectedDocument) -> None:

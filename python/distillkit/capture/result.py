@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["CaptureReport"]
+__all__ = ["CaptureReport", "counted"]
+
+_COUNTED = {
+    "empty_rows": "empty rows left out",
+    "documents_of_one_token": "documents of one token left out",
+    "rows_left_out_by_where": "rows left out by --where",
+    "documents_left_out_by_length": "documents left out by their length",
+    "duplicate_documents": "duplicate documents left out",
+    "documents_without_a_counted_token": "documents left out that have no counted token",
+    "long_documents_skipped": "long documents left out",
+    "long_documents_truncated": "long documents truncated",
+    "long_documents_in_windows": "long documents captured in windows",
+}
+
+
+def counted(counts: Mapping[str, int]) -> list[str]:
+    """What was done with rows and documents that were not captured as they are, from a reader's counts."""
+    texts = {name: _COUNTED.get(name, name.replace("_", " ")) for name in counts if name != "rows"}
+    return [
+        f"1 {text.replace('documents', 'document', 1).replace('rows', 'row', 1)}"
+        if counts[name] == 1
+        else f"{counts[name]:,} {text}"
+        for name, text in texts.items()
+        if counts[name]
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +52,7 @@ class CaptureReport:
         shifted: −1 or +1 if rows match the tokens significantly better when shifted by one; else None.
         resumed_documents: number of documents written by earlier runs.
         already_complete: the dataset was already complete; nothing was captured.
-        passed_over: number of source rows, and of rows and documents left out, by reason.
+        passed_over: number of source rows, and of rows and documents left out, truncated or divided, by reason.
         skipped: (source, reason) of each document whose distributions could not be computed or stored.
         seconds: time this run spent scoring and writing, without loading.
         new_tokens, tokens_per_second: number of tokens captured in this run, and throughput.

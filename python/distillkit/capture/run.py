@@ -11,7 +11,7 @@ from distillkit.capture.pipeline import StageTimes, capture_shards
 from distillkit.capture.progress import CaptureProgress
 from distillkit.capture.result import CaptureReport
 from distillkit.capture.settings import CaptureSettings
-from distillkit.capture.shard_plan import FOLDER, ShardPlan, ShardReceipt
+from distillkit.capture.shard_plan import ShardPlan, ShardReceipt, remove_plan
 from distillkit.capture.summary import QUANTILES, ShardSummary
 from distillkit.capture.teachers.base import Teacher
 from distillkit.capture.teachers.hf import HFTeacher
@@ -19,9 +19,11 @@ from distillkit.codec import Codec
 from distillkit.console import human_bytes
 from distillkit.errors import CaptureError
 from distillkit.memory import peak_memory
-from distillkit.shards import Manifest, read_manifest
-from distillkit.shards.manifest import merged_fidelity
+from distillkit.shards import Dataset, Manifest, read_manifest
+from distillkit.shards.lock import CAPTURE_FOLDER, FolderLock
+from distillkit.shards.manifest import MANIFEST, merged_fidelity
 from distillkit.shards.storage import Folder
+from distillkit.shards.writer import is_dataset_file
 
 __all__ = ["run_capture"]
 
@@ -32,23 +34,52 @@ def run_capture(settings: CaptureSettings, *, progress: bool = True) -> CaptureR
     """Run a teacher over a dataset and write its distributions; see `distillkit.capture.capture`."""
     inputs = CaptureInputs.load(settings)
     folder = Folder(settings.output)
-    finished = read_manifest(folder.url)
-    if finished is not None:
-        inputs.check_finished(finished, folder)
-        # Left behind if a run was killed right after writing the manifest.
-        folder.inner(FOLDER).remove_all()
-        logger.info("%s is already complete with these settings: nothing to do", folder)
-        return _report(folder, finished, StageTimes(), resumed=sum(shard.documents for shard in finished.shards))
+    if read_manifest(folder.url) is None:
+        with FolderLock(folder, _share(settings)) as lock:
+            with lock.turn():
+                # Another job may have finished the dataset while this one waited.
+                plan = inputs.plan(folder) if read_manifest(folder.url) is None else None
+            if plan is not None:
+                return _run(inputs, plan, lock, progress)
+    return _already_complete(inputs, folder)
 
-    plan = inputs.plan(folder)
-    done = plan.receipts()
-    numbers = [number for number in settings.shard_numbers(len(plan.shards)) if number not in done]
+
+def _share(settings: CaptureSettings) -> range | None:
+    """The shards of this run, of which the plan may have fewer; None for all."""
+    return None if settings.shard_range is None else range(*map(int, settings.shard_range.split(":")))
+
+
+def _already_complete(inputs: CaptureInputs, folder: Folder) -> CaptureReport:
+    """Report a finished dataset, after comparing it with the settings."""
+    finished = read_manifest(folder.url)
+    if finished is None:
+        raise CaptureError(f"{folder}: {MANIFEST} was removed while this capture started; run it again")
+    inputs.check_finished(finished, folder)
+    # Refuses a dataset whose shards are not those that it lists.
+    Dataset.open(folder.url)
+    if folder.inner(CAPTURE_FOLDER).names():
+        # Left behind by a run that was killed right after it had written the manifest.
+        with FolderLock(folder, range(0)):
+            remove_plan(folder)
+    logger.info("%s is already complete with these settings: nothing to do", folder)
+    return _report(folder, finished, StageTimes(), resumed=sum(shard.documents for shard in finished.shards))
+
+
+def _run(inputs: CaptureInputs, plan: ShardPlan, lock: FolderLock, progress: bool) -> CaptureReport:
+    """Capture this run's share of a plan."""
+    settings = inputs.settings
+    share = settings.shard_numbers(len(plan.shards))
+    # The shards of other jobs are compared by whoever finishes the dataset.
+    done = plan.receipts(trusted={*range(len(plan.shards))} - {*share})
+    numbers = [number for number in share if number not in done]
     check_disk_space(plan, inputs.codec, settings, numbers)
     times = StageTimes()
     if numbers:
+        plan.remove_receipts(numbers)
         times = _capture(inputs, plan, done, numbers, progress)
     resumed = sum(receipt.info.documents for receipt in done.values())
-    return _finish(plan, times, resumed, settings.skip_bad_documents)
+    with lock.turn():
+        return _finish(plan, times, resumed, settings)
 
 
 def _capture(
@@ -77,15 +108,19 @@ def _capture(
         )
 
 
-def _finish(plan: ShardPlan, times: StageTimes, resumed: int, skip_bad: int) -> CaptureReport:
+def _finish(plan: ShardPlan, times: StageTimes, resumed: int, settings: CaptureSettings) -> CaptureReport:
     """Write the manifest if all shards are complete, and report.
 
     With `shard_range` several runs share the work; the last one to finish writes the manifest.
 
     Raises:
-        CaptureError: more than `skip_bad` documents were skipped.
+        CaptureError: more than `skip_bad_documents` documents were skipped.
     """
-    receipts = plan.receipts()
+    finished = read_manifest(plan.folder.url)
+    if finished is not None:
+        _check_finished_by_another(plan, finished)
+        return _report(plan.folder, finished, times, resumed)
+    receipts = plan.receipts(trusted=settings.shard_numbers(len(plan.shards)))
     if len(receipts) < len(plan.shards):
         logger.info(
             "%s: %d of %d shards are complete; the manifest is written when all of them are",
@@ -97,16 +132,37 @@ def _finish(plan: ShardPlan, times: StageTimes, resumed: int, skip_bad: int) -> 
             plan.folder, _manifest(plan, receipts), times, resumed, unfinished=len(plan.shards) - len(receipts)
         )
     skipped = sum(len(receipt.skipped) for receipt in receipts.values())
+    skip_bad = settings.skip_bad_documents
     if skipped > skip_bad:
         raise CaptureError(
             f"{plan.folder}: {skipped} documents were left out by all workers together; at most {skip_bad} are "
             "allowed (--skip-bad-documents)"
         )
     manifest = _manifest(plan, receipts)
-    plan.folder.remove_leftovers()
+    plan.folder.remove_leftovers(is_dataset_file)
     manifest.write(plan.folder)
     plan.remove()
     return _report(plan.folder, manifest, times, resumed)
+
+
+def _check_finished_by_another(plan: ShardPlan, finished: Manifest) -> None:
+    """Compare this run's shards with a manifest that another run has written meanwhile.
+
+    Jobs that share a dataset may write their last shards at once. Where storage has no locks, it may also be a second
+    capture of the same shards, and this run has replaced some of its files.
+
+    Raises:
+        CaptureError: names the shards that differ.
+    """
+    listed = {info.file: info for info in finished.shards}
+    receipts = plan.receipts(trusted=range(len(plan.shards))).values()
+    odd = [receipt.info.file for receipt in receipts if listed.get(receipt.info.file) != receipt.info]
+    if odd:
+        raise CaptureError(
+            f"{plan.folder}: another capture has finished this dataset meanwhile, with other contents of "
+            f"{', '.join(odd[:5])}: remove the folder and capture again"
+        )
+    plan.remove()
 
 
 def _manifest(plan: ShardPlan, receipts: Mapping[int, ShardReceipt]) -> Manifest:

@@ -32,9 +32,7 @@ from distillkit.capture.engine_settings import (
 from distillkit.codec import Codec, CodecConfig, codec_config, preset
 from distillkit.codec.presets import PresetName
 from distillkit.configuration.problems import InvalidSettingsError, Problem, find_problems, refusals
-from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError, MismatchError, nearest
-from distillkit.text.documents import default_overlap
 
 __all__ = ["CaptureSettings"]
 
@@ -102,15 +100,18 @@ class CaptureSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
     model: Text = Field(
+        min_length=1,
         description="Teacher model: a folder or a Hugging Face hub id. With a server: where the model's config and "
-        "tokenizer are."
+        "tokenizer are.",
     )
     dataset: Text = Field(
-        description="Text to run the teacher over: a .jsonl, .json, .txt or .parquet file, a folder of them, a "
-        "save_to_disk folder, a URL of any of these, or a hub id. Rows have text; messages; conversations; instruction "
-        "(+ input) + output; inputs + targets; tools + turns; prompt + response or completion; or input_ids."
+        min_length=1,
+        description="Text to run the teacher over: a .jsonl (.ndjson), .json, .txt or .parquet file, a folder of them, "
+        "a save_to_disk folder, a URL of any of these, or a hub id. Rows have text; messages; conversations; "
+        "instruction (+ input, system, history) + output; inputs + targets; tools + turns; prompt + response or "
+        "completion; or input_ids.",
     )
-    output: Text = Field(description="Folder or storage URL for the captured dataset.")
+    output: Text = Field(min_length=1, description="Folder or storage URL for the captured dataset.")
     preset: PresetName | None = Field(
         default=None, description="Codec configuration by name; recommended if no codec is chosen."
     )
@@ -121,7 +122,8 @@ class CaptureSettings(BaseModel):
     dataset_configuration: str | None = Field(default=None, description="Configuration of a hub dataset.")
     split: str = Field(
         default="train",
-        description="Split of the dataset; in a folder of files, those with the split's name in their path.",
+        description="Split of the dataset; in a folder of files, those whose names begin or end with the split's, or "
+        "that are in a folder of that name.",
     )
     samples: int | None = Field(
         default=None, ge=1, description="Capture only a random sample of this many rows, kept in the dataset's order."
@@ -137,7 +139,18 @@ class CaptureSettings(BaseModel):
     max_tokens: int | None = Field(default=None, ge=2, description="Leave out documents with more tokens.")
     drop_duplicates: bool | None = Field(
         default=None,
-        description="Leave out documents that repeat an earlier one; on by default unless `keep_columns` is used.",
+        description="Leave out documents that repeat an earlier one as a whole; on by default unless `keep_columns` is "
+        "used.",
+    )
+    read_columns: Names = Field(
+        default=(),
+        description="Columns to read rows by, such as text, or prompt,completion. By default prompts and responses "
+        "come before chats, and chats before text. A single column of another name has text.",
+    )
+    append_eos: bool | None = Field(
+        default=None,
+        description="End plain text with the end-of-sequence token, from which students learn to stop; on by default "
+        "if the tokenizer has one, as in training with a live teacher.",
     )
     keep_columns: Names = Field(
         default=("none",),
@@ -163,7 +176,7 @@ class CaptureSettings(BaseModel):
         default="auto",
         description="Which tokens count in the loss. assistant: the assistant's turns; completion: the response; all: "
         "every token; auto: the response if rows have prompt and response, what loss_mask or labels say if rows are "
-        "token ids, otherwise all.",
+        "token ids, the assistant's turns of weight 1 if messages have weight or train, otherwise all.",
     )
     keep_ids: Tokens = Field(
         default=(),
@@ -186,7 +199,10 @@ class CaptureSettings(BaseModel):
         "that several jobs can share the work.",
     )
     skip_bad_documents: int = Field(
-        default=0, ge=0, description="Leave out up to this many documents that the teacher cannot score."
+        default=0,
+        ge=0,
+        description="Leave out up to this many rows that are not understood or cannot be rendered, and up to "
+        "as many documents that the teacher cannot score.",
     )
     workers: Literal["ray"] | None = Field(default=None, description="Distribute the shards over a Ray cluster.")
     num_workers: int | None = Field(
@@ -346,11 +362,16 @@ class CaptureSettings(BaseModel):
         Raises:
             ConfigError: there is no such file, or its content is not a valid codec configuration.
         """
+        from distillkit.shards.published import load_codec_config
+
         config: Any = self.compression_config
         try:
-            return codec_config(read_yaml(config) if isinstance(config, (str, Path)) else config)
+            return load_codec_config(config)
         except ConfigError as error:
-            raise ConfigError(f"compression_config: {error}") from error
+            # As in `_one_codec`; errors of reading the file name it already.
+            reason = re.sub(r"^\w+Config: ", "", str(error))
+            where = f"{config}: " if isinstance(config, (str, Path)) and not reason.startswith(str(config)) else ""
+            raise ConfigError(f"compression_config: {where}{reason}") from error
 
     def codec(self, head_size: int) -> Codec:
         """Make the codec for a teacher whose logits are `head_size` wide.
@@ -383,6 +404,9 @@ class CaptureSettings(BaseModel):
             # These engines choose their own batches; their results are reproducible only within their noise.
             identity["engine"] = self.engine
         if self.overflow == "window":
+            # Imports pyarrow, which a mistyped setting need not wait for.
+            from distillkit.text.documents import default_overlap
+
             identity["overlap"] = self.overlap or default_overlap(self.max_seq_len)
         if self.samples is not None or self.shuffle:
             identity["seed"] = self.seed
@@ -400,5 +424,5 @@ class CaptureSettings(BaseModel):
 _DECIDING = ("max_seq_len", "apply_chat_template", "shard_tokens", "overflow", "loss_on")
 _DECIDING_IF_SET = (
     *("samples", "shuffle", "where", "min_tokens", "max_tokens", "drop_duplicates", "keep_columns", "keep_ids"),
-    *("label_logprobs", "last_row"),
+    *("read_columns", "label_logprobs", "last_row"),
 )

@@ -1,6 +1,6 @@
 """The plan of a capture, written before the teacher is loaded: which documents are in which shard.
 
-It is kept in the folder `.capture` of the output until the dataset is complete:
+It is kept in the folder `.capture` of the output until the dataset is complete (beside the locks of `shards/lock.py`):
 
 - `plan.json`: the shards' header (without the teacher), how many documents and tokens each shard has, and what was left
   out;
@@ -14,9 +14,11 @@ distributed and however often a run is interrupted.
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import logging
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,26 +27,53 @@ import pyarrow.parquet as pq
 import xxhash
 
 from distillkit.capture.summary import ShardSummary
-from distillkit.errors import CorruptDataError, InputError, MismatchError, UnsupportedVersionError
+from distillkit.errors import (
+    CorruptDataError,
+    DistillKitError,
+    InputError,
+    MismatchError,
+    UnsupportedVersionError,
+)
 from distillkit.shards import Header, ShardInfo
-from distillkit.shards.header import canonical_json
-from distillkit.shards.storage import Folder, reading, writing
-from distillkit.shards.writer import kept_array, shard_name
+from distillkit.shards.json_text import canonical_json, json_hash, parse_json
+from distillkit.shards.lock import CAPTURE_FOLDER
+from distillkit.shards.manifest import shard_name
+from distillkit.shards.reader import ShardFile
+from distillkit.shards.storage import Folder, reading
+from distillkit.shards.writer import kept_array, stored_schema, value_bytes
 from distillkit.types import TokenDocument
 
-__all__ = ["FOLDER", "PlannedShard", "ShardPlan", "ShardReceipt", "make_plan", "read_plan"]
+__all__ = ["PlannedShard", "ShardPlan", "ShardReceipt", "make_plan", "read_plan", "remove_plan"]
 
-FOLDER = ".capture"
+logger = logging.getLogger(__name__)
+
 _PLAN = "plan.json"
-_FORMAT, _VERSION = "distillkit-capture", 1
+_OURS = re.compile(r"plan\.json|documents-\d{5,}\.parquet|data-\d{5,}\.json")
+_FORMAT, _VERSION = "distillkit-capture", 2
+
+_DOCUMENT_SCHEMA = pa.schema(
+    [
+        pa.field("input_ids", pa.list_(pa.int32())),
+        pa.field("loss_mask", pa.list_(pa.bool_())),
+        pa.field("source", pa.string()),
+    ]
+)
+_GROUP_BYTES = 1 << 26
+"""Kept columns' bytes per row group. Arrow cannot read 2 GB of a nested column at once."""
 
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """Number of documents and tokens planned for a shard, including documents that will be skipped."""
+    """What is planned for a shard.
+
+    Attributes:
+        documents, tokens: their number, including documents that will be skipped.
+        xxh3_128: hash of the file with the documents; "" in plans of version 1, which are not checked.
+    """
 
     documents: int
     tokens: int
+    xxh3_128: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,61 +127,99 @@ class ShardPlan:
         """The documents of a shard.
 
         Raises:
-            CorruptDataError: the file is missing or damaged.
+            CorruptDataError: the file is missing, damaged, or that of other documents.
         """
-        name = f"documents-{number:05}.parquet"
-        place = self._inside.of(name)
-        data = self._inside.read(name)
+        name = _documents_name(number)
+        place, expected = self._inside.of(name), self.shards[number].xxh3_128
+        data = self._inside.read(name, most=None)
         if data is None:
-            raise CorruptDataError(f"{place} is missing: remove {self._inside} to plan the capture again")
-        with reading(place):
-            table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-        kept = [table.column(name).to_pylist() for name in self.kept.names]
-        return [
-            TokenDocument(
-                np.asarray(ids, dtype=np.int32),
-                source,
-                loss_mask=None if mask is None else np.asarray(mask, dtype=bool),
-                columns=dict(zip(self.kept.names, values, strict=True)) if kept else None,
-            )
-            for ids, mask, source, *values in zip(
-                *(table.column(name).to_pylist() for name in ("input_ids", "loss_mask", "source")), *kept, strict=True
-            )
-        ]
+            raise CorruptDataError(f"{place} is missing: {_start_over(self._inside)}")
+        found = xxhash.xxh3_128_hexdigest(data)
+        if expected and found != expected:
+            raise CorruptDataError(f"{place} has the hash {found}, expected {expected}: {_start_over(self._inside)}")
+        with reading(place), pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as parquet:
+            groups = [parquet.read_row_group(group) for group in range(parquet.num_row_groups)]
+        return [document for group in groups for document in _token_documents(group, self.kept.names)]
 
-    def receipts(self) -> dict[int, ShardReceipt]:
+    def receipts(self, trusted: Container[int] = ()) -> dict[int, ShardReceipt]:
         """The receipts of completed shards, by number.
 
-        Raises:
-            CorruptDataError: a receipt is damaged, or its shard is missing or has another size.
+        A shard is complete if its receipt is whole, is of these documents, and has the hash of the shard's file. One
+        with any other receipt counts as not captured, with a warning.
+
+        Args:
+            trusted: shards of which only the size is compared: those that this run has compared or written itself.
         """
         there = {*self._inside.names()}
-        names = {number: _receipt_name(number) for number in range(len(self.shards))}
-        return {number: self._receipt(number) for number, name in names.items() if name in there}
+        numbers = [number for number in range(len(self.shards)) if _receipt_name(number) in there]
+        with ThreadPoolExecutor() as pool:
+            found = [*pool.map(lambda number: self._receipt(number, whole=number not in trusted), numbers)]
+        return {number: receipt for number, receipt in zip(numbers, found, strict=True) if receipt is not None}
 
     def is_done(self, number: int) -> bool:
-        """Whether a shard is complete."""
+        """Whether a shard has a receipt."""
         return self._inside.size(_receipt_name(number)) is not None
 
-    def _receipt(self, number: int) -> ShardReceipt:
-        place = self._inside.of(_receipt_name(number))
+    def remove_receipts(self, numbers: Iterable[int]) -> None:
+        """Remove what receipts there are of shards that are captured again."""
+        there = {*self._inside.names()}
+        for name in there & {_receipt_name(number) for number in numbers}:
+            self._inside.remove(name)
+
+    def _receipt(self, number: int, *, whole: bool) -> ShardReceipt | None:
+        """A shard's receipt; None if it does not fit."""
+        try:
+            receipt = self._read_receipt(number)
+            self._check_shard(receipt.info, whole=whole)
+            if not receipt.info.groups_xxh3:
+                bound = ShardFile(self.folder.of(receipt.info.file)).groups_xxh3
+                return replace(receipt, info=replace(receipt.info, groups_xxh3=bound))
+        except DistillKitError as error:
+            logger.warning("%s. The shard counts as not captured", error)
+            return None
+        return receipt
+
+    def _read_receipt(self, number: int) -> ShardReceipt:
+        """A shard's receipt, as it is.
+
+        Raises:
+            CorruptDataError: it is damaged, or of other documents.
+        """
+        place, planned = self._inside.of(_receipt_name(number)), self.shards[number]
         content = _read_json(self._inside, _receipt_name(number))
         try:
             receipt = ShardReceipt(
-                ShardInfo(**content["info"]),
+                ShardInfo.from_dict(content["info"]),
                 Header.from_dict(content["header"], where=place),
                 ShardSummary.from_dict(content["summary"]),
                 tuple((source, reason) for source, reason in content["skipped"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CorruptDataError(f"{place} is not a shard's receipt: {error!r}") from error
-        found = self.folder.size(receipt.info.file)
-        if found != receipt.info.bytes:
+        info = receipt.info
+        if (
+            info.file != shard_name(number)
+            or info.documents + len(receipt.skipped) != planned.documents
+            or content.get("planned", planned.xxh3_128) != planned.xxh3_128
+        ):
             raise CorruptDataError(
-                f"{self.folder.of(receipt.info.file)} has {found or 'no'} bytes, expected {receipt.info.bytes}: it "
-                f"was modified after it was captured. Remove {place} to capture it again"
+                f"{place} is the receipt of {info.file} with {info.documents} documents, which are not those planned "
+                f"for {shard_name(number)}"
             )
         return receipt
+
+    def _check_shard(self, info: ShardInfo, *, whole: bool) -> None:
+        """Compares a shard's size, and its hash if `whole`, with its receipt.
+
+        Raises:
+            CorruptDataError: they differ.
+        """
+        place, size = self.folder.of(info.file), self.folder.size(info.file)
+        if size != info.bytes:
+            raise CorruptDataError(f"{place} has {size or 'no'} bytes, but its receipt says {info.bytes}")
+        found = self.folder.file_hash(info.file) if whole else info.xxh3_128
+        if found != info.xxh3_128:
+            raise CorruptDataError(f"{place} has the hash {found}, but its receipt says {info.xxh3_128}")
 
     def write_receipt(self, number: int, receipt: ShardReceipt) -> None:
         """Record that a shard is complete."""
@@ -161,12 +228,13 @@ class ShardPlan:
             "header": receipt.header.to_dict(),
             "summary": receipt.summary.to_dict(),
             "skipped": receipt.skipped,
+            "planned": self.shards[number].xxh3_128,
         }
         _write_json(self._inside, _receipt_name(number), content)
 
     def remove(self) -> None:
         """Remove the plan and its receipts."""
-        self._inside.remove_all()
+        remove_plan(self.folder)
 
     def check_same(self, header: Header, source: Any) -> None:
         """Refuse to resume with other settings or other text.
@@ -183,7 +251,16 @@ class ShardPlan:
 
     @property
     def _inside(self) -> Folder:
-        return self.folder.inner(FOLDER)
+        return self.folder.inner(CAPTURE_FOLDER)
+
+
+def _start_over(inside: Folder) -> str:
+    return f"remove {inside} to plan and capture everything again"
+
+
+def remove_plan(folder: Folder) -> None:
+    """Remove the plan of a capture from a dataset's folder, with its receipts, and nothing else."""
+    folder.inner(CAPTURE_FOLDER).remove_files(lambda name: _OURS.fullmatch(name) is not None)
 
 
 def make_plan(
@@ -210,13 +287,14 @@ def make_plan(
     Raises:
         OSError: the plan cannot be written.
     """
-    inside = folder.inner(FOLDER)
+    inside = folder.inner(CAPTURE_FOLDER)
     inside.make()
-    inside.remove_leftovers()
+    inside.remove_leftovers(lambda name: _OURS.fullmatch(name) is not None)
     shards = []
     for number, members in enumerate(_shards(documents, shard_tokens)):
-        _write_documents(inside, f"documents-{number:05}.parquet", members, kept)
-        shards.append(PlannedShard(len(members), sum(len(document.input_ids) for document in members)))
+        written = _write_documents(inside, _documents_name(number), members, kept)
+        shards.append(PlannedShard(len(members), sum(len(document.input_ids) for document in members), written))
+    kept = stored_schema(kept)
     plan = ShardPlan(folder, header, tuple(shards), dict(counts()), kept, source)
     content = {
         "format": _FORMAT,
@@ -239,11 +317,15 @@ def read_plan(folder: Folder) -> ShardPlan | None:
         CorruptDataError: the plan is damaged.
         UnsupportedVersionError: the plan has a newer version.
     """
-    inside = folder.inner(FOLDER)
+    inside = folder.inner(CAPTURE_FOLDER)
     if inside.size(_PLAN) is None:
         return None
-    content, place = _read_json(inside, _PLAN), inside.of(_PLAN)
-    if content.get("format") != _FORMAT or not isinstance(content.get("version"), int):
+    place = inside.of(_PLAN)
+    try:
+        content = _read_json(inside, _PLAN)
+    except CorruptDataError as error:
+        raise CorruptDataError(f"{error}: {_start_over(inside)}") from error
+    if content.get("format") != _FORMAT or type(content.get("version")) is not int:
         raise CorruptDataError(f"{place} is not a capture's plan")
     if content["version"] > _VERSION:
         raise UnsupportedVersionError(
@@ -253,13 +335,20 @@ def read_plan(folder: Folder) -> ShardPlan | None:
         return ShardPlan(
             folder,
             Header.from_dict(content["header"], where=place),
-            tuple(PlannedShard(**shard) for shard in content["shards"]),
-            content["counts"],
+            tuple(_planned(entry) for entry in content["shards"]),
+            {str(name): int(count) for name, count in content["counts"].items()},
             pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["kept"]))),
             content["source"],
         )
-    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
         raise CorruptDataError(f"{place} is not a capture's plan: {error!r}") from error
+
+
+def _planned(entry: Mapping[str, Any]) -> PlannedShard:
+    shard = PlannedShard(**entry)
+    if [type(value) for value in asdict(shard).values()] != [int, int, str] or min(shard.documents, shard.tokens) < 0:
+        raise ValueError(f"{entry!r:.200} is not a shard")
+    return shard
 
 
 def _shards(documents: Iterable[TokenDocument], shard_tokens: int) -> Iterator[list[TokenDocument]]:
@@ -276,22 +365,60 @@ def _shards(documents: Iterable[TokenDocument], shard_tokens: int) -> Iterator[l
         yield members
 
 
-def _write_documents(folder: Folder, name: str, documents: Sequence[TokenDocument], kept: pa.Schema) -> None:
-    columns = {
-        "input_ids": pa.array([document.input_ids for document in documents], pa.list_(pa.int32())),
-        "loss_mask": pa.array([document.loss_mask for document in documents], pa.list_(pa.bool_())),
-        "source": pa.array([document.source for document in documents], pa.string()),
-    }
-    table = pa.table(columns)
-    for field in kept:
-        try:
-            values = kept_array([(document.columns or {}).get(field.name) for document in documents], field)
-        except InputError as error:
-            raise InputError(f"{documents[0].source} to {documents[-1].source}: {error}") from error
-        table = table.append_column(field, values)
-    with writing(folder.of(name)), folder.new_file(name) as file:
-        pq.write_table(table, file.stream, compression="zstd", write_page_checksum=True, write_statistics=False)
-        file.publish()
+def _write_documents(folder: Folder, name: str, documents: Sequence[TokenDocument], kept: pa.Schema) -> str:
+    """Write the documents of a shard; returns the file's hash."""
+    schema = pa.schema([*_DOCUMENT_SCHEMA, *stored_schema(kept)])
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True, write_statistics=False) as writer:
+        for members in _in_groups(documents):
+            writer.write_table(_document_table(members, kept, schema))
+    data = sink.getvalue()
+    folder.write(name, data)
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def _in_groups(documents: Sequence[TokenDocument]) -> Iterator[list[TokenDocument]]:
+    """Divide the documents of a shard where their columns get too large for one row group."""
+    group: list[TokenDocument] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += value_bytes(document.columns or {})
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _document_table(documents: Sequence[TokenDocument], kept: pa.Schema, schema: pa.Schema) -> pa.Table:
+    columns = [
+        pa.array([document.input_ids for document in documents], pa.list_(pa.int32())),
+        pa.array([document.loss_mask for document in documents], pa.list_(pa.bool_())),
+        pa.array([document.source for document in documents], pa.string()),
+    ]
+    rows = [document.columns or {} for document in documents]
+    try:
+        columns += [kept_array([row.get(field.name) for row in rows], field) for field in kept]
+    except InputError as error:
+        raise InputError(f"{documents[0].source} to {documents[-1].source}: {error}") from error
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _token_documents(table: pa.Table, kept: Sequence[str]) -> Iterator[TokenDocument]:
+    """The documents that `_write_documents` wrote."""
+    columns = [table.column(name).to_pylist() for name in ("input_ids", "loss_mask", "source", *kept)]
+    for ids, mask, source, *values in zip(*columns, strict=True):
+        yield TokenDocument(
+            np.asarray(ids, dtype=np.int32),
+            source,
+            loss_mask=None if mask is None else np.asarray(mask, dtype=bool),
+            columns=dict(zip(kept, values, strict=True)) if kept else None,
+        )
+
+
+def _documents_name(number: int) -> str:
+    return f"documents-{number:05}.parquet"
 
 
 def _receipt_name(number: int) -> str:
@@ -299,8 +426,7 @@ def _receipt_name(number: int) -> str:
 
 
 def _write_json(folder: Folder, name: str, content: Mapping[str, Any]) -> None:
-    text = canonical_json({**content, "xxh3": _hash(content)})
-    folder.write(name, text.encode())
+    folder.write(name, canonical_json({**content, "xxh3": json_hash(content)}).encode())
 
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any]:
@@ -309,15 +435,9 @@ def _read_json(folder: Folder, name: str) -> dict[str, Any]:
     Raises:
         CorruptDataError: the file is not valid JSON, or was modified.
     """
-    try:
-        content = json.loads(folder.read(name) or b"")
-    except ValueError as error:
-        raise CorruptDataError(f"{folder.of(name)} is not JSON: {error}") from error
-    found = content.pop("xxh3", None) if isinstance(content, dict) else None
-    if found is None or found != _hash(content):
-        raise CorruptDataError(f"{folder.of(name)} was modified: its hash differs. Remove it to repeat its work")
+    place = folder.of(name)
+    content = parse_json(folder.read(name) or b"", where=place)
+    expected = content.pop("xxh3", None) if isinstance(content, dict) else None
+    if expected is None or expected != json_hash(content):
+        raise CorruptDataError(f"{place} was modified: its hash is {json_hash(content)}, expected {expected!r:.200}")
     return dict(content)
-
-
-def _hash(content: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(canonical_json(content).encode())

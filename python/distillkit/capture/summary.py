@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.shards.alignment import ShiftRates, document_shifts
+from distillkit.errors import CorruptDataError
+from distillkit.shards.alignment import SHIFTS, ShiftRates, document_shifts
 from distillkit.types import Document, SparseLogprobs
 
 __all__ = ["ShardSummary"]
@@ -77,13 +78,16 @@ class ShardSummary:
         """The summary that `to_dict` returned `content` for.
 
         Raises:
-            KeyError, TypeError, ValueError: `content` is malformed.
+            CorruptDataError: `content` is malformed.
         """
-        counts = [{int(key): int(value) for key, value in content[name].items()} for name in _COUNTS]
         bins = np.zeros(_BINS, dtype=np.int64)
-        for index, count in content["mass_bins"]:
-            bins[index] = count
-        return ShardSummary(ShiftRates(int(content["positions"]), *counts), float(content["mass_sum"]), bins)
+        try:
+            counts = [{shift: int(content[name][str(shift)]) for shift in SHIFTS} for name in _COUNTS]
+            for index, count in content["mass_bins"]:
+                bins[index] = count
+            return ShardSummary(ShiftRates(int(content["positions"]), *counts), float(content["mass_sum"]), bins)
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise CorruptDataError(f"invalid statistics of rows: {error!r}") from error
 
 
 _COUNTS = ("hits", "only_here", "only_unshifted")

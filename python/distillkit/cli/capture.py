@@ -11,12 +11,13 @@ import click
 from click.core import ParameterSource
 from rich.table import Table
 
-from distillkit.capture.result import CaptureReport
+from distillkit.capture.preflight import check_before_loading
+from distillkit.capture.result import CaptureReport, counted
 from distillkit.capture.settings import CaptureSettings
 from distillkit.capture.settings_file import load_captures
 from distillkit.cli.common import stopping_on_sigterm
 from distillkit.cli.setting_options import GroupedCommand, setting_options
-from distillkit.console import human_bytes, show
+from distillkit.console import human_bytes, quiet_libraries, show
 
 __all__ = ["capture", "capture_options", "chosen_captures", "show_reports"]
 
@@ -58,12 +59,11 @@ def capture(context: click.Context, /, config: Path | None, as_json: bool, progr
 
 def show_reports(captures: Sequence[CaptureSettings], *, as_json: bool = False, progress: bool = True) -> None:
     """Run captures one after the other, and print their reports."""
-    from transformers.utils.logging import disable_progress_bar
-
+    for settings in captures:
+        check_before_loading(settings)
+    quiet_libraries()
     from distillkit.capture.run import run_capture
 
-    # Its progress bar for loading weights would collide with ours.
-    disable_progress_bar()
     reports = []
     with stopping_on_sigterm():
         for settings in captures:
@@ -155,7 +155,5 @@ def _documents(report: CaptureReport) -> str:
         notes.append(f"{report.resumed_documents:,} from an earlier run")
     if report.skipped:
         notes.append(f"{len(report.skipped):,} left out because the teacher cannot score them")
-    for name, count in report.passed_over.items():
-        if name != "rows" and count:
-            notes.append(f"{count:,} {name.replace('_', ' ')} passed over")
+    notes += counted(report.passed_over)
     return f"{report.documents:,}" + (f"  ({', '.join(notes)})" if notes else "")

@@ -8,18 +8,19 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 import click
-from rich.logging import RichHandler
 
-from distillkit.console import progress_console
-from distillkit.errors import DistillKitError
+from distillkit.cli.entry import was_interrupted
+from distillkit.configuration.secrets import redacted
+from distillkit.errors import DistillKitError, printable
 
-__all__ = ["CONFIG", "SPLIT", "run_cli", "stopping_on_sigterm"]
+__all__ = ["CONFIG", "JSON", "LARGEST", "SPLIT", "LogHandler", "run_cli", "stopping_on_sigterm"]
 
 # Options of the commands that read published datasets.
 CONFIG = click.option(
@@ -28,6 +29,10 @@ CONFIG = click.option(
     help="YAML file with the codec of a published dataset that has no compression_config.yaml next to it.",
 )
 SPLIT = click.option("--split", help="Split of a published dataset that has splits.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+
+LARGEST = 2**31 - 1
+"""The largest count that an option takes; numpy and Parquet count no further in some places."""
 
 _EXTRAS = {
     "torch": "capture",
@@ -36,7 +41,8 @@ _EXTRAS = {
     "datasets": "capture",
     "trl": "train",
     "peft": "train",
-    "matplotlib": "train",
+    "psutil": "train",
+    "matplotlib": "plot",
     "ray": "ray",
     "s3fs": "s3",
 }
@@ -46,13 +52,13 @@ _EXTRAS = {
 def run_cli(command: click.Command) -> NoReturn:
     """Run a command and exit: 0 success, 1 failure (a message on stderr), 2 wrong usage, 130 interrupted, 143 SIGTERM.
 
-    Errors of distillkit and of the file system are printed as messages; anything else is a bug and keeps its traceback.
+    Errors of distillkit and of the file system are printed as messages; anything else is a bug, with its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         # Some terminal encodings lack ‖ and ×: print ? instead of failing.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_log_handler()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogHandler()])
     logging.getLogger("distillkit").setLevel(logging.INFO)
     try:
         status = command.main(standalone_mode=False) or 0
@@ -61,13 +67,14 @@ def run_cli(command: click.Command) -> NoReturn:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        message = io.StringIO()
+        error.show(message)
+        click.echo(printable(message.getvalue()), err=True, nl=False)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        progress_console().print("interrupted")
-        sys.exit(130)
+        _leave_interrupted()
     except Terminated:
-        progress_console().print("stopped by SIGTERM: complete files are kept, run the same command again to resume")
+        click.echo("stopped by SIGTERM: complete files are kept, run the same command again to resume", err=True)
         sys.exit(128 + signal.SIGTERM)
     except BrokenPipeError:
         # The reader of the output has exited, as with `| head`. Python's flush at exit must not fail again.
@@ -80,6 +87,11 @@ def run_cli(command: click.Command) -> NoReturn:
         _fail(f"this needs {package}, which is not installed: pip install 'distillkit[{_EXTRAS[package]}]'")
     except (DistillKitError, OSError) as error:
         _fail(_text(error))
+    except Exception as error:  # noqa: BLE001 - printed whole, but for secrets and control characters
+        if was_interrupted():
+            _leave_interrupted()
+        click.echo(printable(redacted("".join(traceback.format_exception(error)))), err=True, nl=False)
+        sys.exit(1)
 
 
 class Terminated(BaseException):
@@ -105,10 +117,20 @@ def stopping_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _fail(message: str) -> NoReturn:
-    from rich.markup import escape
+def _leave_interrupted() -> NoReturn:
+    click.echo("interrupted: complete files are kept", err=True)
+    sys.exit(128 + signal.SIGINT)
 
-    progress_console().print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+def _fail(message: str) -> NoReturn:
+    if was_interrupted():
+        _leave_interrupted()
+    from rich.text import Text
+
+    from distillkit.console import progress_console
+
+    text = Text.assemble(("error:", "bold red"), " ", redacted(message))
+    progress_console().print(text, highlight=False, soft_wrap=True)
     sys.exit(1)
 
 
@@ -116,7 +138,20 @@ def _text(error: Exception) -> str:
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
-def _log_handler() -> logging.Handler:
-    return RichHandler(
-        console=progress_console(), show_time=False, show_path=False, rich_tracebacks=False, markup=False
-    )
+class LogHandler(logging.Handler):
+    """Prints log messages to stderr. Most commands have none, so what prints them is only imported for the first."""
+
+    _printer: logging.Handler | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from rich.logging import RichHandler
+
+        from distillkit.console import progress_console
+
+        if self._printer is None:
+            self._printer = RichHandler(
+                console=progress_console(), show_time=False, show_path=False, rich_tracebacks=False, markup=False
+            )
+            self._printer.setFormatter(self.formatter)
+        record.msg, record.args = redacted(record.getMessage()), None
+        self._printer.emit(record)

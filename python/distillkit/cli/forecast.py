@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from distillkit.capture.preflight import check_inputs
+from distillkit.capture.result import counted
 from distillkit.cli.capture import capture_options, chosen_captures
 from distillkit.cli.setting_options import GroupedCommand
-from distillkit.console import human_bytes, progress_bar, show
+from distillkit.console import human_bytes, progress_bar, quiet_libraries, say, show
 from distillkit.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -26,11 +29,19 @@ _WORTH_SAYING = 1_000_000
 """Bytes of memory."""
 
 
+def _a_number(context: click.Context, option: click.Parameter, value: float) -> float:
+    # NaN passes any limit.
+    if math.isnan(value):
+        raise click.BadParameter("must be a number of seconds, found nan")
+    return value
+
+
 @click.command(cls=GroupedCommand, short_help="Estimate what a capture will cost, and whether it fits.")
 @capture_options
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(0, 86_400),
+    callback=_a_number,
     default=10.0,
     show_default=True,
     help="How long to run the teacher, to measure its speed and the fidelity of each codec; 0 only estimates sizes.",
@@ -49,12 +60,12 @@ def forecast(
       distillkit forecast --model teacher/ --dataset text.jsonl --output captured/
       distillkit forecast teachers.yaml --seconds 0
     """
-    from transformers.utils.logging import disable_progress_bar
-
+    captures = chosen_captures(context, config, options)
+    for settings in captures:
+        check_inputs(settings)
+    quiet_libraries()
     from distillkit.capture.forecast.forecast import forecast as forecast_captures
 
-    disable_progress_bar()
-    captures = chosen_captures(context, config, options)
     if progress:
         with progress_bar("running the teacher") as advance:
             found = forecast_captures(
@@ -77,10 +88,10 @@ def _show(result: Forecast) -> None:
     show(_summary(result))
     show(_codecs(result.codecs))
     for name, reason in result.left_out.items():
-        click.echo(f"not possible: {name}: {reason}")
+        say(f"not possible: {name}: {reason}")
     for codec in result.codecs:
         if codec.note:
-            click.echo(f"not measured: {codec.name}: {codec.note}")
+            say(f"not measured: {codec.name}: {codec.note}")
 
 
 def _summary(result: Forecast) -> Table:
@@ -108,8 +119,7 @@ def _add_text(table: Table, text: TextForecast) -> None:
             f"{text.captured_tokens:,} already captured, {_count(text.left_tokens)} left for this run",
         )
     if text.passed_over:
-        reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in text.passed_over.items())
-        table.add_row("passed over", f"{reasons}  (in the rows that were read)")
+        table.add_row("", f"{', '.join(counted(text.passed_over))}  (in the rows that were read)")
     if text.duplicates_unknown:
         table.add_row("", "duplicates among unread rows are unknown: there may be fewer tokens")
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.table import Table
 
-from distillkit.cli.common import CONFIG, SPLIT
+from distillkit.cli.common import CONFIG, LARGEST, SPLIT
 from distillkit.console import progress_bar, show
 from distillkit.shards.reader import Dataset
 from distillkit.shards.repack import PackReport, pack_dataset
+from distillkit.types import Overflow
 
-__all__ = ["MAX_LEN", "SHUFFLE_SEED", "pack", "run_pack", "window_option"]
+__all__ = ["MAX_LEN", "SHUFFLE_SEED", "pack", "run_pack", "table_of", "window_option"]
 
 # Options shared with the published spelling of the command, distillkit.pack_logits.
-MAX_LEN = click.option(
-    "--max-len", required=True, type=click.IntRange(min=2), help="Tokens per row; longer documents are cut."
-)
+MAX_LEN = click.option("--max-len", required=True, type=click.IntRange(2, LARGEST), help="Tokens per row.")
 SHUFFLE_SEED = click.option("--shuffle-seed", type=click.IntRange(min=0), help="Shuffle the documents before packing.")
 
 
@@ -27,7 +26,7 @@ def window_option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     """Make the option for how many documents are packed together."""
     return click.option(
         name,
-        type=click.IntRange(min=1),
+        type=click.IntRange(1, LARGEST),
         default=10_000,
         show_default=True,
         help="Number of documents packed together; all of them are held in memory.",
@@ -40,6 +39,13 @@ def window_option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 @MAX_LEN
 @SPLIT
 @CONFIG
+@click.option(
+    "--overflow",
+    type=click.Choice(get_args(Overflow)),
+    help="What to do with longer documents: cut them, split them into pieces that repeat an eighth of a row as "
+    "context, or drop them. By default they are cut, if that takes at most 5% of all tokens; otherwise nothing is "
+    "packed.",
+)
 @SHUFFLE_SEED
 @window_option("--window")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -49,6 +55,7 @@ def pack(
     max_len: int,
     split: str | None,
     config: str | None,
+    overflow: Overflow | None,
     shuffle_seed: int | None,
     window: int,
     as_json: bool,
@@ -61,24 +68,28 @@ def pack(
     compared at the end. An interrupted run resumes after its last complete shard.
     """
     dataset = Dataset.open(source, config=config, split=split)
-    run_pack(dataset, output, max_len, shuffle_seed, window, as_json=as_json)
-
-
-def run_pack(dataset: Dataset, output: str, max_len: int, seed: int | None, window: int, *, as_json: bool) -> None:
-    """Pack with a progress bar, and print the report."""
-    with progress_bar("packing") as progress:
-        report = pack_dataset(dataset, output, max_len, seed=seed, window=window, progress=progress)
+    report = run_pack(dataset, output, max_len, overflow=overflow, seed=shuffle_seed, window=window)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:
-        show(_table(report))
+        show(table_of(report))
 
 
-def _table(report: PackReport) -> Table:
+def run_pack(dataset: Dataset, output: str, max_len: int, **options: Any) -> PackReport:
+    """Pack with a progress bar; options as for `pack_dataset`."""
+    with progress_bar("packing") as progress:
+        return pack_dataset(dataset, output, max_len, progress=progress, **options)
+
+
+def table_of(report: PackReport) -> Table:
+    """Format the report."""
     table = Table(title=f"packed: {report.output}", show_header=False, title_justify="left")
     left_out = f"  ({report.left_out:,} of one token left out)" if report.left_out else ""
     resumed = f"  ({report.resumed_rows:,} from an earlier run)" if report.resumed_rows else ""
     table.add_row("documents", f"{report.documents:,}{left_out}")
+    for name, count in (("left out as too long", report.dropped), ("split into pieces", report.split)):
+        if count:
+            table.add_row(name, f"{count:,} documents")
     if report.cut_documents:
         table.add_row("cut", f"{report.cut_documents:,} documents, {report.cut_tokens:,} tokens")
     table.add_row("rows", f"{report.rows:,}{resumed}")

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
-from distillkit.console import show
+from distillkit.console import say, show
 
 __all__ = ["report"]
 
@@ -44,9 +43,9 @@ def report(runs: tuple[Path, ...], folder: Path | None, as_json: bool) -> None:
         return
     table = Table(show_edge=False, pad_edge=False)
     for column in ("", *names):
-        table.add_column(escape(column), justify="right" if column else "left", overflow="fold")
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
     for label, values in rows:
-        table.add_row(label, *(escape(value.replace("`", "")) for value in values))
+        table.add_row(label, *(value.replace("`", "") for value in values))
     show(table)
     for path in written:
-        click.echo(f"written: {path}")
+        say(f"written: {path}")

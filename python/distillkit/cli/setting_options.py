@@ -22,6 +22,7 @@ _METAVARS = {
     "compression_config": "FILE",
     "where": "COLUMN=VALUE",
     "keep_columns": "NAMES",
+    "read_columns": "NAMES",
     "keep_ids": "IDS",
     "shard_range": "FIRST:END",
     "base_url": "URL",

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from distillkit.console import human_bytes, output, show
-from distillkit.errors import ConfigError, nearest
+from distillkit.console import human_bytes, quiet_libraries, say, show
+from distillkit.errors import ConfigError
 from distillkit.training.dry_run import DryRun, dry_run
 
 __all__ = ["summary_table", "train"]
@@ -24,6 +24,7 @@ __all__ = ["summary_table", "train"]
 # Evaluation metrics in the summary table: metric, label, format.
 _MEASURES = (
     ("eval_kl", "KL(teacher ‖ student)", "{:.4f}"),
+    ("eval_kl_with_rest", "with all other tokens as one outcome", "{:.4f}"),
     ("eval_cross_entropy", "cross-entropy", "{:.4f}"),
     ("eval_perplexity", "perplexity", "{:,.2f}"),
     ("eval_top1_agreement", "top-1 agreement with the teacher", "{:.1%}"),
@@ -44,10 +45,10 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
     configuration's output_path. With --dry-run nothing is written there, and the exit status is 1 if training would
     fail.
     """
-    if not config.is_file():
-        from distillkit.cli.main import COMMANDS
-
-        raise ConfigError(f"{config}: no such configuration file or command{nearest(config, COMMANDS)}")
+    if config.is_dir():
+        raise ConfigError(f"{config}: expected a YAML file with the configuration, found a folder")
+    if not config.exists():
+        raise ConfigError(f"{config}: there is no such configuration file")
     first = os.environ.get("RANK", "0") == "0"
     if verbose:
         logging.getLogger().setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
@@ -55,7 +56,7 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
         logging.getLogger("distillkit").setLevel(logging.WARNING)
     # Libraries and trackers print to stdout, which is only for the result.
     with contextlib.redirect_stdout(sys.stderr):
-        result = _check(config) if checks_only else _train(config)
+        result = dry_run(config) if checks_only else _train(config)
         _leave_process_group()
     content = result.to_dict() if isinstance(result, DryRun) else result
     if first and as_json:
@@ -63,57 +64,56 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
     elif first and isinstance(result, DryRun):
         _show_checks(config, result)
     elif first:
-        output().print(summary_table(content))
+        show(summary_table(content))
     if isinstance(result, DryRun) and not result.ok:
         context.exit(1)
 
 
 def _train(config: Path) -> dict[str, Any]:
     from distillkit.training.config.file import load_config
+    from distillkit.training.config.surroundings import check_surroundings
 
     run = load_config(config)
-    from transformers.utils.logging import disable_progress_bar
-
+    # Before the slow imports below.
+    check_surroundings(run)
+    quiet_libraries()
     from distillkit.training.run import train as train_student
 
-    # Its progress bars for loading and saving would collide with ours.
-    disable_progress_bar()
     return train_student(run)
 
 
-def _check(config: Path) -> DryRun:
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    return dry_run(config)
-
-
-_MARKS = {"passed": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[bold red]✗[/]", "not checked": "[dim]·[/]"}
-_PLAIN_MARKS = {"passed": "ok", "warning": "!", "failed": "FAILED", "not checked": "-"}
+# The mark of a check by its outcome, where the terminal has the character and where not, with its style.
+_MARKS = {
+    "passed": ("✓", "ok", "green"),
+    "warning": ("!", "!", "yellow"),
+    "failed": ("✗", "FAILED", "bold red"),
+    "not checked": ("·", "-", "dim"),
+}
 
 
 def _show_checks(config: Path, result: DryRun) -> None:
     """Print a dry run: one line per check, with a mark, and what training would write."""
     try:
         "✓✗·".encode(sys.stdout.encoding or "ascii")
-        marks = _MARKS
+        plain = False
     except UnicodeEncodeError:
-        marks = _PLAIN_MARKS
+        plain = True
     table = Table(title=f"dry run: {config}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in result.checks:
-        table.add_row(marks[check.status], check.name, escape(check.detail))
+        character, word, style = _MARKS[check.status]
+        table.add_row(Text(word if plain else character, style), check.name, check.detail)
     show(table)
     failed = [check.name for check in result.checks if check.status == "failed"]
     if failed:
-        click.echo(f"training would not run: {', '.join(failed)}")
+        say(f"training would not run: {', '.join(failed)}")
         return
-    click.echo("all checks passed. Nothing was trained or written to the output folder; training would write:")
+    say("all checks passed. Nothing was trained or written to the output folder; training would write:")
     width = max(len(path) for path, _ in result.would_write)
     for path, what in result.would_write:
-        click.echo(f"  {path:<{width}}  {what}")
+        say(f"  {path:<{width}}  {what}")
 
 
 def _leave_process_group() -> None:
@@ -123,6 +123,8 @@ def _leave_process_group() -> None:
     The wrapped student keeps the group alive in reference cycles. If it lived until the interpreter's exit, the group's
     threads could call into Python after its finalisation, which aborts the process.
     """
+    if "torch" not in sys.modules:
+        return
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Union
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from distillkit import _native
+from distillkit.configuration.problems import find_problems
 from distillkit.errors import ConfigError
 
 __all__ = [
@@ -22,17 +23,6 @@ __all__ = [
 ]
 
 FloatName = Literal["float16", "bfloat16", "float32", "float64"]
-
-
-def _describe(error: ValidationError) -> str:
-    """All problems on one line, each with its dotted path."""
-    lines = []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"] if not isinstance(part, str) or "[" not in part)
-        message = problem["msg"].removeprefix("Value error, ")
-        found = "" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r})"
-        lines.append(f"{path}: {message}{found}" if path else message)
-    return "; ".join(lines)
 
 
 class _Model(BaseModel):
@@ -54,7 +44,8 @@ class _CodecModel(_Model):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise ConfigError(f"{type(self).__name__}: {_describe(error)}") from None
+            problems = "; ".join(map(str, find_problems(error, type(self))))
+            raise ConfigError(f"{type(self).__name__}: {problems}") from None
 
     @model_validator(mode="after")
     def _check(self) -> _CodecModel:
@@ -149,21 +140,31 @@ def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
     if isinstance(config, (DistributionQuantizationConfig, LegacyLogitCompressionConfig)):
         return config
     if not isinstance(config, Mapping):
-        raise ConfigError(f"a codec configuration must be a mapping, found {type(config).__name__}: {config!r}")
+        raise ConfigError(f"a codec configuration must be a mapping, found {type(config).__name__}: {config!r:.200}")
     for key, cls in _YAML_KEYS.items():
         if key in config:
             others = sorted(str(name) for name in config if name != key)
             if others:
-                raise ConfigError(f"a codec configuration must have no keys besides {key}; found {', '.join(others)}")
+                found = ", ".join(others)
+                raise ConfigError(f"a codec configuration must have no keys besides {key}; found {found:.200}")
             fields = config[key]
             if not isinstance(fields, Mapping):
-                raise ConfigError(f"{key} must be a mapping, found {type(fields).__name__}: {fields!r}")
-            return cls(**fields)
+                raise ConfigError(f"{key} must be a mapping, found {type(fields).__name__}: {fields!r:.200}")
+            return cls(**_named(fields))
     if "d" in config:
-        return DistributionQuantizationConfig(**config)
+        return DistributionQuantizationConfig(**_named(config))
     if "vocab_size" in config:
-        return LegacyLogitCompressionConfig(**config)
+        return LegacyLogitCompressionConfig(**_named(config))
+    keys = ", ".join(sorted(map(str, config))) or "(none)"
     raise ConfigError(
-        f"not a codec configuration: found the keys {', '.join(sorted(map(str, config))) or '(none)'}; expected "
+        f"not a codec configuration: found the keys {keys:.200}; expected "
         "logprob_compressor, legacy_logit_compression, or the fields of either (including d or vocab_size)"
     )
+
+
+def _named(fields: Mapping[Any, Any]) -> Mapping[str, Any]:
+    """The fields, after checking that their keys are text."""
+    others = [key for key in fields if not isinstance(key, str)]
+    if others:
+        raise ConfigError(f"a codec configuration must have text as keys; found {others[0]!r:.200}")
+    return fields

@@ -181,6 +181,6 @@ class FidelityStats:
             stats._histogram = {int(index): int(count) for index, count in sums["kl_histogram"]}
             if sums["ranks"] is not None:
                 stats._rank_rows = np.asarray(sums["ranks"], dtype=np.float64)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptDataError(f"invalid fidelity statistics: {error!r}") from error
         return stats

@@ -32,17 +32,19 @@ HIDDEN_LOSSES = ("hs_mse", "hs_cosine")
 
 _SKEWED = ("skewed_kl", "skewed_reverse_kl")
 _RANKING = ("hinge", "logistic_ranking")
+_OF_DISTRIBUTIONS = tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES))
 # Settings that apply only to certain losses; `weight` and `sparse_chunk_length` apply to all.
 _TAKES: dict[str, tuple[str, ...]] = {
-    "temperature": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
-    "missing_probability_handling": tuple(name for name in LOSS_NAMES if name not in ("cross_entropy", *HIDDEN_LOSSES)),
+    "temperature": _OF_DISTRIBUTIONS,
+    "missing_probability_handling": _OF_DISTRIBUTIONS,
+    "published_temperature": _OF_DISTRIBUTIONS,
     "margin": ("hinge",),
     "alpha": _SKEWED,
     "top_k": _RANKING,
 }
 # Published configurations set a temperature and a handling for every loss; these values are accepted everywhere, since
 # they have no effect.
-_HARMLESS = {"temperature": 1.0, "missing_probability_handling": "zero"}
+_HARMLESS = {"temperature": 1.0, "missing_probability_handling": "zero", "published_temperature": False}
 
 # Published configurations use two names for the handling with a bucket for missing probability.
 _SYNONYMS = {"symmetric_uniform": "uniform"}
@@ -68,8 +70,14 @@ class LossConfig(BaseModel):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="Temperature T: both distributions are softened to p^(1/T) and renormalised, and the loss is "
-        "multiplied by T²; 1 by default.",
+        description="Temperature T: both distributions, over the stored tokens and all others as one outcome, are "
+        "softened to p^(1/T) and renormalised, and the loss is multiplied by T²; 1 by default.",
+    )
+    published_temperature: bool | None = Field(
+        default=None,
+        description="true softens the student over its whole vocabulary instead, as the published toolkit does. At "
+        "temperatures other than 1 the loss then has other values, and the teacher itself does not minimise it. No "
+        "effect with a live teacher that has all tokens. false, the default, is logged unless it is set.",
     )
     missing_probability_handling: Handling | None = Field(
         default=None,

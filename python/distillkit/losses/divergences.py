@@ -23,7 +23,8 @@ from distillkit.losses.positions import NEVER, Comparison
 
 __all__ = ["adaptive_kl", "jsd", "kl", "reverse_kl", "skewed_kl", "skewed_reverse_kl", "tvd"]
 
-_HEAD = 0.5
+# Above one half by more than rounding of a sum of probabilities.
+_HEAD = 0.5 + 1e-6
 
 
 def kl(between: Comparison) -> torch.Tensor:
@@ -112,9 +113,10 @@ def adaptive_kl(between: Comparison) -> torch.Tensor:
     """KL(p ‖ q) and KL(q ‖ p), weighted by where the student's errors are (Wu et al., "Rethinking Kullback–Leibler
     Divergence in Knowledge Distillation for Large Language Models", 2024, §4).
 
-    The head consists of the teacher's most probable outcomes up to a cumulative probability of ½, the tail of all
-    others. With g the sum of |p − q| over each, KL(p ‖ q) has weight g_head / (g_head + g_tail), and KL(q ‖ p) has
-    weight g_tail / (g_head + g_tail). No gradient flows through the weights.
+    The head consists of the teacher's most probable outcome and of those after it as long as their cumulative
+    probability, including their own, is at most ½ (as in the authors' code); the tail of all others and R. With g the
+    sum of |p − q| over each, KL(p ‖ q) has weight g_head / (g_head + g_tail), and KL(q ‖ p) has weight
+    g_tail / (g_head + g_tail). No gradient flows through the weights.
 
     Returns:
         (N,) float32.
@@ -124,8 +126,9 @@ def adaptive_kl(between: Comparison) -> torch.Tensor:
         p, q = between.log_p.exp(), between.log_q.exp()
         order = p.argsort(-1, descending=True)
         ranked = p.gather(-1, order)
-        # An outcome is in the head if those before it sum to less than ½, that is, if it is needed to reach ½.
-        head = torch.empty_like(between.outcomes).scatter_(-1, order, ranked.cumsum(-1) - ranked < _HEAD)
+        in_head = ranked.cumsum(-1) <= _HEAD
+        in_head[..., 0] = True
+        head = torch.empty_like(between.outcomes).scatter_(-1, order, in_head)
         gap = (p - q).abs()
         head_gap, tail_gap = (gap * head).sum(-1), (gap * ~head).sum(-1)
         if log_q_rest is not None:

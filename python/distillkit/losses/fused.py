@@ -24,7 +24,7 @@ import torch
 
 from distillkit.losses.config import LossConfig
 from distillkit.losses.positions import Positions, Targets, TeacherLogits
-from distillkit.losses.registry import HiddenTerm, Term, hidden_terms_of, loss, terms_of
+from distillkit.losses.registry import HiddenTerm, Term, hidden_terms_of, kl_with_rest, loss, terms_of
 from distillkit.models.head import LMHead, logit_chunks
 
 __all__ = ["LossResult", "Objective"]
@@ -83,12 +83,16 @@ class Objective:
         return cls(terms_of(configs), hidden_terms_of(configs), chunk_length=min(lengths) if lengths else None)
 
     def evaluation(self) -> Objective:
-        """Build the same objective plus two metrics that do not depend on the configured losses.
+        """Build the same objective plus metrics that do not depend on the configured losses.
 
-        They are `eval:cross_entropy`, and `eval:kl`, the divergence at temperature 1 from the renormalised stored
-        probabilities.
+        They are `eval:cross_entropy`, and the divergences at temperature 1 over the stored ids: `eval:kl` from their
+        renormalised probabilities, and `eval:kl_with_rest` with all other ids as one more outcome.
         """
-        yardsticks = (Term("eval:cross_entropy", 0.0, loss("cross_entropy")), Term("eval:kl", 0.0, loss("kl")))
+        yardsticks = (
+            Term("eval:cross_entropy", 0.0, loss("cross_entropy")),
+            Term("eval:kl", 0.0, loss("kl")),
+            Term("eval:kl_with_rest", 0.0, kl_with_rest),
+        )
         return Objective(self.terms, self.hidden_terms, yardsticks, self.chunk_length)
 
     def __call__(self, head: LMHead, hidden: torch.Tensor, targets: Targets, layers: Layers = ()) -> LossResult:

@@ -5,26 +5,32 @@ A teacher provides log-probabilities of its k most probable ids (`SparseLogprobs
 rest R. Divergences (`divergences`) and ranking losses (`ranking`) are defined on comparisons.
 
 The probability outside the stored ids is the missing mass m = max(0, 1 − Σ_K p), where K is the set of stored ids with
-p > 0. With temperature T and normaliser Z, the targets p̃ are:
+p > 0. Handling it gives two distributions over individual outcomes and R, each of which sums to one. Here q is
+softmax(z) over the entire vocabulary, and q_R its total probability of all ids that are not individual outcomes:
 
-    zero:     p̃_i = p_i^(1/T) / Z for i in K, and p̃_R = 0
-    uniform:  p̃_i = p_i^(1/T) / Z for i in K, and p̃_R = m^(1/T) / Z
-    label:    p̃_i = (p_i + m·[i = y])^(1/T) / Z for i in K ∪ {y}, and p̃_R = 0; y is the true next token
+    zero:     p_i / Σ_K p for i in K, and 0 for R, against (q_K, q_R)
+    uniform:  p_i for i in K, and m for R, against (q_K, q_R); divided by p's sum if rounding made it exceed one
+    label:    p_i + m·[i = y] for i in K ∪ {y}, and 0 for R, against (q_K∪{y}, q_R); y is the true next token
+
+A temperature T softens these two: both are raised to 1/T and divided by their sums. They are then equal if and only if
+they were before, so at every temperature a divergence is 0 where, and only where, student and teacher agree on them. If
+every id is an outcome, the results are softmax(z / T) of both. (Softening the entire vocabulary would require raising
+each of the V − k other probabilities to 1/T. For the teacher, the top k do not determine them, and m^(1/T) is far less
+than their sum: compared with it, a student would have to give them far less probability than the teacher does.)
+
+The published toolkit does that. With `published`, p is softened as above, but q is softmax(z / T) over the entire
+vocabulary, and q_R its total probability outside.
 
 If the teacher's probability of y was stored separately and y is not in K, `uniform` and `label` use K ∪ {y} instead of
 K, also in m: y becomes an outcome of its own, excluded from the rest. (With `label`, y is still assigned all of the
 mass outside K, or its own probability if rounding of the others left less than that.) `zero` ignores it.
-
-Each target sums to one, and so does the student's q = softmax(z / T) over the entire vocabulary, with q_R for the rest,
-so divergences between them are well defined. At T = 1, the targets are p renormalised, (p, m), and p with m added to y.
-`zero` and `uniform` are the published definitions. (Softening the full distribution would require raising each of the
-V − k other probabilities to the power 1/T; the top k do not determine these.)
 
 Shape legend: N positions, V width of the student's head, k stored ids per position, m outcomes of a comparison.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,7 +167,7 @@ class Positions:
             ids, _ = targets.teacher.tensors()
             labels = torch.cat([ids, labels], -1)
         self.student = StudentLogits(logits, labels)
-        self._comparisons: dict[tuple[float, Missing], Comparison] = {}
+        self._comparisons: dict[tuple[float, Missing, bool], Comparison] = {}
 
     @cached_property
     def teacher_logits(self) -> torch.Tensor | None:
@@ -187,21 +193,32 @@ class Positions:
         """(N,) the student's log-probabilities of the true next tokens."""
         return self.student.logprobs()[:, -1]
 
-    def comparison(self, temperature: float = 1.0, missing: Missing = "zero") -> Comparison:
-        """Compare teacher and student at a temperature."""
-        key = (temperature, missing)
+    def comparison(self, temperature: float = 1.0, missing: Missing = "zero", *, published: bool = False) -> Comparison:
+        """Compare teacher and student at a temperature; `published` as in the module docstring."""
+        key = (temperature, missing, published)
         if key not in self._comparisons:
             dense = self.teacher_logits
-            self._comparisons[key] = (
-                self._sparse(temperature, missing) if dense is None else self._dense(dense, temperature)
-            )
+            if dense is not None:
+                self._comparisons[key] = self._dense(dense, temperature)
+            elif published:
+                between = self._sparse(missing, self.targets.label_logprobs, temperature)
+                self._comparisons[key] = _softened(between, temperature, student=False)
+            else:
+                between = self._sparse(missing, self.targets.label_logprobs)
+                self._comparisons[key] = _softened(between, temperature)
         return self._comparisons[key]
 
-    def comparison_of_first(self, temperature: float, missing: Missing, k: int) -> Comparison:
-        """Compare over the teacher's first ids only: the stored ones, or its k most probable ones if it has all ids."""
+    def comparison_with_rest(self) -> Comparison:
+        """Compare over the stored ids and the rest, whether or not the teacher's probability of the label is known."""
+        if self.teacher_logits is not None or self.targets.label_logprobs is None:
+            return self.comparison(missing="uniform")
+        return self._sparse("uniform", None)
+
+    def comparison_of_first(self, whole: Comparison, k: int) -> Comparison:
+        """Limit a comparison to the teacher's first ids: the stored ones, or its k most probable ones if it has all."""
         if self.teacher_logits is None:
-            return self.comparison(temperature, missing)
-        whole, (ids, _) = self.comparison(temperature, missing), self.first(k).tensors()
+            return whole
+        ids, _ = self.first(k).tensors()
         return Comparison(
             whole.log_p.gather(-1, ids), whole.log_q.gather(-1, ids), torch.ones_like(ids).bool(), None, None
         )
@@ -217,20 +234,22 @@ class Positions:
             raise InputError(f"expected a teacher with stored ids, found {type(self.targets.teacher).__name__}")
         return self.targets.teacher
 
-    def _sparse(self, temperature: float, missing: Missing) -> Comparison:
+    def _sparse(
+        self, missing: Missing, label_logprobs: torch.Tensor | None, student_temperature: float = 1.0
+    ) -> Comparison:
+        """Compare p with softmax(z / student_temperature), neither of them softened any further."""
         ids, logprobs = self._stored.tensors()
         everything = ids.shape[-1] >= self.student.size
         # If every id is stored, nothing is missing, and 1 − Σ p is only rounding error.
-        labels = self.targets.labels
         missing = "zero" if everything else missing
-        target = _target(ids, logprobs, labels, temperature, missing, self.targets.label_logprobs)
-        outcomes = torch.isfinite(target[0])
-        log_p = target[0].clamp_min(NEVER)
-        log_q = self.student.logprobs(temperature).clamp_min(NEVER).where(outcomes, NEVER)
+        log_p, log_p_rest = _target(ids, logprobs, self.targets.labels, missing, label_logprobs)
+        outcomes = torch.isfinite(log_p)
+        log_p = log_p.clamp_min(NEVER)
+        log_q = self.student.logprobs(student_temperature).clamp_min(NEVER).where(outcomes, NEVER)
         everything = everything and bool(outcomes[:, :-1].all())
         student = self.student  # capturing `self` would create a cycle that keeps the logits until garbage collection
-        rest = None if everything else lambda: student.logprob_outside(outcomes, temperature)
-        log_p_rest = None if target[1] is None else target[1].clamp_min(NEVER)
+        rest = None if everything else lambda: student.logprob_outside(outcomes, student_temperature)
+        log_p_rest = None if log_p_rest is None else log_p_rest.clamp_min(NEVER)
         if log_p_rest is not None and ids.shape[-1] + 1 >= self.student.size:
             # With the label, every id may be an outcome; the rest is then only rounding error.
             log_p_rest = log_p_rest.masked_fill(outcomes.sum(-1) >= self.student.size, NEVER)
@@ -247,15 +266,43 @@ class Positions:
         return Comparison(log_p, log_q, torch.ones_like(log_p, dtype=torch.bool), None, rest)
 
 
+def _softened(between: Comparison, temperature: float, *, student: bool = True) -> Comparison:
+    """Raise both distributions of a comparison, or the teacher's only, to 1/T and renormalise them."""
+    if temperature == 1.0:
+        return between
+    log_p, log_p_rest = _raised(between.log_p, between.log_p_rest, temperature)
+    if not student:
+        return Comparison(log_p, between.log_q, between.outcomes, log_p_rest, between.student_rest)
+    log_q, log_q_rest = _raised(between.log_q, between.log_q_rest, temperature)
+    rest = None if log_q_rest is None else functools.partial(_same, log_q_rest)
+    return Comparison(log_p, log_q, between.outcomes, log_p_rest, rest)
+
+
+def _same(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def _raised(
+    logs: torch.Tensor, rest: torch.Tensor | None, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Raise the probabilities of outcomes (N, m) and the rest (N,) to 1/T, and renormalise; `NEVER` stays `NEVER`."""
+    whole = logs if rest is None else torch.cat([logs, rest.unsqueeze(-1)], -1)
+    some = whole > NEVER
+    scaled = torch.where(some, whole / temperature, -torch.inf)
+    # At a position without any mass, subtracting −inf would give NaN.
+    total = scaled.logsumexp(-1, keepdim=True).where(some.any(-1, keepdim=True), 0.0)
+    whole = torch.where(some, (scaled - total).clamp_min(NEVER), NEVER)
+    return (whole, None) if rest is None else (whole[..., :-1], whole[..., -1])
+
+
 def _target(
     ids: torch.Tensor,
     logprobs: torch.Tensor,
     labels: torch.Tensor,
-    temperature: float,
     missing: Missing,
     label_logprobs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute the training target from stored log-probabilities; see the module docstring.
+    """Compute the training target p from stored log-probabilities; see the module docstring.
 
     Args:
         ids, logprobs: (N, k); a log-probability of −inf means a probability of 0.
@@ -263,9 +310,9 @@ def _target(
         label_logprobs: (N,), NaN where unknown.
 
     Returns:
-        log p̃ (N, k + 1), whose last column is the label, −inf unless it is an outcome of its own; and log p̃_R (N,)
-        for `uniform`, −inf where nothing is missing, or None for the others. At a position without any mass, the target
-        is all zeros, except where `uniform` or `label` assigns the missing mass.
+        log p (N, k + 1), whose last column is the label, −inf unless it is an outcome of its own; and log p_R (N,) for
+        `uniform`, −inf where nothing is missing, or None for the others. At a position without any mass, the target is
+        all zeros, except where `uniform` or `label` assigns the missing mass.
     """
     logprobs = logprobs.float()
     extra = torch.full_like(logprobs[:, :1], -torch.inf)
@@ -278,14 +325,14 @@ def _target(
         stored = logprobs.double().exp().sum(-1, keepdim=True) + extra.double().exp()
         log_missing = (1.0 - stored).clamp_min(0.0).log().float()
         if missing == "uniform":
-            remainder = log_missing.squeeze(-1) / temperature
+            remainder = log_missing.squeeze(-1)
         else:
             logprobs = torch.where(is_label, torch.logaddexp(logprobs, log_missing), logprobs)
             extra = torch.where(is_label.any(-1, keepdim=True), extra, torch.logaddexp(extra, log_missing))
-    scaled = torch.cat([logprobs, extra], -1) / temperature
-    total = scaled.logsumexp(-1)
+    outcomes = torch.cat([logprobs, extra], -1)
+    total = outcomes.logsumexp(-1)
     if remainder is not None:
         total = torch.logaddexp(total, remainder)
     # At a position without any mass, this makes the probabilities 0 rather than NaN.
     total = torch.where(torch.isinf(total), torch.zeros_like(total), total)
-    return scaled - total.unsqueeze(-1), None if remainder is None else remainder - total
+    return outcomes - total.unsqueeze(-1), None if remainder is None else remainder - total

@@ -12,7 +12,7 @@ from distillkit.losses import divergences, hidden, ranking
 from distillkit.losses.config import LossConfig, named_losses
 from distillkit.losses.positions import Comparison, Positions
 
-__all__ = ["HIDDEN", "LOSSES", "HiddenTerm", "Term", "hidden_terms_of", "loss", "terms_of"]
+__all__ = ["HIDDEN", "LOSSES", "HiddenTerm", "Term", "hidden_terms_of", "kl_with_rest", "loss", "terms_of"]
 
 LossFunction = Callable[[Positions], torch.Tensor]
 """Sum of a loss over N positions, float32, differentiable in the student's logits."""
@@ -26,6 +26,12 @@ def _cross_entropy(positions: Positions) -> torch.Tensor:
     return -positions.label_logprobs().sum()
 
 
+def kl_with_rest(positions: Positions) -> torch.Tensor:
+    """Σ_n KL(p ‖ q) over the stored ids and the rest: a metric which is 0 for a student that is the teacher."""
+    between = positions.comparison_with_rest()
+    return divergences.kl(between).where(between.known(), 0.0).sum()
+
+
 def _compared(
     config: LossConfig, measure: Callable[[Comparison], torch.Tensor], first: int | None = None
 ) -> LossFunction:
@@ -35,12 +41,12 @@ def _compared(
     ids are compared: the stored ones, or the `first` most probable ones of a teacher with all ids.
     """
     temperature, missing = config.temperature or 1.0, config.missing_probability_handling or "zero"
+    published = bool(config.published_temperature)
 
     def total(positions: Positions) -> torch.Tensor:
-        if first is None:
-            between = positions.comparison(temperature, missing)
-        else:
-            between = positions.comparison_of_first(temperature, missing, first)
+        between = positions.comparison(temperature, missing, published=published)
+        if first is not None:
+            between = positions.comparison_of_first(between, first)
         return measure(between).where(between.known(), 0.0).sum() * temperature**2
 
     return total

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
+from distillkit.configuration.problems import shown
 from distillkit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -57,7 +58,11 @@ class LoraSection(BaseModel):
         default=None, description="Modules that are fully trained and saved with the adapters."
     )
     use_rslora: bool = Field(default=False, description="Rank-stabilised scaling; see `lora_alpha`.")
-    use_dora: bool = Field(default=False, description="Train the magnitude and direction of weights separately (DoRA).")
+    use_dora: bool = Field(
+        default=False,
+        description="Train the magnitude and direction of weights separately (DoRA). Load such adapters with "
+        "PeftModel, or merge them.",
+    )
     init_lora_weights: Any = Field(default=True, description=f"Initialisation of the adapters: {_INITIALISATIONS}.")
     bias: Literal["none", "all", "lora_only"] = Field(
         default="none", description="Which biases of the model are trained."
@@ -100,7 +105,7 @@ class LoraSection(BaseModel):
                 raise ValueError(f"{value!r} is not a regular expression: {error}") from None
             return value
         if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
-            raise ValueError(f"must be a list of names or a regular expression, found {value!r}")
+            raise ValueError(f"must be a list of names or a regular expression, found {shown(value)}")
         return value
 
     @field_validator("layers_to_transform")
@@ -108,7 +113,7 @@ class LoraSection(BaseModel):
     def _layers(cls, value: Any) -> Any:
         layers = value if isinstance(value, list) else [value]
         if value is not None and not all(type(layer) is int and layer >= 0 for layer in layers):
-            raise ValueError(f"must be a layer index or a list of layer indices, found {value!r}")
+            raise ValueError(f"must be a layer index or a list of layer indices, found {shown(value)}")
         return value
 
     @field_validator("init_lora_weights")
@@ -118,7 +123,7 @@ class LoraSection(BaseModel):
             return value
         if isinstance(value, str) and re.fullmatch(r"gaussian|orthogonal|olora|pissa|pissa_niter_\d+", value):
             return value
-        raise ValueError(f"{value!r} is not allowed; allowed: {_INITIALISATIONS}")
+        raise ValueError(f"{shown(value)} is not allowed; allowed: {_INITIALISATIONS}")
 
     @model_validator(mode="after")
     def _layers_need_names(self) -> LoraSection:
@@ -157,6 +162,12 @@ def add_adapters(model: PreTrainedModel, section: LoraSection, frozen: Set[str])
         raise ConfigError(f"peft: the package peft is not installed: pip install peft ({error})") from error
 
     _check_saved_modules(model, section, frozen)
+    if section.trainable_token_indices and _is_tied(model):
+        raise ConfigError(
+            "peft.trainable_token_indices: the embedding is also the head in this student (tie_word_embeddings), and "
+            "single rows of a head cannot be trained here; to train all of it, set peft.ensure_weight_tying: true and "
+            "name the embedding in peft.modules_to_save"
+        )
     settings = section.model_dump(exclude={"merge_on_save"}, exclude_none=True)
     layers = [name.removesuffix(".weight") for name in sorted(frozen) if name.endswith(".weight")]
     if layers:
@@ -166,9 +177,45 @@ def add_adapters(model: PreTrainedModel, section: LoraSection, frozen: Set[str])
         with warnings.catch_warnings():
             # PEFT uses a deprecated name of a transformers property.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM" if causal else None, **settings))
+            if section.merge_on_save:  # refused below
+                warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+                warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
+            wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM" if causal else None, **settings))
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"peft: these settings do not fit {type(model).__name__}: {error}") from error
+    if section.merge_on_save:
+        _check_merge(wrapped, section)
+    return wrapped
+
+
+def _check_merge(wrapped: PeftModel, section: LoraSection) -> None:
+    """Reject adapters that, merged into the weights, would give another model than the one that was trained."""
+    from peft.tuners.lora import LoraLayer
+
+    bare = wrapped.get_base_model()
+    embedding = bare.get_input_embeddings()
+    for name, module in bare.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if module is embedding and _is_tied(bare):
+            raise ConfigError(
+                f"peft.merge_on_save: {name!r} is both embedding and head in this student (tie_word_embeddings). Its "
+                "adapter changes the embedding only, but merged into the shared weight it would change the head, too. "
+                "Leave it out of peft.target_modules; or save the adapters (peft.merge_on_save: false); or train one "
+                "copy for both (peft.ensure_weight_tying: true, with the embedding in peft.modules_to_save)"
+            )
+        if section.lora_bias and getattr(module.get_base_layer(), "bias", None) is None:
+            raise ConfigError(
+                f"peft.merge_on_save: {name!r} has no bias that the adapter's could be merged into; set "
+                "peft.lora_bias: false, or save the adapters (peft.merge_on_save: false)"
+            )
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether embedding and head share their weight, with or without adapters on them."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = [getattr(module, "base_layer", module).weight for module in (embedding, head) if module is not None]
+    return len(weights) == 2 and weights[0] is weights[1]
 
 
 def _expression(excluded: Any, frozen: list[str]) -> str:
@@ -185,7 +232,7 @@ def _check_saved_modules(model: PreTrainedModel, section: LoraSection, frozen: S
     """Reject modules to save that do not exist, are frozen, or would diverge from the module they are tied to."""
     modules = dict(model.named_modules())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and embedding.weight is head.weight
+    tied = _is_tied(model)
     for wanted in section.modules_to_save or ():
         named = {name: module for name, module in modules.items() if name == wanted or name.endswith(f".{wanted}")}
         if not named:

@@ -12,8 +12,10 @@ vocabulary size).
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -36,13 +38,15 @@ __all__ = [
     "elements_of",
     "lm_head_of",
     "logit_chunks",
+    "probing",
     "rows_of",
 ]
 
 # Config attributes that multiply the logits, and those that divide them. They are used by Cohere (`logit_scale`),
-# Muse (`output_multiplier`), Falcon-H1 (`lm_head_multiplier`), Granite and MiniCPM3 (`logits_scaling`).
+# Muse (`output_multiplier`), Falcon-H1 (`lm_head_multiplier`), Granite and MiniCPM3 (`logits_scaling`), Inkling
+# (`logits_mup_width_multiplier`).
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-_DIVISORS = ("logits_scaling",)
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 # HyperCLOVA X multiplies by `logits_scaling` instead of dividing by it.
 _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
 # Config attributes for c in a soft cap, c·tanh(logits / c), in this order: Gemma and others, RecurrentGemma, xLSTM.
@@ -218,20 +222,45 @@ def backbone_layers(model: Any, layers: Sequence[int], **inputs: Any) -> tuple[t
         DistillKitError: as for `backbone_hidden`, or the backbone does not return its layers' hidden states.
     """
     bare = bare_model(model)
-    backbone = bare.base_model
-    if backbone is bare:
-        raise DistillKitError(
-            f"{type(bare).__name__} has no separate backbone (base_model_prefix={bare.base_model_prefix!r}); "
-            "load a model class with a language-model head, for example through AutoModelForCausalLM"
-        )
+    backbone = _backbone(bare)
     if layers:
         inputs["output_hidden_states"] = True
+    if not _knows_positions(type(backbone)):
+        # That packed documents are then not kept apart is for `distillkit.models.separation` to find.
+        inputs.pop("position_ids", None)
     output = backbone(**inputs, use_cache=False)
     hidden, states = getattr(output, "last_hidden_state", None), getattr(output, "hidden_states", None)
     if hidden is None or (layers and states is None):
         missing = "last_hidden_state" if hidden is None else "hidden_states of its layers"
         raise DistillKitError(f"{type(backbone).__name__}, the backbone of {type(bare).__name__}, returns no {missing}")
+    before_head = _before_head(bare)
+    hidden = hidden if before_head is None else before_head(hidden)
     return hidden, [states[index] for index in layers] if states else []
+
+
+def _backbone(bare: PreTrainedModel) -> torch.nn.Module:
+    """Return the model without its head."""
+    # The prefix of Llama 4's text model is that of its place in checkpoints, not the name of its backbone.
+    backbone = bare.base_model if bare.base_model is not bare else getattr(bare, "model", None)
+    if not isinstance(backbone, torch.nn.Module):
+        raise DistillKitError(
+            f"{type(bare).__name__} has no separate backbone (base_model_prefix={bare.base_model_prefix!r}); "
+            "load a model class with a language-model head, for example through AutoModelForCausalLM"
+        )
+    return backbone
+
+
+def _before_head(bare: PreTrainedModel) -> torch.nn.Module | None:
+    """Return the layers between the backbone and the head (ModernBERT's dense layer and norm), if there are any."""
+    between = getattr(bare, "lm_head", None)
+    is_head = between is None or any(module is bare.get_output_embeddings() for module in between.modules())
+    return None if is_head else between
+
+
+def _knows_positions(backbone: Any) -> bool:
+    """Return whether a backbone takes position ids; models that carry a state instead of attending may not."""
+    parameters = inspect.signature(backbone.forward).parameters
+    return "position_ids" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def rows_of(weight: torch.Tensor) -> int:
@@ -272,8 +301,9 @@ def check_lm_head(model: Any, forward: Callable[..., Any] | None = None) -> LMHe
     training = bare.training
     bare.eval()
     try:
-        ours = head(backbone_hidden(bare, **inputs))
-        theirs = (forward or bare)(**inputs, use_cache=False).logits.float().to(ours.device)
+        with probing(bare):
+            ours = head(backbone_hidden(bare, **inputs))
+            theirs = (forward or bare)(**inputs, use_cache=False).logits.float().to(ours.device)
     finally:
         bare.train(training)
     if ours.shape != theirs.shape:
@@ -294,6 +324,20 @@ def check_lm_head(model: Any, forward: Callable[..., Any] | None = None) -> LMHe
             "This model transforms its logits in a way that distillkit does not know"
         )
     return head
+
+
+@contextmanager
+def probing(bare: PreTrainedModel) -> Iterator[None]:
+    """Turn what a model raises on a few ordinary token ids into one error: it needs other inputs, or is broken."""
+    try:
+        yield
+    except (DistillKitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise DistillKitError(
+            f"{type(bare).__name__} (model_type {bare.config.model_type!r}) cannot be run on token ids alone: "
+            f"{type(error).__name__}: {error}. This model is not supported"
+        ) from error
 
 
 def _head_module(bare: PreTrainedModel) -> torch.nn.Linear:

@@ -21,7 +21,15 @@ from distillkit.models.head import bare_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LayerMatching", "exported", "load_projections", "match_layers", "save_projections", "without_projections"]
+__all__ = [
+    "LayerMatching",
+    "exported",
+    "layer_pairs",
+    "load_projections",
+    "match_layers",
+    "save_projections",
+    "without_projections",
+]
 
 # The projections are part of the student during training, so that the optimiser, DDP and FSDP handle them.
 _NAME = "distillkit_projections"
@@ -75,15 +83,36 @@ def match_layers(
         ConfigError: an index is out of range, or "all" does not fit.
     """
     bare, configs = bare_model(student), [bare_model(model).config.get_text_config() for model in (student, teacher)]
-    depths = [int(config.num_hidden_layers) for config in configs]
+    pairs = layer_pairs(mapping, *configs)
     sizes = [int(config.hidden_size) for config in configs]
+    if force_projection or sizes[0] != sizes[1]:
+        linears = [torch.nn.Linear(sizes[0], sizes[1], bias=False) for _ in pairs]
+        for linear in linears:
+            torch.nn.init.xavier_uniform_(linear.weight)
+        setattr(bare, _NAME, torch.nn.ModuleList(linears).to(bare.device, bare.dtype))
+    return LayerMatching(pairs, bare)
+
+
+def layer_pairs(
+    mapping: Sequence[tuple[int, int]] | Literal["all"], student: Any, teacher: Any
+) -> Sequence[tuple[int, int]]:
+    """Return the pairs of hidden states that a mapping means.
+
+    Args:
+        mapping: as for `match_layers`.
+        student, teacher: the text configs of the models.
+
+    Raises:
+        ConfigError: an index is out of range, or "all" does not fit.
+    """
+    depths = [int(config.num_hidden_layers) for config in (student, teacher)]
     if mapping == "all":
         if depths[0] != depths[1]:
             raise ConfigError(
                 f"layer_mapping: 'all' needs models of equal depth, but the student has {depths[0]} layers and the "
-                f"teacher {depths[1]}; list pairs of [student layer, teacher layer] instead"
+                f"teacher {depths[1]}. Give pairs of [student layer, teacher layer], such as {_spread(*depths)}"
             )
-        mapping = [(i, i) for i in range(depths[0] + 1)]
+        return [(i, i) for i in range(depths[0] + 1)]
     for pair in mapping:
         for index, depth, whose in zip(pair, depths, ("student", "teacher"), strict=True):
             if not -depth - 1 <= index <= depth:
@@ -91,12 +120,13 @@ def match_layers(
                     f"layer_mapping: the {whose} has no hidden state {index}; it has {depth} layers: 0 (embeddings) … "
                     f"{depth}, or −1 … {-depth - 1} from the end"
                 )
-    if force_projection or sizes[0] != sizes[1]:
-        linears = [torch.nn.Linear(sizes[0], sizes[1], bias=False) for _ in mapping]
-        for linear in linears:
-            torch.nn.init.xavier_uniform_(linear.weight)
-        setattr(bare, _NAME, torch.nn.ModuleList(linears).to(bare.device, bare.dtype))
-    return LayerMatching(mapping, bare)
+    return mapping
+
+
+def _spread(student: int, teacher: int) -> list[list[int]]:
+    """Pair up to four layers at the same relative depth, the last ones among them."""
+    count = min(student, teacher, 4)
+    return [[round(n * student / count), round(n * teacher / count)] for n in range(1, count + 1)]
 
 
 @contextmanager

@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from distillkit.codec import PRESETS, preset
 from distillkit.codec.fidelity import FidelityStats
-from distillkit.errors import CaptureError, ConfigError, DistillKitError, InputError, MismatchError
+from distillkit.errors import CaptureError, ConfigError, InputError, MismatchError
 from distillkit.shards import Dataset
-from distillkit.shards.alignment import SHIFTS, ShiftRates, counted_positions, document_shifts
+from distillkit.shards.alignment import SHIFTS, ShiftRates, counted_positions
+from distillkit.shards.plausibility import IMPOSSIBLE_MASS, WRONG_CODEC, Plausibility, decoded
 from distillkit.types import Document, SparseLogprobs
 
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ _MASS_BINS = 10_000
 _LOGPROB_BINS, _LOWEST_LOGPROB = 600, -30.0
 """Log-probability histograms: the number of bins (0.05 nats each) and the lower bound; smaller values count as it."""
 _QUANTILES = (0.1, 0.5, 0.9)
-_IMPOSSIBLE_MASS, _IMPOSSIBLE_RATE = 1.1, 0.01
-"""Rows whose probabilities sum to more than the first value are not distributions, and more than the second fraction of
-such rows means that the codec is wrong. (`budget`, fitted without an upper bound, gives 0.05% on real text.)"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,8 @@ class Inspection:
         mass_histogram: (10001,) number of rows by mass, in steps of 0.0001; masses above 1 count as 1.
         first_rate, stored_rate: how often the true next token is the first stored id, and any stored id.
         shifts: result of the alignment check.
+        impossible: what the rows show that their codec cannot have written; see `distillkit.shards.plausibility`.
+        doubts: what they show that real distributions do not.
         logprob_mean: (k,) mean decoded log-probability by rank.
         logprob_quantiles: (3, k) 10%, 50% and 90% quantiles of the decoded log-probabilities, by rank.
         fidelity: as recorded by the writer, or recomputed; None if neither is available.
@@ -100,6 +100,8 @@ class Inspection:
     first_rate: float
     stored_rate: float
     shifts: ShiftRates
+    impossible: tuple[str, ...]
+    doubts: tuple[str, ...]
     logprob_mean: npt.NDArray[np.float64]
     logprob_quantiles: npt.NDArray[np.float64]
     fidelity: FidelityStats | None
@@ -124,7 +126,21 @@ class Inspection:
     @property
     def plausible(self) -> bool:
         """Whether the decoded rows can be distributions. If not, the rows were written with a different codec."""
-        return not self.mass_impossible > _IMPOSSIBLE_RATE
+        return not self.impossible
+
+    def check(self) -> None:
+        """Refuse a dataset that should not be trained on.
+
+        Raises:
+            MismatchError: the codec is not the dataset's, or its rows are shifted against the tokens.
+        """
+        if self.impossible:
+            raise MismatchError(f"{self.path}: {'; '.join(self.impossible)}. {WRONG_CODEC}")
+        if self.alignment == "shifted":
+            raise MismatchError(
+                f"{self.path}: the rows are shifted by {self.shifts.shifted():+d} against the tokens: the next token "
+                f"is the first stored id at {self.shifts}. A student would learn from the wrong positions"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything except the histogram and curves, as printed by `distillkit-codec inspect --json`.
@@ -145,6 +161,7 @@ class Inspection:
         | `vocab_size`, `head_size` | ids in the tokenizer's vocabulary, width of the logits |
         | `mass` | null, or total probability of a row's stored ids: `p1`, `p50`, `mean`; `impossible`, fraction of rows
         above 1.1 |
+        | `plausibility` | `ok`; `impossible` and `doubts`, lists of what the rows show |
         | `next_token` | fraction of positions whose true next token `is_first`, `is_stored` |
         | `alignment` | `rates` at "-1", "0", "+1", over `positions`; `verdict` "ok", "shifted", "undecided"; `ok` |
         | `fidelity` | null, or `rows`, `kl_mean`, `kl_p99`, `kl_max`, `worst_error` (nats), `top1_agreement`,
@@ -181,6 +198,7 @@ class Inspection:
             "vocab_size": self.vocab_size,
             "head_size": self.head_size,
             "mass": self._mass() if self.rows_read else None,
+            "plausibility": {"ok": self.plausible, "impossible": list(self.impossible), "doubts": list(self.doubts)},
             "next_token": {"is_first": self.first_rate, "is_stored": self.stored_rate},
             "alignment": {
                 "rates": {f"{shift:+d}" if shift else "0": self.shifts.rate(shift) for shift in SHIFTS},
@@ -190,14 +208,6 @@ class Inspection:
             },
             "fidelity": fidelity,
         }
-
-
-def _decoded(dataset: Dataset, document: Document) -> SparseLogprobs:
-    """Decodes the rows of a document; errors name the document."""
-    try:
-        return dataset.codec.decode_document(document.teacher, document.num_rows)
-    except DistillKitError as error:
-        raise type(error)(f"{dataset.path}: document {document.doc_id}: {error}") from error
 
 
 def inspect_dataset(
@@ -216,10 +226,10 @@ def inspect_dataset(
     """
     if sample is not None and sample < 1:
         raise ConfigError(f"sample: must be at least 1 document, found {sample}")
-    seen = _Seen(dataset.codec.k)
+    seen = _Seen(dataset.codec.k, dataset.codec.config.exact_k)
     count = min(sample or len(dataset), len(dataset))
     for number, document in enumerate(_chosen(dataset, count)):
-        seen.add(document, _decoded(dataset, document))
+        seen.add(document, decoded(document, dataset.codec))
         progress(number + 1, count)
     codec, header, rows = dataset.codec, dataset.header, dataset.num_rows
     file_bytes = sum(shard.bytes for shard in dataset.shards)
@@ -275,7 +285,7 @@ def _preset_of(dataset: Dataset) -> str | None:
 class _Seen:
     """Accumulates statistics over the documents read."""
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, exact_k: int) -> None:
         self._rows = 0
         self._logprob_sum = np.zeros(k)
         self._logprobs = np.zeros((k, _LOGPROB_BINS), np.int64)
@@ -283,7 +293,7 @@ class _Seen:
         self._impossible = 0
         self._masses = np.zeros(_MASS_BINS + 1, np.int64)
         self._first = self._stored = self._predictions = 0
-        self._shifts = ShiftRates.none()
+        self._plausibility = Plausibility(exact_k)
 
     def add(self, document: Document, rows: SparseLogprobs) -> None:
         ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs, dtype=np.float64)
@@ -293,13 +303,13 @@ class _Seen:
         self._predictions += len(t)
         self._first += int((ids[t, :1] == following).sum())
         self._stored += int((ids[t] == following).any(-1).sum())
-        self._shifts += document_shifts(document, rows)
+        self._plausibility.add(document, rows)
 
     def _add_values(self, logprobs_Rk: npt.NDArray[np.float64]) -> None:
         k = logprobs_Rk.shape[1]
         # With the wrong codec, values can be arbitrary; e^100 is clearly impossible, yet finite.
         mass_R = np.exp(np.minimum(logprobs_Rk, 100.0)).sum(-1)
-        self._impossible += int((mass_R > _IMPOSSIBLE_MASS).sum())
+        self._impossible += int((mass_R > IMPOSSIBLE_MASS).sum())
         self._rows += len(mass_R)
         self._mass_sum += float(mass_R.sum())
         bins = np.floor(np.minimum(mass_R, 1.0) * _MASS_BINS + 1e-9).astype(int)
@@ -320,7 +330,9 @@ class _Seen:
             "mass_histogram": self._masses,
             "first_rate": self._first / predictions,
             "stored_rate": self._stored / predictions,
-            "shifts": self._shifts,
+            "shifts": self._plausibility.shifts,
+            "impossible": tuple(self._plausibility.impossible()),
+            "doubts": tuple(self._plausibility.doubts()),
             "logprob_mean": self._logprob_sum / rows,
             "logprob_quantiles": np.stack([self._logprob_quantile(share) for share in _QUANTILES]),
         }
@@ -355,7 +367,7 @@ def recompute_fidelity(
     Raises:
         MismatchError: this is not the dataset's teacher: its head has a different size, most of its first ids differ,
             or most rows have ids that are not among its most probable ones.
-        InputError: documents are packed, or the logits were divided by a temperature.
+        InputError: documents are packed, the logits were divided by a temperature, or the recorded dtype is none.
         ConfigError: the model cannot be loaded.
         CaptureError: the teacher rejects a document.
     """
@@ -370,7 +382,7 @@ def recompute_fidelity(
     for number, document in enumerate(_chosen(dataset, count)):
         if len(document.input_ids) > 1:
             now = _scored(engine, dataset, document)
-            stored = _decoded(dataset, document)
+            stored = decoded(document, dataset.codec)
             first = np.asarray(now.ids)[:, 0] == np.asarray(stored.ids)[: len(now.ids), 0]
             rows, agreeing = rows + len(first), agreeing + int(first.sum())
             stats.update(*_same_ids(now, stored))
@@ -395,11 +407,18 @@ def _check_left_out(teacher: str, compared: int, rows: int) -> None:
 
 
 def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
+
     from distillkit.capture.engine_settings import HFSettings
     from distillkit.capture.teachers.hf import HFTeacher
 
-    dtype = (dataset.header.teacher or {}).get("dtype") or "auto"
-    engine = HFTeacher(teacher, HFSettings(dtype=dtype))
+    dtype: Any = (dataset.header.teacher or {}).get("dtype") or "auto"
+    try:
+        settings = HFSettings(dtype=dtype)
+    except ValueError as error:
+        raise InputError(
+            f"{dataset.path}: the header's teacher.dtype is {dtype!r:.100}, not a type of weights"
+        ) from error
+    engine = HFTeacher(teacher, settings)
     if engine.head_size != dataset.header.head_size:
         raise MismatchError(
             f"{teacher}: its head size is {engine.head_size}, but the dataset's is {dataset.header.head_size}"

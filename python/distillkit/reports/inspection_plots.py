@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.errors import InputError
+from distillkit.errors import InputError, printable
 from distillkit.reports.inspection import Inspection
 
-__all__ = ["BLUE", "GREEN", "GREY", "INK", "ORANGE", "plot_inspection", "style_axes"]
+__all__ = ["BLUE", "GREEN", "GREY", "INK", "ORANGE", "plot_inspection", "plot_text", "style_axes"]
 
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9822b", "#3c9a5f", "#9aa3ad", "#3d4752"
+_LONGEST_NAME = 60
 _STRONG, _LIGHT = (BLUE, ORANGE, GREEN), ("#a9c3e2", "#f0cda5", "#b4dcc3")
 
 
@@ -45,10 +46,17 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
     figure.savefig(path, format="png")
 
 
+def plot_text(name: object) -> str:
+    """Write a name so that a plot shows it as it is: $ begins no formula, and _ at the start does not hide a label."""
+    text = printable(str(name)).replace("\n", " ").replace("$", r"\$")
+    text = text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}…"
+    return f" {text}" if text.startswith("_") else text
+
+
 def _title(inspection: Inspection) -> str:
-    title = f"{Path(inspection.path).name}: {inspection.rows:,} distributions"
+    title = f"{plot_text(Path(inspection.path).name)}: {inspection.rows:,} distributions"
     if inspection.teacher is not None and inspection.teacher.get("name"):
-        title += f" of {inspection.teacher['name']}"
+        title += f" of {plot_text(inspection.teacher['name'])}"
     if inspection.documents_read < inspection.documents:
         title += f" (sample of {inspection.documents_read:,} documents)"
     return title

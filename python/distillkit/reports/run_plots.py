@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.reports.inspection_plots import BLUE, GREEN, GREY, INK, ORANGE, style_axes
+from distillkit.reports.inspection_plots import BLUE, GREEN, GREY, INK, ORANGE, plot_text, style_axes
 from distillkit.reports.run_record import RunRecord
 
 __all__ = ["plot_comparison", "plot_quality", "plot_speed"]
@@ -94,7 +94,7 @@ def plot_comparison(runs: Sequence[RunRecord], names: Sequence[str], path: Path)
         for number, (run, label) in enumerate(zip(runs, names, strict=True)):
             steps, values = run.series(name, held_out=held_out)
             if values:
-                _line(panel, steps, values, number, label, marked=held_out)
+                _line(panel, steps, values, number, plot_text(label), marked=held_out)
                 everything += values
         if not everything:
             _empty(panel)
@@ -123,7 +123,7 @@ def _losses(axes: Any, run: RunRecord) -> None:
         steps, values = run.series(name)
         if values:
             weight = run.parts.get(name)
-            label = name if weight is None else f"{name} (× {weight:.3g})"
+            label = plot_text(name) if weight is None else f"{plot_text(name)} (× {weight:.3g})"
             _line(axes, steps, values, number, "total" if name == "loss" and parts else label)
             everything += values
     if everything:
@@ -138,17 +138,19 @@ def _losses(axes: Any, run: RunRecord) -> None:
 def _divergence(axes: Any, run: RunRecord) -> None:
     """KL and cross-entropy on held-out documents, or in training if there are none."""
     held_out = bool(run.evaluations)
-    everything: list[float] = []
-    for number, (name, label) in enumerate((("kl", "KL(teacher ‖ student)"), ("cross_entropy", "cross-entropy"))):
+    lines = {"KL(teacher ‖ student)": "kl", "cross-entropy": "cross_entropy", "KL with the rest": "kl_with_rest"}
+    everything: dict[str, list[float]] = {}
+    for number, (label, name) in enumerate(lines.items()):
         steps, values = run.series(f"eval_{name}" if held_out else name, held_out=held_out)
-        if values:
+        # Of a teacher with all ids, there is no rest.
+        if values and values != everything.get("kl"):
             _line(axes, steps, values, number, label, marked=held_out)
-            everything += values
-            if held_out:
+            everything[name] = values
+            if held_out and name != "kl_with_rest":
                 # KL is the lower of the two.
                 _label_last(axes, steps, values, "{:.3g}", above=number > 0)
     if everything:
-        _wide_axis(axes, everything)
+        _wide_axis(axes, [value for values in everything.values() for value in values])
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     else:
         _empty(axes)

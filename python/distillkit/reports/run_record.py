@@ -34,6 +34,7 @@ class Measure:
 
 MEASURES = (
     Measure("eval_kl", "KL(teacher ‖ student), nats", "{:.4f}"),
+    Measure("eval_kl_with_rest", "the same, with all other tokens as one outcome", "{:.4f}"),
     Measure("eval_cross_entropy", "cross-entropy, nats", "{:.4f}"),
     Measure("eval_perplexity", "perplexity", "{:,.2f}"),
     Measure("eval_top1_agreement", "top-1 agreement with the teacher", "{:.1%}", share=True),
@@ -133,12 +134,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         CorruptDataError: any other line is not a log entry.
         OSError: the file cannot be read.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     entries = []
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise CorruptDataError(f"{path}: line {number} is not JSON: {error}") from error
@@ -163,8 +164,10 @@ def read_run(folder: str | Path) -> RunRecord:
     if (folder / SUMMARY).is_file():
         try:
             summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptDataError(f"{folder / SUMMARY}: not JSON: {error}") from error
+        if not isinstance(summary, dict):
+            raise CorruptDataError(f"{folder / SUMMARY}: expected an object, found {type(summary).__name__}")
     descriptions = [entry["run"] for entry in entries if "run" in entry]
     return RunRecord(
         folder=folder,

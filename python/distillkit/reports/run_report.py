@@ -4,11 +4,15 @@ a comparison of several. Nothing here imports torch."""
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from distillkit.errors import CorruptDataError, printable
 from distillkit.reports.run_record import MEASURES, METRICS, REPORT, SUMMARY, Measure, RunRecord, read_run
 
 __all__ = ["ReportFiles", "comparison", "write_comparison", "write_report"]
@@ -73,9 +77,11 @@ def write_report(run: RunRecord) -> list[Path]:
     Raises:
         OSError: a file cannot be written.
     """
-    pictures = _draw(run)
+    with _understanding(run):
+        pictures = _draw(run)
+        text = markdown(run, pictures)
     path = run.folder / REPORT
-    path.write_text(markdown(run, pictures), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return [path, *(run.folder / name for name, _ in pictures or ())]
 
 
@@ -112,7 +118,7 @@ def markdown(run: RunRecord, pictures: list[tuple[str, str]] | None) -> str:
     sections += [f"![{title}]({name})" for name, title in pictures or ()]
     if pictures is None:
         sections.append(
-            "(No plots: matplotlib is not installed. Run `pip install matplotlib`, then `distillkit report`.)"
+            "(No plots: matplotlib is not installed. Run `pip install 'distillkit[plot]'`, then `distillkit report`.)"
         )
     described = _described(run)
     if described:
@@ -182,8 +188,8 @@ def _facts(run: RunRecord) -> dict[str, str]:
     batch = settings["batch"] * settings["accumulation"] * settings["processes"]
     cut = f"{settings['batch']} at a time × {settings['accumulation']} accumulated × processes: {settings['processes']}"
     facts = {
-        "student": f"{_text(student['path'])}: {student['class']}, {student['parameters']:,} parameters{trained}"
-        f"{adapters}, {student['dtype']}, {student['attention']} attention",
+        "student": f"{_text(student['path'])}: {_fact(student['class'])}, {student['parameters']:,} "
+        f"parameters{trained}{adapters}, {_fact(student['dtype'])}, {_fact(student['attention'])} attention",
         "teacher": _teacher(d["teacher"]),
         "losses": " + ".join(_loss(loss) for loss in d["losses"]),
     }
@@ -193,14 +199,15 @@ def _facts(run: RunRecord) -> dict[str, str]:
     return facts | {
         "steps": f"{d['max_steps']:,} (epochs begun: {d['epochs']:,})" if "max_steps" in d else "",
         "rows per step": f"{batch:,} ({cut}), {settings['sequence_length']:,} tokens at most",
-        "optimiser": f"{settings['optimizer']}, learning rate {settings['learning_rate']:g} ({settings['schedule']}, "
+        "optimiser": f"{_fact(settings['optimizer'])}, learning rate {settings['learning_rate']:g} "
+        f"({_fact(settings['schedule'])}, "
         f"warm-up {settings['warmup_steps']:g}), weight decay {settings['weight_decay']:g}",
-        "precision": f"{settings['precision']}, "
+        "precision": f"{_fact(settings['precision'])}, "
         f"{'with' if settings['activation_checkpointing'] else 'without'} activation checkpointing",
-        "machine": f"{settings['device']}, data loader workers: {settings['workers']}",
-        "seed": str(settings["seed"]),
-        "versions": ", ".join(f"{name} {version}" for name, version in d["versions"].items()),
-        "began": d["began"],
+        "machine": f"{_fact(settings['device'])}, data loader workers: {_fact(settings['workers'])}",
+        "seed": _fact(settings["seed"]),
+        "versions": _fact(", ".join(f"{name} {version}" for name, version in d["versions"].items())),
+        "began": _fact(d["began"]),
     }
 
 
@@ -212,8 +219,8 @@ def _teacher(teacher: dict[str, Any]) -> str:
 
 
 def _loss(loss: dict[str, Any]) -> str:
-    settings = [f"{key} {value}" for key, value in loss.items() if key not in ("name", "weight")]
-    return f"{loss['weight']:.4g} {loss['name']}" + (f" ({', '.join(settings)})" if settings else "")
+    settings = [f"{_fact(key)} {_fact(value)}" for key, value in loss.items() if key not in ("name", "weight")]
+    return f"{loss['weight']:.4g} {_fact(loss['name'])}" + (f" ({', '.join(settings)})" if settings else "")
 
 
 def _data(data: dict[str, Any]) -> str:
@@ -245,7 +252,7 @@ def _advice(run: RunRecord) -> list[str]:
     if run.data_wait is None or run.data_wait < _MUCH_WAITING:
         return []
     workers = run.description.get("settings", {}).get("workers")
-    now = "" if workers is None else f" (now {workers})"
+    now = "" if workers is None else f" (now {_fact(workers)})"
     return [
         f"The device spent {run.data_wait:.0%} of the time waiting for data: raise "
         f"`training_args.dataloader_num_workers`{now}."
@@ -262,7 +269,7 @@ def _files(folder: Path) -> str:
     )
     lines = [f"- [{name}]({name}): {what}" for name, what in known if (folder / name).exists()]
     checkpoints = sorted(folder.glob("checkpoint-*/"), key=lambda path: (len(path.name), path.name))
-    lines += [f"- [{path.name}]({path.name})" for path in checkpoints]
+    lines += [f"- [{_text(path.name)}]({quote(path.name)})" for path in checkpoints]
     return "\n".join(lines)
 
 
@@ -274,8 +281,40 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _text(value: object) -> str:
-    """Quote a name so that Markdown does not interpret it."""
-    return f"`{value}`".replace("|", "\\|")
+    """Quote a name, which may contain anything, so that Markdown does not interpret it: as code, on one line."""
+    # In a cell of a table, a backslash before the bar could itself be escaped by one in the name.
+    text = printable(str(value)).replace("\n", "\\n").replace("|", "\\x7c")
+    if not text.strip():
+        return "(no name)"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text[0] in "` " or text[-1] in "` " else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+# Letters, digits and punctuation that mean nothing in Markdown.
+_HARMLESS = re.compile(r"(?!.*(?:www\.|://))(?:[\w .,:+()%=-]|@\d)*")
+
+
+def _fact(value: object) -> str:
+    """Write a recorded fact: as it is if it cannot be taken for Markdown, otherwise as a name."""
+    text = str(value)
+    return text if _HARMLESS.fullmatch(text) else _text(text)
+
+
+@contextmanager
+def _understanding(run: RunRecord) -> Iterator[None]:
+    """Turn what composing a report raises for a record of another form into an error that names the file.
+
+    Raises:
+        CorruptDataError: the record has other keys or values than this release writes.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptDataError(
+            f"{run.folder / METRICS} or {run.folder / SUMMARY}: not the record of a run as this release writes it: "
+            f"{error!r}"
+        ) from error
 
 
 # -- several runs ------------------------------------------------------------------------------------------------------
@@ -289,7 +328,10 @@ def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """
     from distillkit.console import human_bytes
 
-    facts = [_facts(run) for run in runs]
+    facts = []
+    for run in runs:
+        with _understanding(run):
+            facts.append(_facts(run))
     labels = list(dict.fromkeys(label for fact in facts for label in fact if label not in ("began", "versions")))
     rows = []
     for label in labels:

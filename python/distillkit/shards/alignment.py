@@ -118,7 +118,8 @@ def counted_positions(
         (P,) int64, ascending.
     """
     counts = np.ones(int(segment_lengths.sum()), dtype=bool)
-    counts[np.cumsum(segment_lengths) - 1] = False
+    ends = np.cumsum(segment_lengths)
+    counts[ends[ends > 0] - 1] = False
     if loss_mask is not None:
         counts[:-1] &= loss_mask[1:]
     return np.flatnonzero(counts).astype(np.int64)

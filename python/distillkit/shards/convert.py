@@ -7,10 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distillkit import __version__
+from distillkit.errors import MismatchError
 from distillkit.shards.manifest import Manifest
+from distillkit.shards.plausibility import check_plausible, sampled
 from distillkit.shards.reader import Dataset
 from distillkit.shards.writer import ShardWriter
+from distillkit.types import Document
 
 __all__ = ["convert"]
 
@@ -36,7 +41,8 @@ def convert(
 
     Raises:
         InputError: the folder contains a finished dataset.
-        MismatchError: the folder contains shards of another dataset.
+        MismatchError: the folder contains shards of another dataset, or the source's rows cannot have been written with
+            its codec.
         CorruptDataError: a source document is damaged.
 
     Example:
@@ -44,6 +50,7 @@ def convert(
         >>> convert(Dataset.open("captured"), "converted", shard_tokens=20).shards[0].documents
         2
     """
+    check_plausible(sampled(source), source.codec, source.path)
     header = replace(
         source.header,
         fidelity=None,
@@ -53,9 +60,10 @@ def convert(
         teacher=teacher or source.header.teacher,
     )
     with ShardWriter(folder, header, shard_tokens=shard_tokens, resume=True) as writer:
-        done = sum(shard.documents for shard in writer.resumed)
+        resumed = writer.resumed_documents()
         for index, document in enumerate(source):
-            if index >= done:
+            written = next(resumed, None)
+            if written is None:
                 writer.write(
                     document.input_ids,
                     document.teacher,
@@ -63,5 +71,14 @@ def convert(
                     segment_lengths=document.segment_lengths,
                     label_logprobs=document.label_logprobs,
                 )
+            elif not _same(written, document):
+                raise MismatchError(
+                    f"{folder}: its document {index} is not document {index} of {source.path}: the folder contains an "
+                    "unfinished conversion of another dataset; choose another folder or remove it"
+                )
             progress(len(document.input_ids))
         return writer.close()
+
+
+def _same(written: Document, document: Document) -> bool:
+    return np.array_equal(written.input_ids, document.input_ids) and written.teacher == document.teacher

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -11,7 +11,9 @@ import xxhash
 
 from distillkit import __version__
 from distillkit.codec import Codec
-from distillkit.errors import CorruptDataError, InputError, MismatchError, UnsupportedVersionError
+from distillkit.codec.fidelity import FidelityStats
+from distillkit.errors import ConfigError, CorruptDataError, InputError, MismatchError, UnsupportedVersionError
+from distillkit.shards.json_text import canonical_json, parse_json
 
 __all__ = ["Header", "canonical_json", "check_codec", "hashed_metadata", "read_hashed_metadata"]
 
@@ -19,14 +21,7 @@ FORMAT = "distillkit-shard"
 VERSION = 1
 HEADER_KEY = b"distillkit.header"
 
-_OPTIONAL = ("tokenizer", "teacher", "fidelity")
-
 LOGPROBS = "log_softmax of the raw logits over head_size, float32"
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces, so that equal values give equal text and hashes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def alignment(rows: Literal["L-1", "L"]) -> dict[str, str]:
@@ -72,19 +67,20 @@ class Header:
     def __post_init__(self) -> None:
         sizes = (self.vocab_size, self.head_size)
         for name, ok, expected in (
-            ("version", self.version == VERSION, str(VERSION)),
+            ("version", type(self.version) is int and self.version == VERSION, str(VERSION)),
             ("codec", isinstance(self.codec, Mapping), "a mapping"),
-            ("vocab_size", all(isinstance(size, int) for size in sizes), "an integer, like head_size"),
-            ("temperature", isinstance(self.temperature, (int, float)) and self.temperature > 0, "a positive number"),
+            ("vocab_size", all(type(size) is int for size in sizes), "an integer, like head_size"),
+            ("temperature", _is_number(self.temperature) and self.temperature > 0, "a positive number"),
+            ("logprobs", isinstance(self.logprobs, str), "text"),
+            ("distillkit_version", isinstance(self.distillkit_version, str), "text"),
             ("alignment", self.alignment in (alignment("L-1"), alignment("L")), f"{alignment('L-1')} or rows 'L'"),
             ("capture", isinstance(self.capture, Mapping), "a mapping"),
-            *(
-                (name, isinstance(getattr(self, name), (Mapping, type(None))), "a mapping or null")
-                for name in _OPTIONAL
-            ),
+            ("tokenizer", _names(self.tokenizer, "name", "fingerprint"), "null, or a name and a fingerprint"),
+            ("teacher", _names(self.teacher, "name"), "null, or at least a name"),
+            ("fidelity", isinstance(self.fidelity, (Mapping, type(None))), "a mapping or null"),
         ):
             if not ok:
-                raise InputError(f"the header's {name} is {getattr(self, name)!r}, expected {expected}")
+                raise InputError(f"the header's {name} is {getattr(self, name)!r:.200}, expected {expected}")
         if not 0 < self.vocab_size <= self.head_size:
             raise InputError(f"the header's vocab_size is {self.vocab_size}, expected 1 … head_size = {self.head_size}")
 
@@ -92,9 +88,16 @@ class Header:
         """The codec that reads the shard's rows.
 
         Raises:
-            UnsupportedVersionError, CorruptDataError, ConfigError: as for `Codec.from_dict`.
+            UnsupportedVersionError: this release does not support the format or its version.
+            CorruptDataError: the field does not describe a codec, or its ids go beyond the head.
         """
-        return Codec.from_dict(self.codec)
+        try:
+            codec = Codec.from_dict(self.codec)
+        except (ConfigError, TypeError) as error:
+            raise CorruptDataError(f"the header's codec is invalid: {error}") from error
+        if codec.vocab_size > self.head_size:
+            raise CorruptDataError(f"the codec has {codec.vocab_size} ids, but the head has {self.head_size} entries")
+        return codec
 
     def rows_of(self, tokens: int) -> int:
         """Number of rows of a document of `tokens` tokens."""
@@ -157,9 +160,23 @@ class Header:
             odd = sorted(set(description) ^ known)
             raise CorruptDataError(f"{where}: the header's fields {', '.join(odd)} are missing or unknown")
         try:
-            return Header(**description)
-        except InputError as error:
+            header = Header(**description)
+            if header.fidelity is not None:
+                FidelityStats.from_dict(header.fidelity)
+        except (InputError, CorruptDataError) as error:
             raise CorruptDataError(f"{where}: {error}") from error
+        return header
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _names(value: object, *required: str) -> bool:
+    """Whether a field is null or a mapping of texts, with those that are required."""
+    if value is None:
+        return True
+    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in required)
 
 
 def hashed_metadata(key: bytes, value: Any) -> dict[bytes, bytes]:
@@ -183,7 +200,7 @@ def read_hashed_metadata(metadata: Mapping[bytes, bytes] | None, key: bytes, *, 
             f"{where}: the hash of {key.decode()} is {found}, expected {expected.decode(errors='replace')}: it was "
             "modified"
         )
-    return json.loads(text)
+    return parse_json(text, where=f"{where}: {key.decode()}")
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

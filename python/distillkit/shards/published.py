@@ -6,24 +6,23 @@ Shape legend: R rows of a document, k stored ids per row.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import yaml
 
 from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig, codec_config
+from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError, CorruptDataError, InputError
 from distillkit.shards.header import Header, alignment, check_codec
 from distillkit.shards.manifest import ShardInfo
-from distillkit.shards.parquet import open_parquet
-from distillkit.shards.storage import reading
+from distillkit.shards.parquet import open_parquet, validated
+from distillkit.shards.saved import check_uncompressed, saved_files, saved_splits
+from distillkit.shards.storage import locate, reading
 from distillkit.shards.table import Block, Documents, check_document, document_id, int32_array, make_block
 from distillkit.types import Document
 
@@ -35,7 +34,15 @@ _LAYOUTS: dict[str, tuple[str, ...]] = {
     "legacy": ("packed_indices", "exact_values", "coeffs"),
     "plain": ("token_ids", "top_values"),
 }
-_TOKEN_COLUMNS = ("input_ids", "attention_mask")
+_LENGTH_COLUMNS = ("input_ids", "attention_mask")
+_TOKEN_COLUMNS = (*_LENGTH_COLUMNS, "labels", "loss_mask")
+_IGNORED = -100
+"""The label of tokens that do not count towards the loss, as everywhere in PyTorch."""
+_TEXT_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".md")
+_TEXT_COLUMNS = {"text", "messages", "conversations", "prompt", "instruction"}
+_CAPTURE_FIRST = "text, not a dataset of a teacher's distributions; capture it first, with `distillkit capture`"
+
+_KNOWN_COLUMNS = (*_TOKEN_COLUMNS, *(name for columns in _LAYOUTS.values() for name in columns))
 _ARROW_GROUP = 64
 """Documents of a memory-mapped Arrow file checked and converted at a time."""
 
@@ -49,21 +56,21 @@ def load_codec_config(config: ConfigSource) -> CodecConfig:
     """Loads a codec configuration from a YAML file or a mapping; a configuration is returned unchanged.
 
     Raises:
-        ConfigError: `config` cannot be read, or is not a codec configuration.
+        ConfigError: `config` cannot be read, or is not a codec configuration; names the file.
     """
-    return codec_config(_mapping(config))
+    content = _mapping(config)
+    try:
+        return codec_config(content)
+    except ConfigError as error:
+        if not isinstance(config, (str, os.PathLike)):
+            raise
+        raise ConfigError(f"{os.fspath(config)}: {error}") from error
 
 
 def _mapping(config: ConfigSource) -> Any:
     if not isinstance(config, (str, os.PathLike)):
         return config
-    filesystem, inner = fsspec.core.url_to_fs(str(os.fspath(config)))
-    try:
-        content = yaml.safe_load(filesystem.cat_file(inner))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{config}: codec configuration file not found") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{config}: not valid YAML: {error}") from error
+    content = read_yaml(config)
     # A training configuration has the codec configuration under `teacher`.
     teacher = content.get("teacher") if isinstance(content, Mapping) else None
     if isinstance(teacher, Mapping):
@@ -77,7 +84,7 @@ def open_published(
     """Opens the files of a published dataset and builds its header; arguments and errors as for `Dataset.open`."""
     folder, paths = _data_files(name, split)
     if not paths:
-        raise InputError(f"{name}: contains no Parquet or Arrow files; expected a captured or a published dataset")
+        raise InputError(f"{name}: {_without_data(name)}")
     tables = [_TableFile(path) for path in paths]
     layout = _layout(tables[0])
     if layout == "plain":
@@ -102,10 +109,12 @@ def open_published(
 
 def _data_files(name: str, split: str | None) -> tuple[str, list[str]]:
     """The folder of a published dataset (where its configuration may be) and its data files, in order."""
-    filesystem, inner = fsspec.core.url_to_fs(name)
+    filesystem, inner = locate(name)
     if not filesystem.isdir(inner):
+        if name.lower().endswith(_TEXT_SUFFIXES):
+            raise InputError(f"{name}: {_CAPTURE_FIRST}")
         return name.rsplit("/", 1)[0] if "/" in name else ".", [name]
-    splits = _splits(filesystem, inner)
+    splits = saved_splits(name)
     folder = name
     if splits:
         if split is None and len(splits) > 1:
@@ -114,41 +123,32 @@ def _data_files(name: str, split: str | None) -> tuple[str, list[str]]:
         if chosen not in splits:
             raise InputError(f"{name}: has no split {chosen!r}; its splits are {', '.join(splits)}")
         folder = f"{name}/{chosen}"
-    paths = sorted(
-        (
-            Path(path).name
-            for suffix in ("parquet", "arrow")
-            for path in filesystem.glob(f"{_inner(folder)}/*.{suffix}")
-        ),
-        key=_natural,
-    )
-    if filesystem.exists(f"{_inner(folder)}/state.json"):
-        with reading(f"{folder}/state.json"):
-            state = json.loads(filesystem.cat_file(f"{_inner(folder)}/state.json"))
-        if state.get("_indices_files") or state.get("_indices_data_files"):
-            raise InputError(f"{folder}: was saved with an indices mapping; call `flatten_indices()` before saving")
-        paths = [entry["filename"] for entry in state["_data_files"]]
+    paths = sorted((name for name in _names(folder) if name.endswith((".parquet", ".arrow"))), key=_natural)
+    saved = saved_files(folder)
+    if saved is not None:
+        paths = saved
     elif split is not None and not splits:
         # Parquet files of a Hub dataset, such as data/train-00000-of-00002.parquet.
-        hub = sorted(Path(path).name for path in filesystem.glob(f"{inner}/data/{split}-*.parquet"))
-        named = [path for path in paths if path.startswith(f"{split}-")]
+        hub, named = (
+            [path for path in found if path.startswith(f"{split}-")] for found in (_names(f"{name}/data"), paths)
+        )
         if hub and not paths:
             return name, [f"{name}/data/{path}" for path in hub]
         paths = named or paths
     return folder, [f"{folder}/{path}" for path in paths]
 
 
-def _inner(name: str) -> str:
-    path: str = fsspec.core.url_to_fs(name)[1]
-    return path
+def _names(folder: str) -> list[str]:
+    """Names of what is in a folder, sorted; empty if there is none. Unlike globs, takes the folder's name literally."""
+    filesystem, inner = locate(folder)
+    found = filesystem.ls(inner, detail=False) if filesystem.isdir(inner) else []
+    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
 
 
-def _splits(filesystem: Any, inner: str) -> list[str]:
-    index = f"{inner}/dataset_dict.json"
-    if not filesystem.exists(index):
-        return []
-    with reading(index):
-        return list(json.loads(filesystem.cat_file(index))["splits"])
+def _without_data(folder: str) -> str:
+    if any(name.lower().endswith(_TEXT_SUFFIXES[:3]) for name in _names(folder)):
+        return f"contains no Parquet or Arrow files; if it is {_CAPTURE_FIRST}"
+    return "contains no Parquet or Arrow files; expected a captured or a published dataset"
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -159,14 +159,16 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _config_beside(folder: str) -> str | None:
     for place in (folder, folder.rsplit("/", 1)[0] if "/" in folder else "."):
-        filesystem, inner = fsspec.core.url_to_fs(f"{place}/{CONFIG_FILE}")
-        if filesystem.exists(inner):
+        filesystem, inner = locate(f"{place}/{CONFIG_FILE}")
+        if filesystem.isfile(inner):
             return f"{place}/{CONFIG_FILE}"
     return None
 
 
 def _layout(table: _TableFile) -> str:
     layout = next((name for name, columns in _LAYOUTS.items() if set(columns) <= set(table.columns)), None)
+    if layout is None and _TEXT_COLUMNS & set(table.columns):
+        raise InputError(f"{table.path}: with the columns {', '.join(table.columns)}, this is {_CAPTURE_FIRST}")
     if layout is None or "input_ids" not in table.columns:
         expected = ", or ".join(" and ".join(columns) for columns in _LAYOUTS.values())
         raise InputError(
@@ -175,16 +177,16 @@ def _layout(table: _TableFile) -> str:
         )
     for name, depth in (*((name, 1) for name in _TOKEN_COLUMNS), *((name, 2) for name in _LAYOUTS[layout])):
         found = table.columns.get(name)
-        if found is not None and not _is_list_of_numbers(found, depth):
+        if found is not None and not _is_list_of_numbers(found, depth, boolean=name == "loss_mask"):
             raise InputError(f"{table.path}: column {name} is {found}, expected {'list of ' * depth}numbers")
     return layout
 
 
-def _is_list_of_numbers(kind: pa.DataType, depth: int) -> bool:
+def _is_list_of_numbers(kind: pa.DataType, depth: int, *, boolean: bool = False) -> bool:
     if depth == 0:
-        return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+        return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or (boolean and pa.types.is_boolean(kind)))
     nested = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return bool(nested) and _is_list_of_numbers(kind.value_type, depth - 1)
+    return bool(nested) and _is_list_of_numbers(kind.value_type, depth - 1, boolean=boolean)
 
 
 def _published_codec(layout: str, config: ConfigSource, beside: str | None, name: str) -> Codec:
@@ -212,13 +214,19 @@ def _plain_codec(table: _TableFile, config: ConfigSource, vocab_size: int | None
         raise ConfigError(
             f"{name}: plain top-k columns do not record the vocabulary size; pass vocab_size, or a configuration with d"
         )
-    first = table.load(0, ("token_ids",))
-    rows = _nested(first["token_ids"], 0, f"{table.path}, document 0, token_ids")
-    return Codec(
-        DistributionQuantizationConfig(
-            d=size, k=rows.shape[1], exact_k=rows.shape[1], residual_bins=[], delta_encoding=False
-        )
-    )
+    k = _plain_k(table)
+    return Codec(DistributionQuantizationConfig(d=size, k=k, exact_k=k, residual_bins=[], delta_encoding=False))
+
+
+def _plain_k(table: _TableFile) -> int:
+    """Stored ids per row, according to the first document that has rows."""
+    for group in range(len(table.groups)):
+        column = table.load(group, ("token_ids",))["token_ids"]
+        for index in range(len(column)):
+            rows = _nested(column, index, f"{table.path}, token_ids")
+            if len(rows):
+                return int(rows.shape[1])
+    raise InputError(f"{table.path}: contains no distributions")
 
 
 def _alignment_of(tables: list[_TableFile], codec: Codec, layout: str) -> Any:
@@ -227,15 +235,17 @@ def _alignment_of(tables: list[_TableFile], codec: Codec, layout: str) -> Any:
         columns = table.load(0, ("input_ids", _LAYOUTS[layout][0])) if table.groups else {"input_ids": []}
         for index in range(len(columns["input_ids"])):
             where = f"{table.path}, document {index}"
-            tokens = len(_tokens({"input_ids": columns["input_ids"]}, index, where)[0])
+            tokens = len(_integers(columns["input_ids"], index, f"{where}: input_ids"))
             rows = len(_nested(columns[_LAYOUTS[layout][0]], index, where))
+            if tokens == rows == 0:
+                continue
             if tokens in (rows, rows + 1):
                 return "L" if tokens == rows else "L-1"
             raise CorruptDataError(
                 f"{table.path}, document {index}: {rows} rows for {tokens} tokens; expected as many rows as tokens, "
                 "or one fewer"
             )
-    raise InputError(f"{tables[0].path}: contains no documents")
+    raise InputError(f"{tables[0].path}: contains no documents with tokens")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -248,6 +258,9 @@ class _TableFile:
         self.path = path
         self._mapped: pa.Table | None = None
         self._metadata: Any = None
+        filesystem, inner = locate(path)
+        if not filesystem.isfile(inner):
+            raise InputError(f"{path}: not a file")
         with reading(path):
             if path.endswith(".arrow"):
                 schema, rows = self._map().schema, self._map().num_rows
@@ -256,14 +269,18 @@ class _TableFile:
                 with open_parquet(path) as parquet:
                     schema, self._metadata = parquet.schema_arrow, parquet.metadata
                 self.groups = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
-        self.columns: dict[str, pa.DataType] = {field.name: field.type for field in schema}
+            self.columns: dict[str, pa.DataType] = {field.name: field.type for field in schema}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": None}
 
     def _map(self) -> pa.Table:
         if self._mapped is None:
-            self._mapped = pa.ipc.open_stream(pa.memory_map(_inner(self.path))).read_all()
+            check_uncompressed(self.path)
+            table = pa.ipc.open_stream(pa.memory_map(locate(self.path)[1])).read_all()
+            # Nothing else is read, so nothing else needs to be sound.
+            known = [name for name in _KNOWN_COLUMNS if name in table.schema.names]
+            self._mapped = validated(table.select(known) if "input_ids" in known else table, self.path)
         return self._mapped
 
     def load(self, group: int, wanted: Sequence[str]) -> dict[str, pa.Array]:
@@ -274,7 +291,7 @@ class _TableFile:
                 table = self._map().slice(group * _ARROW_GROUP, _ARROW_GROUP).select(names)
             else:
                 with open_parquet(self.path, self._metadata) as parquet:
-                    table = parquet.read_row_group(group, columns=names)
+                    table = validated(parquet.read_row_group(group, columns=names), self.path)
             return {name: table.column(name).combine_chunks() for name in names}
 
 
@@ -313,17 +330,18 @@ class _PublishedFile:
         """File name, counts and size. Reads the token columns only."""
         lengths = self.lengths().tolist()
         rows = sum(self.header.rows_of(length) for length in lengths)
-        filesystem, inner = fsspec.core.url_to_fs(self.path)
+        filesystem, inner = locate(self.path)
         return ShardInfo(self.path.rsplit("/", 1)[-1], len(lengths), sum(lengths), rows, filesystem.size(inner), "")
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """(D,) int64 tokens per document, without padding."""
         lengths: list[int] = []
         for group in range(len(self.groups)):
-            columns = self._table.load(group, _TOKEN_COLUMNS)
+            columns = self._table.load(group, _LENGTH_COLUMNS)
             for index in range(len(columns["input_ids"])):
-                ids, mask = _tokens(columns, index, f"{self.path}, document {len(lengths)}")
-                lengths.append(len(ids) if mask is None else int((mask != 0).sum()))
+                where = f"{self.path}, document {len(lengths)}"
+                found = [_integers(columns[name], index, f"{where}: {name}") for name in columns]
+                lengths.append(int((found[-1] != 0).sum()) if "attention_mask" in columns else len(found[0]))
         return np.array(lengths, dtype=np.int64)
 
 
@@ -342,16 +360,17 @@ class _PublishedRows(Documents):
     def __getitem__(self, index: int) -> Document:
         where = f"{self._path}, document {self._first + index}"
         with reading(where):
-            ids, mask = _tokens(self._columns, index, where)
+            tokens = _tokens(self._columns, index, where)
             columns = {name: _nested(self._columns[name], index, f"{where}, {name}") for name in _LAYOUTS[self._layout]}
         counts = {name: len(column) for name, column in columns.items()}
-        if set(counts.values()) != {self._header.rows_of(len(ids))}:
+        if set(counts.values()) != {self._header.rows_of(len(tokens.ids))}:
+            found = ", ".join(f"{count} rows of {name}" for name, count in counts.items())
+            expected = self._header.alignment["rows"]
             raise CorruptDataError(
-                f"{where}: {', '.join(f'{count} rows of {name}' for name, count in counts.items())} for {len(ids)} "
-                f"tokens; the dataset has {self._header.alignment['rows']} rows for L tokens"
+                f"{where}: {found} for {len(tokens.ids)} tokens; the dataset has {expected} rows for L tokens"
             )
         try:
-            input_ids = int32_array(ids, "input_ids")
+            input_ids = int32_array(tokens.ids, "input_ids")
             if self._layout == "plain":
                 values = columns["top_values"].astype(np.float32)
                 data = self._codec.encode(columns["token_ids"].astype(np.int64), values)
@@ -359,29 +378,77 @@ class _PublishedRows(Documents):
                 data = self._codec.from_published(columns)
         except InputError as error:
             raise CorruptDataError(f"{where}: {error}") from error
-        input_ids, data, lengths = _trimmed(input_ids, data, mask, self._header, where)
-        document_hash = document_id(input_ids, None, lengths)
-        document = Document(document_hash, input_ids, data.tobytes(), len(data), None, lengths)
+        lengths = _segments(tokens.attention, len(input_ids), where)
+        length = int(lengths.sum())
+        input_ids, data = input_ids[:length], data[: self._header.rows_of(length)]
+        mask = tokens.loss_mask(length, where)
+        segments = lengths.astype(np.int32) if len(lengths) > 1 else None
+        document_hash = document_id(input_ids, mask, segments)
+        document = Document(document_hash, input_ids, data.tobytes(), len(data), mask, segments, place=where)
         check_document(document, self._header, self._codec, where)
         return document
 
 
-def _tokens(
-    columns: Mapping[str, pa.Array], index: int, where: str
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-    """A document's token ids and attention mask (None if there is none), as stored."""
-    found = {}
-    for name in _TOKEN_COLUMNS:
-        if name not in columns:
-            continue
-        values = columns[name][index].values
-        if values is None or values.null_count:
-            raise CorruptDataError(f"{where}: nulls in {name}")
-        found[name] = np.asarray(values.to_numpy(zero_copy_only=False))
-    ids, mask = found["input_ids"], found.get("attention_mask")
-    if mask is not None and len(mask) != len(ids):
-        raise CorruptDataError(f"{where}: attention_mask has {len(mask)} entries for {len(ids)} tokens")
-    return ids, mask
+@dataclass(frozen=True)
+class _Tokens:
+    """A document's token columns as stored, with padding; None if a column does not exist."""
+
+    ids: npt.NDArray[Any]
+    attention: npt.NDArray[Any] | None
+    labels: npt.NDArray[Any] | None
+    mask: npt.NDArray[Any] | None
+
+    def loss_mask(self, length: int, where: str) -> npt.NDArray[np.bool_] | None:
+        """Which of the first `length` tokens count towards the loss: those with a label, or those in `loss_mask`; None
+        if all do.
+
+        Raises:
+            CorruptDataError: a label is another id than its token's, or labels and loss_mask contradict each other.
+        """
+        counted = None if self.labels is None else self._labelled(self.labels, where)[:length]
+        if self.mask is not None:
+            if not np.isin(self.mask, (0, 1)).all():
+                raise CorruptDataError(f"{where}: loss_mask has values besides 0 and 1")
+            masked = self.mask[:length].astype(np.bool_)
+            # The first token is never predicted.
+            differ = np.flatnonzero((masked if counted is None else counted)[1:] != masked[1:])
+            if len(differ):
+                raise CorruptDataError(
+                    f"{where}: labels and loss_mask disagree about which tokens count, first at token {differ[0] + 1}; "
+                    "remove one of the two columns"
+                )
+            counted = masked
+        return None if counted is None or counted.all() else counted
+
+    def _labelled(self, labels: npt.NDArray[Any], where: str) -> npt.NDArray[np.bool_]:
+        counted = labels != _IGNORED
+        differ = np.flatnonzero(counted & (labels != self.ids))
+        if len(differ):
+            at = differ[0]
+            shifted = len(labels) > 2 and np.array_equal(labels[:-1][counted[:-1]], self.ids[1:][counted[:-1]])
+            hint = "; the labels are shifted by one: store each beside its own token" if shifted else ""
+            raise CorruptDataError(
+                f"{where}: the label of token {at} is {labels[at]}, but the token is {self.ids[at]}; a label is its "
+                f"token's id, or {_IGNORED} where it does not count{hint}. Correct the column, or remove it"
+            )
+        return np.asarray(counted)
+
+
+def _tokens(columns: Mapping[str, pa.Array], index: int, where: str) -> _Tokens:
+    found = {name: _integers(columns[name], index, f"{where}: {name}") for name in _TOKEN_COLUMNS if name in columns}
+    ids = found["input_ids"]
+    for name, values in found.items():
+        if len(values) != len(ids):
+            raise CorruptDataError(f"{where}: {name} has {len(values)} entries for {len(ids)} tokens")
+    return _Tokens(ids, found.get("attention_mask"), found.get("labels"), found.get("loss_mask"))
+
+
+def _integers(column: pa.Array, index: int, where: str) -> npt.NDArray[Any]:
+    """Document `index` of a list column."""
+    values = column[index].values
+    if values is None or values.null_count:
+        raise CorruptDataError(f"{where}: contains nulls")
+    return np.asarray(values.to_numpy(zero_copy_only=False))
 
 
 def _nested(column: pa.Array, index: int, where: str) -> npt.NDArray[Any]:
@@ -403,15 +470,12 @@ def _nested(column: pa.Array, index: int, where: str) -> npt.NDArray[Any]:
     return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(len(rows), int(widths[0]) if len(widths) else 0)
 
 
-def _trimmed(
-    ids: npt.NDArray[Any], data: npt.NDArray[Any], mask: npt.NDArray[Any] | None, header: Header, where: str
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.int32] | None]:
-    """Removes padding, and derives packed documents' lengths from a mask that numbers them (1, 1, 2, 2, 2, 0, 0)."""
+def _segments(mask: npt.NDArray[Any] | None, tokens: int, where: str) -> npt.NDArray[np.int64]:
+    """Lengths of the packed documents, without padding, from a mask that numbers them (1, 1, 2, 2, 2, 0, 0)."""
     if mask is None:
-        return ids, data, None
+        return np.array([tokens])
     length = int((mask != 0).sum())
     if (mask[:length] == 0).any():
         raise CorruptDataError(f"{where}: attention_mask has padding before the end, which is not supported")
     starts = np.flatnonzero(np.diff(mask[:length], prepend=0))
-    lengths = np.diff(starts, append=length).astype(np.int32)
-    return ids[:length], data[: header.rows_of(length)], lengths if len(lengths) > 1 else None
+    return np.diff(starts, append=length)

@@ -8,23 +8,22 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillkit.codec import Codec, CodecConfig
-from distillkit.errors import CorruptDataError, InputError, MismatchError
+from distillkit.errors import CorruptDataError, InputError, MismatchError, UnsupportedVersionError
+from distillkit.shards.footer import Chunk
 from distillkit.shards.header import Header, check_codec
 from distillkit.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
-from distillkit.shards.parquet import open_parquet
+from distillkit.shards.parquet import footer_of, open_parquet
 from distillkit.shards.published import load_codec_config, open_published
-from distillkit.shards.storage import reading
-from distillkit.shards.table import SCHEMA, Block, Documents, GroupDigest, ShardRows
+from distillkit.shards.storage import Folder, locate, reading
+from distillkit.shards.table import GROUPS_KEY, SCHEMA, Block, Documents, GroupDigest, ShardRows
 from distillkit.types import Document, SparseLogprobs
 
 __all__ = ["Dataset", "DocumentFile", "ShardFile", "is_captured"]
@@ -34,6 +33,14 @@ _CACHED_GROUPS = {"distillkit": 8, "published": 1}
 
 _GROUPS_AT_A_TIME = 16
 """Row groups whose columns, except the teacher's bytes, are read in one call."""
+
+_SMALL_GROUP, _MOST_EXPANSION = 1 << 26, 16
+"""A row group takes at most so many bytes in memory, plus so many times its size in the file. Those that the writer
+makes expand less than twice; a few bytes of a crafted file can stand for gigabytes."""
+
+_WIDTHS = {"input_ids": 4, "checksum": 8, "loss_mask": 1, "segment_lengths": 4, "label_logprobs": 4}
+_WITHOUT_REPEATS = {"PLAIN", "RLE", "BIT_PACKED", "DELTA_LENGTH_BYTE_ARRAY"}
+"""Encodings under which values take no more memory than their decompressed bytes."""
 
 
 class DocumentFile(Protocol):
@@ -72,11 +79,16 @@ class ShardFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        with open_parquet(path) as parquet:
+        with open_parquet(path, any_size=True) as parquet:
             self._metadata, schema = parquet.metadata, parquet.schema_arrow
             self.header = Header.from_metadata(self._metadata.metadata, where=path)
             self._digests = GroupDigest.from_metadata(self._metadata.metadata, where=path)
+            self.groups_xxh3 = self._metadata.metadata[GROUPS_KEY + b".xxh3"].decode()
+            leaves = [parquet.schema.column(i).path.split(".")[0] for i in range(len(parquet.schema))]
+            self._leaves = [(i, name) for i, name in enumerate(leaves) if name in SCHEMA.names]
             stored = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+        # Read when first needed; pyarrow's own columns end the process if a damaged footer contradicts its schema.
+        self._footer: list[list[Chunk]] | None = None
         self._groups = [digest.documents for digest in self._digests]
         self._starts = list(itertools.accumulate(self._groups, initial=0))
         if stored != self._groups or self._metadata.num_rows != sum(stored):
@@ -88,7 +100,10 @@ class ShardFile:
             found = schema.field(field.name).type if field.name in schema.names else None
             if found != field.type and not (found is None and field.nullable):
                 raise CorruptDataError(f"{path}: column {field.name} is {found or 'missing'}, expected {field.type}")
-        self._codec = self.header.make_codec()
+        try:
+            self._codec = self.header.make_codec()
+        except (CorruptDataError, UnsupportedVersionError) as error:
+            raise type(error)(f"{path}: {error}") from error
 
     @property
     def groups(self) -> Sequence[int]:
@@ -112,12 +127,11 @@ class ShardFile:
         """Reads the documents of a range of groups, in order."""
         names = [name for name in self._columns if name != "teacher"]
         with open_parquet(self.path, self._metadata) as parquet:
-            for start in range(groups.start, groups.stop, _GROUPS_AT_A_TIME):
-                run = range(start, min(start + _GROUPS_AT_A_TIME, groups.stop))
+            for run in self._runs(groups, _GROUPS_AT_A_TIME):
                 with reading(self._where(run)):
                     table = parquet.read_row_groups(list(run), columns=names, use_threads=False)
                 for group in run:
-                    part = table.slice(self._starts[group] - self._starts[start], self._groups[group])
+                    part = table.slice(self._starts[group] - self._starts[run.start], self._groups[group])
                     yield self._with_teacher(group, part, parquet)
 
     def _with_teacher(self, group: int, table: pa.Table, parquet: pq.ParquetFile) -> ShardRows:
@@ -126,10 +140,47 @@ class ShardFile:
         with reading(where):
             teacher = parquet.read_row_group(group, columns=["teacher"], use_threads=False)
             table = table.append_column(SCHEMA.field("teacher"), teacher.column("teacher"))
-            found = GroupDigest.of(table)
-        if found != self._digests[group]:
-            raise CorruptDataError(f"{where}: the documents or their order differ from what was written")
-        return ShardRows(table, self.header, self._codec, self.path, self._starts[group])
+            if GroupDigest.of(table) != self._digests[group]:
+                raise CorruptDataError(f"{where}: the documents or their order differ from what was written")
+            return ShardRows(table, self.header, self._codec, self.path, self._starts[group])
+
+    def _runs(self, groups: range, most: int) -> Iterator[range]:
+        """Divides groups into runs that are read in one call: of at most so many, and small together."""
+        start, total = groups.start, 0
+        for group in groups:
+            size = self._size(group)
+            if group > start and (group - start == most or total + size > _SMALL_GROUP):
+                yield range(start, group)
+                start, total = group, 0
+            total += size
+        if start < groups.stop:
+            yield range(start, groups.stop)
+
+    def _size(self, group: int) -> int:
+        """A group's bytes in memory, as its metadata declares them.
+
+        Raises:
+            CorruptDataError: they are far more than the bytes in the file.
+        """
+        if self._footer is None:
+            self._footer = footer_of(self.path)
+            if {len(columns) for columns in self._footer} - {self._metadata.num_columns}:
+                raise CorruptDataError(f"{self.path}: the columns of its row groups contradict its schema")
+        inside = stored = 0
+        for index, name in self._leaves:
+            column = self._footer[group][index]
+            stored += column.total_compressed_size
+            if name in _WIDTHS:
+                inside += column.num_values * _WIDTHS[name]
+            else:
+                repeats = column.has_dictionary_page or not {*column.encodings} <= _WITHOUT_REPEATS
+                inside += column.total_uncompressed_size * (column.num_values if repeats else 1)
+        if not 0 <= inside <= _SMALL_GROUP + _MOST_EXPANSION * stored:
+            raise CorruptDataError(
+                f"{self._where(range(group, group + 1))}: {inside:,} bytes in memory from {stored:,} in the file: not "
+                "what distillkit writes"
+            )
+        return inside
 
     def _where(self, groups: range) -> str:
         return f"{self.path}, documents {self._starts[groups.start]} to {self._starts[groups.stop] - 1}"
@@ -138,16 +189,18 @@ class ShardFile:
         """File name, counts and size. Reads the column `input_ids` only."""
         lengths = self.lengths().tolist()
         rows = sum(self.header.rows_of(length) for length in lengths)
-        filesystem, inner = fsspec.core.url_to_fs(self.path)
+        filesystem, inner = locate(self.path)
         name = self.path.rsplit("/", 1)[-1]
-        return ShardInfo(name, self.documents, sum(lengths), rows, filesystem.size(inner), "")
+        return ShardInfo(name, self.documents, sum(lengths), rows, filesystem.size(inner), "", self.groups_xxh3)
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """(D,) int64 tokens per document."""
+        parts = [np.empty(0, np.int64)]
         with open_parquet(self.path, self._metadata) as parquet:
-            column = parquet.read(columns=["input_ids"], use_threads=False).column("input_ids")
-        parts = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
-        return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
+            for run in self._runs(range(len(self._groups)), len(self._groups)):
+                column = parquet.read_row_groups(list(run), columns=["input_ids"], use_threads=False).column(0)
+                parts += [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
+        return np.concatenate(parts).astype(np.int64)
 
 
 class Dataset(Documents):
@@ -215,7 +268,7 @@ class Dataset(Documents):
             UnsupportedVersionError: a file is in a version that this release cannot read.
         """
         name = str(os.fspath(path)).rstrip("/")
-        filesystem, inner = fsspec.core.url_to_fs(name)
+        filesystem, inner = locate(name)
         if not filesystem.exists(inner):
             raise FileNotFoundError(2, "no such file or folder", name)
         manifest = read_manifest(name) if filesystem.isdir(inner) else None
@@ -322,17 +375,17 @@ def is_captured(path: str | os.PathLike[str]) -> bool:
         CorruptDataError: the manifest is damaged.
     """
     name = str(os.fspath(path)).rstrip("/")
-    filesystem, inner = fsspec.core.url_to_fs(name)
+    filesystem, inner = locate(name)
     return (filesystem.isdir(inner) and read_manifest(name) is not None) or _is_shard(name)
 
 
 def _is_shard(name: str) -> bool:
     """Whether a file has our header. Raises InputError for a folder of shards without a manifest."""
-    filesystem, inner = fsspec.core.url_to_fs(name)
+    filesystem, inner = locate(name)
     if not filesystem.isdir(inner):
         return name.endswith(".parquet") and _has_header(name)
-    shards = sorted(filesystem.glob(f"{inner}/data-*.parquet"))
-    if shards and _has_header(f"{name}/{Path(shards[0]).name}"):
+    shards = _parts(name)
+    if shards and _has_header(f"{name}/{shards[0]}"):
         raise InputError(
             f"{name}: {len(shards)} shards but no {MANIFEST}: the capture is unfinished; run it again to resume, or "
             "open a single shard"
@@ -340,16 +393,20 @@ def _is_shard(name: str) -> bool:
     return False
 
 
+def _parts(folder: str) -> list[str]:
+    """The names of the files in a folder that could be shards, in order."""
+    return [name for name in Folder(folder).names() if name.startswith("data-") and name.endswith(".parquet")]
+
+
 def _has_header(name: str) -> bool:
-    with open_parquet(name) as parquet:
+    with open_parquet(name, any_size=True) as parquet:
         metadata = parquet.metadata.metadata or {}
     # Any of our keys will do, since one of them may be damaged.
     return any(key.startswith(b"distillkit.") for key in metadata)
 
 
 def _open_folder(name: str, manifest: Manifest) -> Dataset:
-    filesystem, inner = fsspec.core.url_to_fs(name)
-    present = {Path(path).name for path in filesystem.glob(f"{inner}/data-*.parquet")}
+    folder, present = Folder(name), {*_parts(name)}
     listed = [shard.file for shard in manifest.shards]
     for what, names in (("missing", sorted(set(listed) - present)), ("not in it", sorted(present - set(listed)))):
         if names:
@@ -357,11 +414,16 @@ def _open_folder(name: str, manifest: Manifest) -> Dataset:
     files = []
     for shard in manifest.shards:
         file = ShardFile(f"{name}/{shard.file}")
-        size = filesystem.size(f"{inner}/{shard.file}")
+        size = folder.size(shard.file)
         if size != shard.bytes or file.documents != shard.documents:
             raise MismatchError(
-                f"{name}/{shard.file}: {size} bytes and {file.documents} documents, but {MANIFEST} says {shard.bytes} "
-                f"and {shard.documents}: the files belong to different captures"
+                f"{file.path}: {size} bytes and {file.documents} documents, but {MANIFEST} says {shard.bytes} and "
+                f"{shard.documents}: the files belong to different captures"
+            )
+        if shard.groups_xxh3 and file.groups_xxh3 != shard.groups_xxh3:
+            raise MismatchError(
+                f"{file.path}: the hash of its documents is {file.groups_xxh3}, but {MANIFEST} says "
+                f"{shard.groups_xxh3}: it is another shard, or of another capture"
             )
         manifest.header.check_same(file.header, where=file.path)
         files.append(file)

@@ -17,11 +17,12 @@ import numpy.typing as npt
 from distillkit import __version__
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.shards.header import Header
-from distillkit.shards.manifest import Manifest
+from distillkit.shards.overflow import LongDocuments, Pieces
 from distillkit.shards.packing import pack
+from distillkit.shards.plausibility import check_plausible, sampled
 from distillkit.shards.reader import Dataset
 from distillkit.shards.writer import ShardWriter
-from distillkit.types import Document
+from distillkit.types import Document, Overflow
 
 __all__ = ["PackReport", "pack_dataset"]
 
@@ -37,6 +38,7 @@ class PackReport:
         output: the output folder.
         documents: number of documents packed.
         left_out: skipped documents: those of fewer than two tokens, which have no next token to predict.
+        dropped, split: documents longer than a row that were left out, or split into pieces.
         cut_documents, cut_tokens: number of documents truncated to a row's length, and tokens cut from them.
         rows: packed rows, including `resumed_rows` already written by an interrupted run.
         tokens, fill: tokens in the rows, and the fraction of the rows' capacity that they fill.
@@ -46,6 +48,8 @@ class PackReport:
     output: str
     documents: int
     left_out: int
+    dropped: int
+    split: int
     cut_documents: int
     cut_tokens: int
     rows: int
@@ -64,6 +68,7 @@ def pack_dataset(
     folder: str | Path,
     max_len: int,
     *,
+    overflow: Overflow | None = None,
     seed: int | None = None,
     window: int = 10_000,
     shard_tokens: int = 262_144,
@@ -82,16 +87,20 @@ def pack_dataset(
     Args:
         source: documents with their teacher's bytes; documents that are already packed together stay together.
         folder: output folder; created if needed.
-        max_len: tokens per row; longer documents are truncated, together with their rows.
+        max_len: tokens per row.
+        overflow: what to do with longer documents: cut them, split them into pieces that repeat an eighth of a row as
+            context, or drop them. None cuts them, unless that would take more than 5% of the tokens.
         seed: shuffles the documents before packing; None keeps them near their neighbours.
         window: maximum number of documents packed together.
         shard_tokens: tokens per shard.
         progress: called with the documents done and the total, which count each document twice: written and compared.
 
     Raises:
+        ConfigError: more than 5% of the tokens would be cut off, and `overflow` is None.
         InputError: `max_len` is too small, the codec's rows have no fixed size, there is nothing to pack, or the folder
             contains a finished dataset.
-        MismatchError: the folder contains shards of another dataset.
+        MismatchError: the folder contains shards of another dataset, or the source's rows cannot have been written with
+            its codec.
         CorruptDataError: a source document is damaged, or what was written differs from the source when read back.
     """
     started = time.perf_counter()
@@ -101,9 +110,15 @@ def pack_dataset(
         raise InputError(
             f"{source.path}: rows of the format {source.codec.format} have no fixed size, so they cannot be cut"
         )
+    check_plausible(sampled(source), source.codec, source.path)
     lengths = source.lengths()
-    plan = PackingPlan.of(source, lengths, max_len, seed, window)
-    settings = {"max_len": max_len, "seed": seed, "window": window, "documents": len(source)}
+    long = LongDocuments.of(lengths, max_len)
+    long.check(overflow, key=source.path, row=f"--max-len {max_len:,}", setting="--overflow")
+    pieces = Pieces.of(lengths, max_len, overflow)
+    plan = PackingPlan.of(source, pieces, max_len, seed, window)
+    settings: dict[str, Any] = {"max_len": max_len, "seed": seed, "window": window, "documents": len(source)}
+    if overflow in ("split", "drop"):
+        settings["overflow"] = overflow
     header = replace(
         source.header,
         fidelity=None,
@@ -118,9 +133,9 @@ def pack_dataset(
             if skipped >= len(rows):
                 skipped -= len(rows)
             else:
-                documents = [source[index] for index in indices.tolist()]
+                documents = [_part(source, *pieces[index]) for index in indices.tolist()]
                 for row in rows[skipped:]:
-                    joined = join([documents[i] for i in row.tolist()], header, source, max_len)
+                    joined = join([documents[i] for i in row.tolist()], header, source)
                     writer.write(
                         joined.input_ids,
                         joined.teacher,
@@ -132,29 +147,46 @@ def pack_dataset(
             done += len(indices)
             progress(done, total)
         manifest = writer.close()
-    _compare(source, str(folder), plan, max_len, lambda count: progress(done + count, total))
-    return _report(manifest, folder, lengths, plan, max_len, resumed, time.perf_counter() - started)
+    _compare(source, str(folder), pieces, plan, lambda count: progress(done + count, total))
+    packed = np.unique(pieces.documents[plan.order])
+    rows, tokens = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("documents", "tokens"))
+    cut = overflow not in ("split", "drop")
+    return PackReport(
+        output=str(folder),
+        documents=len(packed),
+        left_out=int((lengths < 2).sum()),
+        dropped=long.long if overflow == "drop" else 0,
+        split=long.long if overflow == "split" else 0,
+        cut_documents=long.long if cut else 0,
+        cut_tokens=long.beyond if cut else 0,
+        rows=rows,
+        resumed_rows=resumed,
+        tokens=tokens,
+        fill=tokens / (rows * max_len),
+        seconds=time.perf_counter() - started,
+    )
 
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """Which documents share rows.
+    """Which pieces of documents share rows.
 
     Attributes:
-        order: indices of the documents in reading order.
-        windows: for each window, its documents' indices, and its rows as positions within those indices.
+        order: the pieces in reading order.
+        windows: for each window, its pieces, and its rows as positions within those.
     """
 
     order: npt.NDArray[np.int64]
     windows: list[tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]]
 
     @staticmethod
-    def of(source: Dataset, lengths: npt.NDArray[np.int64], max_len: int, seed: int | None, window: int) -> PackingPlan:
+    def of(source: Dataset, pieces: Pieces, max_len: int, seed: int | None, window: int) -> PackingPlan:
+        lengths = pieces.lengths
         order = np.arange(len(lengths)) if seed is None else np.random.default_rng(seed).permutation(len(lengths))
         order = order[lengths[order] > 1]
         if not len(order):
             raise InputError(
-                f"{source.path}: none of its {len(lengths):,} documents has at least 2 tokens: nothing to pack"
+                f"{source.path}: none of its {len(source):,} documents has 2 to {max_len:,} tokens: nothing to pack"
             )
         width = source.codec.bytes_per_token or 0
         number = np.maximum(np.arange(len(order)) // window, np.cumsum(lengths[order] * width) // _WINDOW_BYTES)
@@ -166,20 +198,41 @@ class PackingPlan:
         return PackingPlan(order, windows)
 
 
-def join(documents: Sequence[Document], header: Header, source: Dataset, max_len: int) -> Document:
-    """Concatenate documents into one, each truncated to `max_len` tokens, with a row for every token (except the last,
-    if the header's alignment is "L-1")."""
+def _part(source: Dataset, index: int, start: int, stop: int, first: int) -> Document:
+    """Read the tokens `start` … `stop` − 1 of a document, of which those before `first` do not count, and their
+    rows."""
+    document = source[index]
+    if stop - start == len(document.input_ids):
+        return document
+    rows = source.codec.document_rows(document.teacher, document.num_rows)[start:stop]
+    mask = _mask(document)[start:stop].copy()
+    mask[: first - start] = False
+    known = document.label_logprobs
+    return replace(
+        document,
+        input_ids=document.input_ids[start:stop],
+        teacher=rows.tobytes(),
+        num_rows=len(rows),
+        loss_mask=None if mask.all() else mask,
+        segment_lengths=document.segments(stop, start).astype(np.int32),
+        label_logprobs=None if known is None else known[start : stop - 1],
+    )
+
+
+def join(documents: Sequence[Document], header: Header, source: Dataset) -> Document:
+    """Concatenate documents into one, with a row for every token (except the last, if the header's alignment is
+    "L-1")."""
     ids, rows, masks, segments, labels = [], [], [], [], []
     for document in documents:
-        length = min(len(document.input_ids), max_len)
-        stored = source.codec.document_rows(document.teacher, document.num_rows)[:length]
+        length = len(document.input_ids)
+        stored = source.codec.document_rows(document.teacher, document.num_rows)
         rows.append(stored if len(stored) == length else np.concatenate([stored, stored[-1:]]))
-        ids.append(document.input_ids[:length])
-        masks.append(np.ones(length, bool) if document.loss_mask is None else document.loss_mask[:length])
-        segments.append(document.segments(length))
+        ids.append(document.input_ids)
+        masks.append(_mask(document))
+        segments.append(document.segments())
         if document.label_logprobs is not None:
             # No loss is taken across a document boundary.
-            labels.append(np.append(document.label_logprobs[: length - 1], np.float32(-np.inf)))
+            labels.append(np.append(document.label_logprobs, np.float32(-np.inf)))
     tokens = np.concatenate(ids)
     mask = None if all(document.loss_mask is None for document in documents) else np.concatenate(masks)
     lengths = np.concatenate(segments).astype(np.int32)
@@ -196,7 +249,7 @@ def _same_labels(written: Document, document: Document, start: int, stop: int) -
     return np.array_equal(written.label_logprobs[start : stop - 1], document.label_logprobs[: stop - start - 1])
 
 
-def _compare(source: Dataset, folder: str, plan: PackingPlan, max_len: int, progress: Callable[[int], None]) -> None:
+def _compare(source: Dataset, folder: str, pieces: Pieces, plan: PackingPlan, progress: Callable[[int], None]) -> None:
     """Read the packed rows back and compare their tokens, masks and teacher rows with the source.
 
     Raises:
@@ -205,26 +258,26 @@ def _compare(source: Dataset, folder: str, plan: PackingPlan, max_len: int, prog
     packed: Iterator[Document] = iter(Dataset.open(folder))
     done = 0
     for indices, rows in plan.windows:
-        documents = [source[index] for index in indices.tolist()]
+        documents = [_part(source, *pieces[index]) for index in indices.tolist()]
         for row in rows:
             written, start = next(packed), 0
             found = source.codec.document_rows(written.teacher, written.num_rows)
             for i in row.tolist():
                 document = documents[i]
-                stop = start + min(len(document.input_ids), max_len)
+                stop = start + len(document.input_ids)
                 counted = min(document.num_rows, stop - start, written.num_rows - start)
                 stored = source.codec.document_rows(document.teacher, document.num_rows)[:counted]
                 same = (
-                    np.array_equal(written.input_ids[start:stop], document.input_ids[: stop - start])
+                    np.array_equal(written.input_ids[start:stop], document.input_ids)
                     and np.array_equal(found[start : start + counted], stored)
-                    and np.array_equal(_mask(written)[start:stop], _mask(document)[: stop - start])
+                    and np.array_equal(_mask(written)[start:stop], _mask(document))
                     and counted >= stop - start - 1
                     and _same_labels(written, document, start, stop)
                 )
                 if not same:
                     raise CorruptDataError(
-                        f"{folder}: document {indices[i]} of {source.path} differs when read back; remove the folder "
-                        "and pack again"
+                        f"{folder}: document {pieces.documents[indices[i]]} of {source.path} differs when read back; "
+                        "remove the folder and pack again"
                     )
                 start = stop
         done += len(indices)
@@ -235,29 +288,3 @@ def _compare(source: Dataset, folder: str, plan: PackingPlan, max_len: int, prog
 
 def _mask(document: Document) -> npt.NDArray[np.bool_]:
     return np.ones(len(document.input_ids), bool) if document.loss_mask is None else document.loss_mask
-
-
-def _report(
-    manifest: Manifest,
-    folder: str | Path,
-    lengths: npt.NDArray[np.int64],
-    plan: PackingPlan,
-    max_len: int,
-    resumed: int,
-    seconds: float,
-) -> PackReport:
-    packed = lengths[plan.order]
-    rows = sum(shard.documents for shard in manifest.shards)
-    tokens = sum(shard.tokens for shard in manifest.shards)
-    return PackReport(
-        output=str(folder),
-        documents=len(plan.order),
-        left_out=len(lengths) - len(plan.order),
-        cut_documents=int((packed > max_len).sum()),
-        cut_tokens=int(np.maximum(packed - max_len, 0).sum()),
-        rows=rows,
-        resumed_rows=resumed,
-        tokens=tokens,
-        fill=tokens / (rows * max_len),
-        seconds=seconds,
-    )

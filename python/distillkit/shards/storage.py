@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 import xxhash
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
 
+from distillkit.configuration.urls import is_url, locate
 from distillkit.errors import CorruptDataError, DistillKitError
 
-__all__ = ["TEMPORARY_PREFIX", "Folder", "NewFile", "file_hash", "open_source", "reading", "writing"]
+__all__ = [
+    "TEMPORARY_PREFIX",
+    "Folder",
+    "NewFile",
+    "file_hash",
+    "is_url",
+    "locate",
+    "open_source",
+    "reading",
+    "writing",
+]
 
 TEMPORARY_PREFIX = ".incomplete-"
+_TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<name>.+?)(\.[0-9a-f]{8})?")
+"""Names of files that are being written. The digits tell apart those that several processes write under one name."""
+
+_LARGEST_JSON = 1 << 28
+"""Bytes of a manifest, plan or receipt: about a million shards."""
+
+_ANSWER_SECONDS, _SLOWEST_UPLOAD = 300.0, 100_000.0
+"""How long storage elsewhere may take to answer, and how many bytes it must take in a second."""
 
 _WHOLE_AT_ONCE = {"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "hf"}
 """Protocols under which a file only appears once its upload is complete; otherwise it is uploaded under a temporary
@@ -42,11 +65,16 @@ class Folder:
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self.url = str(os.fspath(url)).rstrip("/") or "/"
-        self._filesystem, self._root = fsspec.core.url_to_fs(self.url)
+        self._filesystem, self._root = locate(self.url)
         self.is_local = isinstance(self._filesystem, LocalFileSystem)
 
     def __str__(self) -> str:
         return self.url
+
+    @property
+    def local_path(self) -> Path | None:
+        """Where it is on the local file system; None if it is elsewhere."""
+        return Path(self._root) if self.is_local else None
 
     def of(self, name: str) -> str:
         """The path or URL of a file in the folder."""
@@ -59,31 +87,49 @@ class Folder:
     def make(self) -> None:
         """Creates the folder, if this kind of storage has folders."""
         with writing(self.url):
-            self._filesystem.makedirs(self._root, exist_ok=True)
+            self._ask("makedirs", self._root, exist_ok=True)
 
     def names(self) -> list[str]:
         """Names of the files in the folder, sorted; empty if the folder does not exist."""
         self._filesystem.invalidate_cache()
         try:
-            entries = self._filesystem.ls(self._root, detail=True)
+            if self.is_local:
+                with os.scandir(self._root) as entries:
+                    return sorted(entry.name for entry in entries if entry.is_file())
+            found = self._ask("ls", self._root, detail=True)
         except FileNotFoundError:
             return []
-        return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+        return sorted(entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file")
 
     def size(self, name: str) -> int | None:
         """Size of a file in bytes, or None if it does not exist."""
         self._filesystem.invalidate_cache()
         try:
-            return int(self._filesystem.size(self._inner(name)))
+            return int(self._ask("size", self._inner(name)))
         except FileNotFoundError:
             return None
 
-    def read(self, name: str) -> bytes | None:
-        """A file's content, or None if it does not exist."""
+    def read(self, name: str, most: int | None = _LARGEST_JSON) -> bytes | None:
+        """The content of a file, or None if it does not exist.
+
+        Raises:
+            CorruptDataError: it is a device, a pipe or a folder, or has more than `most` bytes.
+        """
+        self._filesystem.invalidate_cache()
         try:
-            return bytes(self._filesystem.cat_file(self._inner(name)))
-        except FileNotFoundError:
+            found = self._ask("info", self._inner(name))
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        if found["type"] != "file":
+            raise CorruptDataError(f"{self.of(name)} is not a regular file ({found['type']})")
+        if most is not None and (found["size"] or 0) > most:
+            raise CorruptDataError(f"{self.of(name)} has {found['size']} bytes, expected at most {most}")
+        return bytes(self._ask("cat_file", self._inner(name)))
+
+    def file_hash(self, name: str) -> str:
+        """The hash of a file's content; see `file_hash`."""
+        with self._filesystem.open(self._inner(name), "rb") as file:
+            return file_hash(file)
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a complete file, durably and atomically.
@@ -97,22 +143,29 @@ class Folder:
 
     def new_file(self, name: str) -> NewFile:
         """A file that does not appear in the folder until it is published."""
-        return _LocalFile(Path(self._root) / name) if self.is_local else _RemoteFile(self, self._filesystem, name)
+        return _LocalFile(Path(self._root) / name) if self.is_local else _RemoteFile(self, name)
 
     def remove(self, name: str) -> None:
         """Removes a file, if it exists."""
         with contextlib.suppress(FileNotFoundError):
-            self._filesystem.rm_file(self._inner(name))
+            self._ask("rm_file", self._inner(name))
 
-    def remove_all(self) -> None:
-        """Removes the folder and everything in it, if it exists."""
-        with contextlib.suppress(FileNotFoundError):
-            self._filesystem.rm(self._root, recursive=True)
+    def remove_files(self, ours: Callable[[str], bool]) -> None:
+        """Removes the files of these names with their leftovers, and the folder if it is then empty."""
+        for name in self.names():
+            if ours(name):
+                self.remove(name)
+        self.remove_leftovers(ours)
+        if self.is_local:
+            # Whatever else is in it belongs to someone else.
+            with contextlib.suppress(OSError):
+                os.rmdir(self._root)
 
-    def remove_leftovers(self, name: str | None = None) -> None:
-        """Removes the temporary files that killed processes left behind, for one file or for all."""
+    def remove_leftovers(self, ours: Callable[[str], bool]) -> None:
+        """Removes the temporary files that killed processes left behind of the files of these names."""
         for leftover in self.names():
-            if leftover.startswith(TEMPORARY_PREFIX + (name or "")):
+            temporary = _TEMPORARY.fullmatch(leftover)
+            if temporary and ours(temporary["name"]):
                 self.remove(leftover)
 
     def free_bytes(self) -> int | None:
@@ -124,8 +177,39 @@ class Folder:
             path = path.parent
         return shutil.disk_usage(path).free
 
+    def upload(self, path: str, name: str, size: int) -> None:
+        """Uploads a local file of `size` bytes, which does not appear in the folder before it is whole."""
+        target, seconds = self._inner(name), _ANSWER_SECONDS + size / _SLOWEST_UPLOAD
+        protocols = self._filesystem.protocol
+        if {protocols} & _WHOLE_AT_ONCE if isinstance(protocols, str) else {*protocols} & _WHOLE_AT_ONCE:
+            self._ask("put_file", path, target, seconds=seconds)
+            return
+        beside = self._inner(_temporary_name(name))
+        self._ask("put_file", path, beside, seconds=seconds)
+        if type(self._filesystem).mv is AbstractFileSystem.mv:
+            # It would expand *, ? and [ in the names.
+            self._ask("cp_file", beside, target, seconds=seconds)
+            self._ask("rm_file", beside)
+        else:
+            self._filesystem.mv(beside, target)
+
+    def _ask(self, method: str, *arguments: Any, seconds: float | None = None, **options: Any) -> Any:
+        """Calls the file system. Where a connection could hang for good, the answer must come within some time."""
+        call = getattr(self._filesystem, method)
+        if not inspect.iscoroutinefunction(getattr(call, "__wrapped__", None)):
+            return call(*arguments, **options)
+        limit = seconds or _ANSWER_SECONDS
+        try:
+            return call(*arguments, timeout=limit, **options)
+        except FSTimeoutError as error:
+            raise TimeoutError(errno.ETIMEDOUT, f"no answer to {method} within {limit:.0f} s", self.url) from error
+
     def _inner(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
+
+
+def _temporary_name(name: str) -> str:
+    return f"{TEMPORARY_PREFIX}{name}.{secrets.token_hex(4)}"
 
 
 class NewFile(ABC):
@@ -156,7 +240,7 @@ class _LocalFile(NewFile):
     """Written in the same folder under a temporary name that readers ignore, then renamed."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._temporary = path, path.with_name(TEMPORARY_PREFIX + path.name)
+        self._path, self._temporary = path, path.with_name(_temporary_name(path.name))
         self.stream = open(self._temporary, "wb")  # noqa: SIM115 — closed by publish or abandon
 
     def publish(self) -> None:
@@ -180,21 +264,14 @@ class _LocalFile(NewFile):
 class _RemoteFile(NewFile):
     """Written to a local temporary file, then uploaded."""
 
-    def __init__(self, folder: Folder, filesystem: Any, name: str) -> None:
-        self._folder, self._filesystem, self._name = folder, filesystem, name
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._folder, self._name = folder, name
         self.stream = tempfile.NamedTemporaryFile(prefix="distillkit-")  # noqa: SIM115 — closed by publish or abandon
 
     def publish(self) -> None:
         self.stream.flush()
         size = os.fstat(self.stream.fileno()).st_size
-        target = f"{self._folder._root.rstrip('/')}/{self._name}"
-        protocols = self._filesystem.protocol
-        if {protocols} & _WHOLE_AT_ONCE if isinstance(protocols, str) else {*protocols} & _WHOLE_AT_ONCE:
-            self._filesystem.put_file(self.stream.name, target)
-        else:
-            beside = f"{self._folder._root.rstrip('/')}/{TEMPORARY_PREFIX}{self._name}"
-            self._filesystem.put_file(self.stream.name, beside)
-            self._filesystem.mv(beside, target)
+        self._folder.upload(self.stream.name, self._name, size)
         found = self._folder.size(self._name)
         if found != size:
             raise OSError(errno.EIO, f"{found} of {size} bytes arrived", self._folder.of(self._name))
@@ -244,5 +321,5 @@ def reading(where: str) -> Iterator[None]:
 
 def open_source(path: str) -> Any:
     """Opens a file (a path or an fsspec URL) for pyarrow, which reads local files natively, without calling Python."""
-    filesystem, inner = fsspec.core.url_to_fs(path)
+    filesystem, inner = locate(path)
     return pa.OSFile(inner) if isinstance(filesystem, LocalFileSystem) else filesystem.open(inner, "rb")

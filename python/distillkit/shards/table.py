@@ -97,10 +97,13 @@ class GroupDigest:
             CorruptDataError: they are missing or were modified.
         """
         content = read_hashed_metadata(metadata, GROUPS_KEY, where=where)
-        try:
-            return [cls(int(documents), str(digest)) for documents, digest in content]
-        except (TypeError, ValueError) as error:
-            raise CorruptDataError(f"{where}: invalid list of row groups: {error}") from error
+        if isinstance(content, list) and all(_is_digest(entry) for entry in content):
+            return [cls(documents, digest) for documents, digest in content]
+        raise CorruptDataError(f"{where}: {GROUPS_KEY.decode()} is not a list of row groups: {content!r:.200}")
+
+
+def _is_digest(entry: object) -> bool:
+    return isinstance(entry, list) and [type(part) for part in entry] == [int, str] and entry[0] >= 0
 
 
 def _fields(document: Document) -> Iterator[Any]:
@@ -277,6 +280,7 @@ class ShardRows(Documents):
             self._masks[index],
             self._lengths[index],
             self._labels[index],
+            where,
         )
         found, stored = checksum(document), self._checksums[index]
         if found != stored:
@@ -284,6 +288,9 @@ class ShardRows(Documents):
                 f"{where}: checksum {found}, expected {stored}: the document was modified; capture or download "
                 "its shard again"
             )
+        own = document_id(document.input_ids, document.loss_mask, document.segment_lengths)
+        if document.doc_id != own:
+            raise CorruptDataError(f"{where}: doc_id is {document.doc_id!r:.100}, expected {own}")
         check_document(document, self._header, self._codec, where)
         return document
 

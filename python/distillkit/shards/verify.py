@@ -8,13 +8,11 @@ from functools import partial
 from os import PathLike
 from typing import Any, NoReturn, TypeVar
 
-import fsspec
-
 from distillkit.codec import CodecConfig
 from distillkit.errors import DistillKitError, MismatchError
 from distillkit.shards.manifest import ShardInfo
 from distillkit.shards.reader import Dataset, DocumentFile
-from distillkit.shards.storage import file_hash
+from distillkit.shards.storage import file_hash, locate
 from distillkit.types import Document
 
 _T = TypeVar("_T")
@@ -143,7 +141,7 @@ def _check_info(file: DocumentFile, info: ShardInfo, counts: _Counts) -> None:
 def _check_hash(file: DocumentFile, expected: str | None) -> None:
     if not expected:
         return
-    filesystem, inner = fsspec.core.url_to_fs(file.path)
+    filesystem, inner = locate(file.path)
     with filesystem.open(inner, "rb") as content:
         found = file_hash(content)
     if found != expected:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -22,31 +20,49 @@ from distillkit.codec import Codec
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.shards.header import Header
-from distillkit.shards.manifest import Manifest, ShardInfo, merged_fidelity, read_manifest
+from distillkit.shards.lock import FolderLock
+from distillkit.shards.manifest import (
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    is_shard_name,
+    merged_fidelity,
+    read_manifest,
+    shard_name,
+)
 from distillkit.shards.reader import ShardFile
 from distillkit.shards.storage import Folder, file_hash, writing
-from distillkit.shards.table import SCHEMA, GroupDigest, check_document, document_id, document_table, int32_array
+from distillkit.shards.table import (
+    GROUPS_KEY,
+    SCHEMA,
+    GroupDigest,
+    check_document,
+    document_id,
+    document_table,
+    int32_array,
+)
 from distillkit.types import Document, SparseLogprobs
 
 __all__ = [
     "NewShard",
     "ShardWriter",
     "encode_rows",
+    "is_dataset_file",
     "kept_array",
     "make_document",
     "shard_info",
-    "shard_name",
+    "stored_schema",
+    "value_bytes",
     "whole_shards",
 ]
 
 _ROW_GROUP_BYTES = 1 << 20
-"""Teacher bytes per row group, the unit that random access reads."""
-_SHARD_NAME = re.compile(r"data-(\d{5,})\.parquet")
+"""Bytes per row group, of the teacher and of kept columns: the unit that random access reads."""
 
 
-def shard_name(number: int) -> str:
-    """The file name of a dataset's shard, by its number."""
-    return f"data-{number:05}.parquet"
+def is_dataset_file(name: str) -> bool:
+    """Whether a file name is that of a shard or the manifest."""
+    return is_shard_name(name) or name == MANIFEST
 
 
 def whole_shards(folder: str | os.PathLike[str]) -> list[tuple[ShardInfo, Header]]:
@@ -57,7 +73,7 @@ def whole_shards(folder: str | os.PathLike[str]) -> list[tuple[ShardInfo, Header
     """
     place = Folder(folder)
     found = []
-    for number, name in enumerate(name for name in place.names() if _SHARD_NAME.fullmatch(name)):
+    for number, name in enumerate(name for name in place.names() if is_shard_name(name)):
         if name != shard_name(number):
             raise CorruptDataError(f"{folder}: {shard_name(number)} is missing, but {name} exists")
         found.append(shard_info(place, name))
@@ -65,14 +81,15 @@ def whole_shards(folder: str | os.PathLike[str]) -> list[tuple[ShardInfo, Header
 
 
 def shard_info(folder: Folder, name: str) -> tuple[ShardInfo, Header]:
-    """A shard's counts, size and file hash, and its header.
+    """A shard's counts, size and file hash, and its header. Reads and checks all of it, as its hash is taken over it.
 
     Raises:
         CorruptDataError: the shard is damaged.
     """
     shard = ShardFile(folder.of(name))
-    with fsspec.open(folder.of(name), "rb") as file:
-        return replace(shard.info(), xxh3_128=file_hash(file)), shard.header
+    for _ in shard.blocks():
+        pass
+    return replace(shard.info(), xxh3_128=folder.file_hash(name)), shard.header
 
 
 def encode_rows(codec: Codec, rows: SparseLogprobs) -> tuple[bytes, FidelityStats]:
@@ -114,7 +131,8 @@ class ShardWriter:
         resumed: the finished shards found in the folder.
 
     Raises:
-        InputError: the folder contains shards without `resume`, or a finished dataset.
+        InputError: the folder contains shards without `resume`, or a finished dataset; or another process is writing
+            to it.
         MismatchError: its shards have a different header.
         CorruptDataError: its shards are damaged.
 
@@ -145,11 +163,16 @@ class ShardWriter:
         self._header = header
         self._codec = header.make_codec()
         self._shard_tokens = shard_tokens
-        self._folder.make()
-        self._shards, self._headers = self._existing(resume)
-        self.resumed: tuple[ShardInfo, ...] = tuple(self._shards)
-        self._folder.remove_leftovers()
         self._open: NewShard | None = None
+        self._folder.make()
+        self._lock = FolderLock(self._folder)
+        try:
+            self._shards, self._headers = self._existing(resume)
+            self._folder.remove_leftovers(is_dataset_file)
+        except BaseException:
+            self._lock.release()
+            raise
+        self.resumed: tuple[ShardInfo, ...] = tuple(self._shards)
         self._manifest: Manifest | None = None
         self._failed = False
 
@@ -165,6 +188,11 @@ class ShardWriter:
         for info, header in found:
             self._header.check_same(header, where=self._folder.of(info.file))
         return [info for info, _ in found], [header for _, header in found]
+
+    def resumed_documents(self) -> Iterator[Document]:
+        """The documents of the finished shards found in the folder, in order."""
+        for shard in self.resumed:
+            yield from ShardFile(self._folder.of(shard.file))
 
     def write(
         self,
@@ -230,7 +258,9 @@ class ShardWriter:
 
     def _check_usable(self) -> None:
         if self._failed:
-            raise InputError(f"{self._folder}: an earlier write failed; continue with a new writer and resume=True")
+            raise InputError(
+                f"{self._folder}: an earlier write failed or was aborted; continue with a new writer and resume=True"
+            )
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -238,7 +268,6 @@ class ShardWriter:
         try:
             yield
         except BaseException:
-            self._failed = True
             self.abort()
             raise
 
@@ -257,13 +286,16 @@ class ShardWriter:
         with self._failing():
             manifest.write(self._folder)
         self._manifest = manifest
+        self._lock.release()
         return manifest
 
     def abort(self) -> None:
-        """Discards the shard being written."""
+        """Discards the shard being written. Whole shards stay, for a new writer to resume from."""
+        self._failed = self._failed or self._manifest is None
         if self._open is not None:
             self._open.abort()
             self._open = None
+        self._lock.release()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -339,7 +371,7 @@ class NewShard:
     """
 
     def __init__(self, folder: Folder, name: str, kept: pa.Schema | None = None) -> None:
-        self._place, self._kept = folder.of(name), kept or pa.schema([])
+        self._place, self._kept = folder.of(name), stored_schema(kept or pa.schema([]))
         self._folder, self._name = folder, name
         with writing(self._place):
             self._file = folder.new_file(name)
@@ -372,7 +404,7 @@ class NewShard:
             self._stats.merge(stats)
         self._pending.append(document)
         self._columns.append(columns or {})
-        self._pending_bytes += len(document.teacher)
+        self._pending_bytes += len(document.teacher) + value_bytes(columns or {})
         self.documents += 1
         self.tokens += len(document.input_ids)
         self.rows += document.num_rows
@@ -398,13 +430,15 @@ class NewShard:
         """Writes the remaining documents and metadata, and publishes the file."""
         self._write_row_group()
         with writing(self._place):
-            self._writer.add_key_value_metadata({**header.to_metadata(), **GroupDigest.to_metadata(self._groups)})
+            groups = GroupDigest.to_metadata(self._groups)
+            self._writer.add_key_value_metadata({**header.to_metadata(), **groups})
             self._writer.close()
             self._file.stream.flush()
             with open(self._file.stream.name, "rb") as file:
                 digest, size = file_hash(file), os.fstat(file.fileno()).st_size
             self._file.publish()
-        return ShardInfo(self._name, self.documents, self.tokens, self.rows, size, digest)
+        bound = groups[GROUPS_KEY + b".xxh3"].decode()
+        return ShardInfo(self._name, self.documents, self.tokens, self.rows, size, digest, bound)
 
     def abort(self) -> None:
         """Discards the shard."""
@@ -415,15 +449,56 @@ class NewShard:
 
 
 def kept_array(values: list[Any], field: pa.Field) -> pa.Array:
-    """The values of a kept column as an Arrow array.
+    """The values of a kept column as an Arrow array, of the type that `stored_schema` gives it.
 
     Raises:
         InputError: a value does not have the column's type.
     """
+    kind = _stored_type(field.type)
+    if kind != field.type:
+        values = [_stored_value(value, field.type) for value in values]
     try:
-        return pa.array(values, type=field.type)
+        return pa.array(values, type=kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"cannot keep the source's column {field.name} as type {field.type}: {error}") from error
+        raise InputError(f"cannot keep the source's column {field.name} as type {kind}: {error}") from error
+
+
+def stored_schema(kept: pa.Schema) -> pa.Schema:
+    """The schema of kept columns as Parquet can store it: objects that are `{}` in every row become nulls."""
+    return pa.schema([field.with_type(_stored_type(field.type)) for field in kept])
+
+
+def _stored_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(kind):
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        return pa.struct([field.with_type(_stored_type(field.type)) for field in fields]) if fields else pa.null()
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_stored_type(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_stored_type(kind.value_type)))
+    return kind
+
+
+def _stored_value(value: Any, kind: pa.DataType) -> Any:
+    if value is None or (pa.types.is_struct(kind) and kind.num_fields == 0):
+        return None
+    if pa.types.is_struct(kind):
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        return {field.name: _stored_value(value.get(field.name), field.type) for field in fields}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_stored_value(item, kind.value_type) for item in value]
+    return value
+
+
+def value_bytes(value: Any) -> int:
+    """About how many bytes a kept value takes."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(value_bytes, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(value_bytes, value))
+    return 8
 
 
 def _leaves(schema: pa.Schema) -> list[str]:

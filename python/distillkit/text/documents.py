@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, InputError
+from distillkit.shards.overflow import default_overlap, windows
+from distillkit.text.arrow_rows import stored_value
 from distillkit.text.layouts import has_value
 from distillkit.text.policy import capture_policy
 from distillkit.text.rows import RowReader
@@ -20,6 +23,7 @@ from distillkit.types import TokenDocument
 
 __all__ = ["DocumentReader", "TokenDocument", "default_overlap", "windows"]
 
+logger = logging.getLogger(__name__)
 
 # Rows tokenised per call: fast tokenizers use all cores for a batch.
 _TOKENIZE_ROWS = 64
@@ -46,8 +50,12 @@ class DocumentReader:
         overlap: tokens that each piece repeats from the previous one as context; None: `default_overlap`.
         loss_on: which tokens count in the loss; see `capture_policy`.
         keep_columns: names of source columns to copy to the documents, "all", or "none".
-        drop_duplicates: skip documents whose ids and mask have been seen before; takes about 120 bytes of memory per
-            document. None: only if no columns are kept, so that with columns the output rows match the input rows.
+        read_columns: the columns to read rows by; none: those that they have. See `capture_policy`.
+        append_eos: whether plain text ends with the end-of-sequence token. None: if the tokenizer has one.
+        drop_duplicates: skip documents whose ids and mask have been seen before, measured before they are cut; takes
+            about 120 bytes of memory per document. None: only if no columns are kept, so that with columns the output
+            rows match the input rows.
+        skip_bad: skip up to this many rows that are not understood or cannot be rendered.
         rows, empty, short: counted while iterating: rows read, rows without content, and documents of one token (no
             next token to predict).
     """
@@ -67,11 +75,15 @@ class DocumentReader:
     overlap: int | None = None
     loss_on: str = "auto"
     keep_columns: str | Sequence[str] = "none"
+    read_columns: Sequence[str] = ()
+    append_eos: bool | None = None
     drop_duplicates: bool | None = None
+    skip_bad: int = 0
     rows: int = field(default=0, init=False)
     empty: int = field(default=0, init=False)
     short: int = field(default=0, init=False)
     _counts: dict[str, int] = field(default_factory=dict, init=False)
+    _seen: set[bytes] | None = field(default=None, init=False)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -90,7 +102,9 @@ class DocumentReader:
 
     @cached_property
     def _reader(self) -> RowReader:
-        return RowReader(self.tokenizer, capture_policy(self.loss_on, render_chats=self.chat), self.id_limit)
+        ends = getattr(self.tokenizer, "eos_token", None) is not None if self.append_eos is None else self.append_eos
+        policy = capture_policy(self.loss_on, render_chats=self.chat, columns=self.read_columns, append_eos=ends)
+        return RowReader(self.tokenizer, policy, self.id_limit)
 
     def __iter__(self) -> Iterator[TokenDocument]:
         """Yield the documents.
@@ -103,19 +117,21 @@ class DocumentReader:
         self.rows = self.empty = self.short = 0
         self._counts = {}
         drop = self.keep_columns in ("none", ("none",)) if self.drop_duplicates is None else self.drop_duplicates
-        return self._without_duplicates(self._read()) if drop else self._read()
+        self._seen = set() if drop else None
+        return self._read()
 
-    def _without_duplicates(self, documents: Iterator[TokenDocument]) -> Iterator[TokenDocument]:
+    def _is_duplicate(self, document: TokenDocument) -> bool:
+        """Whether a complete document has been seen before: long ones may have pieces in common."""
         from distillkit.shards.table import document_id
 
-        seen = set()
-        for document in documents:
-            key = bytes.fromhex(document_id(document.input_ids, document.loss_mask))
-            if key in seen:
-                self._count("duplicate_documents")
-                continue
-            seen.add(key)
-            yield document
+        if self._seen is None:
+            return False
+        mask = document.loss_mask
+        # Nothing predicts the first token, so its mask does not matter.
+        key = bytes.fromhex(document_id(document.input_ids, None if mask is None or mask[1:].all() else mask))
+        known = key in self._seen
+        self._seen.add(key)
+        return known
 
     def _count(self, what: str) -> None:
         self._counts[what] = self._counts.get(what, 0) + 1
@@ -152,18 +168,45 @@ class DocumentReader:
 
     def _documents(self, rows: Sequence[Row]) -> Iterator[TokenDocument]:
         """Tokenise some rows and cut their documents."""
-        names = self.kept.names
-        for (where, row), documents in zip(rows, self._reader(rows), strict=True):
+        kept = self.kept
+        for (where, row), documents in self._read_rows(rows):
             self.rows += 1
             if not any(len(document.input_ids) for document in documents):
                 self.empty += 1
                 continue
-            columns = {name: row.get(name) for name in names} if names else None
+            columns = {field.name: stored_value(row.get(field.name), field.type) for field in kept} or None
             for document in documents:
                 length = len(document.input_ids)
                 for start, stop, mask in self._pieces(document):
                     place = where if stop - start == length else f"{where}, tokens {start}…{stop - 1}"
                     yield TokenDocument(document.input_ids[start:stop], place, mask, columns)
+
+    def _read_rows(self, rows: Sequence[Row]) -> Iterator[tuple[Row, list[TokenDocument]]]:
+        """Tokenise rows, without those that cannot be read."""
+        try:
+            yield from list(zip(rows, self._reader(rows), strict=True))
+            return
+        except InputError:
+            if not self.skip_bad:
+                raise
+        for row in rows:
+            documents = self._read_or_skip(row)
+            if documents is not None:
+                yield row, documents
+
+    def _read_or_skip(self, row: Row) -> list[TokenDocument] | None:
+        """Tokenise a row; None if it is one of those that may be left out."""
+        try:
+            return self._reader([row])[0]
+        except InputError as error:
+            if self._counts.get("rows_that_cannot_be_used", 0) == self.skip_bad:
+                raise InputError(
+                    f"{error} (after {self.skip_bad} others; --skip-bad-documents sets how many may be left out)"
+                ) from error
+            logger.warning("left out: %s", error)
+        self.rows += 1
+        self._count("rows_that_cannot_be_used")
+        return None
 
     def _pieces(self, document: TokenDocument) -> Iterator[tuple[int, int, npt.NDArray[np.bool_] | None]]:
         """Yield (start, stop, mask) of each piece of a document to capture: none, the complete document, or several.
@@ -176,6 +219,9 @@ class DocumentReader:
             return
         if not (self.shortest or 0) <= length <= (self.longest or length):
             self._count("documents_left_out_by_length")
+            return
+        if self._is_duplicate(document):
+            self._count("duplicate_documents")
             return
         pieces = [(0, length)]
         if length > self.max_tokens:
@@ -200,21 +246,3 @@ class DocumentReader:
                 yield start, stop, None if mask[1:].all() else mask
         if not some:
             self._count("documents_without_a_counted_token")
-
-
-def default_overlap(max_tokens: int) -> int:
-    """Return how many tokens each piece of a long document repeats from the previous one: an eighth of a piece."""
-    return max(1, max_tokens // 8)
-
-
-def windows(length: int, limit: int, overlap: int) -> list[tuple[int, int]]:
-    """Cut `length` tokens into (start, stop) pieces of at most `limit`, each starting `overlap` before the last ends.
-
-    With an overlap of at least one, every token but the first shares a piece with the token before it, so each of
-    them gets a distribution.
-    """
-    pieces = [(0, min(length, limit))]
-    while pieces[-1][1] < length:
-        start = pieces[-1][1] - overlap
-        pieces.append((start, min(length, start + limit)))
-    return pieces

@@ -1,20 +1,27 @@
-"""File formats of text datasets: JSON Lines, JSON, text, Parquet."""
+"""File formats of text datasets: JSON Lines, JSON, text, Parquet; all but Parquet may be compressed."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
 import json
+import lzma
 import weakref
+import zlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from distillkit.errors import ConfigError, InputError
+from distillkit.errors import ConfigError, CorruptDataError, InputError
+from distillkit.shards.parquet import open_parquet, validated
+from distillkit.text.arrow_rows import arrow_rows
+from distillkit.text.file_names import SUFFIXES, format_suffix
 
 __all__ = []
 
@@ -53,20 +60,44 @@ class _Format:
     schema: Callable[[Path, Sequence[str] | None], pa.Schema]
 
 
+_DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressed."""
+    compressed = _DECOMPRESSORS.get(file.suffix.lower())
+    try:
+        with file.open("rb") if compressed is None else compressed(file) as data:
+            yield cast(BinaryIO, data)
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{file}: damaged, or not compressed as its name says: {error}") from error
+
+
+def _read(file: Path) -> bytes:
+    with _open(file) as data:
+        return data.read().removeprefix(_BYTE_ORDER_MARK)
+
+
 def _count_lines(file: Path) -> int:
-    with file.open("rb") as lines:
+    with _open(file) as lines:
         return sum(1 for line in lines if line.strip())
 
 
 def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:
+    with _open(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"line {number}", _parse_json(line, f"{file}, line {number}")
 
 
+def _load_lines(file: Path) -> _Rows:
+    return list(_read_lines(file)) if file.suffix.lower() in _DECOMPRESSORS else _Lines(file)
+
+
 class _Lines:
-    """Random access to the lines of a JSON Lines file."""
+    """Random access to the lines of a JSON Lines file that is not compressed."""
 
     def __init__(self, file: Path) -> None:
         self._path = file
@@ -94,7 +125,7 @@ def _json_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
     """Return the schema of a JSON file, unified over all its rows."""
     names: dict[str, None] = {}
     found = pa.schema([])
-    rows = (row for _, row in FORMATS[file.suffix].read(file) if isinstance(row, Mapping))
+    rows = (row for _, row in file_format(file).read(file) if isinstance(row, Mapping))
     while batch := list(itertools.islice(rows, _SCHEMA_ROWS)):
         names |= dict.fromkeys(name for row in batch for name in row)
         for name in [name for name in names if columns is None or name in columns]:
@@ -118,30 +149,30 @@ def _with_values(schema: pa.Schema, name: str, values: list[Any], file: Path) ->
 def _parse_json(data: bytes, where: str) -> Any:
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON in UTF-8: {error}") from error
 
 
 def _is_array(file: Path) -> bool:
     """Whether a `.json` file holds a single array; otherwise it is read as JSON Lines."""
-    with file.open("rb") as data:
-        return data.read(4096).lstrip().startswith(b"[")
+    with _open(file) as data:
+        return data.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
 
 
 def _count_json(file: Path) -> int:
-    return len(_parse_json(file.read_bytes(), str(file))) if _is_array(file) else _count_lines(file)
+    return len(_parse_json(_read(file), str(file))) if _is_array(file) else _count_lines(file)
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
     if not _is_array(file):
         yield from _read_lines(file)
         return
-    for index, row in enumerate(_parse_json(file.read_bytes(), str(file))):
+    for index, row in enumerate(_parse_json(_read(file), str(file))):
         yield f"row {index}", row
 
 
 def _load_json(file: Path) -> _Rows:
-    return list(_read_json(file)) if _is_array(file) else _Lines(file)
+    return list(_read_json(file)) if _is_array(file) else _load_lines(file)
 
 
 def _text_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
@@ -150,16 +181,19 @@ def _text_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
 
 def _read_text(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        yield "", {"text": file.read_text(encoding="utf-8")}
+        # As in Python's text files, line ends become "\n".
+        yield "", {"text": _read(file).decode().replace("\r\n", "\n").replace("\r", "\n")}
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text: {error}") from error
 
 
-def _open_parquet(file: Path) -> Any:
+@contextmanager
+def _open_parquet(file: Path) -> Iterator[Any]:
     try:
-        return pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{file}: not a Parquet file: {error}") from error
+        with open_parquet(str(file)) as parquet:
+            yield parquet
+    except (CorruptDataError, pa.ArrowException) as error:
+        raise InputError(f"{file}: not a Parquet file, or damaged: {error}") from error
 
 
 def _count_parquet(file: Path) -> int:
@@ -180,28 +214,45 @@ class _Table:
     """Random access to the rows of a Parquet file, held in memory."""
 
     def __init__(self, file: Path) -> None:
+        self._path = file
         with _open_parquet(file) as parquet:
-            self._table = parquet.read(columns=_parquet_columns(parquet))
+            self._table = validated(parquet.read(columns=_parquet_columns(parquet)), file)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
     def __getitem__(self, index: int) -> tuple[str, Any]:
-        return f"row {index}", self._table.slice(index, 1).to_pylist()[0]
+        place = f"row {index}"
+        return place, next(arrow_rows(self._table.slice(index, 1), f"{self._path}, {place}"))
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
     with _open_parquet(file) as parquet:
         index = 0
         for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=_parquet_columns(parquet)):
-            for row in batch.to_pylist():
+            where = f"{file}, rows from {index}"
+            for row in arrow_rows(validated(batch, where), where):
                 yield f"row {index}", row
                 index += 1
 
 
+_LINES = _Format(_count_lines, _read_lines, _load_lines, _json_schema)
 FORMATS = {
-    ".jsonl": _Format(_count_lines, _read_lines, _Lines, _json_schema),
+    ".jsonl": _LINES,
+    ".ndjson": _LINES,
     ".json": _Format(_count_json, _read_json, _load_json, _json_schema),
     ".txt": _Format(lambda file: 1, _read_text, lambda file: list(_read_text(file)), _text_schema),
     ".parquet": _Format(_count_parquet, _read_parquet, _Table, _parquet_schema),
 }
+
+
+def file_format(file: Path) -> _Format:
+    """Return the format that a file's name says.
+
+    Raises:
+        ConfigError: files of this name are not read.
+    """
+    suffix = format_suffix(file)
+    if suffix not in FORMATS:
+        raise ConfigError(f"{file}: expected a file of {SUFFIXES}, found {file.suffix or 'no suffix'!r}")
+    return FORMATS[suffix]

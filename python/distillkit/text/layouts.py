@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,16 @@ __all__ = [
     "CHATS",
     "COMPLETION",
     "PROMPTS",
+    "before_messages",
     "chat_messages",
-    "find_layout",
+    "find_layouts",
     "given_ids",
     "given_mask",
+    "message_weights",
     "read_messages",
     "read_text",
     "read_tools",
+    "template_options",
 ]
 
 # Column sets that rows are read by: conversations, and prompts with their responses.
@@ -39,8 +42,19 @@ PROMPTS = (("prompt", "response"), COMPLETION)
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "tool_response": "tool",
     **{role: role for role in ("system", "user", "assistant", "tool", "developer")},
 }
+# Roles whose content is a tool call as JSON text: {"name": …, "arguments": …}, or a list of them.
+_CALLS = ("function_call", "tool_call")
+# Keys that say whether an assistant's message counts in the loss.
+_WEIGHTS = ("weight", "train")
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def has_value(found: Any, value: str) -> bool:
@@ -62,7 +76,7 @@ def given_ids(row: Mapping[str, Any], where: str, id_limit: int) -> list[npt.NDA
     Raises:
         InputError: the ids are invalid, or the mask does not match them.
     """
-    ids = np.asarray(row["input_ids"])
+    ids = _numbers(row, "input_ids", where)
     if ids.size == 0:
         return []
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -73,7 +87,7 @@ def given_ids(row: Mapping[str, Any], where: str, id_limit: int) -> list[npt.NDA
     ids = ids.astype(np.int32)
     if row.get("attention_mask") is None:
         return [ids]
-    mask = np.asarray(row["attention_mask"])
+    mask = _numbers(row, "attention_mask", where)
     if mask.shape != ids.shape:
         raise InputError(f"{where}: attention_mask has shape {mask.shape}, input_ids {ids.shape}")
     borders = np.flatnonzero(np.diff(mask)) + 1
@@ -91,10 +105,10 @@ def given_mask(row: Mapping[str, Any], where: str, columns: Sequence[str]) -> np
     Raises:
         InputError: labels or a mask do not match the ids.
     """
-    ids = np.asarray(row["input_ids"])
+    ids = _numbers(row, "input_ids", where)
 
     def values(name: str) -> npt.NDArray[Any]:
-        found = np.asarray(row[name])
+        found = _numbers(row, name, where)
         if found.shape != ids.shape:
             raise InputError(f"{where}: {name} has shape {found.shape}, input_ids {ids.shape}")
         return found
@@ -111,34 +125,42 @@ def given_mask(row: Mapping[str, Any], where: str, columns: Sequence[str]) -> np
     return np.all([values(name) != 0 for name in there], axis=0) if there else None
 
 
-def find_layout(
-    row: Mapping[str, Any],
-    where: str,
-    layouts: Sequence[tuple[str, ...]],
-    text_column: str,
-) -> tuple[str, ...] | None:
-    """Return the columns to read a row by: the first of `layouts` whose columns all have values.
+def _numbers(row: Mapping[str, Any], name: str, where: str) -> npt.NDArray[Any]:
+    """Return a column of numbers."""
+    try:
+        found = np.asarray(row[name])
+    except ValueError as error:
+        raise InputError(f"{where}: {name} must be a list of numbers: {error}") from error
+    if found.size and found.dtype.kind not in "biuf":
+        raise InputError(f"{where}: {name} must be a list of numbers, found {row[name]!r:.200}")
+    return found
 
-    None if the row matches layouts, but each of them has a column without a value.
+
+def find_layouts(row: Mapping[str, Any], where: str, layouts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return the column sets that a row can be read by: those of `layouts` whose columns all have values.
+
+    Those whose columns have content come first: an empty list of messages is no reason to pass over text.
 
     Args:
         row: all columns of the row.
         where: location of the row, for messages.
         layouts: see `ReadingPolicy`.
-        text_column: name of the column with plain text.
 
     Raises:
         InputError: no layout has all its columns in the row.
     """
     known = [columns for columns in layouts if all(column in row for column in columns)]
     if not known:
-        first, last = (text_column,), ("input_ids",)
-        between = [columns for columns in layouts if columns not in (first, last)]
-        understood = "; ".join(" + ".join(columns) for columns in (first, *between, last))
         raise InputError(
-            f"{where}: found the columns {', '.join(map(str, row)) or '(none)'}; understood are {understood}"
+            f"{where}: found the columns {', '.join(map(str, row)) or '(none)'}; understood are "
+            f"{'; '.join(' + '.join(columns) for columns in layouts)}"
         )
-    return next((columns for columns in known if all(row[column] is not None for column in columns)), None)
+    given = [columns for columns in known if all(row[column] is not None for column in columns)]
+    return sorted(given, key=lambda columns: not all(_is_filled(row[column]) for column in columns))
+
+
+def _is_filled(value: Any) -> bool:
+    return not hasattr(value, "__len__") or len(value) > 0
 
 
 def chat_messages(
@@ -146,59 +168,180 @@ def chat_messages(
 ) -> tuple[list[dict[str, Any]], list[Any] | None]:
     """Return a chat row's messages (role, content, …) and its tool definitions.
 
+    The columns `system` and `history` (pairs of question and answer) come before the messages.
+
     Raises:
         InputError: a message or the tool definitions are malformed.
     """
     if len(columns) == 1 or columns == ("tools", "turns"):
-        tools = row.get("tools")
-        given = read_tools(tools, where) if tools or len(columns) > 1 else None
-        return read_messages(row[columns[-1]], where, columns[-1]), given
+        given = row["tools"] if len(columns) > 1 else row.get("tools") or None
+        tools = None if given is None else read_tools(given, where)
+        return before_messages(row, where, read_messages(row[columns[-1]], where, columns[-1])), tools
     question, answer = (read_text(row[column], where, column) for column in columns)
     if columns == ("instruction", "output") and row.get("input"):
         question = f"{question}\n\n{read_text(row['input'], where, 'input')}"
+    tools = read_tools(row["tools"], where) if row.get("tools") else None
     if not question.strip() and not answer.strip():
         return [], None
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], None
+    return before_messages(row, where, [_said("user", question), _said("assistant", answer)]), tools
+
+
+def before_messages(row: Mapping[str, Any], where: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages after those of the row's columns `system` and `history`.
+
+    Raises:
+        InputError: the columns are malformed, or the messages begin with another system prompt.
+    """
+    if not messages:
+        return messages
+    before = []
+    for index, turn in enumerate(_list(row.get("history") or [], where, "history")):
+        if isinstance(turn, Mapping):
+            before.append(_message(turn, f"{where}: history[{index}]"))
+            continue
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise InputError(f"{where}: history[{index}] must be a question and its answer, found {turn!r:.200}")
+        texts = [read_text(text, where, f"history[{index}]") for text in turn]
+        before += [_said("user", texts[0]), _said("assistant", texts[1])]
+    system = read_text(row.get("system") or "", where, "system")
+    if not system.strip():
+        return before + messages
+    if messages[0]["role"] != "system":
+        return [_said("system", system), *before, *messages]
+    if messages[0]["content"] != system:
+        raise InputError(f"{where}: the column system and the first message are different system prompts: keep one")
+    return [messages[0], *before, *messages[1:]]
+
+
+def _said(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
 def read_messages(turns: Any, where: str, column: str) -> list[dict[str, Any]]:
-    """Return the messages (role, content, …) of a column.
+    """Return the messages (role, content, …) of a column. Messages that only call tools are joined.
 
     Raises:
         InputError: the value is not a list of messages.
     """
     turns = _list(turns, where, column)
-    return [_message(turn, f"{where}: {column}[{index}]") for index, turn in enumerate(turns)]
+    messages: list[dict[str, Any]] = []
+    only_calls = False
+    for index, turn in enumerate(turns):
+        message = _message(turn, f"{where}: {column}[{index}]")
+        before, only_calls = only_calls, turn.get("role", turn.get("from")) in _CALLS
+        if before and only_calls:
+            messages[-1]["tool_calls"] += message["tool_calls"]
+        else:
+            messages.append(message)
+    return messages
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
-    """Return one message as {role, content, …}, translating {from, value}; keys without a value are dropped."""
+    """Return one message as {role, content, …}, translating {from, value}; keys without a value are dropped.
+
+    A message without content has the content None.
+    """
     if not isinstance(turn, Mapping) or not ({"role"} <= turn.keys() or {"from", "value"} <= turn.keys()):
         raise InputError(f"{where} must have role and content, or from and value; found {turn!r:.200}")
     message = {key: value for key, value in turn.items() if value is not None}
     if "role" not in message:
-        message = {"role": message.pop("from", None), "content": message.pop("value", ""), **message}
-    if message["role"] not in _ROLES:
-        raise InputError(f"{where}: the role {message['role']!r} is not known; known are {', '.join(_ROLES)}")
-    message["role"] = _ROLES[message["role"]]
-    message.setdefault("content", "")
+        message = {"role": message.pop("from", None), "content": message.pop("value", None), **message}
+    role = message["role"]
+    if not isinstance(role, str) or role not in _ROLES:
+        raise InputError(f"{where}: the role {role!r} is not known; known are {', '.join(_ROLES)}")
+    message["role"] = _ROLES[role]
+    message.setdefault("content", None)
+    if role in _CALLS and not message.get("tool_calls"):
+        calls = _json(read_text(message["content"], where, "content"), f"{where}: the call of role {role}")
+        message |= {"content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+    if "function_call" in message:
+        message.setdefault("tool_calls", [message.pop("function_call")])
     if "tool_calls" in message:
-        message["tool_calls"] = [_tool_call(call, where) for call in message["tool_calls"]]
+        calls = _list(message["tool_calls"], where, "tool_calls")
+        message["tool_calls"] = [_tool_call(call, where) for call in calls]
+        if not calls:
+            del message["tool_calls"]
+    message["content"] = _content(message["content"], message["role"], where)
     return message
 
 
+def _content(content: Any, role: str, where: str) -> Any:
+    """Return a message's content: text, parts of text, or None; of a tool, whatever it answered."""
+    if content is None or isinstance(content, str):
+        return content
+    if role == "tool" and not (isinstance(content, (list, tuple)) and _typed(content)):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise InputError(f"{where}: content must be text or a list of parts, found {type(content).__name__}")
+    parts = []
+    for index, part in enumerate(content):
+        if isinstance(part, str):
+            part = {"text": part}
+        kind = part.get("type") or "text" if isinstance(part, Mapping) else type(part).__name__
+        if kind not in _TEXT_PARTS:
+            raise InputError(f"{where}: content[{index}] is of type {kind}; only text can be read")
+        parts.append({"type": "text", "text": read_text(part.get("text"), where, f"content[{index}].text")})
+    return parts
+
+
+def _typed(parts: Sequence[Any]) -> bool:
+    return all(isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in parts)
+
+
+def message_weights(messages: list[dict[str, Any]], where: str) -> list[bool] | None:
+    """Take `weight` and `train` out of messages; return which messages count, or None if none of them says.
+
+    Raises:
+        InputError: a weight is not 0 or 1.
+    """
+    weights, given = [], False
+    for index, message in enumerate(messages):
+        values = [message.pop(key) for key in _WEIGHTS if key in message]
+        if not all(isinstance(value, (bool, int, float)) and value in (0, 1) for value in values):
+            raise InputError(f"{where}: message {index}: weight and train must be 0 or 1, found {values[-1]!r}")
+        given |= bool(values)
+        weights.append(all(values))
+    return weights if given else None
+
+
+def template_options(row: Mapping[str, Any], reserved: Collection[str], where: str) -> dict[str, Any]:
+    """Return a row's `chat_template_kwargs`: a mapping, or JSON text of one.
+
+    Raises:
+        InputError: it is something else, or sets what this program sets itself.
+    """
+    options = row.get("chat_template_kwargs") or {}
+    if isinstance(options, str):
+        options = _json(options, f"{where}: chat_template_kwargs")
+        options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise InputError(f"{where}: chat_template_kwargs must be a mapping, found {type(options).__name__}")
+    taken = sorted(set(options) & set(reserved))
+    if taken:
+        raise InputError(
+            f"{where}: chat_template_kwargs: {', '.join(taken)} cannot be set here; it is for variables of the chat "
+            "template, such as enable_thinking"
+        )
+    return dict(options)
+
+
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """Return a tool call in the form that chat templates expect, with its arguments parsed."""
+    """Return a tool call in the form that chat templates expect; its arguments may be JSON text."""
+    if isinstance(call, str):
+        call = _json(call, f"{where}: a tool call")
     function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or "name" not in function:
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError(f"{where}: a tool call needs a name; found {call!r:.200}")
     arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}
     if isinstance(arguments, str):
-        arguments = _json(arguments, f"{where}: the arguments of {function['name']}")
-    return {
-        "type": "function",
-        "function": {"name": function["name"], "arguments": {} if arguments is None else arguments},
-    }
+        _json(arguments, f"{where}: the arguments of {function['name']}")
+    around = {key: value for key, value in call.items() if key != "function"} if function is not call else {}
+    known = {**function, "name": function["name"], "arguments": arguments}
+    if function is call:
+        around = {key: known.pop(key) for key in ("id", "type") if key in known}
+    return {**around, "type": "function", "function": known}
 
 
 def read_tools(tools: Any, where: str) -> list[Any]:
@@ -215,7 +358,7 @@ def read_tools(tools: Any, where: str) -> list[Any]:
 def _json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{what} is not JSON: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,16 @@ class SettingNames:
         assistant, completion: the setting that restricts the loss to that part.
         template: the setting that names a tokenizer or a chat template.
         everything: how to compute the loss on all tokens instead.
+        columns: the setting that chooses the columns to read.
+        end: the setting that ends plain text with the end-of-sequence token, or names that token.
     """
 
     assistant: str
     completion: str
     template: str
     everything: str
+    columns: str
+    end: str
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,9 @@ class ReadingPolicy:
 
     Attributes:
         names: names of the settings in messages.
-        layouts: sets of columns to read a row by, in order of preference; token ids come first. Capture then prefers
-            layouts with the part its loss is on. Training prefers chats to text and, like TRL, accepts prompt +
-            completion but not prompt + response.
+        layouts: sets of columns to read a row by, in order of preference. By default token ids come first, and then
+            prompts, chats and text, as with TRL; captures put layouts with the part that their loss is on before
+            others. Training, like TRL, accepts prompt + completion but not prompt + response.
         text_column: the column with plain text.
         assistant: only the assistant's turns count.
         completion: only the response to a prompt counts. True: every row must have one; None: in rows that have one.
@@ -46,16 +51,13 @@ class ReadingPolicy:
         template: chat template to use instead of the tokenizer's. TRL has variants that mark the assistant's turns.
         render_chats: whether chat rows may be rendered with a template; otherwise they are an error.
         tokenised_only: only rows of token ids are accepted (TRL's skip_prepare_dataset).
-        end_text: plain text ends with the end-of-sequence token, and a tokenizer without one is an error. TRL adds it
-            so that the student learns to stop; the teacher reads the text unchanged.
+        end_text: plain text ends with the end-of-sequence token, from which the student learns to stop, and a tokenizer
+            without one is an error.
         keep_packed: documents packed in one row of token ids stay together, with their lengths. A trainer separates
             them by position ids; a teacher must score each without the others as context.
         prefix_is_prompt: the response begins at the first token that differs from those of the prompt tokenised alone;
             this is TRL's rule, and does not need a fast tokenizer. Otherwise a token belongs to the response if it
             covers one of its characters, which is exact even where the end of the prompt tokenises differently alone.
-        count_empty: in an assistant's turn, tokens that cover no characters count (spaces, where a tokenizer trims them
-            from its offsets), and so does a token around an empty turn. Transformers masks this way, and therefore
-            TRL; the masks of captured datasets have never counted such tokens.
     """
 
     names: SettingNames
@@ -71,7 +73,6 @@ class ReadingPolicy:
     end_text: bool = False
     keep_packed: bool = False
     prefix_is_prompt: bool = False
-    count_empty: bool = False
 
 
 # -- capture -----------------------------------------------------------------------------------------------------------
@@ -81,13 +82,15 @@ _CAPTURE_NAMES = SettingNames(
     completion="loss_on: completion",
     template="--tokenizer",
     everything="capture with --loss-on all",
+    columns="--read-columns",
+    end="--append-eos",
 )
-_TEXT_FIRST = (("input_ids",), ("text",), *CHATS, *PROMPTS)
+_LAYOUTS = (("input_ids",), *PROMPTS, *CHATS, ("text",))
 _CAPTURE_LAYOUTS = {
-    "auto": _TEXT_FIRST,
-    "all": _TEXT_FIRST,
+    "auto": _LAYOUTS,
+    "all": _LAYOUTS,
     "assistant": (("input_ids",), *CHATS, *PROMPTS, ("text",)),
-    "completion": (("input_ids",), *PROMPTS, *CHATS, ("text",)),
+    "completion": _LAYOUTS,
 }
 _CAPTURE_MASKS = {
     "auto": ("loss_mask", "completion_mask", "assistant_masks"),
@@ -97,26 +100,53 @@ _CAPTURE_MASKS = {
 }
 
 
-def capture_policy(loss_on: str, *, render_chats: bool = True) -> ReadingPolicy:
+def capture_policy(
+    loss_on: str, *, render_chats: bool = True, columns: Sequence[str] = (), append_eos: bool = False
+) -> ReadingPolicy:
     """Return how a capture reads rows.
 
     Args:
-        loss_on: which tokens count. "auto": those that the row's own loss_mask, labels, … mark; the response if the
-            row has prompt and response; otherwise all. "all": every token, whatever the row says. "assistant": the
-            assistant's turns. "completion": the response.
+        loss_on: which tokens count. "auto": those that the row's own loss_mask, labels, message weights, … mark; the
+            response if the row has prompt and response; otherwise all. "all": every token, whatever the row says.
+            "assistant": the assistant's turns. "completion": the response.
         render_chats: whether the chat template may be used.
+        columns: the columns to read rows by; none: those that they have. A single column of another name has text.
+        append_eos: whether plain text ends with the end-of-sequence token.
+
+    Raises:
+        ConfigError: rows cannot be read by these columns.
     """
     masks = _CAPTURE_MASKS[loss_on]
     part = loss_on in ("assistant", "completion")
+    layouts, text_column = _chosen_layouts(_CAPTURE_LAYOUTS[loss_on], columns)
     return ReadingPolicy(
         _CAPTURE_NAMES,
-        _CAPTURE_LAYOUTS[loss_on],
+        layouts,
+        text_column=text_column,
         assistant=loss_on == "assistant",
         completion={"auto": None, "completion": True}.get(loss_on, False),
         mask_columns=masks,
         needed_masks=((f"loss_on: {loss_on}", masks),) if part and masks else (),
         render_chats=render_chats,
+        end_text=append_eos,
     )
+
+
+def _chosen_layouts(
+    layouts: tuple[tuple[str, ...], ...], columns: Sequence[str]
+) -> tuple[tuple[tuple[str, ...], ...], str]:
+    """Return the layouts that rows may have, and the name of the column with text."""
+    if not columns:
+        return layouts, "text"
+    for layout in layouts:
+        if sorted(layout) == sorted(columns):
+            return (layout,), "text"
+    if len(columns) > 1:
+        raise ConfigError(
+            f"read_columns: rows cannot be read by {' + '.join(columns)}; choose one column of text, or "
+            f"{'; '.join(' + '.join(layout) for layout in layouts)}"
+        )
+    return ((columns[0],),), columns[0]
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -126,6 +156,8 @@ _TRAINING_NAMES = SettingNames(
     completion="training_args.completion_only_loss: true",
     template="training_args.chat_template_path",
     everything="leave training_args.assistant_only_loss out",
+    columns="training_args.dataset_text_field",
+    end="training_args.eos_token",
 )
 
 
@@ -134,8 +166,8 @@ class TextOptions:
     """The `training_args` that decide how rows are read.
 
     Attributes:
-        text_column: name of the column with plain text (dataset_text_field); if it is not "text", it takes precedence
-            over all layouts except token ids.
+        text_column: name of the column with plain text (dataset_text_field).
+        text_first: that column takes precedence over all layouts except token ids.
         completion_only: compute the loss on completions only (completion_only_loss); None: in rows that have prompt
             and completion.
         assistant_only: compute the loss on the assistant's turns only (assistant_only_loss).
@@ -143,6 +175,7 @@ class TextOptions:
     """
 
     text_column: str = "text"
+    text_first: bool = False
     completion_only: bool | None = None
     assistant_only: bool = False
     tokenised: bool = False
@@ -155,7 +188,7 @@ def training_policy(tokenizer: Any, options: TextOptions) -> ReadingPolicy:
         ConfigError: the chat template cannot mark the assistant's turns.
     """
     text = (options.text_column,)
-    first = [text] if options.text_column != "text" else []
+    first = [text] if options.text_first or options.text_column != "text" else []
     masks = ("loss_mask", "assistant_masks", *(("completion_mask",) if options.completion_only is not False else ()))
     needed = (
         (options.assistant_only, _TRAINING_NAMES.assistant, ("assistant_masks",)),
@@ -163,7 +196,7 @@ def training_policy(tokenizer: Any, options: TextOptions) -> ReadingPolicy:
     )
     return ReadingPolicy(
         _TRAINING_NAMES,
-        (("input_ids",), *first, COMPLETION, *CHATS, text),
+        tuple(dict.fromkeys([("input_ids",), *first, COMPLETION, *CHATS, text])),
         text_column=options.text_column,
         assistant=options.assistant_only,
         completion=options.completion_only,
@@ -174,7 +207,6 @@ def training_policy(tokenizer: Any, options: TextOptions) -> ReadingPolicy:
         end_text=True,
         keep_packed=True,
         prefix_is_prompt=True,
-        count_empty=True,
     )
 
 
@@ -186,6 +218,11 @@ def _marked_template(tokenizer: Any) -> str | None:
         raise ConfigError(
             "training_args.assistant_only_loss: the student's tokenizer has no chat template; set "
             "training_args.chat_template_path"
+        )
+    if isinstance(tokenizer.chat_template, dict):
+        raise ConfigError(
+            f"training_args.assistant_only_loss: the student's tokenizer has several chat templates "
+            f"({', '.join(tokenizer.chat_template)}); set one with training_args.chat_template_path"
         )
     if has_generation_markers(tokenizer.chat_template):
         return None

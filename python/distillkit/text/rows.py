@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from distillkit.errors import ConfigError, InputError
+from distillkit.text.chat import Chat, Messages, Span
 from distillkit.text.layouts import (
     CHATS,
     PROMPTS,
+    before_messages,
     chat_messages,
-    find_layout,
+    find_layouts,
     given_ids,
     given_mask,
+    message_weights,
     read_messages,
     read_text,
     read_tools,
+    template_options,
 )
 from distillkit.text.policy import ReadingPolicy
 from distillkit.text.sources import Row
-from distillkit.text.turns import Chat, Span, opening, overlapping, rendered_turns
+from distillkit.text.turns import Turns, overlapping
 from distillkit.types import TokenDocument
 
 __all__ = ["RowReader"]
 
-_Messages = list[dict[str, Any]]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class RowReader:
         self.tokenizer = tokenizer
         self.policy = policy
         self.id_limit = id_limit
+        self._told = False
 
     def __call__(self, rows: Sequence[Row]) -> list[list[TokenDocument]]:
         """Return the documents of each row: usually one, none if the row is empty, several if its ids are packed.
@@ -96,10 +104,12 @@ class RowReader:
         found: list[list[TokenDocument]] = [[] for _ in rows]
         texts: list[tuple[int, _Text]] = []
         for index, (where, row) in enumerate(rows):
-            columns = find_layout(row, where, self.policy.layouts, self.policy.text_column)
-            if columns is None:
+            layouts = find_layouts(row, where, self.policy.layouts)
+            if not layouts:
                 continue
+            columns = layouts[0]
             layout = _Layout(where, row, columns)
+            self._tell_choice(layout, layouts)
             if columns == ("input_ids",):
                 found[index] = self._given(layout)
                 continue
@@ -159,10 +169,25 @@ class RowReader:
                 f"{names.assistant} needs chat rows, {where} is a row of plain text ({layout.name}): {names.everything}"
             )
         by_characters = layout.columns in PROMPTS and policy.completion is not False and not policy.prefix_is_prompt
-        if (policy.assistant or by_characters) and not getattr(self.tokenizer, "is_fast", False):
+        if policy.assistant or by_characters:
+            self._check_offsets(where)
+
+    def _check_offsets(self, where: str) -> None:
+        if not getattr(self.tokenizer, "is_fast", False):
             raise ConfigError(
                 f"{where}: a loss on part of a text needs a fast tokenizer, which knows the characters of its tokens; "
-                f"{type(self.tokenizer).__name__} is not one. Set another with {names.template}, or {names.everything}"
+                f"{type(self.tokenizer).__name__} is not one. Set another with {self.policy.names.template}, or "
+                f"{self.policy.names.everything}"
+            )
+
+    def _tell_choice(self, layout: _Layout, layouts: Sequence[tuple[str, ...]]) -> None:
+        """Say once how rows are read that can be read in several ways."""
+        if len(layouts) > 1 and not self._told:
+            self._told = True
+            others = ", ".join(" + ".join(columns) for columns in layouts[1:])
+            logger.warning(
+                "%s: can be read as %s or %s; %s is read (%s chooses)",
+                *(layout.where, layout.name, others, layout.name, self.policy.names.columns),
             )
 
     def _is_chat(self, layout: _Layout) -> bool:
@@ -172,6 +197,12 @@ class RowReader:
 
     def _text(self, layout: _Layout) -> _Text | None:
         """Return a row's text and which parts of it count; None if the row has no content."""
+        text = self._rendered(layout)
+        for part in () if text is None else (text.text, text.prompt or ""):
+            _check_unicode(part, layout.where)
+        return text
+
+    def _rendered(self, layout: _Layout) -> _Text | None:
         row, columns, where = layout.row, layout.columns, layout.where
         if not self._is_chat(layout):
             return self._response(layout) if columns in PROMPTS else self._plain(layout)
@@ -180,7 +211,10 @@ class RowReader:
             return self._chat(layout, messages, tools)
         prompt, response = (read_messages(row[column], where, column) for column in columns)
         tools = read_tools(row["tools"], where) if row.get("tools") else None
-        return self._chat(layout, [*prompt, *response], tools, prompt=prompt) if response else None
+        if not response:
+            return None
+        prompt = before_messages(row, where, prompt)
+        return self._chat(layout, [*prompt, *response], tools, prompt=len(prompt))
 
     def _plain(self, layout: _Layout) -> _Text | None:
         [column] = layout.columns
@@ -191,70 +225,95 @@ class RowReader:
 
     def _response(self, layout: _Layout) -> _Text | None:
         """Concatenate a prompt and a response, both plain text."""
-        prompt, response = (read_text(layout.row[column], layout.where, column) for column in layout.columns)
+        row, where = layout.row, layout.where
+        prompt, response = (read_text(row[column], where, column) for column in layout.columns)
+        unread = [column for column in ("system", "history") if row.get(column)]
+        if unread:
+            raise InputError(
+                f"{where}: {layout.name} are plain text, which has no place for {' and '.join(unread)}: use "
+                f"instruction + output, or a list of messages as {layout.columns[0]}"
+            )
         if not response.strip():
             return None
         text = prompt + self._ended(response)
         if self.policy.completion is False:
-            return _Text(layout.where, text, special_tokens=True)
+            return _Text(where, text, special_tokens=True)
         if self.policy.prefix_is_prompt:
-            return _Text(layout.where, text, special_tokens=True, prompt=prompt)
-        return _Text(layout.where, text, special_tokens=True, counted=([(len(prompt), len(text))],))
+            return _Text(where, text, special_tokens=True, prompt=prompt)
+        return _Text(where, text, special_tokens=True, counted=([(len(prompt), len(text))],))
 
     def _ended(self, text: str) -> str:
         """Append the end-of-sequence token to a text that does not end with it."""
         eos = self.tokenizer.eos_token
         if eos is None and self.policy.end_text:
             raise ConfigError(
-                "the student's tokenizer has no end-of-sequence token to end plain text with: name one of its tokens "
-                "as training_args.eos_token"
+                f"{self.policy.names.end}: the tokenizer has no end-of-sequence token to end plain text with"
             )
         return text if eos is None or text.endswith(eos) else text + str(eos)
 
     def _chat(
-        self, layout: _Layout, messages: _Messages, tools: list[Any] | None, *, prompt: _Messages | None = None
+        self, layout: _Layout, messages: Messages, tools: list[Any] | None, *, prompt: int | None = None
     ) -> _Text | None:
-        """Render a chat; `prompt` holds the messages before the response."""
+        """Render a chat, of which `prompt` messages come before the response."""
         if not messages:
             return None
-        self._check_template(layout)
-        chat = Chat(self.tokenizer, self.policy.template, tools, layout.row.get("chat_template_kwargs") or {})
-        from jinja2 import TemplateError
+        policy, where = self.policy, layout.where
+        weights = message_weights(messages, where)
+        self._check_template(layout, tools)
+        chat = Chat(self.tokenizer, policy.template, tools, template_options(layout.row, self._reserved, where), where)
+        messages, text = chat.fit(messages)
+        counted: list[Sequence[Span]] = []
+        # As with token ids, the row's own choice counts unless every token shall.
+        weights = None if policy.mask_columns is None else weights
+        if policy.assistant or weights is not None:
+            self._check_offsets(where)
+            counted.append(self._turns(chat, messages, text, weights))
+        opening = None
+        if prompt is not None and policy.completion is not False:
+            opening = chat.render(messages[:prompt], add_generation_prompt=True)
+            if not policy.prefix_is_prompt:
+                start = len(opening)
+                if not text.startswith(opening):
+                    start = Turns(chat, messages, text, self._special_tokens).start(prompt)
+                counted.append([(start, len(text))])
+                opening = None
+        return _Text(where, text, special_tokens=False, counted=tuple(counted), prompt=opening)
 
-        try:
-            counted = []
-            if self.policy.assistant:
-                text, turns = self._turns(chat, messages, layout.where)
-                counted.append(turns)
-            else:
-                text = chat.render(messages)
-            start = None
-            if prompt is not None and self.policy.completion is not False:
-                if self.policy.prefix_is_prompt:
-                    start = chat.render(prompt, add_generation_prompt=True)
-                else:
-                    counted.append([(opening(prompt, text, chat.render, layout.where), len(text))])
-        except TemplateError as error:
-            raise InputError(f"{layout.where}: the tokenizer's chat template rejects this row: {error}") from error
-        return _Text(layout.where, text, special_tokens=False, counted=tuple(counted), prompt=start)
-
-    def _turns(self, chat: Chat, messages: _Messages, where: str) -> tuple[str, list[Span]]:
-        """Render a chat, and find the assistant's turns in it."""
-        marked = chat.marked_turns(messages)
-        if marked is None:
-            text = chat.render(messages)
-            special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-            return text, rendered_turns(messages, text, chat.render, special, where)
-        text, spans = marked
-        written = [(start, stop) for start, stop in spans if stop > start]
-        if not written and any(message["role"] == "assistant" for message in messages):
+    def _turns(self, chat: Chat, messages: Messages, text: str, weights: Sequence[bool] | None) -> list[Span]:
+        """Find the assistant's turns in a rendered chat; those without weight are left out."""
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers:
+            return []
+        spans = chat.marked_turns(messages)
+        if spans is None:
+            spans = Turns(chat, messages, text, self._special_tokens).assistants()
+            return [span for index, span in zip(answers, spans, strict=True) if weights is None or weights[index]]
+        if all(start >= stop for start, stop in spans):
             raise InputError(
-                f"{where}: the chat template marks none of this row's text as the assistant's ({{% generation %}}); "
-                f"set another template with {self.policy.names.template}, or {self.policy.names.everything}"
+                f"{chat.where}: the chat template marks none of this row's text as the assistant's "
+                f"({{% generation %}}); set another template with {self.policy.names.template}, or "
+                f"{self.policy.names.everything}"
             )
-        return text, spans if self.policy.count_empty else written
+        if weights is None:
+            return spans
+        traced = chat.traced(messages)
+        off = [traced.written(index) for index in answers if not weights[index]]
+        if None in off:
+            raise InputError(f"{chat.where}: the chat template does not show which text has no weight")
+        return [span for span in spans if not any(part and part[0] <= span[0] < part[1] for part in off)]
 
-    def _check_template(self, layout: _Layout) -> None:
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+
+    @cached_property
+    def _reserved(self) -> Collection[str]:
+        """What a row cannot set for the chat template."""
+        named = inspect.signature(self.tokenizer.apply_chat_template).parameters.values()
+        fixed = {each.name for each in named if each.kind is not each.VAR_KEYWORD}
+        return (fixed | {"messages"}) - {"documents"}
+
+    def _check_template(self, layout: _Layout, tools: list[Any] | None) -> None:
         if not self.policy.render_chats:
             raise ConfigError(
                 f"{layout.where}: a row of {layout.name} needs the chat template, which is switched off "
@@ -265,6 +324,14 @@ class RowReader:
                 f"{layout.where}: a row of {layout.name} needs a chat template, and the tokenizer has none; set one "
                 f"with {self.policy.names.template}"
             )
+        several = self.tokenizer.chat_template
+        if self.policy.template is None and isinstance(several, dict):
+            if "default" in several or (tools and "tool_use" in several):
+                return
+            raise ConfigError(
+                f"{layout.where}: the tokenizer has the chat templates {', '.join(several)}, but no default: set "
+                f"another tokenizer or template with {self.policy.names.template}"
+            )
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -273,28 +340,45 @@ class RowReader:
         if not texts:
             return
         offsets = any(text.counted for text in texts)
-        special_tokens = texts[0].special_tokens
-        encoded = self._encode([text.text for text in texts], special_tokens, offsets=offsets)
-        prompts = [text.prompt for text in texts if text.prompt is not None]
-        prompt_ids = iter(self._encode(prompts, special_tokens)["input_ids"] if prompts else ())
+        encoded = self._encode(texts, [text.text for text in texts], offsets=offsets)
+        prompted = [text for text in texts if text.prompt is not None]
+        prompts = iter(self._encode(prompted, [str(text.prompt) for text in prompted])["input_ids"])
         for number, text in enumerate(texts):
-            ids = np.asarray(encoded["input_ids"][number], dtype=np.int32)
+            begin = self._doubled(text, encoded["input_ids"][number])
+            ids = np.asarray(encoded["input_ids"][number][begin:], dtype=np.int32)
             masks = []
             for spans in text.counted:
-                where = np.asarray(encoded["offset_mapping"][number]).reshape(-1, 2)
-                masks.append(overlapping(where, spans, empty=self.policy.count_empty))
+                where = np.asarray(encoded["offset_mapping"][number][begin:]).reshape(-1, 2)
+                masks.append(overlapping(where, spans))
             if text.prompt is not None:
-                masks.append(np.arange(len(ids)) >= _common_prefix(next(prompt_ids), ids))
+                masks.append(np.arange(len(ids)) >= _common_prefix(next(prompts)[begin:], ids))
             yield TokenDocument(ids, text.where, np.all(masks, axis=0) if masks else None)
 
-    def _encode(self, texts: list[str], special_tokens: bool, *, offsets: bool = False) -> Mapping[str, Any]:
-        encoded: Mapping[str, Any] = self.tokenizer(
-            texts,
-            add_special_tokens=special_tokens,
-            verbose=False,
-            **({"return_offsets_mapping": True} if offsets else {}),
-        )
+    def _doubled(self, text: _Text, ids: Sequence[int]) -> int:
+        """Return 1 if a text begins with the token for the beginning, and the tokenizer has put another before it."""
+        begin = self.tokenizer.bos_token
+        doubled = text.special_tokens and begin is not None and text.text.startswith(begin)
+        return int(doubled and list(ids[:2]) == [self.tokenizer.bos_token_id] * 2)
+
+    def _encode(self, texts: Sequence[_Text], written: list[str], *, offsets: bool = False) -> Mapping[str, Any]:
+        if not texts:
+            return {"input_ids": []}
+        options = {"add_special_tokens": texts[0].special_tokens, "verbose": False}
+        if offsets:
+            options["return_offsets_mapping"] = True
+        encoded: Mapping[str, Any] = self.tokenizer(written, **options)
         return encoded
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can contain, and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair and no "
+            "character"
+        ) from error
 
 
 def _common_prefix(ids: Sequence[int], others: npt.NDArray[np.int32]) -> int:

@@ -5,23 +5,31 @@ A source yields rows in a fixed order, each with a readable description of where
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
 from distillkit.errors import ConfigError, InputError
-from distillkit.text.file_formats import FORMATS, TEACHER_COLUMNS
+from distillkit.shards.parquet import validated
+from distillkit.shards.saved import check_saved
+from distillkit.shards.storage import is_url, locate
+from distillkit.text.arrow_rows import arrow_rows, stored_type
+from distillkit.text.file_formats import TEACHER_COLUMNS, file_format
+from distillkit.text.file_names import OTHER_DATA, SUFFIXES, is_read
 
 __all__ = ["Row", "Source", "chosen_rows", "kept_schema", "open_hub", "open_local", "open_source"]
+
+logger = logging.getLogger(__name__)
 
 Row = tuple[str, Mapping[str, Any]]
 """(location of the row, for messages; its columns)"""
@@ -39,6 +47,10 @@ _SPLIT_WORDS = {
     "eval": "test",
     "evaluation": "test",
 }
+# Numbers and hashes in file names: train-00000-of-00002, data_train_v2, validation-0a1b2c3d.
+_NO_WORD = re.compile(r"v?\d+|of|(?=[a-f]*\d)[a-f0-9]{8,}")
+_ROWS_AT_A_TIME = 256
+_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 
 class Source(Protocol):
@@ -81,20 +93,20 @@ def open_source(dataset: str, *, configuration: str | None = None, split: str = 
     """Open a dataset.
 
     Args:
-        dataset: a `.jsonl`, `.json`, `.txt` or `.parquet` file, a folder of them, a `save_to_disk` folder of the
-            `datasets` library, an fsspec URL of one of these (copied into a temporary folder first), or the id of a
-            hub dataset. A `.txt` file is one document.
+        dataset: a `.jsonl`, `.ndjson`, `.json`, `.txt` or `.parquet` file, a folder of them, a `save_to_disk` folder of
+            the `datasets` library, an fsspec URL of one of these (copied into a temporary folder first), or the id of a
+            hub dataset. A `.txt` file is one document. Text may be compressed (`.gz`, `.bz2`, `.xz`).
         configuration: name of the hub dataset's configuration.
-        split: split of a hub dataset or of a `save_to_disk` folder; in a folder of files, those with the split's name
-            in their path.
+        split: split of a hub dataset or of a `save_to_disk` folder; in a folder of files, those whose names begin or
+            end with the split's name, or that are in a folder of that name.
 
     Raises:
         ConfigError: there is no such file, dataset or split; the message lists the available splits.
     """
-    if "://" in dataset:
+    if is_url(dataset):
         return _fetched(dataset, split)
     path = Path(dataset).expanduser()
-    if path.exists() or dataset.startswith(("/", ".", "~")) or path.suffix in FORMATS:
+    if path.exists() or dataset.startswith(("/", ".", "~")) or is_read(path):
         return open_local(dataset, split=split)
     return open_hub(dataset, configuration=configuration, split=split)
 
@@ -103,26 +115,44 @@ def _fetched(url: str, split: str) -> Source:
     """Copy the data files at an fsspec URL into a temporary folder that lives as long as the source, and open them.
 
     Raises:
-        ConfigError: the URL has no data files, or the package for this kind of URL is missing.
+        ConfigError: the URL cannot be read or has no data files, or the package for this kind of URL is missing.
     """
-    try:
-        filesystem, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"dataset: {url} cannot be opened: {error}") from error
-    root = root.rstrip("/")
-    wanted = (*FORMATS, ".arrow")
-    files = [file for file in filesystem.find(root) if file.endswith(wanted)]
-    if not files:
-        raise ConfigError(f"dataset: {url} contains no {', '.join(wanted)} files")
+    name = _without_secrets(url)
     folder = tempfile.TemporaryDirectory(prefix="distillkit-")
-    top = Path(folder.name) / root.rsplit("/", 1)[-1]
-    for file in files:
-        local = top if file == root else top / file.removeprefix(f"{root}/")
-        local.parent.mkdir(parents=True, exist_ok=True)
-        filesystem.get_file(file, str(local))
+    try:
+        filesystem, root = locate(url)
+        top = Path(folder.name) / (_without_secrets(root.rstrip("/")).rsplit("/", 1)[-1] or "data")
+        for file, local in _remote_files(filesystem, root.rstrip("/"), top):
+            local.parent.mkdir(parents=True, exist_ok=True)
+            filesystem.get_file(file, str(local))
+    except Exception as error:  # each kind of storage raises its own
+        folder.cleanup()
+        reason = str(error).replace(url, name) or type(error).__name__
+        raise ConfigError(f"dataset: {name} cannot be read: {reason}") from error
+    if not top.exists():
+        folder.cleanup()
+        raise ConfigError(f"dataset: {name} contains no files of {SUFFIXES}, and no save_to_disk folder")
     source = open_local(str(top), split=split)
     weakref.finalize(source, folder.cleanup)
     return source
+
+
+def _remote_files(filesystem: Any, root: str, top: Path) -> list[tuple[str, Path]]:
+    """Return the data files at a URL, and where to copy them. A URL that names a file is not listed but read."""
+    if is_read(Path(top.name)):
+        return [(root, top)]
+    found = [file for file in filesystem.find(root) if file.startswith(f"{root}/") and ".." not in file.split("/")]
+    if not found:
+        filesystem.info(root)  # some kinds of storage list nothing where they fail
+    saved = any(file.endswith(("/state.json", "/dataset_dict.json")) for file in found)
+    wanted = [file for file in found if saved or is_read(Path(file))]
+    return [(file, top / file.removeprefix(f"{root}/")) for file in wanted]
+
+
+def _without_secrets(url: str) -> str:
+    """Return a URL without a password, or the query of a signed one."""
+    url = re.sub(r"//[^/@]*@", "//", url)
+    return re.sub(r"[?#].*", "", url) if url.startswith(("http://", "https://")) else url
 
 
 def open_local(dataset: str, *, split: str | None = None) -> Source:
@@ -138,8 +168,7 @@ def open_local(dataset: str, *, split: str | None = None) -> Source:
         return _Files(path, _files_of_split(path, split))
     if not path.is_file():
         raise ConfigError(f"dataset: there is no file or folder {dataset}")
-    if path.suffix not in FORMATS:
-        raise ConfigError(f"{path}: expected a file of {', '.join(FORMATS)}, found {path.suffix or 'no suffix'!r}")
+    file_format(path)
     return _Files(path, [path])
 
 
@@ -201,7 +230,7 @@ def _of_columns(schema: pa.Schema, columns: Sequence[str] | None, where: str) ->
             f"keep_columns: {where} has no column {', '.join(missing)}; its columns are "
             f"{', '.join(schema.names) or 'none'}"
         )
-    return pa.schema([schema.field(name).remove_metadata() for name in wanted])
+    return pa.schema([pa.field(name, stored_type(schema.field(name).type)) for name in wanted])
 
 
 # -- local files -------------------------------------------------------------------------------------------------------
@@ -213,6 +242,7 @@ class _Files:
     def __init__(self, root: Path, files: Sequence[Path]) -> None:
         self._root = root
         self._files = files
+        self._partitions = _partitions(root, files)
         self._num_rows: int | None = None
 
     @property
@@ -241,16 +271,16 @@ class _Files:
     @property
     def num_rows(self) -> int:
         if self._num_rows is None:
-            self._num_rows = sum(FORMATS[file.suffix].count(file) for file in self._files)
+            self._num_rows = sum(file_format(file).count(file) for file in self._files)
         return self._num_rows
 
     def rows(self, order: npt.NDArray[np.int64] | None = None) -> Iterator[Row]:
         if order is None:
             for file in self._files:
-                for place, row in FORMATS[file.suffix].read(file):
+                for place, row in file_format(file).read(file):
                     yield self._row(file, place, row)
             return
-        loaded = [FORMATS[file.suffix].load(file) for file in self._files]
+        loaded = [file_format(file).load(file) for file in self._files]
         ends = np.cumsum([len(rows) for rows in loaded])
         for number, which in zip(order.tolist(), np.searchsorted(ends, order, side="right").tolist(), strict=True):
             rows = loaded[which]
@@ -261,16 +291,40 @@ class _Files:
         where = f"{name}, {place}" if place else name
         if not isinstance(row, Mapping):
             raise InputError(f"{where}: a row must be an object with named columns, found {type(row).__name__}")
-        return where, row
+        values = self._partitions.get(file)
+        return where, {**values, **row} if values else row
 
     def schema(self, columns: Sequence[str] | None = None) -> pa.Schema:
         try:
-            found = pa.unify_schemas(
-                [FORMATS[file.suffix].schema(file, columns) for file in self._files], promote_options="permissive"
-            )
+            schemas = [file_format(file).schema(file, columns) for file in self._files]
+            found = pa.unify_schemas(schemas, promote_options="permissive")
         except pa.ArrowException as error:
             raise ConfigError(f"{self._root}: the types of its files' columns differ: {error}") from error
+        for name, value in {name: value for row in self._partitions.values() for name, value in row.items()}.items():
+            if name not in found.names:
+                found = found.append(pa.field(name, pa.int64() if isinstance(value, int) else pa.string()))
         return _of_columns(found, columns, str(self._root))
+
+
+def _partitions(root: Path, files: Sequence[Path]) -> dict[Path, dict[str, int | str | None]]:
+    """Return the columns that the names of folders give to the rows of files: lang=en/year=2024/part-0.parquet.
+
+    As in PyArrow and Spark, a column has whole numbers if all of its values are.
+    """
+    texts = {}
+    for file in files:
+        pairs = [part.partition("=") for part in file.relative_to(root).parts[:-1]]
+        values = {unquote(name): unquote(value) for name, equals, value in pairs if name and equals}
+        texts[file] = {name: None if value == _NO_VALUE else value for name, value in values.items()}
+    given: dict[str, set[str]] = {}
+    for columns in texts.values():
+        for name, value in columns.items():
+            given.setdefault(name, set()).update([] if value is None else [value])
+    whole = {name for name, values in given.items() if all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", v) for v in values)}
+    return {
+        file: {name: int(value) if value and name in whole else value for name, value in columns.items()}
+        for file, columns in texts.items()
+    }
 
 
 def _files_of_split(folder: Path, split: str | None) -> list[Path]:
@@ -278,15 +332,20 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
 
     Files that mention none then belong to train.
     """
-    files = [
+    everything = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix in FORMATS
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
+    files = [file for file in everything if is_read(file)]
+    others = [file.name for file in everything if file.suffix.lower() in OTHER_DATA and not is_read(file)]
     if not files:
-        raise ConfigError(f"{folder}: contains no {', '.join(FORMATS)} files, and was not written by save_to_disk")
+        raise ConfigError(
+            f"{folder}: contains no files of {SUFFIXES}, and was not written by save_to_disk"
+            + (f"; it has {', '.join(others[:3])}" if others else "")
+        )
+    if others:
+        logger.warning("%s: %d files are not read, such as %s: use %s", folder, len(others), others[0], SUFFIXES)
     named = {file: _split_of(file.relative_to(folder)) for file in files}
     found = {name for name in named.values() if name is not None}
     if not found:
@@ -299,13 +358,22 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
         raise ConfigError(
             f"{folder}: no files of split {split!r}; by their names, its files belong to {', '.join(sorted(found))}"
         )
+    if len(chosen) < len(files):
+        logger.info("%s: %d of %d files are of split %s, by their names", folder, len(chosen), len(files), split)
     return chosen
 
 
 def _split_of(path: Path) -> str | None:
-    """Return the split that a relative path mentions; the last one if there are several."""
-    words = re.split(r"[^a-z0-9]+", path.as_posix().lower())
-    return next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), None)
+    """Return the split that a relative path names: with the first or last word of the file, or of a folder.
+
+    A word in between says nothing: latest_dev_notes.txt is no validation data. Numbers, as of shards, are no words.
+    """
+    found = None
+    for part in (*path.parts[:-1], path.name.partition(".")[0]):
+        words = [word for word in re.split(r"[^a-z0-9]+", part.lower()) if word and not _NO_WORD.fullmatch(word)]
+        ends = [_SPLIT_WORDS[word] for word in (*words[:1], *words[-1:]) if word in _SPLIT_WORDS]
+        found = ends[-1] if ends else found
+    return found
 
 
 # -- datasets of the datasets library ----------------------------------------------------------------------------------
@@ -318,6 +386,7 @@ class _Loaded:
         self._dataset = dataset.remove_columns([name for name in dataset.column_names if name in TEACHER_COLUMNS])
         self._description = {**description, "rows": len(dataset)}
         self._fingerprint = str(dataset._fingerprint)
+        self._validated = False
 
     @property
     def description(self) -> dict[str, Any]:
@@ -336,10 +405,18 @@ class _Loaded:
         return len(self._dataset)
 
     def rows(self, order: npt.NDArray[np.int64] | None = None) -> Iterator[Row]:
+        name = self._description["name"]
+        if not self._validated:
+            # All at once, since rows may be anywhere in the table.
+            validated(self._dataset.data.table, name)
+            self._validated = True
         numbers = range(len(self._dataset)) if order is None else order.tolist()
-        rows = self._dataset if order is None else self._dataset.select(numbers)
-        for number, row in zip(numbers, rows, strict=True):
-            yield f"{self._description['name']}, row {number}", row
+        chosen = (self._dataset if order is None else self._dataset.select(numbers)).with_format("arrow")
+        for start in range(0, len(numbers), _ROWS_AT_A_TIME):
+            part = numbers[start : start + _ROWS_AT_A_TIME]
+            rows = arrow_rows(chosen[start : start + len(part)], f"{name}, rows from {part[0]}")
+            for number, row in zip(part, rows, strict=True):
+                yield f"{name}, row {number}", row
 
     def schema(self, columns: Sequence[str] | None = None) -> pa.Schema:
         return _of_columns(self._dataset.features.arrow_schema, columns, self._description["name"])
@@ -348,7 +425,17 @@ class _Loaded:
 def _saved(folder: Path, split: str | None) -> Source:
     import datasets
 
-    loaded = datasets.load_from_disk(str(folder))
+    check_saved(folder)
+    if "::" in str(folder):
+        raise ConfigError(
+            f"dataset: {folder}: the datasets library cannot read a folder with '::' in its path: rename it"
+        )
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # what it raises depends on which byte is damaged
+        raise InputError(
+            f"{folder}: cannot be read as a save_to_disk folder: {type(error).__name__}: {error}"
+        ) from error
     if isinstance(loaded, datasets.DatasetDict):
         split = _the_split(split, list(loaded), folder)
         return _Loaded(loaded[split], {"name": folder.name, "split": split})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from distillkit.configuration.places import missing_place, neighbour
 from distillkit.errors import ConfigError
 
 __all__ = ["fingerprint", "load_tokenizer", "vocab_size"]
@@ -55,13 +56,16 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     Raises:
         ConfigError: no tokenizer could be loaded from `path`.
     """
+    problem = missing_place(path)
+    if problem is not None:
+        raise ConfigError(f"no tokenizer could be loaded: {problem}")
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ConfigError(
-            f"no tokenizer could be loaded from {path!r} (expected a model folder or a hub id): {error}"
+            f"no tokenizer could be loaded from {path!r} (a model folder or a hub id): {error}{neighbour(path)}"
         ) from error
 
 

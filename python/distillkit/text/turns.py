@@ -1,194 +1,158 @@
 """Finds the assistant's characters in a rendered conversation, and the tokens they belong to.
 
-Either the chat template marks them (`{% generation %}`), or they are found by rendering the conversation up to each
-turn and checking the result against the complete text. A template that renders a turn differently once others follow
-is rejected, unless the end of the turn is still unambiguous.
+Either the chat template marks them (`{% generation %}`), or they are found by following the template: its syntax tree
+is extended so that it says which message it writes. What stays unclear is refused.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from distillkit.errors import InputError
+from distillkit.text.chat import Chat, Messages, Span, Traced, common_prefix
 
-__all__ = ["Chat", "Span", "opening", "overlapping", "rendered_turns"]
+__all__ = ["Turns", "overlapping"]
 
-Span = tuple[int, int]
-"""(start, stop) character range; stop is exclusive."""
-
-Render = Callable[..., str]
-"""Renders messages; takes `add_generation_prompt`."""
-
-_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Stands in for a message's content: no template alters such a word, and no text contains it.
 _PLACEHOLDER = "distillkitplaceholdercontent7219"
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-@dataclass(frozen=True)
-class Chat:
-    """How a row's messages are rendered.
+class Turns:
+    """The messages in a rendered conversation.
 
-    Attributes:
-        tokenizer: renders with its chat template.
-        template: template to use instead of the tokenizer's own; None: the tokenizer's.
-        tools: tool definitions to pass to the template.
-        options: further template variables.
-    """
-
-    tokenizer: Any
-    template: str | None
-    tools: list[Any] | None
-    options: Mapping[str, Any]
-
-    def render(self, messages: Sequence[dict[str, Any]], **more: Any) -> str:
-        """Return messages as text."""
-        rendered = self.tokenizer.apply_chat_template(
-            list(messages), tools=self.tools, chat_template=self.template, tokenize=False, **more, **self.options
-        )
-        return str(rendered)
-
-    def marked_turns(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]] | None:
-        """Return the rendered messages and the spans that the template marks; None if it has no generation markers."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        template = self.tokenizer.get_chat_template(self.template, self.tools)
-        if _MARK.search(template) is None:
-            return None
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            tools=self.tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **self.options},
-        )
-        return texts[0], list(spans[0])
-
-
-def rendered_turns(
-    messages: Sequence[dict[str, Any]], text: str, render: Render, special_tokens: Collection[str], where: str
-) -> list[Span]:
-    """Find the assistant's turns in a rendered conversation.
-
-    A turn begins where generation would begin (`add_generation_prompt`), and includes everything that the template
-    writes before the next message, such as the end-of-turn token.
+    An assistant's turn begins where generation would begin (`add_generation_prompt`), and includes everything that the
+    template writes for the message, such as the end-of-turn token.
 
     Args:
-        messages: the conversation.
+        chat: renders the conversation.
+        messages: the conversation, in the form that the template takes.
         text: the rendered conversation.
-        render: renders part of the conversation in the same way.
-        special_tokens: the tokenizer's special tokens, including the one that ends a turn.
-        where: location of the row, for messages.
+        special_tokens: the tokenizer's special tokens.
 
     Raises:
-        InputError: the template does not show where a turn begins or ends.
+        InputError: the template does not show which message wrote what.
     """
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            turn = _Turn(messages, index, text, render, f"{where}, message {index}")
-            start = turn.start()
-            spans.append((start, turn.stop(start, special_tokens)))
-    return spans
 
+    def __init__(self, chat: Chat, messages: Messages, text: str, special_tokens: Collection[str]) -> None:
+        self._chat, self._messages, self._text = chat, messages, text
+        self._special_tokens = special_tokens
+        self._inside, self._traced = self._follow()
+        self._other = self._with_placeholders()
+        self._prompt = self._other.text[self._other.loop_end :]
 
-def opening(messages: Sequence[dict[str, Any]], text: str, render: Render, where: str) -> int:
-    """Return where in `text`, which begins with `messages`, the assistant's answer to them begins.
+    def assistants(self) -> list[Span]:
+        """Return the spans of the assistant's turns.
 
-    Raises:
-        InputError: `text` does not begin with the rendered messages.
-    """
-    prompt = render(messages, add_generation_prompt=True)
-    if not text.startswith(prompt):
-        raise _unclear(
-            where,
-            "the rendered conversation does not begin with the prompt that the chat template renders for this answer",
-        )
-    return len(prompt)
+        Raises:
+            InputError: the template does not show where a turn begins or ends.
+        """
+        turns = [index for index, message in enumerate(self._messages) if message["role"] == "assistant"]
+        return [(self.start(index), self._stop(index)) for index in turns]
 
+    def start(self, index: int) -> int:
+        """Return where a message begins: an assistant's where it would begin to generate.
 
-@dataclass(frozen=True)
-class _Turn:
-    """Message `index` of a conversation, whose rendered text is `text`."""
+        Raises:
+            InputError: the template does not show it.
+        """
+        start, stop = self._written(index)
+        if self._messages[index]["role"] != "assistant":
+            return start
+        return start + self._header(index, self._text[start:stop])
 
-    messages: Sequence[dict[str, Any]]
-    index: int
-    text: str
-    render: Render
-    where: str
+    def _follow(self) -> tuple[bool, Traced]:
+        """Render the conversation once more, and record which message wrote what."""
+        turns = [index for index, message in enumerate(self._messages) if message["role"] == "assistant"]
+        found = None
+        for inside in (False, True):
+            traced = self._chat.traced(self._messages, inside=inside)
+            if traced.text == self._text:
+                found = found or (inside, traced)
+                if all(traced.written(index) for index in turns):
+                    return inside, traced
+        if found is None:
+            raise self._unclear(None, "the chat template renders the conversation differently when it is followed")
+        return found
 
-    def start(self) -> int:
-        before = self.messages[: self.index]
-        prompt = self.render(before, add_generation_prompt=True)
-        opens = prompt != self.render(before)  # not every template has a generation prompt
-        if opens and self.text.startswith(prompt):
-            return len(prompt)
-        header = self._before_content(self.index)
-        # A generation prompt may contain more than the template writes before an existing answer, such as "<think>".
-        if header is not None and (prompt.startswith(header) or not opens):
+    def _written(self, index: int) -> Span:
+        span = self._traced.written(index)
+        if span is None:
+            raise self._unclear(index, "the chat template writes nothing for this message, or not in one piece")
+        return span
+
+    def _with_placeholders(self) -> Traced:
+        """Render the conversation with other answers and without reasoning, each followed by another turn."""
+        other = []
+        for message in self._messages:
+            if message["role"] == "assistant":
+                given = [{"type": "text", "text": _PLACEHOLDER}]
+                content = given if isinstance(message.get("content"), list) else _PLACEHOLDER
+                message = {name: value for name, value in message.items() if name not in _REASONING}
+                message["content"] = content
+            other.append(message)
+        if other[-1]["role"] == "assistant":
+            users = [message for message in other if message["role"] == "user"]
+            other.append(users[-1] if users else {"role": "user", "content": _PLACEHOLDER})
+        return self._chat.traced(other, inside=self._inside, add_generation_prompt=True)
+
+    def _header(self, index: int, turn: str) -> int:
+        """Return how much of a turn comes before what the assistant generates."""
+        if self._prompt and turn.startswith(self._prompt):
+            return len(self._prompt)
+        span = self._other.written(index)
+        other = "" if span is None else self._other.text[slice(*span)]
+        before, found, _ = other.partition(_PLACEHOLDER)
+        # A generation prompt may contain more than the template writes before an answer, such as "<think>", or belong
+        # to the turn before.
+        known = [before, *([self._prompt] if common_prefix([self._prompt, turn]) else [])]
+        header = common_prefix([turn, *known])
+        if header in known and (found or header == self._prompt):
             return len(header)
-        return opening(before, self.text, self.render, self.where)
+        if not self._prompt and not found:
+            raise self._unclear(index, "the chat template does not show where this turn begins")
+        ends = [header.rfind(end) + len(end) for end in ("\n", *self._special_tokens) if end in header]
+        return max(ends, default=0)
 
-    def stop(self, start: int, special_tokens: Collection[str]) -> int:
-        closed = self.render(self.messages[: self.index + 1])
-        if self.text.startswith(closed):
+    def _stop(self, index: int) -> int:
+        start, stop = self._written(index)
+        if index + 1 == len(self._messages):
+            return len(self._text)
+        # A template may write what belongs to the next message, such as a tool's answer, while it is at this one.
+        try:
+            closed = self._chat.render(self._messages[: index + 1])
+        except InputError:
+            closed = ""
+        if start < len(closed) <= stop and self._text.startswith(closed):
             return len(closed)
-        ended = _without_last(closed, special_tokens)
-        if self.text.startswith(ended) and len(ended) > start and ended.rstrip().endswith(tuple(special_tokens)):
-            return len(ended)  # the dropped token ends the conversation, not the turn
-        # A template may render the last turn differently, as those of thinking models do. Then the turn's last special
-        # token and what follows it must occur exactly once before the next message's content.
-        endings = [closed.rindex(token) for token in special_tokens if token in closed[start:]]
-        if self.index + 1 == len(self.messages) or not endings or not closed.startswith(self.text[:start]):
-            raise _unclear(
-                self.where, "the chat template ends this turn differently when the turn is rendered by itself"
-            )
-        ending = closed[max(endings) :]
-        before_next = self._before_content(self.index + 1) or ""
-        if before_next.count(ending, start) != 1:
-            raise _unclear(
-                self.where,
-                f"the end of this turn ({ending!r}) does not occur exactly once before the next message in the "
-                "rendered conversation",
-            )
-        return before_next.index(ending, start) + len(ending)
+        if self._messages[index + 1]["role"] != "assistant" and self._traced.written(index + 1) is None:
+            raise self._unclear(index, "the chat template does not show where this turn ends")
+        return stop
 
-    def _before_content(self, index: int) -> str | None:
-        """Return the text before a message's content; None if it cannot be determined."""
-        replaced = {**self.messages[index], "content": _PLACEHOLDER}
-        parts = self.render([*self.messages[:index], replaced, *self.messages[index + 1 :]]).split(_PLACEHOLDER)
-        return parts[0] if len(parts) == 2 and self.text.startswith(parts[0]) else None
+    def _unclear(self, index: int | None, why: str) -> InputError:
+        where = self._chat.where if index is None else f"{self._chat.where}, message {index}"
+        return InputError(
+            f"{where}: {why}, so the assistant's tokens cannot be identified. Use a tokenizer (--tokenizer) whose chat "
+            "template marks them with {% generation %}, or capture with --loss-on all"
+        )
 
 
-def _without_last(text: str, tokens: Collection[str]) -> str:
-    """Return the text without its last token, if it ends with one of `tokens`."""
-    return next((text[: -len(token)] for token in tokens if text.endswith(token)), text)
+def overlapping(offsets: npt.NDArray[Any], spans: Sequence[Span]) -> npt.NDArray[np.bool_]:
+    """Return which tokens overlap one of the spans, (L,) bool, as Transformers does.
 
-
-def _unclear(where: str, why: str) -> InputError:
-    return InputError(
-        f"{where}: {why}, so the assistant's tokens cannot be identified. Use a tokenizer (--tokenizer) whose chat "
-        "template marks them with {% generation %}, or capture with --loss-on all"
-    )
-
-
-def overlapping(offsets: npt.NDArray[Any], spans: Sequence[Span], *, empty: bool) -> npt.NDArray[np.bool_]:
-    """Return which tokens overlap one of the spans, (L,) bool.
-
-    A token that crosses the border of a span counts, since part of it must be predicted.
+    A token that crosses the border of a span counts, since part of it must be predicted. So does one without characters
+    inside a span: some tokenizers trim white space from the offsets of their tokens.
 
     Args:
         offsets: (L, 2) start and stop character of each token; equal for tokens without characters.
         spans: character spans of the same text.
-        empty: whether tokens without characters count inside a span.
     """
     begin, end = offsets[:, 0], offsets[:, 1]
     mask = np.zeros(len(offsets), bool)
     for start, stop in spans:
         mask |= (begin < stop) & (end > start)
-    return mask if empty else mask & (end > begin)
+    return mask

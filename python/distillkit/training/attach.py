@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["DistillationInputs", "DistillationOutput", "attach_losses"]
+__all__ = ["DistillationInputs", "DistillationOutput", "attach_losses", "needs_gpu"]
 
 
 class DistillationInputs:
@@ -54,7 +55,11 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
     statistics: torch.Tensor = None  # type: ignore[assignment]
 
 
-def attach_losses(model: PreTrainedModel | PeftModel, matching: LayerMatching | None = None) -> LMHead:
+def attach_losses(
+    model: PreTrainedModel | PeftModel,
+    matching: LayerMatching | None = None,
+    check: Callable[[], None] | None = None,
+) -> LMHead:
     """Make `model(**inputs, distill=DistillationInputs(…))` return losses; without `distill` the model is unchanged.
 
     This extends the bare model (inside PEFT's wrapper) before anything else wraps it. Whatever wrapper is then called
@@ -64,18 +69,22 @@ def attach_losses(model: PreTrainedModel | PeftModel, matching: LayerMatching | 
     Args:
         model: the student.
         matching: which of its hidden states are compared with the teacher's, if any.
+        check: what else to check, when the head is.
 
     Returns:
         The model's head, checked against its logits.
 
     Raises:
-        DistillKitError: the head cannot be applied apart from the model.
+        DistillKitError: the head cannot be applied apart from the model, or what `check` raises.
     """
     model = bare_model(model)
     original = model.forward
-    # ZeRO-3 sharded the weights while loading them: the check must wait until a forward gathers them.
-    checked = not _shard_head(model)
+    # ZeRO-3 sharded the weights while loading them, and FlashAttention only runs once the weights are on a GPU: the
+    # checks must then wait for the first forward.
+    checked = not _shard_head(model) and not needs_gpu(model)
     head = check_lm_head(model) if checked else lm_head_of(model)
+    if checked and check is not None:
+        check()
     wanted = () if matching is None else matching.student_layers
 
     # Keeps the signature, which generate() and the Trainer inspect.
@@ -86,6 +95,8 @@ def attach_losses(model: PreTrainedModel | PeftModel, matching: LayerMatching | 
             return original(*args, **inputs)
         if not checked:
             check_lm_head(self, original)
+            if check is not None:
+                check()
             checked = True
         hidden, states = backbone_layers(self, wanted, **inputs)
         counted = [each.flatten(0, 1)[distill.rows] for each in (hidden, *states)]
@@ -95,6 +106,11 @@ def attach_losses(model: PreTrainedModel | PeftModel, matching: LayerMatching | 
 
     model.forward = types.MethodType(forward, model)
     return head
+
+
+def needs_gpu(model: PreTrainedModel) -> bool:
+    """Return whether a model cannot run before it is moved to a GPU."""
+    return str(model.config._attn_implementation).startswith("flash") and model.device.type == "cpu"
 
 
 def _shard_head(model: PreTrainedModel) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distillkit import __version__
+from distillkit.configuration.secrets import without_secrets
 from distillkit.losses.config import LossConfig, named_losses
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.training.config.arguments import to_plain_value
@@ -45,9 +46,9 @@ def describe(
         JSON objects by name: `student`, `teacher`, `data`, `losses` (weights summing to 1), `settings`, `versions`; and
         `project`, `began`.
     """
-    return {
+    description = {
         "project": config.project_name,
-        "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "student": describe_student(config, model),
         "teacher": _teacher(config, datasets["train"]),
         "data": {key: _data(getattr(config.dataset, f"{key}_dataset"), dataset) for key, dataset in datasets.items()},
@@ -55,6 +56,9 @@ def describe(
         "settings": _settings(config, arguments),
         "versions": {"distillkit": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
     }
+    # It is shown in reports and sent to trackers.
+    found: dict[str, Any] = without_secrets(description)
+    return found
 
 
 def _teacher(config: RunConfig, dataset: DistillationDataset) -> dict[str, Any]:
@@ -67,10 +71,10 @@ def _teacher(config: RunConfig, dataset: DistillationDataset) -> dict[str, Any]:
 
 
 def _data(where: DatasetSource, dataset: DistillationDataset) -> dict[str, Any]:
-    whole = len(dataset.indices) == len(dataset.source)
+    whole = dataset.documents == len(dataset.source)
     return {
         "path": where.repo_id or where.disk_path,
-        "documents": len(dataset.indices),
+        "documents": dataset.documents,
         # For a subset of the documents, the tokens would have to be counted.
         "tokens": tokens_of(dataset.source) if whole else None,
         "rows": None if dataset.packing is None else len(dataset),

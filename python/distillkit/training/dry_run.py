@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distillkit.console import human_bytes
+from distillkit.console import human_bytes, quiet_libraries
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.training.config.arguments import to_plain_value
 
@@ -69,6 +69,9 @@ class DryRun:
         return {"ok": self.ok, "checks": checks, "would_write": dict(self.would_write)}
 
 
+_SURROUNDINGS = "paths and packages"
+
+
 def dry_run(path: str | Path) -> DryRun:
     """Check everything that a training run would need.
 
@@ -76,14 +79,22 @@ def dry_run(path: str | Path) -> DryRun:
         path: the configuration file.
     """
     from distillkit.training.config.file import load_config
+    from distillkit.training.config.surroundings import check_surroundings
 
     try:
         config = load_config(path)
     except ConfigError as error:
         return DryRun([Check("configuration", "failed", str(error))], [])
+    known = Check("configuration", "passed", f"{path}: all settings are known and agree")
+    try:
+        check_surroundings(config)
+    except ConfigError as error:
+        rest = [Check(step.name, "not checked", f"needs: {_SURROUNDINGS}") for step in _STEPS]
+        return DryRun([known, Check(_SURROUNDINGS, "failed", str(error)), *rest], [])
+    quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="distillkit-dry-run-") as folder:
         state = _State(config, _harmless(config, folder))
-        checks = [Check("configuration", "passed", f"{path}: all settings are known and agree")]
+        checks = [known, Check(_SURROUNDINGS, "passed", "all that the configuration names is there")]
         failed: set[str] = set()
         for step in _STEPS:
             lacking = [name for name in step.needs if name in failed]
@@ -183,7 +194,8 @@ def _output(state: _State) -> Check | tuple[str, dict[str, Any]]:
         pass
     resumed = checkpoint_of(state.config)
     if resumed is not None:
-        return f"{folder}: writable; training resumes from {resumed}", {"resumes_from": resumed}
+        found = str(resumed.folder)
+        return f"{folder}: writable; training resumes from {found}", {"resumes_from": found}
     if (folder / "metrics.jsonl").exists():
         detail = f"{folder}: contains an earlier run, whose metrics, report and student would be overwritten"
         return Check("output folder", "warning", detail)
@@ -197,19 +209,25 @@ def _tokenizer(state: _State) -> tuple[str, dict[str, Any]]:
     return f"{type(state.run.tokenizer).__name__}, {size:,} ids", {"ids": size}
 
 
-def _data(state: _State) -> tuple[str, dict[str, Any]]:
+def _data(state: _State) -> Check:
+    from distillkit.training.data.documents import long_documents
     from distillkit.training.data.prepared import PreparedDataset
     from distillkit.training.description import tokens_of
 
     lines: list[str] = []
     figures: dict[str, Any] = {}
+    overflow = state.config.dataset.overflow
+    status: Status = "passed"
     _ = state.run.eos_labels  # raises here if they are wrong, since they belong to the data
     for key, source in state.run.sources.items():
         tokens = tokens_of(source)
         kept = f" (prepared, and cached for training in {source.folder})" if isinstance(source, PreparedDataset) else ""
-        lines.append(f"{key}: {len(source):,} documents, {tokens:,} tokens{kept}")
-        figures[key] = {"documents": len(source), "tokens": tokens}
-    return "; ".join(lines), figures
+        long = long_documents(state.config, key, source)
+        outcome = f"; {long.outcome(overflow)}" if long.long else ""
+        status = "warning" if long.long and overflow != "split" else status
+        lines.append(f"{key}: {len(source):,} documents, {tokens:,} tokens{kept}{outcome}")
+        figures[key] = {"documents": len(source), "tokens": tokens, "long": long.long, "beyond_tokens": long.beyond}
+    return Check("data", status, "; ".join(lines), figures)
 
 
 def _student(state: _State) -> tuple[str, dict[str, Any]]:
@@ -252,9 +270,22 @@ def _plan(state: _State) -> tuple[str, dict[str, Any]]:
     )
     if per_epoch < 1 or steps < 1:
         raise ConfigError("dataset.train_dataset: it does not contain a single full batch")
+    if not state.sharded:
+        trainer.create_optimizer_and_scheduler(steps)  # raises if their arguments are wrong
     state.steps, state.steps_an_epoch = steps, per_epoch
     detail = f"{steps:,} steps of {batch:,} rows; one pass over the data takes {per_epoch:,} steps"
     return detail, {"steps": steps, "rows_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}
+
+
+def _resume(state: _State) -> tuple[str, dict[str, Any]]:
+    from distillkit.training.run import resumed_checkpoint
+
+    checkpoint = resumed_checkpoint(state.run, state.config)
+    if checkpoint is None:
+        return "training starts at step 0", {"step": 0}
+    return f"{checkpoint.folder} is whole and of the same run; {checkpoint.step:,} steps are done", {
+        "step": checkpoint.step
+    }
 
 
 def _memory(state: _State) -> Check:
@@ -391,6 +422,7 @@ _STEPS = (
     _Step("data fits student", ("data", "teacher"), _fits),
     _Step("head and losses", ("data fits student",), _head),
     _Step("steps", ("head and losses",), _plan),
+    _Step("resume", ("output folder", "steps"), _resume),
     _Step("memory", ("head and losses",), _memory),
     _Step("first batch", ("memory", "steps"), _batch),
     _Step("disk", ("output folder", "steps"), _disk),

@@ -66,7 +66,7 @@ def bitsandbytes_problem() -> str | None:
     import bitsandbytes
     import torch
 
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = "cpu" if accelerator is None else accelerator.type
     supported = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})
     if device in supported:

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import transformers
 
-from distillkit.errors import ConfigError
+from distillkit.configuration.places import neighbour
+from distillkit.configuration.secrets import secret_paths, without_secrets
+from distillkit.errors import ConfigError, DistillKitError
 from distillkit.losses.fused import Objective
 from distillkit.memory import peak_memory
 from distillkit.models.head import rows_of
 from distillkit.models.layers import LayerMatching, match_layers
+from distillkit.reports.run_record import SUMMARY
 from distillkit.reports.run_report import ReportFiles
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.callbacks import ConsoleProgress, MetricsFile
+from distillkit.training.checkpoints import Checkpoint, checked, checkpoints_in, newest_checkpoint
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.schema import LiveTeacherConfig
-from distillkit.training.data.documents import open_documents, training_dataset
+from distillkit.training.config.surroundings import check_surroundings
+from distillkit.training.data.documents import check_positions, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
 from distillkit.training.data.prepared import Part
 from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
-from distillkit.training.saving import save_student, whole_checkpoint
+from distillkit.training.identity import check_same_run, identity_of
+from distillkit.training.saving import reaching_hub, save_student
+from distillkit.training.separation import choose_packing, trained_models
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
@@ -40,7 +50,11 @@ if TYPE_CHECKING:
 
     from distillkit.training.config.schema import RunConfig
 
-__all__ = ["Run", "checkpoint_of", "train"]
+__all__ = ["Run", "checkpoint_of", "resumed_checkpoint", "train"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Run:
@@ -117,6 +131,8 @@ class Run:
     def datasets(self) -> dict[Part, DistillationDataset]:
         """Training and evaluation examples, checked against the student."""
         live, _ = self.teacher
+        if self.config.dataset.packing == "auto":
+            choose_packing(self.arguments, trained_models(self.model, None if live is None else live.model))
         return {
             part: _dataset(self.config, part, source, self.model, self.arguments, live)
             for part, source in self.sources.items()
@@ -125,12 +141,22 @@ class Run:
     @cached_property
     def objective(self) -> Objective:
         """The losses."""
+        _tell_temperature(self.config)
         return Objective.training(self.config.loss_functions)
 
     @cached_property
     def description(self) -> dict[str, Any]:
         """The description of the run; see `describe`."""
         return describe(self.config, self.arguments, self.model, self.datasets)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the student that training ends with; see `identity_of`."""
+        live, _ = self.teacher
+        models = {"model": self.model}
+        if live is not None and not self.config.teaches_itself:
+            models["teacher.path"] = live.model
+        return identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer)
 
     @cached_property
     def metrics(self) -> MetricsFile:
@@ -143,24 +169,43 @@ class Run:
         # First, so that data for another student raises before anything large is loaded.
         eos_labels, _ = self.eos_labels, self.sources
         self.progress.parts = self.objective.losses
-        trainer = DistillationTrainer(
-            self.model,
-            self.arguments,
-            objective=self.objective,
-            train_dataset=self.datasets["train"],
-            eval_dataset=self.datasets.get("eval"),
-            matching=self.teacher[1],
-            processing_class=self.tokenizer,
-            eos_labels=eos_labels,
-            callbacks=[
-                TrackedDescription(self.description),
-                self.metrics,
-                *([] if self.arguments.disable_tqdm else [self.progress]),
-            ],
-        )
+        identity = self.identity  # of the models as they were loaded
+        callbacks = [
+            TrackedDescription(self.description),
+            self.metrics,
+            *([] if self.arguments.disable_tqdm else [self.progress]),
+        ]
+        with reaching_hub(self.config) if self.arguments.push_to_hub else nullcontext():
+            trainer = DistillationTrainer(
+                self.model,
+                self.arguments,
+                objective=self.objective,
+                train_dataset=self.datasets["train"],
+                eval_dataset=self.datasets.get("eval"),
+                matching=self.teacher[1],
+                processing_class=self.tokenizer,
+                eos_labels=eos_labels,
+                identity=identity,
+                callbacks=callbacks,
+            )
         # Added last, so that the metrics file already contains the evaluation's log entry.
         trainer.add_callback(ReportWriter(trainer, ReportFiles(self.folder)))
         return trainer
+
+    def decided(self, decide: Callable[[], T]) -> T:
+        """Return what the first process decides, in all processes; an error is raised in all of them."""
+        if self.arguments.world_size == 1:
+            return decide()
+        outcome: list[Any] = [None, None]  # the result, and the error
+        if self.arguments.process_index == 0:
+            try:
+                outcome[0] = decide()
+            except (DistillKitError, OSError) as error:
+                outcome[1] = error
+        torch.distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return cast(T, outcome[0])
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -178,16 +223,22 @@ def train(config: RunConfig) -> dict[str, Any]:
         MismatchError: tokenizer, vocabulary, codec or alignment of the data do not match the student.
     """
     started = time.perf_counter()
-    checkpoint = checkpoint_of(config)
+    check_surroundings(config)
+    checkpoint_of(config)  # raises at once if there is none
     run = Run(config)
     trainer = run.trainer
+    checkpoint, finished = run.decided(lambda: _resumed(run))
+    if finished is not None:
+        return finished
+    trainer.last_checkpoint = None if checkpoint is None else checkpoint.folder
     if trainer.is_world_process_zero():
         _write_config(config)
     with tracking(config):
         try:
-            result = trainer.train(resume_from_checkpoint=checkpoint)
+            result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
         finally:
             run.progress.close()
+    trainer.check_finite()
     save_student(trainer, config)
     summary = {
         "output_path": config.output_path,
@@ -202,9 +253,24 @@ def train(config: RunConfig) -> dict[str, Any]:
         **run.metrics.ends(),
     }
     if trainer.is_world_process_zero():
-        (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (run.folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         ReportFiles(run.folder).finish()
     return summary
+
+
+def _tell_temperature(config: RunConfig) -> None:
+    """Log losses that are computed with another arithmetic than the published one, unless that was asked for."""
+    if isinstance(config.teacher, LiveTeacherConfig) and config.teacher.top_k is None:
+        return
+    for loss in config.loss_functions:
+        if loss.temperature not in (None, 1.0) and loss.published_temperature is None:
+            logger.info(
+                "loss_functions: %s at temperature %g softens teacher and student over the stored ids and one outcome "
+                "for all others. The published toolkit softens the student over its whole vocabulary; "
+                "published_temperature: true does the same (see docs/losses.md)",
+                loss.function,
+                loss.temperature,
+            )
 
 
 def _open_sources(config: RunConfig, tokenizer: Any, arguments: SFTConfig) -> dict[Part, DocumentSource]:
@@ -229,7 +295,8 @@ def _live_teacher(
         force = config.force_hidden_state_projection
         matching = match_layers(config.layer_mapping, model, teacher, force_projection=force)
     layers = () if matching is None else matching.teacher_layers
-    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers), matching
+    head_size = rows_of(model.get_output_embeddings().weight)
+    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers, head_size=head_size), matching
 
 
 def _dataset(
@@ -242,6 +309,8 @@ def _dataset(
 ) -> DistillationDataset:
     """Check a dataset against the student, and return its training examples."""
     head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
+    live = {} if teacher is None else {"teacher.path": teacher.model}
+    check_positions(config, part, source, arguments, {"model": model, **live})
     if teacher is not None:
         check_ids(source, head_size, key)
         return training_dataset(config, part, source, teacher, arguments)
@@ -257,29 +326,95 @@ def _dataset(
     return training_dataset(config, part, source, signal, arguments)
 
 
-def checkpoint_of(config: RunConfig) -> str | None:
+def checkpoint_of(config: RunConfig, *, content: bool = False) -> Checkpoint | None:
     """Return the checkpoint to resume from, or None.
 
+    Args:
+        config: the run's configuration.
+        content: compare the contents of its files with their hashes, not only their sizes.
+
     Raises:
-        ConfigError: the configuration asks for a checkpoint that does not exist.
+        ConfigError: the configuration asks for a checkpoint that does not exist, or there is no whole one.
     """
-    wanted = config.training_args.get("resume_from_checkpoint")
+    wanted, key = config.training_args.get("resume_from_checkpoint"), "training_args.resume_from_checkpoint"
     if not wanted:
         return None
-    if wanted is True:
-        folder = whole_checkpoint(Path(config.output_path))
-        if folder is None:
-            raise ConfigError(
-                f"{config.source}: training_args.resume_from_checkpoint: {config.output_path} contains no "
-                "checkpoint; remove this setting"
-            )
-        return str(folder)
-    if not (Path(wanted) / "trainer_state.json").is_file():
+    try:
+        if wanted is True:
+            found = newest_checkpoint(Path(config.output_path), content=content)
+        else:
+            found = _named_checkpoint(wanted, content=content)
+    except ConfigError as error:
+        raise ConfigError(f"{config.source}: {key}: {error}") from error
+    if found is None:
+        raise ConfigError(f"{config.source}: {key}: {config.output_path} contains no checkpoint; remove this setting")
+    return found
+
+
+def _named_checkpoint(name: str, *, content: bool) -> Checkpoint:
+    """Return the checkpoint in a folder.
+
+    Raises:
+        ConfigError: there is no whole one.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"no such folder: {name!r}{neighbour(name)}")
+    inside = next(checkpoints_in(folder), None)
+    if inside is not None:
+        raise ConfigError(f"{name!r} is not a checkpoint, but has some in it, such as {inside}")
+    return checked(folder, content=content)
+
+
+def resumed_checkpoint(run: Run, config: RunConfig) -> Checkpoint | None:
+    """Return the checkpoint to resume from, checked completely, or None.
+
+    Args:
+        run: the run's parts.
+        config: its configuration, with the output folder.
+
+    Raises:
+        ConfigError: as `checkpoint_of`; or the checkpoint is from a later step than the run's last.
+        MismatchError: the checkpoint is of another run.
+    """
+    checkpoint = checkpoint_of(config, content=True)
+    if checkpoint is None:
+        return None
+    steps = run.trainer.last_step()
+    check_same_run(checkpoint.identity, run.trainer.full_identity(steps), checkpoint.folder)
+    if checkpoint.step > steps:
         raise ConfigError(
-            f"{config.source}: training_args.resume_from_checkpoint: {wanted!r} is not a checkpoint (it contains no "
-            "trainer_state.json)"
+            f"{config.source}: training_args: {checkpoint.folder} was saved after step {checkpoint.step:,}, but this "
+            f"run ends at step {steps:,} (max_steps or num_train_epochs); resume from an earlier checkpoint"
         )
-    return str(wanted)
+    processes = run.arguments.world_size
+    states = {"rng_state.pth"} if processes == 1 else {f"rng_state_{rank}.pth" for rank in range(processes)}
+    if not states <= checkpoint.files.keys():
+        logger.warning(
+            "%s was saved by another number of processes: dropout, if the student has any, goes on with other random "
+            "numbers",
+            checkpoint.folder,
+        )
+    return checkpoint
+
+
+def _resumed(run: Run) -> tuple[Checkpoint | None, dict[str, Any] | None]:
+    """Return the checkpoint to resume from, and the summary of a run that has already ended, if it has."""
+    checkpoint = resumed_checkpoint(run, run.config)
+    if checkpoint is None or checkpoint.step < run.trainer.last_step():
+        return checkpoint, None
+    try:
+        summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return checkpoint, None  # stopped before the student was saved
+    if not isinstance(summary, dict) or summary.get("steps") != checkpoint.step:
+        return checkpoint, None
+    logger.warning(
+        "nothing to train: the run in %s has all its %s steps, and its student stays as it is",
+        run.folder,
+        summary["steps"],
+    )
+    return checkpoint, summary
 
 
 def _write_config(config: RunConfig) -> None:
@@ -287,5 +422,7 @@ def _write_config(config: RunConfig) -> None:
 
     folder = Path(config.output_path)
     folder.mkdir(parents=True, exist_ok=True)
-    content = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
-    (folder / "distillkit_config.yaml").write_text(content, encoding="utf-8")
+    settings = config.model_dump(mode="json", exclude_unset=True)
+    left_out = [f"# Left out, since it is secret: {path}\n" for path in secret_paths(settings)]
+    content = yaml.safe_dump(without_secrets(settings), sort_keys=False, allow_unicode=True)
+    (folder / "distillkit_config.yaml").write_text("".join(left_out) + content, encoding="utf-8")

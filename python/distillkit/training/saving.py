@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -11,12 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distillkit.configuration.secrets import redacted
+from distillkit.errors import DistillKitError
+from distillkit.training.checkpoints import RECEIPT
+
 if TYPE_CHECKING:
     import transformers
 
     from distillkit.training.config.schema import RunConfig
 
-__all__ = ["save_student", "saving", "whole_checkpoint"]
+__all__ = ["reaching_hub", "save_student", "saving"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ def saving(folder: Path, *, checkpoint: bool) -> Iterator[None]:
     except Exception as error:
         # Their own error types have no errno.
         full = getattr(error, "errno", None) == errno.ENOSPC or _free_bytes(folder) < _FULL_BYTES
-        if checkpoint and not is_whole(folder):
+        if checkpoint and not (folder / RECEIPT).is_file():
             shutil.rmtree(folder, ignore_errors=True)
         if not full:
             raise
@@ -65,28 +68,6 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint's folder has the trainer's state, which is written last."""
-    try:
-        return isinstance(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        return False
-
-
-def whole_checkpoint(folder: Path) -> Path | None:
-    """Find the last complete checkpoint in an output folder, ignoring any that a killed run left incomplete."""
-    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*") if _numbered(path)]
-    for _, path in sorted(numbered, reverse=True):
-        if is_whole(path):
-            return path
-        logger.warning("ignoring %s: it is incomplete, because a run was stopped while saving it", path)
-    return None
-
-
-def _numbered(path: Path) -> bool:
-    return path.is_dir() and path.name.rpartition("-")[2].isdecimal()
-
-
 def save_student(trainer: transformers.Trainer, config: RunConfig) -> None:
     """Save the trained student, its tokenizer and its processor in the output folder. Every process must call this.
 
@@ -96,6 +77,7 @@ def save_student(trainer: transformers.Trainer, config: RunConfig) -> None:
 
     Raises:
         OSError: the disk is full.
+        DistillKitError: the student is saved, but cannot be pushed to the hub.
     """
     if trainer.is_fsdp_enabled:
         # With sharded checkpoints, save_model would not save a model at all.
@@ -108,7 +90,31 @@ def save_student(trainer: transformers.Trainer, config: RunConfig) -> None:
     with saving(Path(config.output_path), checkpoint=False):
         if first:
             _copy_processor(config)
-        trainer.save_model()
+        # Pushed below, so that an unreachable hub is not taken for a failed save.
+        trainer.save_model(_internal_call=True)
+    if trainer.args.push_to_hub:
+        with reaching_hub(config):
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+
+@contextmanager
+def reaching_hub(config: RunConfig) -> Iterator[None]:
+    """Turn the hub's errors into one message.
+
+    Raises:
+        DistillKitError: the hub cannot be reached, or refuses.
+    """
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        lines = redacted(str(error)).strip().splitlines() or [type(error).__name__]
+        raise DistillKitError(
+            f"{config.source}: training_args.push_to_hub: the hub cannot be used: {lines[0]} ({config.output_path} has "
+            "everything that was saved until now)"
+        ) from error
 
 
 def _remove_adapters(folder: Path) -> None:

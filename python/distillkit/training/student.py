@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from distillkit.configuration.places import neighbour
+from distillkit.configuration.secrets import redacted
 from distillkit.errors import ConfigError, DistillKitError, nearest
 from distillkit.models.adapters import add_adapters
 from distillkit.models.head import bare_model, elements_of, lm_head_of, rows_of
+from distillkit.models.layers import layer_pairs
+from distillkit.models.rope import choose_frequencies_by_document
+from distillkit.models.weights import loading_errors, loading_reason, model_problem
 from distillkit.training.quantization import quantization_config_of
 
 if TYPE_CHECKING:
@@ -50,25 +55,51 @@ def check_student(config: RunConfig) -> PreTrainedModel | PeftModel:
         ConfigError: a setting cannot be applied here, or does not fit the student.
     """
     _load_arguments(config)
-    outline = student_outline(config)
+    outline = student_outline(config, attention=config.model_kwargs.get("attn_implementation"))
+    _check_layers(config, outline)
     with torch.device("meta"):
         return _prepared(outline, config)
 
 
-def student_outline(config: RunConfig) -> PreTrainedModel:
+def _check_layers(config: RunConfig, outline: PreTrainedModel) -> None:
+    """Check `layer_mapping` with the models' configs."""
+    if config.layer_mapping is None or config.teacher.kind != "hf":
+        return
+    from transformers import AutoConfig
+
+    try:
+        teacher = AutoConfig.from_pretrained(config.teacher.path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{config.source}: teacher.path: no model config could be loaded from {config.teacher.path!r}: {error}"
+        ) from error
+    try:
+        layer_pairs(config.layer_mapping, outline.config.get_text_config(), teacher.get_text_config())
+    except ConfigError as error:
+        raise ConfigError(f"{config.source}: {error}") from error
+
+
+def student_outline(config: RunConfig, attention: str | None = None) -> PreTrainedModel:
     """Build the student without weights: every parameter has its name and shape, but is on the meta device.
+
+    Args:
+        config: the run's configuration.
+        attention: an attention implementation that the student must support.
 
     Raises:
         ConfigError: there is no such model, or the auto class does not support it.
     """
+    arguments = {} if attention is None else {"attn_implementation": attention}
+    student = _student_config(config)
+    with _loading(config, arguments or "its config"), torch.device("meta"):
+        return _auto_class(config).from_config(student, trust_remote_code=config.trust_remote_code, **arguments)
+
+
+def _student_config(config: RunConfig) -> Any:
     import transformers
 
     with _loading(config, "its config"):
-        outline_config = transformers.AutoConfig.from_pretrained(
-            config.model, trust_remote_code=config.trust_remote_code
-        )
-        with torch.device("meta"):
-            return _auto_class(config).from_config(outline_config, trust_remote_code=config.trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
 
 
 def load_student(config: RunConfig, vocab_size: int, *, checkpointing: bool = False) -> PreTrainedModel | PeftModel:
@@ -89,13 +120,18 @@ def load_student(config: RunConfig, vocab_size: int, *, checkpointing: bool = Fa
         ConfigError: the student cannot be loaded, or a setting does not fit it.
     """
     arguments = _load_arguments(config)
-    if config.use_flash_attention is None and arguments.get("attn_implementation") == "sdpa":
-        reason = _why_no_flash_attention() or "model_kwargs.attn_implementation says so"
-        logger.info("not using FlashAttention (%s) but PyTorch's scaled dot-product attention (sdpa)", reason)
     with _loading(config, arguments):
         bare = _auto_class(config).from_pretrained(
             config.model, trust_remote_code=config.trust_remote_code, **arguments
         )
+    if config.use_flash_attention is None and "attn_implementation" not in arguments:
+        logger.info(
+            "not using FlashAttention (%s), but what transformers uses for %s by default: %s attention",
+            _why_no_flash_attention(config),
+            type(bare).__name__,
+            bare.config._attn_implementation,
+        )
+    choose_frequencies_by_document(bare)
     before = rows_of(bare.get_input_embeddings().weight)
     if config.resize_embeddings_to_multiple_of is not None:
         widen_embeddings(bare, vocab_size, config.resize_embeddings_to_multiple_of)
@@ -149,11 +185,6 @@ def _describe(model: PreTrainedModel | PeftModel, config: RunConfig) -> None:
         student["dtype"],
         student["attention"],
     )
-    longest = getattr(bare_model(model).config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.sequence_length > longest:
-        logger.warning(
-            "sequence_length %s is more than the student's max_position_embeddings, %s", config.sequence_length, longest
-        )
 
 
 def _auto_class(config: RunConfig) -> Any:
@@ -167,10 +198,13 @@ def _loading(config: RunConfig, what: object) -> Iterator[None]:
     """Turn the errors that transformers raises while loading into one message."""
     try:
         yield
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+    except loading_errors() as error:
+        problem = model_problem(config.model)
+        if problem is not None:
+            raise ConfigError(f"{config.source}: model: {problem}") from error
         raise ConfigError(
-            f"{config.source}: model: {config.model!r} cannot be loaded by {config.model_auto_class} with {what}: "
-            f"{error}"
+            f"{config.source}: model: {config.model!r} cannot be loaded by {config.model_auto_class} with "
+            f"{redacted(str(what))}: {redacted(loading_reason(error))}{neighbour(config.model)}"
         ) from error
 
 
@@ -197,38 +231,42 @@ def attention_implementation(config: RunConfig) -> str | None:
     """Choose the student's attention implementation.
 
     Returns:
-        A name for `attn_implementation`, or None to leave the choice to `model_kwargs`.
+        A name for `attn_implementation`, or None to leave the choice to `model_kwargs`, and without one there to
+        transformers, which knows what each model supports.
 
     Raises:
         ConfigError: FlashAttention is required but cannot run here, or two settings contradict each other.
     """
     wanted, named = config.use_flash_attention, config.model_kwargs.get("attn_implementation")
-    if named is not None:
-        if wanted is not None and wanted != str(named).startswith("flash"):
-            raise ConfigError(
-                f"{config.source}: use_flash_attention: {str(wanted).lower()} contradicts "
-                f"model_kwargs.attn_implementation: {named!r}; set only one"
-            )
+    if named is not None and wanted is not None and wanted != str(named).startswith("flash"):
+        raise ConfigError(
+            f"{config.source}: use_flash_attention: {str(wanted).lower()} contradicts "
+            f"model_kwargs.attn_implementation: {named!r}; set only one"
+        )
+    if named is not None or wanted is False:
         return None
-    if wanted is False:
-        return "sdpa"
-    missing = _why_no_flash_attention()
+    missing = _why_no_flash_attention(config)
     if missing is None:
         return _FLASH
     if wanted:
         raise ConfigError(
-            f"{config.source}: use_flash_attention: true, but {missing}. Install it (`pip install flash-attn "
-            "--no-build-isolation`, on a machine with a CUDA GPU), or set use_flash_attention: false to use "
-            "PyTorch's scaled dot-product attention"
+            f"{config.source}: use_flash_attention: true, but {missing}. FlashAttention needs a CUDA GPU, the package "
+            "flash-attn (`pip install flash-attn --no-build-isolation`) and a model that supports it; otherwise set "
+            "use_flash_attention: false, for what transformers uses for the model by default"
         )
-    return "sdpa"
+    return None
 
 
-def _why_no_flash_attention() -> str | None:
+def _why_no_flash_attention(config: RunConfig) -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA GPU"
     if importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed"
+    # Unknown for a model with code of its own: transformers refuses where it is not supported.
+    found = _auto_class(config)._model_mapping.get(type(_student_config(config)), None)
+    for each in found if isinstance(found, tuple) else (found,):
+        if each is not None and not each._supports_flash_attn:
+            return f"{each.__name__} does not support it"
     return None
 
 

@@ -3,7 +3,6 @@ configuration."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,24 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.losses.fused import Objective
 from distillkit.memory import peak_memory
 from distillkit.models.layers import LayerMatching, exported, load_projections, save_projections, without_projections
 from distillkit.reports.run_report import ReportFiles
+from distillkit.training import checkpoints
 from distillkit.training.attach import DistillationInputs, DistillationOutput, attach_losses
 from distillkit.training.data.examples import MODEL_INPUTS, Collator, DistillationDataset, DocumentOrder
+from distillkit.training.identity import LAST
 from distillkit.training.saving import saving
+from distillkit.training.separation import batch_layout, check_batches, trained_models
+from distillkit.training.signals.live import OnlineSignal
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
 
 __all__ = ["DistillationTrainer", "ReportWriter"]
-
-logger = logging.getLogger(__name__)
 
 _COUNTS = ("tokens", "cut_documents", "cut_tokens")
 
@@ -51,6 +52,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         matching: which of the student's hidden states are compared with the teacher's, if any.
         processing_class: the tokenizer, saved with each checkpoint.
         eos_labels: token ids that become the tokenizer's end-of-sequence id in the labels.
+        identity: what decides the student, kept in the checkpoints; see `identity_of`.
         callbacks: transformers callbacks.
 
     Raises:
@@ -71,6 +73,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         matching: LayerMatching | None = None,
         processing_class: Any = None,
         eos_labels: Sequence[int] = (),
+        identity: Mapping[str, Any] | None = None,
         callbacks: list[transformers.TrainerCallback] | None = None,
     ) -> None:
         if args.n_gpu > 1:
@@ -79,19 +82,23 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"--nproc_per_node {args.n_gpu} -m distillkit CONFIG.yaml` (or accelerate launch), or choose one "
                 "with CUDA_VISIBLE_DEVICES"
             )
-        attach_losses(model, matching)
-        use_cache = getattr(model.config, "use_cache", None)
+        signal = train_dataset.signal
+        models = trained_models(model, signal.model if isinstance(signal, OnlineSignal) else None)
         pad_id = getattr(processing_class, "pad_token_id", None)
+        collator = Collator(
+            pad_id=0 if pad_id is None else pad_id,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            **batch_layout(models),
+            eos_labels=eos_labels,
+            eos_id=getattr(processing_class, "eos_token_id", None),
+        )
+        packed = any(each is not None and each.packing is not None for each in (train_dataset, eval_dataset))
+        attach_losses(model, matching, lambda: check_batches(models, collator, packed=packed))
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(
-                pad_id=0 if pad_id is None else pad_id,
-                pad_to_multiple_of=args.pad_to_multiple_of,
-                flash_attention=str(model.config._attn_implementation).startswith("flash"),
-                eos_labels=eos_labels,
-                eos_id=getattr(processing_class, "eos_token_id", None),
-            ),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -114,7 +121,20 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         self.waiting_seconds = 0.0
         self._window = _Window(objective, args.device)
         self._order: DocumentOrder | None = None
+        self.identity = dict(identity or {})
+        self.last_checkpoint: Path | None = None
+        self._check_batch()
         self.add_callback(_Epochs(self))
+
+    def create_optimizer(self, *arguments: Any, **named: Any) -> Any:
+        """As the Trainer's; arguments that do not fit the optimiser are named as settings."""
+        with _naming("optim and optim_args"):
+            return super().create_optimizer(*arguments, **named)
+
+    def create_scheduler(self, *arguments: Any, **named: Any) -> Any:
+        """As the Trainer's; arguments that do not fit the schedule are named as settings."""
+        with _naming("lr_scheduler_type and lr_scheduler_kwargs"):
+            return super().create_scheduler(*arguments, **named)
 
     # -- data: in each epoch, the processes together see every document exactly once, in a new order -------------------
 
@@ -123,19 +143,30 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         seed = None
         if self.args.train_sampling_strategy != "sequential":
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        drops = self.args.dataloader_drop_last
-        self._order = DocumentOrder(
-            len(dataset), seed=seed, multiple=1 if drops else self._whole_batches(self._train_batch_size)
-        )
+        # A single process may end with a smaller batch. Several must have the same number of batches, for which
+        # accelerate would repeat documents.
+        fill = self.args.world_size > 1 and not self.args.dataloader_drop_last
+        multiple = self._train_batch_size * self.args.world_size if fill else 1
+        self._order = DocumentOrder(len(dataset), seed=seed, multiple=multiple)
         return self._order
 
     def _get_eval_sampler(self, eval_dataset: Any) -> DocumentOrder:
-        return DocumentOrder(len(eval_dataset), seed=None, multiple=self._whole_batches(self.args.eval_batch_size))
+        # With dataloader_drop_last, a batch that is not filled up would be left out.
+        fill = self.args.world_size > 1 or self.args.dataloader_drop_last
+        multiple = self.args.eval_batch_size * self.args.world_size if fill else 1
+        return DocumentOrder(len(eval_dataset), seed=None, multiple=multiple)
 
-    def _whole_batches(self, batch_size: int) -> int:
-        # A single process may end with a smaller batch. Several must have the same number of batches, for which
-        # accelerate would repeat documents.
-        return batch_size * self.args.world_size if self.args.world_size > 1 else 1
+    def _check_batch(self) -> None:
+        """Refuse a training set of which `dataloader_drop_last` would leave nothing."""
+        rows, batch = len(self.train_dataset), self._train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and rows < batch:
+            each = f"per_device_train_batch_size {self._train_batch_size} × processes: {self.args.world_size}"
+            what = "documents" if self.train_dataset.packing is None else "packed rows"
+            raise ConfigError(
+                f"training_args.dataloader_drop_last: true leaves out incomplete batches, and the training set is one: "
+                f"{rows:,} {what}, but a batch has {batch:,} ({each}). Use a smaller batch, or dataloader_drop_last: "
+                "false"
+            )
 
     def start_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch.
@@ -202,8 +233,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
         Returns:
             Metrics `<prefix>_loss` (as trained), `_kl` (KL(teacher ‖ student) at temperature 1, stored ids
-            renormalised), `_cross_entropy` and `_perplexity` (of the true tokens), `_top1_agreement`, `_topk_overlap`,
-            `_teacher_mass`, `_student_mass` (of the stored ids), `_positions`, and every other loss by its name.
+            renormalised), `_kl_with_rest` (the same with all other ids as one more outcome), `_cross_entropy` and
+            `_perplexity` (of the true tokens), `_top1_agreement`, `_topk_overlap`, `_teacher_mass`, `_student_mass` (of
+            the stored ids), `_positions`, and every other loss by its name.
         """
         with self._window.paused():
             model = self._evaluated_model()
@@ -229,8 +261,10 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             raise DistillKitError(
                 "the evaluation set has no position to predict: all its documents are empty, single tokens or masked"
             )
-        metrics = {name: value / positions for name, value in named.items() if name not in ("kl", "cross_entropy")}
-        for name in ("kl", "cross_entropy"):
+        # These yardsticks replace the losses of the same names.
+        yardsticks = [name.removeprefix("eval:") for name in named if name.startswith("eval:")]
+        metrics = {name: value / positions for name, value in named.items() if name not in yardsticks}
+        for name in yardsticks:
             metrics[name] = metrics.pop(f"eval:{name}")
         metrics |= {
             "loss": totals[-1] / positions,
@@ -261,10 +295,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if "loss" in logs:
             logs |= self._finish_window() | {"peak_memory_gb": _peak_memory_gb()}
             if not math.isfinite(logs["loss"]):
-                raise DistillKitError(
-                    f"the training loss is {logs['loss']} at step {self.state.global_step}: lower the learning rate, "
-                    "or train in bfloat16 or float32 instead of float16. The last checkpoint was saved before this"
-                )
+                raise self._diverged(f"the training loss is {logs['loss']}")
         elif "train_loss" in logs:
             # At the end of training, count the steps since the last log entry.
             self._finish_window()
@@ -274,17 +305,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         averages, counts, seconds = self._window.finish(self.accelerator)
         self.training_seconds += seconds
         self.waiting_seconds += averages["data_wait"] * seconds
-        before = self.counts["cut_documents"]
         for name in _COUNTS:
             self.counts[name] += counts[name]
-        if not before and self.counts["cut_documents"]:
-            logger.warning(
-                "%s of the documents so far are longer than the sequence length of %s tokens; they are cut, together "
-                "with their teacher rows (%s tokens cut off). Logged once",
-                f"{self.counts['cut_documents']:,}",
-                f"{self.train_dataset.sequence_length:,}",
-                f"{self.counts['cut_tokens']:,}",
-            )
         return averages
 
     @contextmanager
@@ -295,10 +317,91 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    def last_step(self) -> int:
+        """Return the step at which training ends."""
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+    def _diverged(self, what: str) -> DistillKitError:
+        saved = "No checkpoint was saved before this"
+        if self.last_checkpoint is not None:
+            saved = f"The last checkpoint, {self.last_checkpoint}, was saved before this"
+        return DistillKitError(
+            f"{what} at step {self.state.global_step}: lower the learning rate, or train in bfloat16 or float32 "
+            f"instead of float16. {saved}"
+        )
+
+    @torch.no_grad()
+    def check_finite(self) -> None:
+        """Refuse to save a student that has diverged. Every process must call this.
+
+        Raises:
+            DistillKitError: the losses since the last log entry or the weights are not finite.
+        """
+        trained = [getattr(p, "_local_tensor", p) for p in self.model.parameters() if p.requires_grad and p.numel()]
+        norms = [
+            torch.linalg.vector_norm(p.detach(), ord=math.inf).to(self.args.device, torch.float32) for p in trained
+        ]
+        losses = getattr(self, "_tr_loss", torch.zeros(()))
+        values = torch.stack([losses.to(self.args.device, torch.float32), *norms])
+        if int(self.accelerator.reduce((~values.isfinite()).sum(), reduction="sum")):
+            raise self._diverged("the training loss or the student's weights are not finite")
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint with its receipt; only then are older ones removed, and is it pushed to the hub."""
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.check_finite()
+        kept, pushed = self.args.save_total_limit, self.args.push_to_hub
         with self.untimed(), saving(folder, checkpoint=True):
-            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                checkpoints.discard(folder)  # of an earlier run
+            self.accelerator.wait_for_everyone()
+            self.args.save_total_limit, self.args.push_to_hub = None, False
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit, self.args.push_to_hub = kept, pushed
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                resumable = not self.args.save_only_model
+                identity = self.full_identity(self.state.max_steps)
+                checkpoints.write_receipt(folder, self.state.global_step, identity, resumable=resumable)
+            self.accelerator.wait_for_everyone()
+            self.last_checkpoint = folder
+            if pushed:
+                self._push_from_checkpoint(str(folder))
+            if self.args.should_save:
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(self.args.output_dir, kept, best_model_checkpoint=best, use_mtime=True)
+
+    def full_identity(self, last_step: int) -> dict[str, Any]:
+        """Return what decides the student, with the step at which training ends where that matters."""
+        return {**self.identity, LAST: last_step} if LAST in self.identity else self.identity
+
+    def _init_training_state(self, *arguments: Any, **named: Any) -> Any:
+        """As the Trainer's, but the best checkpoint is found beside the one that is resumed, also if both were moved.
+
+        Raises:
+            ConfigError: the best checkpoint is missing or damaged, so that the best student could not be saved.
+        """
+        result = super()._init_training_state(*arguments, **named)
+        resumed, best = self.last_checkpoint, self.state.best_global_step
+        if resumed is not None and self.args.load_best_model_at_end and best:
+            folder = resumed.parent / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+            checkpoints.open_checkpoint(folder).check_sizes()
+            self.state.best_model_checkpoint = str(folder)
+        return result
+
+    def _load_best_model(self) -> None:
+        folder = Path(str(self.state.best_model_checkpoint))
+        if self.args.should_save:
+            checkpoints.open_checkpoint(folder).check_content()
+        super()._load_best_model()
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # the Trainer would train one more step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the student without its projections of hidden states; in checkpoints, those get a file of their own."""
@@ -408,6 +511,16 @@ class _Window:
         averages["data_wait"] = accelerator.reduce(share, reduction="mean").item()
         self._restart()
         return averages, counts, seconds
+
+
+@contextmanager
+def _naming(settings: str) -> Iterator[None]:
+    """Turn the errors that torch and transformers raise for values that do not fit into one message."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError, ZeroDivisionError) as error:
+        reason = str(error) if not isinstance(error, KeyError) else f"unknown value {error}"
+        raise ConfigError(f"training_args: {settings} do not fit: {reason}") from error
 
 
 def _peak_memory_gb() -> float:

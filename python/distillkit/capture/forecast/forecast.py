@@ -225,9 +225,9 @@ def _forecast_one(
 
 def _disk(folder: Folder) -> int | None:
     """The device number of the disk that a local folder is or will be on."""
-    if not folder.is_local:
+    path = folder.local_path
+    if path is None:
         return None
-    path = Path(folder.url.removeprefix("file://")).absolute()
     while not path.exists():
         path = path.parent
     return os.stat(path).st_dev

@@ -23,6 +23,9 @@ from distillkit.capture.teachers.base import RejectedDocument, RowRequest, Score
 from distillkit.codec.topk import sparse_from_logits
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.models.head import backbone_hidden, check_lm_head
+from distillkit.models.rope import choose_frequencies_by_document, frequencies_change_after
+from distillkit.models.separation import separation_of
+from distillkit.models.weights import loading_errors, loading_reason
 from distillkit.types import SparseLogprobs, TokenDocument
 
 __all__ = ["HFTeacher", "length_batches", "load_config", "resolve_device", "resolve_dtype"]
@@ -51,7 +54,8 @@ class HFTeacher:
 
     Raises:
         ConfigError: the model cannot be loaded, or the dtype or device does not exist.
-        DistillKitError: the model's head cannot be applied by itself (see `distillkit.models.head.check_lm_head`).
+        DistillKitError: the model's head cannot be applied by itself (see `distillkit.models.head.check_lm_head`), or
+            padding changes its distributions.
     """
 
     def __init__(self, model: str, settings: HFSettings, *, trust_remote_code: bool = False) -> None:
@@ -66,9 +70,16 @@ class HFTeacher:
                 device_map=device,
                 trust_remote_code=trust_remote_code,
             ).eval()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model: {model!r} could not be loaded as a causal language model: {error}") from error
+        except loading_errors() as error:
+            raise ConfigError(
+                f"model: {model!r} could not be loaded as a causal language model: {loading_reason(error)}"
+            ) from error
+        choose_frequencies_by_document(self._model)
+        self._frequencies_differ = frequencies_change_after(self._model) is not None
         self._head = check_lm_head(self._model)
+        separation_of(
+            self._model, lambda rows: self._inputs([row[0].cpu().numpy() for row in rows]), packs=False
+        ).check_padding()
         self._batch_tokens = settings.forward_tokens
         self._head_rows = settings.head_rows
         self._float32_head = settings.head_dtype == "float32"
@@ -180,16 +191,25 @@ class HFTeacher:
 
     def _hidden(self, documents: Sequence[TokenDocument], counts: Sequence[int]) -> torch.Tensor:
         """Run the backbone on a batch; return the states of each document's first `counts` positions, (N, H)."""
-        lengths = torch.tensor([len(document.input_ids) for document in documents])
+        inputs = self._inputs([document.input_ids for document in documents])
+        hidden_BSH = backbone_hidden(self._model, **inputs)
+        positions = torch.arange(hidden_BSH.shape[1])
+        return hidden_BSH[(positions < torch.tensor(counts)[:, None]).to(hidden_BSH.device)]
+
+    def _inputs(self, documents: Sequence[npt.NDArray[Any]]) -> dict[str, torch.Tensor]:
+        """Make the model's inputs of documents' token ids."""
+        lengths = torch.tensor([len(ids) for ids in documents])
         # Padding is on the right, so it does not affect the positions before it.
         ids_BS = torch.zeros(len(documents), int(lengths.max()), dtype=torch.long)
-        for row, document in enumerate(documents):
-            ids_BS[row, : lengths[row]] = torch.from_numpy(document.input_ids.astype(np.int64))
+        for row, ids in enumerate(documents):
+            ids_BS[row, : lengths[row]] = torch.from_numpy(ids.astype(np.int64))
         positions = torch.arange(ids_BS.shape[1])
         mask_BS = (positions < lengths[:, None]).long()
+        inputs = {"input_ids": ids_BS, "attention_mask": mask_BS}
+        if self._frequencies_differ:
+            inputs["position_ids"] = positions * mask_BS  # padding does not make a document longer
         device = self._model.get_input_embeddings().weight.device
-        hidden_BSH = backbone_hidden(self._model, input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device))
-        return hidden_BSH[(positions < torch.tensor(counts)[:, None]).to(hidden_BSH.device)]
+        return {name: value.to(device) for name, value in inputs.items()}
 
     def _slice(
         self,
@@ -263,7 +283,8 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    # The checks of each model's config raise their own errors.
+    except Exception as error:
         raise ConfigError(
             f"model: no model config could be loaded from {model!r} (expected a folder or a hub id): {error}"
         ) from error
@@ -273,19 +294,31 @@ def resolve_device(device: str) -> str:
     """Return the device to run on; "auto" is the first CUDA device, or the CPU.
 
     Raises:
-        ConfigError: `device` is not a torch device or a placement.
+        ConfigError: `device` is not a torch device or a placement, or this machine does not have it.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device in _PLACEMENTS:
         return device
     try:
-        return str(torch.device(device))
+        found = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(
             f"device: {device!r} is not a torch device; expected auto, cpu, cuda, cuda:1, … or one of "
             f"{', '.join(_PLACEMENTS)}"
         ) from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {device!r}, but torch finds {torch.cuda.device_count()} CUDA GPUs on this machine (see "
+            "`nvidia-smi`); cpu runs without one"
+        )
+    try:
+        # A type that torch knows may not be there, or have no memory, as meta.
+        torch.ones(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError) as error:
+        reason = str(error).partition(". ")[0].partition("\n")[0]
+        raise ConfigError(f"device: {device!r} cannot be used on this machine: {reason}") from error
+    return str(found)
 
 
 def resolve_dtype(dtype: str, config: Any, device: str) -> str:

@@ -6,17 +6,19 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
 from distillkit.capture.engine_settings import OpenAISettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.ranked import RankedEntries, check_request, scored_document
-from distillkit.errors import CaptureError, ConfigError
+from distillkit.configuration.secrets import redacted
+from distillkit.errors import CaptureError, ConfigError, printable
 from distillkit.types import TokenDocument
 
 __all__ = ["OpenAITeacher", "echoed_entries", "prompt_entries"]
@@ -28,6 +30,12 @@ _CAP = re.compile(r"(?:max(?:imum)?(?: allowed)?|at most|up to)\D{0,20}?(\d+)", 
 _PROBE = 3
 # Bad request, too large, unprocessable; and internal errors, which a single document can cause on every attempt.
 _DOCUMENT_ERRORS = (400, 413, 422, 500)
+# JSON takes up to 100 bytes for an id with its log-probability, rank and text.
+_BYTES_PER_ENTRY = 256
+_OTHER_BYTES = 4 << 20
+_LONGEST_QUOTE = 500
+# What reading an answer raises if it has another form than expected.
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 class OpenAITeacher:
@@ -50,19 +58,27 @@ class OpenAITeacher:
     def __init__(self, settings: OpenAISettings, *, head_size: int, k: int, max_seq_len: int) -> None:
         try:
             import openai
+
+            from distillkit.capture.teachers.http import BoundedClient
         except ImportError as error:
             raise ConfigError("engine: openai is not installed: pip install 'distillkit[openai]'") from error
-        key = next((os.environ[name] for name in _KEY_VARIABLES if os.environ.get(name)), "none")
+        url = urlsplit(settings.base_url or "")
+        key = next((os.environ[name] for name in _KEY_VARIABLES if os.environ.get(name)), None)
+        self._secrets = [text for text in (key, url.password, unquote(url.password or "")) if text]
         # The client retries after 429, 5xx, timeouts and connection errors.
         self._client = openai.OpenAI(
             base_url=settings.base_url,
-            api_key=key,
+            api_key=key or "none",
             max_retries=settings.max_retries,
             timeout=settings.request_timeout,
+            http_client=BoundedClient(
+                settings.request_timeout, _OTHER_BYTES + (max_seq_len + 1) * (k + 1) * _BYTES_PER_ENTRY
+            ),
         )
         self._errors = openai
         # Without the user and password that a URL may contain.
-        self._server = urlsplit(settings.base_url or "").netloc.rpartition("@")[2]
+        self._server = url.netloc.rpartition("@")[2]
+        self._timeout = settings.request_timeout
         self._head_size = head_size
         self._k = k
         self._concurrency = settings.concurrency
@@ -86,20 +102,28 @@ class OpenAITeacher:
         """Yield every document's distributions as the server answers; see `Teacher.score`."""
         check_request(request, self._k, "a server", "the server was set up for")
         waiting = iter(enumerate(documents))
-        pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="distillkit-request")
-        try:
-            running: set[Future[ScoredDocument | RejectedDocument]] = set()
-            while True:
-                # Bounds memory: at most `concurrency` requests are running or have answers that are not yet yielded.
-                while len(running) < self._concurrency and (item := next(waiting, None)) is not None:
-                    running.add(pool.submit(self._score_one, *item, request))
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        results: SimpleQueue[ScoredDocument | RejectedDocument | BaseException] = SimpleQueue()
+
+        def score_one(index: int, document: TokenDocument) -> None:
+            try:
+                results.put(self._score_one(index, document, request))
+            except BaseException as error:  # noqa: BLE001 - raised below, in the thread that waits
+                results.put(error)
+
+        running = 0
+        while True:
+            # Bounds memory: at most `concurrency` requests are running or have answers that are not yet yielded.
+            while running < self._concurrency and (item := next(waiting, None)) is not None:
+                # A daemon, so that an interrupted capture does not wait for the server before it ends.
+                Thread(target=score_one, args=item, name="distillkit-request", daemon=True).start()
+                running += 1
+            if not running:
+                return
+            result = results.get()
+            running -= 1
+            if isinstance(result, BaseException):
+                raise result
+            yield result
 
     def _score_one(self, index: int, document: TokenDocument, request: RowRequest) -> ScoredDocument | RejectedDocument:
         prompt = document.input_ids.tolist()
@@ -108,7 +132,7 @@ class OpenAITeacher:
         except self._errors.APIError as error:
             if getattr(error, "status_code", None) in _DOCUMENT_ERRORS:
                 return RejectedDocument(
-                    index, f"{document.source}: the server rejected this document: {_message(error)}"
+                    index, f"{document.source}: the server rejected this document: {self._message(error)}"
                 )
             raise self._failed(error) from error
         generated = None
@@ -117,8 +141,9 @@ class OpenAITeacher:
             if request.last_row:
                 last, generated = _last_entries(choice, request.k)
                 entries = entries.then(last)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            return RejectedDocument(index, f"{document.source}: unexpected answer from the server: {error!r}")
+        except _MALFORMED as error:
+            reason = f"unexpected answer from the server: {self._quoted(repr(error))}"
+            return RejectedDocument(index, f"{document.source}: {reason}")
         return scored_document(index, document, entries, request, self._head_size, generated=generated)
 
     def _complete(self, prompt: list[int], k: int, *, echo: bool, last_row: bool = False) -> Mapping[str, Any]:
@@ -140,28 +165,31 @@ class OpenAITeacher:
         try:
             choice: Mapping[str, Any] = json.loads(response.http_response.content)["choices"][0]
             return choice
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise CaptureError(f"{self._server} did not answer with completions: {error!r}") from error
+        except _MALFORMED as error:
+            raise CaptureError(
+                f"{self._server} did not answer with completions: {self._quoted(repr(error))}"
+            ) from error
 
     def _find_model(self, name: str | None, max_seq_len: int) -> str:
         """Find the served model, and check its context length if the server reports it."""
         try:
-            served = {model.id: model for model in self._client.models.list()}
+            served = self._served_models()
         except self._errors.NotFoundError as error:
             if name is None:
                 raise ConfigError(
-                    f"{self._server} does not report which models it serves ({_message(error)}): pass "
+                    f"{self._server} does not report which models it serves ({self._message(error)}): pass "
                     "--served-model, and check that --base-url ends in /v1"
                 ) from error
             return name
         except self._errors.APIError as error:
             raise self._failed(error) from error
+        names = self._quoted(", ".join(served) or "nothing")
         if name is None and len(served) != 1:
-            raise ConfigError(f"{self._server} serves {', '.join(served) or 'nothing'}: pass --served-model")
+            raise ConfigError(f"{self._server} serves {names}: pass --served-model")
         name = name or next(iter(served))
         if name not in served:
-            raise ConfigError(f"served_model: {self._server} serves {', '.join(served)}, not {name!r}")
-        longest = getattr(served[name], "max_model_len", None)
+            raise ConfigError(f"served_model: {self._server} serves {names}, not {name!r}")
+        longest = served[name].get("max_model_len")
         if isinstance(longest, int) and longest < max_seq_len + 1:
             raise ConfigError(
                 f"max_seq_len: documents of {max_seq_len} tokens and the one that must be generated exceed the "
@@ -169,6 +197,26 @@ class OpenAITeacher:
                 f"server with --max-model-len {max_seq_len + 1}"
             )
         return name
+
+    def _served_models(self) -> dict[str, Mapping[str, Any]]:
+        """Return the server's description of each model it serves, by name.
+
+        Raises:
+            openai.APIError: the server rejects the request, or still fails after all retries.
+            ConfigError: the answer is no list of models.
+        """
+        content = self._client.models.with_raw_response.list().http_response.content
+        try:
+            served = {model["id"]: model for model in json.loads(content)["data"]}
+            unusable = [name for name in served if not isinstance(name, str) or self._quoted(name) != name]
+            if unusable:
+                raise ValueError(f"{unusable[0]!r} is not the name of a model")
+        except _MALFORMED as error:
+            raise ConfigError(
+                f"{self._server} did not answer with a list of models ({self._quoted(repr(error))}): check that "
+                "--base-url is the URL of an OpenAI-compatible API, which ends in /v1"
+            ) from error
+        return served
 
     def _probe(self) -> bool:
         """Request k log-probabilities of a tiny prompt, and return whether the server needs `echo` for them.
@@ -186,7 +234,7 @@ class OpenAITeacher:
         except self._errors.APIError as error:
             if not isinstance(error, self._errors.BadRequestError):
                 raise self._failed(error) from error
-            message = _message(error)
+            message = self._message(error)
             cap = _CAP.search(message)
             if cap is None:
                 raise ConfigError(
@@ -197,7 +245,7 @@ class OpenAITeacher:
                 f"{self._k}: start it with --max-logprobs {self._k}, or choose a codec with k ≤ {cap[1]}. Its "
                 f"answer: {message}"
             ) from error
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except _MALFORMED as error:
             raise ConfigError(
                 f"{self._server} returns no log-probabilities of a prompt with token ids, neither for "
                 "prompt_logprobs (as vLLM does) nor for echo with logprobs, so it cannot be captured"
@@ -206,15 +254,39 @@ class OpenAITeacher:
 
     def _failed(self, error: Any) -> CaptureError | ConfigError:
         """Turn an error that persists after all retries into one that says what to do."""
+        if isinstance(error.__cause__, CaptureError):
+            return error.__cause__
         if isinstance(error, (self._errors.AuthenticationError, self._errors.PermissionDeniedError)):
             return ConfigError(
-                f"{self._server} refuses access: {_message(error)}. The key is read from the environment: "
+                f"{self._server} refuses access: {self._message(error)}. The key is read from the environment: "
                 f"{' or '.join(_KEY_VARIABLES)}"
             )
+        if 300 <= getattr(error, "status_code", 0) < 400:
+            target = self._quoted(error.response.headers.get("location", "an unknown place"))
+            return ConfigError(
+                f"base_url: {self._server} redirects to {target}, which is not followed: prompts and key only go "
+                "to the server that was given. Pass the URL of the API itself"
+            )
         return CaptureError(
-            f"{self._server} failed even after {self._client.max_retries} retries: {_message(error)}. Run the "
+            f"{self._server} failed even after {self._client.max_retries} retries: {self._message(error)}. Run the "
             "capture again once the server is back: it resumes after the last complete shard"
         )
+
+    def _message(self, error: Any) -> str:
+        """The server's error message, or why there is no answer."""
+        if isinstance(error, self._errors.APITimeoutError):
+            return f"no complete answer within {self._timeout:g} s (--request-timeout)"
+        body = getattr(error, "body", None)
+        said = body.get("message") if isinstance(body, Mapping) else None
+        cause = f" {error.__cause__}" if isinstance(error, self._errors.APIConnectionError) else ""
+        return self._quoted(f"{said or error}{cause}").rstrip(".")
+
+    def _quoted(self, text: str) -> str:
+        """Quote what a server wrote: on one line, of limited length, without secrets."""
+        # A server can send megabytes.
+        words = " ".join(text[: 20 * _LONGEST_QUOTE].split())
+        quoted = printable(redacted(words, *self._secrets))
+        return quoted if len(quoted) <= _LONGEST_QUOTE else f"{quoted[:_LONGEST_QUOTE]}…"
 
 
 def prompt_entries(choice: Mapping[str, Any]) -> RankedEntries:
@@ -225,7 +297,7 @@ def prompt_entries(choice: Mapping[str, Any]) -> RankedEntries:
     ranks: list[int] = []
     for position in positions:
         for token, entry in (position or {}).items():
-            ids.append(int(token))
+            ids.append(_number(token))
             logprobs.append(entry["logprob"])
             ranks.append(entry["rank"])
     return _entries(ids, logprobs, ranks, [len(position or {}) for position in positions])
@@ -265,21 +337,26 @@ def _last_entries(choice: Mapping[str, Any], k: int) -> tuple[RankedEntries, int
 
 def _id_of(token: str) -> int:
     if not token.startswith(_TOKEN_ID):
-        raise ValueError(f"the token {token!r} is written as text, not as {_TOKEN_ID}…")
-    return int(token.removeprefix(_TOKEN_ID))
+        raise ValueError(f"the token {token[:50]!r} is written as text, not as {_TOKEN_ID}…")
+    return _number(token.removeprefix(_TOKEN_ID))
 
 
-def _entries(ids: list[int], logprobs: list[float], ranks: list[int], counts: list[int]) -> RankedEntries:
+def _number(text: str) -> int:
+    # Python's own conversion also takes signs, spaces, underscores and the digits of other scripts.
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{text[:50]!r} is not a token id")
+    return int(text)
+
+
+def _entries(ids: list[int], logprobs: list[Any], ranks: list[Any], counts: list[int]) -> RankedEntries:
+    # NumPy would read numbers in text, and null as NaN.
+    wrong = {type(value) for value in logprobs} - {int, float} or {type(value) for value in ranks} - {int}
+    if wrong:
+        names = ", ".join(sorted(each.__name__ for each in wrong))
+        raise TypeError(f"log-probabilities and ranks must be numbers, found {names}")
+    # What is too large for float32 becomes infinite, and is refused as such.
+    with np.errstate(over="ignore"):
+        values = np.array(logprobs, dtype=np.float32)
     return RankedEntries(
-        np.array(ids, dtype=np.int64),
-        np.array(logprobs, dtype=np.float32),
-        np.array(ranks, dtype=np.int64),
-        np.array(counts, dtype=np.int64),
+        np.array(ids, dtype=np.int64), values, np.array(ranks, dtype=np.int64), np.array(counts, dtype=np.int64)
     )
-
-
-def _message(error: Any) -> str:
-    """The server's error message, on one line."""
-    body = getattr(error, "body", None)
-    said = body.get("message") if isinstance(body, Mapping) else None
-    return " ".join(str(said or error).split())

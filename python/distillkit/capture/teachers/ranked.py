@@ -156,7 +156,8 @@ def _problem(
     """Describe why finite rows are not valid distributions, with the first such row."""
     ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs)
     sorted_ids = np.sort(ids, axis=1)
-    mass = np.exp(logprobs.astype(np.float64)).sum(1)
+    # Limited, since e to the power of garbage overflows.
+    mass = np.exp(np.minimum(logprobs.astype(np.float64), 1.0)).sum(1)
     labels = own_logprobs if request.label_logprobs else np.zeros(len(ids), dtype=np.float32)
     checks = (
         (
@@ -167,6 +168,7 @@ def _problem(
         (logprobs[:, -1] < _LOWEST, f"fewer than {request.k} ids with a probability above zero"),
         (mass > _MOST_MASS, "probabilities that sum to more than one"),
         (~(labels >= _LOWEST), "no finite log-probability for the next token"),
+        (labels > np.log(_MOST_MASS), "a probability above one for the next token"),
     )
     for bad, text in checks:
         if bad.any():

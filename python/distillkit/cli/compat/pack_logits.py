@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from distillkit.cli.common import SPLIT
-from distillkit.cli.pack import MAX_LEN, SHUFFLE_SEED, run_pack, window_option
+from distillkit.cli.pack import MAX_LEN, SHUFFLE_SEED, run_pack, table_of, window_option
+from distillkit.console import show
 from distillkit.shards.reader import Dataset
 
 __all__ = ["main"]
@@ -36,7 +37,7 @@ def main(
     batch_size: int,
     **not_needed: Any,
 ) -> None:
-    """Write a dataset's documents packed in full rows; the same as `distillkit pack`."""
+    """Write a dataset's documents packed in full rows; the same as `distillkit pack --overflow cut`."""
     for name, value in not_needed.items():
         if value:
             logger.info("--%s is accepted for compatibility and ignored", name.replace("_", "-"))
@@ -50,4 +51,5 @@ def main(
         source = open_dataset(
             DatasetSource(repo_id=dataset, split=split), StoredTeacherConfig(kind="dataset"), "--dataset"
         )
-    run_pack(source, output, max_len, shuffle_seed, batch_size, as_json=False)
+    # The published command cuts longer documents without asking.
+    show(table_of(run_pack(source, output, max_len, overflow="cut", seed=shuffle_seed, window=batch_size)))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import typing
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from distillkit.errors import ConfigError, nearest
+from distillkit.configuration.problems import shown, value_problem
+from distillkit.errors import nearest
+from distillkit.losses.config import LOSS_NAMES
+from distillkit.training.config.argument_table import ARGUMENTS, CHECKPOINTING
 
-__all__ = ["argument_problems"]
+__all__ = ["GREATER_IS_BETTER", "argument_problems", "converted"]
 
 # Old names that published configurations use and transformers or TRL have since replaced; the values mean the same.
 RENAMED = {
@@ -24,6 +24,19 @@ RENAMED = {
     "no_cuda": "use_cpu",
     "warmup_ratio": "warmup_steps",  # values below 1 are a fraction of all steps
 }
+
+# Metrics of an evaluation, without the prefix `eval_`: those of which more is better, and the others. Every loss is
+# measured, too, under its own name.
+GREATER_IS_BETTER = (
+    "top1_agreement",
+    "topk_overlap",
+    "teacher_mass",
+    "student_mass",
+    "positions",
+    "samples_per_second",
+    "steps_per_second",
+)
+_LESS_IS_BETTER = ("loss", "kl", "kl_with_rest", "cross_entropy", "perplexity", "runtime")
 
 # Removed arguments, with the one value that matches the only remaining behaviour.
 GONE: dict[str, tuple[object, str]] = {
@@ -47,13 +60,13 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "the loss is always divided by the token count of all processes; remove it",
     ),
     "batch_eval_metrics": (lambda value: not value, _NO_PREDICTIONS),
-    "dataset_num_proc": (
-        lambda value: value is None or (isinstance(value, int) and value >= 1),
-        "must be a number of processes, at least 1",
-    ),
     "eval_accumulation_steps": (lambda value: value is None, _NO_PREDICTIONS),
     "eval_do_concat_batches": (lambda value: value is True, _NO_PREDICTIONS),
     "eval_use_gather_object": (lambda value: not value, _NO_PREDICTIONS),
+    "ignore_data_skip": (
+        lambda value: not value,
+        "a resumed run would train on the same documents again; passing over them takes no time here",
+    ),
     "include_for_metrics": (lambda value: not value, _NO_PREDICTIONS),
     "label_names": (lambda value: value is None, "the trainer makes the labels itself; remove it"),
     "label_smoothing_factor": (lambda value: value == 0, "not supported yet"),
@@ -88,8 +101,7 @@ _FOR_TEXT: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 _PACKING_STRATEGIES = {
-    "bfd_split": "later pieces of a split document would lack the context that the teacher saw; allowed: "
-    "'bfd', which cuts documents that are longer than sequence_length",
+    "bfd_split": "dataset.overflow: split does this, and repeats some context in each piece; allowed: 'bfd'",
     "wrapped": "it would cut documents anywhere and let them attend to each other; allowed: 'bfd'",
 }
 
@@ -113,8 +125,8 @@ def argument_problems(content: Mapping[Any, Any]) -> list[str]:
     for old, new in RENAMED.items():
         if old in arguments and new in arguments:
             problems.append(
-                f"training_args.{old}: {arguments[old]!r} is the old name of {new}, which is also set: "
-                f"{arguments[new]!r}"
+                f"training_args.{old}: {shown(arguments[old])} is the old name of {new}, which is also set: "
+                f"{shown(arguments[new])}"
             )
     return problems + _disagreements(content, arguments)
 
@@ -128,45 +140,51 @@ def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callabl
     """Describe what is wrong with an argument on its own, or return None."""
     if name in GONE:
         harmless, why = GONE[name]
-        return None if value == harmless else f"{value!r} is not supported ({why})"
+        return None if value == harmless else f"{shown(value)} is not supported ({why})"
     field = RENAMED.get(name, name)
-    if name == "resume_from_checkpoint":
-        good = value is None or isinstance(value, (bool, str))
-        return (
-            None
-            if good
-            else f"{value!r} is not allowed; allowed: a checkpoint's folder, true for the newest one, or false"
-        )
-    hints = _hints()
-    if field not in hints:
-        return f"unknown training argument{nearest(name, [*hints, *RENAMED])}"
+    if field not in ARGUMENTS:
+        return f"unknown training argument{nearest(name, [*ARGUMENTS, *RENAMED])}"
     if field in refused:
         harmless_value, why = refused[field]
         if not harmless_value(value):
             return (
-                f"{value!r} is not supported ({why})"
+                f"{shown(value)} is not supported ({why})"
                 if why != "not supported yet"
-                else f"not supported yet (found {value!r})"
+                else f"not supported yet (found {shown(value)})"
             )
     if field == "dataset_kwargs" and value is not None:
         return _dataset_kwargs_problem(value)
+    if field == "activation_checkpointing_kwargs" and isinstance(value, Mapping):
+        return next((problem for item in value.items() if (problem := _checkpointing_problem(*item))), None)
     if field == "packing_strategy" and value != "bfd":
-        if value in _PACKING_STRATEGIES:
+        if value in ("bfd_split", "wrapped"):
             return f"{value!r} is not supported ({_PACKING_STRATEGIES[value]})"
-        return f"{value!r} is not allowed; allowed: 'bfd'"
+        return f"{shown(value)} is not allowed; allowed: 'bfd'"
     try:
-        converted(field, value)
+        plain = converted(field, value)
     except ValueError as error:
         return str(error)
+    if name == "warmup_ratio" and plain is not None and plain >= 1:
+        return f"must be less than 1, a fraction of all steps, found {shown(value)}; a number of steps is warmup_steps"
+    return None
+
+
+def _checkpointing_problem(key: Any, value: Any) -> str | None:
+    if key not in CHECKPOINTING:
+        return f"unknown key {shown(key)}{nearest(key, CHECKPOINTING)}"
+    try:
+        TypeAdapter(CHECKPOINTING[key]).validate_python(value, strict=True)
+    except ValidationError as error:
+        return f"{key} {value_problem(error)}"
     return None
 
 
 def _dataset_kwargs_problem(value: Any) -> str | None:
     if not isinstance(value, Mapping):
-        return f"must be a mapping (found {value!r})"
+        return f"must be a mapping, found {shown(value)}"
     unknown = [key for key in value if key != "skip_prepare_dataset"]
     if unknown:
-        return f"unknown key {unknown[0]!r}; allowed: 'skip_prepare_dataset'"
+        return f"unknown key {shown(unknown[0])}; allowed: 'skip_prepare_dataset'"
     return None
 
 
@@ -182,30 +200,65 @@ def _disagreements(content: Mapping[Any, Any], arguments: Mapping[Any, Any]) -> 
     ):
         if name in arguments and arguments[name] != content.get(section):
             problems.append(
-                f"training_args.{name}: {arguments[name]!r} contradicts {section}: {content.get(section)!r}; set "
-                f"only {section}"
+                f"training_args.{name}: {shown(arguments[name])} contradicts {section}: "
+                f"{shown(content.get(section))}; set only {section}"
             )
     if dataset.get("eval_dataset") is None:
-        evaluating = ("eval_strategy", "evaluation_strategy", "eval_on_start")
-        wanted = {name: arguments[name] for name in evaluating if arguments.get(name) not in (None, False, "no")}
+        wanted = {name: arguments.get(name) for name in _NEED_EVALUATION}
         problems += [
-            f"training_args.{name}: {value!r} needs dataset.eval_dataset, which is missing"
+            f"training_args.{name}: {shown(value)} needs dataset.eval_dataset, which is missing"
             for name, value in wanted.items()
+            if value not in (None, False, "no")
         ]
-    return problems
+    return [*problems, *_evaluation_problems(content, arguments)]
 
 
-@lru_cache(maxsize=1)
-def _hints() -> dict[str, Any]:
-    """Types of SFTConfig's arguments by name."""
-    try:
-        from trl import SFTConfig
-    except ImportError as error:
-        raise ConfigError(
-            f"training needs torch, transformers and trl: pip install 'distillkit[train]' ({error})"
-        ) from error
-    hints = typing.get_type_hints(SFTConfig)
-    return {field.name: hints[field.name] for field in dataclasses.fields(SFTConfig) if field.init}
+_NEED_EVALUATION = ("eval_strategy", "evaluation_strategy", "eval_on_start", "load_best_model_at_end")
+_BY_EVALUATION = (
+    ("load_best_model_at_end", (True,)),
+    ("save_strategy", ("best",)),
+    ("lr_scheduler_type", ("reduce_lr_on_plateau", "greedy")),
+)
+
+
+def _evaluation_problems(content: Mapping[Any, Any], arguments: Mapping[Any, Any]) -> Iterator[str]:
+    """Describe arguments that need evaluations that do not take place, and metrics that no evaluation has."""
+    strategy = arguments.get("eval_strategy", arguments.get("evaluation_strategy", "no"))
+    if strategy in ("no", False, None):
+        for name, values in _BY_EVALUATION:
+            if arguments.get(name) in values:
+                yield f"training_args.{name}: {shown(arguments[name])} needs evaluations; set eval_strategy"
+    metric = arguments.get("metric_for_best_model")
+    if metric is None and arguments.get("save_strategy") == "best":
+        yield "training_args.save_strategy: 'best' needs metric_for_best_model, which is missing"
+    known = evaluation_metrics(content)
+    if isinstance(metric, str) and metric.removeprefix("eval_") not in known:
+        yield (
+            f"training_args.metric_for_best_model: no evaluation measures {shown(metric)}"
+            f"{nearest(metric.removeprefix('eval_'), known)}; allowed: {', '.join(map(repr, known))}"
+        )
+
+
+def evaluation_metrics(content: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Return the names of the metrics of an evaluation, without the prefix `eval_`.
+
+    Args:
+        content: the configuration as read, of which the losses need not be valid.
+    """
+    losses = content.get("loss_functions")
+    entries = losses if isinstance(losses, list) else [{"function": "cross_entropy"}, {"function": "kl"}]
+    seen: dict[str, int] = {}
+    for entry in entries:
+        function = entry.get("function") if isinstance(entry, Mapping) else None
+        if function in LOSS_NAMES:
+            seen[function] = seen.get(function, 0) + 1
+    repeated = [name if nth == 1 else f"{name}@{nth}" for name, count in seen.items() for nth in range(1, count + 1)]
+    return tuple(dict.fromkeys((*_LESS_IS_BETTER, *GREATER_IS_BETTER, *repeated)))
+
+
+@cache
+def _checked(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(ARGUMENTS[name])
 
 
 def converted(name: str, value: Any) -> Any:
@@ -214,30 +267,16 @@ def converted(name: str, value: Any) -> Any:
     YAML reads `1e-4` as a string and an unquoted `no` as false, which is not what users mean.
 
     Raises:
-        ValueError: the value has the wrong type, or is not one of the allowed values.
+        ValueError: the value has the wrong type, is beyond its limits, or is not one of the allowed values.
     """
-    if name == "fsdp" and isinstance(value, bool):
-        return value  # declared as a string, but used as a switch
-    hint = _hints()[name]
-    choices = next(
-        (part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and issubclass(part, enum.Enum)),
-        None,
-    )
-    if choices is not None:
-        allowed = [choice.value for choice in choices]
-        if value is False and "no" in allowed:
-            value = "no"
-        if value not in allowed:
-            raise ValueError(
-                f"{value!r} is not allowed; allowed: {', '.join(map(repr, allowed))}{nearest(value, allowed)}"
-            )
-        return value
     if value is None and name == "report_to":
         return "none"
     try:
-        converted = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        if isinstance(value, bool) and isinstance(_checked(name).validate_python(value), (int, float)):
+            # pydantic would take true as 1.
+            _checked(name).validate_python(value, strict=True)
+        checked = _checked(name).validate_python(value)
     except ValidationError as error:
-        reason = "; ".join(dict.fromkeys(item["msg"] for item in error.errors()))
-        raise ValueError(f"{reason} (found {value!r})") from None
+        raise ValueError(value_problem(error)) from None
     # Integers stay integers even where floats are allowed: SFTConfig uses some of them as counts.
-    return converted if isinstance(value, str) else value
+    return value if isinstance(value, int) and isinstance(checked, float) else checked

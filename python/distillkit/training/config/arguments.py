@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distillkit.configuration.problems import shown
+from distillkit.configuration.secrets import redacted
 from distillkit.errors import ConfigError, nearest
-from distillkit.training.config.argument_rules import GONE, RENAMED, converted
+from distillkit.training.config.argument_rules import GONE, GREATER_IS_BETTER, RENAMED, converted
 from distillkit.training.quantization import bitsandbytes_problem, missing_package
 
 if TYPE_CHECKING:
@@ -43,11 +45,19 @@ def training_arguments(config: RunConfig) -> SFTConfig:
             continue
         field = RENAMED.get(name, name)
         arguments[field] = converted(field, value)
+    token = arguments.pop("hub_token", None)
+    if token:
+        # The Trainer would save it, with all its arguments, beside the student, and push it to the hub with that.
+        os.environ["HF_TOKEN"] = token
     defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
-    accelerated = torch.accelerator.is_available() and not arguments.get("use_cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerated = accelerator is not None and not arguments.get("use_cpu")
     arguments.setdefault("use_cpu", not accelerated)
     arguments.setdefault("dataloader_pin_memory", accelerated)
     arguments.setdefault("dataloader_num_workers", _reading_processes(accelerated))
+    if not arguments["dataloader_num_workers"]:
+        # These say how worker processes are kept and started; torch refuses them where there are none.
+        arguments |= {"dataloader_persistent_workers": False, "dataloader_multiprocessing_context": None}
     if not arguments.get("fp16"):
         arguments.setdefault("bf16", accelerated and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     if isinstance(arguments.get("fsdp_config"), str):
@@ -60,6 +70,10 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     arguments.setdefault("logging_nan_inf_filter", False)
     # Saves DDP a search in every step: a causal LM has no unused parameters.
     arguments.setdefault("ddp_find_unused_parameters", False)
+    metric = arguments.get("metric_for_best_model")
+    if metric is not None:
+        # Otherwise transformers takes more to be better for everything that does not end in "loss".
+        arguments.setdefault("greater_is_better", metric.removeprefix("eval_") in GREATER_IS_BETTER)
     arguments |= {
         "output_dir": config.output_path,
         "max_length": config.sequence_length,
@@ -73,12 +87,11 @@ def training_arguments(config: RunConfig) -> SFTConfig:
         raise ConfigError(
             f"{config.source}: peft.merge_on_save: no process holds the full weights when accelerate shards them"
         )
-    accelerator = torch.accelerator.current_accelerator()
     _check_sharding(arguments, "cpu" if arguments["use_cpu"] or accelerator is None else accelerator.type)
     try:
         return SFTConfig(**arguments)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{config.source}: training_args: {error}") from error
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(f"{config.source}: training_args: {redacted(str(error))}") from error
 
 
 def _reading_processes(accelerated: bool) -> int:
@@ -192,7 +205,7 @@ def _check_fsdp_config(settings: object) -> None:
     """Refuse unknown settings, which transformers would ignore, and other versions than FSDP2."""
     if not isinstance(settings, Mapping):
         raise ConfigError(
-            f"training_args.fsdp_config: must be a mapping or the path of a JSON file, found {settings!r}"
+            f"training_args.fsdp_config: must be a mapping or the path of a JSON file, found {shown(settings)}"
         )
     for key, value in settings.items():
         name = str(key).removeprefix("fsdp_")
@@ -200,8 +213,8 @@ def _check_fsdp_config(settings: object) -> None:
             raise ConfigError(
                 f"training_args.fsdp_config.{key}: unknown setting of FSDP2{nearest(name, _FSDP_SETTINGS)}"
             )
-        if name == "version" and int(value) != 2:
-            raise ConfigError(f"training_args.fsdp_config.{key}: {value!r} is not supported; only 2 is")
+        if name == "version" and value not in (2, "2"):
+            raise ConfigError(f"training_args.fsdp_config.{key}: {shown(value)} is not supported; only 2 is")
 
 
 def _sharding_itself(settings: object, name: str) -> bool:

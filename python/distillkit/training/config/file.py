@@ -78,6 +78,10 @@ def training_schema() -> dict[str, Any]:
 def _disagreements(config: RunConfig) -> list[str]:
     """Describe sections that contradict each other."""
     found: list[str] = []
+    if config.dataset.packing is not None:
+        others = ["functionary_packing"] if config.functionary_packing else []
+        others += [f"training_args.{name}" for name in ("packing",) if name in config.training_args]
+        found += [f"dataset.packing: {other} says it, too; set only one of them" for other in others]
     hidden = [loss.function for loss in config.loss_functions if loss.function in HIDDEN_LOSSES]
     if hidden and config.layer_mapping is None:
         found.append(

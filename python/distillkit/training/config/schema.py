@@ -22,9 +22,12 @@ from pydantic import (
 )
 
 from distillkit.codec import Codec
+from distillkit.configuration.places import is_path
+from distillkit.configuration.problems import cut, shown
 from distillkit.errors import ConfigError, nearest
 from distillkit.losses.config import LossConfig
 from distillkit.models.adapters import LoraSection
+from distillkit.types import Overflow
 
 __all__ = ["DatasetSource", "LiveTeacherConfig", "RunConfig", "StoredTeacherConfig"]
 
@@ -102,11 +105,32 @@ class DatasetSection(_Model):
         description="Folder for tokenised text, which later runs with the same data, tokenizer and settings reuse; by "
         "default the cache of the datasets library. Captured datasets need no preparation.",
     )
+    packing: Literal["auto"] | bool | None = Field(
+        default=None,
+        description="Pack whole documents into rows of up to `sequence_length` tokens: true, false, or auto, which "
+        "packs if the student and a live teacher keep the documents of a row apart. By default as "
+        "`training_args.packing` says; with true, models that do not keep them apart are refused.",
+    )
+    overflow: Overflow | None = Field(
+        default=None,
+        description="What to do with documents of more than `sequence_length` tokens. cut keeps the beginning; split "
+        "makes pieces of them, which repeat an eighth of the tokens before them as context, so that each token counts "
+        "in one piece; drop leaves these documents out. By default they are cut, if that takes at most 5% of all "
+        "tokens; otherwise the run is refused.",
+    )
     prepacked: bool = Field(
         default=False,
         description="The documents are already packed rows, to be used unchanged whatever `training_args.packing` "
         "says.",
     )
+
+    @field_validator("train_dataset", "eval_dataset", mode="before")
+    @classmethod
+    def _a_section(cls, value: object) -> object:
+        if isinstance(value, str):
+            key = "disk_path" if is_path(value) else "repo_id"
+            raise ValueError(f"must be a section such as {{{key}: {cut(value)}}}, found {shown(value)}")
+        return value
 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -116,15 +140,15 @@ def _one_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
     """Rename `torch_dtype`, as in older configurations, to `dtype`, and check its value."""
     if "torch_dtype" in arguments and "dtype" in arguments:
         raise ValueError(
-            f"dtype: {arguments['dtype']!r} and torch_dtype: {arguments['torch_dtype']!r} are the same setting; use "
-            "dtype"
+            f"dtype: {shown(arguments['dtype'])} and torch_dtype: {shown(arguments['torch_dtype'])} are the same "
+            "setting; use dtype"
         )
     arguments = {("dtype" if key == "torch_dtype" else key): value for key, value in arguments.items()}
     dtype = arguments.get("dtype")
     if isinstance(dtype, str):
         dtype = arguments["dtype"] = dtype.removeprefix("torch.")
     if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed: {', '.join(_DTYPES)}")
+        raise ValueError(f"dtype: {shown(dtype)} is not allowed; allowed: {', '.join(_DTYPES)}")
     return arguments
 
 
@@ -193,6 +217,18 @@ class StoredTeacherConfig(_Model):
 
 TeacherConfig = Annotated[Union[LiveTeacherConfig, StoredTeacherConfig], Field(discriminator="kind")]
 
+# Transformers' classes for models with a language-model head, named here so that transformers need not be imported.
+# Code that comes with a model may give it to AutoModel.
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForPreTraining",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
+)
+
 
 def _layers(value: object) -> object:
     """Refuse invalid layer pairs with one message; pydantic would report one for each member of the union."""
@@ -201,7 +237,7 @@ def _layers(value: object) -> object:
     )
     if value is None or value == "all" or pairs:
         return value
-    raise ValueError(f"must be 'all' or pairs of [student layer, teacher layer], found {value!r}")
+    raise ValueError(f"must be 'all' or pairs of [student layer, teacher layer], found {shown(value)}")
 
 
 LayerMapping = Annotated[Union[list[tuple[int, int]], Literal["all"], None], BeforeValidator(_layers)]
@@ -223,8 +259,8 @@ class RunConfig(_Model):
     output_path: str = Field(min_length=1, description="Folder for checkpoints, metrics and the trained student.")
     sequence_length: int = Field(
         ge=2,
-        description="Maximum number of tokens in a training row; longer documents are cut, together with the teacher's "
-        "rows.",
+        description="Maximum number of tokens in a training row; `dataset.overflow` says what to do with longer "
+        "documents.",
     )
     dataset: DatasetSection = Field(description="What the student is trained and evaluated on.")
     teacher: TeacherConfig = Field(description="Where the teacher's distributions come from.")
@@ -236,7 +272,8 @@ class RunConfig(_Model):
     layer_mapping: LayerMapping = Field(
         default=None,
         description="Hidden states to compare in hs_mse and hs_cosine: pairs of [student layer, teacher layer], or "
-        "all. 0 is the output of the embeddings, n that of the n-th layer, −1 that of the last.",
+        "all, for models of equal depth. 0 is the output of the embeddings, n that of the n-th layer, −1 that of the "
+        "last.",
     )
     force_hidden_state_projection: bool = Field(
         default=False,
@@ -247,7 +284,8 @@ class RunConfig(_Model):
     )
     use_flash_attention: bool | None = Field(
         default=None,
-        description="true requires FlashAttention, false never uses it; by default it is used if it can run.",
+        description="true requires FlashAttention, false never uses it; by default it is used if it can run and the "
+        "student supports it. Otherwise the student gets transformers' default, or `model_kwargs.attn_implementation`.",
     )
     functionary_packing: bool = Field(
         default=False,
@@ -285,7 +323,7 @@ class RunConfig(_Model):
         if "trust_remote_code" in value:
             raise ValueError("trust_remote_code: put it at the top level")
         if value.get("quantization_config") is not None and not isinstance(value["quantization_config"], dict):
-            raise ValueError(f"quantization_config: must be a mapping, found {value['quantization_config']!r}")
+            raise ValueError(f"quantization_config: must be a mapping, found {shown(value['quantization_config'])}")
         given = [name for name in ("quantization_config", "load_in_4bit", "load_in_8bit") if value.get(name)]
         if len(given) > 1:
             raise ValueError(f"{given[0]}: and {given[1]} both quantise; set only one")
@@ -296,13 +334,18 @@ class RunConfig(_Model):
     def _auto_class(cls, value: object) -> object:
         if value is None or value == "AutoModelForCausalLM":
             return "AutoModelForCausalLM"
-        if not isinstance(value, str):
-            return value
-        import transformers
+        if isinstance(value, str) and value not in AUTO_CLASSES:
+            raise ValueError(
+                f"{shown(value)} is not allowed{nearest(value, AUTO_CLASSES)}; allowed: {', '.join(AUTO_CLASSES)}"
+            )
+        return value
 
-        known = [name for name in dir(transformers) if name.startswith("AutoModel")]
-        if value not in known:
-            raise ValueError(f"transformers has no auto class {value!r}{nearest(value, known)}")
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _a_section(cls, value: object) -> object:
+        if isinstance(value, str):
+            known = f"{{kind: {value}}}" if value == "dataset" else f"{{kind: hf, path: {cut(value)}}}"
+            raise ValueError(f"must be a section such as {known}, found {shown(value)}")
         return value
 
     @field_validator("loss_functions")
@@ -318,7 +361,7 @@ class RunConfig(_Model):
         for expression in value:
             try:
                 re.compile(expression)
-            except re.error as error:  # noqa: PERF203 - each expression is named
+            except re.error as error:
                 raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
         return value
 

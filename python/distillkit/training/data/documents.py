@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from distillkit.errors import ConfigError
+from distillkit.models.head import bare_model
 from distillkit.shards import Dataset as StoredDataset
+from distillkit.shards.overflow import LongDocuments, Pieces
 from distillkit.shards.packing import pack
 from distillkit.shards.reader import is_captured
 from distillkit.shards.storage import TEMPORARY_PREFIX
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from distillkit.training.config.schema import DatasetSource, RunConfig
     from distillkit.training.signals.base import TeacherSignal
 
-__all__ = ["document_lengths", "is_packed", "open_documents", "training_dataset"]
+__all__ = ["check_positions", "document_lengths", "is_packed", "long_documents", "open_documents", "training_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFT
         arguments: the trainer's arguments.
 
     Raises:
-        ConfigError: there is no such data, or a setting does not fit it.
+        ConfigError: there is no such data, a setting does not fit it, or much of it would be cut off unasked.
         InputError: a row has an unknown format.
         MismatchError: the data were captured with another tokenizer or codec.
     """
@@ -71,31 +74,105 @@ def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFT
     else:
         documents = prepare(
             _open_rows(source, part, key),
-            RowReader(tokenizer, training_policy(tokenizer, _text_options(arguments)), vocab_size(tokenizer)),
+            RowReader(tokenizer, training_policy(tokenizer, _text_options(config, arguments)), vocab_size(tokenizer)),
             cache,
             key=key,
             sample=_sample(config, part),
             processes=arguments.dataset_num_proc or 1,
         )
-    if is_packed(config, arguments, part):
-        document_lengths(documents, cache)  # cached here if reading them takes long
+    long = long_documents(config, part, documents)
+    overflow = config.dataset.overflow
+    long.check(overflow, key=key, row=f"sequence_length: {long.limit:,}", setting="dataset.overflow")
+    if long.long:
+        logger.log(logging.INFO if overflow == "split" else logging.WARNING, "%s: %s", key, long.outcome(overflow))
     return documents
+
+
+def long_documents(config: RunConfig, part: Part, documents: DocumentSource) -> LongDocuments:
+    """Count the documents, among those that a run uses, that are longer than the sequence length."""
+    return LongDocuments.of(_chosen(config, part, documents)[1], config.sequence_length)
+
+
+def check_positions(
+    config: RunConfig, part: Part, documents: DocumentSource, arguments: SFTConfig, models: Mapping[str, Any]
+) -> None:
+    """Refuse rows beyond a model's table of positions, and warn of documents beyond what it was made for.
+
+    Args:
+        config: the run's configuration.
+        part: whose documents these are.
+        documents: the documents.
+        arguments: the trainer's arguments.
+        models: the student, and a live teacher, by the setting that names them.
+
+    Raises:
+        ConfigError: the model has no embedding for a position.
+    """
+    header = documents.header.capture or {} if isinstance(documents, StoredDataset) else {}
+    if config.dataset.prepacked or "packed" in header:
+        return  # positions restart in rows that are packed already
+    longest = min(long_documents(config, part, documents).longest, config.sequence_length)
+    # The positions of padding continue those of a row's last document.
+    multiple = arguments.pad_to_multiple_of or 1
+    row = -(-(config.sequence_length if is_packed(config, arguments, part) else longest) // multiple) * multiple
+    for name, model in models.items():
+        limit = getattr(bare_model(model).config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(limit, int) or row <= limit:
+            continue
+        made = f"{name} was made for {limit:,} positions (max_position_embeddings), and dataset.{part}_dataset has"
+        if _position_table(model, limit):
+            raise ConfigError(
+                f"{made} rows of up to {row:,} tokens, for which it has no embeddings. Set sequence_length to at most "
+                f"{limit:,}"
+            )
+        if longest > limit:
+            logger.warning("%s documents of up to %s tokens", made, f"{longest:,}")
+
+
+def _position_table(model: Any, size: int) -> bool:
+    """Whether a model has an embedding for each position, which some of them number from 1 or 2."""
+    import torch
+
+    bare = bare_model(model)
+    return any(
+        isinstance(module, torch.nn.Embedding)
+        and module is not bare.get_input_embeddings()
+        and size <= module.num_embeddings <= size + 2
+        for module in bare.modules()
+    )
+
+
+def _chosen(
+    config: RunConfig, part: Part, documents: DocumentSource
+) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.int64]]:
+    """Return which documents a run uses, None for all, and their lengths."""
+    lengths = document_lengths(documents, cache_folder(config))
+    # Rows of text were already sampled when they were prepared.
+    chosen = None if isinstance(documents, PreparedDataset) else _sample(config, part).choose(len(documents))
+    return chosen, lengths if chosen is None else lengths[chosen]
 
 
 def training_dataset(
     config: RunConfig, part: Part, documents: DocumentSource, signal: TeacherSignal, arguments: SFTConfig
 ) -> DistillationDataset:
-    """Make training examples of documents: sample them and pack them as configured.
+    """Make training examples of documents: sample them, split or drop long ones, and pack them as configured.
 
     Raises:
-        ConfigError: the dataset has fewer documents than requested.
+        ConfigError: the dataset has fewer documents than requested, or all of them are dropped.
     """
-    # Rows of text were already sampled when they were prepared.
-    chosen = None if isinstance(documents, PreparedDataset) else _sample(config, part).choose(len(documents))
+    chosen, lengths = _chosen(config, part, documents)
+    pieces = None
+    if config.dataset.overflow in ("split", "drop") and lengths.max(initial=0) > config.sequence_length:
+        pieces = Pieces.of(lengths, config.sequence_length, config.dataset.overflow)
+        lengths = pieces.lengths
+        if not len(pieces):
+            raise ConfigError(
+                f"dataset.overflow: drop leaves nothing of dataset.{part}_dataset: all its documents are longer than "
+                f"sequence_length: {config.sequence_length:,}"
+            )
     packing = None
     if is_packed(config, arguments, part):
-        lengths = document_lengths(documents, cache_folder(config))
-        packing = pack(lengths if chosen is None else lengths[chosen], config.sequence_length, seed=config.dataset.seed)
+        packing = pack(lengths, config.sequence_length, seed=config.dataset.seed)
         logger.info(
             "dataset.%s_dataset: %s documents packed in %s rows of %s tokens, %.1f%% full",
             part,
@@ -104,7 +181,7 @@ def training_dataset(
             f"{config.sequence_length:,}",
             100 * packing.fill,
         )
-    return DistillationDataset(documents, signal, config.sequence_length, chosen, packing=packing)
+    return DistillationDataset(documents, signal, config.sequence_length, chosen, pieces=pieces, packing=packing)
 
 
 def _sample(config: RunConfig, part: Part) -> Sample:
@@ -114,11 +191,14 @@ def _sample(config: RunConfig, part: Part) -> Sample:
 
 def is_packed(config: RunConfig, arguments: SFTConfig, part: Part) -> bool:
     """Whether several documents share a row, according to `packing` or `functionary_packing`, and `eval_packing` for
-    evaluation. Rows that are already packed are used unchanged (`dataset.prepacked`)."""
+    evaluation. Rows that are already packed are used unchanged (`dataset.prepacked`). For `dataset.packing: auto`,
+    `choose_packing` sets `arguments.packing`."""
     if config.dataset.prepacked:
         return False
     if part == "eval" and arguments.eval_packing is not None:
         return bool(arguments.eval_packing)
+    if isinstance(config.dataset.packing, bool):
+        return config.dataset.packing
     return bool(arguments.packing or config.functionary_packing)
 
 
@@ -131,9 +211,10 @@ def cache_folder(config: RunConfig) -> Path:
     return Path(HF_DATASETS_CACHE) / "distillkit"
 
 
-def _text_options(arguments: SFTConfig) -> TextOptions:
+def _text_options(config: RunConfig, arguments: SFTConfig) -> TextOptions:
     return TextOptions(
         text_column=arguments.dataset_text_field,
+        text_first="dataset_text_field" in config.training_args,
         completion_only=arguments.completion_only_loss,
         assistant_only=arguments.assistant_only_loss,
         tokenised=bool((arguments.dataset_kwargs or {}).get("skip_prepare_dataset")),

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distillkit.errors import CorruptDataError
+from distillkit.errors import ConfigError, CorruptDataError
 from distillkit.shards.alignment import counted_positions
+from distillkit.shards.overflow import Pieces
 from distillkit.shards.packing import Packing
 from distillkit.training.signals.base import TeacherSignal
 from distillkit.types import Document
@@ -51,7 +52,7 @@ class Example:
     """A training example: a document, or several packed ones.
 
     Attributes:
-        input_ids: (L,) int32, cut to the sequence length.
+        input_ids: (L,) int32, at most the sequence length.
         segment_lengths: lengths of the packed documents, in order; they sum to L.
         positions: (P,) int64, counted positions t, ascending, at which token t + 1 is predicted.
         teacher: arrays (P, …) from the teacher's signal.
@@ -78,14 +79,15 @@ class DocumentSource(Protocol):
 
 
 class DistillationDataset(torch.utils.data.Dataset[Example]):
-    """Map-style dataset of documents, cut to the sequence length together with their teacher rows.
+    """Map-style dataset of documents or their pieces, at most the sequence length, together with their teacher rows.
 
     Args:
         source: the documents.
         signal: provides the teacher's data.
         sequence_length: maximum L.
         indices: which documents of the source to use; all if None.
-        packing: which of these documents share a row, by whose number examples are then indexed; None: no packing.
+        pieces: which parts of these to use; each one's beginning if None.
+        packing: which of these pieces share a row, by whose number examples are then indexed; None: no packing.
     """
 
     def __init__(
@@ -95,16 +97,25 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
         sequence_length: int,
         indices: npt.NDArray[np.int64] | None = None,
         *,
+        pieces: Pieces | None = None,
         packing: Packing | None = None,
     ) -> None:
         self.source = source
         self.signal = signal
         self.sequence_length = sequence_length
         self.indices = np.arange(len(source), dtype=np.int64) if indices is None else indices
+        self.pieces = pieces
         self.packing = packing
 
     def __len__(self) -> int:
-        return len(self.indices) if self.packing is None else len(self.packing)
+        if self.packing is not None:
+            return len(self.packing)
+        return len(self.indices if self.pieces is None else self.pieces)
+
+    @property
+    def documents(self) -> int:
+        """Number of documents of which any part is used."""
+        return len(self.indices) if self.pieces is None else len(np.unique(self.pieces.documents))
 
     def __getitem__(self, index: int) -> Example:
         """Read a document, or the documents of a packed row; `BLANK` returns an example without tokens.
@@ -117,24 +128,32 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
                 np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.int64), self.signal.empty_targets()
             )
         if self.packing is None:
-            return self.cut(self.source[int(self.indices[index])])
-        documents = self.indices[self.packing[index]].tolist()
-        example = joined([self.cut(self.source[document]) for document in documents])
+            return self.piece(index)
+        pieces = self.packing[index].tolist()
+        example = joined([self.piece(piece) for piece in pieces])
         if len(example.input_ids) > self.sequence_length:
             raise CorruptDataError(
-                f"the documents {documents} have {len(example.input_ids):,} tokens, but at most "
+                f"the documents or pieces {pieces} have {len(example.input_ids):,} tokens, but at most "
                 f"{self.sequence_length:,} were packed: the data changed after their lengths were read"
             )
         return example
 
-    def cut(self, document: Document) -> Example:
-        """Cut a document to the sequence length, and read the teacher rows of its counted positions."""
-        length = min(len(document.input_ids), self.sequence_length)
-        lengths = document.segments(length)
-        loss_mask = None if document.loss_mask is None else document.loss_mask[:length]
-        positions = counted_positions(lengths, loss_mask)
-        teacher = self.signal.take(document, positions)
-        return Example(document.input_ids[:length], lengths, positions, teacher, len(document.input_ids) - length)
+    def piece(self, index: int) -> Example:
+        """Read a document or one of its pieces, and the teacher rows of its counted positions."""
+        if self.pieces is None:
+            document = self.source[int(self.indices[index])]
+            start, stop, first = 0, min(len(document.input_ids), self.sequence_length), 0
+            cut = len(document.input_ids) - stop
+        else:
+            number, start, stop, first = self.pieces[index]
+            document, cut = self.source[int(self.indices[number])], 0
+        lengths = document.segments(stop, start)
+        mask = None if document.loss_mask is None else document.loss_mask[start:stop]
+        positions = counted_positions(lengths, mask)
+        # The rest of the tokens is context, and counts in the piece before.
+        positions = positions[positions + 1 >= first - start]
+        teacher = self.signal.take(document, positions + start)
+        return Example(document.input_ids[start:stop], lengths, positions, teacher, cut)
 
 
 def joined(examples: Sequence[Example]) -> Example:
@@ -164,8 +183,13 @@ class Collator:
         pad_to_multiple_of: pad the common length S to a multiple of this.
         flash_attention: also return the document boundaries of the flattened batch, which FlashAttention needs for
             packed rows.
+        longest_alike: documents up to this length have the same rotary frequencies. Where padding would make one look
+            longer, its position ids begin again at 0.
         eos_labels: token ids that become `eos_id` in the labels.
         eos_id: the tokenizer's end-of-sequence id.
+
+    Attributes:
+        unpackable: why a model cannot be run on rows of several documents, which are then refused; None if it can.
     """
 
     def __init__(
@@ -174,12 +198,15 @@ class Collator:
         *,
         pad_to_multiple_of: int | None = None,
         flash_attention: bool = False,
+        longest_alike: int | None = None,
         eos_labels: Sequence[int] = (),
         eos_id: int | None = None,
     ) -> None:
         self.pad_id = pad_id
         self.multiple = pad_to_multiple_of or 1
         self.flash_attention = flash_attention
+        self.longest_alike = longest_alike
+        self.unpackable: str | None = None
         self.eos_labels = np.array(sorted(eos_labels), dtype=np.int64)
         self.eos_id = eos_id
 
@@ -194,7 +221,13 @@ class Collator:
             counts: (3,) int64: tokens without padding, documents that were cut, tokens cut off.
             With packed documents under FlashAttention also cu_seq_lens_q and cu_seq_lens_k int32, max_length_q and
                 max_length_k.
+
+        Raises:
+            ConfigError: a row holds several documents, and a model does not keep them apart.
         """
+        packed = any(len(example.segment_lengths) > 1 for example in examples)
+        if packed and self.unpackable is not None:
+            raise ConfigError(f"the dataset's rows hold several documents, but {self.unpackable}")
         longest = max(1, *(len(example.input_ids) for example in examples))
         length = -(-longest // self.multiple) * self.multiple
         input_ids = np.full((len(examples), length), self.pad_id, dtype=np.int64)
@@ -205,6 +238,9 @@ class Collator:
             starts = np.cumsum(example.segment_lengths) - example.segment_lengths
             # Each position minus the start of its document; padding belongs to the last document.
             position_ids[row] = np.arange(length) - np.repeat(starts, np.diff(starts, append=length))
+            padding = position_ids[row, len(example.input_ids) :]
+            if self.longest_alike is not None and padding.max(initial=0) >= self.longest_alike:
+                padding[:] = np.arange(len(padding)) % self.longest_alike
             labels[row, example.positions + 1] = example.input_ids[example.positions + 1]
         if len(self.eos_labels) and self.eos_id is not None:
             labels[np.isin(labels, self.eos_labels)] = self.eos_id
@@ -224,7 +260,7 @@ class Collator:
         }
         for name in examples[0].teacher:
             batch[f"teacher_{name}"] = torch.from_numpy(np.concatenate([example.teacher[name] for example in examples]))
-        if self.flash_attention and any(len(example.segment_lengths) > 1 for example in examples):
+        if self.flash_attention and packed:
             batch |= _boundaries(position_ids)
         return batch
 

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 Part = Literal["train", "eval"]
 
-VERSION = 1
+VERSION = 2
 """Part of the key of prepared data; must be increased when the same settings would produce other tokens."""
 
 _DESCRIPTION = "prepared.json"
@@ -317,7 +317,8 @@ class PreparedDataset:
         if "segment_lengths" in self._arrays:
             lengths = np.array(self._part("segment_lengths", "segment_offsets", index), dtype=np.int32)
             lengths = lengths if len(lengths) > 1 else None
-        return Document(document_id(ids, mask, lengths), ids, b"", max(len(ids) - 1, 0), mask, lengths)
+        place = f"{self.folder}, document {index}"
+        return Document(document_id(ids, mask, lengths), ids, b"", max(len(ids) - 1, 0), mask, lengths, place=place)
 
     def _part(self, name: str, bounds: str, index: int) -> npt.NDArray[Any]:
         offsets = self._arrays[bounds]

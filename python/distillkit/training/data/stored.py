@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.errors import ConfigError, MismatchError
-from distillkit.shards.alignment import shift_rates
+from distillkit.errors import ConfigError, InputError, MismatchError
+from distillkit.shards.plausibility import check_plausible, sampled
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.data.examples import DocumentSource
+from distillkit.training.signals.base import check_ids_fit
 from distillkit.types import Document
 
 if TYPE_CHECKING:
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Sample", "check_dataset", "check_ids", "check_tokenizer", "open_dataset"]
 
 logger = logging.getLogger(__name__)
-
-# How much of a dataset is read to check whether it matches the student.
-_SAMPLE_DOCUMENTS = 64
-_SAMPLE_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -85,6 +81,9 @@ def open_dataset(source: DatasetSource, teacher: StoredTeacherConfig, key: str) 
         raise ConfigError(f"{key}: {error.strerror}: {error.filename}") from error
     except MismatchError as error:
         raise MismatchError(f"{key} and teacher: {error}") from error
+    except InputError as error:
+        hint = ", or use teacher.kind: hf" if "distillkit capture" in str(error) else ""
+        raise InputError(f"{key}: {error}{hint}") from error
     if teacher.vocab_size is not None:
         known = {dataset.codec.vocab_size, dataset.header.vocab_size, dataset.header.head_size}
         if teacher.vocab_size not in known:
@@ -141,7 +140,8 @@ def check_tokenizer(dataset: StoredDataset, tokenizer: Any, student: str, key: s
 
 
 def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
-    """Refuse a dataset with ids beyond the student's head, or with teacher rows that are shifted against its tokens.
+    """Refuse a dataset with ids beyond the student's head, or with teacher rows that are shifted against its tokens or
+    cannot have been written with its codec.
 
     Padded heads may differ in width (151,936 and 152,064 for one tokenizer): only the tokenizer's vocabulary must fit.
 
@@ -170,16 +170,15 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
             "tokenizers are the same and only the padding differs, set resize_embeddings_to_multiple_of so that the "
             "head is wide enough"
         )
-    sample = list(_sample(dataset))
-    for index, document in sample:
-        _check_largest(index, document, head_size, key)
-    rates = shift_rates((document for _, document in sample), dataset.codec)
-    shift = rates.shifted()
-    if shift is not None:
+    if dataset.codec.k > head_size:
         raise MismatchError(
-            f"{key}: the teacher's rows are shifted by {shift:+d} against the tokens. The true next token is the "
-            f"teacher's most probable one with the rows moved by: {rates}; that must peak at 0"
+            f"{key}: each row holds {dataset.codec.k:,} ids, more than the student's head has rows: {head_size:,}. "
+            "Capture fewer ids per row (k), or set resize_embeddings_to_multiple_of"
         )
+    sample = list(sampled(dataset))
+    for document in sample:
+        _check_ids_fit(document, head_size, key)
+    rates = check_plausible(sample, dataset.codec, key)
     logger.info("%s: %s documents; the true next token is the teacher's first: %s", key, f"{len(dataset):,}", rates)
 
 
@@ -197,26 +196,13 @@ def check_ids(documents: DocumentSource, head_size: int, key: str) -> None:
     """
     if len(documents) == 0:
         raise ConfigError(f"{key}: the dataset has no documents")
-    for index, document in _sample(documents):
-        _check_largest(index, document, head_size, key)
+    for document in sampled(documents):
+        _check_ids_fit(document, head_size, key)
     logger.info("%s: %s documents", key, f"{len(documents):,}")
 
 
-def _check_largest(index: int, document: Document, head_size: int, key: str) -> None:
-    largest = int(document.input_ids.max(initial=0))
-    if largest >= head_size:
-        raise MismatchError(
-            f"{key}: document {index} contains token id {largest:,}, but the student's head has {head_size:,} rows"
-        )
-
-
-def _sample(dataset: DocumentSource) -> Iterator[tuple[int, Document]]:
-    """Read documents evenly spread over the dataset, up to a limit of documents and tokens."""
-    count = min(len(dataset), _SAMPLE_DOCUMENTS)
-    tokens = 0
-    for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist():
-        document = dataset[index]
-        yield index, document
-        tokens += len(document.input_ids)
-        if tokens >= _SAMPLE_TOKENS:
-            return
+def _check_ids_fit(document: Document, head_size: int, key: str) -> None:
+    try:
+        check_ids_fit(document, head_size)
+    except MismatchError as error:
+        raise MismatchError(f"{key}: {error}") from error

@@ -8,10 +8,24 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import torch
 
+from distillkit.errors import MismatchError
 from distillkit.losses.positions import Targets
 from distillkit.types import Document
 
-__all__ = ["TeacherSignal"]
+__all__ = ["TeacherSignal", "check_ids_fit"]
+
+
+def check_ids_fit(document: Document, head_size: int) -> None:
+    """Refuse a document with a token id beyond a model's head, for which it has no embedding.
+
+    Raises:
+        MismatchError: there is one; names document and id.
+    """
+    largest = int(document.input_ids.max(initial=0))
+    if largest >= head_size:
+        raise MismatchError(
+            f"{document.place} contains token id {largest:,}, but the model's head has {head_size:,} rows"
+        )
 
 
 class TeacherSignal(Protocol):

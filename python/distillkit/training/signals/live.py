@@ -17,11 +17,17 @@ import numpy.typing as npt
 import torch
 
 from distillkit.codec.topk import sparse_from_logits
+from distillkit.configuration.places import neighbour
+from distillkit.configuration.secrets import redacted
 from distillkit.errors import ConfigError, MismatchError
 from distillkit.losses.positions import DenseTeacher, Targets
 from distillkit.models.head import backbone_layers, bare_model, check_lm_head, logit_chunks
+from distillkit.models.rope import choose_frequencies_by_document
+from distillkit.models.weights import loading_errors, loading_reason, model_problem
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.data.examples import MODEL_INPUTS
+from distillkit.training.signals.base import check_ids_fit
+from distillkit.training.signals.stored import within
 from distillkit.types import Document, SparseLogprobs
 
 if TYPE_CHECKING:
@@ -42,22 +48,33 @@ class OnlineSignal:
             which makes it the student before training.
         top_k: keep only the k most probable ids; None: all ids.
         layers: indices of the teacher's hidden states to compare.
+        head_size: width of the student's head; ids beyond it (padding of a wider teacher's head) count as missing mass.
+            By default that of the teacher's.
 
     Raises:
         DistillKitError: the teacher's head cannot be applied apart from the model.
-        ConfigError: top_k is more than the teacher has ids.
+        ConfigError: top_k is more than the teacher or the student has ids.
     """
 
-    def __init__(self, model: Any, *, top_k: int | None = None, layers: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, model: Any, *, top_k: int | None = None, layers: tuple[int, ...] = (), head_size: int | None = None
+    ) -> None:
         self.model = model
         self.layers = layers
         self.top_k = top_k
         self.head = check_lm_head(model)
-        if top_k is not None and top_k > self.head.size:
-            raise ConfigError(f"teacher.top_k: {top_k} ids were requested, but the teacher has only {self.head.size:,}")
+        self.head_size = self.head.size if head_size is None else head_size
+        for whose, size in (("teacher's", self.head.size), ("student's", self.head_size)):
+            if top_k is not None and top_k > size:
+                raise ConfigError(f"teacher.top_k: {top_k:,} ids were requested, but the {whose} head has {size:,}")
 
     def take(self, document: Document, positions: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """Return nothing: the batch's token ids are enough."""
+        """Return nothing: the batch's token ids are enough.
+
+        Raises:
+            MismatchError: a token id is beyond the head of the student or the teacher.
+        """
+        check_ids_fit(document, min(self.head_size, self.head.size))
         return {}
 
     def empty_targets(self) -> dict[str, npt.NDArray[Any]]:
@@ -75,7 +92,12 @@ class OnlineSignal:
         hidden = tuple(states.flatten(0, 1)[rows.to(states.device)].to(labels.device) for states in layers)
         counted = last.flatten(0, 1)[rows.to(last.device)]
         dense = DenseTeacher(counted, self.head, weights)
-        return Targets(labels, dense if self.top_k is None else _first(dense, self.top_k, labels.device), hidden)
+        if self.top_k is None:
+            return Targets(labels, dense, hidden)
+        first = _first(dense, self.top_k, labels.device)
+        if self.head.size > self.head_size and len(labels):
+            first = SparseLogprobs(*within(*first.tensors(), self.head_size))
+        return Targets(labels, first, hidden)
 
 
 def _first(dense: DenseTeacher, k: int, device: torch.device) -> SparseLogprobs:
@@ -124,10 +146,13 @@ def load_teacher(config: RunConfig, device: torch.device) -> PreTrainedModel:
     arguments = {"dtype": "auto", "trust_remote_code": config.trust_remote_code, **teacher.kwargs}
     try:
         model = AutoModelForCausalLM.from_pretrained(teacher.path, **arguments)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise ConfigError(
-            f"{config.source}: teacher.path: {teacher.path!r} cannot be loaded with {arguments}: {error}"
-        ) from error
+    except loading_errors() as error:
+        problem = model_problem(teacher.path) or (
+            f"{teacher.path!r} cannot be loaded with {redacted(str(arguments))}: {redacted(loading_reason(error))}"
+            f"{neighbour(teacher.path)}"
+        )
+        raise ConfigError(f"{config.source}: teacher.path: {problem}") from error
+    choose_frequencies_by_document(model)
     if "device_map" not in arguments:
         model.to(device)
     model.eval().requires_grad_(False)

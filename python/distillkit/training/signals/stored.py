@@ -10,10 +10,13 @@ import numpy.typing as npt
 import torch
 
 from distillkit.codec import Codec
+from distillkit.errors import CorruptDataError
 from distillkit.losses.positions import Targets
+from distillkit.shards.plausibility import HIGHEST, check_values, decoded
+from distillkit.training.signals.base import check_ids_fit
 from distillkit.types import Document, SparseLogprobs
 
-__all__ = ["OfflineSignal"]
+__all__ = ["OfflineSignal", "within"]
 
 
 class OfflineSignal:
@@ -39,12 +42,15 @@ class OfflineSignal:
         label_logprobs (P,) if enabled, NaN if the document has none.
 
         Raises:
-            CorruptDataError: the document cannot be decoded.
+            MismatchError: a token id is beyond the student's head.
+            CorruptDataError: the document cannot be decoded, or has a log-probability that is too high to be one.
         """
+        check_ids_fit(document, self.head_size)
         if self.on_device:
             taken = {"bytes": self.codec.document_rows(document.teacher, document.num_rows)[positions]}
         else:
-            rows = self.codec.decode_document(document.teacher, document.num_rows)
+            rows = decoded(document, self.codec)
+            check_values(document, rows, self.codec.config.exact_k)
             taken = {"ids": np.asarray(rows.ids)[positions], "logprobs": np.asarray(rows.logprobs)[positions]}
         if self.label_logprobs:
             known = document.label_logprobs
@@ -66,13 +72,18 @@ class OfflineSignal:
 
     def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
         """Make the targets (N, k) from `teacher_bytes`, or `teacher_ids` and `teacher_logprobs`, and from
-        `teacher_label_logprobs` if present."""
+        `teacher_label_logprobs` if present.
+
+        Raises:
+            CorruptDataError: bytes decode to values that are not log-probabilities.
+        """
         if self.on_device:
             ids, logprobs = self.codec.decode_torch(batch["teacher_bytes"])
+            _check_decoded(logprobs)
         else:
             ids, logprobs = batch["teacher_ids"], batch["teacher_logprobs"]
         if self.codec.vocab_size > self.head_size and ids.numel():
-            ids, logprobs = _within(ids, logprobs, self.head_size)
+            ids, logprobs = within(ids, logprobs, self.head_size)
         known = batch.get("teacher_label_logprobs")
         if known is not None:
             # A label may differ from the token whose log-prob the teacher stored (eos_label_token_ids).
@@ -81,7 +92,17 @@ class OfflineSignal:
         return Targets(labels, SparseLogprobs(ids, logprobs), label_logprobs=known)
 
 
-def _within(ids: torch.Tensor, logprobs: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _check_decoded(logprobs: torch.Tensor) -> None:
+    """Refuse what `take` refuses, where bytes are decoded on the device, without the documents' places."""
+    lowest, highest = torch.finfo(logprobs.dtype).min, HIGHEST
+    if not bool(((logprobs >= lowest) & (logprobs <= highest)).all()):
+        raise CorruptDataError(
+            "a teacher row of this batch contains values that are not log-probabilities; `distillkit-codec verify` and "
+            "`inspect` find the document"
+        )
+
+
+def within(ids: torch.Tensor, logprobs: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Give ids ≥ head_size zero probability, replacing each with the row's first id within the head (since all ids must
     be valid for the head)."""
     outside = ids >= head_size

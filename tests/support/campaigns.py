@@ -1,0 +1,603 @@
+"""The campaigns of test_attacks.py: what is damaged or crafted, and who reads it. See `support.attacks`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+import yaml
+
+from distillkit.capture.settings_file import load_captures
+from distillkit.capture.shard_plan import ShardReceipt, make_plan, read_plan
+from distillkit.capture.summary import ShardSummary
+from distillkit.errors import ConfigError
+from distillkit.reports.run_record import read_run
+from distillkit.shards import Dataset, convert, verify_dataset
+from distillkit.shards.header import canonical_json
+from distillkit.shards.storage import Folder
+from distillkit.text.policy import capture_policy
+from distillkit.text.rows import RowReader
+from distillkit.text.sources import open_local
+from distillkit.training.config.file import load_config
+from distillkit.types import TokenDocument
+from support.attacks import Campaign
+from support.bombs import write_arrow
+from support.shards import HEADER, files, make_documents, write
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+DEEP = "@deep@"
+"""Stands for a list in a list in a list …, which no serializer of Python writes."""
+HUGE = "@huge@"
+"""Stands for an integer of 5,000 digits."""
+HOSTILE: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2**31, 2**32 + 1, 2**63, 2**70, HUGE, 0.5, 1e308, math.nan, math.inf, -math.inf),
+    *(
+        "",
+        "x",
+        "7",
+        "x" * 5000,
+        "\ud800",
+        "\x00",
+        "\x1b]0;x\x07",
+        "../../../etc/passwd",
+        "/dev/zero",
+        "file:///dev/zero",
+    ),
+    *(
+        "s3://nowhere/x",
+        "::",
+        "data-*.parquet",
+        "2026-99-99",
+        [],
+        {},
+        [[]],
+        [None],
+        [0] * 2000,
+        {"": {}},
+        {"a": 1},
+        DEEP,
+    ),
+)
+
+
+def edited(data: bytes, seed: int) -> bytes:
+    """A file with a few bytes changed, doubled, removed, overwritten or moved."""
+    rng = random.Random(seed)
+    result = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        at, length = rng.randrange(len(result)), rng.choice((1, 2, 4, 8, 64))
+        kind = rng.randrange(6)
+        if kind == 0:
+            result[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            result[at : at + length] = rng.randbytes(len(result[at : at + length]))
+        elif kind == 2:
+            del result[at : at + length]
+        elif kind == 3:
+            result[at:at] = result[at : at + length]
+        elif kind == 4:
+            result[at : at + length] = rng.choice((b"\0", b"\xff", b"\x7f")) * len(result[at : at + length])
+        else:
+            start = rng.randrange(len(result))
+            result[at : at + length] = result[start : start + length]
+        if not result:
+            return b"\0"
+    return bytes(result)
+
+
+def crafted(value: Any, seed: int) -> Any:
+    """A document of JSON or YAML with a part replaced, removed or added."""
+    rng = random.Random(seed)
+    root = [copy.deepcopy(value)]
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        holder, key = rng.choice(list(_places(root)))
+        kind = rng.randrange(8)
+        if kind == 0 and holder is not root:
+            del holder[key]
+        elif kind == 1 and isinstance(holder, dict):
+            holder[rng.choice(("x", "", 5, "../x", "\ud800", "version"))] = copy.deepcopy(rng.choice(HOSTILE))
+        elif kind == 2 and isinstance(holder, list) and holder is not root:
+            holder.append(copy.deepcopy(holder[key]))
+        else:
+            holder[key] = copy.deepcopy(rng.choice(HOSTILE))
+    return root[0]
+
+
+def _places(holder: Any) -> Any:
+    """Every key of every mapping and list in a value, with what holds it."""
+    for key in holder if isinstance(holder, dict) else range(len(holder)):
+        yield holder, key
+        if isinstance(holder[key], dict | list) and holder[key]:
+            yield from _places(holder[key])
+
+
+def json_text(value: Any) -> str:
+    """JSON with the stand-ins replaced."""
+    text = json.dumps(value, sort_keys=False, default=str)
+    return text.replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000).replace(f'"{HUGE}"', "9" * 5000)
+
+
+def yaml_text(value: Any) -> str:
+    """YAML with the stand-ins replaced: JSON is YAML, save for surrogates and special numbers."""
+    text = json_text(value).replace("NaN", ".nan").replace("Infinity", ".inf")
+    return text.replace("\\ud800", "\\uFFFE")
+
+
+class ShardBits:
+    """Every bit of a shard that is opened alone, and every prefix of it: noticed, or the same data."""
+
+    def __init__(self, folder: Path) -> None:
+        write(folder / "small", make_documents(2))
+        self._path = folder / "small" / "data-00000.parquet"
+        (folder / "small" / "manifest.json").unlink()
+        self._data = self._path.read_bytes()
+        self._expected = content(self._path)
+        self.seeds = 9 * len(self._data)
+
+    def attempt(self, seed: int) -> None:
+        bits = 8 * len(self._data)
+        self._path.write_bytes(flipped(self._data, seed) if seed < bits else self._data[: seed - bits])
+        assert content(self._path) == self._expected, "other data, without an error"
+        assert seed < bits, "a part of a file is accepted"
+
+
+class ManifestBits:
+    """Every bit and prefix of a manifest."""
+
+    def __init__(self, folder: Path) -> None:
+        write(folder / "set", make_documents(4))
+        self._folder, self._path = folder / "set", folder / "set" / "manifest.json"
+        self._data = self._path.read_bytes()
+        self._expected = content(self._folder)
+        self.seeds = 9 * len(self._data)
+
+    def attempt(self, seed: int) -> None:
+        bits = 8 * len(self._data)
+        self._path.write_bytes(flipped(self._data, seed) if seed < bits else self._data[: seed - bits])
+        assert content(self._folder) == self._expected, "other data, without an error"
+
+
+class ShardBytes:
+    """A dataset with bytes of a shard or of its manifest changed: noticed, or the same data."""
+
+    seeds = 20_000
+
+    def __init__(self, folder: Path) -> None:
+        write(folder / "set", make_documents(6))
+        self._folder = folder / "set"
+        self._files = files(self._folder)
+        self._expected = content(self._folder)
+
+    def attempt(self, seed: int) -> None:
+        name = sorted(self._files)[seed % len(self._files)]
+        (self._folder / name).write_bytes(edited(self._files[name], seed))
+        try:
+            assert content(self._folder) == self._expected, "other data, without an error"
+        finally:
+            (self._folder / name).write_bytes(self._files[name])
+
+
+class ShardMetadata:
+    """A shard whose header or list of groups says something else, with the hashes of what it says."""
+
+    seeds = 20_000
+
+    def __init__(self, folder: Path) -> None:
+        write(folder / "set", make_documents(4), shard_tokens=10_000)
+        (folder / "set" / "manifest.json").unlink()
+        self._path = folder / "set" / "data-00000.parquet"
+        self._table = pq.read_table(self._path)
+        metadata = pq.read_metadata(self._path).metadata
+        self._metadata = {key: value for key, value in metadata.items() if key.startswith(b"distillkit.")}
+        self._keys = sorted(key for key in self._metadata if key + b".xxh3" in self._metadata)
+        content(self._path)
+
+    def attempt(self, seed: int) -> None:
+        key = self._keys[seed % len(self._keys)]
+        text = json_text(crafted(json.loads(self._metadata[key]), seed)).encode()
+        changed = {key: text, key + b".xxh3": xxhash.xxh3_128_hexdigest(text).encode()}
+        with pq.ParquetWriter(self._path, self._table.schema, write_page_checksum=True) as writer:
+            writer.write_table(self._table)
+            writer.add_key_value_metadata({**self._metadata, **changed})
+        content(self._path)
+        verify_dataset(self._path)
+
+
+class Manifests:
+    """A manifest that says something else, with the hash of what it says."""
+
+    seeds = 20_000
+
+    def __init__(self, folder: Path) -> None:
+        write(folder / "set", make_documents(4))
+        self._folder, self._path = folder / "set", folder / "set" / "manifest.json"
+        self._manifest = json.loads(self._path.read_text())
+        verify_dataset(self._folder)
+
+    def attempt(self, seed: int) -> None:
+        self._path.write_text(hashed(crafted(self._manifest, seed), "xxh3"))
+        content(self._folder)
+        verify_dataset(self._folder)
+
+
+class CapturePlans:
+    """A plan, its receipts or its documents, with bytes changed, or crafted with their hashes."""
+
+    seeds = 20_000
+
+    def __init__(self, folder: Path) -> None:
+        write(folder / "set", make_documents(4), shard_tokens=10_000)
+        self._folder = folder / "set"
+        dataset = Dataset.open(self._folder)
+        info = dataset.shards[0]
+        documents = [
+            TokenDocument(
+                d.input_ids, f"row {row}", loss_mask=d.loss_mask, columns={"a": 1}, segment_lengths=d.segment_lengths
+            )
+            for row, d in enumerate(dataset)
+        ]
+        (self._folder / "manifest.json").unlink()
+        kept = pa.schema([pa.field("a", pa.int64())])
+        plan = make_plan(
+            Folder(self._folder), HEADER, documents, 10_000, source={"rows": 9}, kept=kept, counts=lambda: {"rows": 9}
+        )
+        plan.write_receipt(0, ShardReceipt(info, HEADER, ShardSummary()))
+        self._inside = self._folder / ".capture"
+        self._files = {name: data for name, data in files(self._inside).items() if not name.startswith(".")}
+        self._read()
+        assert self.receipts == 1, "the receipt does not fit"
+
+    def _read(self) -> None:
+        plan = read_plan(Folder(self._folder))
+        assert plan is not None, "the plan is passed over"
+        self.receipts = len(plan.receipts())
+        for number in range(len(plan.shards)):
+            plan.read(number)
+
+    def attempt(self, seed: int) -> None:
+        name = sorted(self._files)[seed % len(self._files)]
+        data = self._files[name]
+        if name.endswith(".json") and seed // len(self._files) % 4:
+            path, changed = self._inside / name, hashed(crafted(json.loads(data), seed), "xxh3").encode()
+        else:
+            path, changed = self._inside / name, edited(data, seed)
+        path.write_bytes(changed)
+        try:
+            self._read()
+        finally:
+            path.write_bytes(data)
+
+
+class Published:
+    """A published dataset with one file changed; it has no checksums, so it may give other data, but nothing worse."""
+
+    seeds = 40_000
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder, self._out = folder / "set", folder / "out"
+        self.make(self._folder)
+        self._files = files(self._folder)
+        self._read()
+
+    @classmethod
+    def make(cls, folder: Path) -> None:
+        folder.mkdir()
+        shutil.copy(GOLDEN / "upstream_v1" / "compression_config.yaml", folder)
+        pq.write_table(pq.read_table(GOLDEN / "upstream_v1" / "data_0.parquet").slice(0, 2), folder / "data_0.parquet")
+
+    def _read(self) -> None:
+        shutil.rmtree(self._out, ignore_errors=True)
+        for _, rows in Dataset.open(self._folder).decoded():
+            assert np.isfinite(rows.logprobs).all(), "a log-probability that is not finite"
+        convert(Dataset.open(self._folder), self._out)
+
+    def attempt(self, seed: int) -> None:
+        name = sorted(self._files)[seed % len(self._files)]
+        path, data = self._folder / name, self._files[name]
+        structured = name.endswith((".json", ".yaml")) and seed // len(self._files) % 4
+        path.write_bytes(self._crafted(name, seed) if structured else edited(data, seed))
+        try:
+            self._read()
+        finally:
+            path.write_bytes(data)
+
+    def _crafted(self, name: str, seed: int) -> bytes:
+        value = crafted(yaml.safe_load(self._files[name]), seed)
+        return (yaml_text(value) if name.endswith(".yaml") else json_text(value)).encode()
+
+
+class PublishedArrow(Published):
+    """As `Published`, as `save_to_disk` writes it."""
+
+    @classmethod
+    def make(cls, folder: Path) -> None:
+        super().make(folder)
+        table = pq.read_table(folder / "data_0.parquet")
+        (folder / "data_0.parquet").unlink()
+        write_arrow(folder / "data-00000-of-00001.arrow", table)
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_indices_files": None, "_split": "train"}
+        (folder / "state.json").write_text(json.dumps(state))
+        (folder / "dataset_info.json").write_text("{}")
+
+
+class PublishedArrowBits(PublishedArrow):
+    """Every bit of the Arrow file, and every prefix."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._path = self._folder / "data-00000-of-00001.arrow"
+        self._data = self._path.read_bytes()
+        self.seeds = 9 * len(self._data)
+
+    def attempt(self, seed: int) -> None:
+        bits = 8 * len(self._data)
+        self._path.write_bytes(flipped(self._data, seed) if seed < bits else self._data[: seed - bits])
+        self._read()
+
+
+class Bombs:
+    """Files of a few kilobytes that take hundreds of megabytes to read, see `support.bombs`."""
+
+    most = 200_000
+    """Kilobytes."""
+
+    def __init__(self, folder: Path) -> None:
+        subprocess.run([sys.executable, "-m", "support.bombs", str(folder)], check=True)
+        self._bombs = sorted(folder.iterdir())
+        self.seeds = len(self._bombs)
+        Published(folder / "harmless")
+
+    def attempt(self, seed: int) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # Forgets the peak.
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            self._read(self._bombs[seed])
+        finally:
+            taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            assert taken < self.most, f"{taken:,} kB for {self._bombs[seed].name}"
+
+    def _read(self, bomb: Path) -> None:
+        if bomb.name.startswith(("published", "shard")):
+            content(bomb if bomb.name.startswith("published") else bomb / "data-00000.parquet")
+        else:
+            list(open_local(str(bomb)).rows())
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"How far is {n}?"}, {"role": "assistant", "content": "Two miles."}]}
+    for n in range(3)
+]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+
+
+def tokenizer() -> Any:
+    """Words and bytes, with a chat template."""
+    from support.training import tiny_tokenizer
+
+    result = tiny_tokenizer()
+    result.chat_template = TEMPLATE
+    return result
+
+
+class Sources:
+    """Files of text and chats, in every format, with bytes changed, read into token documents."""
+
+    seeds = 20_000
+
+    def __init__(self, folder: Path) -> None:
+        table = pa.Table.from_pylist(CHATS)
+        self._folder = folder / "rows"
+        self._folder.mkdir()
+        (self._folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+        (self._folder / "rows.json").write_text(json.dumps(CHATS))
+        (self._folder / "rows.txt").write_text("first\n\nsecond\nthird\n")
+        pq.write_table(table, self._folder / "rows.parquet")
+        saved = self._folder / "saved"
+        saved.mkdir()
+        write_arrow(saved / "data-00000-of-00001.arrow", table)
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "0", "_split": "train"}
+        state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
+        (saved / "state.json").write_text(json.dumps(state))
+        (saved / "dataset_info.json").write_text("{}")
+        self._files = {path: path.read_bytes() for path in sorted(self._folder.rglob("*")) if path.is_file()}
+        self._reader = RowReader(tokenizer(), capture_policy("all"), 10_000)
+        for path in self._files:
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        source = open_local(str(path.parent if path.parent.name == "saved" else path))
+        self._reader(list(source.rows()))
+
+    def attempt(self, seed: int) -> None:
+        path = list(self._files)[seed % len(self._files)]
+        path.write_bytes(edited(self._files[path], seed))
+        try:
+            self._read(path)
+        finally:
+            path.write_bytes(self._files[path])
+
+
+class Rows:
+    """Rows of every layout with hostile values in them."""
+
+    seeds = 40_000
+    _rows = (
+        CHATS[0],
+        {"text": "Some text."},
+        {"prompt": "A question", "completion": "An answer"},
+        {"instruction": "Do", "input": "this", "output": "done"},
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]},
+        {"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]},
+        {"prompt": CHATS[0]["messages"][:1], "completion": CHATS[0]["messages"][1:]},
+        {"inputs": "A question", "targets": "An answer"},
+        {
+            "messages": [
+                {"role": "user", "content": "Weather?"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+                },
+                {"role": "tool", "content": "sun", "name": "f"},
+                {"role": "assistant", "content": "It shines."},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        },
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "rows.jsonl"
+        self._reader = RowReader(tokenizer(), capture_policy("all"), 10_000)
+        for row in self._rows[:2]:
+            self._read(row)
+
+    def _read(self, row: Any) -> None:
+        self._path.write_text(json_text(row) + "\n")
+        self._reader(list(open_local(str(self._path)).rows()))
+
+    def attempt(self, seed: int) -> None:
+        self._read(crafted(self._rows[seed % len(self._rows)], seed))
+
+
+class Configurations:
+    """The three kinds of YAML files, crafted or with bytes changed."""
+
+    seeds = 40_000
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "config.yaml"
+        codec = yaml.safe_load((GOLDEN / "upstream_v1" / "compression_config.yaml").read_text())
+        train = {
+            "project_name": "p",
+            "model": "./student",
+            "output_path": "./out",
+            "sequence_length": 128,
+            "dataset": {"train_dataset": {"disk_path": "./captured"}, "packing": True, "seed": 1},
+            "teacher": {"kind": "dataset", "logprob_compressor": codec},
+            "loss_functions": [
+                {"function": "cross_entropy", "weight": 0.1},
+                {"function": "kl", "weight": 0.9, "temperature": 1.0, "missing_probability_handling": "zero"},
+            ],
+            "peft": {"r": 8, "target_modules": ["q_proj"]},
+            "model_kwargs": {"dtype": "float32"},
+            "training_args": {"num_train_epochs": 1, "learning_rate": 1e-4, "report_to": "none"},
+        }
+        captures = {
+            "model": "./teacher",
+            "dataset": "./rows.jsonl",
+            "preset": "recommended",
+            "captures": [{"output": "a"}, {"output": "b", "engine": "hf", "hf": {"batch_tokens": 512}}],
+        }
+        readers: list[tuple[Any, Callable[[Path], object]]] = [
+            (train, load_config),
+            (captures, load_captures),
+            (codec, lambda path: Dataset.open(GOLDEN / "upstream_v1", config=path)),
+        ]
+        self._readers = readers
+        self._path.write_text(yaml.safe_dump({**train, "training_args": {"report_to": "none", "optim": "nothing"}}))
+        with suppress(ConfigError):  # Imports what is imported once.
+            load_config(self._path)
+
+    def attempt(self, seed: int) -> None:
+        value, read = self._readers[seed % len(self._readers)]
+        if seed // len(self._readers) % 4:
+            data = yaml_text(crafted(value, seed)).encode()
+        else:
+            data = edited(yaml.safe_dump(value, sort_keys=False).encode(), seed)
+        self._path.write_bytes(data)
+        read(self._path)
+
+
+class RunRecords:
+    """The metrics and the summary of a run."""
+
+    seeds = 10_000
+
+    def __init__(self, folder: Path) -> None:
+        entries = [
+            {"step": 1, "loss": 2.0, "learning_rate": 0.1, "kl": 1.0},
+            {"step": 2, "loss": 1.0, "learning_rate": 0.1, "kl": 0.5},
+            {"step": 2, "eval_kl": 1.0, "eval_cross_entropy": 2.0, "eval_perplexity": 7.4},
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        (folder / "summary.json").write_text(json.dumps({"steps": 2, "seconds": 1.0, "metrics": {}}))
+        self._folder = folder
+        self._files = files(folder)
+
+    def attempt(self, seed: int) -> None:
+        name = sorted(self._files)[seed % 2]
+        path, data = self._folder / name, self._files[name]
+        lines = data.decode().splitlines()
+        if seed // 2 % 4:
+            line = random.Random(seed).randrange(len(lines))
+            lines[line] = json_text(crafted(json.loads(lines[line]), seed))
+            path.write_text("\n".join(lines))
+        else:
+            path.write_bytes(edited(data, seed))
+        try:
+            read_run(self._folder)
+        finally:
+            path.write_bytes(data)
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    """A file with one bit changed."""
+    result = bytearray(data)
+    result[bit // 8] ^= 1 << bit % 8
+    return bytes(result)
+
+
+def hashed(value: Any, key: str) -> str:
+    """JSON with the hash of its content, if it has one."""
+    if isinstance(value, dict):
+        rest = {name: item for name, item in value.items() if name != key}
+        with suppress(TypeError, ValueError, UnicodeEncodeError, RecursionError):
+            value = {**rest, key: xxhash.xxh3_128_hexdigest(canonical_json(rest).encode())}
+    return json_text(value)
+
+
+def content(path: Path) -> Any:
+    """All that a reader could be told."""
+    dataset = Dataset.open(path)
+    documents = [
+        (d.doc_id, d.input_ids.tolist(), bytes(d.teacher), _list(d.loss_mask), _list(d.segment_lengths))
+        for d in dataset
+    ]
+    return dataset.header.to_dict(), documents
+
+
+def _list(array: Any) -> Any:
+    return None if array is None else array.tolist()
+
+
+CAMPAIGNS: dict[str, Callable[[Path], Campaign]] = {
+    "shard_bits": ShardBits,
+    "shard_bytes": ShardBytes,
+    "shard_metadata": ShardMetadata,
+    "manifest_bits": ManifestBits,
+    "manifests": Manifests,
+    "capture_plans": CapturePlans,
+    "published": Published,
+    "published_arrow": PublishedArrow,
+    "published_arrow_bits": PublishedArrowBits,
+    "bombs": Bombs,
+    "sources": Sources,
+    "rows": Rows,
+    "configurations": Configurations,
+    "run_records": RunRecords,
+}

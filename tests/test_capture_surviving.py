@@ -24,7 +24,7 @@ import support.attacks as attacks
 from distillkit.capture.shard_plan import ShardPlan, make_plan, read_plan
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.hf import HFTeacher
-from distillkit.errors import CaptureError, CorruptDataError, InputError
+from distillkit.errors import CaptureError, ConfigError, CorruptDataError, InputError
 from distillkit.shards import Dataset, read_manifest, verify_dataset
 from distillkit.shards.storage import Folder
 from distillkit.text.documents import TokenDocument
@@ -134,7 +134,7 @@ def test_a_folder_that_can_not_be_written(teacher: Path, text: Path, tmp_path: P
     with mounted(tmp_path / "disk", "ro"), refused(OSError, os.strerror(errno.EROFS)):
         run(teacher, text, tmp_path / "disk" / "out")
     (tmp_path / "file").write_text("")
-    with pytest.raises((FileExistsError, NotADirectoryError)):
+    with refused(ConfigError, "output", str(tmp_path / "file")):
         run(teacher, text, tmp_path / "file" / "out")
 
 

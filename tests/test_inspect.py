@@ -21,7 +21,7 @@ from distillkit.reports.inspection_plots import plot_inspection
 from distillkit.shards import Dataset, Header, ShardWriter
 from distillkit.types import SparseLogprobs
 from support.refusals import check_names, refused
-from support.shards import CODEC, HEADER, VOCAB, make_documents, write
+from support.shards import HEADER, VOCAB, make_documents, write
 from support.training import random_documents, save_student, teacher_rows
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -194,8 +194,9 @@ def test_another_teacher_is_refused(teacher: Path, tmp_path: Path) -> None:
 
 
 def test_packed_documents_are_not_read_as_one(teacher: Path, tmp_path: Path) -> None:
-    header = replace(HEADER, codec=CODEC.to_dict(), vocab_size=TEACHER_VOCAB, head_size=TEACHER_VOCAB)
-    rows = SparseLogprobs(np.tile(np.arange(6), (9, 1)), np.full((9, 6), -2.0, np.float32))
+    codec = quantized(exact_k=K, polynomial_terms=[])
+    header = replace(HEADER, codec=codec.to_dict(), vocab_size=TEACHER_VOCAB, head_size=TEACHER_VOCAB)
+    rows = SparseLogprobs(np.tile(np.arange(K), (9, 1)), np.full((9, K), -3.0, np.float32))
     with ShardWriter(tmp_path / "packed", header) as writer:
         writer.write(np.arange(10), rows, segment_lengths=np.array([4, 6]))
     dataset = Dataset.open(tmp_path / "packed")

@@ -10,7 +10,7 @@ import pytest
 
 
 @contextmanager
-def refused(error: type[BaseException], *facts: str) -> Iterator[None]:
+def refused(error: type[BaseException] | tuple[type[BaseException], ...], *facts: str) -> Iterator[None]:
     """What is done here is refused with this kind of error, and its message has these facts (see `check_names`)."""
     try:
         yield

@@ -29,7 +29,7 @@ def check_before_loading(settings: CaptureSettings) -> None:
 
     Raises:
         ConfigError: names the setting.
-        OSError: the output's folder cannot be written to.
+        OSError: the output's folder cannot be made.
     """
     check_inputs(settings)
     _check_output(settings.output)
@@ -50,21 +50,15 @@ def check_inputs(settings: CaptureSettings) -> None:
     Raises:
         ConfigError: names the setting.
     """
-    _check_model("model", settings.model)
+    models = {"model": model_problem(settings.model)}
     if settings.tokenizer is not None:
-        _check_model("tokenizer", settings.tokenizer)
+        models["tokenizer"] = missing_place(settings.tokenizer)
+    for setting, problem in models.items():
+        if problem is not None:
+            raise ConfigError(f"{setting}: {problem}")
     _check_dataset(settings.dataset)
     if settings.compression_config is not None:
         settings.read_compression_config()
-
-
-def _check_model(setting: str, name: str) -> None:
-    """Refuse what is neither the folder of a model nor the id of one on the hub."""
-    problem = model_problem(name)
-    if problem is None and setting == "model" and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        problem = f"the folder {name} contains no config.json, so it is not that of a model"
-    if problem is not None:
-        raise ConfigError(f"{setting}: {problem}")
 
 
 def _check_dataset(name: str) -> None:
@@ -84,7 +78,7 @@ def _check_output(name: str) -> None:
     path = Path(os.path.abspath(name))
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not there.is_dir():
-        raise ConfigError(f"output: {name} cannot be a folder: {there} is a file")
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, so --output cannot be a folder there", str(there))
     if there != path and not os.access(there, os.W_OK | os.X_OK):
         number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
         raise OSError(number, os.strerror(number), str(there))

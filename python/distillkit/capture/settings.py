@@ -369,7 +369,7 @@ class CaptureSettings(BaseModel):
             return load_codec_config(config)
         except ConfigError as error:
             # As in `_one_codec`; errors of reading the file name it already.
-            reason = re.sub(r"^\w+Config: ", "", str(error))
+            reason = re.sub(r"(^|: )\w+Config: ", r"\1", str(error))
             where = f"{config}: " if isinstance(config, (str, Path)) and not reason.startswith(str(config)) else ""
             raise ConfigError(f"compression_config: {where}{reason}") from error
 

@@ -367,7 +367,7 @@ def recompute_fidelity(
     Raises:
         MismatchError: this is not the dataset's teacher: its head has a different size, most of its first ids differ,
             or most rows have ids that are not among its most probable ones.
-        InputError: documents are packed, the logits were divided by a temperature, or the recorded dtype is none.
+        InputError: documents are packed, or the logits were divided by a temperature.
         ConfigError: the model cannot be loaded.
         CaptureError: the teacher rejects a document.
     """
@@ -415,7 +415,7 @@ def _teacher_of(dataset: Dataset, teacher: str) -> HFTeacher:
     try:
         settings = HFSettings(dtype=dtype)
     except ValueError as error:
-        raise InputError(
+        raise ConfigError(
             f"{dataset.path}: the header's teacher.dtype is {dtype!r:.100}, not a type of weights"
         ) from error
     engine = HFTeacher(teacher, settings)

@@ -738,7 +738,9 @@ fn tied_rows_stay_close() {
         let p: Vec<f64> = found.iter().map(|&found| f64::from(found).exp()).collect();
         let total: f64 = p.iter().sum();
         let kl: f64 = p.iter().map(|p| (total / (30.0 * p)).ln() / 30.0).sum();
-        assert!(found.is_sorted_by(|a, b| a >= b) && kl < 2.5e-5, "{value}: {kl} {found:?}");
+        // Hardly anything is missing, so what exact values have too much the others have too little;
+        // leaving it to the missing outcome would cost 2.6e-3.
+        assert!(found.is_sorted_by(|a, b| a >= b) && kl < 8e-5, "{value}: {kl} {found:?}");
     }
 }
 
@@ -820,10 +822,13 @@ fn sizes_that_do_not_fit_are_refused() {
         codec.encode_logits(&logits, 100, &mut out[..bytes]),
         &[&format!("output of {bytes} bytes"), &format!("need {}", 2 * bytes)],
     );
-    refused(topk(&logits, 100, 0, &mut [], &mut [], &mut [0.0; 2]), &["k = 0"]);
+    refused(
+        topk(&logits, 100, 0, &mut [], &mut [], &mut [0.0; 2]),
+        &["k is 0", "between 1 and 100"],
+    );
     refused(
         topk(&logits, 100, 101, &mut [0; 202], &mut [0.0; 202], &mut [0.0; 2]),
-        &["rows of 100", "k = 101"],
+        &["k is 101", "between 1 and 100"],
     );
     refused(
         topk(&logits, 100, 4, &mut ids[..7], &mut values[..8], &mut [0.0; 2]),

@@ -79,6 +79,7 @@ const fn default_float32() -> FloatType {
 /// Configuration of the published "distribution quantization" (`logprob_compressor`).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "fields of the published configuration")]
 pub struct QuantizedConfig {
     /// Vocabulary size: ids are 0 … d − 1.
     pub d: u64,

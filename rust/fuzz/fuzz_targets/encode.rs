@@ -4,7 +4,7 @@
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use distillkit_codec::CodecError;
-use distillkit_fuzz::{Fields, corpus, decode, encode};
+use distillkit_fuzz::{Fields, corpus, decode, encode, prepared};
 use libfuzzer_sys::{Corpus, fuzz_target};
 
 /// A row's values: any floats, or log-probabilities of k steps, which are likely to be valid.
@@ -33,20 +33,20 @@ fn ids(u: &mut Unstructured, k: usize, vocab_size: u64) -> Result<Vec<i64>> {
 
 fn run(input: &[u8]) -> Result<()> {
     let mut u = Unstructured::new(input);
-    let fields = Fields::arbitrary(&mut u)?;
-    let Some(codecs) = fields.codecs() else { return Ok(()) };
+    let Some(made) = prepared(&mut u, Fields::arbitrary)? else { return Ok(()) };
+    let (fields, codecs) = (&made.fields, &made.codecs);
     let k = codecs[0].k();
     let vocab_size = codecs[0].vocab_size();
     let ids = ids(&mut u, k, vocab_size)?;
     let logprobs = logprobs(&mut u, k)?;
-    match encode(&codecs, &ids, &logprobs) {
+    match encode(codecs, &ids, &logprobs) {
         Ok(data) => {
             let mut order: Vec<usize> = (0..ids.len()).collect();
             order.sort_by(|&a, &b| {
                 logprobs[b].partial_cmp(&logprobs[a]).expect("no NaN is encoded")
             });
             let sorted: Vec<i64> = order.iter().map(|&i| ids[i]).collect();
-            let decoded = decode(&codecs, &data).map(|(ids, _)| ids);
+            let decoded = decode(codecs, &data).map(|(ids, _)| ids);
             assert_eq!(decoded, Ok(sorted), "log-probabilities {logprobs:?}, {fields:?}");
         }
         Err(CodecError::Input(message)) => assert!(message.starts_with("row 0: "), "{message}"),

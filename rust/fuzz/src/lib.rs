@@ -5,6 +5,10 @@
 //! drawn from a little more than their range. k is mostly small: an input's time and the bytes that
 //! it needs for a row grow with it.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
 use arbitrary::{Arbitrary, Result, Unstructured};
 use distillkit_codec::{Backend, Codec, CodecError, Config};
 use libfuzzer_sys::Corpus;
@@ -123,6 +127,52 @@ impl Arbitrary<'_> for Fields {
     }
 }
 
+/// A configuration and its codecs.
+#[derive(Debug)]
+pub struct Prepared {
+    pub fields: Fields,
+    pub codecs: Vec<Codec>,
+}
+
+/// Draws a configuration that is valid, or nothing: an arbitrary one, or one of 256 whose codecs
+/// are kept between inputs, since to prepare them takes longer than a row.
+pub fn prepared(
+    u: &mut Unstructured,
+    draw: impl Fn(&mut Unstructured) -> Result<Fields>,
+) -> Result<Option<Rc<Prepared>>> {
+    let prepare = |u: &mut Unstructured| {
+        let fields = draw(u)?;
+        Ok(fields.codecs().map(|codecs| Rc::new(Prepared { fields, codecs })))
+    };
+    if u.ratio(1, 4)? { prepare(u) } else { kept(u.arbitrary()?, prepare) }
+}
+
+thread_local! {
+    static KEPT: RefCell<HashMap<u8, Option<Rc<Prepared>>>> = RefCell::default();
+}
+
+fn kept(
+    number: u8,
+    prepare: impl FnOnce(&mut Unstructured) -> Result<Option<Rc<Prepared>>>,
+) -> Result<Option<Rc<Prepared>>> {
+    if let Some(found) = KEPT.with_borrow(|kept| kept.get(&number).cloned()) {
+        return Ok(found);
+    }
+    // Bytes that depend on the number alone, by xorshift.
+    let mut state = 0x9E37_79B9_7F4A_7C15 ^ u64::from(number) << 17;
+    let bytes: Vec<u8> = (0..256)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 32) as u8
+        })
+        .collect();
+    let made = prepare(&mut Unstructured::new(&bytes))?;
+    KEPT.with_borrow_mut(|kept| kept.insert(number, made.clone()));
+    Ok(made)
+}
+
 /// Decodes any bytes: they are refused as truncated or corrupt, or the answer is one, and the same
 /// on every backend.
 pub fn decode(codecs: &[Codec], data: &[u8]) -> distillkit_codec::Result<(Vec<i64>, Vec<f32>)> {
@@ -144,7 +194,8 @@ pub fn decode(codecs: &[Codec], data: &[u8]) -> distillkit_codec::Result<(Vec<i6
     decoded
 }
 
-fn decode_on(codec: &Codec, data: &[u8]) -> distillkit_codec::Result<(Vec<i64>, Vec<f32>)> {
+/// Decodes any bytes on one backend.
+pub fn decode_on(codec: &Codec, data: &[u8]) -> distillkit_codec::Result<(Vec<i64>, Vec<f32>)> {
     let rows = data.len() / codec.bytes_per_row();
     let mut ids = vec![-1; rows * codec.k()];
     let mut logprobs = vec![f32::NAN; rows * codec.k()];
@@ -194,11 +245,11 @@ pub fn corpus(result: Result<()>) -> Corpus {
 /// Takes the fields of a configuration, and decodes what is left of the input as its rows.
 pub fn decode_any(
     input: &[u8],
-    fields: impl FnOnce(&mut Unstructured) -> Result<Fields>,
+    fields: impl Fn(&mut Unstructured) -> Result<Fields>,
 ) -> Result<()> {
     let mut u = Unstructured::new(input);
-    if let Some(codecs) = fields(&mut u)?.codecs() {
-        let _ = decode(&codecs, &rows(&codecs[0], u.take_rest()));
+    if let Some(made) = prepared(&mut u, fields)? {
+        let _ = decode(&made.codecs, &rows(&made.codecs[0], u.take_rest()));
     }
     Ok(())
 }

@@ -406,18 +406,34 @@ def test_an_id_beyond_a_live_teachers_or_its_students_head(teacher: int, head_si
         signal.take(Document("", np.int32([3, 60]), b"", 1, place="rows, document 7"), np.empty(0, np.int64))
 
 
-@pytest.mark.parametrize("name", ["documents.jsonl", "documents.txt", "folder", "rows.parquet"])
+NO_DISTRIBUTIONS = {
+    "rows.parquet": {"text": ["a"]},
+    "questions.parquet": {"question": ["a"], "answer": ["b"]},
+    "ids.parquet": {"input_ids": [[1, 2]], "labels": [[1, 2]]},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["documents.jsonl", "documents.JSONL.gz", "documents.ndjson", "folder", *NO_DISTRIBUTIONS]
+)
 def test_text_where_distributions_are_expected(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name == "folder":
         path.mkdir()
         (path / "a.jsonl").write_text('{"text": "a"}\n')
-    elif name == "rows.parquet":
-        pq.write_table(pa.table({"text": ["a"]}), path)
+    elif name in NO_DISTRIBUTIONS:
+        pq.write_table(pa.table(NO_DISTRIBUTIONS[name]), path)
     else:
         path.write_text('{"text": "a"}\n')
     with refused(InputError, "dataset.train_dataset", str(path), "distillkit capture", "teacher.kind: hf"):
         open_dataset(DatasetSource(disk_path=str(path)), StoredTeacherConfig(kind="dataset"), "dataset.train_dataset")
+
+
+def test_what_is_no_parquet_file_is_not_called_truncated(tmp_path: Path) -> None:
+    for name, content in (("a.parquet", b"PK\3\4" + bytes(50)), ("notes", b"hello")):
+        (tmp_path / name).write_bytes(content)
+        with refused(CorruptDataError, str(tmp_path / name), repr(content[:4])):
+            Dataset.open(tmp_path / name)
 
 
 # -- YAML --------------------------------------------------------------------------------------------------------------

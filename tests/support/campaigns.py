@@ -541,9 +541,14 @@ class Configurations:
             (codec, lambda path: Dataset.open(GOLDEN / "upstream_v1", config=path)),
         ]
         self._readers = readers
-        self._path.write_text(yaml.safe_dump({**train, "training_args": {"report_to": "none", "optim": "nothing"}}))
-        with suppress(ConfigError):  # Imports what is imported once.
-            load_config(self._path)
+        # Imports what is imported once, and lets Arrow reserve its gigabyte of addresses.
+        for value, read in (
+            ({**train, "training_args": {"report_to": "none", "optim": "nothing"}}, load_config),
+            *readers,
+        ):
+            self._path.write_text(yaml.safe_dump(value))
+            with suppress(ConfigError):
+                read(self._path)
 
     def attempt(self, seed: int) -> None:
         value, read = self._readers[seed % len(self._readers)]

@@ -36,7 +36,7 @@ def open_parquet(
     Raises:
         FileNotFoundError: the file does not exist.
         TruncatedDataError: it does not end like a Parquet file.
-        CorruptDataError: it is damaged, or a few of its bytes decode to gigabytes.
+        CorruptDataError: it does not begin like one, is damaged, or a few of its bytes decode to gigabytes.
     """
     if metadata is None:
         _check_ends(path)
@@ -107,5 +107,8 @@ def _check_ends(path: str) -> None:
     if not filesystem.exists(inner):
         raise FileNotFoundError(2, "no such file", path)
     size = filesystem.size(inner)
+    start = filesystem.cat_file(inner, start=0, end=min(size, 4))
+    if not b"PAR1".startswith(start):
+        raise CorruptDataError(f"{path}: not a Parquet file: its first bytes are {start!r}, expected b'PAR1'")
     if size < 12 or filesystem.cat_file(inner, start=size - 4, end=size) != b"PAR1":
         raise TruncatedDataError(f"{path}: {size} bytes that do not end like a Parquet file: the file is truncated")

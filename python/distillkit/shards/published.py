@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ _TOKEN_COLUMNS = (*_LENGTH_COLUMNS, "labels", "loss_mask")
 _MASKS = ("attention_mask", "loss_mask")
 _IGNORED = -100
 """The label of tokens that do not count towards the loss, as everywhere in PyTorch."""
-_TEXT_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".md")
+_TEXT_FILE = re.compile(r".*\.(jsonl|ndjson|json|txt|csv|tsv|md)(\.(gz|bz2|xz|zst))?", re.IGNORECASE)
 _TEXT_COLUMNS = {"text", "messages", "conversations", "prompt", "instruction"}
 _CAPTURE_FIRST = "text, not a dataset of a teacher's distributions; capture it first, with `distillkit capture`"
 
@@ -112,7 +113,7 @@ def _data_files(name: str, split: str | None) -> tuple[str, list[str]]:
     """The folder of a published dataset (where its configuration may be) and its data files, in order."""
     filesystem, inner = locate(name)
     if not filesystem.isdir(inner):
-        if name.lower().endswith(_TEXT_SUFFIXES):
+        if _TEXT_FILE.fullmatch(name):
             raise InputError(f"{name}: {_CAPTURE_FIRST}")
         return name.rsplit("/", 1)[0] if "/" in name else ".", [name]
     splits = saved_splits(name)
@@ -147,7 +148,7 @@ def _names(folder: str) -> list[str]:
 
 
 def _without_data(folder: str) -> str:
-    if any(name.lower().endswith(_TEXT_SUFFIXES[:3]) for name in _names(folder)):
+    if any(_TEXT_FILE.fullmatch(name) for name in _names(folder)):
         return f"contains no Parquet or Arrow files; if it is {_CAPTURE_FIRST}"
     return "contains no Parquet or Arrow files; expected a captured or a published dataset"
 
@@ -172,9 +173,11 @@ def _layout(table: _TableFile) -> str:
         raise InputError(f"{table.path}: with the columns {', '.join(table.columns)}, this is {_CAPTURE_FIRST}")
     if layout is None or "input_ids" not in table.columns:
         expected = ", or ".join(" and ".join(columns) for columns in _LAYOUTS.values())
+        encoded = {*itertools.chain.from_iterable(_LAYOUTS.values())} & set(table.columns)
+        hint = "" if encoded else f". If it is {_CAPTURE_FIRST}"
         raise InputError(
             f"{table.path}: not a published layout: found the columns {', '.join(table.columns)}; expected input_ids "
-            f"and {expected}"
+            f"and {expected}{hint}"
         )
     for name, depth in (*((name, 1) for name in _TOKEN_COLUMNS), *((name, 2) for name in _LAYOUTS[layout])):
         found = table.columns.get(name)

@@ -79,6 +79,13 @@ def test_a_name_that_several_columns_have_is_refused(column: str, container: str
         Dataset.open(tmp_path / "data")
 
 
+def test_a_text_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """Either could be meant."""
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "rows.parquet")
+    with refused(InputError, str(tmp_path / "rows.parquet"), "text"):
+        list(open_local(str(tmp_path / "rows.parquet")).rows())
+
+
 def test_arrow_files_elsewhere_are_read_there(tmp_path: Path) -> None:
     """Not those of the same name on the local disk."""
     path = published(tmp_path / "data", "arrow", "quantized")

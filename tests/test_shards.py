@@ -648,6 +648,13 @@ def test_kept_columns_count_in_the_size_of_a_row_group(tmp_path: Path, monkeypat
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [3, 3, 3, 3]
 
 
+@pytest.mark.parametrize("kind", [pa.map_(pa.string(), pa.struct([])), pa.month_day_nano_interval()])
+def test_columns_that_parquet_cannot_store_are_refused(kind: pa.DataType, tmp_path: Path) -> None:
+    with refused(InputError, "column odd", str(kind), "keep_columns"):
+        NewShard(Folder(tmp_path), "data-00000.parquet", pa.schema([("plain", pa.int64()), ("odd", kind)]))
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- places ------------------------------------------------------------------------------------------------------------
 
 

@@ -465,8 +465,21 @@ def kept_array(values: list[Any], field: pa.Field) -> pa.Array:
 
 
 def stored_schema(kept: pa.Schema) -> pa.Schema:
-    """The schema of kept columns as Parquet can store it: objects that are `{}` in every row become nulls."""
-    return pa.schema([field.with_type(_stored_type(field.type)) for field in kept])
+    """The schema of kept columns as Parquet can store it: objects that are `{}` in every row become nulls.
+
+    Raises:
+        InputError: Parquet has no such type.
+    """
+    stored = [field.with_type(_stored_type(field.type)) for field in kept]
+    for field in stored:
+        try:
+            _leaves(pa.schema([field]))
+        except pa.ArrowNotImplementedError as error:
+            raise InputError(
+                f"cannot keep the source's column {field.name} of type {field.type}: {error}. Leave it out of "
+                "keep_columns"
+            ) from error
+    return pa.schema(stored)
 
 
 def _stored_type(kind: pa.DataType) -> pa.DataType:

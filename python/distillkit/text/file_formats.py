@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol, cast
 import pyarrow as pa
 
 from distillkit.errors import ConfigError, CorruptDataError, InputError
-from distillkit.shards.parquet import open_parquet, validated
+from distillkit.shards.parquet import check_names, open_parquet, validated
 from distillkit.text.arrow_rows import arrow_rows
 from distillkit.text.file_names import SUFFIXES, format_suffix
 
@@ -191,6 +191,7 @@ def _read_text(file: Path) -> Iterator[tuple[str, Any]]:
 def _open_parquet(file: Path) -> Iterator[Any]:
     try:
         with open_parquet(str(file)) as parquet:
+            check_names(parquet.schema_arrow, set(parquet.schema_arrow.names), file)
             yield parquet
     except (CorruptDataError, pa.ArrowException) as error:
         raise InputError(f"{file}: not a Parquet file, or damaged: {error}") from error

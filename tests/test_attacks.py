@@ -20,7 +20,7 @@ MOST = {
     "published_legacy": 200,
     "published_arrow": 400,
     "published_legacy_arrow": 200,
-    "published_arrow_bits": 1500,
+    "published_arrow_bits": 700,
     "published_arrow_lists": 7,
     "bombs": 6,
     "sources": 800,

@@ -373,7 +373,9 @@ class PublishedArrowLists(PublishedArrow):
         super().__init__(folder)
         self._data = self._path.read_bytes()
         table = pa.ipc.open_stream(self._data).read_all()
-        starts = {bytes(4) + struct.pack("<i", len(table[name][0])) for name in table.column_names}
+        lists = [table[name][0] for name in table.column_names]
+        lists += [outer[0] for outer in lists if pa.types.is_list(outer.type.value_type)]
+        starts = {bytes(4) + struct.pack("<i", len(inner)) for inner in lists}
         self._places = [at for at in range(0, len(self._data) - 7, 4) if self._data[at : at + 8] in starts]
         self.seeds = len(self._places)
 

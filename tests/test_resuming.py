@@ -161,7 +161,14 @@ def test_what_changes_nothing_may_change(parts: dict[str, str], whole: Path, tmp
         dataset={"num_samples": 24},
         loss_functions=[
             {"function": "cross_entropy", "weight": 0.25, "sparse_chunk_length": 7},
-            {"function": "kl", "weight": 0.75},
+            # The defaults, written out.
+            {
+                "function": "kl",
+                "weight": 0.75,
+                "temperature": 1.0,
+                "missing_probability_handling": "zero",
+                "published_temperature": False,
+            },
         ],
         training_args=arguments,
     )

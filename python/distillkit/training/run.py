@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import transformers
 
-from distillkit.configuration.places import neighbour
 from distillkit.configuration.secrets import secret_paths, without_secrets
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.losses.fused import Objective
@@ -26,7 +25,7 @@ from distillkit.reports.run_report import ReportFiles
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.callbacks import ConsoleProgress, MetricsFile
-from distillkit.training.checkpoints import Checkpoint, checked, checkpoints_in, newest_checkpoint
+from distillkit.training.checkpoints import Checkpoint, checkpoint_of
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.schema import LiveTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
 
     from distillkit.training.config.schema import RunConfig
 
-__all__ = ["Run", "checkpoint_of", "resumed_checkpoint", "train"]
+__all__ = ["Run", "resumed_checkpoint", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +223,6 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     check_surroundings(config)
-    checkpoint_of(config)  # raises at once if there is none
     run = Run(config)
     trainer = run.trainer
     checkpoint, finished = run.decided(lambda: _resumed(run))
@@ -324,46 +322,6 @@ def _dataset(
         label_logprobs=bool((source.header.capture or {}).get("label_logprobs")),
     )
     return training_dataset(config, part, source, signal, arguments)
-
-
-def checkpoint_of(config: RunConfig, *, content: bool = False) -> Checkpoint | None:
-    """Return the checkpoint to resume from, or None.
-
-    Args:
-        config: the run's configuration.
-        content: compare the contents of its files with their hashes, not only their sizes.
-
-    Raises:
-        ConfigError: the configuration asks for a checkpoint that does not exist, or there is no whole one.
-    """
-    wanted, key = config.training_args.get("resume_from_checkpoint"), "training_args.resume_from_checkpoint"
-    if not wanted:
-        return None
-    try:
-        if wanted is True:
-            found = newest_checkpoint(Path(config.output_path), content=content)
-        else:
-            found = _named_checkpoint(wanted, content=content)
-    except ConfigError as error:
-        raise ConfigError(f"{config.source}: {key}: {error}") from error
-    if found is None:
-        raise ConfigError(f"{config.source}: {key}: {config.output_path} contains no checkpoint; remove this setting")
-    return found
-
-
-def _named_checkpoint(name: str, *, content: bool) -> Checkpoint:
-    """Return the checkpoint in a folder.
-
-    Raises:
-        ConfigError: there is no whole one.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"no such folder: {name!r}{neighbour(name)}")
-    inside = next(checkpoints_in(folder), None)
-    if inside is not None:
-        raise ConfigError(f"{name!r} is not a checkpoint, but has some in it, such as {inside}")
-    return checked(folder, content=content)
 
 
 def resumed_checkpoint(run: Run, config: RunConfig) -> Checkpoint | None:

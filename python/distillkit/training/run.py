@@ -20,6 +20,7 @@ from distillkit.losses.fused import Objective
 from distillkit.memory import peak_memory
 from distillkit.models.head import rows_of
 from distillkit.models.layers import LayerMatching, match_layers
+from distillkit.models.weights import damaged_file
 from distillkit.reports.run_record import SUMMARY
 from distillkit.reports.run_report import ReportFiles
 from distillkit.shards import Dataset as StoredDataset
@@ -132,10 +133,13 @@ class Run:
         live, _ = self.teacher
         if self.config.dataset.packing == "auto":
             choose_packing(self.arguments, trained_models(self.model, None if live is None else live.model))
-        return {
+        datasets = {
             part: _dataset(self.config, part, source, self.model, self.arguments, live)
             for part, source in self.sources.items()
         }
+        for part, dataset in datasets.items():
+            _check_counted(dataset, f"dataset.{part}_dataset")
+        return datasets
 
     @cached_property
     def objective(self) -> Objective:
@@ -324,6 +328,16 @@ def _dataset(
     return training_dataset(config, part, source, signal, arguments)
 
 
+def _check_counted(dataset: DistillationDataset, key: str) -> None:
+    """Refuse examples of which no token counts. Usually the first has one, and no others are read.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not any(len(dataset[index].positions) for index in range(len(dataset))):
+        raise ConfigError(f"{key}: no token counts: all its documents are empty, single tokens or masked")
+
+
 def resumed_checkpoint(run: Run, config: RunConfig) -> Checkpoint | None:
     """Return the checkpoint to resume from, checked completely, or None.
 
@@ -367,6 +381,8 @@ def _resumed(run: Run) -> tuple[Checkpoint | None, dict[str, Any] | None]:
         return checkpoint, None  # stopped before the student was saved
     if not isinstance(summary, dict) or summary.get("steps") != checkpoint.step:
         return checkpoint, None
+    if not any(run.folder.glob("*.safetensors")) or damaged_file(str(run.folder)) is not None:
+        return checkpoint, None  # the student has been lost since: it is saved again
     logger.warning(
         "nothing to train: the run in %s has all its %s steps, and its student stays as it is",
         run.folder,

@@ -152,6 +152,21 @@ def test_storage_that_does_not_answer_ends_with_an_error(monkeypatch: pytest.Mon
         read_manifest("silent://bucket/data")
 
 
+class Locked(AsyncFileSystem):
+    """Fails as clients of storage do without credentials: with an error of their own."""
+
+    protocol = "locked"
+
+    async def _info(self, path: str, **options: Any) -> None:
+        raise LookupError("no credentials")
+
+
+def test_errors_of_a_storage_client_are_errors_of_storage() -> None:
+    fsspec.register_implementation("locked", Locked, clobber=True)
+    with refused(OSError, "locked://bucket/data", "no credentials"):
+        read_manifest("locked://bucket/data")
+
+
 def test_a_second_capture_elsewhere_that_replaced_a_finished_one_says_so(
     teacher: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

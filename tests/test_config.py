@@ -23,6 +23,7 @@ import pytest
 import transformers
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core._pydantic_core import list_all_errors
 from trl import SFTConfig
 
@@ -190,6 +191,11 @@ MISTAKES: list[tuple[str, Any, list[str]]] = [
     ("sequence_length", "long", ["'long'"]),
     ("sequence_length", 1, ["2", "1"]),
     ("dataset.num_samples", 0, ["1", "0"]),
+    ("dataset.train_dataset.disk_path", "", ["1", "''"]),
+    ("loss_functions", [{"function": "kl", "weight": 1e308}] * 2, ["weights"]),
+    ("loss_functions.0.temperature", 1e300, ["1000", "1e+300"]),
+    ("peft.rank_pattern", {"q_proj": 0}, ["q_proj", "1", "0"]),
+    ("peft.trainable_token_indices", [-1], ["0", "-1"]),
     ("dataset.train_dataset", {"disk_path": "data", "repo_id": "a/b"}, ["repo_id", "disk_path"]),
     ("dataset.train_dataset.revision", "main", ["repo_id"]),
     ("dataset.train_dataset.split", "train[:100]", ["'train[:100]'", "num_samples"]),
@@ -428,6 +434,34 @@ def test_wrong_values_of_every_setting_are_refused_in_our_own_words() -> None:
     assert len(shown(10**6000)) < 200
 
 
+def test_true_and_false_are_no_numbers() -> None:
+    """pydantic takes true as 1, so that `num_samples: true` would train on one document."""
+    numeric = [path for path in settings_in(RunConfig) if kinds(setting(path).annotation) & {int, float}]
+    plain = [path for path in numeric if not kinds(setting(path).annotation) & {bool, list, dict, tuple}]
+    assert {"sequence_length", "dataset.num_samples", "teacher.top_k", "peft.r", "loss_functions.0.weight"} <= {*plain}
+    for path in plain:
+        content = config_with(path, True)
+        if path == "teacher.top_k":
+            content["teacher"] = {"kind": "hf", "path": "x", "top_k": True}
+        with refused(ConfigError, f"config: {path}", "True"):
+            parse_config(content)
+
+
+def setting(path: str) -> FieldInfo:
+    """The field of a setting."""
+    models: list[Any] = [RunConfig]
+    for name in path.split("."):
+        if name.isdigit():
+            continue
+        field = next(model.model_fields[name] for model in models if name in model.model_fields)
+        models, pending = [], [field.annotation]
+        while pending:
+            annotation = pending.pop()
+            models += [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+            pending += get_args(annotation)
+    return field
+
+
 NUMBERS: list[tuple[str, tuple[Any, ...]]] = [
     *((name, (0, -4, 1.5, math.nan, True, "none")) for name in ROWS),
     *((name, (0, -4, 1.5)) for name in ("per_device_eval_batch_size", "dataset_num_proc", "ddp_timeout")),
@@ -578,6 +612,9 @@ def test_all_that_is_not_there_is_told_at_once(tmp_path: Path, monkeypatch: pyte
         "teacher": {"kind": "hf", "path": "runs/no/teacher"},
         "training_args": {"deepspeed": "zero.json", "eval_strategy": "steps"},
     }
+    for place in ("s3://bucket/out", "hf://a/b"):
+        with refused(ConfigError, "output_path", place):
+            check_surroundings(parse_config({**MINIMAL, "output_path": place}))
     facts = ["./studnet", "'./student'", "file", "capturd", "'captured'", "runs/no/teacher", "zero.json"]
     paths = ["model", "output_path", "dataset.train_dataset.disk_path", "dataset.eval_dataset.repo_id", "teacher.path"]
     with refused(ConfigError, "6", *facts, *paths, "training_args.deepspeed", os.strerror(errno.ENOENT)):
@@ -694,6 +731,9 @@ def test_a_path_is_told_from_a_hub_id(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "file.txt").touch()
     for name in ("gpt2", "Qwen/Qwen3-0.6B", "student", "./student/", str(tmp_path / "student")):
         assert missing_place(name) is None, name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse_config({**MINIMAL, "model": "~/student", "output_path": "~/out"})
+    assert (config.model, config.output_path) == (str(tmp_path / "student"), str(tmp_path / "out"))
     for name in ("./studnet", "studnet/", "runs/a/b", "~/no-such-folder", "a b", "x" * 500, "a\0b", ".hidden", "a--b"):
         message = missing_place(name)
         assert message is not None

@@ -124,7 +124,7 @@ FAILURES: list[tuple[dict[str, Any], str, list[str], set[str]]] = [
     ({"frozen_res": ["nothing"]}, "student's settings", ["frozen_res", "'nothing'"], {"student"}),
     (
         {"arguments": {"resume_from_checkpoint": True}},
-        "output folder",
+        "paths and packages",
         ["training_args.resume_from_checkpoint", "out"],
         {"disk"},
     ),

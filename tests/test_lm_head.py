@@ -10,7 +10,15 @@ import torch
 import transformers
 
 from distillkit.errors import DistillKitError
-from distillkit.models.head import LMHead, backbone_hidden, bare_model, check_lm_head, lm_head_of
+from distillkit.models.head import (
+    LMHead,
+    backbone_hidden,
+    bare_model,
+    check_lm_head,
+    chunk_length,
+    lm_head_of,
+    logit_chunks,
+)
 from support.refusals import refused
 
 VOCAB = 96
@@ -169,3 +177,12 @@ class TestPeft:
         assert copy.grad is not None
         with wrapped.disable_adapter():
             torch.testing.assert_close(head.weights()[0] * 3, copy)
+
+
+def test_the_longest_chunk_is_known_without_dividing_the_positions() -> None:
+    device = torch.device("cpu")
+    for positions, most in ((1, 7), (7, 7), (8, 7), (100, 7), (100, None)):
+        chunks = logit_chunks(positions, 64, device, most)
+        assert [start for start, _ in chunks] == [0, *(stop for _, stop in chunks[:-1])]
+        assert chunk_length(positions, 64, device, most) == max(stop - start for start, stop in chunks)
+    assert chunk_length(10**30, 64, device, 7) == 7, "however large a batch of a mistyped configuration is"

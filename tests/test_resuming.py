@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,14 @@ def test_what_changes_nothing_may_change(parts: dict[str, str], whole: Path, tmp
         dataset={"num_samples": 24},
         loss_functions=[
             {"function": "cross_entropy", "weight": 0.25, "sparse_chunk_length": 7},
-            {"function": "kl", "weight": 0.75},
+            # The defaults, written out.
+            {
+                "function": "kl",
+                "weight": 0.75,
+                "temperature": 1.0,
+                "missing_probability_handling": "zero",
+                "published_temperature": False,
+            },
         ],
         training_args=arguments,
     )
@@ -238,8 +246,12 @@ def test_another_live_teacher_or_other_rows_are_refused(
         check_resumable(live(others["another"], **resumed))
     with refused(MismatchError, "teacher.top_k", "4", "5"):
         check_resumable(live(top_k=5, **resumed))
-    documents[3][0] ^= 1
+    # In place, of the same length and time.
+    documents[3][0], documents[3][1] = documents[3][1], documents[3][0]
+    before = text.stat()
     text.write_text("".join(json.dumps({"input_ids": document}) + "\n" for document in documents))
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert text.stat().st_size == before.st_size
     with refused(MismatchError, "dataset.train_dataset"):
         check_resumable(live(**resumed))
 
@@ -299,11 +311,14 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_is_then_finished(
     for _ in range(2):
         assert train(resumed) == summary
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
-    # Killed before the student was saved, it is saved without another step.
-    for name in ("model.safetensors", "summary.json"):
-        (output / name).unlink()
-    assert train(resumed)["steps"] == 4
-    assert bytes_of(output) == bytes_of(whole)
+    # Killed before the student was saved, or if it was lost or cut off since, it is saved without another step.
+    student = output / "model.safetensors"
+    for lost in ((student, output / "summary.json"), (student,), ()):
+        student.write_bytes(student.read_bytes()[:-1])
+        for path in lost:
+            path.unlink()
+        assert train(resumed)["steps"] == 4
+        assert bytes_of(output) == bytes_of(whole)
     # In epochs, in the middle of one, and beyond the end.
     for settings, step, steps in (({"max_steps": -1, "num_train_epochs": 1}, 3, 3), ({"max_steps": 2}, 2, 2)):
         arguments = {**settings, "resume_from_checkpoint": str(whole / f"checkpoint-{step}")}

@@ -331,6 +331,7 @@ MERGED: list[tuple[str, dict[str, Any], list[str]]] = [
     ("tied", {"target_modules": ["q_proj", "embed_tokens"]}, ["peft.merge_on_save", "embed_tokens"]),
     ("tied", {"target_modules": r".*(q_proj|embed_tokens)", "use_dora": True}, ["peft.merge_on_save"]),
     ("tied", {"trainable_token_indices": [1, 2]}, ["peft.trainable_token_indices", "peft.ensure_weight_tying"]),
+    ("student", {"trainable_token_indices": [1, 64]}, ["peft.trainable_token_indices", "64"]),
     ("student", {"target_modules": ["q_proj"], "lora_bias": True}, ["peft.merge_on_save", "peft.lora_bias"]),
     ("tied", {"target_modules": ["q_proj"], "use_dora": True}, []),
     ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, []),

@@ -687,3 +687,16 @@ def test_on_a_gpu_the_bytes_are_decoded_there(parts: dict[str, str], tmp_path: P
         results.append((train(config)["eval_first"]["eval_kl"], losses_of(tmp_path / name)))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-4)
     assert results[1][1] == pytest.approx(results[0][1], rel=1e-3)
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_documents_of_which_no_token_counts_are_refused(parts: dict[str, str], tmp_path: Path, part: str) -> None:
+    """Before training, which would save the student as it was, or train an epoch and then fail."""
+    teacher = tiny_model(7)
+    with ShardWriter(tmp_path / "masked", header_for(exact_codec(), tiny_tokenizer())) as writer:
+        for document in random_documents(4):
+            writer.write(document, teacher_rows(teacher, document), loss_mask=np.zeros(len(document), bool))
+    places = {"train": parts["train"], "eval": parts["eval"], part: str(tmp_path / "masked")}
+    config = run_config(parts["student"], tmp_path / "out", places["train"], places["eval"])
+    with refused(ConfigError, f"dataset.{part}_dataset"):
+        _ = Run(config).datasets

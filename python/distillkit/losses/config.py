@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
+from distillkit.configuration.section import Section, refuse_flag
 from distillkit.errors import ConfigError
 
-__all__ = ["HIDDEN_LOSSES", "LOSS_NAMES", "LossConfig", "named_losses"]
+__all__ = ["HARMLESS", "HIDDEN_LOSSES", "LOSS_NAMES", "LossConfig", "named_losses"]
 
 Function = Literal[
     "cross_entropy",
@@ -44,7 +46,8 @@ _TAKES: dict[str, tuple[str, ...]] = {
 }
 # Published configurations set a temperature and a handling for every loss; these values are accepted everywhere, since
 # they have no effect.
-_HARMLESS = {"temperature": 1.0, "missing_probability_handling": "zero", "published_temperature": False}
+HARMLESS = {"temperature": 1.0, "missing_probability_handling": "zero", "published_temperature": False}
+"""The values that these settings have if they are not set."""
 
 # Published configurations use two names for the handling with a bucket for missing probability.
 _SYNONYMS = {"symmetric_uniform": "uniform"}
@@ -55,10 +58,8 @@ Handling = Annotated[
 ]
 
 
-class LossConfig(BaseModel):
+class LossConfig(Section):
     """One loss in the weighted sum Σ weight·loss / Σ weight."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     function: Function = Field(description="Name of the loss.")
     weight: float = Field(
@@ -69,6 +70,7 @@ class LossConfig(BaseModel):
     temperature: float | None = Field(
         default=None,
         gt=0,
+        le=1000,
         allow_inf_nan=False,
         description="Temperature T: both distributions, over the stored tokens and all others as one outcome, are "
         "softened to p^(1/T) and renormalised, and the loss is multiplied by T²; 1 by default.",
@@ -106,11 +108,15 @@ class LossConfig(BaseModel):
         "that returns all logits; 128 by default.",
     )
 
+    _numbers = field_validator(
+        "weight", "temperature", "sparse_chunk_length", "margin", "alpha", "top_k", mode="before"
+    )(refuse_flag)
+
     @model_validator(mode="after")
     def _only_what_it_takes(self) -> LossConfig:
         for name, functions in _TAKES.items():
             value = getattr(self, name)
-            if value in (None, _HARMLESS.get(name)) or self.function in functions:
+            if value in (None, HARMLESS.get(name)) or self.function in functions:
                 continue
             raise ValueError(
                 f"{name}: {value!r} has no effect with {self.function}; it applies to {', '.join(functions)} only"
@@ -130,6 +136,8 @@ def named_losses(configs: Sequence[LossConfig]) -> list[tuple[str, float, LossCo
     total, seen = sum(config.weight for config in configs), Counter[str]()
     if not total > 0:
         raise ConfigError(f"loss_functions: the weights sum to {total:g}; at least one must be positive")
+    if total == math.inf:
+        raise ConfigError("loss_functions: the weights sum to more than a number can be; divide them all by the same")
     named: list[tuple[str, float, LossConfig]] = []
     for config in configs:
         seen[config.function] += 1

@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Set
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from distillkit.configuration.problems import shown
+from distillkit.configuration.section import Section, refuse_flag
 from distillkit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -31,10 +32,8 @@ LayerNumbers = Annotated[
 ]
 
 
-class LoraSection(BaseModel):
+class LoraSection(Section):
     """LoRA adapters: fields of `peft.LoraConfig` under their own names, and the format of the saved model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     r: int = Field(default=16, ge=1, description="Rank of the adapters.")
     lora_alpha: float = Field(
@@ -74,13 +73,13 @@ class LoraSection(BaseModel):
     layers_pattern: Names | None = Field(
         default=None, description="Name of the module list that `layers_to_transform` indexes."
     )
-    rank_pattern: dict[str, int] = Field(
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="Overrides of `r`, keyed by layer name or regular expression."
     )
-    alpha_pattern: dict[str, float] = Field(
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default_factory=dict, description="Overrides of `lora_alpha`, keyed by layer name or regular expression."
     )
-    trainable_token_indices: list[int] | None = Field(
+    trainable_token_indices: list[Annotated[int, Field(ge=0)]] | None = Field(
         default=None, description="Token ids whose embeddings are trained."
     )
     ensure_weight_tying: bool = Field(
@@ -91,6 +90,8 @@ class LoraSection(BaseModel):
         description="Save the trained student as a full model, with the adapters merged into its weights, instead of "
         "as adapters for the base model. Checkpoints always contain adapters.",
     )
+
+    _numbers = field_validator("r", "lora_alpha", "lora_dropout", mode="before")(refuse_flag)
 
     @field_validator("target_modules", "exclude_modules", "layers_pattern")
     @classmethod
@@ -167,6 +168,12 @@ def add_adapters(model: PreTrainedModel, section: LoraSection, frozen: Set[str])
             "peft.trainable_token_indices: the embedding is also the head in this student (tie_word_embeddings), and "
             "single rows of a head cannot be trained here; to train all of it, set peft.ensure_weight_tying: true and "
             "name the embedding in peft.modules_to_save"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = [token for token in section.trainable_token_indices or () if token >= rows]
+    if beyond:
+        raise ConfigError(
+            f"peft.trainable_token_indices: the student's embedding has {rows:,} rows, found token id {beyond[0]:,}"
         )
     settings = section.model_dump(exclude={"merge_on_save"}, exclude_none=True)
     layers = [name.removesuffix(".weight") for name in sorted(frozen) if name.endswith(".weight")]

@@ -35,6 +35,7 @@ __all__ = [
     "backbone_layers",
     "bare_model",
     "check_lm_head",
+    "chunk_length",
     "elements_of",
     "lm_head_of",
     "logit_chunks",
@@ -157,9 +158,14 @@ def logit_chunks(
         (start, stop) of each chunk. Chunks have about equal sizes, since a small last one would cost as many passes
         over the weight as a full one.
     """
-    most = most or max(1, _chunk_elements(device) // vocabulary)
-    length = -(-positions // max(1, -(-positions // most)))
+    length = chunk_length(positions, vocabulary, device, most)
     return [(start, min(start + length, positions)) for start in range(0, positions, max(1, length))]
+
+
+def chunk_length(positions: int, vocabulary: int, device: torch.device, most: int | None = None) -> int:
+    """Return the number of positions in the longest chunk of `logit_chunks`, which has the same arguments."""
+    most = most or max(1, _chunk_elements(device) // vocabulary)
+    return -(-positions // max(1, -(-positions // most)))
 
 
 @cache

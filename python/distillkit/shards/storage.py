@@ -204,6 +204,10 @@ class Folder:
             return call(*arguments, timeout=limit, **options)
         except FSTimeoutError as error:
             raise TimeoutError(errno.ETIMEDOUT, f"no answer to {method} within {limit:.0f} s", self.url) from error
+        except (DistillKitError, OSError):
+            raise
+        except Exception as error:  # clients of storage have errors of their own, as for missing credentials
+            raise OSError(errno.EIO, f"{method} failed: {error}", self.url) from error
 
     def _inner(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

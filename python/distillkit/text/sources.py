@@ -256,7 +256,8 @@ class _Files:
     @property
     def identity(self) -> Any:
         stats = [(file, file.stat()) for file in self._files]
-        return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+        # A file that replaced another may have its size and time of modification, but was changed later itself.
+        return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for file, stat in stats]
 
     @property
     def fingerprint(self) -> str:

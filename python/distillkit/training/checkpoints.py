@@ -14,19 +14,24 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from distillkit.configuration.places import neighbour
 from distillkit.errors import ConfigError
 from distillkit.shards.header import canonical_json
 from distillkit.shards.storage import TEMPORARY_PREFIX
+
+if TYPE_CHECKING:
+    from distillkit.training.config.schema import RunConfig
 
 __all__ = [
     "RECEIPT",
     "Checkpoint",
     "CheckpointError",
     "checked",
+    "checkpoint_of",
     "checkpoints_in",
     "discard",
     "newest_checkpoint",
@@ -199,6 +204,46 @@ def checked(folder: Path, *, content: bool) -> Checkpoint:
     else:
         checkpoint.check_sizes()
     return checkpoint
+
+
+def checkpoint_of(config: RunConfig, *, content: bool = False) -> Checkpoint | None:
+    """Return the checkpoint to resume from, or None.
+
+    Args:
+        config: the run's configuration.
+        content: compare the contents of its files with their hashes, not only their sizes.
+
+    Raises:
+        ConfigError: the configuration asks for a checkpoint that does not exist, or there is no whole one.
+    """
+    wanted, key = config.training_args.get("resume_from_checkpoint"), "training_args.resume_from_checkpoint"
+    if not wanted:
+        return None
+    try:
+        if wanted is True:
+            found = newest_checkpoint(Path(config.output_path), content=content)
+        else:
+            found = _named_checkpoint(wanted, content=content)
+    except ConfigError as error:
+        raise ConfigError(f"{config.source}: {key}: {error}") from error
+    if found is None:
+        raise ConfigError(f"{config.source}: {key}: {config.output_path} contains no checkpoint; remove this setting")
+    return found
+
+
+def _named_checkpoint(name: str, *, content: bool) -> Checkpoint:
+    """Return the checkpoint in a folder.
+
+    Raises:
+        ConfigError: there is no whole one.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"no such folder: {name!r}{neighbour(name)}")
+    inside = next(checkpoints_in(folder), None)
+    if inside is not None:
+        raise ConfigError(f"{name!r} is not a checkpoint, but has some in it, such as {inside}")
+    return checked(folder, content=content)
 
 
 def discard(folder: Path) -> None:

@@ -183,7 +183,7 @@ def _arguments(state: _State) -> tuple[str, dict[str, Any]]:
 
 
 def _output(state: _State) -> Check | tuple[str, dict[str, Any]]:
-    from distillkit.training.run import checkpoint_of
+    from distillkit.training.checkpoints import checkpoint_of
 
     folder = Path(state.config.output_path)
     existing = _existing(folder)

@@ -22,6 +22,7 @@ import xxhash
 from distillkit.configuration.problems import report, shown
 from distillkit.configuration.secrets import without_secrets
 from distillkit.errors import MismatchError
+from distillkit.losses.config import HARMLESS
 from distillkit.models.head import bare_model
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.shards.header import canonical_json
@@ -178,7 +179,11 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     found |= _without("teacher.kwargs", content["teacher"].get("kwargs") or {}, _FREE_LOADING)
     found |= _without("peft", content["peft"] or {}, _FREE_PEFT)
     found["loss_functions"] = [
-        {name: value for name, value in loss.items() if name not in _FREE_LOSS and value is not None}
+        {
+            name: HARMLESS.get(name) if value is None else value
+            for name, value in loss.items()
+            if name not in _FREE_LOSS and (value is not None or name in HARMLESS)
+        }
         for loss in content["loss_functions"]
     ]
     return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distillkit.memory import available_memory
-from distillkit.models.head import backbone_hidden, bare_model, elements_of, logit_chunks, rows_of
+from distillkit.models.head import backbone_hidden, bare_model, chunk_length, elements_of, rows_of
 from distillkit.training.config.arguments import to_plain_value
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def estimate_memory(
     tokens = arguments.per_device_train_batch_size * sequence_length
     head = bare_model(model).get_output_embeddings().weight
     vocabulary, hidden = rows_of(head), bare_model(model).config.get_text_config().hidden_size
-    chunk = max(stop - start for start, stop in logit_chunks(tokens, vocabulary, head.device, objective.chunk_length))
+    chunk = chunk_length(tokens, vocabulary, head.device, objective.chunk_length)
     head_gradient = vocabulary * hidden if head.requires_grad else 0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights, taught = _bytes(model), 0 if teacher is None else _bytes(teacher)

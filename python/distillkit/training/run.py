@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import transformers
 
-from distillkit.configuration.places import neighbour
 from distillkit.configuration.secrets import secret_paths, without_secrets
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.losses.fused import Objective
 from distillkit.memory import peak_memory
 from distillkit.models.head import rows_of
 from distillkit.models.layers import LayerMatching, match_layers
+from distillkit.models.weights import damaged_file
 from distillkit.reports.run_record import SUMMARY
 from distillkit.reports.run_report import ReportFiles
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.callbacks import ConsoleProgress, MetricsFile
-from distillkit.training.checkpoints import Checkpoint, checked, checkpoints_in, newest_checkpoint
+from distillkit.training.checkpoints import Checkpoint, checkpoint_of
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.schema import LiveTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from distillkit.training.config.schema import RunConfig
 
-__all__ = ["Run", "checkpoint_of", "resumed_checkpoint", "train"]
+__all__ = ["Run", "resumed_checkpoint", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -133,10 +133,13 @@ class Run:
         live, _ = self.teacher
         if self.config.dataset.packing == "auto":
             choose_packing(self.arguments, trained_models(self.model, None if live is None else live.model))
-        return {
+        datasets = {
             part: _dataset(self.config, part, source, self.model, self.arguments, live)
             for part, source in self.sources.items()
         }
+        for part, dataset in datasets.items():
+            _check_counted(dataset, f"dataset.{part}_dataset")
+        return datasets
 
     @cached_property
     def objective(self) -> Objective:
@@ -224,7 +227,6 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     check_surroundings(config)
-    checkpoint_of(config)  # raises at once if there is none
     run = Run(config)
     trainer = run.trainer
     checkpoint, finished = run.decided(lambda: _resumed(run))
@@ -326,44 +328,14 @@ def _dataset(
     return training_dataset(config, part, source, signal, arguments)
 
 
-def checkpoint_of(config: RunConfig, *, content: bool = False) -> Checkpoint | None:
-    """Return the checkpoint to resume from, or None.
-
-    Args:
-        config: the run's configuration.
-        content: compare the contents of its files with their hashes, not only their sizes.
+def _check_counted(dataset: DistillationDataset, key: str) -> None:
+    """Refuse examples of which no token counts. Usually the first has one, and no others are read.
 
     Raises:
-        ConfigError: the configuration asks for a checkpoint that does not exist, or there is no whole one.
+        ConfigError: there is none.
     """
-    wanted, key = config.training_args.get("resume_from_checkpoint"), "training_args.resume_from_checkpoint"
-    if not wanted:
-        return None
-    try:
-        if wanted is True:
-            found = newest_checkpoint(Path(config.output_path), content=content)
-        else:
-            found = _named_checkpoint(wanted, content=content)
-    except ConfigError as error:
-        raise ConfigError(f"{config.source}: {key}: {error}") from error
-    if found is None:
-        raise ConfigError(f"{config.source}: {key}: {config.output_path} contains no checkpoint; remove this setting")
-    return found
-
-
-def _named_checkpoint(name: str, *, content: bool) -> Checkpoint:
-    """Return the checkpoint in a folder.
-
-    Raises:
-        ConfigError: there is no whole one.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"no such folder: {name!r}{neighbour(name)}")
-    inside = next(checkpoints_in(folder), None)
-    if inside is not None:
-        raise ConfigError(f"{name!r} is not a checkpoint, but has some in it, such as {inside}")
-    return checked(folder, content=content)
+    if not any(len(dataset[index].positions) for index in range(len(dataset))):
+        raise ConfigError(f"{key}: no token counts: all its documents are empty, single tokens or masked")
 
 
 def resumed_checkpoint(run: Run, config: RunConfig) -> Checkpoint | None:
@@ -409,6 +381,8 @@ def _resumed(run: Run) -> tuple[Checkpoint | None, dict[str, Any] | None]:
         return checkpoint, None  # stopped before the student was saved
     if not isinstance(summary, dict) or summary.get("steps") != checkpoint.step:
         return checkpoint, None
+    if not any(run.folder.glob("*.safetensors")) or damaged_file(str(run.folder)) is not None:
+        return checkpoint, None  # the student has been lost since: it is saved again
     logger.warning(
         "nothing to train: the run in %s has all its %s steps, and its student stays as it is",
         run.folder,

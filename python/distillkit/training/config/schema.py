@@ -7,13 +7,13 @@ does not exist yet. Nothing is ignored.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
-    BaseModel,
+    AfterValidator,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     WithJsonSchema,
@@ -24,17 +24,13 @@ from pydantic import (
 from distillkit.codec import Codec
 from distillkit.configuration.places import is_path
 from distillkit.configuration.problems import cut, shown
+from distillkit.configuration.section import Section, refuse_flag
 from distillkit.errors import ConfigError, nearest
-from distillkit.losses.config import LossConfig
+from distillkit.losses.config import LossConfig, named_losses
 from distillkit.models.adapters import LoraSection
 from distillkit.types import Overflow
 
 __all__ = ["DatasetSource", "LiveTeacherConfig", "RunConfig", "StoredTeacherConfig"]
-
-
-class _Model(BaseModel):
-    # The published keys model_kwargs and model_auto_class begin with pydantic's reserved prefix.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 # A key without a value means an empty mapping or list.
@@ -48,20 +44,22 @@ Names = Annotated[
     BeforeValidator(lambda value: [] if value is None else value),
     WithJsonSchema({"type": ["array", "null"], "items": {"type": "string"}}),
 ]
+# `~` is the home folder, as in a shell; names without it, also hub ids, are left as they are.
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
-class DatasetSource(_Model):
+class DatasetSource(Section):
     """A dataset: a hub repository (`repo_id`), or a folder or file (`disk_path`)."""
 
-    repo_id: str | None = Field(default=None, description="Dataset on the Hugging Face hub.")
-    revision: str | None = Field(default=None, description="Branch, tag or commit of the hub dataset.")
-    config_name: str | None = Field(default=None, description="Configuration of the hub dataset.")
-    disk_path: str | None = Field(
+    repo_id: str | None = Field(default=None, min_length=1, description="Dataset on the Hugging Face hub.")
+    revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit of the hub dataset.")
+    config_name: str | None = Field(default=None, min_length=1, description="Configuration of the hub dataset.")
+    disk_path: Place | None = Field(
         default=None,
         description="Folder of captured shards, or a published dataset (Parquet files or a save_to_disk folder). With "
         "a live teacher also text, chat or token ids: .parquet, .json, .jsonl or .txt files, or a save_to_disk folder.",
     )
-    split: str | None = Field(default=None, description="Split, if the dataset has splits.")
+    split: str | None = Field(default=None, min_length=1, description="Split, if the dataset has splits.")
 
     @model_validator(mode="after")
     def _one_place(self) -> DatasetSource:
@@ -79,7 +77,7 @@ class DatasetSource(_Model):
         return self
 
 
-class DatasetSection(_Model):
+class DatasetSection(Section):
     """The documents to use."""
 
     train_dataset: DatasetSource = Field(description="Documents to train on.")
@@ -99,9 +97,8 @@ class DatasetSection(_Model):
     eos_label_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
         default=None, description="Token ids that become the tokenizer's end-of-sequence id, in the labels only."
     )
-    prepared_dataset_path: str | None = Field(
+    prepared_dataset_path: Place | None = Field(
         default=None,
-        min_length=1,
         description="Folder for tokenised text, which later runs with the same data, tokenizer and settings reuse; by "
         "default the cache of the datasets library. Captured datasets need no preparation.",
     )
@@ -123,6 +120,8 @@ class DatasetSection(_Model):
         description="The documents are already packed rows, to be used unchanged whatever `training_args.packing` "
         "says.",
     )
+
+    _numbers = field_validator("seed", "num_samples", "num_eval_samples", mode="before")(refuse_flag)
 
     @field_validator("train_dataset", "eval_dataset", mode="before")
     @classmethod
@@ -152,12 +151,11 @@ def _one_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-class LiveTeacherConfig(_Model):
+class LiveTeacherConfig(Section):
     """A live teacher, which runs next to the student (`kind: hf`)."""
 
     kind: Literal["hf"] = Field(description="A live model.")
-    path: str = Field(
-        min_length=1,
+    path: Place = Field(
         description="Folder or hub id of the model. With `peft`, the student's own base model means the student with "
         "its adapters disabled, which takes no extra memory.",
     )
@@ -173,13 +171,15 @@ class LiveTeacherConfig(_Model):
         "its full distribution.",
     )
 
+    _numbers = field_validator("top_k", mode="before")(refuse_flag)
+
     @field_validator("kwargs")
     @classmethod
     def _dtype_has_one_name(cls, value: dict[str, Any]) -> dict[str, Any]:
         return _one_dtype(value)
 
 
-class StoredTeacherConfig(_Model):
+class StoredTeacherConfig(Section):
     """A teacher whose distributions are stored in the dataset (`kind: dataset`)."""
 
     kind: Literal["dataset"] = Field(description="Stored distributions.")
@@ -194,6 +194,8 @@ class StoredTeacherConfig(_Model):
     vocab_size: int | None = Field(
         default=None, ge=1, description="Vocabulary size; checked against the dataset's if set."
     )
+
+    _numbers = field_validator("vocab_size", mode="before")(refuse_flag)
 
     @model_validator(mode="after")
     def _one_codec(self) -> StoredTeacherConfig:
@@ -251,12 +253,12 @@ def _default_losses() -> list[LossConfig]:
     ]
 
 
-class RunConfig(_Model):
+class RunConfig(Section):
     """A training run."""
 
     project_name: str = Field(default="distillkit", description="Project that wandb and trackio log the run under.")
-    model: str = Field(min_length=1, description="Student model: a folder or a Hugging Face hub id.")
-    output_path: str = Field(min_length=1, description="Folder for checkpoints, metrics and the trained student.")
+    model: Place = Field(description="Student model: a folder or a Hugging Face hub id.")
+    output_path: Place = Field(description="Folder for checkpoints, metrics and the trained student.")
     sequence_length: int = Field(
         ge=2,
         description="Maximum number of tokens in a training row; `dataset.overflow` says what to do with longer "
@@ -317,6 +319,8 @@ class RunConfig(_Model):
 
     _source: str = PrivateAttr(default="config")
 
+    _numbers = field_validator("sequence_length", "resize_embeddings_to_multiple_of", mode="before")(refuse_flag)
+
     @field_validator("model_kwargs")
     @classmethod
     def _one_quantisation(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -353,6 +357,7 @@ class RunConfig(_Model):
     def _some_weight(cls, value: list[LossConfig]) -> list[LossConfig]:
         if not any(loss.weight for loss in value):
             raise ValueError("all weights are 0; at least one must be positive")
+        named_losses(value)  # raises if their sum is not finite
         return value
 
     @field_validator("frozen_res")

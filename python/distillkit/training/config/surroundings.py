@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillkit.configuration.places import is_path, missing_place
 from distillkit.configuration.problems import report
+from distillkit.configuration.urls import is_url
 from distillkit.errors import ConfigError
 from distillkit.models.weights import model_problem
 
@@ -24,7 +25,7 @@ def check_surroundings(config: RunConfig) -> None:
     """Check that what a configuration names is there, before anything large is imported or loaded.
 
     Raises:
-        ConfigError: a folder, file, package or token is missing; reports all problems, each with its dotted path.
+        ConfigError: something is missing; reports all problems, each with its dotted path.
     """
     problems = [
         *_model_problems(config),
@@ -35,6 +36,10 @@ def check_surroundings(config: RunConfig) -> None:
     ]
     if problems:
         raise ConfigError(report(config.source, problems))
+    if config.training_args.get("resume_from_checkpoint"):
+        from distillkit.training.checkpoints import checkpoint_of
+
+        checkpoint_of(config)
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:
@@ -71,6 +76,8 @@ _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
 def _file_problems(config: RunConfig) -> Iterator[str]:
     """Describe output that cannot be written, and files of `training_args` that are missing or not JSON."""
+    if is_url(config.output_path):
+        yield f"output_path: {config.output_path!r} is a URL; training writes to a folder on this machine"
     existing = Path(config.output_path).expanduser().absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

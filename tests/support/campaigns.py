@@ -27,7 +27,7 @@ from distillkit.capture.summary import ShardSummary
 from distillkit.errors import ConfigError
 from distillkit.reports.run_record import read_run
 from distillkit.shards import Dataset, convert, verify_dataset
-from distillkit.shards.header import canonical_json
+from distillkit.shards.json_text import canonical_json
 from distillkit.shards.storage import Folder
 from distillkit.text.policy import capture_policy
 from distillkit.text.rows import RowReader

@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from distillkit.errors import ConfigError
-from distillkit.shards.header import canonical_json
+from distillkit.shards.json_text import canonical_json
 from distillkit.shards.storage import TEMPORARY_PREFIX
 
 __all__ = [

@@ -127,27 +127,10 @@ def pack_dataset(
     )
     total = 2 * len(plan.order)
     with ShardWriter(folder, header, shard_tokens=shard_tokens, resume=True) as writer:
-        resumed = skipped = sum(shard.documents for shard in writer.resumed)
-        done = 0
-        for indices, rows in plan.windows:
-            if skipped >= len(rows):
-                skipped -= len(rows)
-            else:
-                documents = [_part(source, *pieces[index]) for index in indices.tolist()]
-                for row in rows[skipped:]:
-                    joined = join([documents[i] for i in row.tolist()], header, source)
-                    writer.write(
-                        joined.input_ids,
-                        joined.teacher,
-                        loss_mask=joined.loss_mask,
-                        segment_lengths=joined.segment_lengths,
-                        label_logprobs=joined.label_logprobs,
-                    )
-                skipped = 0
-            done += len(indices)
-            progress(done, total)
+        resumed = sum(shard.documents for shard in writer.resumed)
+        _write_rows(source, pieces, plan, header, writer, lambda count: progress(count, total))
         manifest = writer.close()
-    _compare(source, str(folder), pieces, plan, lambda count: progress(done + count, total))
+    _compare(source, str(folder), pieces, plan, lambda count: progress(len(plan.order) + count, total))
     packed = np.unique(pieces.documents[plan.order])
     rows, tokens = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("documents", "tokens"))
     cut = overflow not in ("split", "drop")
@@ -196,6 +179,36 @@ class PackingPlan:
             packing = pack(lengths[indices], max_len, seed=seed)
             windows.append((indices, [packing[row] for row in range(len(packing))]))
         return PackingPlan(order, windows)
+
+
+def _write_rows(
+    source: Dataset,
+    pieces: Pieces,
+    plan: PackingPlan,
+    header: Header,
+    writer: ShardWriter,
+    progress: Callable[[int], None],
+) -> None:
+    """Write the rows of a plan, after those in the shards that the writer resumes."""
+    skipped = sum(shard.documents for shard in writer.resumed)
+    done = 0
+    for indices, rows in plan.windows:
+        if skipped >= len(rows):
+            skipped -= len(rows)
+        else:
+            documents = [_part(source, *pieces[index]) for index in indices.tolist()]
+            for row in rows[skipped:]:
+                joined = join([documents[i] for i in row.tolist()], header, source)
+                writer.write(
+                    joined.input_ids,
+                    joined.teacher,
+                    loss_mask=joined.loss_mask,
+                    segment_lengths=joined.segment_lengths,
+                    label_logprobs=joined.label_logprobs,
+                )
+            skipped = 0
+        done += len(indices)
+        progress(done)
 
 
 def _part(source: Dataset, index: int, start: int, stop: int, first: int) -> Document:

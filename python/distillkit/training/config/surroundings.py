@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillkit.configuration.places import is_path, missing_place
 from distillkit.configuration.problems import report
+from distillkit.configuration.urls import is_url
 from distillkit.errors import ConfigError
 from distillkit.models.weights import model_problem
 
@@ -57,8 +58,7 @@ def _dataset_problems(config: RunConfig) -> Iterator[str]:
 
 def _dataset_problem(source: DatasetSource) -> str | None:
     if source.disk_path is not None:
-        # A folder of this name, whatever its name looks like, comes before a URL.
-        remote = "://" in source.disk_path and not Path(source.disk_path).exists()
+        remote = is_url(source.disk_path)
         problem = None if remote else missing_place(source.disk_path, "file or folder", hub=False)
         return None if problem is None else f"disk_path: {problem}"
     if is_path(str(source.repo_id)):

@@ -1,4 +1,7 @@
-"""Checks a capture's settings against this machine, without the libraries that run teachers: within a second."""
+"""Checks that what a capture needs of its machine is there: folders, files and packages.
+
+Takes less than a second: nothing here imports the libraries that run teachers.
+"""
 
 from __future__ import annotations
 

@@ -33,4 +33,4 @@ def test_a_campaign(campaign: str) -> None:
     outcome = attacks.run(campaign, MOST[campaign])
     assert not outcome.failures, "\n\n".join(outcome.failures)
     assert outcome.tried >= MOST[campaign]
-    assert outcome.noticed > outcome.tried // 4, "hardly an attempt did any damage"
+    assert outcome.noticed > outcome.tried // 10, "hardly an attempt did any damage"

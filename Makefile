@@ -54,7 +54,7 @@ test-vllm: setup .venv-vllm/.packages ## Run the tests with the real vLLM on a C
 	PYTHONPATH=python $(VLLM) -m pytest -m vllm tests/test_vllm.py
 
 # The lowest releases that pyproject.toml allows, all at once; what the tests need besides is the newest. The codec is
-# the one of .venv. Warnings are no failures here: old releases warn of what later ones have mended.
+# the one of .venv. Warnings do not fail these tests: old releases warn of what later ones have fixed.
 LOWEST := .venv-lowest/bin/python
 .venv-lowest/.packages: pyproject.toml .venv/.packages
 	@test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
@@ -72,7 +72,7 @@ test-fast: setup ## Run the quick part of the tests
 	cargo test --package distillkit-codec --quiet
 	$(BIN)/python -m pytest -m 'not slow'
 
-attack: setup ## Run the campaigns of damaged and hostile inputs, faults and kills in their long form (hours)
+attack: setup ## Run the long form of the tests with hostile inputs, faults and kills (hours)
 	DISTILLKIT_ATTACK=long $(BIN)/python -m pytest $$(grep -l support.attacks tests/test_*.py)
 
 # Its lock file is separate: see rust/fuzz/Cargo.toml. The flags are cargo-fuzz's without the tracing of comparisons,
@@ -83,7 +83,7 @@ FUZZ_TARGETS ?= bits config_json decode_legacy decode_quantized encode logits ma
 PYTHON_FUZZ_TARGETS ?= shard published
 FUZZ_FLAGS := --cfg fuzzing -Zsanitizer=address -Cpasses=sancov-module \
 	$(addprefix -Cllvm-args=-sanitizer-coverage-,level=3 inline-8bit-counters pc-table)
-fuzz: setup ## Fuzz codec and readers: each of FUZZ_TARGETS and PYTHON_FUZZ_TARGETS (all) for FUZZ_SECONDS (300)
+fuzz: setup ## Fuzz the codec (FUZZ_TARGETS) and the readers of datasets (PYTHON_FUZZ_TARGETS), each for FUZZ_SECONDS (300)
 	@host=$$(rustc -vV | sed -n 's/^host: //p') && \
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(FUZZ_FLAGS)" \
 		cargo build --quiet --release --manifest-path rust/fuzz/Cargo.toml --target-dir target/fuzz --target $$host && \
@@ -128,7 +128,7 @@ bench: setup ## Measure fidelity and speed, into benches/results/
 	BITS_CSV=$(CURDIR)/benches/results/$$(date +%F)-$$(uname -m)-bits.csv cargo bench --package distillkit-codec
 	$(BIN)/python benches/bench.py
 
-bench-docs: setup ## Make docs/benchmarks.md of the newest figures in benches/results/
+bench-docs: setup ## Make docs/benchmarks.md from the newest figures in benches/results/
 	$(BIN)/python benches/docs.py
 
 # zig links with the glibc of 2018 (2.28), whatever this machine has.

@@ -35,9 +35,8 @@ from distillkit.capture.teachers.base import RowRequest, ScoredDocument, Teacher
 from distillkit.shards.manifest import shard_name
 from distillkit.shards.reader import ShardFile
 from distillkit.shards.storage import Folder
-from distillkit.text.documents import TokenDocument
 from distillkit.text.tokenizer import load_tokenizer
-from distillkit.types import SparseLogprobs
+from distillkit.types import SparseLogprobs, TokenDocument
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "benches" / ".cache"

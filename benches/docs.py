@@ -130,10 +130,10 @@ def at_a_glance() -> list[str]:
         table(["preset", "bytes per token", "mean KL, nats", "top-1 kept", "decoded tokens/s"], lines),
         prose(
             f"""KL and top-1 kept (the share of rows whose most probable id stays the most probable) are measured on
-            {rows:,} {fidelity.rows[0]["sample"]}, between the stored ids before and after. `recommended` and `faithful`
-            store 128 ids per token, the others 50, and KL is comparable only for the same number. Speed is the median
-            of {decode.rows[0]["runs"]} runs on all cores, {decode.measured}{decode.load}; the spread is below. Bytes
-            are those of a vocabulary of 32,769 to 65,536 ids."""
+            {rows:,} {fidelity.rows[0]["sample"]}; KL is over the stored ids and all others as one more outcome.
+            `recommended` and `faithful` store 128 ids per token, the others 50, and KL is comparable only for the same
+            number. Speed is the median of {decode.rows[0]["runs"]} runs on all cores, {decode.measured}{decode.load};
+            the spread is below. Bytes are those of a vocabulary of 32,769 to 65,536 ids."""
         ),
     ]
 
@@ -173,9 +173,9 @@ def fidelity_section() -> list[str]:
             f"""Ours / the published encoder in the same bytes, both read by the same decoder, the better in bold, on
             {int(rows[0]["rows"]):,} {rows[0]["sample"]}. KL(original ‖ decoded) is in nats, over
             K ∪ {{R}}: the stored ids, and all others together as one more outcome R; mass error is the
-            mean of |Σp̂ − Σp|; top-1 kept is the share of rows whose most
-            probable id stays the most probable; errors are of log-probabilities. The last column is our mean KL over
-            the least that the layout allows with unrounded coefficients and values in any order."""
+            mean of |Σp̂ − Σp|; top-1 kept is the share of rows whose most probable id stays the most probable; errors
+            are of log-probabilities. The last column is our mean KL over the least that the layout allows with
+            unrounded coefficients and values in any order."""
         ),
         table(["preset", "bytes per token", *FIDELITY, "ours / least KL"], map(fidelity_line, rows)),
         prose(
@@ -187,9 +187,10 @@ def fidelity_section() -> list[str]:
         prose(
             """Without residuals and with float32 coefficients (`recommended`, `budget`), no decoded row rises from one
             id to the next, and none has a total probability above 1. Presets with residuals (`faithful`, `balanced`,
-            `compact`) are closer in KL, but neighbours may change places beyond the exact ranks. In every layout,
-            errors of ids with p > 1e-6 stay within the largest one of the row's unweighted fit, or slightly above it
-            where the order of the values demands it."""
+            `compact`) are closer in KL, but neighbours may change places beyond the exact ranks. Errors of ids with
+            p > 1e-6 stay within the largest one of the row's unweighted fit or, if that is more, within a
+            [slack](encoder.md#4-bounds) (`budget`: 7.8 nats), or slightly above where the order of the values demands
+            it."""
         ),
         prose(
             """What would change these figures: another teacher or another text, whose distributions have other shapes.

@@ -7,8 +7,8 @@ search walks from the published presets to neighbours (one field changed a littl
 than which none is both smaller and of less mean KL. It screens on a few of the sample's rows and confirms the front on
 all of them. It is deterministic: the same sample and arguments give the same front.
 
-Compare only configurations of the same k. KL is measured over the stored ids, both sides renormalised, and says nothing
-of the mass beyond them; the mass that the k ids have is printed above each table.
+Compare only configurations of the same k. KL is over the stored ids and all others as one more outcome, which it does
+not divide; the mass that the k ids have is printed above each table.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def _make() -> Sample:
     from distillkit.capture.engine_settings import HFSettings
     from distillkit.capture.teachers.base import RowRequest, ScoredDocument
     from distillkit.capture.teachers.hf import HFTeacher
-    from distillkit.text.documents import TokenDocument
     from distillkit.text.tokenizer import load_tokenizer
+    from distillkit.types import TokenDocument
 
     started = time.perf_counter()
     folder = CACHE / TEACHER

@@ -20,9 +20,9 @@ from distillkit.errors import ConfigError, DistillKitError
 from distillkit.models.head import backbone_hidden, check_lm_head
 from distillkit.models.rope import choose_frequencies_by_document, frequencies_change_after
 from distillkit.models.separation import separation_of
+from distillkit.training.batching import batch_layout, packing_problem
 from distillkit.training.data.examples import Collator, Example
 from distillkit.training.run import Run
-from distillkit.training.separation import batch_layout, packing_problem
 from distillkit.training.student import load_student
 from distillkit.types import TokenDocument
 from support.architectures import ARCHITECTURES, VOCABULARY, architecture, save_architecture

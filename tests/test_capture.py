@@ -30,7 +30,7 @@ from distillkit.cli.capture import capture as capture_command
 from distillkit.errors import CaptureError, ConfigError, InputError, MismatchError
 from distillkit.models.head import LMHead, backbone_hidden
 from distillkit.shards import Dataset, verify_dataset, whole_shards
-from distillkit.text.documents import windows
+from distillkit.shards.overflow import windows
 from distillkit.text.tokenizer import fingerprint, load_tokenizer
 from support.capturing import COMMAND, files, run
 from support.refusals import check_names, refused

@@ -27,8 +27,7 @@ from distillkit.capture.teachers.hf import HFTeacher
 from distillkit.errors import CaptureError, ConfigError, CorruptDataError, InputError
 from distillkit.shards import Dataset, read_manifest, verify_dataset
 from distillkit.shards.storage import Folder
-from distillkit.text.documents import TokenDocument
-from distillkit.types import SparseLogprobs
+from distillkit.types import SparseLogprobs, TokenDocument
 from support.capturing import everything, files, run
 from support.disks import fill, mounted
 from support.refusals import check_names, refused

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from distillkit.errors import ConfigError, InputError
-from distillkit.text.documents import DocumentReader, default_overlap, windows
+from distillkit.shards.overflow import default_overlap, windows
+from distillkit.text.documents import DocumentReader
 from distillkit.text.policy import TextOptions, training_policy
 from distillkit.text.rows import RowReader
 from distillkit.text.sources import kept_schema, open_source

@@ -25,7 +25,7 @@ from distillkit.capture.teachers.vllm import VLLMTeacher, batch_tokens_that_fit,
 from distillkit.cli.compat.sample_logits_vllm import main as sample_logits_vllm
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.shards import Dataset
-from distillkit.text.documents import TokenDocument
+from distillkit.types import TokenDocument
 from support.refusals import check_names, refused
 from support.teachers import EXACT, HEAD, write_text
 

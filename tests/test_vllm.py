@@ -29,8 +29,8 @@ from distillkit.capture.teachers.openai import OpenAITeacher
 from distillkit.capture.teachers.vllm import VLLMTeacher
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.shards import Dataset, verify_dataset
-from distillkit.text.documents import TokenDocument
 from distillkit.text.tokenizer import load_tokenizer
+from distillkit.types import TokenDocument
 from support.refusals import check_names, refused
 from support.teachers import EXACT, HEAD, write_llama, write_text
 

@@ -25,14 +25,14 @@ FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm"))
 PARTS = {
     b"p": (Published, "data_0.parquet"),
     b"y": (Published, "compression_config.yaml"),
-    b"a": (PublishedArrow, "data-00000-of-00001.arrow"),
+    b"a": (PublishedArrow, "data_0.arrow"),
     b"s": (PublishedArrow, "state.json"),
 }
 
 
 def one_input(data: bytes) -> None:
     campaign, name = PARTS.get(data[:1], PARTS[b"p"])
-    folder = FOLDER / campaign.__name__
+    folder = FOLDER / campaign.__name__ / "set"
     whole = (folder / name).read_bytes()
     try:
         (folder / name).write_bytes(data[1:])
@@ -47,10 +47,10 @@ def one_input(data: bytes) -> None:
 
 def main() -> None:
     for campaign in (Published, PublishedArrow):
-        campaign.make(FOLDER / campaign.__name__)
+        campaign(FOLDER / campaign.__name__)
     if len(sys.argv) > 2 and sys.argv[1] == "seeds":
         for kind, (campaign, name) in PARTS.items():
-            data = kind + (FOLDER / campaign.__name__ / name).read_bytes()
+            data = kind + (FOLDER / campaign.__name__ / "set" / name).read_bytes()
             (Path(sys.argv[2]) / kind.decode()).write_bytes(data)
         shutil.rmtree(FOLDER)
     else:

@@ -29,7 +29,7 @@ from distillkit.errors import ConfigError, CorruptDataError
 from distillkit.reports.inspection import inspect_dataset
 from distillkit.reports.run_record import read_run
 from distillkit.shards import Dataset, convert, verify_dataset
-from distillkit.shards.header import canonical_json
+from distillkit.shards.json_text import canonical_json
 from distillkit.shards.storage import Folder
 from distillkit.text.policy import capture_policy
 from distillkit.text.rows import RowReader

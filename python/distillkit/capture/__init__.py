@@ -31,7 +31,7 @@ def capture(
 
     Args:
         model: folder or hub id of the teacher.
-        dataset: a `.jsonl`, `.json`, `.txt` or `.parquet` file, a folder of them, a `save_to_disk` folder or a hub id.
+        dataset: text, chats or token ids: a file, a folder of files, a `save_to_disk` folder, a URL or a hub id.
         output: folder for the captured dataset.
         preset: name of a codec configuration; "recommended" if neither this nor `compression_config` is given.
         compression_config: a codec configuration: YAML file, mapping or config object.

@@ -1,4 +1,7 @@
-"""Checks a capture's settings against this machine, without the libraries that run teachers: within a second."""
+"""Checks that what a capture needs of its machine is there: folders, files and packages.
+
+Takes less than a second: nothing here imports the libraries that run teachers.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 from distillkit.capture.settings import CaptureSettings
 from distillkit.configuration.places import missing_place
+from distillkit.configuration.urls import is_url
 from distillkit.errors import ConfigError
 from distillkit.models.weights import model_problem
 from distillkit.text.file_names import SUFFIXES, is_read
@@ -64,7 +68,7 @@ def check_inputs(settings: CaptureSettings) -> None:
 def _check_dataset(name: str) -> None:
     """Refuse a local dataset that does not exist, or that is a file of another kind."""
     path = Path(name)
-    problem = None if "://" in name else missing_place(name, "file or folder", hub=not is_read(path))
+    problem = None if is_url(name) else missing_place(name, "file or folder", hub=not is_read(path))
     if problem is None and path.is_file() and not is_read(path):
         problem = f"{name}: expected a file of {SUFFIXES}, found {path.suffix or 'no suffix'!r}"
     if problem is not None:
@@ -73,7 +77,7 @@ def _check_dataset(name: str) -> None:
 
 def _check_output(name: str) -> None:
     """Refuse a local folder that cannot be made; one that exists may hold a finished capture, which is only read."""
-    if "://" in name:
+    if is_url(name):
         return
     path = Path(os.path.abspath(name))
     there = next(parent for parent in (path, *path.parents) if parent.exists())

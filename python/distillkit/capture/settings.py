@@ -405,7 +405,7 @@ class CaptureSettings(BaseModel):
             identity["engine"] = self.engine
         if self.overflow == "window":
             # Imports pyarrow, which a mistyped setting need not wait for.
-            from distillkit.text.documents import default_overlap
+            from distillkit.shards.overflow import default_overlap
 
             identity["overlap"] = self.overlap or default_overlap(self.max_seq_len)
         if self.samples is not None or self.shuffle:

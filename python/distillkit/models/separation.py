@@ -1,9 +1,10 @@
-"""Checks that the documents of a batch do not change each other: neither those packed into one row, nor those padded to
-the length of another.
+"""Finds out whether a model keeps the documents of a batch apart: those packed into one row, and those padded to the
+length of another.
 
 Most models keep packed documents apart by their `position_ids`. Models that ignore these in their mask, or carry a
 state from token to token, do not, and nothing that they return says so. So the model itself is asked: what it computes
-for documents in a batch is compared with what it computes for each of them alone.
+for documents in a batch is compared with what it computes for each of them alone. What follows from the answer for
+training is in `distillkit.training.batching`.
 
 Shape legend: L tokens of a document, B rows, S their common length, H hidden size.
 """

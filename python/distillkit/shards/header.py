@@ -15,7 +15,7 @@ from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import ConfigError, CorruptDataError, InputError, MismatchError, UnsupportedVersionError
 from distillkit.shards.json_text import canonical_json, parse_json
 
-__all__ = ["Header", "canonical_json", "check_codec", "hashed_metadata", "read_hashed_metadata"]
+__all__ = ["Header", "check_codec", "hashed_metadata", "read_hashed_metadata"]
 
 FORMAT = "distillkit-shard"
 VERSION = 1

@@ -1,4 +1,5 @@
-"""JSON that this project writes: shards' metadata, manifests, plans and receipts. All of it is read here."""
+"""Reads JSON that may have been damaged or crafted: shards' metadata, manifests, plans and receipts, and the JSON of
+`save_to_disk` folders. Writes it in the one form that is hashed."""
 
 from __future__ import annotations
 

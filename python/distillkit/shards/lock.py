@@ -1,8 +1,8 @@
 """Who writes to a dataset's folder: two processes never write the same shards.
 
-Each writer has a file in the folder `.capture` that says who it is and which shards it writes. The file is locked
-(flock) as long as the process lives, so a killed process holds up nobody. Storage elsewhere has no locks that end with
-their holder; nothing is locked there.
+Each writer has a file in the folder `.capture` that names its process, host and shards. The file is locked (flock) as
+long as the process lives, so a killed process blocks nobody. Object stores have no locks that end with their holder;
+nothing is locked there.
 """
 
 from __future__ import annotations

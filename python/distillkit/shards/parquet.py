@@ -9,9 +9,10 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distillkit.configuration.urls import locate
 from distillkit.errors import CorruptDataError, TruncatedDataError
 from distillkit.shards.footer import Chunk, read_footer
-from distillkit.shards.storage import locate, open_source, reading
+from distillkit.shards.storage import open_source, reading
 
 __all__ = []
 

@@ -17,13 +17,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig, codec_config
+from distillkit.configuration.urls import locate
 from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError, CorruptDataError, InputError
 from distillkit.shards.header import Header, alignment, check_codec
 from distillkit.shards.manifest import ShardInfo
 from distillkit.shards.parquet import check_names, open_parquet, validated
 from distillkit.shards.saved import check_uncompressed, saved_files, saved_splits
-from distillkit.shards.storage import locate, map_source, reading
+from distillkit.shards.storage import map_source, reading
 from distillkit.shards.table import Block, Documents, check_document, document_id, int32_array, make_block
 from distillkit.types import Document
 

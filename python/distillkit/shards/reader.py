@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillkit.codec import Codec, CodecConfig
-from distillkit.configuration.urls import without_trailing_slash
+from distillkit.configuration.urls import locate, without_trailing_slash
 from distillkit.errors import CorruptDataError, InputError, MismatchError, UnsupportedVersionError
 from distillkit.shards.footer import Chunk
 from distillkit.shards.header import Header, check_codec
 from distillkit.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
 from distillkit.shards.parquet import check_names, footer_of, open_parquet
 from distillkit.shards.published import load_codec_config, open_published
-from distillkit.shards.storage import Folder, locate, reading
+from distillkit.shards.storage import Folder, reading
 from distillkit.shards.table import GROUPS_KEY, SCHEMA, Block, Documents, GroupDigest, ShardRows
 from distillkit.types import Document, SparseLogprobs
 

@@ -127,27 +127,11 @@ def pack_dataset(
     )
     total = 2 * len(plan.order)
     with ShardWriter(folder, header, shard_tokens=shard_tokens, resume=True) as writer:
-        resumed = skipped = sum(shard.documents for shard in writer.resumed)
-        done = 0
-        for indices, rows in plan.windows:
-            if skipped >= len(rows):
-                skipped -= len(rows)
-            else:
-                documents = [_part(source, *pieces[index]) for index in indices.tolist()]
-                for row in rows[skipped:]:
-                    joined = join([documents[i] for i in row.tolist()], header, source)
-                    writer.write(
-                        joined.input_ids,
-                        joined.teacher,
-                        loss_mask=joined.loss_mask,
-                        segment_lengths=joined.segment_lengths,
-                        label_logprobs=joined.label_logprobs,
-                    )
-                skipped = 0
-            done += len(indices)
-            progress(done, total)
+        resumed = sum(shard.documents for shard in writer.resumed)
+        _write_rows(source, pieces, plan, header, writer, lambda count: progress(count, total))
         # Before the manifest, which would make a dataset of what an earlier run wrote of other documents.
         writer.finish_shard()
+        done = len(plan.order)
         _compare(source, (str(folder), writer.finished_documents()), pieces, plan, lambda n: progress(done + n, total))
         manifest = writer.close()
     packed = np.unique(pieces.documents[plan.order])
@@ -198,6 +182,36 @@ class PackingPlan:
             packing = pack(lengths[indices], max_len, seed=seed)
             windows.append((indices, [packing[row] for row in range(len(packing))]))
         return PackingPlan(order, windows)
+
+
+def _write_rows(
+    source: Dataset,
+    pieces: Pieces,
+    plan: PackingPlan,
+    header: Header,
+    writer: ShardWriter,
+    progress: Callable[[int], None],
+) -> None:
+    """Write the rows of a plan, after those in the shards that the writer resumes."""
+    skipped = sum(shard.documents for shard in writer.resumed)
+    done = 0
+    for indices, rows in plan.windows:
+        if skipped >= len(rows):
+            skipped -= len(rows)
+        else:
+            documents = [_part(source, *pieces[index]) for index in indices.tolist()]
+            for row in rows[skipped:]:
+                joined = join([documents[i] for i in row.tolist()], header, source)
+                writer.write(
+                    joined.input_ids,
+                    joined.teacher,
+                    loss_mask=joined.loss_mask,
+                    segment_lengths=joined.segment_lengths,
+                    label_logprobs=joined.label_logprobs,
+                )
+            skipped = 0
+        done += len(indices)
+        progress(done)
 
 
 def _part(source: Dataset, index: int, start: int, stop: int, first: int) -> Document:

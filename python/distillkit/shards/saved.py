@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from distillkit.configuration.urls import locate
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.shards.json_text import parse_json
-from distillkit.shards.storage import locate, map_source, reading
+from distillkit.shards.storage import map_source, reading
 
 __all__ = ["check_saved", "check_uncompressed", "saved_files", "saved_splits"]
 

@@ -22,7 +22,7 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from distillkit.configuration.urls import is_url, locate, without_trailing_slash
+from distillkit.configuration.urls import locate, without_trailing_slash
 from distillkit.errors import CorruptDataError, DistillKitError
 
 __all__ = [
@@ -30,8 +30,6 @@ __all__ = [
     "Folder",
     "NewFile",
     "file_hash",
-    "is_url",
-    "locate",
     "map_source",
     "open_source",
     "reading",

@@ -9,10 +9,11 @@ from os import PathLike
 from typing import Any, NoReturn, TypeVar
 
 from distillkit.codec import CodecConfig
+from distillkit.configuration.urls import locate
 from distillkit.errors import DistillKitError, MismatchError
 from distillkit.shards.manifest import ShardInfo
 from distillkit.shards.reader import Dataset, DocumentFile
-from distillkit.shards.storage import file_hash, locate
+from distillkit.shards.storage import file_hash
 from distillkit.types import Document
 
 _T = TypeVar("_T")

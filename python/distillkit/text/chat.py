@@ -2,7 +2,7 @@
 
 The same conversation can be written in several ways: a turn without text has no content, or null, or ""; the arguments
 of a tool call are a mapping or JSON text; text is a string or a list of parts. Templates differ in which of these they
-take, and fail, write Python source or leave something out where they get another.
+accept; given another, they fail, write Python source or leave something out.
 """
 
 from __future__ import annotations

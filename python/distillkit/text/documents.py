@@ -21,7 +21,7 @@ from distillkit.text.rows import RowReader
 from distillkit.text.sources import Row, Source, chosen_rows, kept_schema
 from distillkit.types import TokenDocument
 
-__all__ = ["DocumentReader", "TokenDocument", "default_overlap", "windows"]
+__all__ = ["DocumentReader"]
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from distillkit.configuration.urls import is_url, locate
 from distillkit.errors import ConfigError, InputError
 from distillkit.shards.parquet import validated
 from distillkit.shards.saved import check_saved
-from distillkit.shards.storage import is_url, locate
 from distillkit.text.arrow_rows import arrow_rows, stored_type
 from distillkit.text.file_formats import TEACHER_COLUMNS, file_format
 from distillkit.text.file_names import OTHER_DATA, SUFFIXES, is_read

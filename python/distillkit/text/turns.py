@@ -1,7 +1,7 @@
 """Finds the assistant's characters in a rendered conversation, and the tokens they belong to.
 
 Either the chat template marks them (`{% generation %}`), or they are found by following the template: its syntax tree
-is extended so that it says which message it writes. What stays unclear is refused.
+is extended so that its output records which message wrote what. What stays unclear is refused.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import xxhash
 
 from distillkit.configuration.places import neighbour
 from distillkit.errors import ConfigError
-from distillkit.shards.header import canonical_json
+from distillkit.shards.json_text import canonical_json
 from distillkit.shards.storage import TEMPORARY_PREFIX
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from distillkit.errors import MismatchError
 from distillkit.losses.config import HARMLESS
 from distillkit.models.head import bare_model
 from distillkit.shards import Dataset as StoredDataset
-from distillkit.shards.header import canonical_json
+from distillkit.shards.json_text import canonical_json
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.config.argument_table import (
     ARGUMENTS,

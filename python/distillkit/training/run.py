@@ -25,6 +25,7 @@ from distillkit.reports.run_record import SUMMARY
 from distillkit.reports.run_report import ReportFiles
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.text import tokenizer as tokenizers
+from distillkit.training.batching import choose_packing, trained_models
 from distillkit.training.callbacks import ConsoleProgress, MetricsFile
 from distillkit.training.checkpoints import Checkpoint, checkpoint_of
 from distillkit.training.config.arguments import training_arguments
@@ -37,7 +38,6 @@ from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
 from distillkit.training.identity import check_same_run, identity_of
 from distillkit.training.saving import reaching_hub, save_student
-from distillkit.training.separation import choose_packing, trained_models
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer

@@ -21,10 +21,10 @@ from distillkit.models.layers import LayerMatching, exported, load_projections, 
 from distillkit.reports.run_report import ReportFiles
 from distillkit.training import checkpoints
 from distillkit.training.attach import DistillationInputs, DistillationOutput, attach_losses
+from distillkit.training.batching import batch_layout, check_batches, trained_models
 from distillkit.training.data.examples import MODEL_INPUTS, Collator, DistillationDataset, DocumentOrder
 from distillkit.training.identity import LAST
 from distillkit.training.saving import saving
-from distillkit.training.separation import batch_layout, check_batches, trained_models
 from distillkit.training.signals.live import OnlineSignal
 
 if TYPE_CHECKING:

@@ -1,5 +1,7 @@
-"""What a run needs of the machine it runs on, as far as that can be told at once: folders, files, packages and the
-hub's token. Nothing here imports torch or transformers."""
+"""Checks that what a run needs of its machine is there: folders, files, packages and the hub's token.
+
+Takes less than a second: nothing here imports torch or transformers.
+"""
 
 from __future__ import annotations
 
@@ -62,12 +64,11 @@ def _dataset_problems(config: RunConfig) -> Iterator[str]:
 
 def _dataset_problem(source: DatasetSource) -> str | None:
     if source.disk_path is not None:
-        # A folder of this name, whatever its name looks like, comes before a URL.
-        remote = "://" in source.disk_path and not Path(source.disk_path).exists()
+        remote = is_url(source.disk_path)
         problem = None if remote else missing_place(source.disk_path, "file or folder", hub=False)
         return None if problem is None else f"disk_path: {problem}"
     if is_path(str(source.repo_id)):
-        return f"repo_id: {source.repo_id!r} is no id of a dataset on the hub; the key of a folder or file is disk_path"
+        return f"repo_id: {source.repo_id!r} is not the id of a hub dataset; for a folder or file, use disk_path"
     return None
 
 
@@ -135,6 +136,6 @@ def _hub_problems(config: RunConfig) -> Iterator[str]:
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        yield f"{key}: true, but HF_HUB_OFFLINE forbids to use the hub; unset it, or set {key}: false"
+        yield f"{key}: true, but HF_HUB_OFFLINE is set; unset it, or set {key}: false"
     elif not config.training_args.get("hub_token") and not get_token():
-        yield f"{key}: true, but there is no token of the hub: log in with `hf auth login`, or set HF_TOKEN"
+        yield f"{key}: true, but no hub token was found: log in with `hf auth login`, or set HF_TOKEN"

@@ -31,7 +31,7 @@ import xxhash
 
 from distillkit.console import progress_bar
 from distillkit.errors import ConfigError, CorruptDataError
-from distillkit.shards.header import canonical_json
+from distillkit.shards.json_text import canonical_json
 from distillkit.shards.storage import TEMPORARY_PREFIX, Folder
 from distillkit.shards.table import document_id
 from distillkit.text import tokenizer as tokenizers

@@ -1,5 +1,7 @@
-"""Whether student and live teacher keep the documents of a batch apart: checked before training, and packing depends
-on it."""
+"""What student and live teacher need of a training batch, and whether its rows may hold several documents.
+
+The models themselves are asked, before training, by `distillkit.models.separation`.
+"""
 
 from __future__ import annotations
 

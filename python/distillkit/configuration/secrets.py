@@ -18,9 +18,10 @@ _WORDS += "|credential|credentials|authorization|cookie"
 _SECRET = re.compile(rf"(?i)(?:.*[^a-z])?(?:{_WORDS})|sas|.*[a-z](?:Token|Password|Secret|Key)")
 # Special tokens of a tokenizer.
 _OF_TEXT = re.compile(r"(?i)(?:.*_)?(?:eos|bos|pad|unk|sep|cls|mask|image|video|audio|boi|eoi|stop|special|next)_token")
-# user:password@, and user@ too where it is not an account name of ssh or git: tokens are given like this.
-_USER = re.compile(r"(?i)(\b[a-z][a-z0-9+.\-]*://)([^\s/?#@:'\"]*):([^\s/?#'\"]*)@")
-_BARE_USER = re.compile(r"(?i)(\bhttps?://)([^\s/?#@:'\"]+)@")
+# user:password@, and user@ too where it is not an account name of ssh or git: tokens are given like this. A URL taken
+# as a path has one slash left.
+_USER = re.compile(r"(?i)(\b[a-z][a-z0-9+.\-]*:/{1,2})([^\s/?#@:'\"]*):([^\s/?#'\"]*)@")
+_BARE_USER = re.compile(r"(?i)(\bhttps?:/{1,2})([^\s/?#@:'\"]+)@")
 _PARAMETER = re.compile(r"(?i)([?&;])([\w.\-]+)=([^\s&;#'\")\]}]+)")
 _ENTRY = re.compile(r"""(['"])([\w.\-]+)\1(\s*:\s*)(['"])((?:\\.|(?!\4).)*)\4""")
 _KNOWN = re.compile(

@@ -29,10 +29,12 @@ def locate(place: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     and would then read, write or remove something else.
 
     Raises:
-        InputError: a chained URL, a kind of storage that fsspec does not know or that a URL alone does not describe, or
-            one whose package is not installed.
+        InputError: an empty name, a URL of no place, a chained URL, a kind of storage that fsspec does not know or that
+            a URL alone does not describe, one whose package is not installed, or one that cannot be reached.
     """
     name = str(os.fspath(place))
+    if not name or name.endswith("://"):
+        raise InputError(f"{name!r} is not the path or URL of a file or folder")
     if _CHAINED_URL.match(name):
         raise InputError(f"{name}: chained URLs are not supported; give the URL of the data itself")
     url = _URL.match(name)
@@ -42,5 +44,5 @@ def locate(place: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     try:
         kind = fsspec.get_filesystem_class(protocol)
         return fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(name)), str(kind._strip_protocol(name))
-    except (ImportError, ValueError, TypeError) as error:
+    except (ImportError, ValueError, TypeError, OSError) as error:  # some connect at once
         raise InputError(f"{name} cannot be opened: {error}") from error

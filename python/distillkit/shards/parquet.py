@@ -96,5 +96,7 @@ def _check_ends(path: str) -> None:
     if not filesystem.exists(inner):
         raise FileNotFoundError(2, "no such file", path)
     size = filesystem.size(inner)
+    if not b"PAR1".startswith(filesystem.cat_file(inner, start=0, end=4)):
+        raise CorruptDataError(f"{path}: not a Parquet file: {size} bytes that do not begin like one")
     if size < 12 or filesystem.cat_file(inner, start=size - 4, end=size) != b"PAR1":
         raise TruncatedDataError(f"{path}: {size} bytes that do not end like a Parquet file: the file is truncated")

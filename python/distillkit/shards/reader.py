@@ -267,8 +267,8 @@ class Dataset(Documents):
             CorruptDataError, TruncatedDataError: a file is damaged.
             UnsupportedVersionError: a file is in a version that this release cannot read.
         """
-        name = str(os.fspath(path)).rstrip("/")
-        filesystem, inner = locate(name)
+        filesystem, inner = locate(path)
+        name = str(os.fspath(path)).rstrip("/") or "/"
         if not filesystem.exists(inner):
             raise FileNotFoundError(2, "no such file or folder", name)
         manifest = read_manifest(name) if filesystem.isdir(inner) else None
@@ -374,8 +374,8 @@ def is_captured(path: str | os.PathLike[str]) -> bool:
         InputError: the path is the folder of an unfinished capture.
         CorruptDataError: the manifest is damaged.
     """
-    name = str(os.fspath(path)).rstrip("/")
-    filesystem, inner = locate(name)
+    filesystem, inner = locate(path)
+    name = str(os.fspath(path)).rstrip("/") or "/"
     return (filesystem.isdir(inner) and read_manifest(name) is not None) or _is_shard(name)
 
 

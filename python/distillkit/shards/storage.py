@@ -64,8 +64,8 @@ class Folder:
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
+        self._filesystem, self._root = locate(url)
         self.url = str(os.fspath(url)).rstrip("/") or "/"
-        self._filesystem, self._root = locate(self.url)
         self.is_local = isinstance(self._filesystem, LocalFileSystem)
 
     def __str__(self) -> str:
@@ -194,15 +194,23 @@ class Folder:
             self._filesystem.mv(beside, target)
 
     def _ask(self, method: str, *arguments: Any, seconds: float | None = None, **options: Any) -> Any:
-        """Calls the file system. Where a connection could hang for good, the answer must come within some time."""
+        """Calls the file system. Where a connection could hang for good, the answer must come within some time.
+
+        Raises:
+            OSError: whatever the file system raises.
+        """
         call = getattr(self._filesystem, method)
-        if not inspect.iscoroutinefunction(getattr(call, "__wrapped__", None)):
-            return call(*arguments, **options)
         limit = seconds or _ANSWER_SECONDS
+        if inspect.iscoroutinefunction(getattr(call, "__wrapped__", None)):
+            options["timeout"] = limit
         try:
-            return call(*arguments, timeout=limit, **options)
+            return call(*arguments, **options)
         except FSTimeoutError as error:
             raise TimeoutError(errno.ETIMEDOUT, f"no answer to {method} within {limit:.0f} s", self.url) from error
+        except OSError:
+            raise
+        except Exception as error:  # each kind of storage has its own, such as for credentials
+            raise OSError(errno.EIO, str(error) or type(error).__name__, self.url) from error
 
     def _inner(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import os
 import re
 from collections.abc import Mapping
@@ -49,7 +51,7 @@ def redacted(text: str, *secrets: str) -> str:
         'https://me:***@example.com/data?token=***&split=train'
     """
     known = [value for name, value in os.environ.items() if len(value) >= _SHORTEST and is_secret(name)]
-    spelled = {spelling for value in (*known, *secrets) if value for spelling in (value, quote(value, ""))}
+    spelled = {spelling for value in (*known, *secrets) if value for spelling in _spellings(value)}
     for value in sorted(spelled, key=len, reverse=True):
         text = text.replace(value, REDACTED)
     text = _USER.sub(rf"\1\2:{REDACTED}@", text)
@@ -60,6 +62,13 @@ def redacted(text: str, *secrets: str) -> str:
         text,
     )
     return _KNOWN.sub(REDACTED, text)
+
+
+def _spellings(value: str) -> tuple[str, ...]:
+    """Return how a value may be written: as it is, in a URL, in JSON, in HTML, and in base64 as of basic access."""
+    quoted = quote(value, "")
+    encoded = base64.b64encode(value.encode(errors="replace")).decode().rstrip("=")
+    return value, quoted, quote(quoted, ""), value.replace("/", "\\/"), html.escape(value), encoded
 
 
 def _or_hidden(name: str, value: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -199,7 +200,15 @@ sys.late = Late()
 )
 def test_ctrl_c_ends_with_its_status_and_no_traceback(code: str) -> None:
     """While modules are imported, in a command, and again while the first one is being answered."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        # Jobs in the background of a script start with the signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert result.returncode == 130, result.stderr
     assert "Traceback" not in result.stderr
     assert "interrupted" in result.stderr

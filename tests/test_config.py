@@ -312,6 +312,16 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("extra", [{"x" * 100_000: 1}, {f"k{number}": 1 for number in range(5000)}])
+def test_problems_fit_on_a_screen(extra: dict[str, Any], tmp_path: Path) -> None:
+    path = written(tmp_path, yaml.safe_dump({**MINIMAL, **extra}))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    check_names(message, str(path), *([] if len(extra) == 1 else ["5,000", "k0", "4,950"]))
+    assert len(message) < 4000
+
+
 def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
     for text, facts in (
         ("", []),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from distillkit.shards.alignment import counted_positions
 from distillkit.shards.plausibility import Plausibility
 from distillkit.shards.published import load_codec_config
 from distillkit.shards.repack import pack_dataset
+from distillkit.shards.storage import Folder
 from distillkit.text.sources import open_local
 from distillkit.training.config.schema import DatasetSource, StoredTeacherConfig
 from distillkit.training.data.examples import Collator, DistillationDataset
@@ -35,34 +34,13 @@ from distillkit.training.data.stored import check_dataset, open_dataset
 from distillkit.training.signals.live import OnlineSignal
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.types import Document, SparseLogprobs
-from support.golden import CASES
-from support.mutations import published
+from support.bombs import write_arrow
+from support.golden import CASES, GOLDEN, published
 from support.refusals import refused
 from support.shards import CODEC, HEADER, VOCAB
 from support.training import tiny_model
 
-GOLDEN = Path(__file__).parent / "golden"
-SUPPORT = str(Path(__file__).parent)
-
-
 # -- damaged Arrow and Parquet files -----------------------------------------------------------------------------------
-
-
-def damaged_copies(count: int) -> dict[str, int]:
-    """What became of damaged copies, which are read in processes of their own."""
-    program = [sys.executable, "-m", "support.mutations", str(count), "7"]
-    done = subprocess.run(program, cwd=SUPPORT, capture_output=True, text=True, check=True)
-    found: dict[str, int] = json.loads(done.stdout)
-    return found
-
-
-def test_damaged_published_files_are_read_or_refused_by_name() -> None:
-    assert set(damaged_copies(50)) == {"read", "refused"}
-
-
-@pytest.mark.slow
-def test_many_damaged_published_files_are_read_or_refused_by_name() -> None:
-    assert set(damaged_copies(1500)) == {"read", "refused"}
 
 
 def test_a_few_bytes_that_decode_to_gigabytes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +62,30 @@ def test_a_few_bytes_that_decode_to_gigabytes_are_not_read(tmp_path: Path, monke
     pq.write_table(table, tmp_path / "data_0.parquet")
     with refused(InputError, "data_0.parquet", "x", "compressed_logprobs"):
         Dataset.open(tmp_path)
+
+
+@pytest.mark.parametrize("column", ["input_ids", "bytepacked_indices"])
+@pytest.mark.parametrize("container", ["parquet", "arrow"])
+def test_a_name_that_several_columns_have_is_refused(column: str, container: str, tmp_path: Path) -> None:
+    path = published(tmp_path / "data", "parquet", "quantized")
+    table = pq.read_table(path)
+    doubled = table.append_column(column, table[column])
+    path.unlink()
+    if container == "parquet":
+        pq.write_table(doubled, path)
+    else:
+        write_arrow(path.with_suffix(".arrow"), doubled)
+    with refused(CorruptDataError, f"data_0.{container}", "2", column):
+        Dataset.open(tmp_path / "data")
+
+
+def test_arrow_files_elsewhere_are_read_there(tmp_path: Path) -> None:
+    """Not those of the same name on the local disk."""
+    path = published(tmp_path / "data", "arrow", "quantized")
+    folder = Folder(f"memory://{tmp_path}/elsewhere")
+    for file in path.parent.iterdir():
+        folder.write(file.name, file.read_bytes())
+    assert [d.doc_id for d in Dataset.open(folder.url)] == [d.doc_id for d in Dataset.open(path.parent)]
 
 
 # -- names in what `save_to_disk` wrote --------------------------------------------------------------------------------
@@ -444,15 +446,21 @@ def merged(levels: int) -> str:
         ("a: &a [*a]", ["alias"]),
         ("[" * 70, ["64"]),
         ("a: " + "{a: " * 3000, ["64"]),
-        ("#" * (1 << 20) + "\na: 1", ["1,048,576"]),
+        ("#" * (1 << 18) + "\na: 1", ["262,144"]),
         ("a: 2024-13-45", ["2024-13-45", "line 1"]),
         ("b: 1\na: " + "9" * 5000, ["int", "line 2"]),
         ("a: 0x" + "f" * 5000, ["int"]),
+        ("a: 1" + ":59" * 80_000, ["int", "line 1"]),
+        ("a: 1" + ":59" * 80_000 + ".5", ["float", "line 1"]),
+        ("a: !" + "x" * 200_000, ["tag"]),
         ("a: !!bool maybe", ["bool", "maybe"]),
         ("a: !!python/object/apply:os.system [ls]", ["python/object/apply:os.system"]),
         ("b: {c: 1}\nb: 2", ["b", "line 1", "line 2"]),
         ("!!map [1]", ["mapping"]),
         ('a: "\\ud800"', ["str"]),
+        ('a: "\\U00110000"', []),
+        ('a: "\\Uffffffff"', []),
+        ('a: "x\\0y"', ["str", "NUL"]),
         ("a: \udcff", ["UTF-8"]),
     ],
 )

@@ -67,7 +67,7 @@ def test_save_to_disk_folders(splits: bool, tmp_path: Path) -> None:
         check_against_recording(Dataset.open(folder, config=config), "upstream_v1")
 
 
-def packed(tmp_path: Path, mask: list[int], cut: int = 1) -> Path:
+def packed(tmp_path: Path, mask: list[int] | pa.Array, cut: int = 1) -> Path:
     """A published row of several documents, `cut` tokens shorter than it was: as many rows as tokens."""
     folder = tmp_path / "packed"
     folder.mkdir()
@@ -76,7 +76,7 @@ def packed(tmp_path: Path, mask: list[int], cut: int = 1) -> Path:
     tokens = table.column("input_ids")[0].as_py()[: 160 - cut]
     columns = {name: table.column(name) for name in ("compressed_logprobs", "bytepacked_indices")}
     columns["input_ids"] = pa.array([tokens], pa.list_(pa.uint64()))
-    columns["attention_mask"] = pa.array([mask], pa.list_(pa.int64()))
+    columns["attention_mask"] = pa.array([mask], pa.list_(pa.int64())) if isinstance(mask, list) else mask
     pq.write_table(pa.table(columns), folder / "data_0.parquet")
     return folder
 
@@ -93,6 +93,19 @@ def test_packed_rows_with_numbered_masks(tmp_path: Path) -> None:
     assert again.header.alignment["rows"] == "L"
     assert again[0].doc_id == document.doc_id
     assert again[0].teacher == document.teacher
+
+
+@pytest.mark.parametrize("value", [-1, 0.5, float("nan"), float("inf")])
+def test_masks_that_number_no_documents_are_refused(value: float, tmp_path: Path) -> None:
+    with refused(CorruptDataError, "data_0.parquet, document 0", "attention_mask"):
+        list(Dataset.open(packed(tmp_path, pa.array([[1.0] * 50 + [value] * 109]))))
+
+
+def test_masks_may_be_of_any_kind_of_numbers(tmp_path: Path) -> None:
+    for number, mask in enumerate(([True] * 100 + [False] * 59, [1.0] * 100 + [0.0] * 59)):
+        (tmp_path / str(number)).mkdir()
+        dataset = Dataset.open(packed(tmp_path / str(number), pa.array([mask])))
+        assert (dataset.num_tokens, dataset[0].segment_lengths) == (100, None)
 
 
 def test_padding_in_the_middle_is_refused(tmp_path: Path) -> None:
@@ -234,6 +247,16 @@ def test_a_conversion_is_not_resumed_with_other_documents(tmp_path: Path) -> Non
         convert(Dataset.open(tmp_path / "one"), tmp_path / "out", shard_tokens=1, progress=interrupted)
     with refused(MismatchError, str(tmp_path / "out"), str(tmp_path / "other"), "document 1"):
         convert(Dataset.open(tmp_path / "other"), tmp_path / "out", shard_tokens=1)
+    # The same tokens and rows, of which others count; or only the first ones.
+    masked = [(ids, rows, {**extra, "loss_mask": np.zeros(len(ids), bool)}) for ids, rows, extra in documents]
+    write(tmp_path / "masked", masked)
+    known = [(ids, rows, {**extra, "label_logprobs": np.full(len(ids) - 1, -1.0)}) for ids, rows, extra in documents]
+    write(tmp_path / "known", known)
+    write(tmp_path / "fewer", documents[:2])
+    for changed, fact in (("masked", "document 0"), ("known", "document 0"), ("fewer", "2")):
+        with refused(MismatchError, str(tmp_path / "out"), str(tmp_path / changed), fact):
+            convert(Dataset.open(tmp_path / changed), tmp_path / "out", shard_tokens=1)
+        assert not (tmp_path / "out" / "manifest.json").exists()
     manifest = convert(Dataset.open(tmp_path / "one"), tmp_path / "out", shard_tokens=1)
     assert [shard.documents for shard in manifest.shards] == [1] * 6
     assert [d.doc_id for d in Dataset.open(tmp_path / "out")] == [d.doc_id for d in Dataset.open(tmp_path / "one")]

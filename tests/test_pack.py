@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,25 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(tmp_path: Path)
     assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "packed" / name).read_bytes() for name in names)
     with refused(InputError, str(tmp_path / "packed")):
         run(tmp_path / "packed")
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_documents(tmp_path: Path) -> None:
+    """Of the same number and lengths: what is stored tells, before there is a dataset of it."""
+    source = write(tmp_path / "source", "L-1")
+    with ShardWriter(tmp_path / "masked", replace(source.header, fidelity=None)) as writer:
+        for document in source:
+            mask = np.zeros(len(document.input_ids), bool)
+            writer.write(document.input_ids, document.teacher, loss_mask=mask)
+
+    def interrupt(done: int, total: int) -> None:
+        if done > 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_dataset(source, tmp_path / "packed", MAX_LEN, window=9, shard_tokens=100, progress=interrupt)
+    with refused(CorruptDataError, str(tmp_path / "packed"), str(tmp_path / "masked")):
+        pack_dataset(Dataset.open(tmp_path / "masked"), tmp_path / "packed", MAX_LEN, window=9, shard_tokens=100)
+    assert not (tmp_path / "packed" / "manifest.json").exists()
 
 
 def test_another_packing_is_not_mixed_in(tmp_path: Path) -> None:

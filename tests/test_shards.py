@@ -35,7 +35,7 @@ from distillkit.shards import Dataset, Header, ShardWriter, read_manifest, verif
 from distillkit.shards.lock import FolderLock
 from distillkit.shards.storage import Folder
 from distillkit.shards.table import SCHEMA, GroupDigest
-from distillkit.shards.writer import NewShard, make_document
+from distillkit.shards.writer import NewShard, is_dataset_file, make_document
 from distillkit.types import SparseLogprobs
 from support import reference
 from support.refusals import check_names, refused
@@ -651,7 +651,9 @@ def test_kept_columns_count_in_the_size_of_a_row_group(tmp_path: Path, monkeypat
 # -- places ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen::v1", "file::x", "s3::bucket", "a*b[1]", "what?", "~x", "a b#c%20", "{x}"])
+@pytest.mark.parametrize(
+    "name", ["qwen::v1", "file::x", "s3::bucket", "a*b[1]", "what?", "~x", "a b#c%20", "{x}", "\udcff"]
+)
 def test_a_folder_may_have_any_name(
     name: str, written: tuple[Path, Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -673,6 +675,32 @@ def test_a_folder_may_have_any_name(
         assert len(whole_shards(place)) == len(files(place))
     for decoy in (*decoys, *(Path("runs") / decoy for decoy in decoys)):
         assert files(decoy) == {"data-00000.parquet": b"someone else's"}
+
+
+def test_a_root_is_a_folder_like_any_other(
+    written: tuple[Path, Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slash at the end is one too many, unless there is nothing else."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for place in ("~/", "memory://"):
+        write(place, written[1])
+        assert_read_alike(Dataset.open(place), written[1])
+        assert verify_dataset(place).ok
+    assert files(tmp_path / "home") == files(written[0])
+    assert list(tmp_path.iterdir()) == [tmp_path / "home"]
+    assert Folder("/").url == "/"
+    assert Folder("/").of("a") == "/a"
+    Folder("memory://").remove_files(is_dataset_file)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_what_is_no_name_is_refused(name: str) -> None:
+    with refused(InputError, repr(name)):
+        Dataset.open(name)
+    with refused(InputError, repr(name)):
+        ShardWriter(name, HEADER)
 
 
 def test_names_in_storage_elsewhere_are_taken_as_they_are(written: tuple[Path, Written]) -> None:
@@ -722,6 +750,20 @@ def test_many_writers_come_and_go(tmp_path: Path) -> None:
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
     assert not [*tmp_path.rglob("*")] or [*tmp_path.rglob("*")] == [tmp_path / "data"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"shards": 3}', '{"shards": [1], "process": 1, "host": "a", "since": ""}']
+)
+def test_a_damaged_lock_is_told(content: str, tmp_path: Path) -> None:
+    """While it is locked, nobody may write; otherwise it is left over."""
+    lock = FolderLock(Folder(tmp_path / "data"))
+    (path,) = (tmp_path / "data" / ".capture").glob("writer-*.json")
+    path.write_text(content)
+    with refused(CorruptDataError, str(path)):
+        FolderLock(Folder(tmp_path / "data"))
+    lock.release()
+    FolderLock(Folder(tmp_path / "data")).release()
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import math
 import random
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +25,8 @@ import yaml
 from distillkit.capture.settings_file import load_captures
 from distillkit.capture.shard_plan import ShardReceipt, make_plan, read_plan
 from distillkit.capture.summary import ShardSummary
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, CorruptDataError
+from distillkit.reports.inspection import inspect_dataset
 from distillkit.reports.run_record import read_run
 from distillkit.shards import Dataset, convert, verify_dataset
 from distillkit.shards.header import canonical_json
@@ -36,9 +38,9 @@ from distillkit.training.config.file import load_config
 from distillkit.types import TokenDocument
 from support.attacks import Campaign
 from support.bombs import write_arrow
+from support.golden import GOLDEN, published
 from support.shards import HEADER, files, make_documents, write
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 DEEP = "@deep@"
 """Stands for a list in a list in a list …, which no serializer of Python writes."""
 HUGE = "@huge@"
@@ -75,12 +77,13 @@ HOSTILE: tuple[Any, ...] = (
 
 
 def edited(data: bytes, seed: int) -> bytes:
-    """A file with a few bytes changed, doubled, removed, overwritten or moved."""
+    """A file with a few bytes changed, doubled, removed, overwritten or moved, or with numbers such as its offsets
+    replaced."""
     rng = random.Random(seed)
     result = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         at, length = rng.randrange(len(result)), rng.choice((1, 2, 4, 8, 64))
-        kind = rng.randrange(6)
+        kind = rng.randrange(7)
         if kind == 0:
             result[at] ^= 1 << rng.randrange(8)
         elif kind == 1:
@@ -91,9 +94,14 @@ def edited(data: bytes, seed: int) -> bytes:
             result[at:at] = result[at : at + length]
         elif kind == 4:
             result[at : at + length] = rng.choice((b"\0", b"\xff", b"\x7f")) * len(result[at : at + length])
-        else:
+        elif kind == 5:
             start = rng.randrange(len(result))
             result[at : at + length] = result[start : start + length]
+        else:
+            width, form = rng.choice(((4, "<i"), (8, "<q")))
+            number = rng.choice((0, -1, 2 ** (8 * width - 1) - 1, 1 << 30, rng.randrange(1 << 20)))
+            at -= at % width
+            result[at : at + width] = struct.pack(form, number)[: len(result[at : at + width])]
         if not result:
             return b"\0"
     return bytes(result)
@@ -286,53 +294,63 @@ class Published:
     """A published dataset with one file changed; it has no checksums, so it may give other data, but nothing worse."""
 
     seeds = 40_000
+    container, layout = "parquet", "quantized"
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
         self._folder, self._out = folder / "set", folder / "out"
-        self.make(self._folder)
+        self._path = published(self._folder, self.container, self.layout)
+        if self.container == "arrow":
+            # As `save_to_disk` writes it.
+            state = {"_data_files": [{"filename": self._path.name}], "_indices_files": None, "_split": "train"}
+            (self._folder / "state.json").write_text(json.dumps(state))
+            (self._folder / "dataset_info.json").write_text("{}")
         self._files = files(self._folder)
-        self._read()
+        self._read("")
 
-    @classmethod
-    def make(cls, folder: Path) -> None:
-        folder.mkdir()
-        shutil.copy(GOLDEN / "upstream_v1" / "compression_config.yaml", folder)
-        pq.write_table(pq.read_table(GOLDEN / "upstream_v1" / "data_0.parquet").slice(0, 2), folder / "data_0.parquet")
-
-    def _read(self) -> None:
+    def _read(self, name: str) -> None:
         shutil.rmtree(self._out, ignore_errors=True)
-        for _, rows in Dataset.open(self._folder).decoded():
-            assert np.isfinite(rows.logprobs).all(), "a log-probability that is not finite"
-        convert(Dataset.open(self._folder), self._out)
+        try:
+            dataset = Dataset.open(self._folder)
+            dataset.lengths()
+            inspect_dataset(dataset)
+            for _, rows in dataset.decoded():
+                assert np.isfinite(rows.logprobs).all(), "a log-probability that is not finite"
+            convert(dataset, self._out)
+        except CorruptDataError as error:
+            # A changed configuration shows in the rows.
+            if name not in str(error) and self._path.name not in str(error):
+                raise AssertionError(f"no file is named: {error}") from error
+            raise
 
     def attempt(self, seed: int) -> None:
         name = sorted(self._files)[seed % len(self._files)]
-        path, data = self._folder / name, self._files[name]
+        data = self._files[name]
         structured = name.endswith((".json", ".yaml")) and seed // len(self._files) % 4
-        path.write_bytes(self._crafted(name, seed) if structured else edited(data, seed))
+        self._try(name, self._crafted(name, seed) if structured else edited(data, seed))
+
+    def _try(self, name: str, changed: bytes) -> None:
+        path = self._folder / name
+        path.write_bytes(changed)
         try:
-            self._read()
+            self._read(name)
         finally:
-            path.write_bytes(data)
+            path.write_bytes(self._files[name])
 
     def _crafted(self, name: str, seed: int) -> bytes:
         value = crafted(yaml.safe_load(self._files[name]), seed)
         return (yaml_text(value) if name.endswith(".yaml") else json_text(value)).encode()
 
 
-class PublishedArrow(Published):
-    """As `Published`, as `save_to_disk` writes it."""
+class PublishedLegacy(Published):
+    layout = "legacy"
 
-    @classmethod
-    def make(cls, folder: Path) -> None:
-        super().make(folder)
-        table = pq.read_table(folder / "data_0.parquet")
-        (folder / "data_0.parquet").unlink()
-        write_arrow(folder / "data-00000-of-00001.arrow", table)
-        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_indices_files": None, "_split": "train"}
-        (folder / "state.json").write_text(json.dumps(state))
-        (folder / "dataset_info.json").write_text("{}")
+
+class PublishedArrow(Published):
+    container = "arrow"
+
+
+class PublishedLegacyArrow(PublishedArrow):
+    layout = "legacy"
 
 
 class PublishedArrowBits(PublishedArrow):
@@ -340,14 +358,28 @@ class PublishedArrowBits(PublishedArrow):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._path = self._folder / "data-00000-of-00001.arrow"
         self._data = self._path.read_bytes()
         self.seeds = 9 * len(self._data)
 
     def attempt(self, seed: int) -> None:
         bits = 8 * len(self._data)
-        self._path.write_bytes(flipped(self._data, seed) if seed < bits else self._data[: seed - bits])
-        self._read()
+        self._try(self._path.name, flipped(self._data, seed) if seed < bits else self._data[: seed - bits])
+
+
+class PublishedArrowLists(PublishedArrow):
+    """Each list of the Arrow file ends before it begins."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._data = self._path.read_bytes()
+        table = pa.ipc.open_stream(self._data).read_all()
+        starts = {bytes(4) + struct.pack("<i", len(table[name][0])) for name in table.column_names}
+        self._places = [at for at in range(0, len(self._data) - 7, 4) if self._data[at : at + 8] in starts]
+        self.seeds = len(self._places)
+
+    def attempt(self, seed: int) -> None:
+        at = self._places[seed] + 4
+        self._try(self._path.name, self._data[:at] + struct.pack("<i", -5) + self._data[at + 4 :])
 
 
 class Bombs:
@@ -593,8 +625,11 @@ CAMPAIGNS: dict[str, Callable[[Path], Campaign]] = {
     "manifests": Manifests,
     "capture_plans": CapturePlans,
     "published": Published,
+    "published_legacy": PublishedLegacy,
     "published_arrow": PublishedArrow,
+    "published_legacy_arrow": PublishedLegacyArrow,
     "published_arrow_bits": PublishedArrowBits,
+    "published_arrow_lists": PublishedArrowLists,
     "bombs": Bombs,
     "sources": Sources,
     "rows": Rows,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from distillkit.codec import Codec, LegacyLogitCompressionConfig
+from support.bombs import write_arrow
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text())
@@ -48,3 +52,20 @@ def published_tolerance(codec: Codec, recorded: dict[str, np.ndarray[Any, Any]])
         steps = codec.k - config.exact_k if config.delta_encoding else 1
         rest += 2.02 * HALF_ULP[config.term_dtype] * float(out.max()) + steps * HALF_ULP[config.term_dtype] * 0.1
     return exact, rest
+
+
+def published(folder: Path, container: str, layout: str) -> Path:
+    """Write two published documents with labels and a mask, in Parquet or Arrow; returns the file."""
+    source = GOLDEN / {"quantized": "upstream_v1", "legacy": "upstream_legacy"}[layout]
+    folder.mkdir(parents=True)
+    shutil.copy(source / "compression_config.yaml", folder)
+    table = pq.read_table(source / "data_0.parquet").slice(0, 2)
+    ids = table["input_ids"].to_pylist()
+    table = table.append_column("labels", pa.array([[-100] * 3 + part[3:] for part in ids]))
+    table = table.append_column("attention_mask", pa.array([[1] * len(part) for part in ids]))
+    path = folder / f"data_0.{container}"
+    if container == "parquet":
+        pq.write_table(table, path)
+    else:
+        write_arrow(path, table)
+    return path

@@ -45,7 +45,7 @@ def make_documents(count: int, seed: int = 0) -> Written:
     return documents
 
 
-def write(folder: Path, documents: Written, **options: Any) -> None:
+def write(folder: Path | str, documents: Written, **options: Any) -> None:
     """Write those that are not in a dataset yet, a few to a shard."""
     with ShardWriter(folder, HEADER, **{"shard_tokens": 60, **options}) as writer:
         for ids, rows, extra in documents[sum(shard.documents for shard in writer.resumed) :]:

@@ -91,7 +91,7 @@ def _check_output(name: str) -> None:
     path = Path(os.path.abspath(name))
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not there.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "is a file, so --output cannot be a folder there", str(there))
+        raise ConfigError(f"output: {name} cannot be a folder: {there} is a file")
     if there != path and not os.access(there, os.W_OK | os.X_OK):
         number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
         raise OSError(number, os.strerror(number), str(there))

@@ -17,6 +17,9 @@ from distillkit.errors import ConfigError, nearest, printable
 __all__ = ["InvalidSettingsError", "Problem", "cut", "find_problems", "refusals", "report", "shown", "value_problem"]
 
 
+_MOST_SHOWN = 50
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem: the dotted path of the setting, and what is wrong with it."""
@@ -44,7 +47,8 @@ def report(source: str, problems: Iterable[Problem | str]) -> str:
     lines = list(dict.fromkeys(map(str, problems)))
     if len(lines) == 1:
         return f"{source}: {lines[0]}"
-    return "\n".join([f"{source}: {len(lines)} problems", *(f"  {line}" for line in lines)])
+    rest = [f"… and {len(lines) - _MOST_SHOWN:,} more"] if len(lines) > _MOST_SHOWN else []
+    return "\n".join([f"{source}: {len(lines):,} problems", *(f"  {line}" for line in lines[:_MOST_SHOWN] + rest)])
 
 
 def refusals(model: BaseModel, messages: Mapping[str, str]) -> ValidationError:
@@ -150,7 +154,7 @@ def _problems(
 
 
 def _dotted(path: tuple[str | int, ...]) -> str:
-    return ".".join(map(str, path))
+    return ".".join(cut(str(part)) for part in path)
 
 
 def _problem(item: _Item, model: type[BaseModel] | None, unknown: str, known: Iterable[str]) -> Problem:

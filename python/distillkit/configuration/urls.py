@@ -11,15 +11,24 @@ from fsspec.spec import AbstractFileSystem
 
 from distillkit.errors import InputError
 
-__all__ = ["is_url", "locate"]
+__all__ = ["is_url", "locate", "without_trailing_slash"]
 
 _URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://")
+_ROOT = re.compile(rf"{_URL.pattern}|/|~/")
 _CHAINED_URL = re.compile(r"(\w+::)+[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def is_url(place: str | os.PathLike[str]) -> bool:
     """Whether a place is an fsspec URL. Everything else is a local path, whatever characters it contains."""
     return _URL.match(str(os.fspath(place))) is not None
+
+
+def without_trailing_slash(place: str | os.PathLike[str]) -> str:
+    """A path or URL without slashes at its end, save those that are all of it: `/`, `~/` and `memory://` stay."""
+    name = str(os.fspath(place))
+    root = _ROOT.match(name)
+    kept = root.end() if root else 0
+    return name[:kept] + name[kept:].rstrip("/")
 
 
 def locate(place: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
@@ -29,12 +38,14 @@ def locate(place: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     and would then read, write or remove something else.
 
     Raises:
-        InputError: an empty name, a URL of no place, a chained URL, a kind of storage that fsspec does not know or that
-            a URL alone does not describe, one whose package is not installed, or one that cannot be reached.
+        InputError: an empty name, a URL of no place, or a name with a NUL character; a chained URL; a kind of storage
+            that fsspec does not know or that a URL alone does not describe, one whose package is not installed, or one
+            that cannot be reached.
     """
     name = str(os.fspath(place))
-    if not name or name.endswith("://"):
-        raise InputError(f"{name!r} is not the path or URL of a file or folder")
+    # Only memory has a root: s3:// needs a bucket, http:// a host.
+    if not name or "\0" in name or (name.endswith("://") and name != "memory://"):
+        raise InputError(f"{name!r} is not the name of a file or folder")
     if _CHAINED_URL.match(name):
         raise InputError(f"{name}: chained URLs are not supported; give the URL of the data itself")
     url = _URL.match(name)

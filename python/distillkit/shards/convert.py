@@ -60,7 +60,7 @@ def convert(
         teacher=teacher or source.header.teacher,
     )
     with ShardWriter(folder, header, shard_tokens=shard_tokens, resume=True) as writer:
-        resumed = writer.resumed_documents()
+        resumed = writer.finished_documents()
         for index, document in enumerate(source):
             written = next(resumed, None)
             if written is None:
@@ -77,8 +77,16 @@ def convert(
                     "unfinished conversion of another dataset; choose another folder or remove it"
                 )
             progress(len(document.input_ids))
+        if next(resumed, None) is not None:
+            raise MismatchError(
+                f"{folder}: has more documents than the {len(source)} of {source.path}: the folder contains an "
+                "unfinished conversion of another dataset; choose another folder or remove it"
+            )
         return writer.close()
 
 
 def _same(written: Document, document: Document) -> bool:
-    return np.array_equal(written.input_ids, document.input_ids) and written.teacher == document.teacher
+    """Whether all that is stored of two documents is equal; `doc_id` stands for ids, mask and segments."""
+    labels, expected = written.label_logprobs, document.label_logprobs
+    same_labels = labels is expected if labels is None or expected is None else np.array_equal(labels, expected)
+    return same_labels and written.doc_id == document.doc_id and written.teacher == document.teacher

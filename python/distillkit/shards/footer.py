@@ -61,7 +61,7 @@ def read_footer(data: bytes) -> list[list[Chunk]]:
     content = _Reader(data).structure(0)
     try:
         return [[_chunk(column[_CHUNK]) for column in group[_COLUMNS]] for group in content[_ROW_GROUPS]]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"no such field in the footer: {error}") from error
 
 

@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from distillkit.errors import InputError
+from distillkit.errors import CorruptDataError, InputError
 from distillkit.shards.json_text import parse_json
 from distillkit.shards.storage import Folder, writing
 
@@ -59,6 +60,7 @@ class FolderLock:
 
     Raises:
         InputError: another process writes some of them; the message says which one, and since when.
+        CorruptDataError: the file of a process that writes there is damaged.
         OSError: the folder cannot be written.
     """
 
@@ -87,7 +89,7 @@ class FolderLock:
                 if _locked_now(descriptor):
                     path.unlink()
                     continue
-                writer = parse_json(os.read(descriptor, 4096), where=str(path))
+                writer = _writer(parse_json(os.read(descriptor, 4096), where=str(path)), path)
             finally:
                 os.close(descriptor)
             theirs = None if writer["shards"] is None else range(*writer["shards"])
@@ -148,6 +150,19 @@ def _unregister(path: Path, descriptor: int, process: int, made: bool) -> None:
         path.parent.rmdir()
         if made:
             path.parent.parent.rmdir()
+
+
+def _writer(content: Any, path: Path) -> dict[str, Any]:
+    """What a writer's file says.
+
+    Raises:
+        CorruptDataError: it is not what `FolderLock` writes.
+    """
+    shards = content.get("shards", "missing") if isinstance(content, dict) else "missing"
+    known = shards is None or (isinstance(shards, list) and [type(number) for number in shards] == [int, int])
+    if not known or not {"process", "host", "since"} <= content.keys():
+        raise CorruptDataError(f"{path}: not the file of a process that writes shards: {content!r:.200}")
+    return dict(content)
 
 
 def _overlap(ours: range | None, theirs: range | None) -> bool:

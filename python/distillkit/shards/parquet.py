@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -75,6 +75,17 @@ def footer_of(path: str) -> list[list[Chunk]]:
         if length > size - 12:
             raise ValueError(f"a footer of {length:,} bytes in {size:,}")
         return read_footer(filesystem.cat_file(inner, start=size - 8 - length, end=size - 8))
+
+
+def check_names(schema: pa.Schema, names: Iterable[str], where: object) -> None:
+    """Refuse a file with several columns of one of these names.
+
+    Raises:
+        CorruptDataError: it has.
+    """
+    for name in names:
+        if (count := schema.names.count(name)) > 1:
+            raise CorruptDataError(f"{where}: has {count} columns with the name {name}")
 
 
 def validated(data: _Tabular, where: object) -> _Tabular:

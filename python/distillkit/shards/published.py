@@ -20,9 +20,9 @@ from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError, CorruptDataError, InputError
 from distillkit.shards.header import Header, alignment, check_codec
 from distillkit.shards.manifest import ShardInfo
-from distillkit.shards.parquet import open_parquet, validated
+from distillkit.shards.parquet import check_names, open_parquet, validated
 from distillkit.shards.saved import check_uncompressed, saved_files, saved_splits
-from distillkit.shards.storage import locate, reading
+from distillkit.shards.storage import locate, map_source, reading
 from distillkit.shards.table import Block, Documents, check_document, document_id, int32_array, make_block
 from distillkit.types import Document
 
@@ -36,6 +36,7 @@ _LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 _LENGTH_COLUMNS = ("input_ids", "attention_mask")
 _TOKEN_COLUMNS = (*_LENGTH_COLUMNS, "labels", "loss_mask")
+_MASKS = ("attention_mask", "loss_mask")
 _IGNORED = -100
 """The label of tokens that do not count towards the loss, as everywhere in PyTorch."""
 _TEXT_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".md")
@@ -177,7 +178,7 @@ def _layout(table: _TableFile) -> str:
         )
     for name, depth in (*((name, 1) for name in _TOKEN_COLUMNS), *((name, 2) for name in _LAYOUTS[layout])):
         found = table.columns.get(name)
-        if found is not None and not _is_list_of_numbers(found, depth, boolean=name == "loss_mask"):
+        if found is not None and not _is_list_of_numbers(found, depth, boolean=name in _MASKS):
             raise InputError(f"{table.path}: column {name} is {found}, expected {'list of ' * depth}numbers")
     return layout
 
@@ -268,6 +269,7 @@ class _TableFile:
             else:
                 with open_parquet(path) as parquet:
                     schema, self._metadata = parquet.schema_arrow, parquet.metadata
+                check_names(schema, _KNOWN_COLUMNS, path)
                 self.groups = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
             self.columns: dict[str, pa.DataType] = {field.name: field.type for field in schema}
 
@@ -277,7 +279,8 @@ class _TableFile:
     def _map(self) -> pa.Table:
         if self._mapped is None:
             check_uncompressed(self.path)
-            table = pa.ipc.open_stream(pa.memory_map(locate(self.path)[1])).read_all()
+            table = pa.ipc.open_stream(map_source(self.path)).read_all()
+            check_names(table.schema, _KNOWN_COLUMNS, self.path)
             # Nothing else is read, so nothing else needs to be sound.
             known = [name for name in _KNOWN_COLUMNS if name in table.schema.names]
             self._mapped = validated(table.select(known) if "input_ids" in known else table, self.path)
@@ -474,7 +477,11 @@ def _segments(mask: npt.NDArray[Any] | None, tokens: int, where: str) -> npt.NDA
     """Lengths of the packed documents, without padding, from a mask that numbers them (1, 1, 2, 2, 2, 0, 0)."""
     if mask is None:
         return np.array([tokens])
-    length = int((mask != 0).sum())
+    with np.errstate(invalid="ignore"):
+        numbers = mask.astype(np.int64)
+    if not np.array_equal(numbers, mask) or (numbers < 0).any():
+        raise CorruptDataError(f"{where}: attention_mask has values that are not whole numbers from 0")
+    mask, length = numbers, int((mask != 0).sum())
     if (mask[:length] == 0).any():
         raise CorruptDataError(f"{where}: attention_mask has padding before the end, which is not supported")
     starts = np.flatnonzero(np.diff(mask[:length], prepend=0))

@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillkit.codec import Codec, CodecConfig
+from distillkit.configuration.urls import without_trailing_slash
 from distillkit.errors import CorruptDataError, InputError, MismatchError, UnsupportedVersionError
 from distillkit.shards.footer import Chunk
 from distillkit.shards.header import Header, check_codec
 from distillkit.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
-from distillkit.shards.parquet import footer_of, open_parquet
+from distillkit.shards.parquet import check_names, footer_of, open_parquet
 from distillkit.shards.published import load_codec_config, open_published
 from distillkit.shards.storage import Folder, locate, reading
 from distillkit.shards.table import GROUPS_KEY, SCHEMA, Block, Documents, GroupDigest, ShardRows
@@ -95,6 +96,7 @@ class ShardFile:
             raise CorruptDataError(
                 f"{path}: row groups of {stored} documents, {self._metadata.num_rows} in total, expected {self._groups}"
             )
+        check_names(schema, SCHEMA.names, path)
         self._columns = [name for name in SCHEMA.names if name in schema.names]
         for field in SCHEMA:
             found = schema.field(field.name).type if field.name in schema.names else None
@@ -267,8 +269,8 @@ class Dataset(Documents):
             CorruptDataError, TruncatedDataError: a file is damaged.
             UnsupportedVersionError: a file is in a version that this release cannot read.
         """
-        filesystem, inner = locate(path)
-        name = str(os.fspath(path)).rstrip("/") or "/"
+        name = without_trailing_slash(path)
+        filesystem, inner = locate(name)
         if not filesystem.exists(inner):
             raise FileNotFoundError(2, "no such file or folder", name)
         manifest = read_manifest(name) if filesystem.isdir(inner) else None
@@ -374,8 +376,8 @@ def is_captured(path: str | os.PathLike[str]) -> bool:
         InputError: the path is the folder of an unfinished capture.
         CorruptDataError: the manifest is damaged.
     """
-    filesystem, inner = locate(path)
-    name = str(os.fspath(path)).rstrip("/") or "/"
+    name = without_trailing_slash(path)
+    filesystem, inner = locate(name)
     return (filesystem.isdir(inner) and read_manifest(name) is not None) or _is_shard(name)
 
 

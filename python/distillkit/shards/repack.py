@@ -146,8 +146,10 @@ def pack_dataset(
                 skipped = 0
             done += len(indices)
             progress(done, total)
+        # Before the manifest, which would make a dataset of what an earlier run wrote of other documents.
+        writer.finish_shard()
+        _compare(source, (str(folder), writer.finished_documents()), pieces, plan, lambda n: progress(done + n, total))
         manifest = writer.close()
-    _compare(source, str(folder), pieces, plan, lambda count: progress(done + count, total))
     packed = np.unique(pieces.documents[plan.order])
     rows, tokens = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("documents", "tokens"))
     cut = overflow not in ("split", "drop")
@@ -249,13 +251,19 @@ def _same_labels(written: Document, document: Document, start: int, stop: int) -
     return np.array_equal(written.label_logprobs[start : stop - 1], document.label_logprobs[: stop - start - 1])
 
 
-def _compare(source: Dataset, folder: str, pieces: Pieces, plan: PackingPlan, progress: Callable[[int], None]) -> None:
-    """Read the packed rows back and compare their tokens, masks and teacher rows with the source.
+def _compare(
+    source: Dataset,
+    output: tuple[str, Iterator[Document]],
+    pieces: Pieces,
+    plan: PackingPlan,
+    progress: Callable[[int], None],
+) -> None:
+    """Read the packed rows of an output folder back and compare their tokens, masks and teacher rows with the source.
 
     Raises:
         CorruptDataError: there is a difference.
     """
-    packed: Iterator[Document] = iter(Dataset.open(folder))
+    folder, packed = output
     done = 0
     for indices, rows in plan.windows:
         documents = [_part(source, *pieces[index]) for index in indices.tolist()]
@@ -277,7 +285,7 @@ def _compare(source: Dataset, folder: str, pieces: Pieces, plan: PackingPlan, pr
                 if not same:
                     raise CorruptDataError(
                         f"{folder}: document {pieces.documents[indices[i]]} of {source.path} differs when read back; "
-                        "remove the folder and pack again"
+                        "if an earlier run packed other documents there, choose another folder, or remove it"
                     )
                 start = stop
         done += len(indices)

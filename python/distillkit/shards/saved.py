@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.shards.json_text import parse_json
-from distillkit.shards.storage import locate, reading
+from distillkit.shards.storage import locate, map_source, reading
 
 __all__ = ["check_saved", "check_uncompressed", "saved_files", "saved_splits"]
 
@@ -69,13 +69,13 @@ def check_saved(folder: str | os.PathLike[str]) -> None:
 
 
 def check_uncompressed(path: str) -> None:
-    """Refuse a local Arrow file with compressed values, of which a few bytes can take gigabytes. `save_to_disk` maps
+    """Refuse an Arrow file with compressed values, of which a few bytes can take gigabytes. `save_to_disk` maps
     its files into memory as they are and never compresses them.
 
     Raises:
         CorruptDataError: values are compressed, or the file is damaged.
     """
-    with reading(path), pa.memory_map(locate(path)[1]) as file:
+    with reading(path), map_source(path) as file:
         if any(_is_compressed(message) for message in pa.ipc.MessageReader.open_stream(file)):
             raise CorruptDataError(
                 f"{path}: an Arrow file with compressed values, expected one that save_to_disk wrote. Not read, since "

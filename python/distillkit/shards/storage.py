@@ -22,7 +22,7 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from distillkit.configuration.urls import is_url, locate
+from distillkit.configuration.urls import is_url, locate, without_trailing_slash
 from distillkit.errors import CorruptDataError, DistillKitError
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "file_hash",
     "is_url",
     "locate",
+    "map_source",
     "open_source",
     "reading",
     "writing",
@@ -64,8 +65,8 @@ class Folder:
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
-        self._filesystem, self._root = locate(url)
-        self.url = str(os.fspath(url)).rstrip("/") or "/"
+        self.url = without_trailing_slash(url)
+        self._filesystem, self._root = locate(self.url)
         self.is_local = isinstance(self._filesystem, LocalFileSystem)
 
     def __str__(self) -> str:
@@ -78,7 +79,7 @@ class Folder:
 
     def of(self, name: str) -> str:
         """The path or URL of a file in the folder."""
-        return f"{self.url}/{name}"
+        return f"{self.url}{name}" if self.url.endswith("/") else f"{self.url}/{name}"
 
     def inner(self, name: str) -> Folder:
         """A subfolder."""
@@ -330,4 +331,12 @@ def reading(where: str) -> Iterator[None]:
 def open_source(path: str) -> Any:
     """Opens a file (a path or an fsspec URL) for pyarrow, which reads local files natively, without calling Python."""
     filesystem, inner = locate(path)
-    return pa.OSFile(inner) if isinstance(filesystem, LocalFileSystem) else filesystem.open(inner, "rb")
+    # Bytes, since a name need not be UTF-8.
+    return pa.OSFile(os.fsencode(inner)) if isinstance(filesystem, LocalFileSystem) else filesystem.open(inner, "rb")
+
+
+def map_source(path: str) -> Any:
+    """Opens a file as `open_source` does; local ones are mapped into memory."""
+    filesystem, inner = locate(path)
+    is_local = isinstance(filesystem, LocalFileSystem)
+    return pa.memory_map(os.fsencode(inner)) if is_local else filesystem.open(inner, "rb")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -189,10 +190,10 @@ class ShardWriter:
             self._header.check_same(header, where=self._folder.of(info.file))
         return [info for info, _ in found], [header for _, header in found]
 
-    def resumed_documents(self) -> Iterator[Document]:
-        """The documents of the finished shards found in the folder, in order."""
-        for shard in self.resumed:
-            yield from ShardFile(self._folder.of(shard.file))
+    def finished_documents(self) -> Iterator[Document]:
+        """The documents of the shards that are finished now, in order."""
+        places = [self._folder.of(shard.file) for shard in self._shards]
+        return itertools.chain.from_iterable(ShardFile(place) for place in places)
 
     def write(
         self,

@@ -33,7 +33,7 @@ fn ids(u: &mut Unstructured, k: usize, vocab_size: u64) -> Result<Vec<i64>> {
 
 fn run(input: &[u8]) -> Result<()> {
     let mut u = Unstructured::new(input);
-    let Some(made) = prepared(&mut u, Fields::arbitrary)? else { return Ok(()) };
+    let Some(made) = prepared(&mut u, Fields::any)? else { return Ok(()) };
     let (fields, codecs) = (&made.fields, &made.codecs);
     let k = codecs[0].k();
     let vocab_size = codecs[0].vocab_size();

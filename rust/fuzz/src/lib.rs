@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use arbitrary::{Arbitrary, Result, Unstructured};
+use arbitrary::{Result, Unstructured};
 use distillkit_codec::{Backend, Codec, CodecError, Config};
 use libfuzzer_sys::Corpus;
 use serde_json::{Value, json};
@@ -59,6 +59,11 @@ fn term(u: &mut Unstructured) -> Result<Value> {
 }
 
 impl Fields {
+    /// Fields of either.
+    pub fn any(u: &mut Unstructured) -> Result<Self> {
+        if u.arbitrary()? { Self::quantized(u) } else { Self::legacy(u) }
+    }
+
     /// Fields of `logprob_compressor`.
     pub fn quantized(u: &mut Unstructured) -> Result<Self> {
         let k = ranks(u)?;
@@ -118,12 +123,6 @@ impl Fields {
                 .expect("a valid configuration makes a codec")
         };
         Some(Backend::available().into_iter().map(codec).collect())
-    }
-}
-
-impl Arbitrary<'_> for Fields {
-    fn arbitrary(u: &mut Unstructured) -> Result<Self> {
-        if u.arbitrary()? { Self::quantized(u) } else { Self::legacy(u) }
     }
 }
 

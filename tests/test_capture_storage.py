@@ -14,10 +14,11 @@ import fsspec
 import psutil
 import pytest
 import torch
+from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
 from distillkit.capture.shard_plan import read_plan
-from distillkit.errors import CaptureError
+from distillkit.errors import CaptureError, InputError
 from distillkit.shards import Dataset, read_manifest, verify_dataset
 from distillkit.shards.storage import Folder
 from support.capturing import files, run
@@ -152,19 +153,30 @@ def test_storage_that_does_not_answer_ends_with_an_error(monkeypatch: pytest.Mon
         read_manifest("silent://bucket/data")
 
 
-class Locked(AsyncFileSystem):
-    """Fails as clients of storage do without credentials: with an error of their own."""
+class Locked(AbstractFileSystem):
+    """A storage whose library has errors of its own."""
 
     protocol = "locked"
 
-    async def _info(self, path: str, **options: Any) -> None:
+    def info(self, path: str, **options: Any) -> None:
         raise LookupError("no credentials")
 
+    makedirs = info
 
-def test_errors_of_a_storage_client_are_errors_of_storage() -> None:
+
+def test_errors_of_storage_are_those_of_files() -> None:
     fsspec.register_implementation("locked", Locked, clobber=True)
-    with refused(OSError, "locked://bucket/data", "no credentials"):
-        read_manifest("locked://bucket/data")
+    for attempt in (lambda: Folder("locked://bucket/data").make(), lambda: read_manifest("locked://bucket/data")):
+        with refused(OSError, "locked://bucket/data", "no credentials"):
+            attempt()
+
+
+@pytest.mark.parametrize("place", ["", "s3://", "http://", "file://"])
+def test_a_place_that_is_none_is_refused(place: str) -> None:
+    """Such as of a variable that is not set: not the current folder, or one of the protocol's name."""
+    for attempt in (Folder, Dataset.open):
+        with refused(InputError, f"'{place}'" if place else "''"):
+            attempt(place)
 
 
 def test_a_second_capture_elsewhere_that_replaced_a_finished_one_says_so(

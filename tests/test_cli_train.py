@@ -174,6 +174,15 @@ commands.Commands.get_command = lambda self, context, name: schema
 sys.argv[1:] = ["schema"]
 entry.main()
 """
+_AT_THE_END = """
+import os, signal, sys
+
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
+        kill(process, number)
+
+sys.late = Late()
+"""
 
 
 @pytest.mark.parametrize(
@@ -185,8 +194,9 @@ entry.main()
         ),
         _TWICE.format(again=""),
         _TWICE.format(again="os.kill(os.getpid(), signal.SIGINT); time.sleep(20)"),
+        _AT_THE_END + _TWICE.format(again=""),
     ],
-    ids=["click", "main", "numpy", "schema", "once", "twice"],
+    ids=["click", "main", "numpy", "schema", "once", "twice", "at the end"],
 )
 def test_ctrl_c_ends_with_its_status_and_no_traceback(code: str) -> None:
     """While modules are imported, in a command, and again while the first one is being answered."""
@@ -202,7 +212,7 @@ def test_ctrl_c_ends_with_its_status_and_no_traceback(code: str) -> None:
     assert result.returncode == 130, result.stderr
     assert "Traceback" not in result.stderr
     assert "interrupted" in result.stderr
-    assert ("cleaned up" in result.stderr) is (code == _TWICE.format(again=""))
+    assert ("cleaned up" in result.stderr) is code.endswith(_TWICE.format(again=""))
     assert result.stdout == ""
 
 

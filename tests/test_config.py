@@ -697,6 +697,7 @@ SECRETS = (
     ("https://me:s3cret@example.com/data", "https://me:***@example.com/data"),
     ("s3://key:p@ss@bucket/x, then hdfs://u:s3cret@h", "s3://key:***@bucket/x, then hdfs://u:***@h"),
     ("https://s3cret@example.com/x", "https://***@example.com/x"),
+    ("ssh:/me:s3cret@h/x: no such folder; https:/s3cret@h", "ssh:/me:***@h/x: no such folder; https:/***@h"),
     ("https://h/x?X-Amz-Signature=s3cret&split=a&sig=s3cret", "https://h/x?X-Amz-Signature=***&split=a&sig=***"),
     ("with {'token': 's3cret', 'eos_token': '</s>'}", "with {'token': '***', 'eos_token': '</s>'}"),
     ('{"api_key": "s3cret"}', '{"api_key": "***"}'),

@@ -195,6 +195,8 @@ def test_secrets_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws+secret/1")
     monkeypatch.setenv("SHORT_TOKEN", "word")
     assert redacted("aws+secret/1 and aws%2Bsecret%2F1, a word", "given") == "*** and ***, a word"
+    for spelling in (r"a\/b&c", "a%252Fb%2526c", "a/b&amp;c", base64.b64encode(b"a/b&c").decode()):
+        assert redacted(f"before {spelling} after", "a/b&c").replace("=", "") == "before *** after"
 
 
 # -- what is answered --------------------------------------------------------------------------------------------------

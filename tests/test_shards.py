@@ -893,6 +893,16 @@ def test_a_changed_header_is_noticed(folder: Path) -> None:
         Dataset.open(folder)
 
 
+def test_a_file_of_another_kind_is_not_called_truncated(folder: Path) -> None:
+    path = folder / "data-00000.parquet"
+    for data in (b"model: teacher\n", b"PK\x03\x04" * 99):
+        path.write_bytes(data)
+        with pytest.raises(CorruptDataError) as caught:
+            Dataset.open(path)
+        assert not isinstance(caught.value, TruncatedDataError)
+        check_names(str(caught.value), "data-00000.parquet", f"{len(data)} bytes")
+
+
 def test_every_truncation_is_noticed(folder: Path) -> None:
     path = folder / "data-00000.parquet"
     data = path.read_bytes()

@@ -7,6 +7,7 @@ import bz2
 import gzip
 import json
 import pickle
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,20 @@ def test_what_a_tool_answers_may_be_an_object(template: str, expected: str) -> N
     assert texts(byte_tokenizer(template), {"messages": [{"role": "tool", "content": {"a": "é"}}]}) == [expected]
 
 
+def test_times_in_tables_are_refused(tmp_path: Path) -> None:
+    """Readers of JSON lines take text that looks like a time for one, and forget how it was written."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [*QA, {"role": "tool", "content": "2024-05-06"}]}))
+    assert texts(byte_tokenizer(TO_JSON), json.loads((tmp_path / "rows.jsonl").read_text()))[0].count('"2024-05-06"')
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.timestamp("s"))]))
+    table = pa.table({"messages": pa.array([[{"role": "tool", "content": datetime(2024, 5, 6)}]], kind)})
+    pa.parquet.write_table(table, tmp_path / "rows.parquet")
+    documents = DocumentReader(
+        open_source(str(tmp_path / "rows.parquet")), byte_tokenizer(TO_JSON), max_tokens=99, id_limit=999
+    )
+    with refused(InputError, "rows.parquet, row 0", "messages", "datetime"):
+        list(documents)
+
+
 @pytest.mark.parametrize("kind", ["image", "image_url", "input_audio", "video"])
 def test_what_is_not_text_is_refused_by_name(kind: str) -> None:
     content = [{"type": "text", "text": "a"}, {"type": kind, kind: "x"}]
@@ -317,6 +332,13 @@ BEFORE, AFTER = [("system", "s"), ("user", "q"), ("assistant", "r")], [("user", 
         ({"conversations": [{"from": "model", "value": "b"}]}, AFTER[1:]),
         ({"messages": [{"role": "function", "content": "r"}, {"role": "observation", "content": "t"}]},
          [("tool", "r"), ("tool", "t")]),
+        ({"messages": [{"role": "ipython", "content": "r"}, {"from": "bot", "content": "b"}]},
+         [("tool", "r"), ("assistant", "b")]),
+        ({"messages": [{"role": "user", "value": "a"}, {"from": "gpt", "value": "b"}]}, AFTER),
+        ({"messages": json.dumps(QA), "history": json.dumps([["q", "r"]])}, [*BEFORE[1:], *AFTER]),
+        ({"messages": [{"role": "system", "content": [{"type": "text", "text": "s"}]}, *QA], "system": "s\n"},
+         [BEFORE[0], *AFTER]),
+        ({"instruction": "", "input": "a", "output": "b"}, AFTER),
     ],
 )  # fmt: skip
 def test_columns_and_roles(row: dict[str, Any], expected: list[tuple[str, str]]) -> None:
@@ -329,6 +351,7 @@ def test_columns_that_have_no_place_are_refused() -> None:
         ({"prompt": "a", "response": "b", "system": "s"}, ["system", "prompt + response"]),
         ({"messages": [{"role": "system", "content": "t"}, *QA], "system": "s"}, ["system"]),
         ({"instruction": "a", "output": "b", "history": ["q"]}, ["history[0]", "'q'"]),
+        ({"messages": [{"role": "user", "text": "a"}, QA[1]]}, ["messages[0]", "'text'"]),
     ):
         with refused(InputError, "row 0", *facts):
             texts(tokenizer, row)
@@ -350,6 +373,24 @@ def test_calls_as_messages_of_their_own() -> None:
     assert only == said(("assistant", '{"name": "f", "arguments": {"x": 1}}'))
     with refused(InputError, "row 0", "conversations[0]", "function_call"):
         texts(byte_tokenizer(TURNS), {"conversations": [{"from": "function_call", "value": "f of x"}]})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({"parameters": {"x": 1}}, {"x": 1}), *(({"arguments": nothing}, {}) for nothing in (None, "", " ", "null"))],
+)
+def test_arguments_of_a_call_are_a_mapping(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.tool_calls[0].function | tojson }}{% endfor %}")
+    message = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", **given}]}
+    [text] = texts(tokenizer, {"messages": [message]})
+    assert json.loads(text)["arguments"] == expected
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
+def test_no_tools_are_none(tools: Any) -> None:
+    """Templates such as Llama 3.1's write more where there is a list, even an empty one."""
+    tokenizer = byte_tokenizer("{{ tools is none }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert texts(tokenizer, {"messages": QA, "tools": tools}) == ["Trueab"]
 
 
 def test_keys_of_a_call_reach_the_template() -> None:
@@ -544,6 +585,20 @@ def test_turns_that_are_not_written_directly() -> None:
 
 
 @pytest.mark.parametrize(
+    "first",
+    ["<s>", "<|im_start|>system\nBe kind.<|im_end|>\n"],
+)
+@pytest.mark.parametrize("prompt", ["", "<think>\n"])
+def test_what_a_template_writes_before_a_first_answer_does_not_count(first: str, prompt: str) -> None:
+    """Many write the beginning of the text, or a default system prompt, while they are at the first message."""
+    template = "{% for m in messages %}{% if loop.first %}" + first + "{% endif %}" + TURNS.partition("%}")[2]
+    tokenizer = byte_tokenizer(template.replace("assistant\n{% endif %}", f"assistant\n{prompt}{{% endif %}}"))
+    for messages in (QA[1:], [QA[1], *QA]):
+        expected = "|".join("b<|im_end|>\n" for message in messages if message["role"] == "assistant")
+        assert counted(tokenizer, {"messages": messages}, loss_on="assistant") == expected
+
+
+@pytest.mark.parametrize(
     "template",
     [
         "{{ messages[0].content }}{{ messages[1].content }}",  # no loop
@@ -572,6 +627,8 @@ def test_weights_of_messages() -> None:
             ("train", (False, True)),
             ("weight", (0.0, 1.0)),
             ("train", (False, None)),
+            ("loss", (False, True)),
+            ("training", (False, True)),
         ):
             off, on = ({key: value} for value in values)
             row = {"messages": [turns[0], {**turns[1], **off}, turns[2], {**turns[3], **on}]}
@@ -582,6 +639,21 @@ def test_weights_of_messages() -> None:
             assert trained.loss_mask.tolist() == read(tokenizer, row)[0].loss_mask.tolist()
     with refused(InputError, "row 0", "message 1", "0.5"):
         read(byte_tokenizer(TURNS), {"messages": [turns[0], {**turns[1], "weight": 0.5}]})
+
+
+@pytest.mark.parametrize(
+    ("columns", "facts"),
+    [
+        ({"loss_mask": [0, 0.5, 1]}, ["loss_mask", "0.5"]),
+        ({"loss_mask": [0, float("nan"), 1]}, ["loss_mask", "nan"]),
+        ({"loss_mask": [0, 2, 1]}, ["loss_mask", "2"]),
+        ({"attention_mask": [1, float("nan"), 1]}, ["attention_mask", "nan"]),
+        ({"attention_mask": [-1, 1, 1]}, ["attention_mask"]),
+    ],
+)
+def test_masks_that_are_none(columns: dict[str, Any], facts: list[str]) -> None:
+    with refused(InputError, "row 0", *facts):
+        read(None, {"input_ids": [1, 2, 3], **columns})
 
 
 # -- documents and files -----------------------------------------------------------------------------------------------
@@ -622,6 +694,36 @@ def test_rows_that_cannot_be_rendered_may_be_left_out() -> None:
     documents.skip_bad = 1
     with refused(InputError, "3", "'robot'", "--skip-bad-documents"):
         list(documents)
+
+
+BAD_LINES = [
+    *(b"{x", b'{"text": "\xe9"}', b"[1]", b"null", b'{"n": ' + b"9" * 5000 + b"}", b'{"text": "a\\ud800"}'),
+    b'{"text": "x", "m": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet", "saved"])
+def test_rows_that_cannot_be_read_may_be_left_out(tmp_path: Path, name: str, shuffle: bool) -> None:
+    file, unit = tmp_path / name, "line" if "jsonl" in name else "row"
+    if unit == "line":
+        lines = b"\n".join([b'{"text": "a"}', *BAD_LINES, b'{"text": "b"}'])
+        file.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    else:
+        messages = [json.dumps([{"role": "user", "content": text}]) for text in "ab"]
+        texts = pa.array([messages[0], *["{x"] * len(BAD_LINES), messages[1]])
+        table = pa.table({"messages": pa.ExtensionArray.from_storage(pa.json_(), texts)})
+        if name == "saved":
+            datasets.Dataset(table).save_to_disk(file)
+        else:
+            pa.parquet.write_table(table, file)
+    options = {"max_tokens": 99, "id_limit": 999, "shuffle": shuffle, "append_eos": False}
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}</s>")
+    documents = DocumentReader(open_source(str(file)), tokenizer, skip_bad=len(BAD_LINES), **options)
+    assert sorted(tokenizer.decode(d.input_ids, skip_special_tokens=True) for d in documents) == ["a", "b"]
+    assert documents.counts["rows_that_cannot_be_used"] == len(BAD_LINES)
+    with refused(InputError, name, unit):
+        list(DocumentReader(open_source(str(file)), tokenizer, **options))
 
 
 def test_compressed_and_other_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

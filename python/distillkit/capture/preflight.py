@@ -12,8 +12,8 @@ from pathlib import Path
 
 from distillkit.capture.settings import CaptureSettings
 from distillkit.configuration.places import missing_place
-from distillkit.configuration.urls import is_url
-from distillkit.errors import ConfigError
+from distillkit.configuration.urls import is_url, locate
+from distillkit.errors import ConfigError, InputError
 from distillkit.models.weights import model_problem
 from distillkit.text.file_names import SUFFIXES, is_read
 
@@ -68,16 +68,28 @@ def check_inputs(settings: CaptureSettings) -> None:
 def _check_dataset(name: str) -> None:
     """Refuse a local dataset that does not exist, or that is a file of another kind."""
     path = Path(name)
-    problem = None if is_url(name) else missing_place(name, "file or folder", hub=not is_read(path))
+    if is_url(name):
+        _check_url("dataset", name)
+        return
+    problem = missing_place(name, "file or folder", hub=not is_read(path))
     if problem is None and path.is_file() and not is_read(path):
         problem = f"{name}: expected a file of {SUFFIXES}, found {path.suffix or 'no suffix'!r}"
     if problem is not None:
         raise ConfigError(f"dataset: {problem}")
 
 
+def _check_url(setting: str, name: str) -> None:
+    """Refuse a URL of an unknown kind, or of one whose package is not installed."""
+    try:
+        locate(name)
+    except InputError as error:
+        raise ConfigError(f"{setting}: {error}") from error
+
+
 def _check_output(name: str) -> None:
     """Refuse a local folder that cannot be made; one that exists may hold a finished capture, which is only read."""
     if is_url(name):
+        _check_url("output", name)
         return
     path = Path(os.path.abspath(name))
     there = next(parent for parent in (path, *path.parents) if parent.exists())

@@ -201,7 +201,7 @@ class CaptureSettings(BaseModel):
     skip_bad_documents: int = Field(
         default=0,
         ge=0,
-        description="Leave out up to this many rows that are not understood or cannot be rendered, and up to "
+        description="Leave out up to this many rows that cannot be read, understood or rendered, and up to "
         "as many documents that the teacher cannot score.",
     )
     workers: Literal["ray"] | None = Field(default=None, description="Distribute the shards over a Ray cluster.")

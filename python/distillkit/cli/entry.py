@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import signal
@@ -32,6 +33,8 @@ def _run(module: str) -> None:
     handled = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     if handled:
         signal.signal(signal.SIGINT, _end)
+        # As the last of what is done at exit: from then on Python itself would end the process by the signal.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     command = importlib.import_module(module)
     if handled:
         signal.signal(signal.SIGINT, _interrupt)

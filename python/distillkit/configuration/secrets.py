@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import os
 import re
 from collections.abc import Mapping
@@ -18,9 +20,10 @@ _WORDS += "|credential|credentials|authorization|cookie"
 _SECRET = re.compile(rf"(?i)(?:.*[^a-z])?(?:{_WORDS})|sas|.*[a-z](?:Token|Password|Secret|Key)")
 # Special tokens of a tokenizer.
 _OF_TEXT = re.compile(r"(?i)(?:.*_)?(?:eos|bos|pad|unk|sep|cls|mask|image|video|audio|boi|eoi|stop|special|next)_token")
-# user:password@, and user@ too where it is not an account name of ssh or git: tokens are given like this.
-_USER = re.compile(r"(?i)(\b[a-z][a-z0-9+.\-]*://)([^\s/?#@:'\"]*):([^\s/?#'\"]*)@")
-_BARE_USER = re.compile(r"(?i)(\bhttps?://)([^\s/?#@:'\"]+)@")
+# user:password@, and user@ too where it is not an account name of ssh or git: tokens are given like this. A URL taken
+# as a path has one slash left.
+_USER = re.compile(r"(?i)(\b[a-z][a-z0-9+.\-]*:/{1,2})([^\s/?#@:'\"]*):([^\s/?#'\"]*)@")
+_BARE_USER = re.compile(r"(?i)(\bhttps?:/{1,2})([^\s/?#@:'\"]+)@")
 _PARAMETER = re.compile(r"(?i)([?&;])([\w.\-]+)=([^\s&;#'\")\]}]+)")
 _ENTRY = re.compile(r"""(['"])([\w.\-]+)\1(\s*:\s*)(['"])((?:\\.|(?!\4).)*)\4""")
 _KNOWN = re.compile(
@@ -48,7 +51,7 @@ def redacted(text: str, *secrets: str) -> str:
         'https://me:***@example.com/data?token=***&split=train'
     """
     known = [value for name, value in os.environ.items() if len(value) >= _SHORTEST and is_secret(name)]
-    spelled = {spelling for value in (*known, *secrets) if value for spelling in (value, quote(value, ""))}
+    spelled = {spelling for value in (*known, *secrets) if value for spelling in _spellings(value)}
     for value in sorted(spelled, key=len, reverse=True):
         text = text.replace(value, REDACTED)
     text = _USER.sub(rf"\1\2:{REDACTED}@", text)
@@ -59,6 +62,13 @@ def redacted(text: str, *secrets: str) -> str:
         text,
     )
     return _KNOWN.sub(REDACTED, text)
+
+
+def _spellings(value: str) -> tuple[str, ...]:
+    """Return how a value may be written: as it is, in a URL, in JSON, in HTML, and in base64 as of basic access."""
+    quoted = quote(value, "")
+    encoded = base64.b64encode(value.encode(errors="replace")).decode().rstrip("=")
+    return value, quoted, quote(quoted, ""), value.replace("/", "\\/"), html.escape(value), encoded
 
 
 def _or_hidden(name: str, value: str) -> str:

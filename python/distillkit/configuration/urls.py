@@ -38,11 +38,13 @@ def locate(place: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     and would then read, write or remove something else.
 
     Raises:
-        InputError: an empty name or one with a NUL character, a chained URL, a kind of storage that fsspec does not
-            know or that a URL alone does not describe, or one whose package is not installed.
+        InputError: an empty name, a URL of no place, or a name with a NUL character; a chained URL; a kind of storage
+            that fsspec does not know or that a URL alone does not describe, one whose package is not installed, or one
+            that cannot be reached.
     """
     name = str(os.fspath(place))
-    if not name or "\0" in name:
+    # Only memory has a root: s3:// needs a bucket, http:// a host.
+    if not name or "\0" in name or (name.endswith("://") and name != "memory://"):
         raise InputError(f"{name!r} is not the name of a file or folder")
     if _CHAINED_URL.match(name):
         raise InputError(f"{name}: chained URLs are not supported; give the URL of the data itself")
@@ -53,5 +55,5 @@ def locate(place: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     try:
         kind = fsspec.get_filesystem_class(protocol)
         return fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(name)), str(kind._strip_protocol(name))
-    except (ImportError, ValueError, TypeError) as error:
+    except (ImportError, ValueError, TypeError, OSError) as error:  # some connect at once
         raise InputError(f"{name} cannot be opened: {error}") from error

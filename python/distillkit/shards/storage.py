@@ -193,13 +193,17 @@ class Folder:
             self._filesystem.mv(beside, target)
 
     def _ask(self, method: str, *arguments: Any, seconds: float | None = None, **options: Any) -> Any:
-        """Calls the file system. Where a connection could hang for good, the answer must come within some time."""
+        """Calls the file system. Where a connection could hang for good, the answer must come within some time.
+
+        Raises:
+            OSError: whatever the file system raises.
+        """
         call = getattr(self._filesystem, method)
-        if not inspect.iscoroutinefunction(getattr(call, "__wrapped__", None)):
-            return call(*arguments, **options)
         limit = seconds or _ANSWER_SECONDS
+        if inspect.iscoroutinefunction(getattr(call, "__wrapped__", None)):
+            options["timeout"] = limit
         try:
-            return call(*arguments, timeout=limit, **options)
+            return call(*arguments, **options)
         except FSTimeoutError as error:
             raise TimeoutError(errno.ETIMEDOUT, f"no answer to {method} within {limit:.0f} s", self.url) from error
         except (DistillKitError, OSError):

@@ -45,27 +45,24 @@ def stored_value(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
-def arrow_rows(table: pa.Table | pa.RecordBatch, where: str) -> Iterator[dict[str, Any]]:
-    """Yield a table's rows.
+def arrow_rows(table: pa.Table | pa.RecordBatch) -> Iterator[dict[str, Any] | InputError]:
+    """Yield a table's rows; instead of one in which a column of JSON has other text, an error that names the column.
 
     All values of a column have the same keys in a table; those that a row did not have are null, and are left out
     again, in structures of every depth. Nulls in lists, maps and JSON were given, and stay.
 
     Args:
         table: its values are valid.
-        where: location of the table, for messages.
-
-    Raises:
-        InputError: a column of JSON has other text.
     """
     converts = {field.name: convert for field in table.schema if (convert := _converter(field)) is not None}
     for row in table.to_pylist():
-        for name, convert in converts.items():
-            if row[name] is not None:
-                try:
+        try:
+            for name, convert in converts.items():
+                if row[name] is not None:
                     row[name] = convert(row[name])
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{where}: {name} has the type JSON, but is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            yield InputError(f"{name} has the type JSON, but is not JSON: {error}")
+            continue
         yield row
 
 

@@ -148,6 +148,9 @@ class DocumentReader:
     def _matching_rows(self) -> Iterator[Row]:
         unseen = {column for column, _ in self.where}
         for where, row in self._chosen_rows():
+            if isinstance(row, InputError):
+                yield where, row
+                continue
             unseen -= row.keys()
             if all(has_value(row.get(column), value) for column, value in self.where):
                 yield where, row
@@ -169,7 +172,7 @@ class DocumentReader:
     def _documents(self, rows: Sequence[Row]) -> Iterator[TokenDocument]:
         """Tokenise some rows and cut their documents."""
         kept = self.kept
-        for (where, row), documents in self._read_rows(rows):
+        for where, row, documents in self._read_rows(rows):
             self.rows += 1
             if not any(len(document.input_ids) for document in documents):
                 self.empty += 1
@@ -181,18 +184,20 @@ class DocumentReader:
                     place = where if stop - start == length else f"{where}, tokens {start}…{stop - 1}"
                     yield TokenDocument(document.input_ids[start:stop], place, mask, columns)
 
-    def _read_rows(self, rows: Sequence[Row]) -> Iterator[tuple[Row, list[TokenDocument]]]:
-        """Tokenise rows, without those that cannot be read."""
+    def _read_rows(self, rows: Sequence[Row]) -> Iterator[tuple[str, Any, list[TokenDocument]]]:
+        """Yield (place, row, documents), without rows that cannot be read."""
         try:
-            yield from list(zip(rows, self._reader(rows), strict=True))
-            return
+            found = self._reader(rows)
         except InputError:
             if not self.skip_bad:
                 raise
-        for row in rows:
-            documents = self._read_or_skip(row)
-            if documents is not None:
-                yield row, documents
+            for row in rows:
+                documents = self._read_or_skip(row)
+                if documents is not None:
+                    yield *row, documents
+            return
+        for row, documents in zip(rows, found, strict=True):
+            yield *row, documents
 
     def _read_or_skip(self, row: Row) -> list[TokenDocument] | None:
         """Tokenise a row; None if it is one of those that may be left out."""

@@ -36,7 +36,7 @@ TEACHER_COLUMNS = (
 
 
 class _Rows(Protocol):
-    """Random access to a file's rows: (location in the file, row) by index."""
+    """Random access to a file's rows: (location in the file, row) by index; see `_Format`."""
 
     def __len__(self) -> int: ...
 
@@ -49,7 +49,7 @@ class _Format:
 
     Attributes:
         count: number of rows.
-        read: yields (location in the file, row).
+        read: yields (location in the file, row); instead of a row that cannot be read, an InputError without its place.
         load: random access to the rows.
         schema: all columns; their types are only guaranteed for the requested ones.
     """
@@ -89,7 +89,7 @@ def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
     with _open(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield f"line {number}", _parse_json(line, f"{file}, line {number}")
+                yield f"line {number}", _parse_line(line)
 
 
 def _load_lines(file: Path) -> _Rows:
@@ -100,7 +100,6 @@ class _Lines:
     """Random access to the lines of a JSON Lines file that is not compressed."""
 
     def __init__(self, file: Path) -> None:
-        self._path = file
         starts, numbers, start = array("q"), array("q"), 0
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -118,7 +117,7 @@ class _Lines:
     def __getitem__(self, index: int) -> tuple[str, Any]:
         self._file.seek(self._starts[index])
         number = self._numbers[index]
-        return f"line {number}", _parse_json(self._file.readline(), f"{self._path}, line {number}")
+        return f"line {number}", _parse_line(self._file.readline())
 
 
 def _json_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
@@ -146,11 +145,19 @@ def _with_values(schema: pa.Schema, name: str, values: list[Any], file: Path) ->
         ) from error
 
 
-def _parse_json(data: bytes, where: str) -> Any:
+def _parse_line(line: bytes) -> Any:
     try:
-        return json.loads(data)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON in UTF-8: {error}") from error
+        return InputError(f"not JSON in UTF-8: {error}")
+
+
+def _parse_array(file: Path) -> list[Any]:
+    try:
+        rows: list[Any] = json.loads(_read(file))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not JSON in UTF-8: {error}") from error
+    return rows
 
 
 def _is_array(file: Path) -> bool:
@@ -160,14 +167,14 @@ def _is_array(file: Path) -> bool:
 
 
 def _count_json(file: Path) -> int:
-    return len(_parse_json(_read(file), str(file))) if _is_array(file) else _count_lines(file)
+    return len(_parse_array(file)) if _is_array(file) else _count_lines(file)
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
     if not _is_array(file):
         yield from _read_lines(file)
         return
-    for index, row in enumerate(_parse_json(_read(file), str(file))):
+    for index, row in enumerate(_parse_array(file)):
         yield f"row {index}", row
 
 
@@ -215,7 +222,6 @@ class _Table:
     """Random access to the rows of a Parquet file, held in memory."""
 
     def __init__(self, file: Path) -> None:
-        self._path = file
         with _open_parquet(file) as parquet:
             self._table = validated(parquet.read(columns=_parquet_columns(parquet)), file)
 
@@ -223,16 +229,14 @@ class _Table:
         return int(self._table.num_rows)
 
     def __getitem__(self, index: int) -> tuple[str, Any]:
-        place = f"row {index}"
-        return place, next(arrow_rows(self._table.slice(index, 1), f"{self._path}, {place}"))
+        return f"row {index}", next(arrow_rows(self._table.slice(index, 1)))
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
     with _open_parquet(file) as parquet:
         index = 0
         for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=_parquet_columns(parquet)):
-            where = f"{file}, rows from {index}"
-            for row in arrow_rows(validated(batch, where), where):
+            for row in arrow_rows(validated(batch, f"{file}, rows from {index}")):
                 yield f"row {index}", row
                 index += 1
 

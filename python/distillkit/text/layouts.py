@@ -17,6 +17,7 @@ __all__ = [
     "PROMPTS",
     "before_messages",
     "chat_messages",
+    "check_json",
     "find_layouts",
     "given_ids",
     "given_mask",
@@ -48,12 +49,19 @@ _ROLES = {
     "observation": "tool",
     "function": "tool",
     "tool_response": "tool",
+    "tool_result": "tool",
+    "ipython": "tool",
+    "bot": "assistant",
+    "chatgpt": "assistant",
     **{role: role for role in ("system", "user", "assistant", "tool", "developer")},
 }
 # Roles whose content is a tool call as JSON text: {"name": …, "arguments": …}, or a list of them.
 _CALLS = ("function_call", "tool_call")
 # Keys that say whether an assistant's message counts in the loss.
-_WEIGHTS = ("weight", "train")
+_WEIGHTS = ("weight", "train", "training", "loss")
+# What a message may have beside its content, or instead.
+_BESIDE = {"role", "from", "name", "id", "tool_calls", "tool_call_id", "function_call", *_WEIGHTS}
+_BESIDE |= {"reasoning_content", "reasoning", "thinking"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -90,6 +98,8 @@ def given_ids(row: Mapping[str, Any], where: str, id_limit: int) -> list[npt.NDA
     mask = _numbers(row, "attention_mask", where)
     if mask.shape != ids.shape:
         raise InputError(f"{where}: attention_mask has shape {mask.shape}, input_ids {ids.shape}")
+    if not (mask == np.floor(mask)).all() or mask.min() < 0:
+        raise InputError(f"{where}: attention_mask must be 0 for padding, and 1, 2, … for documents; found {mask}")
     borders = np.flatnonzero(np.diff(mask)) + 1
     return [part for part, number in zip(np.split(ids, borders), mask[np.r_[0, borders]], strict=True) if number != 0]
 
@@ -122,7 +132,11 @@ def given_mask(row: Mapping[str, Any], where: str, columns: Sequence[str]) -> np
             )
         return np.asarray(counted)
     there = [name for name in columns if row.get(name) is not None]
-    return np.all([values(name) != 0 for name in there], axis=0) if there else None
+    masks = [values(name) for name in there]
+    for name, mask in zip(there, masks, strict=True):
+        if not np.isin(mask, (0, 1)).all():
+            raise InputError(f"{where}: {name} must be 0 and 1, found {mask[~np.isin(mask, (0, 1))][0]}")
+    return np.all([mask != 0 for mask in masks], axis=0) if there else None
 
 
 def _numbers(row: Mapping[str, Any], name: str, where: str) -> npt.NDArray[Any]:
@@ -174,13 +188,13 @@ def chat_messages(
         InputError: a message or the tool definitions are malformed.
     """
     if len(columns) == 1 or columns == ("tools", "turns"):
-        given = row["tools"] if len(columns) > 1 else row.get("tools") or None
-        tools = None if given is None else read_tools(given, where)
+        tools = read_tools(row.get("tools"), where)
         return before_messages(row, where, read_messages(row[columns[-1]], where, columns[-1])), tools
     question, answer = (read_text(row[column], where, column) for column in columns)
     if columns == ("instruction", "output") and row.get("input"):
-        question = f"{question}\n\n{read_text(row['input'], where, 'input')}"
-    tools = read_tools(row["tools"], where) if row.get("tools") else None
+        more = read_text(row["input"], where, "input")
+        question = f"{question}\n\n{more}" if question else more
+    tools = read_tools(row.get("tools"), where)
     if not question.strip() and not answer.strip():
         return [], None
     return before_messages(row, where, [_said("user", question), _said("assistant", answer)]), tools
@@ -208,9 +222,15 @@ def before_messages(row: Mapping[str, Any], where: str, messages: list[dict[str,
         return before + messages
     if messages[0]["role"] != "system":
         return [_said("system", system), *before, *messages]
-    if messages[0]["content"] != system:
+    if text_of(messages[0]).strip() != system.strip():
         raise InputError(f"{where}: the column system and the first message are different system prompts: keep one")
     return [messages[0], *before, *messages[1:]]
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """Return the text of a message."""
+    content = message["content"] or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _said(role: str, content: str) -> dict[str, Any]:
@@ -241,11 +261,13 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
 
     A message without content has the content None.
     """
-    if not isinstance(turn, Mapping) or not ({"role"} <= turn.keys() or {"from", "value"} <= turn.keys()):
+    message = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, Mapping) else {}
+    for key, other in (("role", "from"), ("content", "value")):
+        if key not in message and other in message:
+            message = {key: message.pop(other), **message}
+    # Without content, text under another name would be lost.
+    if "role" not in message or not ("content" in message or message.keys() <= _BESIDE):
         raise InputError(f"{where} must have role and content, or from and value; found {turn!r:.200}")
-    message = {key: value for key, value in turn.items() if value is not None}
-    if "role" not in message:
-        message = {"role": message.pop("from", None), "content": message.pop("value", None), **message}
     role = message["role"]
     if not isinstance(role, str) or role not in _ROLES:
         raise InputError(f"{where}: the role {role!r} is not known; known are {', '.join(_ROLES)}")
@@ -332,11 +354,13 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError(f"{where}: a tool call needs a name; found {call!r:.200}")
-    arguments = function.get("arguments")
-    if arguments is None or arguments == "":
+    # Llama's own form of a call has parameters.
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str) and arguments.strip():
+        parsed = _json(arguments, f"{where}: the arguments of {function['name']}")
+        arguments = None if parsed is None else arguments
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
-    if isinstance(arguments, str):
-        _json(arguments, f"{where}: the arguments of {function['name']}")
     around = {key: value for key, value in call.items() if key != "function"} if function is not call else {}
     known = {**function, "name": function["name"], "arguments": arguments}
     if function is call:
@@ -344,14 +368,16 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     return {**around, "type": "function", "function": known}
 
 
-def read_tools(tools: Any, where: str) -> list[Any]:
-    """Return tool definitions, parsing those given as JSON text.
+def read_tools(tools: Any, where: str) -> list[Any] | None:
+    """Return tool definitions, parsing those given as JSON text; None if there are none.
 
     Raises:
         InputError: `tools` is not a list, or not valid JSON.
     """
-    if isinstance(tools, str):
+    if isinstance(tools, str) and tools:
         tools = _json(tools, f"{where}: tools")
+    if not tools:
+        return None
     return [_json(tool, f"{where}: tools") if isinstance(tool, str) else tool for tool in _list(tools, where, "tools")]
 
 
@@ -360,6 +386,21 @@ def _json(text: str, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{what} is not JSON: {error}") from error
+
+
+def check_json(values: Mapping[str, Any], where: str) -> None:
+    """Refuse what only tables have, such as timestamps: chat templates write something else for it.
+
+    Raises:
+        InputError: a value is not one of JSON.
+    """
+    for name, value in values.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"{where}: {name} has a value that is none of JSON: {error}; if it is a time, store it as text"
+            ) from error
 
 
 def read_text(value: Any, where: str, column: str) -> str:
@@ -374,6 +415,8 @@ def read_text(value: Any, where: str, column: str) -> str:
 
 
 def _list(value: Any, where: str, column: str) -> list[Any]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _json(value, f"{where}: {column}")
     if not isinstance(value, (list, tuple)):
         raise InputError(f"{where}: {column} must be a list, found {type(value).__name__}")
     return list(value)

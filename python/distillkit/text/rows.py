@@ -19,6 +19,7 @@ from distillkit.text.layouts import (
     PROMPTS,
     before_messages,
     chat_messages,
+    check_json,
     find_layouts,
     given_ids,
     given_mask,
@@ -98,12 +99,15 @@ class RowReader:
         Texts are tokenised together: fast tokenizers use all cores for a batch.
 
         Raises:
-            InputError: a row has an unknown format; the message names the row, its columns and the known formats.
+            InputError: a row cannot be read, or has an unknown format; the message names the row, its columns and the
+                known formats.
             ConfigError: the policy does not fit the rows.
         """
         found: list[list[TokenDocument]] = [[] for _ in rows]
         texts: list[tuple[int, _Text]] = []
         for index, (where, row) in enumerate(rows):
+            if isinstance(row, InputError):
+                raise row
             layouts = find_layouts(row, where, self.policy.layouts)
             if not layouts:
                 continue
@@ -210,7 +214,7 @@ class RowReader:
             messages, tools = chat_messages(row, columns, where)
             return self._chat(layout, messages, tools)
         prompt, response = (read_messages(row[column], where, column) for column in columns)
-        tools = read_tools(row["tools"], where) if row.get("tools") else None
+        tools = read_tools(row.get("tools"), where)
         if not response:
             return None
         prompt = before_messages(row, where, prompt)
@@ -260,7 +264,9 @@ class RowReader:
         policy, where = self.policy, layout.where
         weights = message_weights(messages, where)
         self._check_template(layout, tools)
-        chat = Chat(self.tokenizer, policy.template, tools, template_options(layout.row, self._reserved, where), where)
+        options = template_options(layout.row, self._reserved, where)
+        check_json({"messages": messages, "tools": tools, "chat_template_kwargs": options}, where)
+        chat = Chat(self.tokenizer, policy.template, tools, options, where)
         messages, text = chat.fit(messages)
         counted: list[Sequence[Span]] = []
         # As with token ids, the row's own choice counts unless every token shall.

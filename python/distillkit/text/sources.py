@@ -31,8 +31,8 @@ __all__ = ["Row", "Source", "chosen_rows", "kept_schema", "open_hub", "open_loca
 
 logger = logging.getLogger(__name__)
 
-Row = tuple[str, Mapping[str, Any]]
-"""(location of the row, for messages; its columns)"""
+Row = tuple[str, Mapping[str, Any] | InputError]
+"""(location of the row, for messages; its columns, or why it cannot be read)"""
 
 # Words in file and folder names, and the split each stands for.
 _SPLIT_WORDS = {
@@ -291,7 +291,7 @@ class _Files:
         name = file.name if file == self._root else file.relative_to(self._root).as_posix()
         where = f"{name}, {place}" if place else name
         if not isinstance(row, Mapping):
-            raise InputError(f"{where}: a row must be an object with named columns, found {type(row).__name__}")
+            return _unreadable(where, row)
         values = self._partitions.get(file)
         return where, {**values, **row} if values else row
 
@@ -305,6 +305,14 @@ class _Files:
             if name not in found.names:
                 found = found.append(pa.field(name, pa.int64() if isinstance(value, int) else pa.string()))
         return _of_columns(found, columns, str(self._root))
+
+
+def _unreadable(where: str, row: Any) -> Row:
+    """Return why a row cannot be read, with its place."""
+    problem = (
+        row if isinstance(row, InputError) else f"expected an object with named columns, found {type(row).__name__}"
+    )
+    return where, InputError(f"{where}: {problem}")
 
 
 def _partitions(root: Path, files: Sequence[Path]) -> dict[Path, dict[str, int | str | None]]:
@@ -415,9 +423,9 @@ class _Loaded:
         chosen = (self._dataset if order is None else self._dataset.select(numbers)).with_format("arrow")
         for start in range(0, len(numbers), _ROWS_AT_A_TIME):
             part = numbers[start : start + _ROWS_AT_A_TIME]
-            rows = arrow_rows(chosen[start : start + len(part)], f"{name}, rows from {part[0]}")
-            for number, row in zip(part, rows, strict=True):
-                yield f"{name}, row {number}", row
+            for number, row in zip(part, arrow_rows(chosen[start : start + len(part)]), strict=True):
+                where = f"{name}, row {number}"
+                yield _unreadable(where, row) if isinstance(row, InputError) else (where, row)
 
     def schema(self, columns: Sequence[str] | None = None) -> pa.Schema:
         return _of_columns(self._dataset.features.arrow_schema, columns, self._description["name"])

@@ -102,11 +102,19 @@ class Turns:
 
     def _header(self, index: int, turn: str) -> int:
         """Return how much of a turn comes before what the assistant generates."""
-        if self._prompt and turn.startswith(self._prompt):
-            return len(self._prompt)
         span = self._other.written(index)
         other = "" if span is None else self._other.text[slice(*span)]
         before, found, _ = other.partition(_PLACEHOLDER)
+        # The first message may write what begins every conversation, such as a default system prompt.
+        first = _overlap(before, self._prompt)
+        if found and first > 0 and turn.startswith(before[:first]):
+            return first + self._after_prompt(index, turn[first:], before[first:], found)
+        return self._after_prompt(index, turn, before, found)
+
+    def _after_prompt(self, index: int, turn: str, before: str, found: str) -> int:
+        """Return how much of a turn comes before what the assistant generates, given what comes before an answer."""
+        if self._prompt and turn.startswith(self._prompt):
+            return len(self._prompt)
         # A generation prompt may contain more than the template writes before an answer, such as "<think>", or belong
         # to the turn before.
         known = [before, *([self._prompt] if common_prefix([self._prompt, turn]) else [])]
@@ -139,6 +147,14 @@ class Turns:
             f"{where}: {why}, so the assistant's tokens cannot be identified. Use a tokenizer (--tokenizer) whose chat "
             "template marks them with {% generation %}, or capture with --loss-on all"
         )
+
+
+def _overlap(before: str, prompt: str) -> int:
+    """Return where a prompt begins in a text, of which it may only begin at the end; 0 if it does not."""
+    starts = (
+        start for start in range(len(before)) if prompt and prompt.startswith(before[start : start + len(prompt)])
+    )
+    return next(starts, 0)
 
 
 def overlapping(offsets: npt.NDArray[Any], spans: Sequence[Span]) -> npt.NDArray[np.bool_]:

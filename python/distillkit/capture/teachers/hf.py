@@ -25,7 +25,7 @@ from distillkit.errors import CaptureError, ConfigError
 from distillkit.models.head import backbone_hidden, check_lm_head
 from distillkit.models.rope import choose_frequencies_by_document, frequencies_change_after
 from distillkit.models.separation import separation_of
-from distillkit.models.weights import loading_errors, loading_reason
+from distillkit.models.weights import loading_errors, loading_reason, model_problem
 from distillkit.types import SparseLogprobs, TokenDocument
 
 __all__ = ["HFTeacher", "length_batches", "load_config", "resolve_device", "resolve_dtype"]
@@ -279,6 +279,9 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: no config could be loaded from `model`.
     """
+    problem = model_problem(model)
+    if problem is not None:
+        raise ConfigError(f"model: {problem}")
     from transformers import AutoConfig
 
     try:

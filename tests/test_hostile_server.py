@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import gzip
 import json
 import random
@@ -97,6 +98,16 @@ def test_an_answer_is_bounded_in_bytes_by_what_was_asked_for() -> None:
     ):
         with hostile_server(answer) as (url, _), refused(CaptureError, "127.0.0.1", *facts):
             ask(url)
+
+
+def test_connections_end_with_the_teacher() -> None:
+    with hostile_server(served(lambda body, headers: iter([honest(body)]))) as (url, _):
+        teacher = ask(url)
+        client = teacher._client
+        assert not client.is_closed()
+        del teacher
+        gc.collect()
+        assert client.is_closed()
 
 
 def test_answers_of_the_allowed_size_are_read_packed_or_not() -> None:

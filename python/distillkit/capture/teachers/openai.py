@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -78,6 +79,8 @@ class OpenAITeacher:
                 settings.request_timeout, _OTHER_BYTES + (max_seq_len + 1) * (k + 1) * _BYTES_PER_ENTRY
             ),
         )
+        # Its connections are kept open between requests.
+        weakref.finalize(self, self._client.close)
         self._errors = openai
         # Without the user and password that a URL may contain.
         self._server = url.netloc.rpartition("@")[2]

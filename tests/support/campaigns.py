@@ -157,10 +157,9 @@ class ShardBits:
         self.seeds = 9 * len(self._data)
 
     def attempt(self, seed: int) -> None:
-        bits = 8 * len(self._data)
-        self._path.write_bytes(flipped(self._data, seed) if seed < bits else self._data[: seed - bits])
+        self._path.write_bytes(flipped_or_cut(self._data, seed))
         assert content(self._path) == self._expected, "other data, without an error"
-        assert seed < bits, "a part of a file is accepted"
+        assert seed < 8 * len(self._data), "a part of a file is accepted"
 
 
 class ManifestBits:
@@ -174,8 +173,7 @@ class ManifestBits:
         self.seeds = 9 * len(self._data)
 
     def attempt(self, seed: int) -> None:
-        bits = 8 * len(self._data)
-        self._path.write_bytes(flipped(self._data, seed) if seed < bits else self._data[: seed - bits])
+        self._path.write_bytes(flipped_or_cut(self._data, seed))
         assert content(self._folder) == self._expected, "other data, without an error"
 
 
@@ -362,8 +360,7 @@ class PublishedArrowBits(PublishedArrow):
         self.seeds = 9 * len(self._data)
 
     def attempt(self, seed: int) -> None:
-        bits = 8 * len(self._data)
-        self._try(self._path.name, flipped(self._data, seed) if seed < bits else self._data[: seed - bits])
+        self._try(self._path.name, flipped_or_cut(self._data, seed))
 
 
 class PublishedArrowLists(PublishedArrow):
@@ -594,10 +591,13 @@ class RunRecords:
             path.write_bytes(data)
 
 
-def flipped(data: bytes, bit: int) -> bytes:
-    """A file with one bit changed."""
+def flipped_or_cut(data: bytes, seed: int) -> bytes:
+    """A file with one of its bits changed or, for seeds from their number on, a prefix of it: 9 for each byte."""
+    bits = 8 * len(data)
+    if seed >= bits:
+        return data[: seed - bits]
     result = bytearray(data)
-    result[bit // 8] ^= 1 << bit % 8
+    result[seed // 8] ^= 1 << seed % 8
     return bytes(result)
 
 

@@ -64,13 +64,7 @@ def convert(
         for index, document in enumerate(source):
             written = next(resumed, None)
             if written is None:
-                writer.write(
-                    document.input_ids,
-                    document.teacher,
-                    loss_mask=document.loss_mask,
-                    segment_lengths=document.segment_lengths,
-                    label_logprobs=document.label_logprobs,
-                )
+                writer.copy(document)
             elif not _same(written, document):
                 raise MismatchError(
                     f"{folder}: its document {index} is not document {index} of {source.path}: the folder contains an "

@@ -201,14 +201,7 @@ def _write_rows(
         else:
             documents = [_part(source, *pieces[index]) for index in indices.tolist()]
             for row in rows[skipped:]:
-                joined = join([documents[i] for i in row.tolist()], header, source)
-                writer.write(
-                    joined.input_ids,
-                    joined.teacher,
-                    loss_mask=joined.loss_mask,
-                    segment_lengths=joined.segment_lengths,
-                    label_logprobs=joined.label_logprobs,
-                )
+                writer.copy(join([documents[i] for i in row.tolist()], header, source))
             skipped = 0
         done += len(indices)
         progress(done)

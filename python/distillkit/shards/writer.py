@@ -195,6 +195,16 @@ class ShardWriter:
         places = [self._folder.of(shard.file) for shard in self._shards]
         return itertools.chain.from_iterable(ShardFile(place) for place in places)
 
+    def copy(self, document: Document) -> None:
+        """Adds another dataset's document with its encoded bytes, as `write` does, and with the same errors."""
+        self.write(
+            document.input_ids,
+            document.teacher,
+            loss_mask=document.loss_mask,
+            segment_lengths=document.segment_lengths,
+            label_logprobs=document.label_logprobs,
+        )
+
     def write(
         self,
         input_ids: npt.NDArray[Any],

@@ -5,7 +5,7 @@
 //! frequency. Costs are sums of integers and the rest is computed in a fixed order, so that threads
 //! and machines don't matter.
 
-use super::Sample;
+use super::{Sample, Samples};
 use crate::compact::lists::arrange;
 use crate::error::Result;
 use crate::tasks::run_tasks;
@@ -22,6 +22,8 @@ const SETTLING: usize = 3;
 const FEW_ROWS: usize = 20;
 /// Rows of all rows' distribution that are added to each cluster's own.
 const SMOOTHING: f64 = 8.0;
+/// How much an id counts for a list that is near the stored ids of a row.
+const NEAR: f64 = 0.2;
 /// A seed is a cluster of one row and so little else.
 const SEED_SMOOTHING: f64 = 2.0;
 /// Units of a bit.
@@ -173,28 +175,31 @@ impl Clusters {
     }
 
     /// The likeliest ids of each cluster, by the rows given, arranged.
-    pub(super) fn lists(&self, sample: &Sample, rows: &[usize]) -> Vec<Vec<u32>> {
-        let ranks = sample.order.len();
+    pub(super) fn lists(&self, samples: &Samples, rows: &[usize]) -> Vec<Vec<u32>> {
+        let ranks = samples.own.order.len();
         if self.count == 1 {
             // The order of all rows is the order of the only cluster.
             return vec![Vec::new()];
         }
-        let overall = Overall::new(sample, rows);
+        let overall = Overall::new(samples.own, rows);
         let mut counts = Counts::new(ranks);
         let list = |rows: &Vec<usize>| {
-            let mut likely: Vec<(f64, u32)> = Vec::new();
-            let mut known = vec![false; ranks];
-            counts.of(sample, rows, |rank, count| {
-                known[rank] = true;
-                likely.push((f64::from(count) + SMOOTHING * overall.shares[rank], rank as u32));
-            });
-            let others = (0..ranks).filter(|&rank| !known[rank]).take(LIST);
-            likely.extend(others.map(|rank| (SMOOTHING * overall.shares[rank], rank as u32)));
-            likely.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-            likely.truncate(LIST);
-            let mut list: Vec<u32> = likely.into_iter().map(|(_, rank)| rank).collect();
-            arrange(&mut list, |rank| rank);
-            list.into_iter().map(|rank| sample.order[rank as usize]).collect()
+            let mut scores: Vec<f64> =
+                overall.shares.iter().map(|share| SMOOTHING * share).collect();
+            for (sample, worth) in [(samples.own, 1.0 - NEAR), (samples.wide, NEAR)] {
+                counts.of(sample, rows, |rank, count| scores[rank] += worth * f64::from(count));
+            }
+            let mut likely: Vec<u32> = (0..ranks as u32).collect();
+            let order = |&a: &u32, &b: &u32| {
+                scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b))
+            };
+            if ranks > LIST {
+                likely.select_nth_unstable_by(LIST, order);
+                likely.truncate(LIST);
+            }
+            likely.sort_unstable_by(order);
+            arrange(&mut likely, |rank| rank);
+            likely.into_iter().map(|rank| samples.own.order[rank as usize]).collect()
         };
         self.rows(rows).iter().map(list).collect()
     }

@@ -33,6 +33,8 @@ const BLOCKS: usize = 8;
 const TABLE_ROWS: usize = 40_000;
 /// With fewer rows, all are for clusters and tables.
 const FEW_ROWS: usize = 16;
+/// Ids of a row that tell its cluster, if that many are given, even where fewer are stored.
+const CLUSTER_IDS: usize = 128;
 /// How often the rows are encoded and counted.
 const ROUNDS: usize = 5;
 const SHAPES: usize = 32;
@@ -69,6 +71,12 @@ struct Sample {
     ranks: Vec<u32>,
     /// Where each row's ranks begin, and where the last one's end.
     starts: Vec<usize>,
+}
+
+/// Which ids are stored of rows in the prior's configuration, and in the one of [`widened`].
+struct Samples<'a> {
+    own: &'a Sample,
+    wide: &'a Sample,
 }
 
 /// Learns a prior of a configuration from rows of `width` ids and log-probabilities: at least k,
@@ -117,17 +125,22 @@ pub fn learn(
         let all: Vec<usize> = (0..ids.len() / width).collect();
         return with_tables(prior, rows, &spread(all));
     }
-    let sample = Sample::read(&prior, rows)?;
-    let (fit, kept) = divided(sample.rows());
-    let clusters = Clusters::find(&sample, &fit)?;
-    prior.order.clone_from(&sample.order);
-    prior.clusters = clusters.lists(&sample, &fit).into_iter().map(listed).collect();
+    let widened = widened(config, width);
+    let wide = Sample::read(&widened, rows, None)?;
+    let own =
+        (widened != prior.config).then(|| Sample::read(&prior.config, rows, Some(&wide.order)));
+    let own = own.transpose()?;
+    let samples = Samples { own: own.as_ref().unwrap_or(&wide), wide: &wide };
+    let (fit, kept) = divided(wide.rows());
+    let clusters = Clusters::find(&wide, &fit)?;
+    prior.order.clone_from(&wide.order);
+    prior.clusters = clusters.lists(&samples, &fit).into_iter().map(listed).collect();
     let kept = spread(kept);
-    first_gaps(&mut prior, &sample, &clusters, &kept);
+    first_gaps(&mut prior, samples.own, &clusters, &kept);
     let mut prior = with_tables(prior, rows, &kept)?;
     // Now that tables are learned, lists may know all rows.
-    let all: Vec<usize> = (0..sample.rows()).collect();
-    let lists = clusters.lists(&sample, &all);
+    let all: Vec<usize> = (0..wide.rows()).collect();
+    let lists = clusters.lists(&samples, &all);
     prior.clusters.iter_mut().zip(lists).for_each(|(cluster, list)| cluster.list = list);
     Ok(prior)
 }
@@ -163,6 +176,13 @@ fn take_over(prior: &mut Prior, base: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// The configuration by which rows are clustered: what is left out of a row says what it is about,
+/// too.
+fn widened(config: &CompactConfig, width: usize) -> CompactConfig {
+    let k = CLUSTER_IDS.min(width).min(config.vocab_size as usize).max(config.k);
+    CompactConfig { k, threshold: None, mass: None, ..config.without_prior() }
+}
+
 fn listed(list: Vec<u32>) -> Cluster {
     Cluster { list, ..Cluster::default() }
 }
@@ -185,22 +205,19 @@ fn spread(rows: Vec<usize>) -> Vec<usize> {
 }
 
 impl Sample {
-    fn read(builtin: &Prior, rows: Rows) -> Result<Self> {
+    /// Reads rows; the order is given, or made of what is stored of them.
+    fn read(config: &CompactConfig, rows: Rows, order: Option<&[u32]>) -> Result<Self> {
         let all: Vec<usize> = (0..rows.ids.len() / rows.width).collect();
-        let vocab = builtin.config.vocab_size as usize;
+        let vocab = config.vocab_size as usize;
         let (mut ids, mut starts) = (Vec::new(), vec![0]);
-        for stored in encoded(builtin, rows, &all)? {
+        for stored in encoded(&builtin(config), rows, &all)? {
             // In the built-in prior, positions are ids.
             for head in &stored.heads {
                 starts.push(starts[starts.len() - 1] + usize::from(head.count));
             }
             ids.extend(stored.positions);
         }
-        let mut counts = vec![0u32; vocab];
-        ids.iter().for_each(|&id| counts[id as usize] += 1);
-        let mut order: Vec<u32> = (0..vocab as u32).collect();
-        order.sort_by_key(|&id| std::cmp::Reverse(counts[id as usize]));
-        arrange(&mut order, |id| id);
+        let order = order.map_or_else(|| by_frequency(&ids, vocab), <[u32]>::to_vec);
         let mut ranks = vec![0; vocab];
         order.iter().zip(0..).for_each(|(&id, rank)| ranks[id as usize] = rank);
         ids.iter_mut().for_each(|id| *id = ranks[*id as usize]);
@@ -214,6 +231,16 @@ impl Sample {
     fn ranks(&self, row: usize) -> &[u32] {
         &self.ranks[self.starts[row]..self.starts[row + 1]]
     }
+}
+
+/// All ids of a vocabulary, the most frequent first, arranged.
+fn by_frequency(ids: &[u32], vocab: usize) -> Vec<u32> {
+    let mut counts = vec![0u32; vocab];
+    ids.iter().for_each(|&id| counts[id as usize] += 1);
+    let mut order: Vec<u32> = (0..vocab as u32).collect();
+    order.sort_by_key(|&id| std::cmp::Reverse(counts[id as usize]));
+    arrange(&mut order, |id| id);
+    order
 }
 
 fn cluster_orders(prior: &Prior) -> Vec<ClusterOrder> {

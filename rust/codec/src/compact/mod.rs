@@ -6,6 +6,7 @@ pub mod config;
 mod decode;
 mod document;
 mod encode;
+mod lists;
 mod model;
 pub mod numbers;
 mod order;

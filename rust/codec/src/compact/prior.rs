@@ -1,6 +1,7 @@
 //! What is learned from a sample of a teacher: the order of ids, clusters of them, and code tables.
 
 use super::config::{CompactConfig, MAX_CLUSTERS, MAX_LEVELS, MAX_LIST, MAX_SHAPES, MAX_TABLES};
+use super::lists::{is_arranged, pack, unpack};
 use super::numbers::{Kind, SYMBOLS, bucket};
 use super::scale::Scale;
 use super::tables::Table;
@@ -14,7 +15,8 @@ pub const MAX_CLASSES: usize = 32;
 /// Ids that tend to occur together.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Cluster {
-    /// Its likeliest ids, likeliest first. All others follow in [`Prior::order`].
+    /// Its likeliest ids, likeliest first; within a bucket of positions in the order of
+    /// [`Prior::order`]. All others follow in that order.
     pub list: Vec<u32>,
     /// Which tables its gaps are coded with.
     pub gap_class: u8,
@@ -46,7 +48,7 @@ pub struct Contexts {
 pub struct Prior {
     /// The configuration that it is for, its `prior` empty.
     pub config: CompactConfig,
-    /// All ids, the most frequent first.
+    /// All ids, the most frequent first; within a bucket of positions ascending.
     pub order: Vec<u32>,
     /// At least one.
     pub clusters: Vec<Cluster>,
@@ -138,6 +140,10 @@ impl Prior {
         let mut seen = vec![u32::MAX; vocab];
         check_distinct(&self.order, 0, &mut seen)
             .or_else(|fault| corrupt(format!("order: {fault}")))?;
+        if !is_arranged(&self.order, |id| id) {
+            return corrupt("the ids of a bucket of its order do not ascend");
+        }
+        let ranks = self.ranks();
         if !(1..=MAX_CLUSTERS).contains(&self.clusters.len()) {
             let found = self.clusters.len();
             return corrupt(format!("{found} clusters, expected 1 … {MAX_CLUSTERS}"));
@@ -151,8 +157,20 @@ impl Prior {
             }
             check_distinct(&cluster.list, number as u32 + 1, &mut seen)
                 .or_else(|fault| corrupt(format!("cluster {number}: {fault}")))?;
+            if !is_arranged(&cluster.list, |id| ranks[id as usize]) {
+                return corrupt(format!(
+                    "cluster {number}: the ids of a bucket are not in the order of all ids"
+                ));
+            }
         }
         Ok(())
+    }
+
+    /// The place of each id in the order.
+    pub(super) fn ranks(&self) -> Vec<u32> {
+        let mut ranks = vec![0; self.order.len()];
+        self.order.iter().zip(0..).for_each(|(&id, rank)| ranks[id as usize] = rank);
+        ranks
     }
 
     fn check_levels(&self) -> Result<()> {
@@ -249,8 +267,7 @@ fn completed(mut first: Vec<u32>, vocab: u32) -> Vec<u32> {
     first
 }
 
-/// Serialisation: all integers little-endian; ids have two bytes in vocabularies up to 65,536,
-/// three in larger ones.
+/// Serialisation: all integers little-endian, ids as in [`pack`].
 impl Prior {
     /// The prior as bytes.
     #[must_use]
@@ -260,18 +277,18 @@ impl Prior {
         let config = serde_json::to_vec(&self.config.without_prior()).unwrap_or_default();
         put(&mut out, 4, config.len());
         out.extend_from_slice(&config);
-        let id_size = id_size(self.config.vocab_size);
         // The ascending rest is not stored.
         let rest = self.order.windows(2).rev().take_while(|pair| pair[0] < pair[1]).count() + 1;
         let first = self.order.len().saturating_sub(rest);
         put(&mut out, 4, first);
-        self.order[..first].iter().for_each(|&id| put(&mut out, id_size, id as usize));
+        pack(&self.order[..first], |id| id, &mut out);
+        let ranks = self.ranks();
         put(&mut out, 2, self.clusters.len());
         for cluster in &self.clusters {
             put(&mut out, 1, usize::from(cluster.gap_class));
             put(&mut out, 1, usize::from(cluster.shape_class));
             put(&mut out, 2, cluster.list.len());
-            cluster.list.iter().for_each(|&id| put(&mut out, id_size, id as usize));
+            pack(&cluster.list, |id| ranks[id as usize], &mut out);
         }
         put(&mut out, 2, self.levels.len());
         self.levels.iter().for_each(|level| out.extend_from_slice(&level.to_le_bytes()));
@@ -314,9 +331,8 @@ impl Prior {
             return corrupt("its configuration names a prior");
         }
         let vocab = config.vocab_size;
-        let id_size = id_size(vocab);
         let first = input.counted(4, vocab as usize, "ids in order")?;
-        let first = input.numbers(first, id_size, "ids in order")?;
+        let first = input.list(first, |id| (id < vocab).then_some(id))?;
         let order = completed(first, vocab);
         let count = input.counted(2, MAX_CLUSTERS, "clusters")?;
         let mut clusters = Vec::new();
@@ -324,7 +340,7 @@ impl Prior {
             let gap_class = input.number(1, "a cluster")? as u8;
             let shape_class = input.number(1, "a cluster")? as u8;
             let length = input.counted(2, MAX_LIST, "ids of a cluster")?;
-            let list = input.numbers(length, id_size, "ids of a cluster")?;
+            let list = input.list(length, |rank| order.get(rank as usize).copied())?;
             clusters.push(Cluster { list, gap_class, shape_class });
         }
         let count = input.counted(2, MAX_LEVELS, "levels")?;
@@ -356,11 +372,6 @@ impl Prior {
         prior.validate()?;
         Ok(prior)
     }
-}
-
-/// Bytes of an id.
-const fn id_size(vocab: u32) -> usize {
-    if vocab <= 1 << 16 { 2 } else { 3 }
 }
 
 fn put(out: &mut Vec<u8>, size: usize, number: usize) {
@@ -402,6 +413,13 @@ impl<'a> Input<'a> {
 
     fn numbers(&mut self, count: usize, size: usize, what: &str) -> Result<Vec<u32>> {
         Ok(self.take(count * size, what)?.chunks(size).map(little_endian).collect())
+    }
+
+    fn list(&mut self, length: usize, order: impl Fn(u32) -> Option<u32>) -> Result<Vec<u32>> {
+        let mut rest = &self.data[self.read..];
+        let list = unpack(&mut rest, length, order)?;
+        self.read = self.data.len() - rest.len();
+        Ok(list)
     }
 
     fn table(&mut self) -> Result<Table> {

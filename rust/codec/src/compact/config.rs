@@ -12,6 +12,10 @@ pub const MAX_VOCAB: u32 = 1 << 24;
 pub const MAX_CLUSTERS: usize = 1024;
 /// Longest list of a cluster.
 pub const MAX_LIST: usize = 8192;
+/// Most ids in all lists of a prior.
+pub const MAX_LISTED: usize = 1 << 20;
+/// Most products of clusters and distinct ids in their lists: the bytes of an encoder's costs.
+pub const MAX_COSTS: usize = 1 << 27;
 /// Most shapes of a prior.
 pub const MAX_SHAPES: usize = 64;
 /// Most levels of the scale.

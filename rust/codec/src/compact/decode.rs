@@ -1,8 +1,10 @@
 //! Documents to rows: heads first, then the ids and values of [`LANES`] rows side by side.
 
+use std::array;
+
 use super::document::{Frame, LANES, corrupt};
 use super::model::{MASSES, Model, NEXT};
-use super::numbers::{Kind, SYMBOLS};
+use super::numbers::{Kind, SYMBOLS, bucket};
 use super::tables::{Entry, SLOTS_LOG};
 use crate::error::Result;
 
@@ -34,10 +36,16 @@ pub(super) struct StoredRow<'a> {
 }
 
 /// Ids and levels of a row while it is read.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Clone)]
 struct Buffers {
     positions: Vec<u32>,
     levels: Vec<u16>,
+}
+
+impl Buffers {
+    fn new(k: usize) -> Self {
+        Self { positions: vec![0; k], levels: vec![0; k] }
+    }
 }
 
 /// A stream that is being read.
@@ -143,27 +151,25 @@ impl Model {
             firsts.push(first);
             first += lane.len();
         }
-        let mut buffers = vec![Buffers::default(); lanes];
-        for buffer in &mut buffers {
-            buffer.positions.resize(self.config.k, 0);
-            buffer.levels.resize(self.config.k, 0);
-        }
+        let mut buffers = vec![Buffers::new(self.config.k); lanes];
         for rows in order.chunks(lanes) {
             let mut bits = [[0; 3]; LANES];
-            for (((stream, buffer), &row), bits) in
-                streams.iter_mut().zip(&mut buffers).zip(rows).zip(&mut bits)
+            for (bits, &row) in bits.iter_mut().zip(rows) {
+                bits[0] = head_bits[row as usize];
+            }
+            if let Ok(rows) = <&[u32; LANES]>::try_from(rows)
+                && let Ok(streams) = <&mut [Stream; LANES]>::try_from(&mut streams[..])
+                && let Ok(buffers) = <&mut [Buffers; LANES]>::try_from(&mut buffers[..])
             {
-                let start = stream.bit;
-                self.ids(stream, heads[row as usize], &mut buffer.positions)
-                    .or_else(|()| bad_position(row))?;
-                let middle = stream.bit;
-                self.values(stream, heads[row as usize], &buffer.positions, &mut buffer.levels)
-                    .or_else(|()| bad_level(row))?;
-                *bits = [
-                    head_bits[row as usize],
-                    (middle - start) as u32,
-                    (stream.bit - middle) as u32,
-                ];
+                let rows = rows.map(|row| (row, heads[row as usize]));
+                self.rows_together(streams, rows, buffers, &mut bits)?;
+            } else {
+                let alone = streams.iter_mut().zip(rows).zip(&mut buffers).zip(&mut bits);
+                for (((stream, &row), buffer), bits) in alone {
+                    let rows = [(row, heads[row as usize])];
+                    let (stream, buffer) = (array::from_mut(stream), array::from_mut(buffer));
+                    self.rows_together(stream, rows, buffer, array::from_mut(bits))?;
+                }
             }
             for (((stream, buffer), &row), mut bits) in
                 streams.iter_mut().zip(&buffers).zip(rows).zip(bits)
@@ -224,59 +230,116 @@ impl Model {
         Ok((heads, bits))
     }
 
-    fn ids(
+    /// Reads ids and values of N rows side by side, one from each stream: while one waits for its
+    /// table, the others go on.
+    #[inline(never)]
+    fn rows_together<const N: usize>(
         &self,
-        stream: &mut Stream,
-        head: Head,
-        positions: &mut [u32],
-    ) -> std::result::Result<(), ()> {
-        let vocab = self.config.vocab_size;
-        let count = usize::from(head.count);
-        let class = self.clusters[usize::from(head.cluster)].gap_class;
-        let mut previous = 0;
-        for (i, position) in positions[..count].iter_mut().enumerate() {
-            let table = self.gap[self.dimensions.gap(class, previous, (count - i) as u32)];
-            let next = previous + stream.number(&self.entries, table, &GAP_BASES);
-            if next >= vocab {
-                return Err(());
+        streams: &mut [Stream; N],
+        rows: [(u32, Head); N],
+        buffers: &mut [Buffers; N],
+        bits: &mut [[u32; 3]; N],
+    ) -> Result<()> {
+        let mut own = *streams;
+        let counts = rows.map(|(_, head)| usize::from(head.count));
+        let together = counts.iter().copied().min().unwrap_or(0);
+        let mut gaps = rows.map(|(_, head)| GapReader::new(self, head));
+        for i in 0..together {
+            for lane in 0..N {
+                buffers[lane].positions[i] =
+                    gaps[lane].next(self, &mut own[lane], counts[lane] - i);
             }
-            *position = next;
-            previous = next + 1;
         }
-        Ok(())
-    }
-
-    fn values(
-        &self,
-        stream: &mut Stream,
-        head: Head,
-        positions: &[u32],
-        levels: &mut [u16],
-    ) -> std::result::Result<(), ()> {
-        let count = usize::from(head.count);
-        let mut state = 0u8;
-        for (&position, level) in positions[..count].iter().zip(levels) {
-            let quantiser = usize::from(state >> 1);
-            let table =
-                self.level[self.dimensions.level(usize::from(head.shape), quantiser, position)];
-            let number = stream.number(&self.entries, table, &BASES);
-            let fine = 2 * number as usize + quantiser;
-            if fine >= self.levels.len() {
-                return Err(());
+        for lane in 0..N {
+            for i in together..counts[lane] {
+                buffers[lane].positions[i] =
+                    gaps[lane].next(self, &mut own[lane], counts[lane] - i);
             }
-            *level = fine as u16;
-            state = NEXT[usize::from(state)][number as usize & 1];
+            bits[lane][1] = (own[lane].bit - streams[lane].bit) as u32;
+            if gaps[lane].beyond {
+                return corrupt(format!("row {}: an id beyond the vocabulary", rows[lane].0));
+            }
         }
+        let middle = own.map(|stream| stream.bit);
+        let mut values = rows.map(|(_, head)| LevelReader::new(self, head));
+        for i in 0..together {
+            for lane in 0..N {
+                let position = buffers[lane].positions[i];
+                buffers[lane].levels[i] = values[lane].next(self, &mut own[lane], position);
+            }
+        }
+        for lane in 0..N {
+            for i in together..counts[lane] {
+                let position = buffers[lane].positions[i];
+                buffers[lane].levels[i] = values[lane].next(self, &mut own[lane], position);
+            }
+            bits[lane][2] = (own[lane].bit - middle[lane]) as u32;
+            if values[lane].beyond {
+                return corrupt(format!("row {}: a value beyond the scale", rows[lane].0));
+            }
+        }
+        *streams = own;
         Ok(())
     }
 }
 
-fn bad_position<T>(row: u32) -> Result<T> {
-    corrupt(format!("row {row}: an id beyond the vocabulary"))
+/// Reads the positions of a row.
+#[derive(Debug, Clone, Copy)]
+struct GapReader<'a> {
+    /// The contexts of the row's class.
+    contexts: &'a [u32],
+    /// One more than the last position.
+    previous: u32,
+    /// A position was not below the vocabulary.
+    beyond: bool,
 }
 
-fn bad_level<T>(row: u32) -> Result<T> {
-    corrupt(format!("row {row}: a value beyond the scale"))
+impl<'a> GapReader<'a> {
+    fn new(model: &'a Model, head: Head) -> Self {
+        let class = model.clusters[usize::from(head.cluster)].gap_class;
+        let first = model.dimensions.gap(class, 0, 0);
+        Self { contexts: &model.gap[first..], previous: 0, beyond: false }
+    }
+
+    #[inline(always)]
+    fn next(&mut self, model: &Model, stream: &mut Stream, left: usize) -> u32 {
+        let left = usize::from(model.left_buckets[left]);
+        let context = bucket(self.previous) * model.dimensions.left + left;
+        let gap = stream.number(&model.entries, self.contexts[context], &GAP_BASES);
+        let position = self.previous + gap;
+        self.beyond |= position >= model.config.vocab_size;
+        let position = position.min(model.config.vocab_size - 1);
+        self.previous = position + 1;
+        position
+    }
+}
+
+/// Reads the levels of a row.
+#[derive(Debug, Clone, Copy)]
+struct LevelReader<'a> {
+    /// The contexts of the row's shape.
+    contexts: &'a [u32],
+    state: u8,
+    /// A level was not on the scale.
+    beyond: bool,
+}
+
+impl<'a> LevelReader<'a> {
+    fn new(model: &'a Model, head: Head) -> Self {
+        let first = 2 * usize::from(head.shape) * model.dimensions.positions;
+        Self { contexts: &model.level[first..], state: 0, beyond: false }
+    }
+
+    #[inline(always)]
+    fn next(&mut self, model: &Model, stream: &mut Stream, position: u32) -> u16 {
+        let quantiser = usize::from(self.state >> 1);
+        let context = quantiser * model.dimensions.positions + bucket(position + 1);
+        let number = stream.number(&model.entries, self.contexts[context], &BASES) as usize;
+        self.state = NEXT[usize::from(self.state & 3)][number & 1];
+        let level = 2 * number + quantiser;
+        self.beyond |= level >= model.levels.len();
+        level.min(model.levels.len() - 1) as u16
+    }
 }
 
 /// The bits that say which of `near` ids is first.

@@ -5,7 +5,7 @@
 
 use super::config::CompactConfig;
 use super::decode::{Head, StoredRow};
-use super::model::{MASSES, Model, NEXT, STATES};
+use super::model::{MASSES, Model, STATES};
 use super::numbers::{Kind, SYMBOLS, bucket};
 use super::prior::{Dimensions, Prior};
 use super::scale::Scale;
@@ -37,6 +37,10 @@ pub(super) struct Encoder {
     /// By context of [`Dimensions::level`]: the costs of all symbols in bits.
     level_costs: Vec<[f32; SYMBOLS]>,
     level_contexts: Vec<u16>,
+    /// The symbol of each level.
+    symbols: Vec<u8>,
+    /// Half the bits that a unit of divergence is worth.
+    per_bit: f32,
     choice: Choice,
 }
 
@@ -60,8 +64,8 @@ pub(super) struct EncodeScratch {
     keys: Vec<u64>,
     positions: Vec<u32>,
     ordered: Vec<Value>,
-    decisions: Vec<[u8; STATES]>,
-    candidates: Vec<[u16; STATES]>,
+    /// For each value, the first of four neighbouring levels, and which way leads to each state.
+    choices: Vec<(u16, u16)>,
     levels: Vec<u16>,
 }
 
@@ -84,8 +88,7 @@ impl Encoder {
             .zip(&kinds)
             .map(|(table, kind)| table.costs(kind.unwrap_or(Kind::Other)))
             .collect();
-        let mut ranks = vec![0; prior.order.len()];
-        prior.order.iter().zip(0..).for_each(|(&id, rank)| ranks[id as usize] = rank);
+        let ranks = prior.ranks();
         Ok(Self {
             scale: Scale::new(prior.config.step),
             levels: prior.levels.clone(),
@@ -93,6 +96,10 @@ impl Encoder {
             shapes: ShapeCosts::new(prior, &dimensions, &costs),
             level_costs: costs,
             level_contexts: prior.contexts.level.clone(),
+            symbols: (0..prior.levels.len() as u32)
+                .map(|level| Kind::Other.symbol(level >> 1) as u8)
+                .collect(),
+            per_bit: (0.5 / (BIT_WORTH * prior.config.step * prior.config.step)) as f32,
             ranks,
             choice: Choice::new(&prior.config),
         })
@@ -172,63 +179,58 @@ impl Encoder {
     /// The levels that cost least in divergence and bits together, over all ways through the
     /// states of the quantiser (the Viterbi algorithm).
     fn quantise(&self, dimensions: &Dimensions, shape: usize, scratch: &mut EncodeScratch) {
-        let EncodeScratch { ordered, positions, decisions, candidates, levels, .. } = scratch;
-        decisions.clear();
-        candidates.clear();
-        let highest = self.levels.len() as i32 - 1;
-        let worth = self.choice_worth();
+        let EncodeScratch { ordered, positions, choices, levels, .. } = scratch;
+        choices.clear();
+        let last = self.levels.len() as i32 - 4;
         let mut paths = [0.0, UNREACHED, UNREACHED, UNREACHED];
         for (value, &position) in ordered.iter().zip(positions.iter()) {
             let base = self.scale.place(value.logprob, value.root) as i32;
-            let weight = 0.5 * value.root * value.root * worth;
-            // One candidate for each remainder by 4; a quantiser's levels are even or odd.
-            let first = (base - 1).clamp(0, highest - 3);
+            let weight = value.root * value.root * self.per_bit;
             let contexts = [0, 1].map(|quantiser| {
-                &self.level_costs
-                    [usize::from(self.level_contexts[dimensions.level(shape, quantiser, position)])]
+                let context = dimensions.level(shape, quantiser, position);
+                &self.level_costs[usize::from(self.level_contexts[context])]
             });
+            // Four neighbours: one for each remainder by 4. A quantiser has the even or the odd
+            // ones.
+            let first = (base - 1).clamp(0, last) as usize;
             let mut costs = [0.0f32; 4];
-            let mut chosen = [0u16; 4];
             for level in first..first + 4 {
-                let error = self.levels[level as usize] - value.logprob;
-                let remainder = level as usize & 3;
-                let symbol = Kind::Other.symbol(level as u32 >> 1);
-                chosen[remainder] = level as u16;
-                costs[remainder] = weight * error * error + contexts[remainder & 1][symbol];
+                let error = self.levels[level] - value.logprob;
+                let symbol = usize::from(self.symbols[level]);
+                costs[level & 3] = weight * error * error + contexts[level & 1][symbol];
             }
-            let mut next = [UNREACHED; STATES];
-            let mut from = [0u8; STATES];
-            for state in 0..STATES {
-                for parity in 0..2 {
-                    let to = usize::from(NEXT[state][parity]);
-                    let cost = paths[state] + costs[state >> 1 | parity << 1];
-                    if cost < next[to] {
-                        next[to] = cost;
-                        from[to] = (state << 1 | parity) as u8;
-                    }
-                }
+            // Each state is reached from two, in the order of [`back`].
+            let ways = [
+                (paths[0] + costs[0], paths[1] + costs[2]),
+                (paths[2] + costs[1], paths[3] + costs[3]),
+                (paths[0] + costs[2], paths[1] + costs[0]),
+                (paths[2] + costs[3], paths[3] + costs[1]),
+            ];
+            let mut second = 0;
+            for (state, (a, b)) in ways.into_iter().enumerate() {
+                let better = b < a;
+                paths[state] = if better { b } else { a };
+                second |= u16::from(better) << state;
             }
-            paths = next;
-            decisions.push(from);
-            candidates.push(chosen);
+            choices.push((first as u16, second));
         }
-        let mut state = (0..STATES)
-            .fold(0, |best, state| if paths[state] < paths[best] { state } else { best });
+        let least = |best, state| if paths[state] < paths[best] { state } else { best };
+        let mut state = (0..STATES).fold(0, least);
         levels.clear();
         levels.resize(ordered.len(), 0);
-        for ((level, from), chosen) in
-            levels.iter_mut().zip(decisions.iter()).zip(candidates.iter()).rev()
-        {
-            let decision = usize::from(from[state]);
-            let (previous, parity) = (decision >> 1, decision & 1);
-            *level = chosen[previous >> 1 | parity << 1];
+        for (level, &(first, second)) in levels.iter_mut().zip(choices.iter()).rev() {
+            let (previous, remainder) = back(state, usize::from(second >> state & 1));
+            *level = first + ((remainder as u16).wrapping_sub(first) & 3);
             state = previous;
         }
     }
+}
 
-    fn choice_worth(&self) -> f32 {
-        (1.0 / (BIT_WORTH * self.scale.step() * self.scale.step())) as f32
-    }
+/// The state before, and the level's remainder by 4, on the first or second way to a state.
+const fn back(state: usize, second: usize) -> (usize, usize) {
+    let quantiser = state & 1;
+    let parity = second ^ (state >> 1);
+    (quantiser << 1 | second, quantiser | parity << 1)
 }
 
 /// Sorts a row by falling log-probability; ties stay as they are.
@@ -569,5 +571,33 @@ impl ShapeCosts {
             }
         }
         least(sums)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::model::NEXT;
+    use super::*;
+
+    #[test]
+    fn ways_back_are_the_ways_forward() {
+        let mut ways = 0;
+        for state in 0..STATES {
+            for second in 0..2 {
+                let (previous, remainder) = back(state, second);
+                assert_eq!(previous >> 1, remainder & 1);
+                assert_eq!(usize::from(NEXT[previous][remainder >> 1]), state);
+                ways |= 1 << (previous * 4 + remainder);
+            }
+        }
+        assert_eq!(ways, 0b1010_1010_0101_0101);
+    }
+
+    #[test]
+    fn the_exponential_is_close() {
+        for x in (-8000..=100).map(|x| x as f32 / 100.0) {
+            let expected = libm::exp(f64::from(x));
+            assert!((f64::from(exp(x)) / expected - 1.0).abs() < 3e-7, "{x}");
+        }
     }
 }

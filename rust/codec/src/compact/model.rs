@@ -1,7 +1,7 @@
 //! A prior prepared for decoding.
 
 use super::config::CompactConfig;
-use super::numbers::Kind;
+use super::numbers::{Kind, bucket};
 use super::order::ClusterOrder;
 use super::prior::{Dimensions, Prior};
 use super::tables::{Entry, SLOTS};
@@ -38,6 +38,8 @@ pub(super) struct Model {
     pub(super) mass: Vec<u32>,
     pub(super) gap: Vec<u32>,
     pub(super) level: Vec<u32>,
+    /// The bucket of every number of ids left.
+    pub(super) left_buckets: Vec<u8>,
 }
 
 /// A cluster prepared for decoding.
@@ -51,8 +53,7 @@ pub(super) struct PreparedCluster {
 impl Model {
     /// Prepares a valid prior.
     pub(super) fn new(prior: &Prior) -> Result<Self> {
-        let mut ranks = vec![0; prior.order.len()];
-        prior.order.iter().zip(0..).for_each(|(&id, rank)| ranks[id as usize] = rank);
+        let ranks = prior.ranks();
         let prepare = |cluster: &super::prior::Cluster| PreparedCluster {
             order: ClusterOrder::new(&cluster.list, &ranks),
             gap_class: usize::from(cluster.gap_class),
@@ -85,6 +86,7 @@ impl Model {
             mass: places(&contexts.mass),
             gap: places(&contexts.gap),
             level: places(&contexts.level),
+            left_buckets: (0..=prior.config.k as u32).map(|left| bucket(left) as u8).collect(),
         })
     }
 

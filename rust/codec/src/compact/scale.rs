@@ -40,11 +40,6 @@ impl Scale {
         }
     }
 
-    /// The step in √p.
-    pub(super) const fn step(&self) -> f64 {
-        2.0 * self.half
-    }
-
     /// Number of levels.
     #[must_use]
     pub const fn count(&self) -> usize {

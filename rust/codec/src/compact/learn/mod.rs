@@ -33,6 +33,9 @@ const BLOCKS: usize = 8;
 const TABLE_ROWS: usize = 40_000;
 /// With fewer rows, all are for clusters and tables.
 const FEW_ROWS: usize = 16;
+const CLUSTERS: usize = 512;
+/// How many clusters there are for a coarse one.
+const COARSENESS: usize = 16;
 /// Ids of a row that tell its cluster, if that many are given, even where fewer are stored.
 const CLUSTER_IDS: usize = 128;
 /// How often the rows are encoded and counted.
@@ -132,15 +135,16 @@ pub fn learn(
     let own = own.transpose()?;
     let samples = Samples { own: own.as_ref().unwrap_or(&wide), wide: &wide };
     let (fit, kept) = divided(wide.rows());
-    let clusters = Clusters::find(&wide, &fit)?;
+    let clusters = Clusters::find(&wide, &fit, CLUSTERS)?;
+    let coarse = Clusters::find(&wide, &fit, clusters.count().div_ceil(COARSENESS))?;
     prior.order.clone_from(&wide.order);
-    prior.clusters = clusters.lists(&samples, &fit).into_iter().map(listed).collect();
+    prior.clusters = clusters.lists(&samples, &coarse, &fit).into_iter().map(listed).collect();
     let kept = spread(kept);
     first_gaps(&mut prior, samples.own, &clusters, &kept);
     let mut prior = with_tables(prior, rows, &kept)?;
     // Now that tables are learned, lists may know all rows.
     let all: Vec<usize> = (0..wide.rows()).collect();
-    let lists = clusters.lists(&samples, &all);
+    let lists = clusters.lists(&samples, &coarse, &all);
     prior.clusters.iter_mut().zip(lists).for_each(|(cluster, list)| cluster.list = list);
     Ok(prior)
 }

@@ -74,8 +74,8 @@ from distillkit.errors import InputError
 from distillkit.shards.lock import FolderLock
 from distillkit.shards.storage import Folder
 folder = Folder(out / "captured")
-again = [sys.executable, "-c", sys.argv[2], sys.argv[1], ""]
-if len(sys.argv) == 4:
+again = [sys.executable, "-c", sys.argv[2], sys.argv[1], "again"]
+if sys.argv[2] == "again":
     print("locked" if FolderLock(folder) else "", flush=True)
     os._exit(9)
 with FolderLock(folder) as lock:
@@ -104,7 +104,8 @@ def test_capture_and_training(teacher: Path, text: Path, tmp_path: Path) -> None
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
     script = """
 model, data = sys.argv[2:]
-run(entry.main, "capture", "--model", model, "--dataset", data, "--output", out / "captured", "--max-seq-len", 64, "--k", 8)
+sources = ("--model", model, "--dataset", data)
+run(entry.main, "capture", *sources, "--output", out / "captured", "--max-seq-len", 64, "--preset", "budget")
 run(entry.main, "train", out / "config.yaml", "--dry-run")
 run(entry.main, "train", out / "config.yaml")
 """

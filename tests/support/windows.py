@@ -18,7 +18,19 @@ from typing import Any
 # What Python has on Unix only.
 MODULES = {"fcntl", "grp", "posix", "pwd", "resource", "syslog", "termios"}
 FUNCTIONS = {
-    *("O_CLOEXEC", "ST_RDONLY", "chown", "fork", "getuid", "geteuid", "getpgid", "getrusage", "killpg", "lockf", "mkfifo"),
+    *(
+        "O_CLOEXEC",
+        "ST_RDONLY",
+        "chown",
+        "fork",
+        "getuid",
+        "geteuid",
+        "getpgid",
+        "getrusage",
+        "killpg",
+        "lockf",
+        "mkfifo",
+    ),
     *("pread", "pwrite", "register_at_fork", "sched_getaffinity", "statvfs", "sysconf", "uname", "wait4"),
 }
 

@@ -270,7 +270,7 @@ class _RemoteFile(NewFile):
 
     def __init__(self, folder: Folder, name: str) -> None:
         self._folder, self._name = folder, name
-        # Removed by `abandon`: while it is open, Windows neither opens it again for the upload nor removes it.
+        # While it is open, Windows does not open it again for the upload.
         self.stream = tempfile.NamedTemporaryFile(prefix="distillkit-", delete=False)  # noqa: SIM115
 
     def publish(self) -> None:
@@ -280,6 +280,7 @@ class _RemoteFile(NewFile):
         found = self._folder.size(self._name)
         if found != size:
             raise OSError(errno.EIO, f"{found} of {size} bytes arrived", self._folder.of(self._name))
+        self.abandon()
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):

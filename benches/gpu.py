@@ -12,9 +12,11 @@ each part, its output in OUT/PART.log, and a table comes at the end. The parts a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,21 +29,23 @@ MOST_SECONDS = 480
 
 # In their order, with the seconds that each may take. `inputs` makes what `capture` and the two trainings read.
 PARTS = {
-    "decode": 75,
+    "decode": 100,
     "loss": 75,
-    "packing": 60,
-    "inputs": 75,
-    "training-plain": 90,
-    "training-ours": 90,
-    "capture": 90,
-    "tests": 75,
+    "packing": 45,
+    "inputs": 60,
+    "training-plain": 75,
+    "training-ours": 75,
+    "capture": 75,
+    "tests": 90,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the results (%(default)s)")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels that the machine lacks; the installation stays")
+    parser.add_argument(
+        "--wheels", type=Path, help="folder of wheels that the machine lacks; they are installed for this run only"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")
     parser.add_argument("--seconds", type=float, default=MOST_SECONDS, help="for everything (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
@@ -85,20 +89,28 @@ def run(
     command = [sys.executable, str(HERE / "gpu_parts.py"), part, str(folder), str(figures)]
     command += ["--tiny"] if arguments.tiny else []
     started = time.monotonic()
-    error = None
-    if limit <= 0:
-        error = "no time was left"
-    else:
-        with log.open("w", encoding="utf-8") as output:
-            streams = {"stdout": output, "stderr": subprocess.STDOUT}
-            try:
-                subprocess.run(command, **streams, timeout=limit, check=True, env=environment, cwd=HERE.parent)
-            except subprocess.TimeoutExpired:
-                error = f"stopped after {limit:.0f} s"
-            except subprocess.CalledProcessError as failed:
-                error = f"exit status {failed.returncode}: {last_line(log)}"
-    found = json.loads(figures.read_text(encoding="utf-8")) if figures.exists() else {}
-    return {**found, **({"error": error} if error else {}), "seconds": round(time.monotonic() - started, 1)}
+    error = "no time was left" if limit <= 0 else ended(command, limit, log, environment)
+    result: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1)}
+    if error:
+        result["error"] = error
+    return {**result, "figures": json.loads(figures.read_text(encoding="utf-8")) if figures.exists() else {}}
+
+
+def ended(command: list[str], limit: float, log: Path, environment: dict[str, str]) -> str | None:
+    """Run a command, and end it with all that it started once its time is over; returns why it failed."""
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent, start_new_session=True
+        )
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return f"exit status {status}: {last_line(log)}" if status else None
 
 
 def last_line(log: Path) -> str:
@@ -111,19 +123,24 @@ def summary(part: str, result: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    """All figures, one on a line, and what only several parts together say."""
-    rows = [(part, name, figure) for part in PARTS for name, figure in results.get(part, {}).items()]
-    plain, ours = (results.get(f"training-{who}", {}).get("tokens/s") for who in ("plain", "ours"))
-    if plain and ours:
-        rows.append(("training", "overhead of distilling from a capture", f"{plain / ours - 1:+.1%}"))
+    """What was measured, one thing on a line, and what only two parts together say."""
+    figures = {part: dict(results[part]["figures"]) for part in PARTS if part in results}
+    speeds = [row["tokens/s"] for who in ("plain", "ours") for row in figures.get(f"training-{who}", {}).values()]
+    if len(speeds) == 2:
+        figures["training-ours"]["against CE alone"] = {"of the time of a step more": speeds[0] / speeds[1] - 1}
+    rows = [(part, name, row) for part, named in figures.items() for name, row in named.items()]
     width = max((len(name) for _, name, _ in rows), default=0)
-    return [f"{part:15} {name:{width}}  {written(figure)}" for part, name, figure in rows]
+    lines = [f"{part:14}  {name:{width}}  {', '.join(map(written, row.values(), row))}" for part, name, row in rows]
+    return [*lines, *(f"{part:14}  FAILED: {results[part]['error']}" for part in figures if "error" in results[part])]
 
 
-def written(figure: Any) -> str:
+def written(figure: Any, unit: str) -> str:
+    if isinstance(figure, str):
+        return f"{unit} {figure}".lstrip()
     if not isinstance(figure, float):
-        return f"{figure:,}" if type(figure) is int else str(figure)
-    return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.4g}"
+        return f"{figure:,} {unit}"
+    text = f"{figure:+.1%}" if unit.endswith("more") else f"{figure:.3g}" if abs(figure) < 1000 else f"{figure:,.0f}"
+    return f"{text} {unit}"
 
 
 if __name__ == "__main__":

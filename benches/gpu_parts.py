@@ -30,8 +30,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-Record = Callable[[str, Any], None]
-"""Takes down a figure by its name."""
+Record = Callable[[str, dict[str, Any]], None]
+"""Takes down what was measured: its name, and figures by their units."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,12 @@ def decode(sizes: Sizes, folder: Path, record: Record) -> None:
     from distillkit import __version__
     from distillkit.codec import Codec, preset
 
-    record("device", torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU")
-    record("versions", f"torch {torch.__version__}, transformers {version('transformers')}, distillkit {__version__}")
+    versions = {"torch": torch.__version__, "transformers": version("transformers"), "distillkit": __version__}
+    record(torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU", versions)
     source = torch.empty(sizes.copied, dtype=torch.uint8, device=DEVICE)
     copied = 2 * sizes.copied / timed(source.clone, sizes.passes)
     del source
-    record("copy, GB/s", copied / 1e9)
+    record("a copy", {"GB/s": copied / 1e9})
     # Inductor compiles for a CPU in minutes.
     compiled = functools.partial(torch.compile, backend="inductor" if DEVICE.type == "cuda" else "eager")
     for how, prepared in (("eager", lambda function: function), ("compiled", compiled)):
@@ -136,10 +136,15 @@ def decode(sizes: Sizes, folder: Path, record: Record) -> None:
             difference = difference_from_rust(codec, data, function(rows))
             seconds = timed(functools.partial(function, rows), sizes.passes)
             moved = sizes.rows * (codec.bytes_per_token + codec.k * 12) / seconds
-            record(f"{name}, {how}, tokens/s", sizes.rows / seconds)
-            record(f"{name}, {how}, GB/s", moved / 1e9)
-            record(f"{name}, {how}, of the copy's speed", moved / copied)
-            record(f"{name}, {how}, largest difference of approximated values", difference)
+            record(
+                f"{name}, {how}",
+                {
+                    "tokens/s": sizes.rows / seconds,
+                    "GB/s": moved / 1e9,
+                    "of the copy's speed": moved / copied,
+                    "largest difference of approximated values": difference,
+                },
+            )
 
 
 def difference_from_rust(codec: Any, data: Any, decoded: tuple[torch.Tensor, torch.Tensor]) -> float:
@@ -164,18 +169,17 @@ def loss(sizes: Sizes, folder: Path, record: Record) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     states, weight, targets = loss_problem(sizes)
     for name, sides in loss_sides(sizes, targets).items():
-        best = gradients(functools.partial(whole_losses, targets=targets, name=name), states.float(), weight.float())
+        exact = gradients(functools.partial(whole_losses, targets=targets, name=name), states.float(), weight.float())
         for side, function in sides.items():
             measured = functools.partial(gradients, function, states, weight)
-            for what, found, wanted in zip(("states", "weight"), measured(), best, strict=True):
-                record(
-                    f"{name}, {side}, error of the gradient of {what}", float((found - wanted).norm() / wanted.norm())
-                )
-            record(f"{name}, {side}, ms", timed(measured, sizes.passes) * 1e3)
+            errors = [float((found - best).norm() / best.norm()) for found, best in zip(measured(), exact, strict=True)]
+            figures = {"error of states' gradient": errors[0], "error of weight's gradient": errors[1]}
+            figures["ms"] = timed(measured, sizes.passes) * 1e3
             if DEVICE.type == "cuda":
-                record(f"{name}, {side}, peak GB", peak_of(measured) / 1e9)
+                figures["GB at most"] = peak_of(measured) / 1e9
+            record(f"{name}, {side}", figures)
     if "Liger" not in sides:
-        record("KL, Liger", "not installed, or no GPU")
+        record("KL, Liger", {"": "not installed, or no GPU"})
 
 
 def gradients(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -252,11 +256,12 @@ def packing(sizes: Sizes, folder: Path, record: Record) -> None:
     mask = torch.arange(padded.shape[1], device=DEVICE) < lengths
     for attention in ("sdpa", "flash_attention_2"):
         if attention != "sdpa" and not (DEVICE.type == "cuda" and importlib.util.find_spec("flash_attn")):
-            record(attention, "not installed, or no GPU")
+            record(attention, {"": "not installed, or no GPU"})
             continue
         torch.manual_seed(0)
         config = LlamaConfig(**sizes.model, max_position_embeddings=8192, attn_implementation=attention)
-        model = LlamaModel(config).to(DEVICE, torch.bfloat16).eval()
+        with DEVICE:
+            model = LlamaModel(config).to(torch.bfloat16).eval()
 
         @torch.no_grad()
         def states(model: Any = model, **inputs: torch.Tensor) -> torch.Tensor:
@@ -272,8 +277,8 @@ def packing(sizes: Sizes, folder: Path, record: Record) -> None:
         for name, way in ways.items():
             change = (way().float() - alone.float()).norm(dim=-1) / alone.float().norm(dim=-1)
             differences[name] = float(change.max())
-            record(f"{attention}, {name}, largest difference", differences[name])
-            record(f"{attention}, {name}, tokens/s", ids.shape[1] / timed(way, sizes.passes))
+            speed = ids.shape[1] / timed(way, sizes.passes)
+            record(f"{attention}, {name}", {"tokens/s": speed, "largest difference": differences[name]})
         kept_apart = differences["packed"] < differences["as one document"] / 5
         check(kept_apart, f"{attention}: packed documents are not those of each alone")
 
@@ -320,8 +325,8 @@ def inputs(sizes: Sizes, folder: Path, record: Record) -> None:
             writer.write(ids, rows)
     tokens = sizes.batch * sizes.steps * sizes.length
     parameters = sum(part.numel() for part in model.parameters())
-    record("parameters", parameters)
-    record("made and encoded, tokens/s", tokens / (time.perf_counter() - started))
+    record("the model", {"parameters": parameters})
+    record("rows made up and encoded", {"tokens/s": tokens / (time.perf_counter() - started)})
 
 
 def training_plain(sizes: Sizes, folder: Path, record: Record) -> None:
@@ -348,8 +353,7 @@ def training_plain(sizes: Sizes, folder: Path, record: Record) -> None:
     )
     trainer.train()
     seconds = [after - before for before, after in itertools.pairwise(ends)]
-    record("tokens/s", tokens / statistics.median(seconds[1:]))
-    record_peak(record)
+    record("CE", {"tokens/s": tokens / statistics.median(seconds[1:]), **peak_memory()})
 
 
 def training_ours(sizes: Sizes, folder: Path, record: Record) -> None:
@@ -366,14 +370,14 @@ def training_ours(sizes: Sizes, folder: Path, record: Record) -> None:
         "loss_functions": [{"function": "cross_entropy", "weight": 0.5}, {"function": "kl", "weight": 0.5}],
         "use_flash_attention": False,
         "model_kwargs": {"dtype": "float32"},
-        "training_args": training_arguments(sizes),
+        # As transformers has it by default.
+        "training_args": {**training_arguments(sizes), "gradient_checkpointing": False},
     }
     train(parse_config(config))
     entries = [json.loads(line) for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if "tokens_per_second" in entry]
-    record("tokens/s", statistics.median(entry["tokens_per_second"] for entry in steps[2:]))
-    record("share of the time spent waiting for data", statistics.median(entry["data_wait"] for entry in steps[2:]))
-    record_peak(record)
+    speed, waited = (statistics.median(step[name] for step in steps[2:]) for name in ("tokens_per_second", "data_wait"))
+    record("CE + KL", {"tokens/s": speed, "of the time spent waiting for data": waited, **peak_memory()})
 
 
 def training_arguments(sizes: Sizes) -> dict[str, Any]:
@@ -383,7 +387,6 @@ def training_arguments(sizes: Sizes) -> dict[str, Any]:
         "learning_rate": 1e-5,
         "optim": "adamw_torch_fused",
         "bf16": True,
-        "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -421,12 +424,14 @@ def capture(sizes: Sizes, folder: Path, record: Record) -> None:
             model(input_ids=batch, use_cache=False)
 
     bare = sum(map(len, rows)) / timed(forward, 1)
-    record("tokens/s", report.tokens_per_second)
-    record("bare forward, tokens/s", bare)
-    record("overhead", f"{bare / report.tokens_per_second - 1:+.1%}")
-    record("share of the time the teacher waited for the encoder", report.blocked_seconds / report.seconds)
-    record("mean KL of the stored rows", report.kl_mean)
-    record_peak(record)
+    record("forward alone", {"tokens/s": bare})
+    figures = {
+        "tokens/s": report.tokens_per_second,
+        "of the forward's time more": bare / report.tokens_per_second - 1,
+        "of the time spent waiting for the encoder": report.blocked_seconds / report.seconds,
+        "nats mean KL of the stored rows": report.kl_mean,
+    }
+    record("capture", {**figures, **peak_memory()})
 
 
 def tests(sizes: Sizes, folder: Path, record: Record) -> None:
@@ -437,8 +442,7 @@ def tests(sizes: Sizes, folder: Path, record: Record) -> None:
     print(ended.stdout, ended.stderr)
     check(ended.returncode == 0, f"pytest ended with status {ended.returncode}")
     counts = re.findall(r"(\d+) (passed|skipped|failed)", ended.stdout.splitlines()[-1])
-    for count, name in counts:
-        record(name, int(count))
+    record("tests", {name: int(count) for count, name in counts})
 
 
 def random_rows(rows: int, vocabulary: int, k: int, first: Any = None) -> tuple[Any, Any]:
@@ -475,9 +479,8 @@ def peak_of(action: Callable[[], Any]) -> float:
     return float(torch.cuda.max_memory_allocated() - before)
 
 
-def record_peak(record: Record) -> None:
-    if DEVICE.type == "cuda":
-        record("peak GB", torch.cuda.max_memory_allocated() / 1e9)
+def peak_memory() -> dict[str, float]:
+    return {"GB at most": torch.cuda.max_memory_allocated() / 1e9} if DEVICE.type == "cuda" else {}
 
 
 def synchronise() -> None:
@@ -509,10 +512,10 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
 
-    def record(name: str, figure: Any) -> None:
-        found[name] = figure
+    def record(name: str, figures: dict[str, Any]) -> None:
+        found[name] = figures
         arguments.figures.write_text(json.dumps(found), encoding="utf-8")
-        print(f"{name}: {figure}", flush=True)
+        print(f"{name}: {figures}", flush=True)
 
     parts[arguments.part](TINY if arguments.tiny else WHOLE, arguments.folder, record)
 

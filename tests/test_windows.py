@@ -44,7 +44,7 @@ def run_as_on_windows(script: str, folder: Path, *arguments: Path | str) -> list
         env={**os.environ, "PYTHONIOENCODING": "cp1252", "TMPDIR": str(folder)},
         encoding="cp1252",
     )
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout.splitlines()
 
 
@@ -76,7 +76,8 @@ from distillkit.shards.storage import Folder
 folder = Folder(out / "captured")
 again = [sys.executable, "-c", sys.argv[2], sys.argv[1], "again"]
 if sys.argv[2] == "again":
-    print("locked" if FolderLock(folder) else "", flush=True)
+    lock = FolderLock(folder)
+    print("locked", flush=True)
     os._exit(9)
 with FolderLock(folder) as lock:
     with lock.turn():

@@ -40,13 +40,13 @@ def as_on_windows(folder: Path) -> None:
     replaced = {"os": _os(), "msvcrt": _msvcrt(), "psutil": _psutil()}
     ordinary = builtins.__import__
 
-    def imported(name: str, scope: Any = None, locals_: Any = None, names: Any = (), level: int = 0) -> Any:
-        if level == 0 and scope and str(scope.get("__name__")).partition(".")[0] == "distillkit":
+    def imported(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        if level == 0 and globals and str(globals.get("__name__")).partition(".")[0] == "distillkit":
             if name.partition(".")[0] in MODULES:
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
             if name in replaced:
                 return replaced[name]
-        return ordinary(name, scope, locals_, names, level)
+        return ordinary(name, globals, locals, fromlist, level)
 
     builtins.__import__ = imported
     for name in ("unlink", "remove", "rename", "replace"):

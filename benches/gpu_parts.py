@@ -414,7 +414,8 @@ def capture(sizes: Sizes, folder: Path, record: Record) -> None:
             preset="recommended",
             progress=False,
         )
-    rows = [json.loads(line)["input_ids"] for line in (folder / "documents.jsonl").open(encoding="utf-8")]
+    lines = (folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line)["input_ids"] for line in lines]
     batches = torch.tensor(rows, device=DEVICE).split(max(1, 16_384 // sizes.length))
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16).to(DEVICE).eval()
 

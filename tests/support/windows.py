@@ -98,8 +98,9 @@ def _unless_open(action: Callable[..., None], folder: Path) -> Callable[..., Non
     """An action on files, which fails while this process has one of them open."""
 
     def act(*paths: Any, **options: Any) -> None:
-        # Checkpoints and the folders of the stores are libraries' own.
-        names = {os.path.realpath(path) for path in paths if str(path).startswith(str(folder))}
+        # Files of `tempfile` (tmp…) are removed by Windows itself.
+        ours = [path for path in map(str, paths) if path.startswith(f"{folder}{os.sep}")]
+        names = {os.path.realpath(path) for path in ours if not os.path.basename(path).startswith("tmp")}
         held = names & {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()} if names else set()
         if held:
             raise PermissionError(errno.EACCES, "The process cannot access the file", str(held.pop()))

@@ -5,6 +5,11 @@ Importing this package imports neither torch nor transformers; the modules that 
 
 from __future__ import annotations
 
+import os
+
 from distillkit._native import __version__
+from distillkit.configuration.installation import warn_of_another
 
 __all__ = ["__version__"]
+
+warn_of_another(os.path.dirname(__file__), __version__)

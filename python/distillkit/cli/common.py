@@ -41,7 +41,7 @@ _EXTRAS = {
     "datasets": "capture",
     "trl": "train",
     "peft": "train",
-    "psutil": "train",
+    "psutil": "capture",
     "matplotlib": "plot",
     "ray": "ray",
     "s3fs": "s3",

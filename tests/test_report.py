@@ -34,6 +34,7 @@ from distillkit.training.data.examples import DistillationDataset
 from distillkit.training.run import Run, train
 from distillkit.training.trainer import DistillationTrainer
 from support.refusals import check_names, refused
+from support.runs import write_run
 from support.training import random_documents, run_config, tiny_model
 
 PNG = b"\x89PNG"
@@ -251,7 +252,7 @@ def test_the_largest_differences_are_kept(parts: dict[str, str], tmp_path: Path,
     for number, document in enumerate(dataset):
         rows = dataset.codec.decode_document(document.teacher, document.num_rows)
         with torch.no_grad():
-            logits[number] = model(torch.from_numpy(document.input_ids).long()[None]).logits[0]
+            logits[number] = model(torch.tensor(document.input_ids.tolist())[None]).logits[0]
         expected[number] = [kl_of(logits[number][t], rows.ids[t], rows.logprobs[t]) for t in range(document.num_rows)]
     largest = sorted(
         ((kl, number, t) for number, kls in expected.items() for t, kl in enumerate(kls) if kl >= sorted(kls)[-3:][0]),
@@ -397,28 +398,6 @@ EVIL = (
 )
 
 
-def evil_run(folder: Path, name: str) -> RunRecord:
-    """A finished run in which every text is this name."""
-    folder.mkdir(exist_ok=True)
-    settings: dict[str, Any] = dict.fromkeys(("optimizer", "schedule", "precision", "device", "workers", "seed"), name)
-    numbers = ("batch", "accumulation", "processes", "sequence_length", "learning_rate", "warmup_steps", "weight_decay")
-    data = {"path": name, "documents": 1, "tokens": 2, "rows": 1}
-    run = {
-        "student": {"path": name, "class": name, "dtype": name, "attention": name, "trained": 1, "parameters": 2},
-        "teacher": {"kind": "dataset", "name": name, "k": 8},
-        "data": {"train": data, "eval": data},
-        "losses": [{"name": name, "weight": 0.5, name: name}, {"name": "kl", "weight": 0.5}],
-        "settings": {**settings, **dict.fromkeys(numbers, 1), "activation_checkpointing": False},
-        "versions": {name: name},
-        "began": name,
-        "max_steps": 1,
-        "epochs": 1,
-    }
-    lines = [{"step": 0, "run": run}, {"step": 1, "loss": 1.0, "kl": 1.0, name: 1.0}, {"step": 1, "eval_loss": 1.0}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return read_run(folder)
-
-
 def html_of(text: str) -> str:
     """Markdown with GitHub's tables, as HTML; raw HTML would stay as it is."""
     return str(MarkdownIt("commonmark", {"html": True}).enable("table").render(text))
@@ -430,8 +409,8 @@ def shape(html: str) -> list[str]:
 
 
 def test_names_can_do_nothing_in_a_report_a_plot_or_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [evil_run(tmp_path / f"run{number}", name) for number, name in enumerate(EVIL)]
-    harmless = evil_run(tmp_path / "run", "plain")
+    runs = [write_run(tmp_path / f"run{number}", name) for number, name in enumerate(EVIL)]
+    harmless = write_run(tmp_path / "run", "plain")
     pictures = [("report-quality.png", "Losses")]
     monkeypatch.setenv("FORCE_COLOR", "1")
     for run, name in zip(runs, EVIL, strict=True):

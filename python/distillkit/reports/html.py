@@ -85,8 +85,13 @@ def paragraph(*content: Content, class_: str | None = None) -> Html:
 
 
 def token(text: str | None, number: int | None = None) -> Html:
-    """Write a token so that its blanks and line feeds are seen, or its number if its text is not known."""
-    if text is None:
+    """Write a token so that its blanks and line feeds are seen.
+
+    Args:
+        text: its text, None if that is not known.
+        number: its id, which is shown if it has no text, or only a part of a character.
+    """
+    if text is None or (number is not None and text == "\ufffd"):
         return element("code", f"#{number}", class_="token")
     shown = text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
     return element("code", shown or "(empty)", class_="token")

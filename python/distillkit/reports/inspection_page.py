@@ -35,10 +35,11 @@ def inspection_page(inspection: Inspection) -> str:
         Section("mass", "Stored probability", _mass(figures), wide=False),
         Section("charts", "Charts", _charts(inspection)),
         Section("documents", "Worst documents", _documents(figures)),
-        Section("codec", "Codec and capture", _settings(figures), wide=False),
+        Section("codec", "Codec", _codec(figures), wide=False),
+        Section("capture", "Capture", _facts("Capture", list(_flat(figures["capture"] or {}))), wide=False),
         Section("more", "More figures", _facts("More figures", list(_flat(figures.rest()))), wide=False),
     ]
-    return page(name, paragraph(inspection.path, class_="soft"), sections)
+    return page(name, paragraph(figures["path"], class_="soft"), sections)
 
 
 class _Figures:
@@ -96,7 +97,6 @@ def _contents(figures: _Figures) -> Html:
     ]
     for key in ("teacher", "tokenizer"):
         facts += [(key, "not recorded")] if figures[key] is None else list(_flat(figures[key], key))
-    figures["path"]
     return _facts("Contents", facts)
 
 
@@ -178,9 +178,8 @@ def _documents(figures: _Figures) -> Html:
     return element("div", table(caption, header, rows), class_="numbers")
 
 
-def _settings(figures: _Figures) -> Html:
-    codec = {key: value for key, value in figures["codec"].items() if key != "warnings"}
-    return _facts("Codec and capture", [*_flat(codec), *_flat(figures["capture"], "capture")])
+def _codec(figures: _Figures) -> Html:
+    return _facts("Codec", list(_flat({key: value for key, value in figures["codec"].items() if key != "warnings"})))
 
 
 def _facts(caption: str, rows: Sequence[tuple[str, str]]) -> Html:

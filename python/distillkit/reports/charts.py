@@ -70,19 +70,7 @@ def chart(panel: Panel, number: int) -> Html:
     lines = _lines(axes, picture)
     everything = sorted({x for line in lines for x in line.values})
     points = _spread(everything, _POINTS)
-    data = {
-        "along": [panel.along_form.format(x) for x in points],
-        "name": panel.along,
-        "x": [round(float(axes.transData.transform((x, axes.get_ylim()[0]))[0]), 1) for x in points],
-        "lines": [
-            {
-                "label": line.label,
-                "y": [line.heights.get(x) for x in points],
-                "values": [_written(line, x, panel.form) for x in points],
-            }
-            for line in lines
-        ],
-    }
+    data = _readings(panel, axes, lines, points)
     content = [
         element("figcaption", element("h3", panel.title)),
         _picture(picture, panel, lines),
@@ -97,6 +85,24 @@ def chart(panel: Panel, number: int) -> Html:
     if lines:
         content.append(_values(panel, lines, everything))
     return element("figure", content, class_="chart", data_values=json.dumps(data, separators=(",", ":")))
+
+
+def _readings(panel: Panel, axes: Any, lines: Sequence[_Line], points: Sequence[float]) -> dict[str, Any]:
+    """What page.js shows at each point: where it is, what it is, and the values of the lines there."""
+    bottom = axes.get_ylim()[0]
+    return {
+        "along": [panel.along_form.format(x) for x in points],
+        "name": panel.along,
+        "x": [round(float(axes.transData.transform((x, bottom))[0]), 1) for x in points],
+        "lines": [
+            {
+                "label": line.label,
+                "y": [line.heights.get(x) for x in points],
+                "values": [_written(line, x, panel.form) for x in points],
+            }
+            for line in lines
+        ],
+    }
 
 
 def _drawn(panel: Panel) -> tuple[Any, Any]:
@@ -146,21 +152,22 @@ def _coloured(svg: str) -> str:
     """Replace the colours of styles by the page's variables."""
 
     def variable(match: re.Match[str]) -> str:
-        return f"var(--{_COLOURS[match[0]]})"
+        name = _COLOURS.get(match[0])
+        return match[0] if name is None else f"var(--{name})"
 
     return re.sub(r'style="[^"]*"', lambda style: re.sub(r"(?<=: )#[0-9a-f]{6}\b", variable, style[0]), svg)
 
 
 def _lines(axes: Any, svg: str) -> list[_Line]:
     """The lines with labels. A line that is smoothed has the values that were recorded."""
-    by_label = {line.get_label(): line for line in axes.lines}
     height = axes.figure.bbox.height
     lines = []
     for index, line in enumerate(axes.lines):
         label = str(line.get_label())
         if label.startswith("_"):
             continue
-        recorded = by_label.get(f"_{label}", line)
+        before = axes.lines[index - 1]
+        recorded = before if index and before.get_label() == f"_{label}" else line
         x, y = (np.asarray(data, dtype=float) for data in recorded.get_data())
         places = axes.transData.transform(np.stack([x, y], -1))[:, 1]
         heights = {

@@ -97,7 +97,14 @@ def token(text: str | None, number: int | None = None) -> Html:
     return element("code", shown or "(empty)", class_="token")
 
 
-def table(caption: str, header: Sequence[Content], rows: Iterable[Sequence[Content]], *, hidden: bool = False) -> Html:
+def table(
+    caption: str,
+    header: Sequence[Content],
+    rows: Iterable[Sequence[Content]],
+    *,
+    hidden: bool = False,
+    narrow: bool = False,
+) -> Html:
     """Make a table that scrolls sideways by itself where it is too wide. The first cell of a row is its header.
 
     Args:
@@ -105,17 +112,18 @@ def table(caption: str, header: Sequence[Content], rows: Iterable[Sequence[Conte
         header: heads of the columns; none if empty.
         rows: the cells of each row.
         hidden: whether the caption is only for screen readers.
+        narrow: whether it is never too wide. Others can be reached with the keyboard, to be scrolled.
     """
     head = element("thead", element("tr", [element("th", cell, scope="col") for cell in header])) if header else ""
     body = [
         element("tr", element("th", first, scope="row"), [element("td", cell) for cell in cells])
         for first, *cells in rows
     ]
-    content = element(
-        "table", element("caption", caption, class_="unseen" if hidden else None), head, element("tbody", body)
-    )
-    # Focusable, since the keyboard could not scroll it otherwise.
-    return element("div", content, class_="scroll", tabindex=0, role="region", aria_label=caption)
+    title = element("caption", caption, class_="unseen" if hidden else None)
+    content = element("table", title, head, element("tbody", body))
+    if narrow:
+        return element("div", content, class_="scroll")
+    return element("div", content, class_="scroll", tabindex=0, role="group", aria_label=caption)
 
 
 @dataclass(frozen=True)

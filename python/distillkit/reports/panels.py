@@ -15,8 +15,8 @@ class Panel:
 
     Attributes:
         title: its title.
-        draw: draws it on matplotlib axes. Lines with a label are data; a line whose label is `_` and another line's
-            label has the values that the other shows smoothed.
+        draw: draws it on matplotlib axes. Lines with a label are data. If such a line is smoothed, the line before
+            it has the values that were recorded, and `_` and its label as label.
         form: format string for its values.
         along: name of what is on the horizontal axis.
         along_form: format string for that.

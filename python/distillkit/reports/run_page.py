@@ -119,9 +119,11 @@ def _charts(panels: Sequence[Panel], first: int) -> Html:
     return element("div", [chart(panel, first + index) for index, panel in enumerate(panels)], class_="charts")
 
 
-def _note(note: str) -> Html:
+def _note(note: str, whose: str = "") -> Html:
     """Show a sentence, in which what is between backticks is code."""
-    return paragraph(element("code", part) if index % 2 else part for index, part in enumerate(note.split("`")))
+    return paragraph(
+        whose, (element("code", part) if index % 2 else part for index, part in enumerate(note.split("`")))
+    )
 
 
 # -- where student and teacher differ ----------------------------------------------------------------------------------
@@ -178,14 +180,23 @@ def _position(each: dict[str, Any]) -> Html:
     place = paragraph(f"document {each['document']:,}, position {each['position']:,}", class_="soft")
     before = "" if each["before"] is None else each["before"]
     text = paragraph(
-        "…" if before else "", before, " → ", token(each["next"]["text"], each["next"]["id"]), class_="text"
+        "…" if each["position"] >= 32 else "",
+        before,
+        " → ",
+        token(each["next"]["text"], each["next"]["id"]),
+        class_="text",
     )
     teacher = [
         (token(best["text"], best["id"]), f"{_share(best['p'])} ({_share(best['student_p'])})")
         for best in each["teacher"]
     ]
     student = [(token(best["text"], best["id"]), _share(best["p"])) for best in each["student"]]
-    tables = element("div", table("teacher (student)", (), teacher), table("student", (), student), class_="best")
+    tables = element(
+        "div",
+        table("teacher (student)", (), teacher, narrow=True),
+        table("student", (), student, narrow=True),
+        class_="best",
+    )
     return element("li", heading, place, text, tables)
 
 
@@ -198,11 +209,11 @@ def _share(p: float) -> str:
 
 def _configurations(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Section]:
     facts, costs, notes = [], [], []
-    for run in runs:
+    for run, name in zip(runs, names, strict=True):
         with understanding(run):
             facts.append(dict(described(run, PLAIN)))
             costs.append(dict(cost(run)))
-            notes += [_note(text) for text in advice(run, PLAIN)]
+            notes += [_note(text, f"{name}: " if len(runs) > 1 else "") for text in advice(run, PLAIN)]
     header = ("", *names) if len(runs) > 1 else ()
     kind = "side" if len(runs) > 1 else "facts"
     sections = []

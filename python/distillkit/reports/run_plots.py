@@ -72,7 +72,7 @@ def plot_comparison(runs: Sequence[RunRecord], names: Sequence[str], path: Path)
     lines: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
-        lines |= dict(zip(labels, handles, strict=True))
+        lines = dict(zip(labels, handles, strict=True)) | lines
     if lines:
         style = {"loc": "lower center", "ncols": min(len(lines), 4), "frameon": False, "labelcolor": INK}
         figure.legend(list(lines.values()), list(lines), **style)
@@ -303,7 +303,7 @@ def _running_mean(values: list[float]) -> npt.NDArray[np.float64]:
 
 def _label_last(axes: Any, steps: list[int], values: list[float], form: str, *, above: bool) -> None:
     """Label the last point with its value."""
-    place = {"xytext": (0, 8 if above else -15), "textcoords": "offset points", "ha": "right"}
+    place = {"xytext": (-6, 7 if above else -14), "textcoords": "offset points", "ha": "right"}
     axes.annotate(form.format(values[-1]), (steps[-1], values[-1]), fontsize=9, color=INK, **place)
 
 

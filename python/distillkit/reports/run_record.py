@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from distillkit.errors import CorruptDataError, InputError
 
-__all__ = ["MEASURES", "METRICS", "REPORT", "SUMMARY", "Measure", "RunRecord", "read_metrics", "read_run"]
+__all__ = ["MEASURES", "METRICS", "REPORT", "SUMMARY", "Measure", "RunRecord", "read_metrics", "read_run", "record_of"]
 
 METRICS, SUMMARY, REPORT = "metrics.jsonl", "summary.json", "report.md"
 
@@ -168,6 +169,13 @@ def read_run(folder: str | Path) -> RunRecord:
             raise CorruptDataError(f"{folder / SUMMARY}: not JSON: {error}") from error
         if not isinstance(summary, dict):
             raise CorruptDataError(f"{folder / SUMMARY}: expected an object, found {type(summary).__name__}")
+    return record_of(folder, entries, summary)
+
+
+def record_of(
+    folder: Path, entries: Sequence[dict[str, Any]], summary: dict[str, Any] | None = None
+) -> RunRecord:
+    """Make a run's record from its log entries; see `RunRecord`."""
     descriptions = [entry["run"] for entry in entries if "run" in entry]
     return RunRecord(
         folder=folder,

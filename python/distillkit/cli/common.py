@@ -43,6 +43,7 @@ _EXTRAS = {
     "peft": "train",
     "psutil": "train",
     "matplotlib": "plot",
+    "huggingface_hub": "hub",
     "ray": "ray",
     "s3fs": "s3",
 }

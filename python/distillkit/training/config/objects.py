@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from distillkit.configuration.places import is_path
+from distillkit.configuration.problems import report
 from distillkit.configuration.urls import is_url
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, nearest
 from distillkit.shards import Dataset
 from distillkit.training.config.argument_rules import RENAMED
 from distillkit.training.config.arguments import to_plain_value
@@ -74,6 +75,10 @@ def configuration(
     Raises:
         ConfigError: a setting is unknown or not allowed; reports all problems.
     """
+    known = TrainerSettings.__annotations__
+    unknown = [f"{name}: unknown setting{nearest(name, known)}" for name in settings if name not in known]
+    if unknown:
+        raise ConfigError(report(SOURCE, unknown))
     top = dict(settings)
     inner = {name: top.pop(name) for name in DatasetSection.model_fields if name in top}
     arguments = _arguments(args)

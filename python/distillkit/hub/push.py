@@ -18,11 +18,14 @@ from typing import Any
 from distillkit import __version__
 from distillkit.configuration.cards import CARD
 from distillkit.configuration.hub import hub_problem, is_hub_error
+from distillkit.console import human_bytes
 from distillkit.errors import CorruptDataError, DistillKitError, InputError, MismatchError
 from distillkit.hub.dataset_card import CARD_MARK, dataset_card
 from distillkit.shards import Dataset, Manifest, read_manifest, verify_dataset
 from distillkit.shards.manifest import MANIFEST
 from distillkit.shards.storage import Folder
+from distillkit.shards.writer import is_dataset_file
+from distillkit.types import Facts, Shown
 
 __all__ = ["PushReport", "push"]
 
@@ -36,8 +39,8 @@ _COMMIT_FILES, _COMMIT_BYTES = 64, 4 << 30
 _NOT_OURS_BUT_HARMLESS = (CARD, ".gitattributes", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
-@dataclass(frozen=True)
-class PushReport:
+@dataclass(frozen=True, repr=False)
+class PushReport(Shown):
     """The result of a push.
 
     Attributes:
@@ -56,6 +59,14 @@ class PushReport:
     uploaded_bytes: int
     already_there: int
     card: str
+
+    def facts(self) -> Facts:
+        return f"pushed: {self.repo} ({'private' if self.private else 'public'})", [
+            ("sent", f"{self.uploaded:,} files, {human_bytes(self.uploaded_bytes)}"),
+            ("there already", f"{self.already_there:,} files"),
+            ("card", self.card),
+            ("page", self.url),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-able mapping."""
@@ -179,7 +190,7 @@ class _Repository:
         Raises:
             MismatchError: there are other files, or another capture.
         """
-        ours = {MANIFEST, *(shard.file for shard in manifest.shards)}
+        ours = {MANIFEST, *(shard.file for shard in manifest.shards), *_beside(folder, manifest)}
         other = sorted(self.files.keys() - ours - {*_NOT_OURS_BUT_HARMLESS})
         if not other and MANIFEST in self.files and not self.has(folder / MANIFEST):
             other = [MANIFEST]
@@ -200,9 +211,7 @@ class _Repository:
         header = f"blob {path.stat().st_size}\0".encode()  # as git names its blobs
         return bool(found.blob_id == _hash(path, hashlib.sha1(header, usedforsecurity=False)))
 
-    def send(
-        self, folder: Path, manifest: Manifest, license: str | None, progress: Progress, url: str
-    ) -> PushReport:
+    def send(self, folder: Path, manifest: Manifest, license: str | None, progress: Progress, url: str) -> PushReport:
         """Send what is missing: shards, then manifest and card."""
         shards = [folder / shard.file for shard in manifest.shards]
         missing = [shard for shard in shards if not self.has(shard)]
@@ -212,7 +221,8 @@ class _Repository:
             self._commit({path.name: path for path in group}, f"Shards {group[0].name} to {group[-1].name}")
             done += len(group)
             progress(done, len(shards))
-        last: dict[str, Path | bytes] = {} if self.has(folder / MANIFEST) else {MANIFEST: folder / MANIFEST}
+        rest = [*_beside(folder, manifest), MANIFEST]
+        last: dict[str, Path | bytes] = {name: folder / name for name in rest if not self.has(folder / name)}
         card, content = self._card(dataset_card(manifest, self.repo, license).encode())
         if card == "written":
             last[CARD] = content
@@ -225,7 +235,7 @@ class _Repository:
             private=bool(self._api.dataset_info(self.repo).private),
             uploaded=len(sent),
             uploaded_bytes=sum(len(part) if isinstance(part, bytes) else part.stat().st_size for part in sent),
-            already_there=len(shards) + 1 - len(missing) - (MANIFEST in last),
+            already_there=len(shards) + len(rest) - len(missing) - len({*last} - {CARD}),
             card=card,
         )
 
@@ -247,6 +257,12 @@ class _Repository:
             for name, content in files.items()
         ]
         self._api.create_commit(self.repo, operations, commit_message=message, repo_type="dataset")
+
+
+def _beside(folder: Path, manifest: Manifest) -> list[str]:
+    """The names of a dataset's files besides manifest and shards."""
+    known = {MANIFEST, *(shard.file for shard in manifest.shards)}
+    return sorted(path.name for path in folder.iterdir() if is_dataset_file(path.name) and path.name not in known)
 
 
 def _groups(shards: Sequence[Path]) -> Iterator[list[Path]]:

@@ -172,9 +172,7 @@ def read_run(folder: str | Path) -> RunRecord:
     return record_of(folder, entries, summary)
 
 
-def record_of(
-    folder: Path, entries: Sequence[dict[str, Any]], summary: dict[str, Any] | None = None
-) -> RunRecord:
+def record_of(folder: Path, entries: Sequence[dict[str, Any]], summary: dict[str, Any] | None = None) -> RunRecord:
     """Make a run's record from its log entries; see `RunRecord`."""
     descriptions = [entry["run"] for entry in entries if "run" in entry]
     return RunRecord(

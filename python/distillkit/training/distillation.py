@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
+from distillkit.reports.run_summary import RunSummary
 from distillkit.shards import Dataset
 from distillkit.training.config.objects import configuration
 from distillkit.training.config.surroundings import check_surroundings
@@ -18,7 +19,6 @@ from distillkit.training.trainer import SignalTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
     from typing import Unpack
 
     from distillkit.training.config.objects import TrainerSettings
@@ -82,24 +82,19 @@ class DistillationTrainer(SignalTrainer):
         name = os.fspath(model) if by_name else str(getattr(model, "name_or_path", "") or type(model).__name__)
         config = configuration(name, train_dataset, eval_dataset, args, settings)
         check_surroundings(config, loaded=not by_name)
-        opened: dict[Part, Dataset] = {}
         parts: tuple[tuple[Part, Any], ...] = (("train", train_dataset), ("eval", eval_dataset))
-        for part, dataset in parts:
-            if isinstance(dataset, Dataset):
-                opened[part] = dataset
+        opened = {part: dataset for part, dataset in parts if isinstance(dataset, Dataset)}
         self._run = Run(config, Given(None if by_name else model, processing_class, opened))
         trainer_parts = self._run.trainer_parts()
         with self._run.reaching_hub():
             super().__init__(**trainer_parts)
         self._run.trainer = self
-        self.summary: dict[str, Any] | None = None
+        self.summary: RunSummary | None = None
         for callback in callbacks or ():
             self.add_callback(callback)
         self._run.complete(self)
 
-    def train(
-        self, resume_from_checkpoint: str | Path | bool | None = None, *arguments: Any, **named: Any
-    ) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *arguments: Any, **named: Any) -> Any:
         """Train, and write metrics, report and summary to the output folder. As the Trainer's own, this does not save
         the student: call `save_model` or `push_to_hub`.
 
@@ -117,7 +112,9 @@ class DistillationTrainer(SignalTrainer):
             DistillKitError: training has diverged.
         """
         run = self._run
-        wanted = os.fspath(resume_from_checkpoint) if isinstance(resume_from_checkpoint, Path) else resume_from_checkpoint
+        wanted = (
+            os.fspath(resume_from_checkpoint) if isinstance(resume_from_checkpoint, Path) else resume_from_checkpoint
+        )
         arguments_now = {**run.config.training_args, "resume_from_checkpoint": wanted}
         config = run.config.model_copy(update={"training_args": arguments_now})
         checkpoint = run.decided(lambda: resumed_checkpoint(run, config))
@@ -126,5 +123,5 @@ class DistillationTrainer(SignalTrainer):
             return super(DistillationTrainer, self).train(resume_from_checkpoint, *arguments, **named)
 
         result = run.fit(self, training, checkpoint)
-        self.summary = run.finish(self, result.global_step, time.perf_counter() - self._began)
+        self.summary = RunSummary(run.finish(self, result.global_step, time.perf_counter() - self._began))
         return result

@@ -456,7 +456,7 @@ def _own_card(folder: Path) -> bool:
 class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
     """Sets the epoch of the trainer's document order."""
 
-    def __init__(self, trainer: DistillationTrainer) -> None:
+    def __init__(self, trainer: SignalTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

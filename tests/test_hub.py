@@ -4,6 +4,8 @@ ranges."""
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +19,15 @@ from click.testing import CliRunner
 from distillkit.cli.main import cli
 from distillkit.errors import CorruptDataError, DistillKitError, InputError, MismatchError
 from distillkit.hub import push
+from distillkit.hub.pushing import _Repository
 from distillkit.shards import Dataset, verify_dataset
 from support.hub import TOKEN, Hub, running_hub, using
 from support.refusals import refused
 from support.shards import files, make_documents, write
 
 NAME = "datasets/me/captured"
+# huggingface_hub's own way to send a file, with its HTTP client.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,8 @@ def front_matter(card: str) -> dict[str, Any]:
 def test_a_pushed_capture_is_the_same_and_only_what_is_used_is_read(hub: Hub, captured: Path) -> None:
     report = push(captured, "me/captured", license="apache-2.0")
     there = hub.repositories[NAME]
-    assert there.private and report.private
+    assert there.private
+    assert report.private
     assert {name: there.files[name] for name in files(captured)} == files(captured)
     assert report.uploaded == len(there.files) == len(files(captured)) + 1
     # The manifest makes the dataset readable, and comes last.
@@ -58,14 +64,16 @@ def test_a_pushed_capture_is_the_same_and_only_what_is_used_is_read(hub: Hub, ca
     hub.requests.clear()
     local = Dataset.open(captured)
     dataset = Dataset.open("hf://datasets/me/captured")
-    assert len(dataset) == len(local) and dataset.num_tokens == local.num_tokens
+    assert (len(dataset), dataset.num_tokens) == (len(local), local.num_tokens)
     assert hub.read("data-") == 0  # nothing of any shard to open it
     document = dataset[len(dataset) - 1]
-    assert np.array_equal(document.input_ids, local[-1].input_ids) and document.teacher == local[-1].teacher
+    assert document.teacher == local[-1].teacher
+    assert np.array_equal(document.input_ids, local[-1].input_ids)
     touched = local.shards[-1]
     assert hub.read("data-") == hub.read(touched.file) <= 2 * touched.bytes
     rows, expected = dataset.decode(0), local.decode(0)
-    assert np.array_equal(rows.ids, expected.ids) and np.array_equal(rows.logprobs, expected.logprobs)
+    assert np.array_equal(rows.ids, expected.ids)
+    assert np.array_equal(rows.logprobs, expected.logprobs)
     assert verify_dataset("hf://datasets/me/captured@main").ok
 
 
@@ -73,7 +81,8 @@ def test_the_card_is_made_from_the_header(hub: Hub, captured: Path) -> None:
     push(captured, "captured", license="mit")
     card = hub.repositories[NAME].files["README.md"].decode()
     fields = front_matter(card)
-    assert fields["license"] == "mit" and "distillkit" in fields["tags"] and fields["size_categories"] == ["n<1K"]
+    assert "distillkit" in fields["tags"]
+    assert (fields["license"], fields["size_categories"]) == ("mit", ["n<1K"])
     assert fields["configs"] == [
         {"config_name": "default", "data_files": [{"split": "train", "path": "data-*.parquet"}]}
     ]
@@ -89,22 +98,20 @@ def test_the_card_is_made_from_the_header(hub: Hub, captured: Path) -> None:
 
 
 def test_an_interrupted_push_goes_on(hub: Hub, captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distillkit.hub.push._COMMIT_FILES", 1)
-    hub.failing["POST", "/commit/"] = (403, 0)
-    push_all = push(captured, "me/whole")
-    shards = push_all.uploaded - 2
-    hub.blobs.clear()
-    hub.repositories.clear()
-    hub.requests.clear()
-    seen: list[int] = []
+    monkeypatch.setattr("distillkit.hub.pushing._COMMIT_FILES", 1)
+    shards = len(Dataset.open(captured).shards)
+    commits = iter([_Repository._commit] * 2)
 
-    def stop(done: int, total: int) -> None:
-        seen.append(done)
-        if done == 2:
+    def stop(self: _Repository, *arguments: Any) -> None:
+        commit = next(commits, None)
+        if commit is None:
             raise KeyboardInterrupt
+        commit(self, *arguments)
 
-    with pytest.raises(KeyboardInterrupt):
-        push(captured, "me/captured", verify=False, progress=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Repository, "_commit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            push(captured, "me/captured", verify=False)
     assert sorted(hub.repositories[NAME].files) == ["data-00000.parquet", "data-00001.parquet"]
     with refused(InputError, "hf://datasets/me/captured"):
         Dataset.open("hf://datasets/me/captured")
@@ -160,7 +167,7 @@ def test_refusals_of_the_hub_say_what_to_do(
         messages.append(str(caught.value))
         return messages[-1]
 
-    assert "write access" in message("team/captured") and "403" in messages[-1]
+    assert "write access" in message("team/captured")
     assert "OWNER/NAME" in message("a/b/c")
     hub.failing["POST", "/api/repos/create"] = (401, 1)
     assert "hf auth login" in message()
@@ -172,19 +179,35 @@ def test_refusals_of_the_hub_say_what_to_do(
     assert "HF_HUB_OFFLINE" in message()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "HTTPS_PROXY" in message() and "127.0.0.1" not in hub.repositories
+    assert "HTTPS_PROXY" in message()
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert "hf auth login" in message()
     assert all(TOKEN not in text for text in [*messages, caplog.text])
+
+
+def test_the_page_about_the_hub_is_true(
+    hub: Hub, captured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(captured.parent)
+    page = (Path(__file__).parents[1] / "docs" / "hub.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^distillkit (push .*)$", page, flags=re.MULTILINE)
+    for command in commands:
+        result = CliRunner().invoke(cli, shlex.split(command))
+        assert result.exit_code == 0, result.output
+    assert [there.private for there in hub.repositories.values()] == [True, False]
+    for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(snippet, {})
+    assert "captured dataset hf://datasets/me/captured" in capsys.readouterr().out
 
 
 def test_the_command_pushes_and_reports(hub: Hub, captured: Path) -> None:
     result = CliRunner().invoke(cli, ["push", str(captured), "me/captured", "--public", "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert report["repo"] == "me/captured" and not report["private"] and report["already_there"] == 0
+    assert (report["repo"], report["private"], report["already_there"]) == ("me/captured", False, 0)
     again = CliRunner().invoke(cli, ["push", str(captured), "me/captured"])
-    assert "public" in again.stdout and "hf://datasets/me/captured" in again.stdout
+    assert "public" in again.stdout
+    assert "hf://datasets/me/captured" in again.stdout
 
 
 @pytest.mark.usefixtures("without_plots")
@@ -210,8 +233,11 @@ def test_a_student_and_its_card_are_pushed(hub: Hub, parts: dict[str, str], tmp_
     there = hub.repositories["models/me/student"]
     card = there.files["README.md"].decode()
     fields = front_matter(card)
-    assert fields["datasets"] == ["me/train"] and "base_model" not in fields and "distillkit" in fields["tags"]
-    assert "1 kl" in card and "KL(teacher ‖ student)" in card and str(tmp_path) not in card
+    assert fields["datasets"] == ["me/train"]
+    assert "base_model" not in fields
+    assert "1 kl" in card
+    assert "KL(teacher ‖ student)" in card
+    assert str(tmp_path) not in card
     assert trainer.summary is not None
     assert f"{trainer.summary['eval_last']['eval_kl']:.4f}" in card
     assert TOKEN.encode() not in b"".join(there.files.values())

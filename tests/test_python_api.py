@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import distillkit
+from distillkit.capture.engine_settings import ENGINES
+from distillkit.capture.options import CaptureOptions
+from distillkit.capture.settings import CaptureSettings
+from distillkit.console import progress_bar
 from distillkit.errors import ConfigError, MismatchError
 from distillkit.shards import Dataset
 from distillkit.training.config.objects import TrainerSettings
@@ -20,7 +29,7 @@ from distillkit.training.config.schema import DatasetSection, RunConfig
 from distillkit.training.distillation import DistillationTrainer
 from distillkit.training.run import train
 from support.refusals import refused
-from support.training import losses_of, run_config
+from support.training import losses_of, random_documents, run_config, save_student
 
 LOSSES: list[dict[str, Any]] = [
     {"function": "cross_entropy", "weight": 0.25},
@@ -127,5 +136,114 @@ def test_tokens_are_not_saved(parts: dict[str, str], tmp_path: Path, monkeypatch
 
 
 def test_every_setting_is_typed() -> None:
+    parameters = {"model", "dataset", "output", "preset", "compression_config"}
+    engines = {name for part in ENGINES.values() for name in part.model_fields}
+    assert {*CaptureOptions.__annotations__} == {*CaptureSettings.model_fields, *engines} - parameters
     elsewhere = {"model", "output_path", "dataset", "training_args", "train_dataset", "eval_dataset"}
     assert {*TrainerSettings.__annotations__} == {*RunConfig.model_fields, *DatasetSection.model_fields} - elsewhere
+
+
+def test_the_package_is_light_and_has_its_names() -> None:
+    """In a process of its own: the names are there before they are imported, and `capture` is a package, too."""
+    code = """
+import sys, distillkit
+heavy = {"torch", "numpy", "pyarrow", "transformers", "pydantic", "rich"} & {*sys.modules}
+assert not heavy, heavy
+assert {*distillkit.__all__} <= {*dir(distillkit)}
+import distillkit.capture
+assert callable(distillkit.capture) and callable(distillkit.plan) and distillkit.capture.capture
+assert distillkit.inspect and distillkit.train and distillkit.push and distillkit.verify
+assert distillkit.Codec(distillkit.preset("budget", vocab_size=100)) and distillkit.Dataset.open
+assert not {"torch", "transformers"} & {*sys.modules}
+try:
+    distillkit.captur
+except AttributeError:
+    pass
+else:
+    raise SystemExit("captur")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def snippets() -> list[str]:
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
+def test_the_page_about_python_is_true(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of its code, one block after the other, with a small teacher and student; and what the results print."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"vocabulary": 160, "max_position_embeddings": 1024}
+    save_student(tmp_path / "teacher", seed=0, **sizes)
+    save_student(tmp_path / "student", seed=1, **sizes)
+    rows = [{"input_ids": ids.tolist(), "name": f"<b>{n}</b>"} for n, ids in enumerate(random_documents(12))]
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names: dict[str, Any] = {}
+    for code in snippets():
+        exec(code, names)
+    printed = capsys.readouterr().out
+    for fact in ("forecast: captured", "captured dataset captured", "{'name': '<b>0</b>'}", "trained: trained_live"):
+        assert fact in printed
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "trained").config.vocab_size == 160
+    assert "knowledge-distillation" in (tmp_path / "trained" / "README.md").read_text()
+
+    document = names["document"]
+    assert document.columns["name"] == "<b>0</b>"
+    assert pickle.loads(pickle.dumps(document.columns)) == document.columns
+    assert repr(document) == (
+        f"<Document {document.doc_id}: {len(document.input_ids)} tokens, {document.num_rows} rows in "
+        f"{len(document.teacher):,} bytes, columns name>"
+    )
+    for result, fact in (
+        (names["forecast"], "recommended"),
+        (names["report"], f"{names['report'].tokens:,}"),
+        (distillkit.inspect("captured", progress=False), "alignment"),
+        (distillkit.verify("captured"), "valid"),
+        (names["trainer"].summary, "steps"),
+    ):
+        assert fact in repr(result)
+        assert fact in result._repr_html_()
+        assert max(map(len, repr(result).splitlines())) < 200
+
+
+def test_names_from_data_are_escaped_in_notebooks(parts: dict[str, str]) -> None:
+    dataset = Dataset.open(parts["train"])
+    dataset.path = "<script>\x1b[2J"
+    assert "&lt;script&gt;" in dataset._repr_html_()
+    assert "<script>" not in dataset._repr_html_()
+    assert "\x1b" not in repr(dataset) + dataset._repr_html_()
+
+
+def test_bars_in_notebooks_need_no_widgets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a kernel's IPython is asked to display: HTML, which replaces itself and is removed at the end."""
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, content: str) -> None:
+            shown.append(content)
+
+    def display(content: str, display_id: bool) -> Handle:
+        assert display_id
+        shown.append(content)
+        return Handle()
+
+    ipython = types.ModuleType("IPython")
+    vars(ipython).update(
+        get_ipython=lambda: types.SimpleNamespace(kernel=object()),
+        display=types.SimpleNamespace(display=display, HTML=str),
+    )
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setattr("distillkit.console._NotebookProgress._SECONDS", 0.0)
+    with progress_bar("<reading>") as advance:
+        advance(3, 10)
+    assert "&lt;reading&gt;" in shown[0]
+    assert any("value='3'" in content and "max='10'" in content and "3/10" in content for content in shown)
+    assert shown[-1] == ""
+    with progress_bar("hidden", shown=False) as advance:
+        advance(1, 1)
+    assert shown[-1] == ""
+    assert capsys.readouterr().err == ""

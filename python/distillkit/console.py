@@ -120,7 +120,8 @@ class _NotebookProgress(Progress):
 
     def __init__(self, *, console: Console, disable: bool, transient: bool) -> None:
         super().__init__(console=console, auto_refresh=False, disable=disable)
-        self._passing, self._handle, self._last = transient, None, 0.0
+        self._passing, self._last = transient, 0.0
+        self._handle: Any = None
 
     def start(self) -> None:
         """Show it, below what the cell has printed."""

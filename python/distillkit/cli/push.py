@@ -7,7 +7,7 @@ import json
 import click
 
 from distillkit.cli.common import JSON
-from distillkit.console import human_bytes, progress_bar, say
+from distillkit.console import human_bytes, say
 
 __all__ = ["push"]
 
@@ -37,10 +37,9 @@ def push(dataset: str, repo: str, private: bool, license: str | None, verify: bo
       distillkit push ./captured me/captured
       distillkit push ./captured my-team/captured --public --license apache-2.0
     """
-    from distillkit.hub.push import push as push_dataset
+    from distillkit.hub.pushing import push as push_dataset
 
-    with progress_bar("checking and sending") as progress:
-        report = push_dataset(dataset, repo, private=private, license=license, verify=verify, progress=progress)
+    report = push_dataset(dataset, repo, private=private, license=license, verify=verify)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
         return

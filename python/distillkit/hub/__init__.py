@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from distillkit.hub.push import PushReport, push
+from distillkit.hub.pushing import PushReport, push
 
 __all__ = ["PushReport", "push"]

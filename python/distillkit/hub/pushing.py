@@ -18,7 +18,7 @@ from typing import Any
 from distillkit import __version__
 from distillkit.configuration.cards import CARD
 from distillkit.configuration.hub import hub_problem, is_hub_error
-from distillkit.console import human_bytes
+from distillkit.console import human_bytes, progress_bar
 from distillkit.errors import CorruptDataError, DistillKitError, InputError, MismatchError
 from distillkit.hub.dataset_card import CARD_MARK, dataset_card
 from distillkit.shards import Dataset, Manifest, read_manifest, verify_dataset
@@ -80,7 +80,7 @@ def push(
     private: bool = True,
     license: str | None = None,
     verify: bool = True,
-    progress: Progress = lambda done, total: None,
+    progress: bool = True,
 ) -> PushReport:
     """Push a captured dataset to the Hugging Face hub, with a card made from its header.
 
@@ -93,7 +93,7 @@ def push(
         private: whether a new repository can be read by its owner only. One that exists stays as it is.
         license: SPDX identifier for the card, such as `apache-2.0`.
         verify: read everything first, as `verify_dataset` does, and push nothing damaged.
-        progress: called with the shards that have been checked or sent, and the total.
+        progress: show a progress bar, on stderr or in the notebook.
 
     Returns:
         What was sent.
@@ -107,15 +107,16 @@ def push(
     folder, manifest = _finished(dataset)
     _check_login(repo)
     if verify:
-        _verify(str(folder), progress)
-    with _asking(repo):
+        with progress_bar("checking documents", shown=progress) as advance:
+            _verify(str(folder), advance)
+    with _asking(repo), progress_bar("sending shards", shown=progress) as advance:
         from huggingface_hub import HfApi
 
         api = HfApi(library_name="distillkit", library_version=__version__)
         url = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         remote = _Repository(api, url.repo_id)
         remote.check_content(manifest, folder)
-        return remote.send(folder, manifest, license, progress, str(url))
+        return remote.send(folder, manifest, license, advance, str(url))
 
 
 def _finished(dataset: str | os.PathLike[str]) -> tuple[Path, Manifest]:
@@ -166,6 +167,10 @@ def _asking(repo: str) -> Iterator[None]:
     Raises:
         DistillKitError: the hub cannot be reached, or refuses.
     """
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()  # they would collide with ours
     try:
         yield
     except DistillKitError:
@@ -174,6 +179,9 @@ def _asking(repo: str) -> Iterator[None]:
         if not is_hub_error(error):
             raise
         raise DistillKitError(f"{repo}: the hub: {hub_problem(error)}") from error
+    finally:
+        if not silent:
+            enable_progress_bars()
 
 
 class _Repository:

@@ -121,6 +121,8 @@ def test_what_does_not_fit_is_refused_as_in_a_yaml_file(parts: dict[str, str], t
         DistillationTrainer(parts["student"], {}, train_dataset=[1])  # type: ignore[arg-type]
     with refused(ConfigError, "args", "int"):
         DistillationTrainer(parts["student"], 3, train_dataset=data)  # type: ignore[arg-type]
+    with refused(ConfigError, "capturd"):
+        DistillationTrainer(parts["student"], {}, train_dataset="capturd")
     with refused(ConfigError, "studnet"):
         DistillationTrainer("./studnet", {}, train_dataset=data)
     other = AutoTokenizer.from_pretrained(parts["other"])

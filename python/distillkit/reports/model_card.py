@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from distillkit.configuration.cards import CARD, front_matter, hub_id, public_name
-from distillkit.reports.run_record import RunRecord
-from distillkit.reports.run_report import _evaluations, _facts, _table, _text
+from distillkit.reports.run_record import MEASURES, RunRecord
+from distillkit.reports.run_report import _facts, _table, _text
 
 __all__ = ["CARD", "CARD_MARK", "model_card"]
 
@@ -54,6 +54,17 @@ def model_card(run: RunRecord, name: str | None = None) -> str:
     if run.evaluations:
         sections += ["## On held-out documents", _evaluations(run)]
     return "\n\n".join(sections) + "\n"
+
+
+def _evaluations(run: RunRecord) -> str:
+    """The first and the last evaluation; one column if they are the same."""
+    ends = {entry["step"]: entry for entry in (run.evaluations[0], run.evaluations[-1])}
+    rows = [
+        [measure.label, *(measure.form.format(entry[measure.name]) for entry in ends.values())]
+        for measure in MEASURES
+        if all(measure.name in entry for entry in ends.values())
+    ]
+    return _table(("", *(f"step {step:,}" for step in ends)), rows)
 
 
 def _without_paths(description: dict[str, Any]) -> dict[str, Any]:

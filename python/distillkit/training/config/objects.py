@@ -109,7 +109,9 @@ def _section(dataset: object, name: str) -> dict[str, Any]:
             f"{type(dataset).__name__}. Save other datasets with save_to_disk, and give the folder"
         )
     text = os.fspath(dataset)
-    return {"disk_path" if is_url(text) or is_path(text) else "repo_id": text}
+    # Hub ids of datasets have an owner; any other name is a folder that does not exist.
+    on_disk = is_url(text) or is_path(text) or "/" not in text
+    return {"disk_path" if on_disk else "repo_id": text}
 
 
 def _arguments(args: object) -> dict[str, Any]:

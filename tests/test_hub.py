@@ -70,7 +70,8 @@ def test_a_pushed_capture_is_the_same_and_only_what_is_used_is_read(hub: Hub, ca
     assert document.teacher == local[-1].teacher
     assert np.array_equal(document.input_ids, local[-1].input_ids)
     touched = local.shards[-1]
-    assert hub.read("data-") == hub.read(touched.file) <= 2 * touched.bytes
+    # Its footer several times, and the rest once.
+    assert hub.read("data-") == hub.read(touched.file) < 3 * touched.bytes
     rows, expected = dataset.decode(0), local.decode(0)
     assert np.array_equal(rows.ids, expected.ids)
     assert np.array_equal(rows.logprobs, expected.logprobs)

@@ -32,6 +32,11 @@ class Repository:
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
 
+    @property
+    def commit(self) -> str:
+        """The newest commit."""
+        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+
 
 @dataclass
 class Hub:
@@ -139,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         word = what.partition("/")[0]
         if word in ("", "revision"):
-            sha = hashlib.sha1(repr(sorted(repository.files)).encode()).hexdigest()
+            sha = repository.commit
             names = [{"rfilename": name} for name in repository.files]
             self._send(200, {"id": key.partition("/")[2], "sha": sha, "private": repository.private, "siblings": names})
         elif word == "tree":
@@ -174,8 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
                 repository.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 repository.files[value["path"]] = self.hub.blobs[value["oid"]]
-        url = f"{self.hub.url}/{key.removeprefix('models/')}/commit/{'0' * 40}"
-        self._send(200, {"success": True, "commitOid": "0" * 40, "commitUrl": url, "hookOutput": ""})
+        url = f"{self.hub.url}/{key.removeprefix('models/')}/commit/{repository.commit}"
+        self._send(200, {"success": True, "commitOid": repository.commit, "commitUrl": url, "hookOutput": ""})
 
     def _batch(self, wanted: dict[str, Any]) -> None:
         objects: list[dict[str, Any]] = []
@@ -195,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
             return
         data = repository.files[name]
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": "0" * 40, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": repository.commit}
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if found is None:
             self._send(200, data, headers)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distillkit.capture.summary import ShardSummary
-from distillkit.codec import PRESETS, Codec, preset
+from distillkit.codec import Codec
 from distillkit.configuration.cards import front_matter, hub_id, public_name
 from distillkit.console import human_bytes
 from distillkit.reports.run_report import _table, _text
@@ -29,11 +29,12 @@ _COLUMNS = (
 )
 
 
-def dataset_card(manifest: Manifest, repo: str, license: str | None = None) -> str:
+def dataset_card(manifest: Manifest, codec: Codec, repo: str, license: str | None = None) -> str:
     """Compose the card of a capture in Markdown, with a YAML header.
 
     Args:
         manifest: that of the capture.
+        codec: what decodes its rows.
         repo: the dataset's hub id.
         license: SPDX identifier or the hub's name of a licence; None leaves it open.
     """
@@ -62,7 +63,7 @@ def dataset_card(manifest: Manifest, repo: str, license: str | None = None) -> s
         f"# {repo.rpartition('/')[2]}",
         f"Next-token distributions of {whose} over {documents:,} documents, captured with "
         "[distillkit](https://pypi.org/project/distillkit/) for training smaller models (knowledge distillation).",
-        _table(("", ""), _facts(manifest)),
+        _table(("", ""), _facts(manifest, codec)),
         "## Read it",
         _reading(repo),
         "Only what is used is downloaded. Each row of `rows` has the ids and log-probabilities of the teacher's most "
@@ -80,18 +81,19 @@ def dataset_card(manifest: Manifest, repo: str, license: str | None = None) -> s
     return "\n\n".join(sections) + "\n"
 
 
-def _facts(manifest: Manifest) -> list[tuple[str, str]]:
-    header, shards, codec = manifest.header, manifest.shards, manifest.header.make_codec()
-    tokens, size = sum(shard.tokens for shard in shards), sum(shard.bytes for shard in shards)
+def _facts(manifest: Manifest, codec: Codec) -> list[tuple[str, str]]:
+    header, shards = manifest.header, manifest.shards
+    tokens, rows, size = (sum(getattr(shard, name) for shard in shards) for name in ("tokens", "rows", "bytes"))
     facts = [
         ("teacher", _named(header.teacher, "revision", "dtype")),
         ("tokenizer", _named(header.tokenizer, "fingerprint")),
         ("vocabulary", f"{header.vocab_size:,} ids, logits {header.head_size:,} wide"),
         ("documents", f"{sum(shard.documents for shard in shards):,}"),
         ("tokens", f"{tokens:,}"),
-        ("distributions", f"{sum(shard.rows for shard in shards):,}, temperature {header.temperature:g}"),
+        ("distributions", f"{rows:,}, temperature {header.temperature:g}"),
         ("size", f"{human_bytes(size)} in {len(shards):,} {'shards' if len(shards) != 1 else 'shard'}"),
-        ("stored per distribution", f"{codec.k:,} ids in {codec.bytes_per_token:g} bytes ({_codec(codec)})"),
+        ("per distribution", f"the {codec.k:,} most probable ids, {size / max(rows, 1):,.1f} bytes with all else"),
+        ("codec", f"{codec.format} version {header.codec['version']}"),
     ]
     fidelity = header.fidelity
     if fidelity is not None and fidelity.get("rows"):
@@ -120,11 +122,6 @@ def _teacher(name: str) -> str:
     """A model's name, linked if it is on the hub."""
     found = hub_id(name)
     return f"[{found}](https://huggingface.co/{found})" if found else _text(public_name(name))
-
-
-def _codec(codec: Codec) -> str:
-    same = [name for name in PRESETS if Codec(preset(name, vocab_size=codec.vocab_size)).to_dict() == codec.to_dict()]
-    return f"{codec.format}, preset {same[0]}" if same else codec.format
 
 
 def _reading(repo: str) -> str:

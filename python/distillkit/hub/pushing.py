@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distillkit import __version__
+from distillkit.codec import Codec
 from distillkit.configuration.cards import CARD
 from distillkit.configuration.hub import hub_problem, is_hub_error
 from distillkit.console import human_bytes, progress_bar
@@ -104,7 +105,7 @@ def push(
         MismatchError: the repository holds other files, which are left alone.
         DistillKitError: the hub cannot be reached, or refuses; the message says what to do.
     """
-    folder, manifest = _finished(dataset)
+    folder, manifest, codec = _finished(dataset)
     _check_login(repo)
     if verify:
         with progress_bar("checking documents", shown=progress) as advance:
@@ -116,11 +117,12 @@ def push(
         url = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         remote = _Repository(api, url.repo_id)
         remote.check_content(manifest, folder)
-        return remote.send(folder, manifest, license, advance, str(url))
+        card = dataset_card(manifest, codec, remote.repo, license)
+        return remote.send(folder, manifest, card.encode(), advance, str(url))
 
 
-def _finished(dataset: str | os.PathLike[str]) -> tuple[Path, Manifest]:
-    """Return the folder of a finished capture and its manifest."""
+def _finished(dataset: str | os.PathLike[str]) -> tuple[Path, Manifest, Codec]:
+    """Return the folder of a finished capture, its manifest and its codec."""
     folder = Folder(dataset)
     if folder.local_path is None:
         raise InputError(f"{folder}: a folder on this machine is pushed, not a URL; copy the dataset here first")
@@ -133,7 +135,7 @@ def _finished(dataset: str | os.PathLike[str]) -> tuple[Path, Manifest]:
     manifest = read_manifest(folder.url) if folder.local_path.is_dir() else None
     if manifest is None:
         raise InputError(f"{folder}: a single shard; push the dataset's folder, which has {MANIFEST}")
-    return folder.local_path, manifest
+    return folder.local_path, manifest, opened.codec
 
 
 def _check_login(repo: str) -> None:
@@ -167,7 +169,7 @@ def _asking(repo: str) -> Iterator[None]:
     Raises:
         DistillKitError: the hub cannot be reached, or refuses.
     """
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     silent = are_progress_bars_disabled()
     disable_progress_bars()  # they would collide with ours
@@ -219,7 +221,7 @@ class _Repository:
         header = f"blob {path.stat().st_size}\0".encode()  # as git names its blobs
         return bool(found.blob_id == _hash(path, hashlib.sha1(header, usedforsecurity=False)))
 
-    def send(self, folder: Path, manifest: Manifest, license: str | None, progress: Progress, url: str) -> PushReport:
+    def send(self, folder: Path, manifest: Manifest, card: bytes, progress: Progress, url: str) -> PushReport:
         """Send what is missing: shards, then manifest and card."""
         shards = [folder / shard.file for shard in manifest.shards]
         missing = [shard for shard in shards if not self.has(shard)]
@@ -231,9 +233,9 @@ class _Repository:
             progress(done, len(shards))
         rest = [*_beside(folder, manifest), MANIFEST]
         last: dict[str, Path | bytes] = {name: folder / name for name in rest if not self.has(folder / name)}
-        card, content = self._card(dataset_card(manifest, self.repo, license).encode())
-        if card == "written":
-            last[CARD] = content
+        state = self._state_of(card)
+        if state == "written":
+            last[CARD] = card
         if last:
             self._commit(last, "Manifest and card")
         sent = [*missing, *last.values()]
@@ -244,18 +246,17 @@ class _Repository:
             uploaded=len(sent),
             uploaded_bytes=sum(len(part) if isinstance(part, bytes) else part.stat().st_size for part in sent),
             already_there=len(shards) + len(rest) - len(missing) - len({*last} - {CARD}),
-            card=card,
+            card=state,
         )
 
-    def _card(self, ours: bytes) -> tuple[str, bytes]:
-        """Whether the card has to be written, and its content; a card that someone else wrote is kept."""
+    def _state_of(self, card: bytes) -> str:
+        """What happens to the card, see `PushReport`: one that someone else wrote is kept."""
         if CARD not in self.files:
-            return "written", ours
-        path = self._api.hf_hub_download(self.repo, CARD, repo_type="dataset")
-        there = Path(path).read_bytes()
+            return "written"
+        there = Path(self._api.hf_hub_download(self.repo, CARD, repo_type="dataset")).read_bytes()
         if CARD_MARK.encode() not in there:
-            return "kept", there
-        return ("unchanged" if there == ours else "written"), ours
+            return "kept"
+        return "unchanged" if there == card else "written"
 
     def _commit(self, files: Mapping[str, Path | bytes], message: str) -> None:
         from huggingface_hub import CommitOperationAdd

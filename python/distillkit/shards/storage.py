@@ -46,8 +46,8 @@ _TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<name>.+?)(\.[0-9a-f]
 _LARGEST_JSON = 1 << 28
 """Bytes of a manifest, plan or receipt: about a million shards."""
 
-_HUB_BLOCK = 1 << 20
-"""Bytes that are read ahead of a shard on the hub: a row group is about as large."""
+_HUB_BLOCK = 1 << 16
+"""Bytes that are read ahead of a shard on the hub: as much as the small columns of a row group take."""
 
 _ANSWER_SECONDS, _SLOWEST_UPLOAD = 300.0, 100_000.0
 """How long storage elsewhere may take to answer, and how many bytes it must take in a second."""

@@ -296,8 +296,8 @@ class Run:
 def train(config: RunConfig) -> dict[str, Any]:
     """Train a student according to a configuration: load and check everything, train, evaluate, save.
 
-    Writes the trained student with its tokenizer, checkpoints, `metrics.jsonl` (one JSON object per log entry),
-    `distillkit_config.yaml`, `summary.json` and `report.md` with its plots to `config.output_path`.
+    Writes the trained student with its tokenizer and model card, checkpoints, `metrics.jsonl` (one JSON object per log
+    entry), `distillkit_config.yaml`, `summary.json` and `report.md` with its plots to `config.output_path`.
 
     Returns:
         The summary: steps, seconds, tokens, share of the time spent waiting for data, peak memory, the first and last

@@ -78,6 +78,7 @@ _EXTRAS = {
     "peft": "train",
     "psutil": "capture",
     "matplotlib": "plot",
+    "huggingface_hub": "hub",
     "ray": "ray",
     "s3fs": "s3",
 }

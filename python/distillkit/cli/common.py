@@ -20,7 +20,7 @@ from distillkit.cli.entry import was_interrupted
 from distillkit.configuration.secrets import redacted
 from distillkit.errors import DistillKitError, printable
 
-__all__ = ["CONFIG", "JSON", "LARGEST", "SPLIT", "LogHandler", "run_cli", "stopping_on_sigterm"]
+__all__ = ["CONFIG", "JSON", "LARGEST", "SET", "SPLIT", "LogHandler", "run_cli", "stopping_on_sigterm"]
 
 # Options of the commands that read published datasets.
 CONFIG = click.option(
@@ -30,6 +30,15 @@ CONFIG = click.option(
 )
 SPLIT = click.option("--split", help="Split of a published dataset that has splits.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+# Of the commands that read a configuration file.
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set a value in place of the file's, such as training_args.max_steps=100: a dotted path, entries of lists by "
+    "their index, and the value in YAML. May be repeated.",
+)
 
 LARGEST = 2**31 - 1
 """The largest count that an option takes; numpy and Parquet count no further in some places."""

@@ -3,6 +3,7 @@ a comparison of several. Nothing here imports torch."""
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from distillkit.console import figure, number_of
 from distillkit.errors import CorruptDataError, printable
 from distillkit.reports.run_record import MEASURES, METRICS, REPORT, SUMMARY, Measure, RunRecord, read_run
 
@@ -130,9 +132,9 @@ def markdown(run: RunRecord, pictures: list[tuple[str, str]] | None) -> str:
 
 def _opening(run: RunRecord) -> str:
     most = run.description.get("max_steps")
-    steps = f"{run.step:,}" if most is None else f"{run.step:,} of {most:,}"
+    steps = number_of(run.step, "step") if most is None else f"{run.step:,} of {number_of(most, 'step')}"
     state = "Finished" if run.summary is not None else "Not finished when this report was written"
-    sentence = f"{state}: {steps} steps"
+    sentence = f"{state}: {steps}"
     student, teacher = run.description.get("student"), run.description.get("teacher")
     if student is not None and teacher is not None:
         how = "stored distributions" if teacher["kind"] == "dataset" else "live distributions"
@@ -147,9 +149,9 @@ def _evaluations(run: RunRecord) -> str:
     for measure in MEASURES:
         if measure.name in last:
             before, after = first.get(measure.name), last[measure.name]
-            row = [measure.label, measure.form.format(after)]
+            row = [measure.label, figure(after, measure.form)]
             if first["step"] != last["step"] and before is not None:
-                row[1:1] = [measure.form.format(before)]
+                row[1:1] = [figure(before, measure.form)]
                 row.append(_change(measure, before, after))
             rows.append(row)
     header = ["", f"step {last['step']:,}"]
@@ -192,6 +194,9 @@ def _facts(run: RunRecord) -> dict[str, str]:
         f"parameters{trained}{adapters}, {_fact(student['dtype'])}, {_fact(student['attention'])} attention",
         "teacher": _teacher(d["teacher"]),
         "losses": " + ".join(_loss(loss) for loss in d["losses"]),
+        "set on the command line": ", ".join(
+            f"{_fact(path)} = {_fact(json.dumps(value))}" for path, value in d.get("overrides", {}).items()
+        ),
     }
     for key, label in (("train", "training data"), ("eval", "held-out data")):
         if key in d["data"]:
@@ -224,9 +229,9 @@ def _loss(loss: dict[str, Any]) -> str:
 
 
 def _data(data: dict[str, Any]) -> str:
-    tokens = "" if data["tokens"] is None else f", {data['tokens']:,} tokens"
-    rows = f", packed in {data['rows']:,} rows" if data.get("rows") else ""
-    return f"{_text(data['path'])}: {data['documents']:,} documents{tokens}{rows}"
+    tokens = "" if data["tokens"] is None else f", {number_of(data['tokens'], 'token')}"
+    rows = f", packed in {number_of(data['rows'], 'row')}" if data.get("rows") else ""
+    return f"{_text(data['path'])}: {number_of(data['documents'], 'document')}{tokens}{rows}"
 
 
 def _cost(run: RunRecord) -> list[tuple[str, str]]:
@@ -237,7 +242,8 @@ def _cost(run: RunRecord) -> list[tuple[str, str]]:
         rows.append(("time", f"{run.summary['seconds']:,.1f} s, including loading and saving"))
         rows.append(("tokens", f"{run.summary['train_tokens']:,}"))
         if run.summary["cut_documents"]:
-            cut = f"{run.summary['cut_documents']:,} documents, {run.summary['cut_tokens']:,} tokens"
+            documents, tokens = run.summary["cut_documents"], run.summary["cut_tokens"]
+            cut = f"{number_of(documents, 'document')}, {number_of(tokens, 'token')}"
             rows.append(("truncated to the sequence length", cut))
     if run.tokens_per_second is not None:
         rows.append(("tokens per second", f"{run.tokens_per_second:,.0f}"))
@@ -361,8 +367,8 @@ def _written(form: str, value: float | None) -> str:
 def _ends(run: RunRecord, measure: Measure) -> str:
     _, values = run.series(measure.name, held_out=True)
     if len(values) < 2:
-        return measure.form.format(values[0]) if values else ""
-    return f"{measure.form.format(values[0])} → {measure.form.format(values[-1])}"
+        return figure(values[0], measure.form) if values else ""
+    return f"{figure(values[0], measure.form)} → {figure(values[-1], measure.form)}"
 
 
 def names_of(runs: Sequence[RunRecord]) -> list[str]:

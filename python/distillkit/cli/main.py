@@ -1,4 +1,4 @@
-"""`distillkit`: train (the default command), forecast, capture, pack, report and schema."""
+"""`distillkit`: train (the default command), forecast, capture, pack, push, report and schema."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from distillkit.capture.teachers.base import RowRequest, Teacher
 from distillkit.capture.teachers.hf import load_config, resolve_device, resolve_dtype
 from distillkit.capture.teachers.make import make_teacher
 from distillkit.codec import Codec
-from distillkit.console import human_bytes
+from distillkit.console import human_bytes, number_of
 from distillkit.errors import CaptureError, ConfigError, MismatchError
 from distillkit.shards import Header, Manifest
 from distillkit.shards.header import alignment
@@ -145,11 +145,11 @@ class CaptureInputs:
             why = ", ".join(counted(plan.counts)) or "it is empty"
             raise CaptureError(f"{settings.dataset}: contains no document of at least 2 tokens: {why}")
         logger.info(
-            "%s: %s documents with %s tokens in %d shards",
+            "%s: %s with %s in %s",
             settings.dataset,
-            f"{plan.documents:,}",
-            f"{plan.tokens:,}",
-            len(plan.shards),
+            number_of(plan.documents, "document"),
+            number_of(plan.tokens, "token"),
+            number_of(len(plan.shards), "shard"),
         )
         return plan
 

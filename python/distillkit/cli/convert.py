@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from distillkit.cli.common import CONFIG, LARGEST, SPLIT
-from distillkit.console import human_bytes, progress_bar, say
+from distillkit.console import human_bytes, number_of, progress_bar, say
 from distillkit.shards import Dataset
 from distillkit.shards.convert import convert as convert_dataset
 
@@ -59,7 +59,8 @@ def convert(
     documents, tokens = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("documents", "tokens"))
     size = human_bytes(sum(shard.bytes for shard in manifest.shards))
     before = human_bytes(sum(shard.bytes for shard in dataset.shards))
-    say(f"{documents:,} documents, {tokens:,} tokens in {len(manifest.shards)} shards: {destination}")
+    content = f"{number_of(documents, 'document')}, {number_of(tokens, 'token')}"
+    say(f"{content} in {number_of(len(manifest.shards), 'shard')}: {destination}")
     say(f"{size}, from {before}; every distribution unchanged, byte for byte")
 
 

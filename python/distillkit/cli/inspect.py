@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distillkit.cli.common import CONFIG, HTML, JSON, LARGEST, SPLIT, check_writable
-from distillkit.console import human_bytes, progress_bar, quiet_libraries, say, show
+from distillkit.console import human_bytes, number_of, progress_bar, quiet_libraries, say, show
 from distillkit.reports.inspection import Inspection, inspect_dataset, recompute_fidelity
 from distillkit.shards import Dataset
 from distillkit.shards.alignment import SHIFTS
@@ -114,7 +114,7 @@ def _what(inspection: Inspection) -> Group:
     named = f", preset {inspection.preset}" if inspection.preset else ""
     facts = [
         ("kind", "captured by distillkit" if inspection.kind == "distillkit" else "published dataset"),
-        ("documents", f"{inspection.documents:,} of {inspection.tokens:,} tokens in all"),
+        ("documents", f"{inspection.documents:,} of {number_of(inspection.tokens, 'token')} in all"),
         ("distributions", rows),
         ("files", f"{inspection.files:,} ({human_bytes(inspection.file_bytes)})"),
         ("teacher", _named(inspection.teacher, "dtype", "revision")),
@@ -127,7 +127,9 @@ def _what(inspection: Inspection) -> Group:
     if inspection.temperature != 1:
         facts.insert(6, ("temperature", f"{inspection.temperature:g}"))
     if inspection.documents_read < inspection.documents:
-        sample = f"{inspection.documents_read:,} documents, evenly spread; content and alignment are of these"
+        sample = (
+            f"{number_of(inspection.documents_read, 'document')}, evenly spread; content and alignment are of these"
+        )
         facts.insert(4, ("sample", sample))
     for label, value in facts:
         table.add_row(Text("  " + label), Text(value))
@@ -201,7 +203,9 @@ def _fidelity(inspection: Inspection) -> _Section:
     if stats is None or not stats.rows:
         section = _Section("fidelity", "not recorded; measure it with --teacher MODEL")
         return section
-    section = _Section("fidelity", f"decoded against the original, {inspection.fidelity_source}, {stats.rows:,} rows")
+    section = _Section(
+        "fidelity", f"decoded against the original, {inspection.fidelity_source}, {number_of(stats.rows, 'row')}"
+    )
     about = "nats, KL(original ‖ decoded) over K ∪ {R}: the stored ids and the rest"
     section.add("KL, mean", f"{stats.kl_mean:.2e}", about)
     section.add("KL, p99", f"{stats.kl_p99:.2e}")

@@ -458,6 +458,8 @@ def _write_config(config: RunConfig) -> None:
     folder = Path(config.output_path)
     folder.mkdir(parents=True, exist_ok=True)
     settings = config.model_dump(mode="json", exclude_unset=True)
-    left_out = [f"# Left out, since it is secret: {path}\n" for path in secret_paths(settings)]
+    comments = [f"# Left out, since it is secret: {path}\n" for path in secret_paths(settings)]
+    overrides = without_secrets(config.overrides)
+    comments += [f"# Set on the command line: {path}={json.dumps(overrides[path])}\n" for path in overrides]
     content = yaml.safe_dump(without_secrets(settings), sort_keys=False, allow_unicode=True)
-    (folder / "distillkit_config.yaml").write_text("".join(left_out) + content, encoding="utf-8")
+    (folder / "distillkit_config.yaml").write_text("".join(comments) + content, encoding="utf-8")

@@ -18,7 +18,8 @@ import numpy as np
 
 from distillkit.bench.published import term_matrix
 from distillkit.bench.tables import short_number
-from distillkit.codec import PRESETS, preset
+from distillkit.codec import preset
+from distillkit.codec.presets import FIXED_PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
@@ -99,7 +100,7 @@ def span(row: Row, least: str, most: str) -> str:
 
 
 def of_presets(found: Table) -> list[Row]:
-    return [row for row in found.rows if row["config"] in PRESETS]
+    return [row for row in found.rows if row["config"] in FIXED_PRESETS]
 
 
 def named(rows: Iterable[Row], **values: str) -> Row:

@@ -18,7 +18,8 @@ from distillkit.bench.published import is_resolved, published_codec
 from distillkit.bench.sample import Sample, bundled_sample, load_sample, save_sample
 from distillkit.bench.speed import PACKED_ROWS, machine, measure_decoding
 from distillkit.bench.tables import csv_rows, write_csv
-from distillkit.codec import PRESETS, Codec, preset
+from distillkit.codec import Codec, preset
+from distillkit.codec.presets import FIXED_PRESETS
 from distillkit.errors import InputError
 from distillkit.shards import ShardWriter
 from distillkit.types import SparseLogprobs
@@ -194,11 +195,11 @@ def test_bench_shows_both_tables(tmp_path: Path) -> None:
     result = run_here("bench", "--quick", "--json", "--vocab-size", "5000")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert [row["config"] for row in found["fidelity"]] == list(PRESETS)
+    assert [row["config"] for row in found["fidelity"]] == list(FIXED_PRESETS)
     assert found["sample"]["rows"] == 256
     for row in found["fidelity"]:
         # Residual bins have no such limit.
-        if PRESETS[row["config"]]["residual_bins"]:
+        if FIXED_PRESETS[row["config"]]["residual_bins"]:
             assert row["over_optimum"] is None
             assert 0 < row["ours"]["kl_mean"] < row["published"]["kl_mean"]
         else:

@@ -24,7 +24,8 @@ from distillkit.bench.child import best_of, one_core_reading, peak_memory
 from distillkit.bench.fidelity import published_tolerance
 from distillkit.bench.published import PublishedCodec, published_codec
 from distillkit.bench.sample import Sample, bundled_sample
-from distillkit.codec import PRESETS, Codec, preset
+from distillkit.codec import Codec, preset
+from distillkit.codec.presets import FIXED_PRESETS
 from distillkit.errors import DistillKitError
 from distillkit.shards import Dataset, Header, ShardWriter
 from distillkit.types import SparseLogprobs
@@ -129,7 +130,7 @@ def measure_speed(
     seconds = 0.15 if quick else 1.0
     sizes = (PACKED_ROWS,) if quick else (PACKED_ROWS, DOCUMENT_ROWS)
     codecs = [(name, rows) for name in _WITH_ALL for rows in sizes]
-    others = [] if quick else [name for name in PRESETS if name not in _WITH_ALL]
+    others = [] if quick else [name for name in FIXED_PRESETS if name not in _WITH_ALL]
     parts = [
         *((2, partial(_codec_rows, sample, name, vocab_size, rows, seconds)) for name, rows in codecs),
         (len(others), partial(measure_decoding, sample, others, vocab_size=vocab_size, seconds=seconds)),

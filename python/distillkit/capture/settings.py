@@ -113,7 +113,9 @@ class CaptureSettings(BaseModel):
     )
     output: Text = Field(min_length=1, description="Folder or storage URL for the captured dataset.")
     preset: PresetName | None = Field(
-        default=None, description="Codec configuration by name; recommended if no codec is chosen."
+        default=None,
+        description="Codec configuration by name; recommended if no codec is chosen. compact is a layout of earlier "
+        "releases, to resume their captures; compact-50 replaces it.",
     )
     compression_config: CodecSource = Field(
         default=None,

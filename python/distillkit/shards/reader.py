@@ -15,13 +15,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillkit.codec import Codec, CodecConfig
+from distillkit.codec import Codec, CodecConfig, Prior
 from distillkit.configuration.urls import locate, without_trailing_slash
 from distillkit.errors import CorruptDataError, InputError, MismatchError, UnsupportedVersionError
 from distillkit.shards.footer import Chunk
 from distillkit.shards.header import Header, check_codec
 from distillkit.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
 from distillkit.shards.parquet import check_names, footer_of, open_parquet
+from distillkit.shards.prior import find_prior
 from distillkit.shards.published import load_codec_config, open_published
 from distillkit.shards.storage import Folder, reading
 from distillkit.shards.table import GROUPS_KEY, SCHEMA, Block, Documents, GroupDigest, ShardRows
@@ -73,12 +74,16 @@ class DocumentFile(Protocol):
 class ShardFile:
     """A captured dataset's shard. It does not stay open: each read opens it, with the metadata checked here.
 
+    Args:
+        path: a path or an fsspec URL.
+        prior: the prior of its codec, if already read; else it is read from the shard's footer, or beside the shard.
+
     Raises:
         FileNotFoundError: the file does not exist.
         TruncatedDataError, CorruptDataError, UnsupportedVersionError: it is damaged, or of an unsupported version.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, prior: Prior | None = None) -> None:
         self.path = path
         with open_parquet(path, any_size=True) as parquet:
             self._metadata, schema = parquet.metadata, parquet.schema_arrow
@@ -102,8 +107,10 @@ class ShardFile:
             found = schema.field(field.name).type if field.name in schema.names else None
             if found != field.type and not (found is None and field.nullable):
                 raise CorruptDataError(f"{path}: column {field.name} is {found or 'missing'}, expected {field.type}")
+        if prior is None or prior.hash != self.header.prior:
+            prior = find_prior(self.header, self._metadata.metadata, path)
         try:
-            self._codec = self.header.make_codec()
+            self.codec = self.header.make_codec(prior)
         except (CorruptDataError, UnsupportedVersionError) as error:
             raise type(error)(f"{path}: {error}") from error
 
@@ -144,7 +151,7 @@ class ShardFile:
             table = table.append_column(SCHEMA.field("teacher"), teacher.column("teacher"))
             if GroupDigest.of(table) != self._digests[group]:
                 raise CorruptDataError(f"{where}: the documents or their order differ from what was written")
-            return ShardRows(table, self.header, self._codec, self.path, self._starts[group])
+            return ShardRows(table, self.header, self.codec, self.path, self._starts[group])
 
     def _runs(self, groups: range, most: int) -> Iterator[range]:
         """Divides groups into runs that are read in one call: of at most so many, and small together."""
@@ -164,13 +171,9 @@ class ShardFile:
         Raises:
             CorruptDataError: they are far more than the bytes in the file.
         """
-        if self._footer is None:
-            self._footer = footer_of(self.path)
-            if {len(columns) for columns in self._footer} - {self._metadata.num_columns}:
-                raise CorruptDataError(f"{self.path}: the columns of its row groups contradict its schema")
         inside = stored = 0
         for index, name in self._leaves:
-            column = self._footer[group][index]
+            column = self._chunks()[group][index]
             stored += column.total_compressed_size
             if name in _WIDTHS:
                 inside += column.num_values * _WIDTHS[name]
@@ -184,8 +187,27 @@ class ShardFile:
             )
         return inside
 
+    def _chunks(self) -> list[list[Chunk]]:
+        """The columns of each row group, according to the footer.
+
+        Raises:
+            CorruptDataError: they contradict the schema.
+        """
+        if self._footer is None:
+            footer = footer_of(self.path)
+            if {len(columns) for columns in footer} - {self._metadata.num_columns}:
+                raise CorruptDataError(f"{self.path}: the columns of its row groups contradict its schema")
+            self._footer = footer
+        return self._footer
+
     def _where(self, groups: range) -> str:
         return f"{self.path}, documents {self._starts[groups.start]} to {self._starts[groups.stop] - 1}"
+
+    def teacher_bytes(self) -> int:
+        """The codec's bytes of all documents, to within some tens of bytes per row group: from the footer."""
+        at = next(index for index, name in self._leaves if name == "teacher")
+        # A value is preceded by its length, in 4 bytes.
+        return sum(group[at].total_uncompressed_size - 4 * group[at].num_values for group in self._chunks())
 
     def info(self) -> ShardInfo:
         """File name, counts and size. Reads the column `input_ids` only."""
@@ -228,9 +250,10 @@ class Dataset(Documents):
         (9, 50)
     """
 
-    def __init__(self, path: str, kind: str, header: Header, files: Sequence[DocumentFile], shards: Any = None) -> None:
-        self.path, self.kind, self.header = path, kind, header
-        self.codec: Codec = header.make_codec()
+    def __init__(
+        self, path: str, kind: str, header: Header, codec: Codec, files: Sequence[DocumentFile], shards: Any = None
+    ) -> None:
+        self.path, self.kind, self.header, self.codec = path, kind, header, codec
         self._files = list(files)
         self._shards: tuple[ShardInfo, ...] | None = shards
         groups = [(file, group) for file in self._files for group in range(len(file.groups))]
@@ -278,13 +301,12 @@ class Dataset(Documents):
             dataset = _open_folder(name, manifest)
         elif _is_shard(name):
             shard = ShardFile(name)
-            dataset = Dataset(name, "distillkit", shard.header, [shard])
+            dataset = Dataset(name, "distillkit", shard.header, shard.codec, [shard])
         else:
             header, files = open_published(name, config, split, vocab_size)
-            return Dataset(name, "published", header, files)
+            return Dataset(name, "published", header, header.make_codec(), files)
         if config is not None:
-            given = Codec(load_codec_config(config))
-            check_codec(given, dataset.codec, name, "its codec")
+            check_codec(load_codec_config(config), dataset.codec, name, "its codec")
         if split not in (None, "train"):
             raise InputError(f"{name}: a captured dataset has no splits, but split {split!r} was requested")
         return dataset
@@ -305,6 +327,13 @@ class Dataset(Documents):
     def num_rows(self) -> int:
         """Total rows of all documents."""
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def teacher_bytes(self) -> int:
+        """The codec's bytes of all documents; in the compact format, to within some tens of bytes per row group."""
+        if self.codec.is_fixed:
+            return self.num_rows * self.codec.bytes_per_token
+        return sum(file.teacher_bytes() for file in self._files if isinstance(file, ShardFile))
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """(D,) int64 tokens per document, read from the token id column only, several files in parallel.
@@ -413,9 +442,9 @@ def _open_folder(name: str, manifest: Manifest) -> Dataset:
     for what, names in (("missing", sorted(set(listed) - present)), ("not in it", sorted(present - set(listed)))):
         if names:
             raise MismatchError(f"{name}: {MANIFEST} lists {len(listed)} shards, but {', '.join(names[:5])} is {what}")
-    files = []
+    files: list[ShardFile] = []
     for shard in manifest.shards:
-        file = ShardFile(f"{name}/{shard.file}")
+        file = ShardFile(f"{name}/{shard.file}", files[0].codec.prior if files else None)
         size = folder.size(shard.file)
         if size != shard.bytes or file.documents != shard.documents:
             raise MismatchError(
@@ -429,4 +458,5 @@ def _open_folder(name: str, manifest: Manifest) -> Dataset:
             )
         manifest.header.check_same(file.header, where=file.path)
         files.append(file)
-    return Dataset(name, "distillkit", manifest.header, files, manifest.shards)
+    codec = files[0].codec if files else manifest.header.make_codec()
+    return Dataset(name, "distillkit", manifest.header, codec, files, manifest.shards)

@@ -73,7 +73,7 @@ def open_dataset(source: DatasetSource, teacher: StoredTeacherConfig, key: str) 
     try:
         dataset = Dataset.open(
             path,
-            config=None if codec is None else codec.config,
+            config=codec,
             split=source.split,
             vocab_size=teacher.vocab_size,
         )

@@ -187,8 +187,8 @@ def fidelity_section() -> list[str]:
         ),
         prose(
             """Without residuals and with float32 coefficients (`recommended`, `budget`), no decoded row rises from one
-            id to the next, and none has a total probability above 1. Presets with residuals (`faithful`, `balanced`,
-            `compact`) are closer in KL, but neighbours may change places beyond the exact ranks. Errors of ids with
+            id to the next, and none has a total probability above 1. Presets with residuals (`faithful`, `balanced`)
+            are closer in KL, but neighbours may change places beyond the exact ranks. Errors of ids with
             p > 1e-6 stay within the largest one of the row's unweighted fit or, if that is more, within a
             [slack](encoder.md#4-bounds) (`budget`: 7.8 nats), or slightly above where the order of the values demands
             it."""

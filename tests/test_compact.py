@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from distillkit.bench.sample import bundled_sample
 from distillkit.codec import Codec, CompactConfig, Prior, codec_config, preset
@@ -24,14 +23,14 @@ from distillkit.reports.inspection import inspect_dataset
 from distillkit.shards import Dataset, Header, ShardWriter, convert, load_prior, verify_dataset
 from distillkit.shards.convert import target_codec
 from distillkit.shards.repack import pack_dataset
-from distillkit.training.signals.stored import OfflineSignal
 from distillkit.types import SparseLogprobs
 from support.cli import run_here
 from support.reference import kl_with_missing
 from support.refusals import check_names, refused
 
 SAMPLE = bundled_sample()
-LENGTHS = (1, 60, 2, 300, 61)
+LENGTHS = (1, 40, 2, 120, 37)
+LEARNED = 300
 NAMES = ("compact-50", "compact-adaptive")
 
 
@@ -46,12 +45,12 @@ def rows(first: int, count: int) -> SparseLogprobs:
 
 @pytest.fixture(scope="module")
 def prior() -> Prior:
-    return Prior.learn(config(), rows(0, 1500))
+    return Prior.learn(config(), rows(0, LEARNED))
 
 
 def documents() -> list[tuple[npt.NDArray[np.int32], SparseLogprobs]]:
     """Token ids that are often the first id of the row before, as a teacher's text has them, and their rows."""
-    found, first = [], 1500
+    found, first = [], LEARNED
     for length in LENGTHS:
         part = rows(first, length)
         found.append((np.append(0, part.ids[:, 0]).astype(np.int32), part))
@@ -62,7 +61,7 @@ def documents() -> list[tuple[npt.NDArray[np.int32], SparseLogprobs]]:
 def write(folder: Path, codec: Codec, **options: Any) -> Dataset:
     size = SAMPLE.vocab_size
     header = Header(codec=codec.to_dict(), vocab_size=size, head_size=size)
-    with ShardWriter(folder, header, shard_tokens=200, prior=codec.prior, **options) as writer:
+    with ShardWriter(folder, header, shard_tokens=60, prior=codec.prior, **options) as writer:
         for ids, part in documents():
             writer.write(ids, SparseLogprobs(part.ids[:, : codec.k], part.logprobs[:, : codec.k]))
     return Dataset.open(folder)
@@ -85,18 +84,18 @@ def missing(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("name", COMPACT_PRESETS)
 def test_what_is_decoded_is_what_the_configuration_promises(name: str, learned: bool) -> None:
-    wanted, given = config(name), rows(1500, 400)
-    codec = Codec(wanted, prior=Prior.learn(wanted, rows(0, 1500)) if learned else None)
+    wanted, given = config(name), rows(LEARNED, 200)
+    codec = Codec(wanted, prior=Prior.learn(wanted, rows(0, LEARNED)) if learned else None)
     data = codec.encode_document(given)
-    found = codec.decode_document(data, 400)
+    found = codec.decode_document(data, 200)
     ids, logprobs = np.asarray(found.ids), np.asarray(found.logprobs)
     there = logprobs > -np.inf
     # By definition: those of at least the threshold and always the first, at most k.
-    wanted_ids = np.arange(given.k) < wanted.k
+    wanted_ids = np.broadcast_to(np.arange(given.k) < wanted.k, given.ids.shape).copy()
     if wanted.threshold is not None:
         wanted_ids = wanted_ids & (np.exp(given.logprobs) >= wanted.threshold)
     wanted_ids[:, 0] = True
-    for row in range(400):
+    for row in range(200):
         assert {*ids[row][there[row]]} == {*given.ids[row][wanted_ids[row]]}
         assert there[row].sum() == wanted_ids[row].sum()
     assert (ids[~there] == np.broadcast_to(ids[:, :1], ids.shape)[~there]).all()
@@ -108,7 +107,7 @@ def test_what_is_decoded_is_what_the_configuration_promises(name: str, learned: 
     assert np.abs(missing(logprobs) - missing(original)).mean() < 2e-3
     # Twice what the presets are made for: few rows to learn from.
     assert kl_rows(original, logprobs).mean() < {"compact-adaptive": 2e-3}.get(name, 4e-4)
-    assert sum(codec.sizes(data, 400).values()) == pytest.approx(len(data), abs=1)
+    assert sum(codec.sizes(data, 200).values()) == pytest.approx(len(data), abs=1)
 
 
 def test_divergence_of_rows_with_fewer_ids_is_by_definition() -> None:
@@ -120,6 +119,8 @@ def test_divergence_of_rows_with_fewer_ids_is_by_definition() -> None:
 
 
 def test_what_only_fixed_formats_have_says_what_to_do(compact: Path) -> None:
+    import torch
+
     dataset = Dataset.open(compact)
     codec, document = dataset.codec, dataset[0]
     logits = np.zeros((1, codec.vocab_size), np.float32)
@@ -174,6 +175,12 @@ def test_every_way_to_read_a_dataset_gives_the_same_rows(compact: Path) -> None:
         assert np.array_equal(document.input_ids, tokens)
     table = pq.read_table(compact / "data-00000.parquet")
     assert table.column("teacher")[0].as_py() == bytes(dataset[0].teacher), "anything that reads Parquet reads shards"
+
+
+def test_rows_are_decoded_where_documents_are_read(compact: Path) -> None:
+    from distillkit.training.signals.stored import OfflineSignal
+
+    dataset = Dataset.open(compact)
     signal = OfflineSignal(dataset.codec, SAMPLE.vocab_size, on_device=True)
     taken = signal.take(dataset[1], np.array([0, 5]))
     assert {name: array.shape for name, array in taken.items()} == {"ids": (2, 50), "logprobs": (2, 50)}
@@ -190,7 +197,7 @@ def test_a_prior_that_is_missing_other_or_damaged(compact: Path, prior: Prior, t
             Dataset.open(path)
     with refused(InputError, "prior.bin"):
         load_prior(tmp_path)
-    other = Prior.learn(config(), rows(0, 700))
+    other = Prior.learn(config(), rows(0, 200))
     for data in (other.data, whole[:-1], bytes([*whole[:40], whole[40] ^ 1, *whole[41:]])):
         place.write_bytes(data)
         with refused(CorruptDataError, str(place), Prior(data).hash, prior.hash):
@@ -237,8 +244,8 @@ def test_conversion_there_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixt
     exact = {"d": SAMPLE.vocab_size, "k": 128, "exact_k": 128, "residual_bins": [], "delta_encoding": False}
     source = write(tmp_path / "exact", Codec(exact))
     there = tmp_path / "compact"
-    codec = target_codec(source, config("compact-128"), folder=there, prior_rows=300)
-    convert(source, there, codec=codec, shard_tokens=200)
+    codec = target_codec(source, config("compact-128"), folder=there, prior_rows=150)
+    convert(source, there, codec=codec, shard_tokens=60)
     found = Dataset.open(there)
     assert found.codec.prior is not None
     # The recorded fidelity is against the source's rows; a second way to it.
@@ -253,7 +260,7 @@ def test_conversion_there_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
     # Fewer ids: the first of them, and what the others had is missing.
     smaller = tmp_path / "smaller"
-    convert(found, smaller, codec=target_codec(found, config(), folder=smaller, prior_rows=300))
+    convert(found, smaller, codec=target_codec(found, config(), folder=smaller, prior_rows=150))
     for (_, before), (_, after) in zip(found.decoded(), Dataset.open(smaller).decoded(), strict=True):
         kept = np.asarray(before.logprobs)[:, :50]
         for row in range(len(kept)):
@@ -264,7 +271,7 @@ def test_conversion_there_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixt
     small = Dataset.open(smaller)
     with refused(InputError, "50", "128"):
         target_codec(small, preset("recommended", vocab_size=SAMPLE.vocab_size), folder=tmp_path / "x")
-    assert target_codec(small, config("compact-128"), folder=tmp_path / "x", prior_rows=300).k == 50
+    assert target_codec(small, config("compact-128"), folder=tmp_path / "x", prior_rows=150).k == 50
     with refused(MismatchError, "1,000"):
         target_codec(small, preset("budget", vocab_size=1000), folder=tmp_path / "x")
     back = tmp_path / "back"
@@ -283,16 +290,16 @@ def test_rows_with_fewer_ids_do_not_fit_a_fixed_format(prior: Prior, tmp_path: P
 
 def test_an_interrupted_conversion_goes_on(compact: Path, tmp_path: Path) -> None:
     source = Dataset.open(compact)
-    codec = target_codec(source, config(step=0.01), folder=tmp_path, prior_rows=300)
-    convert(source, tmp_path / "whole", codec=codec, shard_tokens=100)
+    codec = target_codec(source, config(step=0.01), folder=tmp_path, prior_rows=150)
+    convert(source, tmp_path / "whole", codec=codec, shard_tokens=50)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     again = tmp_path / "again"
     again.mkdir()
     for name in ("prior.bin", "data-00000.parquet"):
         (again / name).write_bytes(whole[name])
     # The prior that is there is used, not another learned from other rows.
-    resumed = target_codec(source, config(step=0.01), folder=again, prior_rows=200)
-    convert(source, again, codec=resumed, shard_tokens=100)
+    resumed = target_codec(source, config(step=0.01), folder=again, prior_rows=100)
+    convert(source, again, codec=resumed, shard_tokens=50)
     assert {path.name: path.read_bytes() for path in again.iterdir()} == whole
 
 
@@ -306,7 +313,9 @@ def test_a_prior_of_another_configuration_is_adapted(compact: Path, prior: Prior
 
 
 def test_the_commands(compact: Path, tmp_path: Path) -> None:
-    result = run_here("convert", compact, tmp_path / "out", "--preset", "compact-50", "--prior", compact)
+    write(tmp_path / "source", Codec(preset("recommended", vocab_size=SAMPLE.vocab_size)))
+    arguments = ["--preset", "compact-50", "--prior", compact]
+    result = run_here("convert", tmp_path / "source", tmp_path / "out", *arguments)
     assert result.returncode == 0, result.stderr
     check_names(result.stderr + result.stdout, "prior.bin", "not the teacher's own", "KL")
     assert run_here("verify", tmp_path / "out").returncode == 0

@@ -52,8 +52,8 @@ class Inspection:
         part_bytes: the codec's bytes per row, by part: `ids` and `values`; in the compact format also `head`, `framing`
             and `prior`, whose bytes are divided by all rows. Those of rows of varying size are of the documents read.
         overhead_bytes: everything else in the files (the documents' token ids, checksums, Parquet), per row.
-        rate_by_entropy: for rows of varying size, (mean entropy over K ∪ {R} in nats, mean bytes) of rows by entropy, in
-            steps of half a nat up to 6; else empty.
+        rate_by_entropy: for rows of varying size, (mean entropy over K ∪ {R} in nats, mean bytes) of rows by entropy,
+            in steps of half a nat up to 6; else empty.
         ids_per_row: (k + 1,) number of rows by how many ids they have.
         dense_ratio: how many times larger dense bfloat16 logits are: 2 · head_size bytes per row against total bytes.
         topk_ratio: the same for plain top-k: k · (4 bytes per id + 2 per bfloat16 value).

@@ -18,8 +18,8 @@ __all__ = ["PRIOR", "find_prior", "keep_prior", "load_prior", "prior_metadata"]
 
 PRIOR = "prior.bin"
 PRIOR_KEY = b"distillkit.prior"
-_LARGEST = 64 << 20
-"""Bytes; priors take about one MB, and the format allows no more than this."""
+_LARGEST = 128 << 20
+"""Bytes; priors take about one MB."""
 
 
 def load_prior(place: str | os.PathLike[str]) -> Prior:
@@ -120,6 +120,8 @@ def _read(folder: Folder, name: str) -> Prior | None:
 
 
 def _decoded(text: bytes, path: str) -> Prior:
+    if len(text) > 2 * _LARGEST:
+        raise CorruptDataError(f"{path}: {PRIOR_KEY.decode()} in its metadata has {len(text):,} bytes")
     try:
         return Prior(base64.b64decode(text, validate=True), f"{path}, {PRIOR_KEY.decode()}")
     except binascii.Error as error:

@@ -214,6 +214,8 @@ def test_shards_that_stand_alone(compact: Path, prior: Prior, tmp_path: Path) ->
     alone = tmp_path / "alone.parquet"
     shutil.copy(tmp_path / "whole" / "data-00000.parquet", alone)
     assert load_prior(alone) == prior
+    stored = write("memory://compact", codec)  # type: ignore[arg-type]
+    assert stored.codec.prior == load_prior("memory://compact") == prior
     found, expected = Dataset.open(alone), Dataset.open(compact)
     assert bytes(found[0].teacher) == bytes(expected[0].teacher)
     assert verify_dataset(alone).ok
@@ -346,6 +348,24 @@ def test_packed_rows_are_those_of_the_documents(name: str, tmp_path: Path) -> No
     assert report.documents == len(LENGTHS)
     assert report.split == 1
     assert verify_dataset(tmp_path / "packed").ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_of_the_loader_decode(start: str, tmp_path: Path) -> None:
+    from torch.utils.data import DataLoader
+
+    from distillkit.training.data.examples import Collator, DistillationDataset
+    from distillkit.training.signals.stored import OfflineSignal
+
+    wanted = config("compact-adaptive")
+    source = write(tmp_path / "source", Codec(wanted, prior=Prior.learn(wanted, rows(0, LEARNED))))
+    data = DistillationDataset(source, OfflineSignal(source.codec, SAMPLE.vocab_size, on_device=True), 64)
+    loader = DataLoader(data, batch_size=5, num_workers=1, collate_fn=Collator(), multiprocessing_context=start)
+    [batch] = loader
+    expected = Collator()([data[index] for index in range(len(data))])
+    for name in ("teacher_ids", "teacher_logprobs"):
+        assert batch[name].equal(expected[name])
 
 
 def test_a_threshold_with_zero_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

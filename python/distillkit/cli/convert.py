@@ -90,7 +90,7 @@ def convert(
     codec = None
     if wanted is not None:
         given = None if prior is None else load_prior(prior)
-        with progress_bar("learning the prior from rows") as learning:
+        with progress_bar("reading rows to learn from") as learning:
             codec = target_codec(
                 dataset, wanted, folder=destination, prior=given, prior_rows=prior_rows, progress=learning
             )

@@ -114,7 +114,7 @@ def target_codec(
     """The codec of a conversion; in the compact format, with a prior for it.
 
     A prior is for one configuration. One that was learned for another keeps its lists of likely ids, and its tables are
-    learned anew from the source's rows; without a prior, both are learned from them.
+    learned anew from the source's rows; without a prior, given or of the source, both are learned from them.
 
     Args:
         source: the dataset to convert.
@@ -142,7 +142,9 @@ def target_codec(
         if config.k > k:
             logger.info("%s: its rows have %d ids: k is %d instead of %d", source.path, k, k, config.k)
             config = config.model_copy(update={"k": k})
-        codec = _with_prior(source, config, _kept(folder) if prior is None else prior, prior_rows, progress)
+        # A compact source has learned from the teacher already.
+        given = prior or _kept(folder) or source.codec.prior
+        codec = _with_prior(source, config, given, prior_rows, progress)
     if codec.vocab_size != source.codec.vocab_size:
         raise MismatchError(
             f"{source.path}: its codec has {source.codec.vocab_size:,} ids, but the configuration given has "
@@ -158,6 +160,7 @@ def _with_prior(
     wanted = config.without_prior()
     if prior is None or prior.config != wanted:
         learned_from = _sample(source, config.k, rows, progress)
+        logger.info("%s: learning a prior from %s rows", source.path, f"{len(learned_from.ids):,}")
         prior = Prior.learn(wanted, learned_from, base=prior, source=f"the prior learned from {source.path}")
     return Codec(wanted, prior=prior)
 

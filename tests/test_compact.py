@@ -16,7 +16,7 @@ import pytest
 
 from distillkit.bench.sample import bundled_sample
 from distillkit.codec import Codec, CompactConfig, Prior, codec_config, preset
-from distillkit.codec.fidelity import kl_rows, values_of
+from distillkit.codec.fidelity import FidelityStats, kl_rows, values_of
 from distillkit.codec.presets import COMPACT_PRESETS, FORMER_PRESETS
 from distillkit.errors import ConfigError, CorruptDataError, DistillKitError, InputError, MismatchError
 from distillkit.reports.inspection import inspect_dataset
@@ -116,6 +116,23 @@ def test_divergence_of_rows_with_fewer_ids_is_by_definition() -> None:
     before[1, 1:] = after[1, 1:] = -np.inf
     expected = [kl_with_missing(before[:1], after[:1])[0], kl_with_missing(before[1:, :1], after[1:, :1])[0]]
     np.testing.assert_allclose(kl_rows(before, after), expected, rtol=1e-12)
+
+
+def test_figures_by_rank_are_of_the_rows_that_have_it() -> None:
+    before = np.log(np.array([[0.5, 0.3], [0.9, 1.0], [0.8, 0.1]], np.float32))
+    after = np.log(np.array([[0.4, 0.35], [0.8, 1.0], [0.7, 0.2]], np.float32))
+    before[1, 1] = after[1, 1] = -np.inf
+    ids = np.array([[1, 2], [3, 3], [5, 6]])
+    total = FidelityStats()
+    for row in range(3):
+        part = FidelityStats()
+        part.update(*(SparseLogprobs(ids[[row]], values[[row]]) for values in (before, after)))
+        total.merge(FidelityStats.from_dict(json.loads(json.dumps(part.to_dict()))))
+    found = total.by_rank()
+    np.testing.assert_allclose(found["mean"], [before[:, 0].mean(), before[[0, 2], 1].mean()], rtol=1e-6)
+    errors = [np.sqrt((part**2).mean()) for part in (after[:, 0] - before[:, 0], after[[0, 2], 1] - before[[0, 2], 1])]
+    np.testing.assert_allclose(found["rms_error"], errors, rtol=1e-6)
+    assert total.worst_error == pytest.approx(np.log(2), rel=1e-6)
 
 
 def test_what_only_fixed_formats_have_says_what_to_do(compact: Path) -> None:

@@ -154,7 +154,7 @@ def expected_bytes(config: CompactConfig) -> float:
 
     Example:
         >>> round(expected_bytes(preset("compact-50", vocab_size=49_152)))
-        55
+        54
     """
     ids = float(config.k)
     if config.threshold is not None:

@@ -156,7 +156,7 @@ def test_the_published_configuration_is_understood(tmp_path: Path) -> None:
     assert config.model_kwargs == {"dtype": "bfloat16"}
     codec = config.teacher.codec()  # type: ignore[union-attr]
     assert codec is not None
-    assert (codec.k, codec.vocab_size) == (128, 151936)
+    assert (codec.k, codec.d) == (128, 151936)  # type: ignore[union-attr]
     arguments = training_arguments(config)
     assert arguments.learning_rate == 2e-6, "YAML reads 2e-6 as a string"
     assert arguments.save_strategy == "no", "YAML reads an unquoted no as false"

@@ -28,7 +28,7 @@ from distillkit.cli.forecast import forecast as forecast_command
 from distillkit.cli.main import cli
 from distillkit.cli.schema import SCHEMAS, settings_page
 from distillkit.codec import PRESETS
-from distillkit.codec.presets import PresetName
+from distillkit.codec.presets import FORMER_PRESETS, PresetName
 from distillkit.errors import ConfigError
 from distillkit.training.config.file import parse_config
 from distillkit.training.config.schema import RunConfig
@@ -278,7 +278,7 @@ def test_every_setting_is_described_in_a_sentence() -> None:
             assert model.__doc__
             for name, field in model.model_fields.items():
                 assert re.fullmatch(r".*[.…]", field.description or "", flags=re.DOTALL), f"{model.__name__}.{name}"
-    assert get_args(PresetName) == tuple(PRESETS)
+    assert get_args(PresetName) == (*PRESETS, *FORMER_PRESETS)
 
 
 def test_the_page_of_settings_is_generated() -> None:

@@ -37,7 +37,7 @@ CODEC = {
     "inspect": _Command("inspect", "inspect", "Show a dataset's size, fidelity and alignment."),
     "show": _Command("show", "show_document", "Show a document's text with the teacher's best tokens."),
     "verify": _Command("verify", "verify", "Check every hash, checksum and row of a dataset."),
-    "convert": _Command("convert", "convert", "Convert a published dataset to shards, without loss."),
+    "convert": _Command("convert", "convert", "Convert a dataset to shards, without loss or to another codec."),
     "bench": _Command("bench", "bench", "Measure the codec's fidelity and speed."),
 }
 _PROGRAMS = {"distillkit": DISTILLKIT, "distillkit-codec": CODEC}

@@ -112,7 +112,11 @@ def _size(figures: _Figures) -> Html:
     rows.append((element("b", "total"), element("b", f"{total:,.1f}"), "", ""))
     header = ("part", "bytes", "share", element("span", "share as a bar", class_="unseen"))
     caption = "Bytes per stored distribution. Overhead is everything else in the files"
-    dense = {"dense_bf16": "Dense logits in bfloat16", "topk_bf16": "Plain top-k (4 bytes per id, 2 per value)"}
+    dense = {
+        "dense_bf16": "Dense logits in bfloat16",
+        "topk_bf16": "Plain top-k (4 bytes per id, 2 per value)",
+        "published": "The published layout with as many ids",
+    }
     compared = [paragraph(f"{dense.get(key, key)}: {ratio:,.2f} times as large.") for key, ratio in ratios.items()]
     return joined(element("div", table(caption, header, rows), class_="numbers bars"), compared)
 

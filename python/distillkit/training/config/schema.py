@@ -21,7 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from distillkit.codec import Codec
+from distillkit.codec import CodecConfig, codec_config
+from distillkit.codec.config import CODEC_KEYS
 from distillkit.configuration.places import is_path
 from distillkit.configuration.problems import cut, shown
 from distillkit.configuration.section import Section, refuse_flag
@@ -192,6 +193,10 @@ class StoredTeacherConfig(Section):
     legacy_logit_compression: dict[str, Any] | None = Field(
         default=None, description="Codec of a published dataset in the legacy format."
     )
+    compact: dict[str, Any] | None = Field(
+        default=None,
+        description="Codec of captured shards in the compact format, which specify their own; it must match if set.",
+    )
     vocab_size: int | None = Field(
         default=None, ge=1, description="Vocabulary size; checked against the dataset's if set."
     )
@@ -200,18 +205,19 @@ class StoredTeacherConfig(Section):
 
     @model_validator(mode="after")
     def _one_codec(self) -> StoredTeacherConfig:
-        if self.logprob_compressor is not None and self.legacy_logit_compression is not None:
-            raise ValueError("set logprob_compressor or legacy_logit_compression, found both")
+        given = [key for key in CODEC_KEYS if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"set one of {', '.join(CODEC_KEYS)}, found {' and '.join(given)}")
         self.codec()
         return self
 
-    def codec(self) -> Codec | None:
-        """Build the configured codec, if there is one."""
-        for key in ("logprob_compressor", "legacy_logit_compression"):
+    def codec(self) -> CodecConfig | None:
+        """Build the configured codec's configuration, if there is one."""
+        for key in CODEC_KEYS:
             fields = getattr(self, key)
             if fields is not None:
                 try:
-                    return Codec({key: fields})
+                    return codec_config({key: fields})
                 except ConfigError as error:
                     # "SomeConfig: field: reason" becomes "key.field: reason", to which the dotted path is prefixed.
                     raise ConfigError(f"{key}.{str(error).partition(': ')[2]}") from None

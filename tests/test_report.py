@@ -32,7 +32,7 @@ from distillkit.shards import Dataset
 from distillkit.training.callbacks import ConsoleProgress
 from distillkit.training.data.examples import DistillationDataset
 from distillkit.training.run import Run, train
-from distillkit.training.trainer import DistillationTrainer
+from distillkit.training.trainer import SignalTrainer
 from support.refusals import check_names, refused
 from support.runs import write_run
 from support.training import random_documents, run_config, tiny_model
@@ -141,14 +141,14 @@ def test_a_run_that_is_interrupted_has_its_report(
     """Nothing of an earlier run in the folder is left to be taken for this one's."""
     for name in ("summary.json", "report-speed.png"):
         (tmp_path / name).write_text("{}")
-    step = DistillationTrainer.training_step
+    step = SignalTrainer.training_step
 
     def interrupted(self: Any, *arguments: Any) -> Any:
         if self.state.global_step == 4:
             raise KeyboardInterrupt
         return step(self, *arguments)
 
-    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
+    monkeypatch.setattr(SignalTrainer, "training_step", interrupted)
     monkeypatch.setattr("distillkit.reports.run_report._PATIENCE", 0)
     with pytest.raises(KeyboardInterrupt):
         train(config_for(parts, tmp_path))
@@ -300,18 +300,18 @@ def test_they_are_in_the_folder_of_the_run_and_not_pushed_with_it(trained: Path)
 def test_waiting_for_data_is_measured(parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a document takes 25 ms here and a step one second: all reading is seen, but for that of evaluations."""
     now = [0.0]
-    read, step = DistillationDataset.__getitem__, DistillationTrainer.training_step
+    read, step = DistillationDataset.__getitem__, SignalTrainer.training_step
 
     def slow_read(self: DistillationDataset, index: int) -> Any:
         now[0] += 0.025 if len(self) == 24 else 10.0
         return read(self, index)
 
-    def slow_step(self: DistillationTrainer, *arguments: Any) -> Any:
+    def slow_step(self: SignalTrainer, *arguments: Any) -> Any:
         now[0] += 1.0
         return step(self, *arguments)
 
     monkeypatch.setattr(DistillationDataset, "__getitem__", slow_read)
-    monkeypatch.setattr(DistillationTrainer, "training_step", slow_step)
+    monkeypatch.setattr(SignalTrainer, "training_step", slow_step)
     monkeypatch.setattr("distillkit.training.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
     trainer = Run(config_for(parts, tmp_path, save_strategy="no")).trainer
     trainer.train()

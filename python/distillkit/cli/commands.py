@@ -27,6 +27,7 @@ DISTILLKIT = {
     "forecast": _Command("forecast", "forecast", "Estimate what a capture will cost, and whether it fits."),
     "capture": _Command("capture", "capture", "Run a teacher over text and store its distributions."),
     "pack": _Command("pack", "pack", "Write a dataset's documents packed in full rows."),
+    "push": _Command("push", "push", "Push a capture to the Hugging Face hub, with a card."),
     "report": _Command("report", "report", "Write a run's report, or compare several runs."),
     "schema": _Command("schema", "schema", "Print the JSON schema of a configuration file."),
 }

@@ -76,8 +76,9 @@ _EXTRAS = {
     "datasets": "capture",
     "trl": "train",
     "peft": "train",
-    "psutil": "train",
+    "psutil": "capture",
     "matplotlib": "plot",
+    "huggingface_hub": "hub",
     "ray": "ray",
     "s3fs": "s3",
 }

@@ -1,4 +1,4 @@
-"""`distillkit`: train (the default command), forecast, capture, pack, report and schema."""
+"""`distillkit`: train (the default command), forecast, capture, pack, push, report and schema."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def cli() -> None:
     distillkit forecast --model …     estimate what a capture will cost, and which codecs fit
     distillkit capture --model …      run a teacher over text once, and store its distributions
     distillkit pack DATA OUTPUT …     write its documents packed in full rows (training can also pack by itself)
+    distillkit push DATA OWNER/NAME   push a capture to the Hugging Face hub, with a card
     distillkit report TRAINED         write a training run's report; compare several runs
     distillkit schema train           print the JSON schema of a configuration, for completion in editors
     distillkit-codec inspect DATA     show the size, fidelity and alignment of what was captured

@@ -20,7 +20,7 @@ from distillkit.errors import CaptureError, ConfigError, InputError, MismatchErr
 from distillkit.shards import Dataset
 from distillkit.shards.alignment import SHIFTS, ShiftRates, counted_positions
 from distillkit.shards.plausibility import IMPOSSIBLE_MASS, WRONG_CODEC, Plausibility, decoded
-from distillkit.types import Document, SparseLogprobs
+from distillkit.types import Document, Facts, Shown, SparseLogprobs
 
 if TYPE_CHECKING:
     from distillkit.capture.teachers.hf import HFTeacher
@@ -37,8 +37,8 @@ _QUANTILES = (0.1, 0.5, 0.9)
 _WORST = 10
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """Statistics of a dataset. Rates and masses are over the documents that were read.
 
     Attributes:
@@ -121,6 +121,26 @@ class Inspection:
         if self.shifts.shifted() is not None:
             return "shifted"
         return "ok" if self.shifts.rate(0) > max(self.shifts.rate(-1), self.shifts.rate(1)) else "undecided"
+
+    def facts(self) -> Facts:
+        teacher = (self.teacher or {}).get("name", "not recorded")
+        rows = [
+            ("documents", f"{self.documents:,} of {self.tokens:,} tokens ({self.rows:,} distributions)"),
+            ("teacher", str(teacher)),
+            ("size", f"{self.total_bytes:,.1f} bytes per token, dense logits {self.dense_ratio:,.0f}× as much"),
+            ("codec", f"{self.codec['format']}" + (f", preset {self.preset}" if self.preset else "")),
+        ]
+        if self.rows_read:
+            rows += [
+                ("stored mass", f"{self.mass_mean:.2%} on average, 1% of the positions below {self.mass_p1:.2%}"),
+                ("next token", f"{self.first_rate:.1%} the teacher's first, {self.stored_rate:.1%} stored"),
+            ]
+        rows.append(("alignment", self.alignment))
+        if self.fidelity is not None and self.fidelity.rows:
+            rows.append(("fidelity", f"KL mean {self.fidelity.kl_mean:.2e}, p99 {self.fidelity.kl_p99:.2e} nats"))
+        rows += [("IMPOSSIBLE", finding) for finding in self.impossible]
+        rows += [("doubtful", finding) for finding in self.doubts]
+        return f"{self.path} ({'captured' if self.kind == 'distillkit' else 'published'})", rows
 
     def _mass(self) -> dict[str, float]:
         shares = {"p1": self.mass_p1, "p50": self.mass_p50, "mean": self.mass_mean}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "RunRecord",
     "read_metrics",
     "read_run",
+    "record_of",
 ]
 
 METRICS, SUMMARY, REPORT = "metrics.jsonl", "summary.json", "report.md"
@@ -195,14 +197,20 @@ def read_run(folder: str | Path) -> RunRecord:
     if not (folder / METRICS).is_file():
         raise InputError(f"{folder}: contains no {METRICS}; pass the output_path of a run of `distillkit CONFIG.yaml`")
     entries = read_metrics(folder / METRICS)
+    return replace(
+        record_of(folder, entries, _read_object(folder / SUMMARY)), differences=_read_object(folder / DIFFERENCES)
+    )
+
+
+def record_of(folder: Path, entries: Sequence[dict[str, Any]], summary: dict[str, Any] | None = None) -> RunRecord:
+    """Make a run's record from its log entries; see `RunRecord`."""
     descriptions = [entry["run"] for entry in entries if "run" in entry]
     return RunRecord(
         folder=folder,
         description=descriptions[-1] if descriptions else {},
         training=[entry for entry in entries if "loss" in entry],
         evaluations=[entry for entry in entries if "eval_loss" in entry],
-        summary=_read_object(folder / SUMMARY),
-        differences=_read_object(folder / DIFFERENCES),
+        summary=summary,
     )
 
 

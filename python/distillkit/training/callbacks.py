@@ -11,7 +11,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from distillkit.console import duration
+from distillkit.console import duration, make_progress
 from distillkit.reports.run_record import METRICS, read_metrics
 
 __all__ = ["ConsoleProgress", "MetricsFile"]
@@ -105,7 +105,7 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
         )
-        self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.progress = make_progress(*columns, console=self.console, shown=self.console.is_terminal, notebook=True)
         self.progress.start()
         self.training = self.progress.add_task(
             "training", total=state.max_steps, completed=state.global_step, left=self._left(state)

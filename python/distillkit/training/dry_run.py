@@ -436,7 +436,7 @@ _STEPS = (
 def _would_write(state: _State) -> list[tuple[str, str]]:
     folder = Path(state.config.output_path)
     size = "" if state.saved is None else f", {human_bytes(state.saved)}"
-    lines = [(str(folder), f"the trained student and its tokenizer{size}")]
+    lines = [(str(folder), f"the trained student, its tokenizer and its model card{size}")]
     number, each = state.checkpoints or (0, 0)
     if number:
         lines.append((str(folder / "checkpoint-*"), f"{number} at a time, {human_bytes(each)} each"))

@@ -404,7 +404,7 @@ class _Seen:
         """Add the values of a document; returns the total probability of each row (R,)."""
         k = logprobs_Rk.shape[1]
         # With the wrong codec, values can be arbitrary; e^100 is clearly impossible, yet finite.
-        mass_R = np.exp(np.minimum(logprobs_Rk, 100.0)).sum(-1)
+        mass_R: npt.NDArray[np.float64] = np.exp(np.minimum(logprobs_Rk, 100.0)).sum(-1)
         self._impossible += int((mass_R > IMPOSSIBLE_MASS).sum())
         self._rows += len(mass_R)
         self._mass_sum += float(mass_R.sum())

@@ -27,6 +27,7 @@ def inspection_page(inspection: Inspection) -> str:
     """
     figures = _Figures(inspection.to_dict())
     name = Path(inspection.path.rstrip("/")).name or inspection.path
+    introduction = paragraph(figures["path"], class_="soft")
     sections = [
         Section("verdict", "Verdict", _verdict(figures), wide=False),
         Section("contents", "Contents", _contents(figures), wide=False),
@@ -39,7 +40,7 @@ def inspection_page(inspection: Inspection) -> str:
         Section("capture", "Capture", _facts("Capture", list(_flat(figures["capture"] or {}))), wide=False),
         Section("more", "More figures", _facts("More figures", list(_flat(figures.rest()))), wide=False),
     ]
-    return page(name, paragraph(figures["path"], class_="soft"), sections)
+    return page(name, introduction, sections)
 
 
 class _Figures:

@@ -7,7 +7,7 @@ from typing import Any
 
 from distillkit.configuration.cards import CARD, front_matter, hub_id, public_name
 from distillkit.reports.run_record import MEASURES, RunRecord
-from distillkit.reports.run_report import _facts, _table, _text
+from distillkit.reports.run_report import MARKDOWN, _table, _text, described
 
 __all__ = ["CARD", "CARD_MARK", "model_card"]
 
@@ -37,7 +37,7 @@ def model_card(run: RunRecord, name: str | None = None) -> str:
         "tags": ["distillkit", "knowledge-distillation"],
     }
     named = replace(run, description=_without_paths(description))
-    facts = [(label, value) for label, value in _facts(named).items() if value and label not in _LEFT_OUT]
+    facts = [(label, value) for label, value in described(named, MARKDOWN) if label not in _LEFT_OUT]
     whose = _text(public_name(teacher["name"])) if teacher["name"] else "a teacher that the data do not name"
     how = "stored" if teacher["kind"] == "dataset" else "live"
     sections = [
@@ -60,7 +60,7 @@ def _evaluations(run: RunRecord) -> str:
     """The first and the last evaluation; one column if they are the same."""
     ends = {entry["step"]: entry for entry in (run.evaluations[0], run.evaluations[-1])}
     rows = [
-        [measure.label, *(measure.form.format(entry[measure.name]) for entry in ends.values())]
+        [measure.label, *(measure.text(entry[measure.name]) for entry in ends.values())]
         for measure in MEASURES
         if all(measure.name in entry for entry in ends.values())
     ]

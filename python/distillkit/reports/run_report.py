@@ -19,6 +19,7 @@ from distillkit.errors import CorruptDataError, printable
 from distillkit.reports.run_record import DIFFERENCES, MEASURES, METRICS, REPORT, SUMMARY, Measure, RunRecord, read_run
 
 __all__ = [
+    "MARKDOWN",
     "PLAIN",
     "ReportFiles",
     "advice",

@@ -218,14 +218,15 @@ def test_a_student_and_its_card_are_pushed(hub: Hub, parts: dict[str, str], tmp_
 
     from distillkit.training.distillation import DistillationTrainer
 
-    push(parts["train"], "me/train")
+    for name in ("train", "eval"):
+        push(parts[name], f"me/{name}")
     args = {"max_steps": 2, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1, "disable_tqdm": True}
     args |= {"output_dir": str(tmp_path / "student"), "report_to": "none", "gradient_checkpointing": False}
     trainer = DistillationTrainer(
         parts["student"],
         args,
         train_dataset="hf://datasets/me/train",
-        eval_dataset=parts["eval"],
+        eval_dataset="me/eval",  # downloaded
         sequence_length=64,
         loss_functions=[{"function": "kl", "weight": 1.0}],
     )
@@ -234,9 +235,10 @@ def test_a_student_and_its_card_are_pushed(hub: Hub, parts: dict[str, str], tmp_
     there = hub.repositories["models/me/student"]
     card = there.files["README.md"].decode()
     fields = front_matter(card)
-    assert fields["datasets"] == ["me/train"]
+    assert fields["datasets"] == ["me/eval", "me/train"]
     assert "base_model" not in fields
     assert "1 kl" in card
+    assert "from_pretrained('me/student')" in card
     assert "KL(teacher ‖ student)" in card
     assert str(tmp_path) not in card
     assert trainer.summary is not None

@@ -130,6 +130,31 @@ def test_what_does_not_fit_is_refused_as_in_a_yaml_file(parts: dict[str, str], t
         DistillationTrainer(parts["student"], {}, train_dataset=Dataset.open(data), processing_class=other)
 
 
+def test_a_model_with_adapters_is_trained_in_them(parts: dict[str, str], tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def adapted() -> PeftModel:
+        base = AutoModelForCausalLM.from_pretrained(parts["student"])
+        return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+    args = arguments(tmp_path / "out", max_steps=1)
+    trainer = DistillationTrainer(adapted(), args, train_dataset=parts["train"], sequence_length=64)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: peft" in card
+    assert "in LoRA adapters" in card
+    saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(parts["student"]), tmp_path / "out")
+    changed = [name for name, value in saved.named_parameters() if "lora_B" in name and value.abs().sum() > 0]
+    assert changed
+    # Another adapter on top is refused; a card that was edited is kept.
+    with refused(ConfigError, "peft"):
+        DistillationTrainer(adapted(), args, train_dataset=parts["train"], sequence_length=64, peft={"r": 2})
+    (tmp_path / "out" / "README.md").write_text("---\nlicense: mit\n---\n# mine\n")
+    trainer.save_model()
+    assert "# mine" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_tokens_are_not_saved(parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "before")
     args = arguments(tmp_path, hub_token="hf_aaaabbbbccccddddeeee")

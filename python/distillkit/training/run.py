@@ -230,7 +230,7 @@ class Run:
 
     def complete(self, trainer: SignalTrainer) -> None:
         """Let a trainer, made of this run's parts, write the run's report and the student's model card."""
-        trainer.card = lambda: model_card(self.record)
+        trainer.card = lambda: model_card(self.record, trainer.hub_model_id)
         # Added last, so that the metrics file already contains the evaluation's log entry.
         trainer.add_callback(ReportWriter(trainer, ReportFiles(self.folder)))
 

@@ -148,6 +148,9 @@ def test_other_content_is_left_alone(hub: Hub, captured: Path, tmp_path: Path) -
     before = dict(hub.repositories[NAME].files)
     with refused(MismatchError, "me/captured", "manifest.json"):
         push(captured, "me/captured")
+    hub.repositories[NAME].files.pop("manifest.json")
+    with refused(MismatchError, "me/captured", "data-00000.parquet"):
+        push(captured, "me/captured")  # a push of the other that was interrupted
     hub.repositories[NAME].files = {"train.csv": b"a,b\n"}
     with refused(MismatchError, "me/captured", "train.csv"):
         push(captured, "me/captured")
@@ -206,7 +209,10 @@ def test_the_command_pushes_and_reports(hub: Hub, captured: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["repo"], report["private"], report["already_there"]) == ("me/captured", False, 0)
-    again = CliRunner().invoke(cli, ["push", str(captured), "me/captured"])
+    # What is to be private does not go to a public repository.
+    refusal = CliRunner().invoke(cli, ["push", str(captured), "me/captured"])
+    assert "--public" in str(refusal.exception)
+    again = CliRunner().invoke(cli, ["push", str(captured), "me/captured", "--public"])
     assert "public" in again.stdout
     assert "hf://datasets/me/captured" in again.stdout
 

@@ -19,7 +19,7 @@ __all__ = ["push"]
     "--private/--public",
     default=True,
     show_default=True,
-    help="Who can read a new repository. One that exists stays as it is.",
+    help="Who can read the repository. One that exists stays as it is; a public one needs --public.",
 )
 @click.option("--license", metavar="ID", help="Licence for the card, such as apache-2.0; without it, it is left open.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read and check everything first.")

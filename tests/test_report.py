@@ -14,24 +14,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from markdown_it import MarkdownIt
 from rich.console import Console
 
 from distillkit.cli.main import cli
 from distillkit.console import duration
-from distillkit.errors import CorruptDataError
+from distillkit.errors import CorruptDataError, InputError
 from distillkit.reports import run_plots as training_plots
 from distillkit.reports.inspection_plots import plot_text
 from distillkit.reports.run_record import RunRecord, read_metrics, read_run
 from distillkit.reports.run_report import comparison, markdown, write_report
+from distillkit.shards import Dataset
 from distillkit.training.callbacks import ConsoleProgress
 from distillkit.training.data.examples import DistillationDataset
 from distillkit.training.run import Run, train
 from distillkit.training.trainer import SignalTrainer
 from support.refusals import check_names, refused
-from support.training import random_documents, run_config
+from support.runs import write_run
+from support.training import random_documents, run_config, tiny_model
 
 PNG = b"\x89PNG"
 LOSSES = [
@@ -183,8 +187,9 @@ def test_runs_without_evaluations_or_description(tmp_path: Path) -> None:
     assert list(record.parts) == ["kl"]
     assert record.series("grad_norm") == ([], [])
     training_plots.plot_quality(record, tmp_path / "quality.png")
-    training_plots.plot_speed(record, tmp_path / "speed.png")
-    assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "quality.png").read_bytes().startswith(PNG)
+    with refused(InputError):
+        training_plots.plot_speed(record, tmp_path / "speed.png")
     text = markdown(record, [])
     check_names(text, "99")
     assert "nats" not in text, "nothing was evaluated"
@@ -222,6 +227,71 @@ def test_the_command_needs_no_torch_and_refuses_other_folders(tmp_path: Path) ->
     assert result.returncode == 1
     check_names(" ".join(result.stderr.split()), "metrics.jsonl", str(tmp_path))
     assert "Traceback" not in result.stderr
+
+
+# -- where student and teacher differ ----------------------------------------------------------------------------------
+
+
+def kl_of(logits: torch.Tensor, ids: Any, logprobs: Any) -> float:
+    """KL over the stored ids and the rest, by its definition, in float64."""
+    q = logits.double().softmax(-1)[torch.as_tensor(ids)]
+    p = torch.as_tensor(logprobs).double().exp()
+    rest_p, rest_q = 1 - p.sum(), 1 - q.sum()
+    return float((p * (p / q).log()).sum() + rest_p * (rest_p / rest_q).log())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"packing": True, "per_device_eval_batch_size": 3}])
+def test_the_largest_differences_are_kept(parts: dict[str, str], tmp_path: Path, arguments: dict[str, Any]) -> None:
+    trainer = Run(config_for(parts, tmp_path, **arguments)).trainer
+    metrics = trainer.evaluate()
+    found = trainer.differences
+    assert found is not None
+    dataset, model = Dataset.open(parts["eval"]), tiny_model(1)
+    expected: dict[int, list[float]] = {}
+    logits = {}
+    for number, document in enumerate(dataset):
+        rows = dataset.codec.decode_document(document.teacher, document.num_rows)
+        with torch.no_grad():
+            logits[number] = model(torch.tensor(document.input_ids.tolist())[None]).logits[0]
+        expected[number] = [kl_of(logits[number][t], rows.ids[t], rows.logprobs[t]) for t in range(document.num_rows)]
+    largest = sorted(
+        ((kl, number, t) for number, kls in expected.items() for t, kl in enumerate(kls) if kl >= sorted(kls)[-3:][0]),
+        reverse=True,
+    )
+    positions = found["positions"]
+    assert [(each["document"], each["position"]) for each in positions] == [(number, t) for _, number, t in largest]
+    assert [each["kl"] for each in positions] == pytest.approx([kl for kl, _, _ in largest], rel=1e-4)
+    for each in positions:
+        document, t = dataset[each["document"]], each["position"]
+        words = [f"t{token}" for token in document.input_ids.tolist()]
+        assert each["before"].split() == words[max(0, t - 31) : t + 1]
+        assert each["next"]["text"] == words[t + 1]
+        rows = dataset.codec.decode_document(document.teacher, document.num_rows)
+        q = logits[each["document"]][t].double().softmax(-1)
+        assert [token["id"] for token in each["teacher"]] == np.asarray(rows.ids)[t, :5].tolist()
+        assert [token["p"] for token in each["teacher"]] == pytest.approx(
+            np.exp(rows.logprobs[t, :5]).tolist(), rel=1e-4
+        )
+        for token in each["teacher"]:
+            assert token["student_p"] == pytest.approx(float(q[token["id"]]), rel=1e-3)
+        best = q.topk(5)
+        assert [token["id"] for token in each["student"]] == best.indices.tolist()
+        assert [token["p"] for token in each["student"]] == pytest.approx(best.values.tolist(), rel=1e-3)
+    means = sorted(((sum(kls) / len(kls), number) for number, kls in expected.items()), reverse=True)
+    assert [each["document"] for each in found["documents"]] == [number for _, number in means]
+    assert [each["kl"] for each in found["documents"]] == pytest.approx([kl for kl, _ in means], rel=1e-4)
+    agreeing = sum(each["top1_agreement"] * each["positions"] for each in found["documents"])
+    assert agreeing / metrics["eval_positions"] == pytest.approx(metrics["eval_top1_agreement"])
+
+
+def test_they_are_in_the_folder_of_the_run_and_not_pushed_with_it(trained: Path) -> None:
+    record = read_run(trained)
+    assert record.differences is not None
+    assert record.differences["step"] == 6
+    mean = sum(each["kl"] * each["positions"] for each in record.differences["documents"])
+    last = record.evaluations[-1]
+    assert mean / last["eval_positions"] == pytest.approx(last["eval_kl_with_rest"], rel=1e-5)
+    assert (trained / "_differences.json").exists(), "transformers pushes no file whose name begins with _"
 
 
 # -- waiting for data --------------------------------------------------------------------------------------------------
@@ -328,28 +398,6 @@ EVIL = (
 )
 
 
-def evil_run(folder: Path, name: str) -> RunRecord:
-    """A finished run in which every text is this name."""
-    folder.mkdir(exist_ok=True)
-    settings: dict[str, Any] = dict.fromkeys(("optimizer", "schedule", "precision", "device", "workers", "seed"), name)
-    numbers = ("batch", "accumulation", "processes", "sequence_length", "learning_rate", "warmup_steps", "weight_decay")
-    data = {"path": name, "documents": 1, "tokens": 2, "rows": 1}
-    run = {
-        "student": {"path": name, "class": name, "dtype": name, "attention": name, "trained": 1, "parameters": 2},
-        "teacher": {"kind": "dataset", "name": name, "k": 8},
-        "data": {"train": data, "eval": data},
-        "losses": [{"name": name, "weight": 0.5, name: name}, {"name": "kl", "weight": 0.5}],
-        "settings": {**settings, **dict.fromkeys(numbers, 1), "activation_checkpointing": False},
-        "versions": {name: name},
-        "began": name,
-        "max_steps": 1,
-        "epochs": 1,
-    }
-    lines = [{"step": 0, "run": run}, {"step": 1, "loss": 1.0, "kl": 1.0, name: 1.0}, {"step": 1, "eval_loss": 1.0}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return read_run(folder)
-
-
 def html_of(text: str) -> str:
     """Markdown with GitHub's tables, as HTML; raw HTML would stay as it is."""
     return str(MarkdownIt("commonmark", {"html": True}).enable("table").render(text))
@@ -361,8 +409,8 @@ def shape(html: str) -> list[str]:
 
 
 def test_names_can_do_nothing_in_a_report_a_plot_or_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [evil_run(tmp_path / f"run{number}", name) for number, name in enumerate(EVIL)]
-    harmless = evil_run(tmp_path / "run", "plain")
+    runs = [write_run(tmp_path / f"run{number}", name) for number, name in enumerate(EVIL)]
+    harmless = write_run(tmp_path / "run", "plain")
     pictures = [("report-quality.png", "Losses")]
     monkeypatch.setenv("FORCE_COLOR", "1")
     for run, name in zip(runs, EVIL, strict=True):

@@ -13,9 +13,11 @@ Importing this package imports neither torch nor numpy; each name below imports 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from distillkit._native import __version__
+from distillkit.configuration.installation import warn_of_another
 
 if TYPE_CHECKING:
     from distillkit.capture import capture, plan
@@ -53,6 +55,8 @@ _PLACES = {
     "verify": ("shards", "verify_dataset"),
 }
 """Where each name is. `capture` is a package that can be called."""
+
+warn_of_another(os.path.dirname(__file__), __version__)
 
 
 def __getattr__(name: str) -> Any:

@@ -34,6 +34,7 @@ _MASS_BINS = 10_000
 _LOGPROB_BINS, _LOWEST_LOGPROB = 600, -30.0
 """Log-probability histograms: the number of bins (0.05 nats each) and the lower bound; smaller values count as it."""
 _QUANTILES = (0.1, 0.5, 0.9)
+_WORST = 10
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,6 +63,7 @@ class Inspection(Shown):
         shifts: result of the alignment check.
         impossible: what the rows show that their codec cannot have written; see `distillkit.shards.plausibility`.
         doubts: what they show that real distributions do not.
+        worst_documents: the documents read of which the least probability is stored, up to 10, the least first.
         logprob_mean: (k,) mean decoded log-probability by rank.
         logprob_quantiles: (3, k) 10%, 50% and 90% quantiles of the decoded log-probabilities, by rank.
         fidelity: as recorded by the writer, or recomputed; None if neither is available.
@@ -102,6 +104,7 @@ class Inspection(Shown):
     shifts: ShiftRates
     impossible: tuple[str, ...]
     doubts: tuple[str, ...]
+    worst_documents: tuple[dict[str, Any], ...]
     logprob_mean: npt.NDArray[np.float64]
     logprob_quantiles: npt.NDArray[np.float64]
     fidelity: FidelityStats | None
@@ -184,6 +187,9 @@ class Inspection(Shown):
         | `plausibility` | `ok`; `impossible` and `doubts`, lists of what the rows show |
         | `next_token` | fraction of positions whose true next token `is_first`, `is_stored` |
         | `alignment` | `rates` at "-1", "0", "+1", over `positions`; `verdict` "ok", "shifted", "undecided"; `ok` |
+        | `worst_documents` | up to 10 documents of which the least probability is stored: `document` (its number),
+        `doc_id`, `rows`, `mass` (mean), `is_first` (fraction of positions whose true next token is the first stored id)
+        |
         | `fidelity` | null, or `rows`, `kl_mean`, `kl_p99`, `kl_max`, `worst_error` (nats), `top1_agreement`,
         `mass_error`, `source` |
         """
@@ -226,6 +232,7 @@ class Inspection(Shown):
                 "verdict": self.alignment,
                 "ok": self.alignment != "shifted",
             },
+            "worst_documents": list(self.worst_documents),
             "fidelity": fidelity,
         }
 
@@ -248,8 +255,8 @@ def inspect_dataset(
         raise ConfigError(f"sample: must be at least 1 document, found {sample}")
     seen = _Seen(dataset.codec.k, dataset.codec.config.exact_k)
     count = min(sample or len(dataset), len(dataset))
-    for number, document in enumerate(_chosen(dataset, count)):
-        seen.add(document, decoded(document, dataset.codec))
+    for number, (index, document) in enumerate(zip(_indices(dataset, count), _chosen(dataset, count), strict=True)):
+        seen.add(index, document, decoded(document, dataset.codec))
         progress(number + 1, count)
     codec, header, rows = dataset.codec, dataset.header, dataset.num_rows
     file_bytes = sum(shard.bytes for shard in dataset.shards)
@@ -290,8 +297,14 @@ def _chosen(dataset: Dataset, count: int) -> Iterator[Document]:
     if count == len(dataset):
         yield from dataset
     else:
-        for index in np.linspace(0, len(dataset) - 1, count).round().astype(int):
-            yield dataset[int(index)]
+        for index in _indices(dataset, count):
+            yield dataset[index]
+
+
+def _indices(dataset: Dataset, count: int) -> list[int]:
+    """The numbers of the documents that are read, evenly spaced."""
+    indices: list[int] = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    return indices
 
 
 def _preset_of(dataset: Dataset) -> str | None:
@@ -314,18 +327,25 @@ class _Seen:
         self._masses = np.zeros(_MASS_BINS + 1, np.int64)
         self._first = self._stored = self._predictions = 0
         self._plausibility = Plausibility(exact_k)
+        self._worst: list[dict[str, Any]] = []
 
-    def add(self, document: Document, rows: SparseLogprobs) -> None:
+    def add(self, number: int, document: Document, rows: SparseLogprobs) -> None:
         ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs, dtype=np.float64)
-        self._add_values(logprobs)
+        mass = self._add_values(logprobs)
         t = counted_positions(document.segments())
         following = document.input_ids[t + 1][:, None]
         self._predictions += len(t)
-        self._first += int((ids[t, :1] == following).sum())
+        first = int((ids[t, :1] == following).sum())
+        self._first += first
         self._stored += int((ids[t] == following).any(-1).sum())
         self._plausibility.add(document, rows)
+        if len(mass):
+            about = {"document": number, "doc_id": document.doc_id, "rows": len(mass), "mass": float(mass.mean())}
+            worst = [*self._worst, {**about, "is_first": first / max(len(t), 1)}]
+            self._worst = sorted(worst, key=lambda each: each["mass"])[:_WORST]
 
-    def _add_values(self, logprobs_Rk: npt.NDArray[np.float64]) -> None:
+    def _add_values(self, logprobs_Rk: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Add the values of a document; returns the total probability of each row (R,)."""
         k = logprobs_Rk.shape[1]
         # With the wrong codec, values can be arbitrary; e^100 is clearly impossible, yet finite.
         mass_R = np.exp(np.minimum(logprobs_Rk, 100.0)).sum(-1)
@@ -338,6 +358,7 @@ class _Seen:
         bins_Rk = np.clip((1 - logprobs_Rk / _LOWEST_LOGPROB) * _LOGPROB_BINS, 0, _LOGPROB_BINS - 1).astype(int)
         bins_Rk += np.arange(k) * _LOGPROB_BINS
         self._logprobs += np.bincount(bins_Rk.ravel(), minlength=k * _LOGPROB_BINS).reshape(k, -1)
+        return mass_R
 
     def figures(self) -> dict[str, Any]:
         rows, predictions = self._rows or float("nan"), max(self._predictions, 1)
@@ -353,6 +374,7 @@ class _Seen:
             "shifts": self._plausibility.shifts,
             "impossible": tuple(self._plausibility.impossible()),
             "doubts": tuple(self._plausibility.doubts()),
+            "worst_documents": tuple(self._worst),
             "logprob_mean": self._logprob_sum / rows,
             "logprob_quantiles": np.stack([self._logprob_quantile(share) for share in _QUANTILES]),
         }

@@ -25,6 +25,7 @@ from fsspec.spec import AbstractFileSystem
 from distillkit.configuration.hub import hub_problem, is_hub_error
 from distillkit.configuration.urls import is_on_hub, locate, without_trailing_slash
 from distillkit.errors import CorruptDataError, DistillKitError
+from distillkit.shards import os_files
 
 __all__ = [
     "TEMPORARY_PREFIX",
@@ -266,11 +267,7 @@ class _LocalFile(NewFile):
         os.fsync(self.stream.fileno())
         self.stream.close()
         os.replace(self._temporary, self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        os_files.sync_folder(self._path.parent)
 
     def abandon(self) -> None:
         # The buffered data is discarded along with the file, so failing to flush it does not matter.
@@ -284,20 +281,22 @@ class _RemoteFile(NewFile):
 
     def __init__(self, folder: Folder, name: str) -> None:
         self._folder, self._name = folder, name
-        self.stream = tempfile.NamedTemporaryFile(prefix="distillkit-")  # noqa: SIM115 — closed by publish or abandon
+        # While it is open, Windows does not open it again for the upload.
+        self.stream = tempfile.NamedTemporaryFile(prefix="distillkit-", delete=False)  # noqa: SIM115
 
     def publish(self) -> None:
-        self.stream.flush()
-        size = os.fstat(self.stream.fileno()).st_size
+        self.stream.close()
+        size = os.path.getsize(self.stream.name)
         self._folder.upload(self.stream.name, self._name, size)
         found = self._folder.size(self._name)
         if found != size:
             raise OSError(errno.EIO, f"{found} of {size} bytes arrived", self._folder.of(self._name))
-        self.stream.close()
+        self.abandon()
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):
             self.stream.close()
+        Path(self.stream.name).unlink(missing_ok=True)
 
 
 @contextmanager

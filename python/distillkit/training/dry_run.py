@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distillkit.console import human_bytes, quiet_libraries
 from distillkit.errors import ConfigError, DistillKitError
+from distillkit.reports.run_record import DIFFERENCES
 from distillkit.training.config.arguments import to_plain_value
 
 if TYPE_CHECKING:
@@ -439,8 +440,10 @@ def _would_write(state: _State) -> list[tuple[str, str]]:
     number, each = state.checkpoints or (0, 0)
     if number:
         lines.append((str(folder / "checkpoint-*"), f"{number} at a time, {human_bytes(each)} each"))
+    lines += [(str(folder / "metrics.jsonl"), "every log entry")]
+    if state.config.dataset.eval_dataset is not None:
+        lines.append((str(folder / DIFFERENCES), "where student and teacher differ most, with held-out texts"))
     lines += [
-        (str(folder / "metrics.jsonl"), "every log entry"),
         (str(folder / "summary.json"), "the final figures"),
         (str(folder / "report.md"), "the report, with report-quality.png and report-speed.png"),
         (str(folder / "distillkit_config.yaml"), "the configuration"),

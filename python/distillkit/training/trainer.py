@@ -24,6 +24,7 @@ from distillkit.training import checkpoints
 from distillkit.training.attach import DistillationInputs, DistillationOutput, attach_losses
 from distillkit.training.batching import batch_layout, check_batches, trained_models
 from distillkit.training.data.examples import MODEL_INPUTS, Collator, DistillationDataset, DocumentOrder
+from distillkit.training.differences import Differences
 from distillkit.training.identity import LAST
 from distillkit.training.saving import saving
 from distillkit.training.signals.live import OnlineSignal
@@ -127,6 +128,8 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         self._order: DocumentOrder | None = None
         self.identity = dict(identity or {})
         self.last_checkpoint: Path | None = None
+        self.differences: dict[str, Any] | None = None
+        """Where student and teacher differ most, as of the last evaluation; see `Differences.to_dict`."""
         self.card: Callable[[], str] | None = None
         self._check_batch()
         self.add_callback(_Epochs(self))
@@ -251,6 +254,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
             objective = self.objective.evaluation()
             sums = _sums(len(objective.names), self.args.device)
             loss = _sums(1, self.args.device)
+            differences = Differences()
             self.callback_handler.eval_dataloader = dataloader
             for inputs in dataloader:
                 inputs = self._prepare_inputs(inputs)
@@ -258,8 +262,12 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
                     output = self._forward(model, inputs, objective, dataloader.dataset)
                 sums += output.statistics
                 loss += output.loss
+                differences.add(inputs, output.details)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             totals = self.accelerator.reduce(torch.cat([sums, loss]), reduction="sum").tolist()
+            differences.gather()
+            if self.is_world_process_zero():
+                self.differences = differences.to_dict(dataloader.dataset.source, self.processing_class)
         named = dict(zip(objective.names, totals[:-1], strict=True))
         positions = named.pop("positions")
         if not positions:
@@ -476,6 +484,8 @@ class ReportWriter(transformers.TrainerCallback):  # type: ignore[misc]
             self.files.clear()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.trainer.differences is not None:
+            self.files.write_differences({"step": state.global_step, **self.trainer.differences})
         self._write(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

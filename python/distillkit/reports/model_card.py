@@ -7,7 +7,7 @@ from typing import Any
 
 from distillkit.configuration.cards import CARD, front_matter, hub_id, public_name
 from distillkit.reports.run_record import RunRecord
-from distillkit.reports.run_report import MARKDOWN, table, described, evaluation_rows
+from distillkit.reports.run_report import MARKDOWN, described, evaluation_rows, table
 
 __all__ = ["CARD", "CARD_MARK", "model_card"]
 
@@ -45,7 +45,8 @@ def model_card(run: RunRecord, name: str | None = None) -> str:
         CARD_MARK,
         f"# {public_name(name or run.folder.resolve())}",
         f"{MARKDOWN.name(public_name(student['path']))}, trained by "
-        f"[distillkit](https://pypi.org/project/distillkit/) on the {how} next-token distributions of {whose}, for {run.step:,} steps.",
+        f"[distillkit](https://pypi.org/project/distillkit/) on the {how} next-token distributions of "
+        f"{whose}, for {run.step:,} steps.",
         "## Use",
         _use(str(student["class"]), name or run.folder.resolve().name),
         "## Training",

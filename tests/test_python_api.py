@@ -130,6 +130,7 @@ def test_what_does_not_fit_is_refused_as_in_a_yaml_file(parts: dict[str, str], t
         DistillationTrainer(parts["student"], {}, train_dataset=Dataset.open(data), processing_class=other)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
 def test_a_model_with_adapters_is_trained_in_them(parts: dict[str, str], tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 

@@ -20,7 +20,8 @@ from distillkit.bench.published import is_resolved, published_codec
 from distillkit.bench.sample import Sample, bundled_sample, load_sample, save_sample
 from distillkit.bench.speed import PACKED_ROWS, measure_decoding
 from distillkit.bench.tables import csv_rows, write_csv
-from distillkit.codec import PRESETS, Codec, preset
+from distillkit.codec import Codec, preset
+from distillkit.codec.presets import FIXED_PRESETS
 from distillkit.errors import InputError
 from distillkit.shards import ShardWriter
 from distillkit.types import SparseLogprobs
@@ -196,11 +197,11 @@ def test_bench_shows_both_tables(tmp_path: Path) -> None:
     result = run_here("bench", "--quick", "--json", "--vocab-size", "5000")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert [row["config"] for row in found["fidelity"]] == list(PRESETS)
+    assert [row["config"] for row in found["fidelity"]] == list(FIXED_PRESETS)
     assert found["sample"]["rows"] == 256
     for row in found["fidelity"]:
         # Residual bins have no such limit.
-        if PRESETS[row["config"]]["residual_bins"]:
+        if FIXED_PRESETS[row["config"]]["residual_bins"]:
             assert row["over_optimum"] is None
             assert 0 < row["ours"]["kl_mean"] < row["published"]["kl_mean"]
         else:
@@ -219,10 +220,10 @@ def test_without_torch_bench_shows_what_ours_keeps(tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     table = run("bench", "--quick", PYTHONPATH=path)
     assert table.returncode == 0, table.stderr
-    check_names(table.stdout, *PRESETS, "distillkit[capture]")
+    check_names(table.stdout, *FIXED_PRESETS, "distillkit[capture]")
     found = json.loads(run("bench", "--quick", "--json", PYTHONPATH=path).stdout)
     assert found["speed"] == []
-    for row, name in zip(found["fidelity"], PRESETS, strict=True):
+    for row, name in zip(found["fidelity"], FIXED_PRESETS, strict=True):
         codec = Codec(preset(name, vocab_size=bundled_sample().vocab_size))
         ids, original = bundled_sample().first(256).top(codec.k, codec.vocab_size)
         decoded = codec.decode(codec.encode(ids, original))[1]

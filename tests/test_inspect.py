@@ -117,9 +117,9 @@ def test_nothing_stored_is_said_and_not_divided_by(tmp_path: Path) -> None:
 
 def test_json_keys_are_stable() -> None:
     keys = (
-        "path kind documents tokens rows files file_bytes documents_read rows_read bytes_per_token compression codec "
-        "teacher tokenizer capture temperature rows_per_document vocab_size head_size mass plausibility "
-        "next_token alignment worst_documents fidelity"
+        "path kind documents tokens rows files file_bytes documents_read rows_read bytes_per_token rate_by_entropy "
+        "ids_per_row compression codec teacher tokenizer capture temperature rows_per_document vocab_size head_size "
+        "mass plausibility next_token alignment worst_documents fidelity"
     )
     found = inspect_dataset(Dataset.open(GOLDEN / "upstream_v1")).to_dict()
     assert list(found) == keys.split()

@@ -22,7 +22,7 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from distillkit.cli.main import cli
-from distillkit.console import duration
+from distillkit.console import duration, figure, quiet_libraries
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.reports import run_plots as training_plots
 from distillkit.reports.inspection_plots import plot_text
@@ -364,6 +364,35 @@ def test_a_log_file_gets_one_plain_line_a_log() -> None:
         check_names(line, "2:30")
 
 
+def test_lines_on_a_narrow_terminal_break_between_figures() -> None:
+    log = {
+        "loss": 3.25,
+        "cross_entropy": 4.0,
+        "kl": 3.0,
+        "top1_agreement": 0.271,
+        "learning_rate": 1e-4,
+        "data_wait": 0,
+    }
+    state = SimpleNamespace(is_world_process_zero=True, global_step=400, max_steps=400)
+    texts = {}
+    for width in (50, 300):
+        console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+        ConsoleProgress(("cross_entropy", "kl"), console).on_log(None, state, None, log)
+        assert isinstance(console.file, io.StringIO)
+        texts[width] = console.file.getvalue()
+    lines = texts[50].splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= 50
+    assert texts[50].split() == texts[300].split()
+    # Two spaces are between figures, and one within.
+    assert [part for line in lines for part in re.split("  +", line.strip())] == re.split("  +", texts[300].strip())
+
+
+def test_figures_beyond_reading_are_powers_of_ten() -> None:
+    found = [figure(value, "{:,.2f}") for value in (64_639_090_098_375_943_344_095_232.0, 1234.567, 1e7, 9_999_999.0)]
+    assert found == ["6.46e25", "1,234.57", "1.00e7", "9,999,999.00"]
+
+
 def test_a_terminal_gets_a_bar_with_the_time_left_and_no_colour_where_none_is_wanted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -466,3 +495,18 @@ def test_a_damaged_record_is_named(tmp_path: Path, file: str, content: str) -> N
     (tmp_path / file).write_bytes(content.encode("latin-1"))
     with refused(CorruptDataError, str(tmp_path / file)):
         write_report(read_run(tmp_path))
+
+
+def test_advice_to_install_kernels_for_gpus_is_only_for_those_who_have_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers.integrations import hub_kernels
+
+    quiet_libraries()
+    advice = "`f` is falling back to its reference PyTorch implementation because `x` is not installed."
+    for cuda in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda cuda=cuda: cuda)
+        caplog.clear()
+        hub_kernels.logger.warning(advice)
+        hub_kernels.logger.warning("another warning")
+        assert (advice in caplog.text, "another warning" in caplog.text) == (cuda, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -12,8 +13,10 @@ import pytest
 import yaml
 
 from support.training import run_config
+from support.windows import FUNCTIONS, MODULES
 
 TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "python" / "distillkit"
 START = f"""
 import sys
 from pathlib import Path
@@ -46,6 +49,32 @@ def run_as_on_windows(script: str, folder: Path, *arguments: Path | str) -> list
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout.splitlines()
+
+
+def test_what_only_unix_has_is_asked_for_first() -> None:
+    """Each of these uses looks whether it is there, or runs where it is; see the lines around it."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        used = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                used |= MODULES & {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                used |= MODULES & {node.module}
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("os", "signal"):
+                used |= FUNCTIONS & {node.attr}
+        found |= {(path.relative_to(PACKAGE).as_posix(), name) for name in used}
+    assert found == {
+        ("memory.py", "resource"),
+        ("shards/os_files.py", "fcntl"),
+        ("shards/os_files.py", "register_at_fork"),
+        ("capture/preflight.py", "statvfs"),
+        ("capture/preflight.py", "ST_RDONLY"),
+        ("bench/machine.py", "sched_getaffinity"),
+        ("bench/child.py", "sched_getaffinity"),
+        ("bench/child.py", "sched_setaffinity"),
+        ("training/config/arguments.py", "sched_getaffinity"),
+    }
 
 
 def test_datasets_are_converted_packed_and_verified(tmp_path: Path) -> None:

@@ -32,9 +32,11 @@ from distillkit.errors import printable
 
 __all__ = [
     "duration",
+    "figure",
     "human_bytes",
     "in_notebook",
     "make_progress",
+    "number_of",
     "output",
     "progress_bar",
     "progress_console",
@@ -176,6 +178,16 @@ def quiet_libraries() -> None:
         logging.getLogger(library).handlers.clear()
     # Says at each start that a faster kernel for 4-bit weights on CPUs could be installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("transformers.integrations.hub_kernels").addFilter(_worth_saying)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Whether a message is not the advice to install kernels for GPUs on a machine that has none."""
+    if "reference PyTorch implementation" not in record.getMessage():
+        return True
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def human_bytes(count: float) -> str:
@@ -193,3 +205,17 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(max(round(seconds), 0), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def number_of(count: int, noun: str) -> str:
+    """Formats a count with its noun: 1 document, 2,048 documents."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+_LARGE = 1e7
+
+
+def figure(value: float, form: str) -> str:
+    """Formats a figure with a format string, and as 6.46e25 if it is too large to be read otherwise, as the perplexity
+    of a student that knows nothing yet."""
+    return f"{value:.2e}".replace("e+0", "e").replace("e+", "e") if abs(value) >= _LARGE else form.format(value)

@@ -18,21 +18,11 @@ from typing import Any
 # What Python has on Unix only.
 MODULES = {"fcntl", "grp", "posix", "pwd", "resource", "syslog", "termios"}
 FUNCTIONS = {
-    *(
-        "O_CLOEXEC",
-        "ST_RDONLY",
-        "chown",
-        "fork",
-        "getuid",
-        "geteuid",
-        "getpgid",
-        "getrusage",
-        "killpg",
-        "lockf",
-        "mkfifo",
-    ),
-    *("pread", "pwrite", "register_at_fork", "sched_getaffinity", "statvfs", "sysconf", "uname", "wait4"),
+    *("O_CLOEXEC", "O_DIRECTORY", "O_NONBLOCK", "ST_RDONLY", "SIGALRM", "SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2"),
+    *("chown", "fork", "getpgid", "getuid", "geteuid", "killpg", "lockf", "mkfifo", "nice", "pread", "pwrite"),
+    *("register_at_fork", "sched_getaffinity", "sched_setaffinity", "setsid", "statvfs", "sysconf", "uname", "wait4"),
 }
+"""Names of `os` and `signal`."""
 
 
 def as_on_windows(folder: Path) -> None:

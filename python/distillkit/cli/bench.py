@@ -11,7 +11,7 @@ from rich.console import Group
 
 from distillkit import __version__
 from distillkit.cli.common import JSON, LARGEST
-from distillkit.codec import PRESETS, preset
+from distillkit.codec.presets import FIXED_PRESETS, fixed_preset
 from distillkit.console import progress_bar, say, show
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def bench(sample: str | None, vocab_size: int | None, quick: bool, as_json: bool
     if quick:
         rows = rows.first(_QUICK_ROWS)
     codec_size = vocab_size or rows.vocab_size
-    configs = {name: preset(name, vocab_size=codec_size) for name in PRESETS}
+    configs = {name: fixed_preset(name, vocab_size=codec_size) for name in FIXED_PRESETS}
     has_torch = importlib.util.find_spec("torch") is not None
     with progress_bar("measuring fidelity") as progress:
         fidelity = list(measure_fidelity(rows, configs, progress, ours_only=not has_torch))

@@ -26,6 +26,7 @@ __all__ = [
     "HTML",
     "JSON",
     "LARGEST",
+    "SET",
     "SPLIT",
     "LogHandler",
     "check_writable",
@@ -41,6 +42,15 @@ CONFIG = click.option(
 )
 SPLIT = click.option("--split", help="Split of a published dataset that has splits.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+# Of the commands that read a configuration file.
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set a value in place of the file's, such as training_args.max_steps=100: a dotted path, entries of lists by "
+    "their index, and the value in YAML. May be repeated.",
+)
 
 HTML = click.option(
     "--html", "page", type=click.Path(path_type=Path), help="Write a page to look at to this file (HTML)."

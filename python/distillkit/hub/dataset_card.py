@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distillkit.capture.summary import ShardSummary
-from distillkit.codec import Codec
+from distillkit.codec import Codec, CompactConfig
 from distillkit.configuration.cards import front_matter, hub_id, public_name
 from distillkit.console import human_bytes
 from distillkit.reports.run_report import MARKDOWN, table
@@ -92,13 +92,15 @@ def _facts(manifest: Manifest, codec: Codec) -> list[tuple[str, str]]:
         ("tokens", f"{tokens:,}"),
         ("distributions", f"{rows:,}, temperature {header.temperature:g}"),
         ("size", f"{human_bytes(size)} in {len(shards):,} {'shards' if len(shards) != 1 else 'shard'}"),
-        ("per distribution", f"the {codec.k:,} most probable ids, {size / max(rows, 1):,.1f} bytes with all else"),
+        ("per distribution", f"{_stored_ids(codec)}, {size / max(rows, 1):,.1f} bytes with all else"),
         ("codec", f"{codec.format} version {header.codec['version']}"),
     ]
     fidelity = header.fidelity
     if fidelity is not None and fidelity.get("rows"):
+        # A conversion has only the decoded rows to compare with.
+        original = "converted from" if "converted" in header.capture else "teacher"
         facts += [
-            ("KL(teacher ‖ stored)", f"mean {fidelity['kl_mean']:.2e}, p99 {fidelity['kl_p99']:.2e} nats"),
+            (f"KL({original} ‖ stored)", f"mean {fidelity['kl_mean']:.2e}, p99 {fidelity['kl_p99']:.2e} nats"),
             ("most probable id kept", f"{fidelity['top1_agreement']:.2%} of the distributions"),
         ]
     summary = (manifest.capture or {}).get("summary")
@@ -109,6 +111,12 @@ def _facts(manifest: Manifest, codec: Codec) -> list[tuple[str, str]]:
     if isinstance(longest, int):
         facts.append(("longest document", f"at most {longest:,} tokens"))
     return facts
+
+
+def _stored_ids(codec: Codec) -> str:
+    if isinstance(codec.config, CompactConfig) and codec.config.threshold is not None:
+        return f"the ids of a probability of at least {codec.config.threshold:g}, at most {codec.k:,}"
+    return f"the {codec.k:,} most probable ids"
 
 
 def _named(recorded: Mapping[str, Any] | None, *details: str) -> str:

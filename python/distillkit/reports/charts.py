@@ -91,6 +91,7 @@ def _readings(panel: Panel, axes: Any, lines: Sequence[_Line], points: Sequence[
     """What page.js shows at each point: where it is, what it is, and the values of the lines there."""
     bottom = axes.get_ylim()[0]
     return {
+        "bottom": round(float(_HEIGHT - axes.transAxes.transform((0, 0))[1]), 1),
         "along": [panel.along_form.format(x) for x in points],
         "name": panel.along,
         "x": [round(float(axes.transData.transform((x, bottom))[0]), 1) for x in points],
@@ -256,4 +257,4 @@ def _values(panel: Panel, lines: Sequence[_Line], everything: list[float]) -> Ht
     some = "" if len(shown) == len(everything) else f" ({len(shown)} of {len(everything):,})"
     rows = [[panel.along_form.format(x), *(_written(line, x, panel.form) for line in lines)] for x in shown]
     content = table(panel.title, [panel.along, *(line.label for line in lines)], rows, hidden=True)
-    return element("details", element("summary", f"Values{some}"), content)
+    return element("details", element("summary", f"Values{some}"), element("div", content, class_="numbers"))

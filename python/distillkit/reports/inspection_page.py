@@ -27,6 +27,7 @@ def inspection_page(inspection: Inspection) -> str:
     """
     figures = _Figures(inspection.to_dict())
     name = Path(inspection.path.rstrip("/")).name or inspection.path
+    introduction = paragraph(figures["path"], class_="soft")
     sections = [
         Section("verdict", "Verdict", _verdict(figures), wide=False),
         Section("contents", "Contents", _contents(figures), wide=False),
@@ -39,7 +40,7 @@ def inspection_page(inspection: Inspection) -> str:
         Section("capture", "Capture", _facts("Capture", list(_flat(figures["capture"] or {}))), wide=False),
         Section("more", "More figures", _facts("More figures", list(_flat(figures.rest()))), wide=False),
     ]
-    return page(name, paragraph(figures["path"], class_="soft"), sections)
+    return page(name, introduction, sections)
 
 
 class _Figures:
@@ -112,7 +113,11 @@ def _size(figures: _Figures) -> Html:
     rows.append((element("b", "total"), element("b", f"{total:,.1f}"), "", ""))
     header = ("part", "bytes", "share", element("span", "share as a bar", class_="unseen"))
     caption = "Bytes per stored distribution. Overhead is everything else in the files"
-    dense = {"dense_bf16": "Dense logits in bfloat16", "topk_bf16": "Plain top-k (4 bytes per id, 2 per value)"}
+    dense = {
+        "dense_bf16": "Dense logits in bfloat16",
+        "topk_bf16": "Plain top-k (4 bytes per id, 2 per value)",
+        "published": "The published layout with as many ids",
+    }
     compared = [paragraph(f"{dense.get(key, key)}: {ratio:,.2f} times as large.") for key, ratio in ratios.items()]
     return joined(element("div", table(caption, header, rows), class_="numbers bars"), compared)
 

@@ -146,7 +146,8 @@ def _error(axes: Any, inspection: Inspection) -> None:
 
 
 def _mark_exact(axes: Any, inspection: Inspection, *, label: bool) -> None:
-    exact, k = int(inspection.codec["config"]["exact_k"]), int(inspection.codec["config"]["k"])
+    config = inspection.codec["config"]
+    exact, k = int(config.get("exact_k", config["k"])), int(config["k"])
     if not 0 < exact < k:
         return
     axes.axvline(exact + 0.5, color=GREY, ls="--", lw=1)
@@ -197,7 +198,7 @@ def _mass(axes: Any, inspection: Inspection) -> None:
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.4%}".rstrip("0%").rstrip(".") + "%" if value else "0%")
-    axes.set_xlabel(f"total probability of the {inspection.codec['config']['k']} stored ids", color=INK)
+    axes.set_xlabel(f"total probability of the {inspection.ids_mean:.3g} stored ids", color=INK)
     axes.set_ylabel("cumulative fraction of positions", color=INK)
     style_axes(axes, "Stored probability")
 
@@ -206,8 +207,9 @@ def _mass(axes: Any, inspection: Inspection) -> None:
 
 
 def _bytes(axes: Any, inspection: Inspection) -> None:
-    k = inspection.codec["config"]["k"]
-    ours = (inspection.id_bytes, inspection.value_bytes, inspection.overhead_bytes)
+    k, stored = inspection.codec["config"]["k"], inspection.part_bytes
+    ids, values = stored.get("ids", 0.0), stored.get("values", 0.0)
+    ours = (ids, values, inspection.total_bytes - ids - values)
     plain = (4.0 * k, 2.0 * k, 0.0)
     highest = max(sum(ours), sum(plain))
     for x, parts, colours, ink in ((0, ours, _STRONG, "white"), (1, plain, _LIGHT, INK)):

@@ -15,7 +15,7 @@ for (const chart of document.querySelectorAll(".chart")) {
     plot.append(shape);
     return shape;
   };
-  const guide = add("line", { class: "guide", y1: 0, y2: plot.viewBox.baseVal.height });
+  const guide = add("line", { class: "guide", y1: 0, y2: data.bottom });
   const marks = data.lines.map((_, i) => {
     const mark = add("circle", { class: "mark", r: 4 });
     mark.style.fill = samples[i].style.stroke;

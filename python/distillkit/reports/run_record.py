@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from distillkit.console import figure
 from distillkit.errors import CorruptDataError, InputError
 
 __all__ = [
@@ -49,7 +50,7 @@ class Measure:
         """Format a value: shares below 1% with more decimals, and huge numbers by their power of ten."""
         if self.share and 0 < value < 0.01:
             return f"{100 * value:.2g}%"
-        return self.form.format(value) if abs(value) < 1e7 else f"{value:.3g}"
+        return figure(value, self.form)
 
     def change(self, before: float, after: float) -> str:
         """Format the difference of two values."""

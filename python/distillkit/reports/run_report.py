@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from distillkit.console import number_of
 from distillkit.errors import CorruptDataError, printable
 from distillkit.reports.run_record import DIFFERENCES, MEASURES, METRICS, REPORT, SUMMARY, Measure, RunRecord, read_run
 
@@ -171,9 +172,9 @@ class Quoting:
 def opening(run: RunRecord, quoting: Quoting) -> str:
     """Say in a sentence what was trained, and how far."""
     most = run.description.get("max_steps")
-    steps = f"{run.step:,}" if most is None else f"{run.step:,} of {most:,}"
+    steps = number_of(run.step, "step") if most is None else f"{run.step:,} of {number_of(most, 'step')}"
     state = "Finished" if run.summary is not None else "Not finished when this report was written"
-    sentence = f"{state}: {steps} steps"
+    sentence = f"{state}: {steps}"
     student, teacher = run.description.get("student"), run.description.get("teacher")
     if student is not None and teacher is not None:
         how = "stored distributions" if teacher["kind"] == "dataset" else "live distributions"
@@ -245,6 +246,9 @@ def _facts(run: RunRecord, quoting: Quoting) -> dict[str, str]:
         f"parameters{trained}{adapters}, {fact(student['dtype'])}, {fact(student['attention'])} attention",
         "teacher": _teacher(d["teacher"], quoting),
         "losses": " + ".join(_loss(loss, fact) for loss in d["losses"]),
+        "set on the command line": ", ".join(
+            f"{fact(path)} = {fact(json.dumps(value))}" for path, value in d.get("overrides", {}).items()
+        ),
     }
     for key, label in (("train", "training data"), ("eval", "held-out data")):
         if key in d["data"]:
@@ -277,9 +281,9 @@ def _loss(loss: dict[str, Any], fact: Callable[[object], str]) -> str:
 
 
 def _data(data: dict[str, Any], quoting: Quoting) -> str:
-    tokens = "" if data["tokens"] is None else f", {data['tokens']:,} tokens"
-    rows = f", packed in {data['rows']:,} rows" if data.get("rows") else ""
-    return f"{quoting.name(data['path'])}: {data['documents']:,} documents{tokens}{rows}"
+    tokens = "" if data["tokens"] is None else f", {number_of(data['tokens'], 'token')}"
+    rows = f", packed in {number_of(data['rows'], 'row')}" if data.get("rows") else ""
+    return f"{quoting.name(data['path'])}: {number_of(data['documents'], 'document')}{tokens}{rows}"
 
 
 def cost(run: RunRecord) -> list[tuple[str, str]]:
@@ -290,7 +294,8 @@ def cost(run: RunRecord) -> list[tuple[str, str]]:
         rows.append(("time", f"{run.summary['seconds']:,.1f} s, including loading and saving"))
         rows.append(("tokens", f"{run.summary['train_tokens']:,}"))
         if run.summary["cut_documents"]:
-            cut = f"{run.summary['cut_documents']:,} documents, {run.summary['cut_tokens']:,} tokens"
+            documents, tokens = run.summary["cut_documents"], run.summary["cut_tokens"]
+            cut = f"{number_of(documents, 'document')}, {number_of(tokens, 'token')}"
             rows.append(("truncated to the sequence length", cut))
     if run.tokens_per_second is not None:
         rows.append(("tokens per second", f"{run.tokens_per_second:,.0f}"))

@@ -16,13 +16,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillkit.codec import Codec, CodecConfig
+from distillkit.codec import Codec, CodecConfig, Prior
 from distillkit.configuration.urls import is_on_hub, locate, without_trailing_slash
 from distillkit.errors import CorruptDataError, InputError, MismatchError, UnsupportedVersionError
 from distillkit.shards.footer import Chunk
 from distillkit.shards.header import Header, check_codec
 from distillkit.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
 from distillkit.shards.parquet import check_names, footer_of, open_parquet, validated
+from distillkit.shards.prior import PRIOR, find_prior
 from distillkit.shards.published import load_codec_config, open_published
 from distillkit.shards.storage import Folder, missing_file, reading
 from distillkit.shards.table import GROUPS_KEY, SCHEMA, Block, Documents, GroupDigest, KeptRows, ShardRows
@@ -74,12 +75,16 @@ class DocumentFile(Protocol):
 class ShardFile:
     """A captured dataset's shard. It does not stay open: each read opens it, with the metadata checked here.
 
+    Args:
+        path: a path or an fsspec URL.
+        prior: the prior of its codec, if already read; else it is read from the shard's footer, or beside the shard.
+
     Raises:
         FileNotFoundError: the file does not exist.
         TruncatedDataError, CorruptDataError, UnsupportedVersionError: it is damaged, or of an unsupported version.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, prior: Prior | None = None) -> None:
         self.path = path
         with open_parquet(path, any_size=True) as parquet:
             self._metadata, schema = parquet.metadata, parquet.schema_arrow
@@ -104,8 +109,10 @@ class ShardFile:
             found = schema.field(field.name).type if field.name in schema.names else None
             if found != field.type and not (found is None and field.nullable):
                 raise CorruptDataError(f"{path}: column {field.name} is {found or 'missing'}, expected {field.type}")
+        if prior is None or prior.hash != self.header.prior:
+            prior = find_prior(self.header, self._metadata.metadata, path)
         try:
-            self._codec = self.header.make_codec()
+            self.codec = self.header.make_codec(prior)
         except (CorruptDataError, UnsupportedVersionError) as error:
             raise type(error)(f"{path}: {error}") from error
 
@@ -147,7 +154,7 @@ class ShardFile:
             if GroupDigest.of(table) != self._digests[group]:
                 raise CorruptDataError(f"{where}: the documents or their order differ from what was written")
             kept = KeptRows(self._kept, partial(self._kept_rows, group)) if self._kept else None
-            return ShardRows(table, self.header, self._codec, self.path, self._starts[group], kept)
+            return ShardRows(table, self.header, self.codec, self.path, self._starts[group], kept)
 
     def _kept_rows(self, group: int) -> list[dict[str, Any]]:
         """The kept columns of a group's documents."""
@@ -179,13 +186,9 @@ class ShardFile:
         Raises:
             CorruptDataError: they are far more than the bytes in the file.
         """
-        if self._footer is None:
-            self._footer = footer_of(self.path)
-            if {len(columns) for columns in self._footer} - {self._metadata.num_columns}:
-                raise CorruptDataError(f"{self.path}: the columns of its row groups contradict its schema")
         inside = stored = 0
         for index, name in self._leaves:
-            column = self._footer[group][index]
+            column = self._chunks()[group][index]
             stored += column.total_compressed_size
             if name in _WIDTHS:
                 inside += column.num_values * _WIDTHS[name]
@@ -199,8 +202,27 @@ class ShardFile:
             )
         return inside
 
+    def _chunks(self) -> list[list[Chunk]]:
+        """The columns of each row group, according to the footer.
+
+        Raises:
+            CorruptDataError: they contradict the schema.
+        """
+        if self._footer is None:
+            footer = footer_of(self.path)
+            if {len(columns) for columns in footer} - {self._metadata.num_columns}:
+                raise CorruptDataError(f"{self.path}: the columns of its row groups contradict its schema")
+            self._footer = footer
+        return self._footer
+
     def _where(self, groups: range) -> str:
         return f"{self.path}, documents {self._starts[groups.start]} to {self._starts[groups.stop] - 1}"
+
+    def teacher_bytes(self) -> int:
+        """The codec's bytes of all documents, to within some tens of bytes per row group: from the footer."""
+        at = next(index for index, name in self._leaves if name == "teacher")
+        # A value is preceded by its length, in 4 bytes.
+        return sum(group[at].total_uncompressed_size - 4 * group[at].num_values for group in self._chunks())
 
     def info(self) -> ShardInfo:
         """File name, counts and size. Reads the column `input_ids` only."""
@@ -243,9 +265,10 @@ class Dataset(Documents, Shown):
         (9, 50)
     """
 
-    def __init__(self, path: str, kind: str, header: Header, files: Sequence[DocumentFile], shards: Any = None) -> None:
-        self.path, self.kind, self.header = path, kind, header
-        self.codec: Codec = header.make_codec()
+    def __init__(
+        self, path: str, kind: str, header: Header, codec: Codec, files: Sequence[DocumentFile], shards: Any = None
+    ) -> None:
+        self.path, self.kind, self.header, self.codec = path, kind, header, codec
         self._files = list(files)
         self._shards: tuple[ShardInfo, ...] | None = shards
         self._starts = list(itertools.accumulate(map(_documents_in, self._files), initial=0))
@@ -294,13 +317,12 @@ class Dataset(Documents, Shown):
             dataset = _open_folder(name, manifest)
         elif _is_shard(name):
             shard = ShardFile(name)
-            dataset = Dataset(name, "distillkit", shard.header, [shard])
+            dataset = Dataset(name, "distillkit", shard.header, shard.codec, [shard])
         else:
             header, files = open_published(name, config, split, vocab_size)
-            return Dataset(name, "published", header, files)
+            return Dataset(name, "published", header, header.make_codec(), files)
         if config is not None:
-            given = Codec(load_codec_config(config))
-            check_codec(given, dataset.codec, name, "its codec")
+            check_codec(load_codec_config(config), dataset.codec, name, "its codec")
         if split not in (None, "train"):
             raise InputError(f"{name}: a captured dataset has no splits, but split {split!r} was requested")
         return dataset
@@ -336,6 +358,13 @@ class Dataset(Documents, Shown):
     def num_rows(self) -> int:
         """Total rows of all documents."""
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def teacher_bytes(self) -> int:
+        """The codec's bytes of all documents; in the compact format, to within some tens of bytes per row group."""
+        if self.codec.is_fixed:
+            return self.num_rows * self.codec.bytes_per_token
+        return sum(file.teacher_bytes() for file in self._files if isinstance(file, (ShardFile, HubShard)))
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """(D,) int64 tokens per document, read from the token id column only, several files in parallel.
@@ -466,18 +495,19 @@ def _open_folder(name: str, manifest: Manifest) -> Dataset:
     for what, names in (("missing", sorted(set(listed) - present)), ("not in it", sorted(present - set(listed)))):
         if names:
             raise MismatchError(f"{name}: {MANIFEST} lists {len(listed)} shards, but {', '.join(names[:5])} is {what}")
+    prior = find_prior(manifest.header, None, folder.of(PRIOR))
     files: list[DocumentFile] = []
     for shard in manifest.shards:
         if is_on_hub(name):
-            files.append(HubShard(name, manifest, shard))
+            files.append(HubShard(name, manifest, shard, prior))
         else:
-            files.append(_listed_shard(folder, manifest, shard))
-    return Dataset(name, "distillkit", manifest.header, files, manifest.shards)
+            files.append(_listed_shard(folder, manifest, shard, prior))
+    return Dataset(name, "distillkit", manifest.header, manifest.header.make_codec(prior), files, manifest.shards)
 
 
-def _listed_shard(folder: Folder, manifest: Manifest, shard: ShardInfo) -> ShardFile:
+def _listed_shard(folder: Folder, manifest: Manifest, shard: ShardInfo, prior: Prior | None) -> ShardFile:
     """Opens a shard, and compares it with what the manifest says of it."""
-    file = ShardFile(folder.of(shard.file))
+    file = ShardFile(folder.of(shard.file), prior)
     size = folder.size(shard.file)
     if size != shard.bytes or file.documents != shard.documents:
         raise MismatchError(
@@ -496,13 +526,13 @@ def _listed_shard(folder: Folder, manifest: Manifest, shard: ShardInfo) -> Shard
 class HubShard:
     """A shard on the hub. It is opened, and compared with the manifest, when something of it is first read."""
 
-    def __init__(self, folder: str, manifest: Manifest, info: ShardInfo) -> None:
+    def __init__(self, folder: str, manifest: Manifest, info: ShardInfo, prior: Prior | None) -> None:
         self.path, self.header, self.documents = f"{folder}/{info.file}", manifest.header, info.documents
-        self._folder, self._manifest, self._info = folder, manifest, info
+        self._folder, self._manifest, self._info, self._prior = folder, manifest, info, prior
 
     @cached_property
     def _file(self) -> ShardFile:
-        return _listed_shard(Folder(self._folder), self._manifest, self._info)
+        return _listed_shard(Folder(self._folder), self._manifest, self._info, self._prior)
 
     @property
     def groups(self) -> Sequence[int]:
@@ -522,6 +552,9 @@ class HubShard:
 
     def lengths(self) -> npt.NDArray[np.int64]:
         return self._file.lengths()
+
+    def teacher_bytes(self) -> int:
+        return self._file.teacher_bytes()
 
 
 def _documents_in(file: DocumentFile) -> int:

@@ -167,48 +167,61 @@ def document_table(documents: Sequence[Document]) -> pa.Table:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive documents, read and checked together, with their teacher rows in one contiguous array.
+    """Consecutive documents, read and checked together, with their teacher bytes in one piece.
 
     Attributes:
-        documents: the documents; their `teacher` fields are views into `rows`.
-        rows: (R, bytes_per_token) uint8, the rows of all documents in order.
-        ends: (D,) int64, the end of each document's rows in `rows`.
+        documents: the documents; their `teacher` fields are parts of `data`.
+        data: the encoded bytes of all documents in order.
+        ends: (D,) int64, the end of each document's rows among the R rows of all.
         codec: decodes the rows.
         where: file and document numbers, for messages.
     """
 
     documents: tuple[Document, ...]
-    rows: npt.NDArray[np.uint8]
+    data: bytes | bytearray | memoryview
     ends: npt.NDArray[np.int64]
     codec: Codec
     where: str
+
+    @property
+    def rows(self) -> npt.NDArray[np.uint8]:
+        """(R, bytes_per_token) uint8, `data` as rows; only of fixed formats."""
+        return self.codec.document_rows(memoryview(self.data), int(self.ends[-1]) if len(self.ends) else 0)
 
     def decode(self) -> SparseLogprobs:
         """Decodes all rows, to numpy (R, k).
 
         Raises:
-            CorruptDataError: as for `Codec.decode`.
+            CorruptDataError: as for `Codec.decode_document`.
         """
-        try:
-            return SparseLogprobs(*self.codec.decode(self.rows))
-        except CorruptDataError as error:
-            raise CorruptDataError(f"{self.where}: {error}") from error
+        shape = (int(self.ends[-1]) if len(self.ends) else 0, self.codec.k)
+        rows = SparseLogprobs(np.empty(shape, np.int64), np.empty(shape, np.float32))
+        # Documents of a fixed format can be decoded together, on all cores.
+        parts = [(self.data, shape[0])] if self.codec.is_fixed else [(d.teacher, d.num_rows) for d in self.documents]
+        end = 0
+        for data, count in parts:
+            part = slice(end, end := end + count)
+            try:
+                self.codec.decode_document(memoryview(data), count, out=(rows.ids[part], rows.logprobs[part]))
+            except CorruptDataError as error:
+                raise CorruptDataError(f"{self.where}: {error}") from error
+        return rows
 
     def tensor(self) -> torch.Tensor:
         """`rows` as a torch tensor, to be moved to a device and decoded there with `decode_torch`.
 
-        Shares the memory of `rows` if that is writeable; otherwise a copy.
+        Shares the memory of `data` if that is writeable; otherwise a copy.
         """
         import torch
 
-        return torch.from_numpy(self.rows if self.rows.flags.writeable else self.rows.copy())
+        rows = self.rows
+        return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
 
 
 def make_block(documents: Sequence[Document], data: Any, codec: Codec, where: str, first: int) -> Block:
     """Makes a block of documents, numbered from `first`, whose teacher bytes are contiguous in `data`."""
     ends = np.cumsum([document.num_rows for document in documents], dtype=np.int64)
-    rows = codec.document_rows(data, int(ends[-1]) if len(ends) else 0)
-    return Block(tuple(documents), rows, ends, codec, f"{where}, documents {first} to {first + len(documents) - 1}")
+    return Block(tuple(documents), data, ends, codec, f"{where}, documents {first} to {first + len(documents) - 1}")
 
 
 class Documents(ABC):
@@ -377,12 +390,10 @@ def check_document(document: Document, header: Header, codec: Codec, where: str)
             f"{where}: token ids from {document.input_ids.min()} to {document.input_ids.max()}, but the head has "
             f"{header.head_size} entries"
         )
-    expected = document.num_rows * codec.bytes_per_token
-    if len(document.teacher) != expected:
-        raise CorruptDataError(
-            f"{where}: {len(document.teacher)} teacher bytes, but {document.num_rows} rows ({tokens} tokens) take "
-            f"{expected}"
-        )
+    try:
+        codec.check_document(document.teacher, document.num_rows)
+    except CorruptDataError as error:
+        raise CorruptDataError(f"{where}: the teacher's bytes do not fit {tokens} tokens: {error}") from error
     if document.loss_mask is not None and len(document.loss_mask) != tokens:
         raise CorruptDataError(f"{where}: loss_mask has {len(document.loss_mask)} entries for {tokens} tokens")
     labels = document.label_logprobs

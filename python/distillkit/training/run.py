@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import transformers
 
+from distillkit.codec import CompactConfig
 from distillkit.configuration.secrets import secret_paths, without_secrets
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.losses.fused import Objective
@@ -334,6 +335,21 @@ def _tell_temperature(config: RunConfig) -> None:
             )
 
 
+def _tell_dropped_mass(config: RunConfig, source: StoredDataset) -> None:
+    """Warn of losses that drop the missing probability of rows whose number of ids varies with it."""
+    codec = source.codec.config
+    losses = sorted({loss.function for loss in config.loss_functions if loss.weight and loss.drops_missing})
+    if losses and isinstance(codec, CompactConfig) and codec.adaptive:
+        logger.warning(
+            "loss_functions: %s drop the probability outside the stored ids (missing_probability_handling: zero), but "
+            "%s ends each row where it is small, so how much is dropped differs from row to row. Measured, the "
+            "gradient then has a cosine of 0.85 with that of the whole distributions, against 0.92 with a fixed k: set "
+            "uniform, with which it is 0.997, or label",
+            ", ".join(losses),
+            source.path,
+        )
+
+
 def _open_sources(
     config: RunConfig, tokenizer: Any, arguments: SFTConfig, given: Mapping[Part, StoredDataset]
 ) -> dict[Part, DocumentSource]:
@@ -380,6 +396,7 @@ def _dataset(
     if not isinstance(source, StoredDataset):
         raise TypeError(f"{key}: expected stored distributions, found {type(source).__name__}")
     check_dataset(source, head_size, key)
+    _tell_dropped_mass(config, source)
     signal = OfflineSignal(
         source.codec,
         head_size,
@@ -458,6 +475,8 @@ def _write_config(config: RunConfig) -> None:
     folder = Path(config.output_path)
     folder.mkdir(parents=True, exist_ok=True)
     settings = config.model_dump(mode="json", exclude_unset=True)
-    left_out = [f"# Left out, since it is secret: {path}\n" for path in secret_paths(settings)]
+    comments = [f"# Left out, since it is secret: {path}\n" for path in secret_paths(settings)]
+    overrides = without_secrets(config.overrides)
+    comments += [f"# Set on the command line: {path}={json.dumps(overrides[path])}\n" for path in overrides]
     content = yaml.safe_dump(without_secrets(settings), sort_keys=False, allow_unicode=True)
-    (folder / "distillkit_config.yaml").write_text("".join(left_out) + content, encoding="utf-8")
+    (folder / "distillkit_config.yaml").write_text("".join(comments) + content, encoding="utf-8")

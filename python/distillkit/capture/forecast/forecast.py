@@ -50,7 +50,8 @@ class CodecForecast:
     Attributes:
         name: name of a preset, or of the chosen configuration, possibly with another k.
         chosen: whether the settings choose this codec.
-        k, bytes_per_token: ids and bytes per row.
+        k, bytes_per_token: ids and bytes per row; of the compact format, at most so many ids, and about so many bytes.
+        estimated: whether the bytes are an estimate (`distillkit.codec.presets.expected_bytes`).
         left_bytes: disk space for what is left to capture, including the plan.
         fits: whether that fits on the disk; None if the free space is unknown.
         positions: number of positions that the figures below were measured on; 0 if they were not measured.
@@ -63,6 +64,7 @@ class CodecForecast:
     chosen: bool
     k: int
     bytes_per_token: int
+    estimated: bool
     left_bytes: Amount
     fits: bool | None
     positions: int = 0
@@ -290,7 +292,8 @@ def _sized(settings: CaptureSettings, name: str, codec: Codec, text: TextForecas
         name=name,
         chosen=codec == settings.codec(codec.vocab_size),
         k=codec.k,
-        bytes_per_token=codec.bytes_per_token,
+        bytes_per_token=codec.expected_bytes_per_token,
+        estimated=not codec.is_fixed,
         left_bytes=left,
         fits=None if room is None else left.value <= room,
     )
@@ -304,6 +307,7 @@ def _with_figures(
         return codec, 0.0
     if scored[0].k < config.k:
         return replace(codec, note=f"this engine was started for {scored[0].k} ids per row"), 0.0
+    # Of the compact format, the built-in prior tells how faithful values are, though not how many bytes they take.
     encoder, mass, took = Codec(config), 0.0, 0.0
     stats = []
     for rows in scored:
@@ -311,9 +315,10 @@ def _with_figures(
             np.ascontiguousarray(rows.ids[:, : config.k]), np.ascontiguousarray(rows.logprobs[:, : config.k])
         )
         clock = time.perf_counter()
-        stats.append(encode_rows(encoder, kept)[1])
+        _, stored, fidelity = encode_rows(encoder, kept)
         took += time.perf_counter() - clock
-        mass += float(np.exp(np.asarray(kept.logprobs, dtype=np.float64)).sum())
+        stats.append(fidelity)
+        mass += float(np.exp(np.asarray(stored.logprobs, dtype=np.float64)).sum())
     whole = stats[0]
     for part in stats[1:]:
         whole.merge(part)

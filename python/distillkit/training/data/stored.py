@@ -12,6 +12,7 @@ import numpy.typing as npt
 from distillkit.configuration.hub import hub_problem, is_hub_error
 from distillkit.errors import ConfigError, InputError, MismatchError
 from distillkit.shards.plausibility import check_plausible, sampled
+from distillkit.shards.prior import PRIOR
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.data.examples import DocumentSource
 from distillkit.training.signals.base import check_ids_fit
@@ -74,7 +75,7 @@ def open_dataset(source: DatasetSource, teacher: StoredTeacherConfig, key: str) 
     try:
         dataset = Dataset.open(
             path,
-            config=None if codec is None else codec.config,
+            config=codec,
             split=source.split,
             vocab_size=teacher.vocab_size,
         )
@@ -104,7 +105,8 @@ def _downloaded(source: DatasetSource, repo_id: str, key: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     inside = "" if source.config_name is None else f"{source.config_name}/"
-    patterns = [f"{inside}**{suffix}" for suffix in (".parquet", ".arrow", ".json", ".yaml", ".yml")]
+    suffixes = (".parquet", ".arrow", ".json", ".yaml", ".yml", PRIOR)
+    patterns = [f"{inside}**{suffix}" for suffix in suffixes]
     try:
         folder = snapshot_download(
             repo_id,

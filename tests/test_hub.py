@@ -16,11 +16,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from distillkit.bench.sample import bundled_sample
 from distillkit.cli.main import cli
+from distillkit.codec import Codec, CompactConfig, Prior
+from distillkit.codec.presets import COMPACT_PRESETS
 from distillkit.errors import CorruptDataError, DistillKitError, InputError, MismatchError
 from distillkit.hub import push
 from distillkit.hub.pushing import _Repository
-from distillkit.shards import Dataset, verify_dataset
+from distillkit.shards import Dataset, Header, ShardWriter, verify_dataset
+from distillkit.types import SparseLogprobs
 from support.hub import TOKEN, Hub, running_hub, using
 from support.refusals import refused
 from support.shards import files, make_documents, write
@@ -121,6 +125,23 @@ def test_an_interrupted_push_goes_on(hub: Hub, captured: Path, monkeypatch: pyte
     assert files(captured).items() <= hub.repositories[NAME].files.items()
     again = push(captured, "me/captured")
     assert (again.uploaded, again.card) == (0, "unchanged")
+
+
+def test_a_compact_dataset_takes_its_prior_along(hub: Hub, tmp_path: Path) -> None:
+    sample = bundled_sample()
+    k = COMPACT_PRESETS["compact-50"]["k"]
+    rows = SparseLogprobs(sample.ids[:120, :k], sample.logprobs[:120, :k])
+    config = CompactConfig(vocab_size=sample.vocab_size, **COMPACT_PRESETS["compact-50"])
+    codec = Codec(config, prior=Prior.learn(config, rows))
+    header = Header(codec=codec.to_dict(), vocab_size=sample.vocab_size, head_size=sample.vocab_size)
+    with ShardWriter(tmp_path / "compact", header, prior=codec.prior) as writer:
+        writer.write(np.append(0, rows.ids[:, 0]), rows)
+    report = push(tmp_path / "compact", "me/compact")
+    assert hub.repositories["datasets/me/compact"].files.keys() > files(tmp_path / "compact").keys() > {"prior.bin"}
+    found, expected = (Dataset.open(place).decode(0) for place in ("hf://datasets/me/compact", tmp_path / "compact"))
+    assert np.array_equal(found.ids, expected.ids)
+    assert np.array_equal(found.logprobs, expected.logprobs)
+    assert push(tmp_path / "compact", report.repo).uploaded == 0
 
 
 def test_what_must_not_be_pushed_is_refused(hub: Hub, captured: Path, tmp_path: Path) -> None:

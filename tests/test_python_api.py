@@ -23,6 +23,7 @@ from distillkit.capture.options import CaptureOptions
 from distillkit.capture.settings import CaptureSettings
 from distillkit.console import progress_bar
 from distillkit.errors import ConfigError, MismatchError
+from distillkit.reports.model_card import CARD_MARK
 from distillkit.shards import Dataset
 from distillkit.training.config.objects import TrainerSettings
 from distillkit.training.config.schema import DatasetSection, RunConfig
@@ -81,12 +82,18 @@ def test_objects_train_the_student_that_a_yaml_file_trains(parts: dict[str, str]
         sequence_length=64,
     )
     before = trainer.evaluate()["eval_kl"]
+    # Elsewhere, and as a name: other documents have another KL, the same have the same.
+    assert trainer.evaluate(parts["train"])["eval_kl"] != before
+    assert trainer.evaluate(parts["eval"])["eval_kl"] == before
+    with refused(ConfigError, "nowhere"):
+        trainer.evaluate("nowhere")
     assert trainer.train().global_step == steps.count == 4
     trainer.save_model()
     assert trainer.evaluate()["eval_kl"] < before
     assert losses_of(tmp_path / "python") == losses_of(tmp_path / "yaml")
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / way).state_dict() for way in ("yaml", "python")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert all(CARD_MARK in (tmp_path / way / "README.md").read_text(encoding="utf-8") for way in ("yaml", "python"))
     assert trainer.summary is not None
     assert trainer.summary == json.loads((tmp_path / "python" / "summary.json").read_text())
 

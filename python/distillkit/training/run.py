@@ -54,7 +54,7 @@ from distillkit.training.trainer import ReportWriter, SignalTrainer
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from distillkit.training.config.schema import RunConfig
+    from distillkit.training.config.schema import DatasetSource, RunConfig
 
 __all__ = ["Given", "Run", "resumed_checkpoint", "train"]
 
@@ -166,6 +166,22 @@ class Run:
         for part, dataset in datasets.items():
             _check_counted(dataset, f"dataset.{part}_dataset")
         return datasets
+
+    def other_examples(self, where: DatasetSource, opened: StoredDataset | None) -> DistillationDataset:
+        """Examples of another dataset to evaluate on, checked like the configured one.
+
+        Args:
+            where: the dataset.
+            opened: the same, if it is open already.
+        """
+        section = self.config.dataset.model_copy(update={"eval_dataset": where})
+        config = self.config.model_copy(update={"dataset": section})
+        source = open_documents(config, "eval", self.tokenizer, self.arguments, opened)
+        if source is None:
+            raise TypeError("a dataset that is set was not opened")
+        dataset = _dataset(config, "eval", source, self.model, self.arguments, self.teacher[0])
+        _check_counted(dataset, "eval_dataset")
+        return dataset
 
     @cached_property
     def objective(self) -> Objective:

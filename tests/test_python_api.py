@@ -82,14 +82,18 @@ def test_objects_train_the_student_that_a_yaml_file_trains(parts: dict[str, str]
         sequence_length=64,
     )
     before = trainer.evaluate()["eval_kl"]
-    # Elsewhere, and as a name: other documents have another KL, the same have the same.
-    assert trainer.evaluate(parts["train"])["eval_kl"] != before
-    assert trainer.evaluate(parts["eval"])["eval_kl"] == before
-    with refused(ConfigError, "nowhere"):
-        trainer.evaluate("nowhere")
+    assert not (tmp_path / "python" / "metrics.jsonl").exists()  # which may be that of an earlier run
     assert trainer.train().global_step == steps.count == 4
     trainer.save_model()
-    assert trainer.evaluate()["eval_kl"] < before
+    after = trainer.evaluate()["eval_kl"]
+    assert after < before
+    # By name: other documents have another KL, the same have the same, and neither is part of the record.
+    recorded = (tmp_path / "python" / "metrics.jsonl").read_text()
+    assert trainer.evaluate(parts["train"])["eval_kl"] != after
+    assert trainer.evaluate(parts["eval"])["eval_kl"] == after
+    assert (tmp_path / "python" / "metrics.jsonl").read_text() == recorded
+    with refused(ConfigError, "nowhere"):
+        trainer.evaluate("nowhere")
     assert losses_of(tmp_path / "python") == losses_of(tmp_path / "yaml")
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / way).state_dict() for way in ("yaml", "python")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

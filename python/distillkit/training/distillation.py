@@ -128,10 +128,11 @@ class DistillationTrainer(SignalTrainer):
         return result
 
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **named: Any) -> dict[str, float]:
-        """Measure the student on held-out documents.
+        """Measure the student on held-out documents. Once training has begun, the result is part of the run's record.
 
         Args:
-            eval_dataset: other documents than the trainer's `eval_dataset`, in any way that the constructor takes.
+            eval_dataset: other documents than the trainer's `eval_dataset`, in any way that the constructor takes; the
+                result is then not recorded.
             *arguments, **named: as for the Trainer's own method.
 
         Returns:
@@ -140,9 +141,12 @@ class DistillationTrainer(SignalTrainer):
         Raises:
             ConfigError, MismatchError: the documents cannot be opened, or do not fit the student.
         """
-        if isinstance(eval_dataset, (str, os.PathLike, Dataset, Mapping)):
-            where = DatasetSource(**dataset_section(eval_dataset, "eval_dataset"))
-            opened = eval_dataset if isinstance(eval_dataset, Dataset) else None
-            eval_dataset = self._run.other_examples(where, opened)
-        found: dict[str, float] = super().evaluate(eval_dataset, *arguments, **named)
+        if not isinstance(eval_dataset, (str, os.PathLike, Dataset, Mapping)):
+            recorded: dict[str, float] = super().evaluate(eval_dataset, *arguments, **named)
+            return recorded
+        where = DatasetSource(**dataset_section(eval_dataset, "eval_dataset"))
+        opened = eval_dataset if isinstance(eval_dataset, Dataset) else None
+        examples = self._run.other_examples(where, opened)
+        with self._run.unrecorded():
+            found: dict[str, float] = super().evaluate(examples, *arguments, **named)
         return found

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -249,7 +249,21 @@ class Run:
         """Let a trainer, made of this run's parts, write the run's report and the student's model card."""
         trainer.card = lambda: model_card(self.record, trainer.hub_model_id)
         # Added last, so that the metrics file already contains the evaluation's log entry.
-        trainer.add_callback(ReportWriter(trainer, ReportFiles(self.folder)))
+        self.report = ReportWriter(trainer, ReportFiles(self.folder))
+        trainer.add_callback(self.report)
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Keep what happens in this block out of the run's record."""
+        writers = (self.metrics, self.report)
+        before = [writer.recording for writer in writers]
+        for writer in writers:
+            writer.recording = False
+        try:
+            yield
+        finally:
+            for writer, recording in zip(writers, before, strict=True):
+                writer.recording = recording
 
     @property
     def record(self) -> RunRecord:

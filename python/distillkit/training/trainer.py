@@ -473,26 +473,32 @@ class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 class ReportWriter(transformers.TrainerCallback):  # type: ignore[misc]
-    """Rewrites the report after each evaluation and checkpoint, so that a killed run has one, too."""
+    """Rewrites the report after each evaluation and checkpoint, so that a killed run has one, too.
+
+    Attributes:
+        recording: as that of `MetricsFile`.
+    """
 
     def __init__(self, trainer: SignalTrainer, files: ReportFiles) -> None:
         self.trainer = trainer
         self.files = files
+        self.recording = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
+            self.recording = True
             self.files.clear()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.trainer.differences is not None:
+        if self.recording and self.trainer.differences is not None:
             self.files.write_differences({"step": state.global_step, **self.trainer.differences})
-        self._write(state)
+        self._write()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write(state)
+        self._write()
 
-    def _write(self, state: Any) -> None:
-        if state.is_world_process_zero:
+    def _write(self) -> None:
+        if self.recording:
             with self.trainer.untimed():
                 self.files.update()
 

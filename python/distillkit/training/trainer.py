@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
 from distillkit.errors import ConfigError, DistillKitError
@@ -117,7 +118,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
             model.config.use_cache = use_cache
         # Progress and metrics have their own callbacks.
         self.remove_callback(transformers.PrinterCallback)
-        self.remove_callback(transformers.ProgressCallback)
+        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another one in notebooks
         self.objective = objective
         # compute_loss already divides by the count of the entire step.
         self.loss_is_scaled_for_ga = True

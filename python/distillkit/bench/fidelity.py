@@ -19,7 +19,8 @@ import torch
 
 from distillkit.bench.published import PublishedCodec, is_resolved, published_codec, term_matrix
 from distillkit.bench.sample import Sample
-from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig
+from distillkit.codec import Codec, DistributionQuantizationConfig
+from distillkit.codec.config import FixedConfig
 from distillkit.codec.fidelity import kl_rows
 from distillkit.errors import CorruptDataError, DistillKitError
 
@@ -93,7 +94,7 @@ def figures(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> Figures:
 # -- limits of a layout ------------------------------------------------------------------------------------------------
 
 
-def orthonormal_terms(config: CodecConfig) -> F64:
+def orthonormal_terms(config: FixedConfig) -> F64:
     """(n, m') orthonormal columns that span the terms."""
     terms_mn = term_matrix(config).numpy()
     scaled = terms_mn.T / np.linalg.norm(terms_mn, axis=1)
@@ -101,7 +102,7 @@ def orthonormal_terms(config: CodecConfig) -> F64:
     return np.ascontiguousarray(u[:, singular > 1e-12 * singular[0]])
 
 
-def least_squares(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
+def least_squares(config: FixedConfig, original: npt.NDArray[Any]) -> F64:
     """Approximates rows by an unweighted least-squares fit in float64; exact ranks stay unchanged.
 
     Args:
@@ -115,7 +116,7 @@ def least_squares(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
     return np.concatenate([values[:, : config.exact_k], rest @ basis @ basis.T], axis=-1)
 
 
-def optimum(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
+def optimum(config: FixedConfig, original: npt.NDArray[Any]) -> F64:
     """Approximates rows with the least KL that the terms allow, in float64 without rounding or bounds; exact ranks stay
     unchanged.
 
@@ -266,7 +267,7 @@ class FidelityRow:
 
 def measure_fidelity(
     sample: Sample,
-    configs: Mapping[str, CodecConfig],
+    configs: Mapping[str, FixedConfig],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[FidelityRow]:
     """Yields one table row per configuration.
@@ -282,7 +283,7 @@ def measure_fidelity(
     progress(len(configs), len(configs))
 
 
-def compare(name: str, config: CodecConfig, sample: Sample) -> FidelityRow:
+def compare(name: str, config: FixedConfig, sample: Sample) -> FidelityRow:
     """Compares one configuration on the first k ids of the sample's rows."""
     codec = Codec(config)
     if config.k > sample.k or config.k > codec.vocab_size:
@@ -316,7 +317,7 @@ def _published(
     try:
         with _threads(1):
             found = _published_figures(codec, ids, original)
-        spread = None if is_resolved(codec.config) else _published_spread(codec, ids, original, found.kl_mean)
+        spread = None if is_resolved(codec.fixed_config) else _published_spread(codec, ids, original, found.kl_mean)
         return found, spread, ""
     except CorruptDataError as error:
         return None, None, f"published encoder: {error}"
@@ -328,14 +329,14 @@ def _published_figures(
     original: npt.NDArray[np.float32],
     order_n: torch.Tensor | None = None,
 ) -> Figures:
-    data = published_codec(codec.config, order_n).encode(torch.from_numpy(ids), torch.from_numpy(original))
+    data = published_codec(codec.fixed_config, order_n).encode(torch.from_numpy(ids), torch.from_numpy(original))
     return figures(original, codec.decode(data.numpy())[1])
 
 
 def _published_spread(
     codec: Codec, ids: npt.NDArray[np.int64], original: npt.NDArray[np.float32], one_thread: float
 ) -> PublishedSpread:
-    config, threads = codec.config, torch.get_num_threads()
+    config, threads = codec.fixed_config, torch.get_num_threads()
     all_threads = _published_figures(codec, ids, original).kl_mean
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(config.k - config.exact_k, generator=generator) for _ in range(_ORDERS)]
@@ -369,7 +370,7 @@ def _check_readable(
     if not np.array_equal(ids.numpy(), codec.decode(data)[0]):
         raise DistillKitError(f"{name}: the published decoder reads other ids from our bytes; this is a bug")
     difference = np.abs(values.numpy().astype(np.float64) - decoded)
-    excess = difference - published_tolerance(codec.config, decoded)
+    excess = difference - published_tolerance(codec.fixed_config, decoded)
     if not (excess <= 0).all():
         row, rank = np.unravel_index(int(np.nanargmax(excess)), excess.shape)
         raise DistillKitError(
@@ -378,7 +379,7 @@ def _check_readable(
         )
 
 
-def published_tolerance(config: CodecConfig, decoded: npt.NDArray[np.float32]) -> F64:
+def published_tolerance(config: FixedConfig, decoded: npt.NDArray[np.float32]) -> F64:
     """(N, k): bound on the effect of the published decoder's rounding (rust/codec/FORMAT.md §2.3) on each value.
 
     If terms are much larger than their sum, the sum's float32 error is the rounding error of the largest term.
@@ -399,7 +400,7 @@ def published_tolerance(config: CodecConfig, decoded: npt.NDArray[np.float32]) -
     return tolerance
 
 
-def _largest_sum(config: CodecConfig, decoded: npt.NDArray[np.float32]) -> F64:
+def _largest_sum(config: FixedConfig, decoded: npt.NDArray[np.float32]) -> F64:
     """(N, n) Σ |coefficient · term| for fits to the decoded values."""
     terms_mn = term_matrix(config).numpy()
     values = decoded.astype(np.float64)
@@ -411,7 +412,7 @@ def _largest_sum(config: CodecConfig, decoded: npt.NDArray[np.float32]) -> F64:
     return np.asarray(np.abs(coefficients) @ np.abs(terms_mn))
 
 
-def _has_limits(config: CodecConfig) -> bool:
+def _has_limits(config: FixedConfig) -> bool:
     if config.exact_k == config.k:
         return False
     if isinstance(config, DistributionQuantizationConfig):
@@ -419,5 +420,5 @@ def _has_limits(config: CodecConfig) -> bool:
     return True
 
 
-def _has_constant(config: CodecConfig) -> bool:
+def _has_constant(config: FixedConfig) -> bool:
     return not isinstance(config, DistributionQuantizationConfig) or 0 in (config.polynomial_terms or ())

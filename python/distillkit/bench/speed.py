@@ -173,7 +173,7 @@ def _rows_of(sample: Sample, k: int, vocab_size: int, count: int) -> tuple[Spars
 def _same(what: str, codec: Codec, found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
     """Checks that ids are equal, and values equal up to the published decoder's rounding."""
     ids, logprobs, expected_ids, expected_logprobs = (np.asarray(array) for array in (*found, *expected))
-    tolerance = published_tolerance(codec.config, expected_logprobs)
+    tolerance = published_tolerance(codec.fixed_config, expected_logprobs)
     if not np.array_equal(ids, expected_ids) or not (np.abs(logprobs - expected_logprobs) <= tolerance).all():
         raise DistillKitError(f"{what}: decoding returns wrong ids or values; this is a bug")
 
@@ -206,7 +206,7 @@ def _codec_rows(
     works: Sequence[str] = ("encode", "decode"),
 ) -> Iterator[SpeedRow]:
     codec = Codec(preset(name, vocab_size=vocab_size))
-    baseline = published_codec(codec.config)
+    baseline = published_codec(codec.fixed_config)
     rows, note = _rows_of(sample, codec.k, vocab_size, count)
     _check_each_other(codec, baseline, rows)
     data = codec.encode(rows.ids, rows.logprobs)
@@ -226,7 +226,7 @@ def _codec_rows(
 
 def _torch_rows(sample: Sample, vocab_size: int, seconds: float) -> Iterator[SpeedRow]:
     codec = Codec(preset("recommended", vocab_size=vocab_size))
-    baseline = published_codec(codec.config)
+    baseline = published_codec(codec.fixed_config)
     rows, note = _rows_of(sample, codec.k, vocab_size, PACKED_ROWS)
     _check_each_other(codec, baseline, rows)
     data = codec.encode(rows.ids, rows.logprobs)
@@ -259,7 +259,7 @@ def _torch_rows(sample: Sample, vocab_size: int, seconds: float) -> Iterator[Spe
 
 def _dense_rows(vocab_size: int, count: int, seconds: float) -> Iterator[SpeedRow]:
     codec = Codec(preset("recommended", vocab_size=vocab_size))
-    baseline = published_codec(codec.config)
+    baseline = published_codec(codec.fixed_config)
     logits_NV = torch.randn(count, vocab_size, generator=torch.Generator().manual_seed(0)) * 3
     for dtype in (torch.float32, torch.bfloat16):
         logits = logits_NV.to(dtype)
@@ -291,7 +291,7 @@ def _check_dense(codec: Codec, logits_NV: torch.Tensor) -> None:
     # Equal bfloat16 logits may be ordered differently, so the chosen ids are compared by their values. Exact values may
     # be rounded to either neighbour in bfloat16, not always the nearest.
     found = torch.equal(exact_NV.gather(-1, ids), top_Nk)
-    exact_k = codec.config.exact_k
+    exact_k = codec.exact_k
     if not found or not torch.allclose(logprobs[:, :exact_k].double(), top_Nk[:, :exact_k], rtol=2**-7, atol=1e-5):
         raise DistillKitError("encode_logits: the most probable ids or their values are wrong; this is a bug")
 

@@ -9,8 +9,7 @@ from rich.console import Group
 
 from distillkit import __version__
 from distillkit.cli.common import JSON, LARGEST
-from distillkit.codec import preset
-from distillkit.codec.presets import FIXED_PRESETS
+from distillkit.codec.presets import FIXED_PRESETS, fixed_preset
 from distillkit.console import progress_bar, show
 
 __all__ = ["bench"]
@@ -54,7 +53,7 @@ def bench(sample: str | None, vocab_size: int | None, quick: bool, as_json: bool
         rows = rows.first(_QUICK_ROWS)
     codec_size = vocab_size or rows.vocab_size
     dense_size = vocab_size or (DENSE_VOCABULARY if sample is None else rows.vocab_size)
-    configs = {name: preset(name, vocab_size=codec_size) for name in FIXED_PRESETS}
+    configs = {name: fixed_preset(name, vocab_size=codec_size) for name in FIXED_PRESETS}
     with progress_bar("measuring fidelity") as progress:
         fidelity = list(measure_fidelity(rows, configs, progress))
     with progress_bar("measuring speed") as progress:

@@ -125,6 +125,12 @@ class Codec:
         return not isinstance(self.config, CompactConfig)
 
     @property
+    def fixed_config(self) -> FixedConfig:
+        """The configuration; only of fixed formats."""
+        self._fixed("fixed_config", _CONVERT_FIRST)
+        return self.config  # type: ignore[return-value]
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of a row, ids and values; only of fixed formats."""
         return self.value_bytes + self.id_bytes
@@ -149,7 +155,7 @@ class Codec:
     @property
     def exact_k(self) -> int:
         """Leading ranks whose values are stored one by one, so that they are in order and sum to at most 1."""
-        return self.k if isinstance(self.config, CompactConfig) else self.config.exact_k
+        return self.fixed_config.exact_k if self.is_fixed else self.k
 
     def _fixed(self, name: str, instead: str) -> _native.Codec:
         """The native codec of a fixed format.
@@ -160,10 +166,6 @@ class Codec:
         if isinstance(self.config, CompactConfig):
             raise InputError(f"Codec.{name}: rows of the format compact have no fixed number of bytes: {instead}")
         return self._native
-
-    def _fixed_config(self, name: str, instead: str) -> FixedConfig:
-        self._fixed(name, instead)
-        return self.config  # type: ignore[return-value]
 
     def __repr__(self) -> str:
         return f"Codec({self.config!r})"
@@ -531,9 +533,9 @@ class Codec:
             >>> bool((codec.from_published(columns) == data).all())
             True
         """
-        config = self._fixed_config("to_published", _CONVERT_FIRST)
+        self._fixed("to_published", _CONVERT_FIRST)
         self._check_row_bytes(data)
-        return columns_of_rows(config, data, self.value_bytes)
+        return columns_of_rows(self.fixed_config, data, self.value_bytes)
 
     def from_published(self, columns: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
         """Converts the columns of a published dataset to rows: the bit-exact inverse of `to_published`.
@@ -544,8 +546,8 @@ class Codec:
         Raises:
             InputError: a column is missing, has the wrong shape, or has values that the format cannot store exactly.
         """
-        config = self._fixed_config("from_published", _CONVERT_FIRST)
-        return rows_of_columns(config, columns, self.value_bytes, self.id_bytes)
+        self._fixed("from_published", _CONVERT_FIRST)
+        return rows_of_columns(self.fixed_config, columns, self.value_bytes, self.id_bytes)
 
 
 _SIZES_DIFFER = "Codec.sizes says what a document takes"

@@ -17,6 +17,7 @@ __all__ = [
     "PRESETS",
     "PresetName",
     "expected_bytes",
+    "fixed_preset",
     "preset",
     "preset_of",
     "published_bytes",
@@ -127,6 +128,11 @@ def preset(name: str, *, vocab_size: int) -> DistributionQuantizationConfig | Co
     return _made(name, vocab_size)
 
 
+def fixed_preset(name: str, *, vocab_size: int) -> DistributionQuantizationConfig:
+    """Returns one of `FIXED_PRESETS`."""
+    return DistributionQuantizationConfig(d=vocab_size, **FIXED_PRESETS[name])
+
+
 def preset_of(config: CodecConfig) -> str | None:
     """The name of the preset, or former preset, that a configuration equals, whatever its prior; or None.
 
@@ -184,4 +190,4 @@ def _made(name: str, vocab_size: int) -> DistributionQuantizationConfig | Compac
 
 def _k(fields: Mapping[str, Any], vocab_size: int) -> int:
     """The ids per row of a preset. Where they are only the most, small vocabularies may have fewer."""
-    return min(fields["k"], vocab_size) if "threshold" in fields else fields["k"]
+    return min(int(fields["k"]), vocab_size) if "threshold" in fields else int(fields["k"])

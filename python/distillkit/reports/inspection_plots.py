@@ -170,9 +170,9 @@ def _mass(axes: Any, inspection: Inspection) -> None:
 
 
 def _bytes(axes: Any, inspection: Inspection) -> None:
-    k, parts = inspection.codec["config"]["k"], inspection.part_bytes
-    rest = inspection.overhead_bytes + sum(size for name, size in parts.items() if name not in ("ids", "values"))
-    ours = (parts.get("ids", 0.0), parts.get("values", 0.0), rest)
+    k, stored = inspection.codec["config"]["k"], inspection.part_bytes
+    ids, values = stored.get("ids", 0.0), stored.get("values", 0.0)
+    ours = (ids, values, inspection.total_bytes - ids - values)
     plain = (4.0 * k, 2.0 * k, 0.0)
     highest = max(sum(ours), sum(plain))
     for x, parts, colours, ink in ((0, ours, _STRONG, "white"), (1, plain, _LIGHT, INK)):

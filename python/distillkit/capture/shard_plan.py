@@ -406,7 +406,7 @@ def _sample(rows_of: Sequence[npt.NDArray[np.int64]], rows: int) -> dict[int, in
     each = min(_SAMPLED_ROWS, math.ceil(sum(int(ends[-1]) for ends in rows_of) / len(rows_of)))
     count = min(len(rows_of), math.ceil(rows / each))
     quota = math.ceil(rows / count)
-    numbers = np.linspace(0, len(rows_of) - 1, count).round().astype(int).tolist()
+    numbers = [index * len(rows_of) // count for index in range(count)]
     return {number: min(int(np.searchsorted(rows_of[number], quota)) + 1, len(rows_of[number])) for number in numbers}
 
 

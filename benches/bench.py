@@ -26,15 +26,9 @@ from sample import benchmark_sample
 
 from distillkit import __version__
 from distillkit.bench.fidelity import measure_fidelity
+from distillkit.bench.machine import machine
 from distillkit.bench.sample import Sample, bundled_sample
-from distillkit.bench.speed import (
-    DENSE_VOCABULARY,
-    PACKED_ROWS,
-    SpeedRow,
-    machine,
-    measure_decoding,
-    measure_speed,
-)
+from distillkit.bench.speed import DENSE_VOCABULARY, PACKED_ROWS, SpeedRow, measure_decoding, measure_speed
 from distillkit.bench.tables import csv_rows, fidelity_table, speed_table, write_csv
 from distillkit.codec import CodecConfig, codec_config, preset
 from distillkit.codec.presets import FIXED_PRESETS

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from distillkit.bench.fidelity import Figures, compare, figures
+from distillkit.bench.machine import machine
 from distillkit.bench.sample import Sample, load_sample
-from distillkit.bench.speed import machine
 from distillkit.codec import Codec, DistributionQuantizationConfig
 from distillkit.codec.presets import FIXED_PRESETS
 from distillkit.errors import ConfigError

@@ -249,7 +249,10 @@ def test_help_lists_the_options_of_engines_apart() -> None:
     }
     assert found["Only for --engine hf or vllm"] == ["dtype", "batch-tokens"]
     assert found["Only for --engine openai"] == [name.replace("_", "-") for name in OF_ENGINES["openai"]]
-    assert {"max-seq-len", "json", "engine"} <= set(found["Options"])
+    options = [name for names in found.values() for name in names]
+    assert len(options) == len(set(options))
+    assert {name.replace("_", "-") for name in all_fields()} <= set(options), "each in a section"
+    assert set(found["Other options"]) - {"help"} == {"set", "json", "progress"}
 
 
 def test_help_needs_no_torch() -> None:

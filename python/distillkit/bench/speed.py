@@ -7,8 +7,6 @@ Shape legend: N rows, k stored ids per row, V vocabulary size.
 
 from __future__ import annotations
 
-import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +28,7 @@ from distillkit.errors import DistillKitError
 from distillkit.shards import Dataset, Header, ShardWriter
 from distillkit.types import SparseLogprobs
 
-__all__ = ["DENSE_VOCABULARY", "SpeedRow", "cores", "machine", "measure_decoding", "measure_speed"]
+__all__ = ["DENSE_VOCABULARY", "SpeedRow", "measure_decoding", "measure_speed"]
 
 PACKED_ROWS = 8192
 """Rows per call: a packed sequence of the published datasets."""
@@ -92,19 +90,6 @@ class SpeedRow:
         """All fields and derived values, JSON-serialisable."""
         derived = {"ratio": self.ratio, "mb_per_second": self.mb_per_second, "of_limit": self.of_limit}
         return {**asdict(self), **derived}
-
-
-def cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def machine() -> str:
-    """Processor name and number of cores, for table headings."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    name = names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {cores()} core{'s' if cores() > 1 else ''}"
 
 
 def measure_speed(

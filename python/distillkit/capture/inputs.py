@@ -18,7 +18,7 @@ from distillkit.capture.teachers.hf import load_config, resolve_device, resolve_
 from distillkit.capture.teachers.make import make_teacher
 from distillkit.codec import Codec, CompactConfig, Prior
 from distillkit.configuration.urls import locate, without_trailing_slash
-from distillkit.console import human_bytes
+from distillkit.console import human_bytes, number_of
 from distillkit.errors import CaptureError, ConfigError, InputError, MismatchError
 from distillkit.shards import Header, Manifest, load_prior, read_manifest
 from distillkit.shards.header import alignment
@@ -177,11 +177,11 @@ class CaptureInputs:
             why = ", ".join(counted(plan.counts)) or "it is empty"
             raise CaptureError(f"{settings.dataset}: contains no document of at least 2 tokens: {why}")
         logger.info(
-            "%s: %s documents with %s tokens in %d shards",
+            "%s: %s with %s in %s",
             settings.dataset,
-            f"{plan.documents:,}",
-            f"{plan.tokens:,}",
-            len(plan.shards),
+            number_of(plan.documents, "document"),
+            number_of(plan.tokens, "token"),
+            number_of(len(plan.shards), "shard"),
         )
         return plan
 

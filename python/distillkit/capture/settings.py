@@ -106,10 +106,10 @@ class CaptureSettings(BaseModel):
     )
     dataset: Text = Field(
         min_length=1,
-        description="Text to run the teacher over: a .jsonl (.ndjson), .json, .txt or .parquet file, a folder of them, "
-        "a save_to_disk folder, a URL of any of these, or a hub id. Rows have text; messages; conversations; "
-        "instruction (+ input, system, history) + output; inputs + targets; tools + turns; prompt + response or "
-        "completion; or input_ids.",
+        description="Text to run the teacher over: a .jsonl (.ndjson), .json, .csv, .tsv, .txt or .parquet file, also "
+        "compressed (.gz, .bz2, .xz, .zst), a folder of them, a save_to_disk folder, a URL of any of these, or a hub "
+        "id. Rows have text; messages; conversations; instruction (+ input, system, history) + output; inputs + "
+        "targets; tools + turns; prompt + response or completion; or input_ids.",
     )
     output: Text = Field(min_length=1, description="Folder or storage URL for the captured dataset.")
     preset: PresetName | None = Field(

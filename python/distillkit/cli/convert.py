@@ -11,7 +11,7 @@ from distillkit.cli.common import CONFIG, LARGEST, SPLIT
 from distillkit.codec import Codec, CodecConfig, CompactConfig, preset
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.codec.presets import PresetName
-from distillkit.console import human_bytes, progress_bar, say
+from distillkit.console import human_bytes, number_of, progress_bar, say
 from distillkit.shards import Dataset, Manifest, load_prior
 from distillkit.shards.convert import PRIOR_ROWS, target_codec
 from distillkit.shards.convert import convert as convert_dataset
@@ -130,7 +130,8 @@ def _tell(dataset: Dataset, destination: str, manifest: Manifest, codec: Codec |
     documents, tokens = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("documents", "tokens"))
     prior = 0 if codec is None or codec.prior is None else len(codec.prior.data)
     size, before = (sum(shard.bytes for shard in shards) for shards in (manifest.shards, dataset.shards))
-    say(f"{documents:,} documents, {tokens:,} tokens in {len(manifest.shards)} shards: {destination}")
+    content = f"{number_of(documents, 'document')}, {number_of(tokens, 'token')}"
+    say(f"{content} in {number_of(len(manifest.shards), 'shard')}: {destination}")
     sizes = f"{human_bytes(size + prior)}, from {human_bytes(before)}"
     if codec is None or codec == dataset.codec:
         say(f"{sizes}; every distribution unchanged, byte for byte")

@@ -138,7 +138,7 @@ class CompactConfig(_CodecModel):
         k: stored ids per row, or the most of them if `threshold` or `mass` ends rows earlier.
         threshold: store only ids of at least this probability, and at least one; None: always k.
         mass: stop once the stored probability reaches this; None: always k.
-        step: resolution of the stored values, in units of √p; halving it costs about 0.75 bits per id.
+        step: resolution of the stored values, in units of √p; halving it costs about 0.9 bits per id.
         prior: hash of the prior (`Prior.hash`), which is stored apart; None for the built-in one, which knows nothing
             of the teacher.
 

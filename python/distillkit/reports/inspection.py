@@ -22,7 +22,7 @@ from distillkit.errors import CaptureError, ConfigError, InputError, MismatchErr
 from distillkit.shards import Dataset, Header
 from distillkit.shards.alignment import SHIFTS, ShiftRates, counted_positions
 from distillkit.shards.plausibility import IMPOSSIBLE_MASS, WRONG_CODEC, Plausibility, decoded
-from distillkit.types import Document, SparseLogprobs
+from distillkit.types import Document, Facts, Shown, SparseLogprobs
 
 if TYPE_CHECKING:
     from distillkit.capture.teachers.hf import HFTeacher
@@ -38,10 +38,11 @@ _LOGPROB_BINS, _LOWEST_LOGPROB = 600, -30.0
 _QUANTILES = (0.1, 0.5, 0.9)
 _ENTROPY_STEP, _ENTROPY_STEPS = 0.5, 13
 """Nats, and how many steps; higher entropies count to the last."""
+_WORST = 10
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """Statistics of a dataset. Rates and masses are over the documents that were read.
 
     Attributes:
@@ -71,6 +72,7 @@ class Inspection:
         shifts: result of the alignment check.
         impossible: what the rows show that their codec cannot have written; see `distillkit.shards.plausibility`.
         doubts: what they show that real distributions do not.
+        worst_documents: the documents read of which the least probability is stored, up to 10, the least first.
         logprob_mean: (k,) mean decoded log-probability by rank, over the rows that have an id there; NaN if none has.
         logprob_quantiles: (3, k) 10%, 50% and 90% quantiles of the decoded log-probabilities, by rank.
         fidelity: as recorded by the writer, or recomputed; None if neither is available.
@@ -113,6 +115,7 @@ class Inspection:
     shifts: ShiftRates
     impossible: tuple[str, ...]
     doubts: tuple[str, ...]
+    worst_documents: tuple[dict[str, Any], ...]
     logprob_mean: npt.NDArray[np.float64]
     logprob_quantiles: npt.NDArray[np.float64]
     fidelity: FidelityStats | None
@@ -135,6 +138,26 @@ class Inspection:
         if self.shifts.shifted() is not None:
             return "shifted"
         return "ok" if self.shifts.rate(0) > max(self.shifts.rate(-1), self.shifts.rate(1)) else "undecided"
+
+    def facts(self) -> Facts:
+        teacher = (self.teacher or {}).get("name", "not recorded")
+        rows = [
+            ("documents", f"{self.documents:,} of {self.tokens:,} tokens ({self.rows:,} distributions)"),
+            ("teacher", str(teacher)),
+            ("size", f"{self.total_bytes:,.1f} bytes per token, dense logits {self.dense_ratio:,.0f}× as much"),
+            ("codec", f"{self.codec['format']}" + (f", preset {self.preset}" if self.preset else "")),
+        ]
+        if self.rows_read:
+            rows += [
+                ("stored mass", f"{self.mass_mean:.2%} on average, 1% of the positions below {self.mass_p1:.2%}"),
+                ("next token", f"{self.first_rate:.1%} the teacher's first, {self.stored_rate:.1%} stored"),
+            ]
+        rows.append(("alignment", self.alignment))
+        if self.fidelity is not None and self.fidelity.rows:
+            rows.append(("fidelity", f"KL mean {self.fidelity.kl_mean:.2e}, p99 {self.fidelity.kl_p99:.2e} nats"))
+        rows += [("IMPOSSIBLE", finding) for finding in self.impossible]
+        rows += [("doubtful", finding) for finding in self.doubts]
+        return f"{self.path} ({'captured' if self.kind == 'distillkit' else 'published'})", rows
 
     def _mass(self) -> dict[str, float]:
         shares = {"p1": self.mass_p1, "p50": self.mass_p50, "mean": self.mass_mean}
@@ -191,6 +214,9 @@ class Inspection:
         | `plausibility` | `ok`; `impossible` and `doubts`, lists of what the rows show |
         | `next_token` | fraction of positions whose true next token `is_first`, `is_stored` |
         | `alignment` | `rates` at "-1", "0", "+1", over `positions`; `verdict` "ok", "shifted", "undecided"; `ok` |
+        | `worst_documents` | up to 10 documents of which the least probability is stored: `document` (its number),
+        `doc_id`, `rows`, `mass` (mean), `is_first` (fraction of positions whose true next token is the first stored id)
+        |
         | `fidelity` | null, or `rows`, `kl_mean`, `kl_p99`, `kl_max`, `worst_error` (nats), `top1_agreement`,
         `mass_error`, `source` |
         """
@@ -238,6 +264,7 @@ class Inspection:
                 "verdict": self.alignment,
                 "ok": self.alignment != "shifted",
             },
+            "worst_documents": list(self.worst_documents),
             "fidelity": fidelity,
         }
 
@@ -260,8 +287,8 @@ def inspect_dataset(
         raise ConfigError(f"sample: must be at least 1 document, found {sample}")
     seen = _Seen(dataset.codec)
     count = min(sample or len(dataset), len(dataset))
-    for number, document in enumerate(_chosen(dataset, count)):
-        seen.add(document, decoded(document, dataset.codec))
+    for number, (index, document) in enumerate(zip(_indices(dataset, count), _chosen(dataset, count), strict=True)):
+        seen.add(index, document, decoded(document, dataset.codec))
         progress(number + 1, count)
     codec, header, rows = dataset.codec, dataset.header, dataset.num_rows
     file_bytes = sum(shard.bytes for shard in dataset.shards)
@@ -311,8 +338,14 @@ def _chosen(dataset: Dataset, count: int) -> Iterator[Document]:
     if count == len(dataset):
         yield from dataset
     else:
-        for index in np.linspace(0, len(dataset) - 1, count).round().astype(int):
-            yield dataset[int(index)]
+        for index in _indices(dataset, count):
+            yield dataset[index]
+
+
+def _indices(dataset: Dataset, count: int) -> list[int]:
+    """The numbers of the documents that are read, evenly spaced."""
+    indices: list[int] = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    return indices
 
 
 def _measured_against(header: Header) -> str:
@@ -342,22 +375,29 @@ class _Seen:
         self._masses = np.zeros(_MASS_BINS + 1, np.int64)
         self._first = self._stored = self._predictions = 0
         self._plausibility = Plausibility(codec.exact_k)
+        self._worst: list[dict[str, Any]] = []
 
-    def add(self, document: Document, rows: SparseLogprobs) -> None:
+    def add(self, number: int, document: Document, rows: SparseLogprobs) -> None:
         ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs, dtype=np.float64)
-        self._add_values(logprobs)
+        mass = self._add_values(logprobs)
         self._add_sizes(document, logprobs)
         t = counted_positions(document.segments())
         following = document.input_ids[t + 1][:, None]
         self._predictions += len(t)
-        self._first += int((ids[t, :1] == following).sum())
+        first = int((ids[t, :1] == following).sum())
+        self._first += first
         self._stored += int((ids[t] == following).any(-1).sum())
         self._plausibility.add(document, rows)
+        if len(mass):
+            about = {"document": number, "doc_id": document.doc_id, "rows": len(mass), "mass": float(mass.mean())}
+            worst = [*self._worst, {**about, "is_first": first / max(len(t), 1)}]
+            self._worst = sorted(worst, key=lambda each: each["mass"])[:_WORST]
 
-    def _add_values(self, logprobs_Rk: npt.NDArray[np.float64]) -> None:
+    def _add_values(self, logprobs_Rk: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Add the values of a document; returns the total probability of each row (R,)."""
         k = logprobs_Rk.shape[1]
         # With the wrong codec, values can be arbitrary; e^100 is clearly impossible, yet finite.
-        mass_R = np.exp(np.minimum(logprobs_Rk, 100.0)).sum(-1)
+        mass_R: npt.NDArray[np.float64] = np.exp(np.minimum(logprobs_Rk, 100.0)).sum(-1)
         self._impossible += int((mass_R > IMPOSSIBLE_MASS).sum())
         self._rows += len(mass_R)
         self._mass_sum += float(mass_R.sum())
@@ -369,6 +409,7 @@ class _Seen:
         bins_Rk = np.clip((1 - logprobs_Rk / _LOWEST_LOGPROB) * _LOGPROB_BINS, 0, _LOGPROB_BINS - 1).astype(int)
         bins_Rk += np.arange(k) * _LOGPROB_BINS
         self._logprobs += np.bincount(bins_Rk[there_Rk], minlength=k * _LOGPROB_BINS).reshape(k, -1)
+        return mass_R
 
     def _add_sizes(self, document: Document, logprobs_Rk: npt.NDArray[np.float64]) -> None:
         """Counts what the parts of a document take and, of rows of varying size, how they depend on their entropy."""
@@ -407,6 +448,7 @@ class _Seen:
             "impossible": tuple(self._plausibility.impossible()),
             "doubts": tuple(self._plausibility.doubts()),
             "ids_per_row": self._ids,
+            "worst_documents": tuple(self._worst),
             "logprob_mean": np.divide(self._logprob_sum, there_k, out=np.full(len(there_k), np.nan), where=there_k > 0),
             "logprob_quantiles": np.stack([self._logprob_quantile(share) for share in _QUANTILES]),
         }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow as pa
 import xxhash
 
 from distillkit.codec import Codec
-from distillkit.errors import CorruptDataError, InputError
+from distillkit.errors import CorruptDataError, InputError, printable
 from distillkit.shards.header import Header, hashed_metadata, read_hashed_metadata
 from distillkit.types import Document, SparseLogprobs
 
@@ -27,6 +28,7 @@ __all__ = [
     "Block",
     "Documents",
     "GroupDigest",
+    "KeptRows",
     "ShardRows",
     "check_document",
     "document_id",
@@ -235,6 +237,41 @@ class Documents(ABC):
         return (self[index] for index in range(len(self)))
 
 
+class KeptRows:
+    """The columns that a capture kept of a row group's source rows, read when they are first used.
+
+    Args:
+        names: the columns.
+        read: reads them: one mapping for each document.
+    """
+
+    def __init__(self, names: Sequence[str], read: Callable[[], list[dict[str, Any]]]) -> None:
+        self.names, self._read = names, read
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        return self._read()
+
+
+class KeptColumns(Mapping[str, Any]):
+    """The values of one document's kept columns, by name."""
+
+    def __init__(self, kept: KeptRows, index: int) -> None:
+        self._kept, self._index = kept, index
+
+    def __getitem__(self, name: str) -> Any:
+        return self._kept.rows[self._index][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept.names)
+
+    def __len__(self) -> int:
+        return len(self._kept.names)
+
+    def __repr__(self) -> str:
+        return printable(repr(dict(self)))
+
+
 class ShardRows(Documents):
     """The documents of one row group, each checked on access.
 
@@ -243,14 +280,23 @@ class ShardRows(Documents):
         header, codec: those of the shard.
         where: the shard, for messages.
         first: the shard-wide number of the first document.
+        kept: reads the columns that were kept of the documents' source rows; None if there are none.
 
     Raises (also when indexing):
         CorruptDataError: nulls in a required column, a wrong checksum, or fields that contradict each other, the header
             or the codec.
     """
 
-    def __init__(self, table: pa.Table, header: Header, codec: Codec, where: str, first: int) -> None:
-        self._header, self._codec, self._where, self._first = header, codec, where, first
+    def __init__(
+        self,
+        table: pa.Table,
+        header: Header,
+        codec: Codec,
+        where: str,
+        first: int,
+        kept: KeptRows | None = None,
+    ) -> None:
+        self._header, self._codec, self._where, self._first, self._kept = header, codec, where, first, kept
         arrays = {}
         for name, column in zip(table.column_names, table.columns, strict=True):
             # combine_chunks copies even a single chunk.
@@ -294,6 +340,7 @@ class ShardRows(Documents):
             self._lengths[index],
             self._labels[index],
             where,
+            None if self._kept is None else KeptColumns(self._kept, index),
         )
         found, stored = checksum(document), self._checksums[index]
         if found != stored:

@@ -5,11 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Modules at the top, from the bottom up. Modules of one line do not know each other.
-const LAYERS: [&[&str]; 10] = [
+const LAYERS: [&[&str]; 11] = [
     &["error"],
     &["simd"],
     &["bits", "float"],
     &["config"],
+    &["compact"],
     &["values"],
     &["encoder", "format"],
     &["rows"],

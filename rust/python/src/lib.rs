@@ -3,16 +3,20 @@
 
 #![expect(clippy::needless_pass_by_value, reason = "extracted arguments are owned")]
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::ThreadId;
 
+use distillkit_codec::compact::{Compact, CompactConfig};
 use distillkit_codec::{self as core, CodecError, Config, HalfBitsSliceExt, bf16, f16};
+use numpy::ndarray::Dimension;
 use numpy::{
-    IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyReadwriteArray2,
-    PyUntypedArrayMethods,
+    IntoPyArray, Ix2, PyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray,
+    PyReadwriteArray2, PyUntypedArrayMethods,
 };
 use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 mod errors {
     pyo3::import_exception!(distillkit.errors, ConfigError);
@@ -63,9 +67,9 @@ static IN_USE: Mutex<Vec<(usize, usize, bool)>> = Mutex::new(Vec::new());
 struct InUse(usize, usize, bool);
 
 impl InUse {
-    fn claim<T: numpy::Element>(
+    fn claim<T: numpy::Element, D: Dimension>(
         name: &str,
-        array: &Bound<'_, PyArray2<T>>,
+        array: &Bound<'_, PyArray<T, D>>,
         writes: bool,
     ) -> PyResult<Self> {
         let start = array.data() as usize;
@@ -96,14 +100,14 @@ impl Drop for InUse {
 }
 
 /// An argument that is read, C-contiguous.
-struct Input<'py, T: numpy::Element> {
+struct Input<'py, T: numpy::Element, D: Dimension = Ix2> {
     name: &'static str,
-    array: PyReadonlyArray2<'py, T>,
+    array: PyReadonlyArray<'py, T, D>,
     _memory: InUse,
 }
 
-impl<'py, T: numpy::Element> Input<'py, T> {
-    fn new(name: &'static str, array: &Bound<'py, PyArray2<T>>) -> PyResult<Self> {
+impl<'py, T: numpy::Element, D: Dimension> Input<'py, T, D> {
+    fn new(name: &'static str, array: &Bound<'py, PyArray<T, D>>) -> PyResult<Self> {
         let memory = InUse::claim(name, array, false)?;
         let array = array.try_readonly().map_err(|error| refused(name, &error))?;
         Ok(Self { name, array, _memory: memory })
@@ -320,6 +324,155 @@ impl Codec {
     }
 }
 
+/// A codec of the compact format: a configuration and its prior. Arrays are C-contiguous.
+#[pyclass(frozen, module = "distillkit._native")]
+struct CompactCodec {
+    inner: Compact,
+}
+
+/// Bytes of a document, its rows, and which of them are meant: `start` … `stop` − 1.
+type DocumentPart<'py> = (Bound<'py, PyArray1<u8>>, usize, usize, usize);
+
+#[pymethods]
+impl CompactCodec {
+    #[new]
+    #[pyo3(signature = (config_json, prior = None))]
+    fn new(py: Python<'_>, config_json: &str, prior: Option<&[u8]>) -> PyResult<Self> {
+        let config = CompactConfig::from_json(config_json).map_err(raise)?;
+        Ok(Self { inner: detached(py, || Compact::new(config, prior))? })
+    }
+
+    #[getter]
+    fn k(&self) -> usize {
+        self.inner.config().k
+    }
+
+    #[getter]
+    fn vocab_size(&self) -> u32 {
+        self.inner.config().vocab_size
+    }
+
+    /// The configuration with every default and the prior's hash filled in, as JSON.
+    #[getter]
+    fn config_json(&self) -> PyResult<String> {
+        json_of(self.inner.config())
+    }
+
+    /// What is valid but probably not wanted.
+    #[getter]
+    fn warnings(&self) -> Vec<String> {
+        self.inner.config().warnings()
+    }
+
+    /// Name of the instruction set in use: always the portable one.
+    #[getter]
+    #[expect(clippy::unused_self, reason = "as other codecs")]
+    fn backend(&self) -> &'static str {
+        core::Backend::Portable.name()
+    }
+
+    /// Encodes the rows of a document, ids and logprobs (rows, at least k).
+    fn encode_document<'py>(
+        &self,
+        py: Python<'py>,
+        ids: Bound<'_, PyArray2<i64>>,
+        logprobs: Bound<'_, PyArray2<f32>>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let width = ids.shape()[1];
+        if logprobs.shape() != ids.shape() {
+            let shapes = format!("{:?}, expected that of ids: {:?}", logprobs.shape(), ids.shape());
+            return Err(refused("logprobs", &format!("found shape {shapes}")));
+        }
+        let (ids, logprobs) = (Input::new("ids", &ids)?, Input::new("logprobs", &logprobs)?);
+        let (ids, logprobs) = (ids.slice()?, logprobs.slice()?);
+        let data = detached(py, || self.inner.encode_document(ids, logprobs, width))?;
+        Ok(PyBytes::new(py, &data))
+    }
+
+    /// Decodes a document into `ids` and `logprobs`, both (rows, k).
+    fn decode_document(
+        &self,
+        py: Python<'_>,
+        data: Bound<'_, PyArray1<u8>>,
+        ids: Bound<'_, PyArray2<i64>>,
+        logprobs: Bound<'_, PyArray2<f32>>,
+    ) -> PyResult<()> {
+        for (name, shape) in [("out[0]", ids.shape()), ("out[1]", logprobs.shape())] {
+            if shape[1] != self.k() || shape != ids.shape() {
+                let (rows, k) = (ids.shape()[0], self.k());
+                return Err(refused(
+                    name,
+                    &format!("found shape {shape:?}, expected ({rows}, {k})"),
+                ));
+            }
+        }
+        let data = Input::new("data", &data)?;
+        let mut ids = Output::new("out[0]", &ids)?;
+        let mut logprobs = Output::new("out[1]", &logprobs)?;
+        let (data, ids, logprobs) = (data.slice()?, ids.slice()?, logprobs.slice()?);
+        detached(py, || self.inner.decode_document(data, ids, logprobs))
+    }
+
+    /// Checks that a document may hold so many rows, without decoding it.
+    fn check(&self, data: Bound<'_, PyArray1<u8>>, rows: usize) -> PyResult<()> {
+        let data = Input::new("data", &data)?;
+        self.inner.check(data.slice()?, rows).map_err(raise)
+    }
+
+    /// Bytes of a document by part.
+    fn sizes(
+        &self,
+        py: Python<'_>,
+        data: Bound<'_, PyArray1<u8>>,
+        rows: usize,
+    ) -> PyResult<BTreeMap<&'static str, f64>> {
+        let data = Input::new("data", &data)?;
+        let data = data.slice()?;
+        let sizes = detached(py, || self.inner.sizes(data, rows))?;
+        let core::compact::Sizes { head, ids, values, framing } = sizes;
+        Ok([("head", head), ("ids", ids), ("values", values), ("framing", framing)].into())
+    }
+
+    /// Bits of each row, (rows,), without the framing of the document.
+    fn row_bits<'py>(
+        &self,
+        py: Python<'py>,
+        data: Bound<'_, PyArray1<u8>>,
+        rows: usize,
+    ) -> PyResult<Bound<'py, PyArray1<f32>>> {
+        let data = Input::new("data", &data)?;
+        let data = data.slice()?;
+        Ok(detached(py, || self.inner.row_bits(data, rows))?.into_pyarray(py))
+    }
+
+    /// Puts rows of documents together to one document that decodes to the same.
+    fn join<'py>(
+        &self,
+        py: Python<'py>,
+        parts: Vec<DocumentPart<'_>>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let inputs = parts.iter().map(|part| Input::new("data", &part.0));
+        let inputs = inputs.collect::<PyResult<Vec<_>>>()?;
+        let described = inputs.iter().zip(&parts).map(|(input, &(_, rows, start, stop))| {
+            Ok(core::compact::Part { data: input.slice()?, rows, start, stop })
+        });
+        let described = described.collect::<PyResult<Vec<_>>>()?;
+        let data = detached(py, || self.inner.join(&described))?;
+        Ok(PyBytes::new(py, &data))
+    }
+}
+
+fn json_of(config: &CompactConfig) -> PyResult<String> {
+    let json = serde_json::to_string(config);
+    json.map_err(|error| errors::DistillKitError::new_err(error.to_string()))
+}
+
+/// The configuration that a prior was learned for, as JSON.
+#[pyfunction]
+fn prior_config(py: Python<'_>, prior: &[u8]) -> PyResult<String> {
+    json_of(&detached(py, || Compact::prior_config(prior))?)
+}
+
 /// ids (rows, k), logprobs (rows, k) and logsumexp (rows,) of dense logits.
 #[pyfunction]
 #[expect(clippy::type_complexity, reason = "three arrays")]
@@ -399,7 +552,7 @@ fn unpack_bits<'py>(
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use super::{Codec, pack_bits, topk, unpack_bits};
+    use super::{Codec, CompactCodec, pack_bits, prior_config, topk, unpack_bits};
     use super::{IMPORTED_BY, core, goes_on};
     use pyo3::prelude::*;
 

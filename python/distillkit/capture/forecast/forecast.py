@@ -27,13 +27,13 @@ from distillkit.capture.settings import DEFAULT_PRESET, CaptureSettings
 from distillkit.capture.shard_plan import PRIOR_RECEIPT
 from distillkit.capture.teachers.hf import load_config
 from distillkit.codec import PRESETS, Codec, CodecConfig, Prior, preset
-from distillkit.console import human_bytes
+from distillkit.console import duration, human_bytes
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.memory import available_memory, peak_memory
 from distillkit.shards.lock import CAPTURE_FOLDER
 from distillkit.shards.storage import Folder
 from distillkit.shards.writer import encode_rows
-from distillkit.types import SparseLogprobs, TokenDocument
+from distillkit.types import Facts, Shown, SparseLogprobs, TokenDocument
 
 __all__ = ["CodecForecast", "Forecast", "MemoryForecast", "SpeedForecast", "compared_codecs", "forecast"]
 
@@ -152,8 +152,8 @@ class MemoryForecast:
         return None if self.free_bytes is None or not self.teacher else self.least <= self.free_bytes
 
 
-@dataclass(frozen=True)
-class Forecast:
+@dataclass(frozen=True, repr=False)
+class Forecast(Shown):
     """The forecast of a capture.
 
     Attributes:
@@ -184,6 +184,24 @@ class Forecast:
     def chosen(self) -> CodecForecast:
         """The codec that the settings choose."""
         return next(codec for codec in self.codecs if codec.chosen)
+
+    def facts(self) -> Facts:
+        tokens = self.text.left_tokens
+        about = "" if tokens.exact else "about "
+        rows = [("tokens", f"{about}{tokens.value:,} in {about}{self.text.documents.value:,} documents")]
+        for codec in self.codecs:
+            known = "" if codec.mass_mean is None else f", {codec.mass_mean:.2%} of the mass"
+            known += "" if codec.kl_mean is None else f", KL {codec.kl_mean:.1e} nats"
+            fits = "" if codec.fits is not False else ", DOES NOT FIT"
+            label = f"{'→ ' if codec.chosen else ''}{codec.name}, k {codec.k}"
+            rows.append((label, f"{human_bytes(codec.left_bytes.value)}{known}{fits}"))
+        if self.memory.teacher:
+            rows.append(("memory", f"{human_bytes(self.memory.least)} on {self.memory.device}"))
+        if self.speed is not None:
+            speed, left = self.speed.tokens_per_second, self.speed.left_seconds.value
+            rows.append(("time", f"{duration(left)} at {speed:,.0f} tokens per second"))
+        rows += [("problem", problem) for problem in self.problems]
+        return f"forecast: {self.output}", rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-able mapping."""

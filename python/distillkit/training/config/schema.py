@@ -58,7 +58,8 @@ class DatasetSource(Section):
     disk_path: Place | None = Field(
         default=None,
         description="Folder of captured shards, or a published dataset (Parquet files or a save_to_disk folder). With "
-        "a live teacher also text, chat or token ids: .parquet, .json, .jsonl or .txt files, or a save_to_disk folder.",
+        "a live teacher also text, chat or token ids: .jsonl, .json, .csv, .tsv, .txt or .parquet files, or a "
+        "save_to_disk folder.",
     )
     split: str | None = Field(default=None, min_length=1, description="Split, if the dataset has splits.")
 
@@ -324,6 +325,7 @@ class RunConfig(Section):
     )
 
     _source: str = PrivateAttr(default="config")
+    _overrides: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     _numbers = field_validator("sequence_length", "resize_embeddings_to_multiple_of", mode="before")(refuse_flag)
 
@@ -402,3 +404,8 @@ class RunConfig(Section):
     def source(self) -> str:
         """Where the configuration came from, for messages."""
         return self._source
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What the command line set in place of the file's values, by dotted path."""
+        return self._overrides

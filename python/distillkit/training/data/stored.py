@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from distillkit.configuration.hub import hub_problem, is_hub_error
 from distillkit.errors import ConfigError, InputError, MismatchError
 from distillkit.shards.plausibility import check_plausible, sampled
 from distillkit.shards.prior import PRIOR
@@ -111,10 +112,11 @@ def _downloaded(source: DatasetSource, repo_id: str, key: str) -> str:
             repo_id,
             repo_type="dataset",
             revision=source.revision,
-            allow_patterns=[*patterns, "compression_config.y*ml"],
+            allow_patterns=[*patterns, "compression_config.y*ml", "prior.bin"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(f"{key}.repo_id: {repo_id!r} cannot be downloaded from the hub: {error}") from error
+        reason = hub_problem(error) if is_hub_error(error) else str(error)
+        raise ConfigError(f"{key}.repo_id: {repo_id!r} cannot be downloaded from the hub: {reason}") from error
     path = Path(folder) / (source.config_name or "")
     if not path.is_dir():
         raise ConfigError(f"{key}.config_name: {repo_id} has no folder {source.config_name!r}")

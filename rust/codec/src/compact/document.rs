@@ -1,0 +1,122 @@
+//! The frame of a document: how many rows, which streams, and where they are.
+
+use crate::error::{CodecError, Result};
+
+/// Documents of fewer rows are written as one stream.
+const FEW_ROWS: usize = 32;
+/// Streams of other documents; rows are dealt to them in turn.
+pub(super) const LANES: usize = 4;
+/// At most this many rows a byte: bounds what a document from outside can promise.
+pub(super) const ROWS_PER_BYTE: usize = 64;
+
+/// A document's streams.
+#[derive(Debug)]
+pub(super) struct Frame<'a> {
+    /// Written with the built-in prior.
+    pub(super) builtin: bool,
+    pub(super) rows: usize,
+    pub(super) head: &'a [u8],
+    pub(super) lanes: Vec<&'a [u8]>,
+    /// Bytes of the frame itself.
+    pub(super) bytes: usize,
+}
+
+pub(super) fn corrupt<T>(message: impl Into<String>) -> Result<T> {
+    Err(CodecError::Corrupt(message.into()))
+}
+
+fn truncated<T>(what: &str, found: usize, expected: usize) -> Result<T> {
+    Err(CodecError::Truncated { what: format!("document: {what}"), found, expected })
+}
+
+/// Streams of a document of so many rows.
+pub(super) const fn lanes(rows: usize) -> usize {
+    if rows < FEW_ROWS { 1 } else { LANES }
+}
+
+impl<'a> Frame<'a> {
+    /// Reads the frame of a document of `rows` rows.
+    pub(super) fn read(data: &'a [u8], rows: usize) -> Result<Self> {
+        let mut rest = data;
+        let builtin = match take_byte(&mut rest, data)? {
+            flag @ (0 | 1) => flag == 1,
+            flag => return corrupt(format!("document: begins with {flag}, expected 0 or 1")),
+        };
+        let stored = take_varint(&mut rest, data)?;
+        if stored != rows {
+            return corrupt(format!("document: has {stored} rows, expected {rows}"));
+        }
+        if rows.div_ceil(ROWS_PER_BYTE) > data.len() {
+            return truncated("its rows", data.len(), rows.div_ceil(ROWS_PER_BYTE));
+        }
+        if rows == 0 {
+            if !rest.is_empty() {
+                return truncated("no rows", data.len(), data.len() - rest.len());
+            }
+            return Ok(Self { builtin, rows, head: rest, lanes: Vec::new(), bytes: data.len() });
+        }
+        let lengths =
+            (0..lanes(rows)).map(|_| take_varint(&mut rest, data)).collect::<Result<Vec<_>>>()?;
+        let bytes = data.len() - rest.len();
+        let total = lengths.iter().fold(bytes, |sum, &length| sum.saturating_add(length));
+        if total > data.len() {
+            return truncated("its streams", data.len(), total);
+        }
+        let mut streams = Vec::with_capacity(lengths.len() + 1);
+        for length in lengths {
+            let (stream, after) = rest.split_at(length);
+            streams.push(stream);
+            rest = after;
+        }
+        streams.push(rest);
+        Ok(Self { builtin, rows, head: streams[0], lanes: streams.split_off(1), bytes })
+    }
+}
+
+/// Puts a document together; the first stream is that of the heads.
+pub(super) fn write(builtin: bool, rows: usize, streams: &[Vec<u8>]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(streams.iter().map(Vec::len).sum::<usize>() + 24);
+    out.push(u8::from(builtin));
+    put_varint(&mut out, rows);
+    for stream in &streams[..streams.len().saturating_sub(1)] {
+        put_varint(&mut out, stream.len());
+    }
+    streams.iter().for_each(|stream| out.extend_from_slice(stream));
+    let least = rows.div_ceil(ROWS_PER_BYTE);
+    if out.len() < least {
+        out.resize(least, 0);
+    }
+    out
+}
+
+fn put_varint(out: &mut Vec<u8>, mut number: usize) {
+    while number >= 0x80 {
+        out.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    out.push(number as u8);
+}
+
+fn take_byte(rest: &mut &[u8], data: &[u8]) -> Result<u8> {
+    let Some((&byte, after)) = rest.split_first() else {
+        return truncated("its frame", data.len(), data.len() + 1);
+    };
+    *rest = after;
+    Ok(byte)
+}
+
+/// A number in groups of seven bits, the lowest first, in the fewest bytes, below 2³⁵.
+fn take_varint(rest: &mut &[u8], data: &[u8]) -> Result<usize> {
+    let mut number = 0u64;
+    for shift in (0..35).step_by(7) {
+        let byte = take_byte(rest, data)?;
+        number |= u64::from(byte & 0x7f) << shift;
+        if byte < 0x80 {
+            if byte == 0 && shift > 0 {
+                return corrupt("document: a number of its frame is longer than it needs to be");
+            }
+            return usize::try_from(number).or_else(|_| corrupt("document: too large"));
+        }
+    }
+    corrupt("document: a number of its frame has more than 35 bits")
+}

@@ -1,0 +1,603 @@
+//! Rows to what is stored of them: which ids, in which cluster, with which levels.
+//!
+//! All decisions are made by IEEE basic operations in a fixed order and by libm, so that they are
+//! the same on every machine.
+
+use super::config::CompactConfig;
+use super::decode::{Head, StoredRow};
+use super::model::{MASSES, Model, STATES};
+use super::numbers::{Kind, SYMBOLS, bucket};
+use super::prior::{Dimensions, Prior};
+use super::scale::Scale;
+use super::write::StoredRows;
+use crate::error::{CodecError, Result};
+
+/// Log-probabilities may exceed 0, and the sum of a row's probabilities 1, by this much: the
+/// rounding of a low-precision teacher.
+const ROUNDING: f64 = 1e-2;
+/// What a bit may cost in divergence, in units of the square of the step.
+const BIT_WORTH: f64 = 0.16;
+/// Smaller log-probabilities are stored as this.
+const LEAST: f32 = -80.0;
+/// Only so many ids decide the cluster.
+const DECIDING: usize = 256;
+/// Units of a bit in costs of clusters and shapes.
+const UNITS: f32 = 8.0;
+/// No decision: costs of a state that cannot be reached.
+const UNREACHED: f32 = 1e30;
+
+/// Chooses what is stored of rows.
+#[derive(Debug)]
+pub(super) struct Encoder {
+    scale: Scale,
+    levels: Vec<f32>,
+    ranks: Vec<u32>,
+    clusters: ClusterCosts,
+    shapes: ShapeCosts,
+    /// By context of [`Dimensions::level`]: the costs of all symbols in bits.
+    level_costs: Vec<[f32; SYMBOLS]>,
+    level_contexts: Vec<u16>,
+    /// The symbol of each level.
+    symbols: Vec<u8>,
+    /// Half the bits that a unit of divergence is worth.
+    per_bit: f32,
+    choice: Choice,
+}
+
+/// Which ids of a row are stored.
+#[derive(Debug)]
+struct Choice {
+    k: usize,
+    vocab: u32,
+    threshold: Option<f32>,
+    mass: Option<f64>,
+}
+
+/// Buffers for one row after the other.
+#[derive(Debug, Default)]
+pub(super) struct EncodeScratch {
+    sorted: Vec<(f32, i64)>,
+    values: Vec<f32>,
+    roots: Vec<f32>,
+    ranks: Vec<u32>,
+    sums: Vec<u16>,
+    keys: Vec<u64>,
+    positions: Vec<u32>,
+    ordered: Vec<Value>,
+    /// For each value, the first of four neighbouring levels, and which way leads to each state.
+    choices: Vec<(u16, u16)>,
+    levels: Vec<u16>,
+}
+
+/// A value in the order of positions.
+#[derive(Debug, Clone, Copy)]
+struct Value {
+    logprob: f32,
+    root: f32,
+    /// Which rank it has.
+    rank: u32,
+}
+
+impl Encoder {
+    pub(super) fn new(prior: &Prior, model: &Model) -> Result<Self> {
+        let dimensions = model.dimensions;
+        let kinds = prior.kinds()?;
+        let costs: Vec<[f32; SYMBOLS]> = prior
+            .tables
+            .iter()
+            .zip(&kinds)
+            .map(|(table, kind)| table.costs(kind.unwrap_or(Kind::Other)))
+            .collect();
+        let ranks = prior.ranks();
+        Ok(Self {
+            scale: Scale::new(prior.config.step),
+            levels: prior.levels.clone(),
+            clusters: ClusterCosts::new(prior, &dimensions, &costs, &ranks),
+            shapes: ShapeCosts::new(prior, &dimensions, &costs),
+            level_costs: costs,
+            level_contexts: prior.contexts.level.clone(),
+            symbols: (0..prior.levels.len() as u32)
+                .map(|level| Kind::Other.symbol(level >> 1) as u8)
+                .collect(),
+            per_bit: (0.5 / (BIT_WORTH * prior.config.step * prior.config.step)) as f32,
+            ranks,
+            choice: Choice::new(&prior.config),
+        })
+    }
+
+    /// What is stored of rows of `width` ids each.
+    pub(super) fn rows(
+        &self,
+        model: &Model,
+        ids: &[i64],
+        logprobs: &[f32],
+        width: usize,
+    ) -> Result<StoredRows> {
+        let mut stored = StoredRows::default();
+        let mut scratch = EncodeScratch::default();
+        for (row, (ids, logprobs)) in ids.chunks(width).zip(logprobs.chunks(width)).enumerate() {
+            self.row(model, ids, logprobs, &mut scratch, |row| stored.push(row))
+                .map_err(|error| error.at_row(row))?;
+        }
+        Ok(stored)
+    }
+
+    /// What is stored of one row.
+    pub(super) fn row(
+        &self,
+        model: &Model,
+        ids: &[i64],
+        logprobs: &[f32],
+        scratch: &mut EncodeScratch,
+        on_row: impl FnOnce(&StoredRow),
+    ) -> Result<()> {
+        let sorted = logprobs.windows(2).all(|pair| pair[0] >= pair[1]);
+        if sorted && !logprobs[0].is_nan() {
+            scratch.sorted.clear();
+            scratch.sorted.extend(logprobs.iter().copied().zip(ids.iter().copied()));
+        } else {
+            sort(ids, logprobs, &mut scratch.sorted)?;
+        }
+        let count = self.choice.select(scratch)?;
+        let missing = 1.0
+            - scratch.roots[..count]
+                .iter()
+                .map(|&root| f64::from(root) * f64::from(root))
+                .sum::<f64>();
+        let mass = mass_number(missing);
+        scratch.ranks.clear();
+        for (_, id) in &scratch.sorted[..count] {
+            let rank = usize::try_from(*id).ok().and_then(|id| self.ranks.get(id));
+            let Some(&rank) = rank else {
+                let vocab = self.choice.vocab;
+                return Err(CodecError::Input(format!("id {id} of a vocabulary of {vocab}")));
+            };
+            scratch.ranks.push(rank);
+        }
+        let cluster = self.clusters.best(&scratch.ranks, &mut scratch.sums);
+        place(model, cluster, count, scratch)?;
+        let shape = self.shapes.best(model, cluster, mass, scratch, &self.scale);
+        self.quantise(&model.dimensions, shape, scratch);
+        let head = Head {
+            cluster: cluster as u16,
+            shape: shape as u8,
+            count: count as u16,
+            mass: mass as u16,
+        };
+        let top = top(&scratch.ordered, &scratch.levels);
+        on_row(&StoredRow {
+            row: 0,
+            head,
+            positions: &scratch.positions,
+            levels: &scratch.levels,
+            top,
+            bits: [0; 3],
+        });
+        Ok(())
+    }
+
+    /// The levels that cost least in divergence and bits together, over all ways through the
+    /// states of the quantiser (the Viterbi algorithm).
+    fn quantise(&self, dimensions: &Dimensions, shape: usize, scratch: &mut EncodeScratch) {
+        let EncodeScratch { ordered, positions, choices, levels, .. } = scratch;
+        choices.clear();
+        let last = self.levels.len() as i32 - 4;
+        let mut paths = [0.0, UNREACHED, UNREACHED, UNREACHED];
+        for (value, &position) in ordered.iter().zip(positions.iter()) {
+            let base = self.scale.place(value.logprob, value.root) as i32;
+            let weight = value.root * value.root * self.per_bit;
+            let contexts = [0, 1].map(|quantiser| {
+                let context = dimensions.level(shape, quantiser, position);
+                &self.level_costs[usize::from(self.level_contexts[context])]
+            });
+            // Four neighbours: one for each remainder by 4. A quantiser has the even or the odd
+            // ones.
+            let first = (base - 1).clamp(0, last) as usize;
+            let mut costs = [0.0f32; 4];
+            for level in first..first + 4 {
+                let error = self.levels[level] - value.logprob;
+                let symbol = usize::from(self.symbols[level]);
+                costs[level & 3] = weight * error * error + contexts[level & 1][symbol];
+            }
+            // Each state is reached from two, in the order of [`back`].
+            let ways = [
+                (paths[0] + costs[0], paths[1] + costs[2]),
+                (paths[2] + costs[1], paths[3] + costs[3]),
+                (paths[0] + costs[2], paths[1] + costs[0]),
+                (paths[2] + costs[3], paths[3] + costs[1]),
+            ];
+            let mut second = 0;
+            for (state, (a, b)) in ways.into_iter().enumerate() {
+                let better = b < a;
+                paths[state] = if better { b } else { a };
+                second |= u16::from(better) << state;
+            }
+            choices.push((first as u16, second));
+        }
+        let least = |best, state| if paths[state] < paths[best] { state } else { best };
+        let mut state = (0..STATES).fold(0, least);
+        levels.clear();
+        levels.resize(ordered.len(), 0);
+        for (level, &(first, second)) in levels.iter_mut().zip(choices.iter()).rev() {
+            let (previous, remainder) = back(state, usize::from(second >> state & 1));
+            *level = first + ((remainder as u16).wrapping_sub(first) & 3);
+            state = previous;
+        }
+    }
+}
+
+/// The state before, and the level's remainder by 4, on the first or second way to a state.
+const fn back(state: usize, second: usize) -> (usize, usize) {
+    let quantiser = state & 1;
+    let parity = second ^ (state >> 1);
+    (quantiser << 1 | second, quantiser | parity << 1)
+}
+
+/// Sorts a row by falling log-probability; ties stay as they are.
+fn sort(ids: &[i64], logprobs: &[f32], out: &mut Vec<(f32, i64)>) -> Result<()> {
+    if logprobs.iter().any(|logprob| logprob.is_nan()) {
+        return Err(CodecError::Input("a log-probability is NaN".to_owned()));
+    }
+    out.clear();
+    out.extend(logprobs.iter().copied().zip(ids.iter().copied()));
+    out.sort_by(|a, b| b.0.total_cmp(&a.0));
+    Ok(())
+}
+
+/// The order of positions, and values in it.
+fn place(model: &Model, cluster: usize, count: usize, scratch: &mut EncodeScratch) -> Result<()> {
+    let EncodeScratch { ranks, keys, positions, ordered, values, roots, sorted, .. } = scratch;
+    let order = &model.clusters[cluster].order;
+    keys.clear();
+    keys.extend(
+        ranks
+            .iter()
+            .zip(0..)
+            .map(|(&rank, place): (_, u64)| u64::from(order.position(rank)) << 32 | place),
+    );
+    keys.sort_unstable();
+    positions.clear();
+    ordered.clear();
+    for &key in keys.iter() {
+        let (position, rank) = ((key >> 32) as u32, key as u32);
+        if positions.last() == Some(&position) {
+            let id = sorted[rank as usize].1;
+            return Err(CodecError::Input(format!("id {id} occurs twice among the first {count}")));
+        }
+        positions.push(position);
+        let place = rank as usize;
+        ordered.push(Value { logprob: values[place], root: roots[place], rank });
+    }
+    Ok(())
+}
+
+/// The place of the most probable id among all by falling level.
+fn top(ordered: &[Value], levels: &[u16]) -> usize {
+    let Some(own) = ordered.iter().position(|value| value.rank == 0) else {
+        return 0;
+    };
+    let level = levels[own];
+    let before = levels.iter().enumerate();
+    before.filter(|&(place, &other)| other > level || other == level && place < own).count()
+}
+
+impl Choice {
+    fn new(config: &CompactConfig) -> Self {
+        Self {
+            k: config.k,
+            vocab: config.vocab_size,
+            threshold: config.threshold.map(|threshold| libm::log(threshold) as f32),
+            mass: config.mass,
+        }
+    }
+
+    /// How many of the sorted ids are stored; computes their values, and the roots of their
+    /// probabilities.
+    fn select(&self, scratch: &mut EncodeScratch) -> Result<usize> {
+        let EncodeScratch { sorted, values, roots, .. } = scratch;
+        values.clear();
+        values.extend(
+            sorted
+                .iter()
+                .take(self.k)
+                .map(|pair| pair.0)
+                .take_while(|&logprob| logprob > f32::NEG_INFINITY),
+        );
+        let Some(&highest) = values.first() else {
+            return Err(CodecError::Input(
+                "found no id with a finite log-probability, expected at least one".to_owned(),
+            ));
+        };
+        if !(f64::from(highest) <= ROUNDING) {
+            return Err(CodecError::Input(format!(
+                "found log-probability {highest}, expected at most 0"
+            )));
+        }
+        if let Some(threshold) = self.threshold {
+            let count = values.iter().take_while(|&&logprob| logprob >= threshold).count();
+            values.truncate(count.max(1));
+        }
+        values.iter_mut().for_each(|value| *value = value.clamp(LEAST, 0.0));
+        roots.clear();
+        roots.extend(values.iter().map(|&logprob| exp(0.5 * logprob)));
+        let mut total = 0.0;
+        let mut count = values.len();
+        for (i, &root) in roots.iter().enumerate() {
+            total += f64::from(root) * f64::from(root);
+            if self.mass.is_some_and(|mass| total >= mass) {
+                count = i + 1;
+                break;
+            }
+        }
+        if total > 1.0 + ROUNDING {
+            return Err(CodecError::Input(format!(
+                "found probabilities that sum to {total:.4}, expected at most 1"
+            )));
+        }
+        values.truncate(count);
+        roots.truncate(count);
+        Ok(count)
+    }
+}
+
+/// eˣ to within 2 units in the last place, for −87 … 1; the same on every machine.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    /// 1.5 · 2²³: adding it rounds to an integer.
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * LN2_HIGH - n * LN2_LOW;
+    let mut p = 1.0 / 720.0;
+    for coefficient in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = p * r + coefficient;
+    }
+    let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    f32::from_bits((p.to_bits() as i32).wrapping_add(exponent << 23) as u32)
+}
+
+/// The number that stands for a missing mass.
+fn mass_number(missing: f64) -> usize {
+    let root = missing.clamp(0.0, 1.0).sqrt();
+    let number = libm::asin(root) * std::f64::consts::FRAC_2_PI * f64::from(MASSES);
+    (number.round() as usize).min(MASSES as usize - 1)
+}
+
+/// What each id costs in each cluster, about.
+#[derive(Debug)]
+struct ClusterCosts {
+    clusters: usize,
+    /// For the rank of an id, its column, which is 0 if it is in no list.
+    columns: Vec<u32>,
+    /// Costs of a column in every cluster.
+    costs: Vec<u8>,
+    /// Costs of a cluster itself.
+    base: Vec<u16>,
+}
+
+impl ClusterCosts {
+    fn new(
+        prior: &Prior,
+        dimensions: &Dimensions,
+        costs: &[[f32; SYMBOLS]],
+        ranks: &[u32],
+    ) -> Self {
+        let clusters = prior.clusters.len();
+        let profiles: Vec<Profile> = (0..dimensions.gap_classes)
+            .map(|class| Profile::new(prior, dimensions, class))
+            .collect();
+        let mut columns = vec![0; ranks.len()];
+        let mut next = 1;
+        for &id in prior.clusters.iter().flat_map(|cluster| &cluster.list) {
+            let column = &mut columns[ranks[id as usize] as usize];
+            if *column == 0 {
+                *column = next;
+                next += 1;
+            }
+        }
+        let outside = |cluster: &super::prior::Cluster| {
+            profiles[usize::from(cluster.gap_class)].cost(cluster.list.len() as u32 * 2 + 64)
+        };
+        let row: Vec<u8> = prior.clusters.iter().map(outside).collect();
+        let mut table = row.repeat(next as usize);
+        for (number, cluster) in prior.clusters.iter().enumerate() {
+            for (&id, position) in cluster.list.iter().zip(0..) {
+                let column = columns[ranks[id as usize] as usize] as usize;
+                table[column * clusters + number] =
+                    profiles[usize::from(cluster.gap_class)].cost(position);
+            }
+        }
+        let own = &costs[usize::from(prior.contexts.cluster)];
+        let base = |(number, cluster): (u32, &super::prior::Cluster)| {
+            let bits =
+                own[Kind::Other.symbol(number)] + profiles[usize::from(cluster.gap_class)].base;
+            (bits * UNITS).clamp(0.0, 2000.0 * UNITS) as u16
+        };
+        let base = (0..).zip(&prior.clusters).map(base).collect();
+        Self { clusters, columns, costs: table, base }
+    }
+
+    /// The cluster in which the ids cost least.
+    fn best(&self, ranks: &[u32], sums: &mut Vec<u16>) -> usize {
+        sums.clear();
+        sums.extend_from_slice(&self.base);
+        if self.clusters == 1 {
+            return 0;
+        }
+        for &rank in &ranks[..ranks.len().min(DECIDING)] {
+            let column = self.columns[rank as usize] as usize * self.clusters;
+            let costs = &self.costs[column..column + self.clusters];
+            for (sum, &cost) in sums.iter_mut().zip(costs) {
+                *sum = sum.saturating_add(u16::from(cost));
+            }
+        }
+        least(sums)
+    }
+}
+
+/// The place of the first least number.
+fn least(numbers: &[u16]) -> usize {
+    let best = numbers.iter().min().copied().unwrap_or(0);
+    numbers.iter().position(|&number| number == best).unwrap_or(0)
+}
+
+/// How likely an id is stored at each position, by what the tables of gaps say.
+struct Profile {
+    /// By bucket of the position: −log₂ of the odds.
+    costs: Vec<f32>,
+    /// −Σ log₂ of the probabilities that an id is not stored.
+    base: f32,
+}
+
+impl Profile {
+    fn new(prior: &Prior, dimensions: &Dimensions, class: usize) -> Self {
+        let vocab = prior.config.vocab_size;
+        let mut left = prior.config.k as f64;
+        let mut costs = Vec::new();
+        let mut base = 0.0;
+        for number in 0..dimensions.positions {
+            let positions = (0..=vocab)
+                .skip_while(|&p| bucket(p) < number)
+                .take_while(|&p| bucket(p) == number);
+            let (first, count) =
+                positions.fold((None, 0u32), |(first, count), p| (first.or(Some(p)), count + 1));
+            let first = first.unwrap_or(0);
+            let table = prior.contexts.gap[dimensions.gap(class, first, left.max(1.0) as u32)];
+            let slots = &prior.tables[usize::from(table)].0;
+            let mut mean = 0.0;
+            let mut total = 0.0;
+            for (symbol, &slots) in slots[..SYMBOLS - 1].iter().enumerate() {
+                let middle = f64::from(Kind::Gap.base(symbol))
+                    + f64::from((1u32 << Kind::Gap.extra_bits(symbol)) - 1) / 2.0;
+                mean += f64::from(slots) * middle;
+                total += f64::from(slots);
+            }
+            let density = (1.0 / (mean / f64::max(total, 1.0) + 1.0)).clamp(1e-7, 0.98);
+            costs.push((libm::log2(1.0 - density) - libm::log2(density)) as f32);
+            base -= f64::from(count) * libm::log2(1.0 - density);
+            left -= f64::from(count) * density;
+        }
+        Self { costs, base: base as f32 }
+    }
+
+    fn cost(&self, position: u32) -> u8 {
+        let cost =
+            self.costs.get(bucket(position + 1)).or(self.costs.last()).copied().unwrap_or(0.0);
+        ((cost + 4.0) * UNITS).clamp(0.0, 255.0) as u8
+    }
+}
+
+/// What each value costs in each shape, about.
+#[derive(Debug)]
+struct ShapeCosts {
+    shapes: usize,
+    /// By bucket of the position + 1, symbol, shape.
+    costs: Vec<u16>,
+    /// By class of the cluster, shape.
+    shape: Vec<u16>,
+    /// By symbol of the mass, shape.
+    mass: Vec<u16>,
+    /// By symbol of the count, shape.
+    count: Vec<u16>,
+}
+
+impl ShapeCosts {
+    fn new(prior: &Prior, dimensions: &Dimensions, costs: &[[f32; SYMBOLS]]) -> Self {
+        let shapes = dimensions.shapes;
+        let units = |bits: f32| (bits * UNITS) as u16;
+        let mut own = Self {
+            shapes,
+            costs: Vec::new(),
+            shape: Vec::new(),
+            mass: Vec::new(),
+            count: Vec::new(),
+        };
+        for position in 0..dimensions.positions {
+            for symbol in 0..SYMBOLS {
+                for shape in 0..shapes {
+                    let cost = |quantiser: usize| {
+                        let context = (shape * 2 + quantiser) * dimensions.positions + position;
+                        costs[usize::from(prior.contexts.level[context])][symbol]
+                    };
+                    own.costs.push(units((cost(0) + cost(1)) / 2.0));
+                }
+            }
+        }
+        for &table in &prior.contexts.shape {
+            own.shape.extend(
+                (0..shapes).map(|shape| {
+                    units(costs[usize::from(table)][Kind::Other.symbol(shape as u32)])
+                }),
+            );
+        }
+        for symbol in 0..SYMBOLS {
+            own.mass.extend(
+                prior.contexts.mass.iter().map(|&table| units(costs[usize::from(table)][symbol])),
+            );
+            own.count.extend(
+                prior.contexts.count.iter().map(|&table| units(costs[usize::from(table)][symbol])),
+            );
+        }
+        own
+    }
+
+    /// The shape in which the values cost least.
+    fn best(
+        &self,
+        model: &Model,
+        cluster: usize,
+        mass: usize,
+        scratch: &mut EncodeScratch,
+        scale: &Scale,
+    ) -> usize {
+        let EncodeScratch { sums, ordered, positions, .. } = scratch;
+        let shapes = self.shapes;
+        let class = model.clusters[cluster].shape_class;
+        sums.clear();
+        sums.extend_from_slice(&self.shape[class * shapes..(class + 1) * shapes]);
+        let count = model.count_number(ordered.len());
+        for (costs, number) in [(&self.mass, mass as u32), (&self.count, count)] {
+            let symbol = Kind::Other.symbol(number);
+            sums.iter_mut().zip(&costs[symbol * shapes..]).for_each(|(sum, cost)| *sum += cost);
+        }
+        for (value, &position) in ordered.iter().zip(positions.iter()).take(DECIDING) {
+            let number = (scale.place(value.logprob, value.root) * 0.5 + 0.25) as u32;
+            let place = (bucket(position + 1) * SYMBOLS + Kind::Other.symbol(number)) * shapes;
+            let costs = &self.costs[place..place + shapes];
+            for (sum, &cost) in sums.iter_mut().zip(costs) {
+                *sum = sum.saturating_add(cost);
+            }
+        }
+        least(sums)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::model::NEXT;
+    use super::*;
+
+    #[test]
+    fn ways_back_are_the_ways_forward() {
+        let mut ways = 0;
+        for state in 0..STATES {
+            for second in 0..2 {
+                let (previous, remainder) = back(state, second);
+                assert_eq!(previous >> 1, remainder & 1);
+                assert_eq!(usize::from(NEXT[previous][remainder >> 1]), state);
+                ways |= 1 << (previous * 4 + remainder);
+            }
+        }
+        assert_eq!(ways, 0b1010_1010_0101_0101);
+    }
+
+    #[test]
+    fn the_exponential_is_close() {
+        for x in (-8000..=100).map(|x| x as f32 / 100.0) {
+            let expected = libm::exp(f64::from(x));
+            assert!((f64::from(exp(x)) / expected - 1.0).abs() < 3e-7, "{x}");
+        }
+    }
+}

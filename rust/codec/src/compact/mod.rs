@@ -1,0 +1,305 @@
+//! The compact format: rows of up to k ids in a variable number of bytes, a document at a time, by
+//! what was learned of the teacher ([`Prior`]). FORMAT.md §4 describes the bytes.
+
+mod builtin;
+pub mod config;
+mod decode;
+mod document;
+mod encode;
+mod lists;
+mod model;
+pub mod numbers;
+mod order;
+mod prior;
+mod scale;
+mod tables;
+mod write;
+
+use std::sync::OnceLock;
+
+pub use config::CompactConfig;
+pub use prior::{Cluster, Contexts, Dimensions, MAX_CLASSES, Prior};
+pub use scale::Scale;
+pub use tables::{SLOTS, SLOTS_LOG, Table};
+
+use crate::error::{CodecError, Result, config_error};
+use decode::Ranking;
+use document::{Frame, corrupt};
+use encode::Encoder;
+use model::Model;
+use write::{DocumentWriter, StoredRows};
+
+/// Encodes and decodes documents of one configuration, with one prior.
+///
+/// What it writes and reads depends on nothing but the configuration, the prior and the rows. It
+/// may be used by several threads at once; a document is encoded and decoded on the thread that
+/// asks for it. A codec that only decodes never builds the encoder.
+#[derive(Debug)]
+pub struct Compact {
+    config: CompactConfig,
+    /// The prior of the configuration, if it has one.
+    learned: Option<Side>,
+    builtin: OnceLock<Side>,
+}
+
+/// A prior, prepared.
+#[derive(Debug)]
+struct Side {
+    prior: Prior,
+    model: Model,
+    writer: OnceLock<(Encoder, DocumentWriter)>,
+}
+
+/// Bytes of a document by part.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sizes {
+    /// Clusters, shapes, counts and missing masses.
+    pub head: f64,
+    /// Gaps.
+    pub ids: f64,
+    /// Levels.
+    pub values: f64,
+    /// Lengths, states and padding.
+    pub framing: f64,
+}
+
+/// Rows of a document that become part of another.
+#[derive(Debug, Clone, Copy)]
+pub struct Part<'a> {
+    /// The document.
+    pub data: &'a [u8],
+    /// How many rows it has.
+    pub rows: usize,
+    /// The first row that is taken.
+    pub start: usize,
+    /// One more than the last row that is taken.
+    pub stop: usize,
+}
+
+/// XXH3-128 in hexadecimal.
+fn hash(data: &[u8]) -> String {
+    format!("{:032x}", xxhash_rust::xxh3::xxh3_128(data))
+}
+
+impl Side {
+    fn new(prior: Prior) -> Result<Self> {
+        let model = Model::new(&prior)?;
+        Ok(Self { prior, model, writer: OnceLock::new() })
+    }
+
+    fn writer(&self) -> Result<&(Encoder, DocumentWriter)> {
+        if let Some(writer) = self.writer.get() {
+            return Ok(writer);
+        }
+        let made = (Encoder::new(&self.prior, &self.model)?, DocumentWriter::new(&self.prior)?);
+        Ok(self.writer.get_or_init(|| made))
+    }
+
+    fn encode(
+        &self,
+        ids: &[i64],
+        logprobs: &[f32],
+        width: usize,
+        builtin: bool,
+    ) -> Result<Vec<u8>> {
+        let (encoder, writer) = self.writer()?;
+        let rows = encoder.rows(&self.model, ids, logprobs, width)?;
+        Ok(writer.write(&self.model, &rows, builtin))
+    }
+}
+
+impl Compact {
+    /// Prepares a configuration with the bytes of its prior, or with the built-in prior.
+    ///
+    /// The hash in the configuration may be left out; it is filled in. Fails with
+    /// [`CodecError::Config`] where the configuration is not valid, names a prior that is not given,
+    /// or is not the one that the prior was learned for, with [`CodecError::Corrupt`] where the
+    /// prior is not the named one or is not valid, or with [`CodecError::Truncated`].
+    pub fn new(config: CompactConfig, prior: Option<&[u8]>) -> Result<Self> {
+        config.validate()?;
+        let Some(data) = prior else {
+            if let Some(hash) = &config.prior {
+                return config_error("prior", format!("found {hash}, but no bytes of that prior"));
+            }
+            return Ok(Self { config, learned: None, builtin: OnceLock::new() });
+        };
+        let found = hash(data);
+        if let Some(expected) = &config.prior
+            && *expected != found
+        {
+            return corrupt(format!("prior: its bytes have the hash {found}, expected {expected}"));
+        }
+        let prior = Prior::from_bytes(data)?;
+        if prior.config != config.without_prior() {
+            let json = |config| serde_json::to_string(config).unwrap_or_default();
+            let (known, given) = (json(&prior.config), json(&config.without_prior()));
+            return config_error("prior", format!("was learned for {known}, expected {given}"));
+        }
+        let config = CompactConfig { prior: Some(found), ..config };
+        Ok(Self { config, learned: Some(Side::new(prior)?), builtin: OnceLock::new() })
+    }
+
+    /// The configuration that a prior was learned for; its `prior` is empty.
+    ///
+    /// Fails with [`CodecError::Corrupt`] or [`CodecError::Truncated`].
+    pub fn prior_config(prior: &[u8]) -> Result<CompactConfig> {
+        Prior::from_bytes(prior).map(|prior| prior.config)
+    }
+
+    /// The configuration, the prior's hash included.
+    #[must_use]
+    pub const fn config(&self) -> &CompactConfig {
+        &self.config
+    }
+
+    fn builtin(&self) -> Result<&Side> {
+        if let Some(side) = self.builtin.get() {
+            return Ok(side);
+        }
+        let made = Side::new(builtin::builtin(&self.config))?;
+        Ok(self.builtin.get_or_init(|| made))
+    }
+
+    /// The prior that a document was written with.
+    fn side(&self, builtin: bool) -> Result<&Side> {
+        match &self.learned {
+            Some(learned) if !builtin => Ok(learned),
+            None if !builtin => corrupt("document: needs a prior, but the configuration has none"),
+            _ => self.builtin(),
+        }
+    }
+
+    /// Encodes the rows of a document: `width` ids and log-probabilities each, at least k. The k
+    /// most probable are stored, or as many of them as the configuration says; rows may end with
+    /// ids of log-probability −∞, which are absent.
+    ///
+    /// Fails with [`CodecError::Input`], which names the row.
+    pub fn encode_document(&self, ids: &[i64], logprobs: &[f32], width: usize) -> Result<Vec<u8>> {
+        let k = self.config.k;
+        if width < k || ids.len() != logprobs.len() || !ids.len().is_multiple_of(width) {
+            return Err(CodecError::Input(format!(
+                "found {} ids and {} log-probabilities in rows of {width}, expected whole rows of at least {k}",
+                ids.len(),
+                logprobs.len()
+            )));
+        }
+        let Some(learned) = &self.learned else {
+            return self.builtin()?.encode(ids, logprobs, width, true);
+        };
+        let data = learned.encode(ids, logprobs, width, false)?;
+        // A document that the prior does not fit is better off without.
+        if data.len() < ids.len() / width * self.unusual_bytes() {
+            return Ok(data);
+        }
+        let other = self.builtin()?.encode(ids, logprobs, width, true)?;
+        Ok(if other.len() < data.len() { other } else { data })
+    }
+
+    /// Bytes of a row that say that the built-in prior may be better: those of ids without any
+    /// order, nearly.
+    fn unusual_bytes(&self) -> usize {
+        let per_id = (f64::from(self.config.vocab_size) / self.config.k as f64).log2() + 1.4;
+        (self.config.k as f64 * per_id / 8.0) as usize
+    }
+
+    fn open<'a>(&self, data: &'a [u8], rows: usize) -> Result<(Frame<'a>, &Side)> {
+        let frame = Frame::read(data, rows)?;
+        let side = self.side(frame.builtin)?;
+        Ok((frame, side))
+    }
+
+    /// Checks what can be checked of a document without decoding it: that it has so many rows and
+    /// enough bytes for them.
+    ///
+    /// Fails with [`CodecError::Corrupt`] or [`CodecError::Truncated`].
+    pub fn check(&self, data: &[u8], rows: usize) -> Result<()> {
+        self.open(data, rows).map(|_| ())
+    }
+
+    /// Decodes a document into rows of k ids and log-probabilities, by falling probability. Places
+    /// without an id have the first id of the row and a log-probability of −∞.
+    ///
+    /// Fails with [`CodecError::Input`] where the arrays are no whole rows, with
+    /// [`CodecError::Corrupt`] or [`CodecError::Truncated`].
+    pub fn decode_document(
+        &self,
+        data: &[u8],
+        ids: &mut [i64],
+        logprobs: &mut [f32],
+    ) -> Result<()> {
+        let k = self.config.k;
+        if ids.len() != logprobs.len() || !ids.len().is_multiple_of(k) {
+            return Err(CodecError::Input(format!(
+                "found room for {} ids and {} log-probabilities, expected whole rows of {k}",
+                ids.len(),
+                logprobs.len()
+            )));
+        }
+        let (frame, side) = self.open(data, ids.len() / k)?;
+        let mut ranking = Ranking::new(&side.model);
+        side.model.read(data, &frame, |row| {
+            let at = row.row * k..(row.row + 1) * k;
+            ranking.write(row, &mut ids[at.clone()], &mut logprobs[at]);
+        })
+    }
+
+    /// Bytes of a document by part.
+    ///
+    /// Fails as [`Compact::decode_document`] does.
+    pub fn sizes(&self, data: &[u8], rows: usize) -> Result<Sizes> {
+        let (frame, side) = self.open(data, rows)?;
+        let mut total = [0u64; 3];
+        side.model.read(data, &frame, |row| {
+            total.iter_mut().zip(row.bits).for_each(|(total, bits)| *total += u64::from(bits));
+        })?;
+        let [head, ids, values] = total.map(|bits| bits as f64 / 8.0);
+        Ok(Sizes { head, ids, values, framing: data.len() as f64 - head - ids - values })
+    }
+
+    /// Bits of each row, without the framing of the document.
+    ///
+    /// Fails as [`Compact::decode_document`] does.
+    pub fn row_bits(&self, data: &[u8], rows: usize) -> Result<Vec<f32>> {
+        let (frame, side) = self.open(data, rows)?;
+        let mut bits = vec![0.0; rows];
+        side.model.read(data, &frame, |row| bits[row.row] = row.bits.iter().sum::<u32>() as f32)?;
+        Ok(bits)
+    }
+
+    /// Puts rows of documents together to one document; they decode to the same as before.
+    ///
+    /// Fails with [`CodecError::Input`] where rows do not exist, or where some documents were written
+    /// with the prior and others without, or as [`Compact::decode_document`] does.
+    pub fn join(&self, parts: &[Part]) -> Result<Vec<u8>> {
+        let mut joined = StoredRows::default();
+        let mut builtin = self.learned.is_none();
+        for (number, part) in parts.iter().enumerate() {
+            if part.start > part.stop || part.stop > part.rows {
+                let Part { rows, start, stop, .. } = part;
+                return Err(CodecError::Input(format!(
+                    "part {number}: rows {start} … {stop} of {rows}"
+                )));
+            }
+            let (frame, side) = self.open(part.data, part.rows)?;
+            if number > 0 && builtin != frame.builtin {
+                return Err(CodecError::Input(format!(
+                    "part {number}: was written with another prior than the parts before it"
+                )));
+            }
+            builtin = frame.builtin;
+            let mut rows: Vec<Option<StoredRows>> = vec![None; part.rows];
+            side.model.read(part.data, &frame, |row| {
+                let mut own = StoredRows::default();
+                own.push(row);
+                rows[row.row] = Some(own);
+            })?;
+            rows.iter()
+                .take(part.stop)
+                .skip(part.start)
+                .flatten()
+                .for_each(|row| joined.append(row));
+        }
+        let side = self.side(builtin)?;
+        Ok(side.writer()?.1.write(&side.model, &joined, builtin))
+    }
+}

@@ -1,0 +1,443 @@
+//! What is learned from a sample of a teacher: the order of ids, clusters of them, and code tables.
+
+use super::config::{CompactConfig, MAX_CLUSTERS, MAX_LEVELS, MAX_LIST, MAX_SHAPES, MAX_TABLES};
+use super::lists::{is_arranged, pack, unpack};
+use super::numbers::{Kind, SYMBOLS, bucket};
+use super::scale::Scale;
+use super::tables::Table;
+use crate::error::{CodecError, Result};
+
+/// The first bytes of a prior.
+const MAGIC: &[u8; 8] = b"DKPRIOR1";
+/// Classes of clusters share tables.
+pub const MAX_CLASSES: usize = 32;
+
+/// Ids that tend to occur together.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Cluster {
+    /// Its likeliest ids, likeliest first; within a bucket of positions in the order of
+    /// [`Prior::order`]. All others follow in that order.
+    pub list: Vec<u32>,
+    /// Which tables its gaps are coded with.
+    pub gap_class: u8,
+    /// Which table its rows' shapes are coded with.
+    pub shape_class: u8,
+}
+
+/// Which of [`Prior::tables`] codes what. Every map is complete: see [`Contexts::of`] for sizes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Contexts {
+    /// The table of clusters ([`Kind::Other`], as all but gaps).
+    pub cluster: u16,
+    /// By `shape_class`.
+    pub shape: Vec<u16>,
+    /// By shape. The count is written as k − count in a configuration with a fixed k, as count − 1
+    /// in others.
+    pub count: Vec<u16>,
+    /// By shape.
+    pub mass: Vec<u16>,
+    /// By `gap_class`, [`bucket`] of the previous position + 1 (0 before the first), [`bucket`] of
+    /// the ids left ([`Kind::Gap`]).
+    pub gap: Vec<u16>,
+    /// By shape, quantiser (0 or 1), [`bucket`] of the position + 1.
+    pub level: Vec<u16>,
+}
+
+/// Everything that the bytes of a document are read with. One prior is for one configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prior {
+    /// The configuration that it is for, its `prior` empty.
+    pub config: CompactConfig,
+    /// All ids, the most frequent first; within a bucket of positions ascending.
+    pub order: Vec<u32>,
+    /// At least one.
+    pub clusters: Vec<Cluster>,
+    /// Value of each level of the [`Scale`] as a log-probability, ascending, at most 0.
+    pub levels: Vec<f32>,
+    /// Which table codes what.
+    pub contexts: Contexts,
+    /// The code tables.
+    pub tables: Vec<Table>,
+}
+
+/// Sizes of the maps of [`Contexts`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dimensions {
+    /// Classes of clusters by gaps.
+    pub gap_classes: usize,
+    /// Classes of clusters by shapes.
+    pub shape_classes: usize,
+    /// Number of shapes.
+    pub shapes: usize,
+    /// Buckets of positions + 1.
+    pub positions: usize,
+    /// Buckets of ids left.
+    pub left: usize,
+}
+
+impl Dimensions {
+    /// The sizes for a configuration.
+    #[must_use]
+    pub fn new(
+        config: &CompactConfig,
+        gap_classes: usize,
+        shape_classes: usize,
+        shapes: usize,
+    ) -> Self {
+        Self {
+            gap_classes,
+            shape_classes,
+            shapes,
+            positions: bucket(config.vocab_size) + 1,
+            left: bucket(config.k as u32) + 1,
+        }
+    }
+
+    /// Where [`Contexts::gap`] has a context; `previous` is the previous position + 1.
+    #[must_use]
+    #[inline]
+    pub fn gap(&self, class: usize, previous: u32, left: u32) -> usize {
+        (class * self.positions + bucket(previous)) * self.left + bucket(left)
+    }
+
+    /// Where [`Contexts::level`] has a context.
+    #[must_use]
+    #[inline]
+    pub fn level(&self, shape: usize, quantiser: usize, position: u32) -> usize {
+        (shape * 2 + quantiser) * self.positions + bucket(position + 1)
+    }
+}
+
+fn corrupt<T>(message: impl Into<String>) -> Result<T> {
+    Err(CodecError::Corrupt(format!("prior: {}", message.into())))
+}
+
+impl Prior {
+    /// The sizes of the maps, from the maps.
+    #[must_use]
+    pub fn dimensions(&self) -> Dimensions {
+        let Contexts { shape, count, gap, .. } = &self.contexts;
+        let mut dimensions = Dimensions::new(&self.config, 1, shape.len(), count.len());
+        dimensions.gap_classes = gap.len() / (dimensions.positions * dimensions.left);
+        dimensions
+    }
+
+    /// Checks everything that decoding relies on.
+    ///
+    /// Fails with [`CodecError::Corrupt`].
+    pub fn validate(&self) -> Result<()> {
+        self.config.validate()?;
+        self.check_ids()?;
+        self.check_levels()?;
+        self.check_contexts()
+    }
+
+    fn check_ids(&self) -> Result<()> {
+        let vocab = self.config.vocab_size as usize;
+        if self.order.len() != vocab {
+            return corrupt(format!("{} ids in order, expected {vocab}", self.order.len()));
+        }
+        let mut seen = vec![u32::MAX; vocab];
+        check_distinct(&self.order, 0, &mut seen)
+            .or_else(|fault| corrupt(format!("order: {fault}")))?;
+        if !is_arranged(&self.order, |id| id) {
+            return corrupt("the ids of a bucket of its order do not ascend");
+        }
+        let ranks = self.ranks();
+        if !(1..=MAX_CLUSTERS).contains(&self.clusters.len()) {
+            let found = self.clusters.len();
+            return corrupt(format!("{found} clusters, expected 1 … {MAX_CLUSTERS}"));
+        }
+        for (number, cluster) in self.clusters.iter().enumerate() {
+            if cluster.list.len() > MAX_LIST {
+                let found = cluster.list.len();
+                return corrupt(format!(
+                    "cluster {number} has {found} ids, expected at most {MAX_LIST}"
+                ));
+            }
+            check_distinct(&cluster.list, number as u32 + 1, &mut seen)
+                .or_else(|fault| corrupt(format!("cluster {number}: {fault}")))?;
+            if !is_arranged(&cluster.list, |id| ranks[id as usize]) {
+                return corrupt(format!(
+                    "cluster {number}: the ids of a bucket are not in the order of all ids"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The place of each id in the order.
+    pub(super) fn ranks(&self) -> Vec<u32> {
+        let mut ranks = vec![0; self.order.len()];
+        self.order.iter().zip(0..).for_each(|(&id, rank)| ranks[id as usize] = rank);
+        ranks
+    }
+
+    fn check_levels(&self) -> Result<()> {
+        let expected = Scale::new(self.config.step).count();
+        if self.levels.len() != expected {
+            return corrupt(format!("{} levels, expected {expected}", self.levels.len()));
+        }
+        let ascending = self.levels.windows(2).all(|pair| pair[0] < pair[1]);
+        let ends = [self.levels[0], self.levels[expected - 1]];
+        if !ascending || !(-40.0..=0.0).contains(&ends[0]) || !(-40.0..=0.0).contains(&ends[1]) {
+            return corrupt("levels do not ascend within −40 … 0");
+        }
+        Ok(())
+    }
+
+    fn check_contexts(&self) -> Result<()> {
+        let Contexts { mass, gap, level, .. } = &self.contexts;
+        let sizes = self.dimensions();
+        let whole = sizes.gap_classes * sizes.positions * sizes.left;
+        let fits = (1..=MAX_CLASSES).contains(&sizes.gap_classes)
+            && (1..=MAX_CLASSES).contains(&sizes.shape_classes)
+            && (1..=MAX_SHAPES).contains(&sizes.shapes)
+            && mass.len() == sizes.shapes
+            && gap.len() == whole
+            && level.len() == sizes.shapes * 2 * sizes.positions;
+        if !fits {
+            return corrupt("the sizes of its maps do not agree, or are beyond the limits");
+        }
+        if !(1..=MAX_TABLES).contains(&self.tables.len()) {
+            let found = self.tables.len();
+            return corrupt(format!("{found} tables, expected 1 … {MAX_TABLES}"));
+        }
+        for (number, cluster) in self.clusters.iter().enumerate() {
+            if usize::from(cluster.gap_class) >= sizes.gap_classes
+                || usize::from(cluster.shape_class) >= sizes.shape_classes
+            {
+                return corrupt(format!("cluster {number} is of a class without tables"));
+            }
+        }
+        let kinds = self.kinds()?;
+        for (number, (table, kind)) in self.tables.iter().zip(kinds).enumerate() {
+            if let Some(fault) = table.fault(kind) {
+                return corrupt(format!("table {number}: {fault}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// What each table codes; none for a table that is not used.
+    pub(super) fn kinds(&self) -> Result<Vec<Option<Kind>>> {
+        let Contexts { cluster, shape, count, mass, gap, level } = &self.contexts;
+        let mut kinds = vec![None; self.tables.len()];
+        let others = [shape, count, mass, level];
+        let others =
+            others.into_iter().flatten().chain([cluster]).map(|&table| (table, Kind::Other));
+        for (table, kind) in others.chain(gap.iter().map(|&table| (table, Kind::Gap))) {
+            match kinds.get_mut(usize::from(table)) {
+                None => return corrupt(format!("table {table} of {} is used", self.tables.len())),
+                Some(known) if known.is_some_and(|known| known != kind) => {
+                    return corrupt(format!(
+                        "table {table} is used for gaps and for other numbers"
+                    ));
+                }
+                Some(known) => *known = Some(kind),
+            }
+        }
+        Ok(kinds)
+    }
+}
+
+/// Checks that ids exist and none is there twice; `seen` has the number of the last list of each.
+fn check_distinct(ids: &[u32], list: u32, seen: &mut [u32]) -> std::result::Result<(), String> {
+    for &id in ids {
+        let Some(seen) = seen.get_mut(id as usize) else {
+            return Err(format!("id {id} of a vocabulary of {}", seen.len()));
+        };
+        if *seen == list {
+            return Err(format!("id {id} is there twice"));
+        }
+        *seen = list;
+    }
+    Ok(())
+}
+
+/// The ids that are not in `first`, ascending, after it.
+fn completed(mut first: Vec<u32>, vocab: u32) -> Vec<u32> {
+    let mut known = vec![false; vocab as usize];
+    for &id in &first {
+        if let Some(known) = known.get_mut(id as usize) {
+            *known = true;
+        }
+    }
+    first.extend((0..vocab).filter(|&id| !known[id as usize]));
+    first
+}
+
+/// Serialisation: all integers little-endian, ids as in [`pack`].
+impl Prior {
+    /// The prior as bytes.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.extend_from_slice(MAGIC);
+        let config = serde_json::to_vec(&self.config.without_prior()).unwrap_or_default();
+        put(&mut out, 4, config.len());
+        out.extend_from_slice(&config);
+        // The ascending rest is not stored.
+        let rest = self.order.windows(2).rev().take_while(|pair| pair[0] < pair[1]).count() + 1;
+        let first = self.order.len().saturating_sub(rest);
+        put(&mut out, 4, first);
+        pack(&self.order[..first], |id| id, &mut out);
+        let ranks = self.ranks();
+        put(&mut out, 2, self.clusters.len());
+        for cluster in &self.clusters {
+            put(&mut out, 1, usize::from(cluster.gap_class));
+            put(&mut out, 1, usize::from(cluster.shape_class));
+            put(&mut out, 2, cluster.list.len());
+            pack(&cluster.list, |id| ranks[id as usize], &mut out);
+        }
+        put(&mut out, 2, self.levels.len());
+        self.levels.iter().for_each(|level| out.extend_from_slice(&level.to_le_bytes()));
+        let Contexts { cluster, shape, count, mass, gap, level } = &self.contexts;
+        for map in [&vec![*cluster], shape, count, mass, gap, level] {
+            put(&mut out, 4, map.len());
+            map.iter().for_each(|&table| put(&mut out, 2, usize::from(table)));
+        }
+        put(&mut out, 2, self.tables.len());
+        for Table(slots) in &self.tables {
+            // The escape is what is left of the sum.
+            let used = slots[..SYMBOLS - 1]
+                .iter()
+                .rposition(|&slots| slots > 0)
+                .map_or(0, |last| last + 1);
+            put(&mut out, 1, used);
+            slots[..used].iter().for_each(|&slots| put(&mut out, 2, usize::from(slots)));
+        }
+        out
+    }
+
+    /// Reads and validates a prior.
+    ///
+    /// Fails with [`CodecError::Corrupt`] or [`CodecError::Truncated`].
+    pub fn from_bytes(data: &[u8]) -> Result<Self> {
+        let mut input = Input { data, read: 0 };
+        if input.take(MAGIC.len(), "its first bytes")? != MAGIC {
+            return corrupt(format!("does not begin with {:?}", MAGIC.escape_ascii().to_string()));
+        }
+        let length = input.number(4, "the length of its configuration")?;
+        if length > 4096 {
+            return corrupt(format!("a configuration of {length} bytes"));
+        }
+        let config = input.take(length, "its configuration")?;
+        let config = std::str::from_utf8(config)
+            .map_err(|error| CodecError::Corrupt(format!("prior: its configuration: {error}")))?;
+        let config = CompactConfig::from_json(config)
+            .map_err(|error| CodecError::Corrupt(format!("prior: its configuration: {error}")))?;
+        if config.prior.is_some() {
+            return corrupt("its configuration names a prior");
+        }
+        let vocab = config.vocab_size;
+        let first = input.counted(4, vocab as usize, "ids in order")?;
+        let first = input.list(first, |id| (id < vocab).then_some(id))?;
+        let order = completed(first, vocab);
+        let count = input.counted(2, MAX_CLUSTERS, "clusters")?;
+        let mut clusters = Vec::new();
+        for _ in 0..count {
+            let gap_class = input.number(1, "a cluster")? as u8;
+            let shape_class = input.number(1, "a cluster")? as u8;
+            let length = input.counted(2, MAX_LIST, "ids of a cluster")?;
+            let list = input.list(length, |rank| order.get(rank as usize).copied())?;
+            clusters.push(Cluster { list, gap_class, shape_class });
+        }
+        let count = input.counted(2, MAX_LEVELS, "levels")?;
+        let levels = input.numbers(count, 4, "levels")?.into_iter().map(f32::from_bits).collect();
+        let mut map = |what| -> Result<Vec<u16>> {
+            let most = MAX_CLASSES * 64 * 64;
+            let count = input.counted(4, most, what)?;
+            Ok(input.numbers(count, 2, what)?.into_iter().map(|table| table as u16).collect())
+        };
+        let cluster = map("the table of clusters")?;
+        let [cluster] = cluster[..] else {
+            return corrupt(format!("{} tables of clusters, expected 1", cluster.len()));
+        };
+        let contexts = Contexts {
+            cluster,
+            shape: map("tables of shapes")?,
+            count: map("tables of counts")?,
+            mass: map("tables of masses")?,
+            gap: map("tables of gaps")?,
+            level: map("tables of levels")?,
+        };
+        let count = input.counted(2, MAX_TABLES, "tables")?;
+        let tables = (0..count).map(|_| input.table()).collect::<Result<_>>()?;
+        if input.read != data.len() {
+            let (expected, found) = (input.read, data.len());
+            return Err(CodecError::Truncated { what: "prior".to_owned(), found, expected });
+        }
+        let prior = Self { config, order, clusters, levels, contexts, tables };
+        prior.validate()?;
+        Ok(prior)
+    }
+}
+
+fn put(out: &mut Vec<u8>, size: usize, number: usize) {
+    out.extend_from_slice(&(number as u64).to_le_bytes()[..size]);
+}
+
+/// Bytes that are being read.
+struct Input<'a> {
+    data: &'a [u8],
+    read: usize,
+}
+
+impl<'a> Input<'a> {
+    fn take(&mut self, count: usize, what: &str) -> Result<&'a [u8]> {
+        let Some(bytes) = self.data[self.read..].get(..count) else {
+            return Err(CodecError::Truncated {
+                what: format!("prior: {what}"),
+                found: self.data.len() - self.read,
+                expected: count,
+            });
+        };
+        self.read += count;
+        Ok(bytes)
+    }
+
+    fn number(&mut self, size: usize, what: &str) -> Result<usize> {
+        Ok(little_endian(self.take(size, what)?) as usize)
+    }
+
+    /// A count, which has a limit.
+    fn counted(&mut self, size: usize, most: usize, what: &str) -> Result<usize> {
+        let count = self.number(size, what)?;
+        if count > most {
+            corrupt(format!("{count} {what}, expected at most {most}"))
+        } else {
+            Ok(count)
+        }
+    }
+
+    fn numbers(&mut self, count: usize, size: usize, what: &str) -> Result<Vec<u32>> {
+        Ok(self.take(count * size, what)?.chunks(size).map(little_endian).collect())
+    }
+
+    fn list(&mut self, length: usize, order: impl Fn(u32) -> Option<u32>) -> Result<Vec<u32>> {
+        let mut rest = &self.data[self.read..];
+        let list = unpack(&mut rest, length, order)?;
+        self.read = self.data.len() - rest.len();
+        Ok(list)
+    }
+
+    fn table(&mut self) -> Result<Table> {
+        let used = self.counted(1, SYMBOLS - 1, "symbols of a table")?;
+        let mut slots = [0; SYMBOLS];
+        let mut left = super::tables::SLOTS as u32;
+        for (slots, number) in slots.iter_mut().zip(self.numbers(used, 2, "a table")?) {
+            *slots = number as u16;
+            left = left.saturating_sub(number);
+        }
+        if used > 0 && slots[used - 1] == 0 {
+            return corrupt("a table ends with a symbol without a slot");
+        }
+        slots[SYMBOLS - 1] = left as u16;
+        Ok(Table(slots))
+    }
+}
+
+fn little_endian(bytes: &[u8]) -> u32 {
+    bytes.iter().rev().fold(0, |number, &byte| number << 8 | u32::from(byte))
+}

@@ -1,0 +1,275 @@
+//! Code tables: how likely each symbol is, and the automata that read and write symbols by it.
+//!
+//! The code is an asymmetric numeral system in its table form (tANS): a state of [`SLOTS_LOG`] bits
+//! stands for a symbol, and the bits that follow for the next state.
+
+use super::numbers::{ESCAPE, ESCAPE_BITS, Kind, SYMBOLS};
+
+/// The logarithm of [`SLOTS`].
+pub const SLOTS_LOG: u32 = 10;
+/// The sum of a table's frequencies.
+pub const SLOTS: usize = 1 << SLOTS_LOG;
+/// Slots between two of a symbol; odd, so that every slot is met.
+const SPREAD: usize = (SLOTS >> 1) + (SLOTS >> 3) + 3;
+
+/// Frequencies of the symbols: they sum to [`SLOTS`], and the escape has at least one. A number
+/// whose symbol has none is written as an escape.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Table(pub [u16; SYMBOLS]);
+
+impl Table {
+    /// The table that codes symbols that occurred this often in the fewest bits.
+    #[must_use]
+    pub fn from_counts(counts: &[u64; SYMBOLS], kind: Kind) -> Self {
+        let total: u64 = counts.iter().sum();
+        let mut table = [0; SYMBOLS];
+        table[ESCAPE] = 1;
+        if total == 0 {
+            table[0] += SLOTS as u16 - 1;
+            return Self(table);
+        }
+        let mut counts = counts.map(|count| count as f64);
+        let mut left = SLOTS - 1;
+        for symbol in 0..ESCAPE {
+            let count = counts[symbol];
+            // A symbol that is rarer than this costs more by its slot than by escapes.
+            let share = count / total as f64 * SLOTS as f64;
+            let bits = f64::from(ESCAPE_BITS - kind.extra_bits(symbol).min(ESCAPE_BITS));
+            if count == 0.0 || !kind.is_used(symbol) || share * bits < 1.5 {
+                counts[ESCAPE] += count;
+                counts[symbol] = 0.0;
+                continue;
+            }
+            table[symbol] = (share as usize).clamp(1, left.max(1)) as u16;
+        }
+        left += 1;
+        let mut used: usize = table.iter().map(|&slots| usize::from(slots)).sum();
+        // The next slot goes where it saves most, or is taken where it costs least.
+        let saved = |symbol: usize, slots: u16| {
+            counts[symbol] * libm::log2(f64::from(slots + 1) / f64::from(slots))
+        };
+        while used < left {
+            let best = (0..SYMBOLS)
+                .filter(|&symbol| table[symbol] > 0)
+                .max_by(|&a, &b| saved(a, table[a]).total_cmp(&saved(b, table[b])));
+            table[best.unwrap_or(ESCAPE)] += 1;
+            used += 1;
+        }
+        while used > left {
+            let best = (0..SYMBOLS)
+                .filter(|&symbol| table[symbol] > 1)
+                .min_by(|&a, &b| saved(a, table[a] - 1).total_cmp(&saved(b, table[b] - 1)));
+            table[best.unwrap_or(ESCAPE)] -= 1;
+            used -= 1;
+        }
+        Self(table)
+    }
+
+    /// Why it is no table, or nothing.
+    pub(super) fn fault(&self, kind: Option<Kind>) -> Option<String> {
+        let total: u32 = self.0.iter().map(|&slots| u32::from(slots)).sum();
+        if total != SLOTS as u32 {
+            return Some(format!("its frequencies sum to {total}, expected {SLOTS}"));
+        }
+        if self.0[ESCAPE] == 0 {
+            return Some("it has no escape".to_owned());
+        }
+        let unknown = kind.and_then(|kind| {
+            (0..SYMBOLS).find(|&symbol| self.0[symbol] > 0 && !kind.is_used(symbol))
+        });
+        unknown.map(|symbol| format!("it has symbol {symbol}, which no number has"))
+    }
+
+    /// The symbol that a number is written with.
+    #[must_use]
+    #[inline]
+    pub fn symbol(&self, number: u32, kind: Kind) -> usize {
+        let symbol = kind.symbol(number);
+        if self.0[symbol] > 0 { symbol } else { ESCAPE }
+    }
+
+    /// Bits of each symbol, its extra bits included; those of an escape for symbols without a slot.
+    #[must_use]
+    pub fn costs(&self, kind: Kind) -> [f32; SYMBOLS] {
+        let bits = |symbol: usize| {
+            let slots = f64::from(self.0[symbol]);
+            (f64::from(SLOTS_LOG) - libm::log2(slots)) as f32
+                + kind.extra_bits(symbol).min(ESCAPE_BITS) as f32
+        };
+        std::array::from_fn(|symbol| if self.0[symbol] > 0 { bits(symbol) } else { bits(ESCAPE) })
+    }
+
+    /// The symbol of every state.
+    fn spread(&self) -> [u8; SLOTS] {
+        let mut symbols = [0; SLOTS];
+        let mut slot = 0;
+        for (symbol, &slots) in self.0.iter().enumerate() {
+            for _ in 0..slots {
+                symbols[slot] = symbol as u8;
+                slot = (slot + SPREAD) % SLOTS;
+            }
+        }
+        symbols
+    }
+
+    /// The entries of a decoder, one a state.
+    pub(super) fn entries(&self, kind: Kind) -> [Entry; SLOTS] {
+        let mut next = self.0.map(u32::from);
+        self.spread().map(|symbol| {
+            let state = next[usize::from(symbol)];
+            next[usize::from(symbol)] += 1;
+            let bits = SLOTS_LOG - state.ilog2();
+            let base = (state << bits) - SLOTS as u32;
+            let extra = kind.extra_bits(usize::from(symbol));
+            Entry(base | bits << 10 | u32::from(symbol) << 14 | extra << 20)
+        })
+    }
+
+    /// The automaton that writes.
+    pub(super) fn writer(&self, kind: Kind) -> Writer {
+        let mut starts = [0; SYMBOLS];
+        let mut total = 0;
+        for (start, &slots) in starts.iter_mut().zip(&self.0) {
+            *start = total;
+            total += slots;
+        }
+        let mut next = starts;
+        let mut states = [0; SLOTS];
+        for (slot, symbol) in self.spread().into_iter().enumerate() {
+            let place = &mut next[usize::from(symbol)];
+            states[usize::from(*place)] = slot as u16;
+            *place += 1;
+        }
+        Writer {
+            slots: self.0,
+            starts,
+            states,
+            extra: std::array::from_fn(|symbol| {
+                if kind.is_used(symbol) { kind.extra_bits(symbol) as u8 } else { 0 }
+            }),
+        }
+    }
+}
+
+/// What a state means: 10 bits of the next state's base, 4 of how many bits are added to it, 6 of
+/// the symbol, 5 of its extra bits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Entry(u32);
+
+impl Entry {
+    #[inline(always)]
+    pub(super) const fn base(self) -> u32 {
+        self.0 & 0x3ff
+    }
+
+    #[inline(always)]
+    pub(super) const fn bits(self) -> u32 {
+        self.0 >> 10 & 15
+    }
+
+    #[inline(always)]
+    pub(super) const fn symbol(self) -> usize {
+        (self.0 >> 14 & 63) as usize
+    }
+
+    #[inline(always)]
+    pub(super) const fn extra(self) -> u32 {
+        self.0 >> 20
+    }
+}
+
+/// Writes symbols of a table, last one first.
+#[derive(Debug, Clone)]
+pub(super) struct Writer {
+    slots: [u16; SYMBOLS],
+    starts: [u16; SYMBOLS],
+    states: [u16; SLOTS],
+    extra: [u8; SYMBOLS],
+}
+
+impl Writer {
+    /// Changes the state to one that means the number's symbol, after which `state` comes again.
+    /// Returns the bits to write, and how many.
+    #[inline]
+    pub(super) fn write(&self, state: &mut u32, number: u32, kind: Kind) -> (u64, u32) {
+        let mut symbol = kind.symbol(number);
+        if self.slots[symbol] == 0 {
+            symbol = ESCAPE;
+        }
+        let slots = u32::from(self.slots[symbol]);
+        let full = *state + SLOTS as u32;
+        let most = SLOTS_LOG - slots.ilog2();
+        let bits = most - u32::from(full < slots << most);
+        let low = full & ((1 << bits) - 1);
+        let slot = u32::from(self.starts[symbol]) + (full >> bits) - slots;
+        *state = u32::from(self.states[slot as usize]);
+        let extra = u32::from(self.extra[symbol]);
+        let rest = u64::from(number & ((1 << extra) - 1));
+        // Bases are multiples of their symbols' range, so the low bits are what is left.
+        (u64::from(low) | rest << bits, bits + extra)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(numbers: &[u32], kind: Kind) -> [u64; SYMBOLS] {
+        let mut counts = [0; SYMBOLS];
+        for &number in numbers {
+            counts[kind.symbol(number)] += 1;
+        }
+        counts
+    }
+
+    fn numbers() -> Vec<u32> {
+        let mut state = 7u32;
+        (0..3000)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) >> ((state >> 3) % 25)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let numbers = numbers();
+        for kind in [Kind::Gap, Kind::Other] {
+            for known in [0, 1, 30, numbers.len()] {
+                let table = Table::from_counts(&counts(&numbers[..known], kind), kind);
+                assert_eq!(table.fault(Some(kind)), None);
+                let (writer, entries) = (table.writer(kind), table.entries(kind));
+                let mut state = 0;
+                let mut written: Vec<_> = numbers
+                    .iter()
+                    .rev()
+                    .map(|&number| writer.write(&mut state, number, kind))
+                    .collect();
+                for &number in &numbers {
+                    let (bits, count) = written.pop().expect("as many as numbers");
+                    let entry = entries[state as usize];
+                    assert_eq!(entry.bits() + entry.extra(), count);
+                    state = entry.base() + (bits as u32 & ((1 << entry.bits()) - 1));
+                    assert_eq!(kind.base(entry.symbol()) + (bits >> entry.bits()) as u32, number);
+                }
+                assert_eq!(state, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_table_is_close_to_the_entropy() {
+        let kind = Kind::Other;
+        let counts = counts(&numbers(), kind);
+        let costs = Table::from_counts(&counts, kind).costs(kind);
+        let total: u64 = counts.iter().sum();
+        let (mut bits, mut entropy) = (0.0, 0.0);
+        for (symbol, &count) in counts.iter().enumerate().filter(|(_, count)| **count > 0) {
+            let share = count as f64 / total as f64;
+            bits += share * f64::from(costs[symbol]);
+            entropy += share * (f64::from(kind.extra_bits(symbol)) - share.log2());
+        }
+        assert!(bits < entropy + 0.01, "{bits} bits a number, {entropy} at best");
+    }
+}

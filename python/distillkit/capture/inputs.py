@@ -39,6 +39,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_SAMPLE_K = 128
+
 
 @dataclass(frozen=True)
 class CaptureInputs:
@@ -104,6 +106,16 @@ class CaptureInputs:
         """What is kept of the teacher's distributions."""
         settings, k = self.settings, self.codec.k
         return RowRequest(k, settings.token_ids(self.tokenizer, k), settings.label_logprobs, settings.last_row)
+
+    def sample_k(self, k: int) -> int:
+        """Number of ids per row that the prior of a codec with so many is learned from.
+
+        Rows are told apart by their first ids, whatever number of them is stored: with 128, `compact-50` takes 1% fewer
+        bytes than with 50. Other engines are started for as many ids as are stored.
+        """
+        if self.settings.engine != "hf" or self.settings.keep_ids:
+            return k
+        return max(k, min(_SAMPLE_K, self.head_size))
 
     @property
     def append_eos(self) -> bool:
@@ -171,6 +183,7 @@ class CaptureInputs:
             kept=reader.kept,
             counts=lambda: reader.counts,
             sampled_rows=self.sampled_rows,
+            sample_k=self.sample_k(self.codec.k),
         )
         if not plan.shards:
             plan.remove()
@@ -333,9 +346,9 @@ def sampled_tokens(plan: ShardPlan, number: int) -> int:
     return shard.tokens * plan.sample[number] // shard.documents
 
 
-def sample_bytes(plan: ShardPlan, k: int) -> int:
+def sample_bytes(plan: ShardPlan) -> int:
     """About how many bytes the rows take that the prior is learned from, until their shards are complete."""
-    return sum(sampled_tokens(plan, number) for number in plan.sample) * k * BYTES_A_VALUE
+    return sum(sampled_tokens(plan, number) for number in plan.sample) * plan.sample_k * BYTES_A_VALUE
 
 
 def check_disk_space(plan: ShardPlan, codec: Codec, settings: CaptureSettings, numbers: Sequence[int]) -> None:
@@ -347,7 +360,7 @@ def check_disk_space(plan: ShardPlan, codec: Codec, settings: CaptureSettings, n
     free = plan.folder.free_bytes()
     tokens = sum(plan.shards[number].tokens for number in numbers)
     needed = tokens * stored_bytes_per_token(codec, settings)
-    kept = sample_bytes(plan, codec.k) if plan.header.teacher is None else 0
+    kept = sample_bytes(plan) if plan.header.teacher is None else 0
     if free is not None and needed + kept > free:
         learning = f", the distributions that the prior is learned from {human_bytes(kept)}" if kept else ""
         raise CaptureError(

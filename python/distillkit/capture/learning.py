@@ -132,7 +132,7 @@ def score_sample(
     """Score the sampled documents of a shard and keep their rows.
 
     Args:
-        teacher, request, skip_bad, progress: as for `capture_shards`.
+        teacher, request, skip_bad, progress: as for `capture_shards`; the plan decides how many ids are kept.
         plan: decides which documents.
         number: which shard.
         header: header of the shards, with the teacher.
@@ -142,6 +142,7 @@ def score_sample(
         OSError: the rows cannot be written.
     """
     documents, times = plan.read(number)[: plan.sample[number]], StageTimes()
+    request = replace(request, k=plan.sample_k)
     codec, found = header.make_codec(), dict[int, ScoredOrRejected]()
     clock = time.perf_counter()
     for result in teacher.score(documents, request):

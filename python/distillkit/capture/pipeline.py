@@ -132,10 +132,11 @@ def _results(
     """
     sampled = plan.sample.get(number, 0)
     if sampled:
+        wide = replace(request, k=plan.sample_k)
         kept = read_rows(plan, number)
         if kept is not None:
             replace(header, codec=kept.header.codec).check_same(kept.header, where=str(plan.inside))
-        yield from teacher.score(documents[:sampled], request) if kept is None else kept.results
+        yield from teacher.score(documents[:sampled], wide) if kept is None else kept.results
     if sampled < len(documents):
         for result in teacher.score(documents[sampled:], request):
             yield replace(result, index=result.index + sampled)

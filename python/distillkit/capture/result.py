@@ -112,7 +112,7 @@ class CaptureReport(Shown):
                 "shards",
                 f"{self.shards:,}" + (f", {self.unfinished_shards:,} missing" if self.unfinished_shards else ""),
             ),
-            ("size", f"{human_bytes(self.disk_bytes)}, {self.bytes_per_token:g} bytes per token"),
+            ("size", f"{human_bytes(self.disk_bytes)}, {self.bytes_per_token:.4g} bytes per token"),
         ]
         if self.kl_mean is not None and self.kl_p99 is not None:
             rows.append(("fidelity", f"KL mean {self.kl_mean:.2e}, p99 {self.kl_p99:.2e} nats"))

@@ -123,6 +123,7 @@ class ShardPlan:
         kept: schema of the source columns copied to the documents.
         source: JSON-able value that changes if the source's content changes.
         sample: how many leading documents of which shards the codec's prior is learned from; empty if none is learned.
+        sample_k: number of ids per row that it is learned from.
     """
 
     folder: Folder
@@ -132,6 +133,7 @@ class ShardPlan:
     kept: pa.Schema
     source: Any
     sample: Mapping[int, int] = field(default_factory=dict)
+    sample_k: int = 0
 
     @property
     def documents(self) -> int:
@@ -301,6 +303,7 @@ def make_plan(
     kept: pa.Schema,
     counts: Callable[[], Mapping[str, int]],
     sampled_rows: int = 0,
+    sample_k: int = 0,
 ) -> ShardPlan:
     """Write a plan.
 
@@ -313,6 +316,7 @@ def make_plan(
         kept: schema of the source columns copied to the documents.
         counts: returns what was left out; called after `documents` are exhausted.
         sampled_rows: from about how many rows, evenly spread over the text, the codec's prior is learned.
+        sample_k: number of ids per row that it is learned from.
 
     Raises:
         OSError: the plan cannot be written.
@@ -327,7 +331,7 @@ def make_plan(
         rows_of.append(np.cumsum([header.rows_of(len(document.input_ids)) for document in members]))
     kept = stored_schema(kept)
     sample = _sample(rows_of, sampled_rows)
-    plan = ShardPlan(folder, header, tuple(shards), dict(counts()), kept, source, sample)
+    plan = ShardPlan(folder, header, tuple(shards), dict(counts()), kept, source, sample, sample_k)
     content = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -336,7 +340,7 @@ def make_plan(
         "counts": plan.counts,
         "kept": base64.b64encode(kept.serialize().to_pybytes()).decode(),
         "source": source,
-        **({"sample": sorted(sample.items())} if sample else {}),
+        **({"sample": {"k": sample_k, "documents": sorted(sample.items())}} if sample else {}),
     }
     # Written last, so that a plan is only recognised once it is complete.
     write_json(inside, _PLAN, content)
@@ -372,7 +376,7 @@ def read_plan(folder: Folder) -> ShardPlan | None:
             {str(name): int(count) for name, count in content["counts"].items()},
             pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["kept"]))),
             content["source"],
-            _sampled(content.get("sample", []), content["shards"]),
+            *_sampled(content.get("sample"), content["shards"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
         raise CorruptDataError(f"{place} is not a capture's plan: {error!r}") from error
@@ -385,13 +389,17 @@ def _planned(entry: Mapping[str, Any]) -> PlannedShard:
     return shard
 
 
-def _sampled(entries: Any, shards: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    sample = dict(entries)
+def _sampled(entry: Any, shards: Sequence[Mapping[str, Any]]) -> tuple[dict[int, int], int]:
+    if entry is None:
+        return {}, 0
+    sample, k = dict(entry["documents"]), entry["k"]
+    if type(k) is not int or k < 1:
+        raise ValueError(f"{k!r:.200} is not a number of ids")
     for number, documents in sample.items():
         known = type(number) is type(documents) is int and 0 <= number < len(shards)
         if not known or not 0 < documents <= shards[number]["documents"]:
             raise ValueError(f"{number!r:.200}, {documents!r:.200} are not documents of a shard")
-    return sample
+    return sample, k
 
 
 def _sample(rows_of: Sequence[npt.NDArray[np.int64]], rows: int) -> dict[int, int]:

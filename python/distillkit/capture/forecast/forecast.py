@@ -27,7 +27,7 @@ from distillkit.capture.settings import DEFAULT_PRESET, CaptureSettings
 from distillkit.capture.shard_plan import PRIOR_RECEIPT
 from distillkit.capture.teachers.hf import load_config
 from distillkit.codec import PRESETS, Codec, CodecConfig, Prior, preset
-from distillkit.console import duration, human_bytes
+from distillkit.console import duration, human_bytes, number_of
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.memory import available_memory, peak_memory
 from distillkit.shards.lock import CAPTURE_FOLDER
@@ -195,6 +195,8 @@ class Forecast(Shown):
             fits = "" if codec.fits is not False else ", DOES NOT FIT"
             label = f"{'→ ' if codec.chosen else ''}{codec.name}, k {codec.k}"
             rows.append((label, f"{human_bytes(codec.left_bytes.value)}{known}{fits}"))
+        if self.learning is not None:
+            rows.append(("prior", f"learned from {number_of(self.learning.rows, 'distribution')}"))
         if self.memory.teacher:
             rows.append(("memory", f"{human_bytes(self.memory.least)} on {self.memory.device}"))
         if self.speed is not None:
@@ -250,7 +252,7 @@ def _forecast_one(
         settings.dataset,
         str(folder),
         text,
-        [_sized(settings, name, Codec(config), text, rows, room) for name, config in configs.items()],
+        [_sized(inputs, name, Codec(config), text, rows, room) for name, config in configs.items()],
         left_out,
         _memory(inputs, text, request.k),
         free,
@@ -318,11 +320,11 @@ def _rows_to_learn_from(settings: CaptureSettings, folder: Folder, text: TextFor
 
 
 def _sized(
-    settings: CaptureSettings, name: str, codec: Codec, text: TextForecast, rows: int, room: int | None
+    inputs: CaptureInputs, name: str, codec: Codec, text: TextForecast, rows: int, room: int | None
 ) -> CodecForecast:
     """The disk space of a codec, whose prior is learned from so many rows if it has one."""
-    plan = _PLAN_BYTES if text.sampled_rows else 0
-    kept = 0 if codec.is_fixed else rows * codec.k * KEPT_BYTES_A_VALUE
+    settings, plan = inputs.settings, _PLAN_BYTES if text.sampled_rows else 0
+    kept = 0 if codec.is_fixed else rows * inputs.sample_k(codec.k) * KEPT_BYTES_A_VALUE
     left = text.left_tokens.times(stored_bytes_per_token(codec, settings) + plan)
     return CodecForecast(
         name=name,
@@ -409,7 +411,7 @@ def _timed_learning(
     learning: LearningForecast, inputs: CaptureInputs, scored: Sequence[SparseLogprobs]
 ) -> LearningForecast:
     """Add how long learning takes, from the time that it takes with the rows of the short run."""
-    k = inputs.codec.k
+    k = inputs.sample_k(inputs.codec.k)
     ids, logprobs = (np.concatenate([getattr(rows, name)[:, :k] for rows in scored]) for name in ("ids", "logprobs"))
     clock = time.perf_counter()
     Prior.learn(inputs.codec.config, SparseLogprobs(ids, logprobs))

@@ -37,7 +37,8 @@ class KeptRows:
 
     Attributes:
         header: header of the shards, with the teacher; it names no prior yet.
-        results: the documents' results, in the documents' order.
+        results: the documents' results, in the order in which the teacher gave them: sums over them then have the same
+            bytes as if it had just scored them.
     """
 
     header: Header
@@ -92,11 +93,12 @@ def read_rows(plan: ShardPlan, number: int) -> KeptRows | None:
 
 
 def _described(result: ScoredOrRejected) -> dict[str, Any]:
-    """Number of rows and of labels, or the reason of a refusal."""
+    """Which document, and its number of rows and of labels, or the reason of its refusal."""
     if isinstance(result, RejectedDocument):
-        return {"rejected": result.reason}
+        return {"index": result.index, "rejected": result.reason}
     labels = result.label_logprobs
-    return {"rows": len(result.rows.ids), "labels": None if labels is None else len(labels)}
+    counts = {"rows": len(result.rows.ids), "labels": None if labels is None else len(labels)}
+    return {"index": result.index, **counts}
 
 
 def _parsed(plan: ShardPlan, number: int, content: dict[str, Any], data: bytes) -> KeptRows:
@@ -109,7 +111,8 @@ def _parsed(plan: ShardPlan, number: int, content: dict[str, Any], data: bytes) 
     if found != content["xxh3_128"]:
         raise CorruptDataError(f"the hash is {found}, expected {content['xxh3_128']!r:.200}")
     documents, k = content["documents"], content["k"]
-    if content["planned"] != plan.shards[number].xxh3_128 or len(documents) != plan.sample.get(number):
+    indices = [each["index"] for each in documents]
+    if content["planned"] != plan.shards[number].xxh3_128 or sorted(indices) != [*range(plan.sample.get(number, 0))]:
         raise CorruptDataError("they are of other documents than those planned")
     described = [each for each in documents if "rejected" not in each]
     rows, labels = [each["rows"] for each in described], [each["labels"] or 0 for each in described]
@@ -123,7 +126,7 @@ def _parsed(plan: ShardPlan, number: int, content: dict[str, Any], data: bytes) 
     labels_T = np.frombuffer(data, "<f4", sum(labels), BYTES_A_VALUE * values)
     results: list[ScoredOrRejected] = []
     row = label = 0
-    for index, each in enumerate(documents):
+    for index, each in zip(indices, documents, strict=True):
         if "rejected" in each:
             results.append(RejectedDocument(index, str(each["rejected"])))
             continue

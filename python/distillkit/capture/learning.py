@@ -160,7 +160,7 @@ def score_sample(
     rejected = [result for result in found.values() if isinstance(result, RejectedDocument)]
     if len(rejected) > skip_bad:
         raise too_many_left_out(rejected[-1].reason, skip_bad)
-    write_rows(plan, number, KeptRows(header, tuple(found[index] for index in range(len(documents)))))
+    write_rows(plan, number, KeptRows(header, tuple(found.values())))
     return times
 
 

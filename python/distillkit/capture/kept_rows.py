@@ -121,8 +121,8 @@ def _parsed(plan: ShardPlan, number: int, content: dict[str, Any], data: bytes) 
     values = sum(rows) * k
     if len(data) != values * BYTES_A_VALUE + 4 * sum(labels):
         raise CorruptDataError(f"{len(data)} bytes, expected {sum(rows)} rows of {k} ids")
-    ids_Nk = np.frombuffer(data, "<u4", values).reshape(-1, k)
-    logprobs_Nk = np.frombuffer(data, "<f4", values, 4 * values).reshape(-1, k)
+    ids_Nk = np.frombuffer(data, "<u4", values).reshape(sum(rows), k)
+    logprobs_Nk = np.frombuffer(data, "<f4", values, 4 * values).reshape(sum(rows), k)
     labels_T = np.frombuffer(data, "<f4", sum(labels), BYTES_A_VALUE * values)
     results: list[ScoredOrRejected] = []
     row = label = 0

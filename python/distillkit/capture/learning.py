@@ -93,7 +93,10 @@ def with_learned_prior(plan: ShardPlan) -> ShardPlan | None:
     if plan.inside.size(PRIOR_RECEIPT) is None:
         return None
     place = plan.inside.of(PRIOR_RECEIPT)
-    header = Header.from_dict(read_json(plan.inside, PRIOR_RECEIPT).get("header"), where=place)
+    try:
+        header = Header.from_dict(read_json(plan.inside, PRIOR_RECEIPT).get("header"), where=place)
+    except CorruptDataError as error:
+        raise CorruptDataError(f"{error}: {plan.starting_over}") from error
     data = plan.folder.read(PRIOR)
     found = None if data is None else xxhash.xxh3_128_hexdigest(data)
     if found != header.prior:

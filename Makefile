@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 UV := UV_NATIVE_TLS=1 $(BIN)/python -m uv pip
 RUST := Cargo.toml Cargo.lock $(shell find rust/codec rust/python -name '*.rs' -o -name 'Cargo.toml')
 
-.PHONY: help setup demo docs test test-fast attack test-lowest test-vllm test-emulated fuzz miri lint bench bench-docs wheel clean
+.PHONY: help setup demo docs test test-fast attack test-lowest test-vllm test-emulated fuzz miri lint bench bench-docs wheel gpu gpu-wheels clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -136,6 +136,26 @@ wheel: setup ## Build a wheel in dist/ for all Linux systems since 2018
 	$(UV) install --quiet --python $(BIN)/python 'maturin[zig]>=1.9.4,<2'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/maturin build --release --zig --compatibility manylinux_2_28 --out dist
 
+# The machine needs PyTorch for CUDA and nothing else; it need not have a network. `make gpu PYTHON=.venv/bin/python`
+# takes an environment that has everything.
+gpu: ## Measure on a GPU for at most 8 minutes, into gpu-results/ (PYTHON has PyTorch; the rest is from `make gpu-wheels`)
+	$(PYTHON) benches/gpu.py $(if $(wildcard gpu-wheels/*.whl),--wheels gpu-wheels)
+
+# What a machine with PyTorch has, or what this project uses too little of to carry it: more than half of the bytes.
+GPU_TORCH ?= 2.11.0
+GPU_PYTHON ?= 3.12
+GPU_HAS := nvidia-|cuda-|torch=|triton=|numpy=|pyarrow=|pandas=|matplotlib=|contourpy=|fonttools=|kiwisolver=|pillow=|sympy=|networkx=|setuptools=
+gpu-wheels: wheel ## Collect in gpu-wheels/ what `make gpu` needs besides PyTorch (GPU_TORCH, GPU_PYTHON: its versions)
+	@rm -rf gpu-wheels && mkdir gpu-wheels
+	@echo 'torch==$(GPU_TORCH)' > gpu-wheels/constraints.txt
+	@printf '%s\n' liger-kernel 'pytest>=9' 'hypothesis>=6.100' > gpu-wheels/besides.txt
+	$(UV) compile --quiet pyproject.toml gpu-wheels/besides.txt --extra train --extra capture --no-annotate --no-header \
+		--constraint gpu-wheels/constraints.txt --python-version $(GPU_PYTHON) --python-platform x86_64-manylinux_2_28 \
+		| grep -vE '^($(GPU_HAS))' > gpu-wheels/requirements.txt
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --dest gpu-wheels \
+		$(foreach glibc,2_28 2_27 2_24 2_17,--platform manylinux_$(glibc)_x86_64) --requirement gpu-wheels/requirements.txt
+	cp dist/distillkit-*-manylinux_2_28_x86_64.whl gpu-wheels/
+
 clean: ## Remove everything that the other targets made
 	cargo clean
-	rm -rf .venv .venv-lowest .venv-vllm dist demo-output
+	rm -rf .venv .venv-lowest .venv-vllm dist demo-output gpu-wheels gpu-results

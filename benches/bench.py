@@ -26,17 +26,12 @@ from sample import benchmark_sample
 
 from distillkit import __version__
 from distillkit.bench.fidelity import measure_fidelity
+from distillkit.bench.machine import machine
 from distillkit.bench.sample import Sample, bundled_sample
-from distillkit.bench.speed import (
-    DENSE_VOCABULARY,
-    PACKED_ROWS,
-    SpeedRow,
-    machine,
-    measure_decoding,
-    measure_speed,
-)
+from distillkit.bench.speed import DENSE_VOCABULARY, PACKED_ROWS, SpeedRow, measure_decoding, measure_speed
 from distillkit.bench.tables import csv_rows, fidelity_table, speed_table, write_csv
-from distillkit.codec import PRESETS, CodecConfig, codec_config, preset
+from distillkit.codec import CodecConfig, codec_config, preset
+from distillkit.codec.presets import FIXED_PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,7 +56,7 @@ Writer = Callable[[str, Sequence[Mapping[str, Any]]], None]
 def configurations(vocab_size: int) -> dict[str, CodecConfig]:
     """Every preset and every recorded configuration, by name; of those that are the same, the first."""
     cases = json.loads((ROOT / "tests" / "golden" / "cases.json").read_text())
-    named: dict[str, CodecConfig] = {name: preset(name, vocab_size=vocab_size) for name in PRESETS}
+    named: dict[str, CodecConfig] = {name: preset(name, vocab_size=vocab_size) for name in FIXED_PRESETS}
     named |= {name: codec_config(case["config"]) for name, case in cases.items()}
     kept: dict[str, CodecConfig] = {}
     for name, config in named.items():
@@ -96,7 +91,7 @@ def bench_fidelity(sample: Sample, write: Writer) -> None:
     print_tables(fidelity_table(rows, sample))
     write("fidelity", csv_rows(rows, {"sample": sample.about}))
     bundled = bundled_sample()
-    presets = {name: preset(name, vocab_size=bundled.vocab_size) for name in PRESETS}
+    presets = {name: preset(name, vocab_size=bundled.vocab_size) for name in FIXED_PRESETS}
     rows = list(measure_fidelity(bundled, presets))
     print_tables(fidelity_table(rows, bundled))
     write("bundled", csv_rows(rows, {"sample": bundled.about}))
@@ -113,7 +108,9 @@ def bench_speed(sample: Sample, write: Writer) -> None:
 
 def bench_decode(sample: Sample, write: Writer) -> None:
     """Decoding of every preset in turn, and again, with the spread of the runs."""
-    runs = [list(measure_decoding(sample, list(PRESETS), vocab_size=sample.vocab_size)) for _ in range(DECODE_RUNS)]
+    runs = [
+        list(measure_decoding(sample, list(FIXED_PRESETS), vocab_size=sample.vocab_size)) for _ in range(DECODE_RUNS)
+    ]
     lines: list[dict[str, Any]] = []
     for same in zip(*runs, strict=True):
         line: dict[str, Any] = {"work": same[0].work, "rows": same[0].rows, "bytes_per_token": same[0].bytes_per_token}

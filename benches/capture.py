@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from distillkit.bench.speed import machine
+from distillkit.bench.machine import machine
 from distillkit.capture import CaptureSettings
 from distillkit.capture.inputs import CaptureInputs
 from distillkit.capture.pipeline import StageTimes, capture_shards

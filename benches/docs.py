@@ -18,7 +18,8 @@ import numpy as np
 
 from distillkit.bench.published import term_matrix
 from distillkit.bench.tables import short_number
-from distillkit.codec import PRESETS, preset
+from distillkit.codec import preset
+from distillkit.codec.presets import FIXED_PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
@@ -99,7 +100,7 @@ def span(row: Row, least: str, most: str) -> str:
 
 
 def of_presets(found: Table) -> list[Row]:
-    return [row for row in found.rows if row["config"] in PRESETS]
+    return [row for row in found.rows if row["config"] in FIXED_PRESETS]
 
 
 def named(rows: Iterable[Row], **values: str) -> Row:
@@ -186,8 +187,8 @@ def fidelity_section() -> list[str]:
         ),
         prose(
             """Without residuals and with float32 coefficients (`recommended`, `budget`), no decoded row rises from one
-            id to the next, and none has a total probability above 1. Presets with residuals (`faithful`, `balanced`,
-            `compact`) are closer in KL, but neighbours may change places beyond the exact ranks. Errors of ids with
+            id to the next, and none has a total probability above 1. Presets with residuals (`faithful`, `balanced`)
+            are closer in KL, but neighbours may change places beyond the exact ranks. Errors of ids with
             p > 1e-6 stay within the largest one of the row's unweighted fit or, if that is more, within a
             [slack](encoder.md#4-bounds) (`budget`: 7.8 nats), or slightly above where the order of the values demands
             it."""

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from distillkit.bench.speed import machine
+from distillkit.bench.machine import machine
 from distillkit.losses.config import LossConfig
 from distillkit.losses.fused import Objective
 from distillkit.losses.positions import Targets

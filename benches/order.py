@@ -27,7 +27,7 @@ from bench import ROOT, configurations
 from sample import benchmark_sample
 
 from distillkit.bench.fidelity import optimum, orthonormal_terms
-from distillkit.bench.speed import machine
+from distillkit.bench.machine import machine
 from distillkit.bench.tables import write_csv
 from distillkit.codec import Codec, DistributionQuantizationConfig
 from distillkit.codec.fidelity import kl_rows

@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from distillkit.bench.speed import machine
+from distillkit.bench.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"

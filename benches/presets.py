@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 
 from distillkit.bench.fidelity import Figures, compare, figures
+from distillkit.bench.machine import machine
 from distillkit.bench.sample import Sample, load_sample
-from distillkit.bench.speed import machine
-from distillkit.codec import PRESETS, Codec, DistributionQuantizationConfig
+from distillkit.codec import Codec, DistributionQuantizationConfig
+from distillkit.codec.presets import FIXED_PRESETS
 from distillkit.errors import ConfigError
 
 PUBLISHED = "recommended", "budget"
@@ -71,7 +72,7 @@ class Measured:
 
 def published(name: str, k: int) -> Fields:
     """A published preset's fields, for another k."""
-    return {"normalize_t": False, **PRESETS[name], "k": k}
+    return {"normalize_t": False, **FIXED_PRESETS[name], "k": k}
 
 
 def starting_points(references: Sequence[Fields]) -> list[Fields]:
@@ -276,7 +277,7 @@ def main() -> None:
     for k in arguments.k:
         if k > sample.k:
             parser.error(f"--k {k}: the sample has {sample.k} ids a row")
-        published_fields = {name: published(name, k) for name in PUBLISHED if PRESETS[name]["exact_k"] < k}
+        published_fields = {name: published(name, k) for name in PUBLISHED if FIXED_PRESETS[name]["exact_k"] < k}
         found = search(
             sample.first(arguments.rows),
             starting_points(list(published_fields.values())),

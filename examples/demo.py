@@ -206,34 +206,11 @@ def run_capture(output: Path, name: str) -> dict[str, Any]:
 
 
 def make_student(teacher: Path, student: Path) -> None:
-    """Build a student from some of the teacher's layers; embedding, final norm and head are the teacher's."""
+    """Make a student of some of the teacher's layers; embedding, final norm and head are the teacher's."""
     if student.exists():
         console.print(f"student: {student} (there already)")
-        return
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    large = AutoModelForCausalLM.from_pretrained(teacher)
-    depth = large.config.num_hidden_layers
-    kept = [round(index * (depth - 1) / (STUDENT_LAYERS - 1)) for index in range(STUDENT_LAYERS)]
-    config = AutoConfig.from_pretrained(teacher)
-    config.num_hidden_layers = STUDENT_LAYERS
-    small = AutoModelForCausalLM.from_config(config, dtype=large.dtype)
-    weights = {}
-    for name, value in large.state_dict().items():
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if layer is None:
-            weights[name] = value
-        elif int(layer[1]) in kept:
-            weights[f"model.layers.{kept.index(int(layer[1]))}.{name[layer.end() :]}"] = value
-    small.load_state_dict(weights)
-    unfinished = student.with_name(".unfinished-student")
-    small.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(teacher).save_pretrained(unfinished)
-    unfinished.rename(student)
-    sizes = f"{small.num_parameters() / 1e6:.0f} of {large.num_parameters() / 1e6:.0f} million parameters"
-    console.print(f"student: {student}, layers {', '.join(map(str, kept))} of {depth}, {sizes}")
+    else:
+        run("distillkit", "student", teacher, student, "--layers", str(STUDENT_LAYERS))
 
 
 def run_training(output: Path, name: str, *, kl: bool, steps: int | None) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import support.attacks as attacks
 MOST = {
     "shard_bits": 3000,
     "shard_bytes": 400,
+    "compact_bytes": 400,
+    "compact_codes": 2000,
     "shard_metadata": 400,
     "manifest_bits": 1000,
     "manifests": 400,

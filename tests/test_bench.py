@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 import torch
 
 from distillkit.bench.fidelity import Figures, compare, figures, least_squares, optimum
+from distillkit.bench.machine import machine
 from distillkit.bench.published import is_resolved, published_codec
 from distillkit.bench.sample import Sample, bundled_sample, load_sample, save_sample
-from distillkit.bench.speed import PACKED_ROWS, machine, measure_decoding
+from distillkit.bench.speed import PACKED_ROWS, measure_decoding
 from distillkit.bench.tables import csv_rows, write_csv
-from distillkit.codec import PRESETS, Codec, preset
+from distillkit.codec import Codec, preset
+from distillkit.codec.presets import FIXED_PRESETS
 from distillkit.errors import InputError
 from distillkit.shards import ShardWriter
 from distillkit.types import SparseLogprobs
@@ -194,11 +197,11 @@ def test_bench_shows_both_tables(tmp_path: Path) -> None:
     result = run_here("bench", "--quick", "--json", "--vocab-size", "5000")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert [row["config"] for row in found["fidelity"]] == list(PRESETS)
+    assert [row["config"] for row in found["fidelity"]] == list(FIXED_PRESETS)
     assert found["sample"]["rows"] == 256
     for row in found["fidelity"]:
         # Residual bins have no such limit.
-        if PRESETS[row["config"]]["residual_bins"]:
+        if FIXED_PRESETS[row["config"]]["residual_bins"]:
             assert row["over_optimum"] is None
             assert 0 < row["ours"]["kl_mean"] < row["published"]["kl_mean"]
         else:
@@ -210,9 +213,19 @@ def test_bench_shows_both_tables(tmp_path: Path) -> None:
         assert row["tokens_per_second"] > 0
         assert row["limit"] > 0
         assert (row["ratio"] is None) == row["work"].startswith("shard")
-    # Without torch there is no baseline, and the message says what to install.
-    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
+
+
+def test_without_torch_bench_shows_what_ours_keeps(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    without_torch = run("bench", PYTHONPATH=path)
-    assert without_torch.returncode == 1
-    check_names(without_torch.stderr, "torch", "distillkit[capture]")
+    table = run("bench", "--quick", PYTHONPATH=path)
+    assert table.returncode == 0, table.stderr
+    check_names(table.stdout, *FIXED_PRESETS, "distillkit[capture]")
+    found = json.loads(run("bench", "--quick", "--json", PYTHONPATH=path).stdout)
+    assert found["speed"] == []
+    for row, name in zip(found["fidelity"], FIXED_PRESETS, strict=True):
+        codec = Codec(preset(name, vocab_size=bundled_sample().vocab_size))
+        ids, original = bundled_sample().first(256).top(codec.k, codec.vocab_size)
+        decoded = codec.decode(codec.encode(ids, original))[1]
+        assert row["ours"] == pytest.approx(asdict(figures(original, decoded)))
+        assert (row["published"], row["optimum"]) == (None, None)

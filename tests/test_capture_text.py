@@ -668,10 +668,10 @@ def test_urls(tmp_path: Path) -> None:
 def test_what_can_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with refused(ConfigError, str(tmp_path / "missing.jsonl")):
         open_source(str(tmp_path / "missing.jsonl"))
-    (tmp_path / "data.csv").write_text("a")
-    suffixes = ".jsonl, .ndjson, .json, .txt, .parquet"
-    with refused(ConfigError, suffixes, "'.csv'"):
-        open_source(str(tmp_path / "data.csv"))
+    (tmp_path / "data.xlsx").write_text("a")
+    suffixes = ".jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet"
+    with refused(ConfigError, suffixes, "'.xlsx'"):
+        open_source(str(tmp_path / "data.xlsx"))
     with refused(ConfigError, str(tmp_path), suffixes):
         open_source(str(tmp_path))
     monkeypatch.setattr(

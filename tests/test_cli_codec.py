@@ -24,10 +24,12 @@ from distillkit.console import human_bytes
 from distillkit.reports.inspection import inspect_dataset
 from distillkit.shards import Dataset, ShardWriter
 from distillkit.shards.header import alignment
+from distillkit.text.tokenizer import fingerprint
 from distillkit.types import SparseLogprobs
 from support.cli import run, run_here
 from support.refusals import check_names
 from support.shards import CODEC, HEADER, VOCAB
+from support.tokenizers import byte_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -313,3 +315,82 @@ def test_a_bug_keeps_its_traceback_but_no_secret(monkeypatch: pytest.MonkeyPatch
     assert r"RuntimeError: https://me:***@host/\x1b[2J" in result.stderr
     assert "pass-1" not in result.stderr
     assert "\x1b[2J" not in result.stderr
+
+
+# -- show --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A dataset of one document of text with spaces, emojis and an end, and its tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("shown")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder / "bytes")
+    ids = np.array([*tokenizer("a b\n\u20ac", add_special_tokens=False)["input_ids"], 1], np.int32)
+    header = replace(HEADER, tokenizer={"name": "bytes", "fingerprint": fingerprint(tokenizer)})
+    rows = np.stack([np.roll(ids, -1)[:-1], np.full(len(ids) - 1, 2), np.full(len(ids) - 1, 290)], 1)
+    rows[0, 0] = 3  # the teacher did not expect the first space
+    others = np.array([[291, 292, 293]] * len(rows))
+    logprobs = np.tile(np.log([0.5, 0.25, 0.125, 0.01, 0.004, 0.0001]), (len(rows), 1)).astype(np.float32)
+    with ShardWriter(folder / "data", header) as writer:
+        writer.write(
+            ids, SparseLogprobs(np.concatenate([rows, others], 1).astype(np.int64), logprobs), loss_mask=ids != 1
+        )
+    return folder / "data", folder / "bytes"
+
+
+def test_show_has_each_token_with_the_teachers_best(shown: tuple[Path, Path]) -> None:
+    data, _ = shown
+    found = json.loads(run_here("show", data, "--json").stdout)
+    tokens, dataset = found["tokens"], Dataset.open(data)
+    assert [token["text"] for token in tokens] == ["a", " ", "b", "\n", "<E2>", "<82>", "<AC>", "</s>"]
+    assert [token["special"] for token in tokens] == [False] * 7 + [True]
+    assert [token["counts"] for token in tokens] == [True] * 7 + [False]
+    assert (tokens[0]["best"], tokens[0]["logprob"], tokens[0]["rank"]) == ([], None, None)
+    assert [token["rank"] for token in tokens[1:]] == [None] + [0] * 6
+    document = dataset[0]
+    rows = dataset.codec.decode_document(document.teacher, document.num_rows)
+    for row, token in enumerate(tokens[1:]):
+        assert [each["id"] for each in token["best"]] == rows.ids[row, :5].tolist()
+        assert [each["logprob"] for each in token["best"]] == rows.logprobs[row, :5].tolist()
+    assert tokens[2]["best"][1]["text"] == "<|im_start|>"
+    assert tokens[2]["best"][2]["text"] is None, "the tokenizer has no such id"
+    part = json.loads(run_here("show", data, "--tokens", "2:4", "--best", "2", "--document", "-1", "--json").stdout)
+    assert part["tokens"] == [{**token, "best": token["best"][:2]} for token in tokens[2:4]]
+
+
+def test_show_fits_its_columns_and_escapes(shown: tuple[Path, Path]) -> None:
+    data, tokenizer = shown
+    result = run_here("show", data)
+    assert result.returncode == 0
+    assert max(map(len, result.stdout.splitlines()[1:])) <= 80
+    assert "\x1b" not in result.stdout
+    for token, line in zip(
+        ("a", "·", "b", "⏎", "<E2>", "<82>", "<AC>", "(</s>)"), result.stdout.splitlines()[2:], strict=True
+    ):
+        assert line.split()[1] == token
+    assert "50%" in result.stdout
+    other = run_here(
+        "show",
+        GOLDEN / "upstream_v1" / "data_0.parquet",
+        "--config",
+        GOLDEN / "upstream_v1" / "compression_config.yaml",
+    )
+    assert other.returncode == 0, "without a tokenizer: ids"
+    check_names(other.stderr, "--tokenizer")
+    assert re.search(r"^ *1 +#\d+ ", other.stdout, flags=re.MULTILINE)
+    for arguments, facts in (
+        (("--document", "1"), ["1"]),
+        (("--tokens", "x"), ["--tokens", "'x'"]),
+        (("--tokenizer", data.parent / "nowhere"), ["nowhere"]),
+    ):
+        refusal = run_here("show", data, *arguments)
+        assert refusal.returncode in (1, 2)
+        check_names(refusal.stderr, *facts)
+    (data.parent / "other").mkdir()
+    for file in tokenizer.iterdir():
+        text = file.read_text().replace("<|im_end|>", "<|other|>")
+        (data.parent / "other" / file.name).write_text(text)
+    refusal = run_here("show", data, "--tokenizer", data.parent / "other")
+    assert refusal.returncode == 1
+    check_names(refusal.stderr, "other", "bytes")

@@ -423,8 +423,8 @@ def test_descriptions_identify_a_codec() -> None:
     assert Codec(preset("recommended", vocab_size=49_153)) != codec
     with refused(UnsupportedVersionError, "3"):
         Codec.from_dict({**description, "version": 3})
-    with refused(UnsupportedVersionError, "compact"):
-        Codec.from_dict({**description, "format": "compact"})
+    with refused(UnsupportedVersionError, "sparse"):
+        Codec.from_dict({**description, "format": "sparse"})
     with pytest.raises(CorruptDataError):
         Codec.from_dict({"format": "quantized"})
 

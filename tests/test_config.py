@@ -22,13 +22,17 @@ import httpx
 import pytest
 import transformers
 import yaml
+from click.testing import CliRunner
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core._pydantic_core import list_all_errors
 from trl import SFTConfig
 
 from distillkit.capture.settings import CaptureSettings
+from distillkit.capture.settings_file import load_captures
+from distillkit.cli.main import cli
 from distillkit.codec import Codec, DistributionQuantizationConfig, LegacyLogitCompressionConfig
+from distillkit.configuration.overrides import parse_overrides, with_overrides
 from distillkit.configuration.places import missing_place
 from distillkit.configuration.problems import shown
 from distillkit.configuration.secrets import redacted, secret_paths, without_secrets
@@ -152,7 +156,7 @@ def test_the_published_configuration_is_understood(tmp_path: Path) -> None:
     assert config.model_kwargs == {"dtype": "bfloat16"}
     codec = config.teacher.codec()  # type: ignore[union-attr]
     assert codec is not None
-    assert (codec.k, codec.vocab_size) == (128, 151936)
+    assert (codec.k, codec.d) == (128, 151936)  # type: ignore[union-attr]
     arguments = training_arguments(config)
     assert arguments.learning_rate == 2e-6, "YAML reads 2e-6 as a string"
     assert arguments.save_strategy == "no", "YAML reads an unquoted no as false"
@@ -743,3 +747,77 @@ def test_a_path_is_told_from_a_hub_id(tmp_path: Path, monkeypatch: pytest.Monkey
     check_names(str(missing_place(str(tmp_path / "studnet"))), f"'{tmp_path / 'student'}'")
     assert missing_place("file.txt") is not None, "a model is a folder"
     assert missing_place("file.txt", "file or folder") is None
+
+
+# -- overrides ---------------------------------------------------------------------------------------------------------
+
+FILE: dict[str, Any] = {
+    "model": "./student",
+    "output_path": "./trained",
+    "sequence_length": 64,
+    "dataset": {"train_dataset": {"disk_path": "./captured"}},
+    "teacher": {"kind": "dataset"},
+    "loss_functions": [{"function": "cross_entropy", "weight": 0.1}, {"function": "kl", "weight": 0.9}],
+}
+
+
+def test_values_on_the_command_line_replace_those_of_the_file() -> None:
+    texts = [
+        *("training_args.learning_rate=1e-4", "training_args.max_steps=3", "training_args.max_steps=7"),
+        *("loss_functions.1.weight=0.5", "loss_functions.2={function: jsd, weight: 1}", "model=a=b"),
+        *("frozen_res=[embed, 'norm$']", "dataset.num_samples="),
+    ]
+    config = parse_config(copy.deepcopy(FILE), source="f.yaml", overrides=parse_overrides(texts))
+    assert [(loss.function, loss.weight) for loss in config.loss_functions] == [
+        ("cross_entropy", 0.1),
+        ("kl", 0.5),
+        ("jsd", 1.0),
+    ]
+    assert training_arguments(config).learning_rate == 1e-4
+    assert (config.training_args["max_steps"], config.model) == (7, "a=b")
+    assert (config.frozen_res, config.dataset.num_samples) == (["embed", "norm$"], None)
+    assert config.overrides["loss_functions.1.weight"] == 0.5
+
+
+def test_an_override_changes_one_of_the_places_of_an_alias() -> None:
+    content = yaml.safe_load("{a: &same {x: 1}, b: *same, list: [*same, *same]}")
+    changed = with_overrides(content, {"b.x": 2, "list.1.x": 3})
+    assert changed == {"a": {"x": 1}, "b": {"x": 2}, "list": [{"x": 1}, {"x": 3}]}
+    assert content == {"a": {"x": 1}, "b": {"x": 1}, "list": [{"x": 1}, {"x": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        ("training_args.learnin_rate=1", ["training_args.learnin_rate", "'learning_rate'"]),
+        ("trainng_args.max_steps=1", ["trainng_args", "'training_args'"]),
+        ("dataset.train_datset.split=x", ["dataset.train_datset", "'train_dataset'"]),
+        ("loss_functions.1.wieght=1", ["loss_functions.1.wieght", "'weight'"]),
+        ("loss_functions.kl.weight=1", ["loss_functions.kl", "1", "kl"]),
+        ("loss_functions.3.weight=1", ["loss_functions.3", "2"]),
+        ("frozen_res.0=x", ["frozen_res", "frozen_res.0"]),
+        ("model.x=1", ["model", "./student", "'x'"]),
+        ("training_args.max_steps=many", ["training_args.max_steps", "many"]),
+        ("training_args.max_steps", ["training_args.max_steps", "KEY=VALUE"]),
+        ("a..b=1", ["a..b=1"]),
+        ("=1", ["=1"]),
+        ("frozen_res=[a", ["frozen_res"]),
+    ],
+)
+def test_a_wrong_override_is_named_with_the_nearest_key(text: str, facts: list[str]) -> None:
+    with refused(ConfigError, *facts):
+        parse_config(copy.deepcopy(FILE), source="f.yaml", overrides=parse_overrides([text]))
+
+
+def test_captures_take_overrides_too(tmp_path: Path) -> None:
+    file = tmp_path / "captures.yaml"
+    file.write_text("model: a\ndataset: b\nmax_seq_len: 64\ncaptures: [{output: c}, {output: d}]")
+    changes = parse_overrides(["captures.1.max_seq_len=32", "samples=5", "vllm.tensor_parallel_size=2", "engine=vllm"])
+    found = load_captures(file, {"samples": 6}, changes)
+    assert [(each.output, each.max_seq_len, each.samples) for each in found] == [("c", 64, 6), ("d", 32, 6)]
+    assert found[0].vllm.tensor_parallel_size == 2
+    with refused(ConfigError, "captures.0.max_seq_length", "'max_seq_len'"):
+        load_captures(file, {}, {"captures.0.max_seq_length": 3})
+    result = CliRunner().invoke(cli, ["capture", "--set", "samples=5", "--model", "a"])
+    assert result.exit_code == 2
+    check_names(result.output, "--set")

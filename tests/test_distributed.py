@@ -67,6 +67,10 @@ def check_same(one: Path, two: Path, tolerance: float = 1e-5) -> None:
     assert len([name for name in expected if name.startswith(("loss", "eval_loss"))]) == 10
     # Norms are the first to show a gradient that was not reduced.
     assert metrics_of(two) == pytest.approx(expected, rel=tolerance)
+    differences, others = (json.loads((folder / "_differences.json").read_text()) for folder in (one, two))
+    for kind in ("positions", "documents"):
+        others_kl = [each["kl"] for each in others[kind]]
+        assert others_kl == pytest.approx([each["kl"] for each in differences[kind]], rel=1e-3)
     weights = weights_of(two)
     for name, value in weights_of(one).items():
         torch.testing.assert_close(weights[name], value, rtol=0, atol=3e-5, msg=name)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distillkit.codec import Codec, preset
+from distillkit.codec import Codec, Prior, preset, sparse_from_logits
 from distillkit.shards import Header, ShardWriter
 
 MODULES = (
-    *("types", "codec.bits", "codec.codec", "codec.config", "codec.presets"),
-    *("shards.convert", "shards.manifest", "shards.reader", "shards.verify", "shards.writer"),
-    "training.config.file",
+    *("types", "codec.bits", "codec.codec", "codec.config", "codec.presets", "codec.prior"),
+    *("shards.convert", "shards.manifest", "shards.prior", "shards.reader", "shards.verify", "shards.writer"),
+    *("training.config.file", "configuration.overrides", "reports.token_view"),
 )
 YAML = """\
 model: ./student
@@ -37,6 +37,12 @@ def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ShardWriter("captured", Header(codec=codec.to_dict(), vocab_size=1000, head_size=1000)) as writer:
         for rows in logits:
             writer.write(np.arange(10), codec.encode_logits(rows).tobytes())
+    config = preset("compact-50", vocab_size=1000)
+    learned = Codec(config, prior=Prior.learn(config, sparse_from_logits(logits.reshape(27, 1000), 50)))
+    header = Header(codec=learned.to_dict(), vocab_size=1000, head_size=1000)
+    with ShardWriter("compact", header, prior=learned.prior) as writer:
+        for rows in logits:
+            writer.write(np.arange(10), sparse_from_logits(rows, 50))
 
 
 @pytest.mark.usefixtures("_workplace")

@@ -14,6 +14,7 @@ import transformers
 import yaml
 from click.testing import CliRunner
 
+from distillkit.cli.init import KINDS
 from distillkit.cli.main import cli
 from distillkit.reports.run_record import read_metrics
 from distillkit.training import memory_estimate as estimate
@@ -21,8 +22,8 @@ from distillkit.training.config.schema import RunConfig
 from distillkit.training.dry_run import DryRun, dry_run
 from distillkit.training.memory_estimate import optimizer_bytes
 from distillkit.training.run import Run, train
-from support.refusals import check_names
-from support.training import run_config, save_student, tiny_model
+from support.refusals import check_names, refused
+from support.training import random_documents, run_config, save_student, tiny_model
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -238,3 +239,25 @@ def test_activations_are_measured(parts: dict[str, str], tmp_path: Path) -> None
         expected = real + whole / 6 if checkpointing else real
         assert estimated == pytest.approx(expected, rel=0.1)
         assert (estimated < whole / 2) is checkpointing
+
+
+# -- configurations to begin with --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_configuration_needs_only_its_paths(kind: str, parts: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / f"{kind}.yaml"
+    text = tmp_path / "my text.jsonl"
+    text.write_text("".join(json.dumps({"input_ids": ids.tolist()}) + "\n" for ids in random_documents(40)))
+    data, held_out = (str(text), str(text)) if kind == "live" else (parts["train"], parts["eval"])
+    output = str(tmp_path / "trained: #1")
+    options = ["--teacher", parts["tied"], "--student", parts["student"], "--data", data, "--eval-data", held_out]
+    arguments = ["init", str(file), "--kind", kind, *options, "--output", output]
+    assert CliRunner().invoke(cli, arguments, catch_exceptions=False).exit_code == 0
+    result = dry_run(file, {"sequence_length": 64, "training_args.bf16": False})
+    assert result.ok, [check for check in result.checks if check.status == "failed"]
+    assert "sequence_length" in result.checks[0].detail
+    assert "#" in file.read_text()
+    assert yaml.safe_load(file.read_text())["output_path"] == output
+    with refused(FileExistsError, str(file)):
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)

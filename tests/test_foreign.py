@@ -17,7 +17,8 @@ import yaml
 from distillkit.bench.published import published_codec
 from distillkit.bench.sample import bundled_sample
 from distillkit.capture.settings import CaptureSettings
-from distillkit.codec import PRESETS, Codec, CodecConfig, DistributionQuantizationConfig, codec_config, preset
+from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig, codec_config, preset
+from distillkit.codec.presets import FIXED_PRESETS
 from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError, CorruptDataError, InputError, MismatchError
 from distillkit.reports.inspection import inspect_dataset
@@ -231,7 +232,7 @@ SAMPLE = bundled_sample()
 
 def right_codecs() -> dict[str, CodecConfig]:
     """The presets and every recorded configuration that the sample's rows suffice for, in the sample's vocabulary."""
-    found: dict[str, CodecConfig] = {name: preset(name, vocab_size=SAMPLE.vocab_size) for name in PRESETS}
+    found: dict[str, CodecConfig] = {name: preset(name, vocab_size=SAMPLE.vocab_size) for name in FIXED_PRESETS}
     for name, case in CASES.items():
         size = {"vocab_size" if case["format"] == "legacy" else "d": SAMPLE.vocab_size}
         if case["config"]["k"] <= SAMPLE.k:

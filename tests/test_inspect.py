@@ -67,6 +67,25 @@ def test_masses_and_curves_are_those_of_the_rows(tmp_path: Path) -> None:
     assert inspection.total_bytes * inspection.rows == pytest.approx(inspection.file_bytes)
 
 
+def test_the_worst_documents_are_those_with_the_least_mass(tmp_path: Path) -> None:
+    write(tmp_path / "data", make_documents(12))
+    dataset = Dataset.open(tmp_path / "data")
+    masses = []
+    for number, document in enumerate(dataset):
+        rows = dataset.codec.decode_document(document.teacher, document.num_rows)
+        if document.num_rows:
+            mass = np.exp(np.asarray(rows.logprobs, dtype=np.float64)).sum(-1).mean()
+            masses.append((mass, number, document.doc_id, document.num_rows))
+    found = inspect_dataset(dataset).to_dict()["worst_documents"]
+    expected = sorted(masses)[:10]
+    assert [each["mass"] for each in found] == pytest.approx([mass for mass, *_ in expected])
+    assert [(each["document"], each["doc_id"], each["rows"]) for each in found] == [
+        tuple(rest) for _, *rest in expected
+    ]
+    sampled = inspect_dataset(dataset, sample=3).to_dict()["worst_documents"]
+    assert {each["document"] for each in sampled} <= {0, 6, 11, 5}
+
+
 def test_a_sample_is_evenly_spread(tmp_path: Path) -> None:
     """Documents of a length of their own, so that the rows tell which were taken."""
     lengths = [2 ** (index + 1) + 1 for index in range(5)]
@@ -98,9 +117,9 @@ def test_nothing_stored_is_said_and_not_divided_by(tmp_path: Path) -> None:
 
 def test_json_keys_are_stable() -> None:
     keys = (
-        "path kind documents tokens rows files file_bytes documents_read rows_read bytes_per_token compression codec "
-        "teacher tokenizer capture temperature rows_per_document vocab_size head_size mass plausibility "
-        "next_token alignment fidelity"
+        "path kind documents tokens rows files file_bytes documents_read rows_read bytes_per_token rate_by_entropy "
+        "ids_per_row compression codec teacher tokenizer capture temperature rows_per_document vocab_size head_size "
+        "mass plausibility next_token alignment worst_documents fidelity"
     )
     found = inspect_dataset(Dataset.open(GOLDEN / "upstream_v1")).to_dict()
     assert list(found) == keys.split()

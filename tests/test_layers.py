@@ -17,7 +17,7 @@ LAYERS: tuple[set[str], ...] = (
     {"capture"},
     {"reports"},
     {"training"},
-    {"bench"},
+    {"bench", "hub"},
     {"cli"},
 )
 # Public spellings and entry points: a few lines each over the layers, which never use them.

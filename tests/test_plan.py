@@ -153,7 +153,9 @@ def test_codecs_are_compared(teacher: Path, text: Path, tmp_path: Path) -> None:
         "recommended",
         "faithful",
         "balanced",
-        "compact",
+        "compact-128",
+        "compact-50",
+        "compact-adaptive",
         *(f"budget, k = {k}" for k in (32, 64, 128)),
     ]
     assert [codec.name for codec in found.codecs if codec.chosen] == ["budget"]

@@ -14,24 +14,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from markdown_it import MarkdownIt
 from rich.console import Console
 
 from distillkit.cli.main import cli
-from distillkit.console import duration
-from distillkit.errors import CorruptDataError
+from distillkit.console import duration, figure, quiet_libraries
+from distillkit.errors import CorruptDataError, InputError
 from distillkit.reports import run_plots as training_plots
 from distillkit.reports.inspection_plots import plot_text
 from distillkit.reports.run_record import RunRecord, read_metrics, read_run
 from distillkit.reports.run_report import comparison, markdown, write_report
+from distillkit.shards import Dataset
 from distillkit.training.callbacks import ConsoleProgress
 from distillkit.training.data.examples import DistillationDataset
 from distillkit.training.run import Run, train
-from distillkit.training.trainer import DistillationTrainer
+from distillkit.training.trainer import SignalTrainer
 from support.refusals import check_names, refused
-from support.training import random_documents, run_config
+from support.runs import write_run
+from support.training import random_documents, run_config, tiny_model
 
 PNG = b"\x89PNG"
 LOSSES = [
@@ -137,14 +141,14 @@ def test_a_run_that_is_interrupted_has_its_report(
     """Nothing of an earlier run in the folder is left to be taken for this one's."""
     for name in ("summary.json", "report-speed.png"):
         (tmp_path / name).write_text("{}")
-    step = DistillationTrainer.training_step
+    step = SignalTrainer.training_step
 
     def interrupted(self: Any, *arguments: Any) -> Any:
         if self.state.global_step == 4:
             raise KeyboardInterrupt
         return step(self, *arguments)
 
-    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
+    monkeypatch.setattr(SignalTrainer, "training_step", interrupted)
     monkeypatch.setattr("distillkit.reports.run_report._PATIENCE", 0)
     with pytest.raises(KeyboardInterrupt):
         train(config_for(parts, tmp_path))
@@ -183,8 +187,9 @@ def test_runs_without_evaluations_or_description(tmp_path: Path) -> None:
     assert list(record.parts) == ["kl"]
     assert record.series("grad_norm") == ([], [])
     training_plots.plot_quality(record, tmp_path / "quality.png")
-    training_plots.plot_speed(record, tmp_path / "speed.png")
-    assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "quality.png").read_bytes().startswith(PNG)
+    with refused(InputError):
+        training_plots.plot_speed(record, tmp_path / "speed.png")
     text = markdown(record, [])
     check_names(text, "99")
     assert "nats" not in text, "nothing was evaluated"
@@ -224,24 +229,89 @@ def test_the_command_needs_no_torch_and_refuses_other_folders(tmp_path: Path) ->
     assert "Traceback" not in result.stderr
 
 
+# -- where student and teacher differ ----------------------------------------------------------------------------------
+
+
+def kl_of(logits: torch.Tensor, ids: Any, logprobs: Any) -> float:
+    """KL over the stored ids and the rest, by its definition, in float64."""
+    q = logits.double().softmax(-1)[torch.as_tensor(ids)]
+    p = torch.as_tensor(logprobs).double().exp()
+    rest_p, rest_q = 1 - p.sum(), 1 - q.sum()
+    return float((p * (p / q).log()).sum() + rest_p * (rest_p / rest_q).log())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"packing": True, "per_device_eval_batch_size": 3}])
+def test_the_largest_differences_are_kept(parts: dict[str, str], tmp_path: Path, arguments: dict[str, Any]) -> None:
+    trainer = Run(config_for(parts, tmp_path, **arguments)).trainer
+    metrics = trainer.evaluate()
+    found = trainer.differences
+    assert found is not None
+    dataset, model = Dataset.open(parts["eval"]), tiny_model(1)
+    expected: dict[int, list[float]] = {}
+    logits = {}
+    for number, document in enumerate(dataset):
+        rows = dataset.codec.decode_document(document.teacher, document.num_rows)
+        with torch.no_grad():
+            logits[number] = model(torch.tensor(document.input_ids.tolist())[None]).logits[0]
+        expected[number] = [kl_of(logits[number][t], rows.ids[t], rows.logprobs[t]) for t in range(document.num_rows)]
+    largest = sorted(
+        ((kl, number, t) for number, kls in expected.items() for t, kl in enumerate(kls) if kl >= sorted(kls)[-3:][0]),
+        reverse=True,
+    )
+    positions = found["positions"]
+    assert [(each["document"], each["position"]) for each in positions] == [(number, t) for _, number, t in largest]
+    assert [each["kl"] for each in positions] == pytest.approx([kl for kl, _, _ in largest], rel=1e-4)
+    for each in positions:
+        document, t = dataset[each["document"]], each["position"]
+        words = [f"t{token}" for token in document.input_ids.tolist()]
+        assert each["before"].split() == words[max(0, t - 31) : t + 1]
+        assert each["next"]["text"] == words[t + 1]
+        rows = dataset.codec.decode_document(document.teacher, document.num_rows)
+        q = logits[each["document"]][t].double().softmax(-1)
+        assert [token["id"] for token in each["teacher"]] == np.asarray(rows.ids)[t, :5].tolist()
+        assert [token["p"] for token in each["teacher"]] == pytest.approx(
+            np.exp(rows.logprobs[t, :5]).tolist(), rel=1e-4
+        )
+        for token in each["teacher"]:
+            assert token["student_p"] == pytest.approx(float(q[token["id"]]), rel=1e-3)
+        best = q.topk(5)
+        assert [token["id"] for token in each["student"]] == best.indices.tolist()
+        assert [token["p"] for token in each["student"]] == pytest.approx(best.values.tolist(), rel=1e-3)
+    means = sorted(((sum(kls) / len(kls), number) for number, kls in expected.items()), reverse=True)
+    assert [each["document"] for each in found["documents"]] == [number for _, number in means]
+    assert [each["kl"] for each in found["documents"]] == pytest.approx([kl for kl, _ in means], rel=1e-4)
+    agreeing = sum(each["top1_agreement"] * each["positions"] for each in found["documents"])
+    assert agreeing / metrics["eval_positions"] == pytest.approx(metrics["eval_top1_agreement"])
+
+
+def test_they_are_in_the_folder_of_the_run_and_not_pushed_with_it(trained: Path) -> None:
+    record = read_run(trained)
+    assert record.differences is not None
+    assert record.differences["step"] == 6
+    mean = sum(each["kl"] * each["positions"] for each in record.differences["documents"])
+    last = record.evaluations[-1]
+    assert mean / last["eval_positions"] == pytest.approx(last["eval_kl_with_rest"], rel=1e-5)
+    assert (trained / "_differences.json").exists(), "transformers pushes no file whose name begins with _"
+
+
 # -- waiting for data --------------------------------------------------------------------------------------------------
 
 
 def test_waiting_for_data_is_measured(parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a document takes 25 ms here and a step one second: all reading is seen, but for that of evaluations."""
     now = [0.0]
-    read, step = DistillationDataset.__getitem__, DistillationTrainer.training_step
+    read, step = DistillationDataset.__getitem__, SignalTrainer.training_step
 
     def slow_read(self: DistillationDataset, index: int) -> Any:
         now[0] += 0.025 if len(self) == 24 else 10.0
         return read(self, index)
 
-    def slow_step(self: DistillationTrainer, *arguments: Any) -> Any:
+    def slow_step(self: SignalTrainer, *arguments: Any) -> Any:
         now[0] += 1.0
         return step(self, *arguments)
 
     monkeypatch.setattr(DistillationDataset, "__getitem__", slow_read)
-    monkeypatch.setattr(DistillationTrainer, "training_step", slow_step)
+    monkeypatch.setattr(SignalTrainer, "training_step", slow_step)
     monkeypatch.setattr("distillkit.training.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
     trainer = Run(config_for(parts, tmp_path, save_strategy="no")).trainer
     trainer.train()
@@ -294,6 +364,35 @@ def test_a_log_file_gets_one_plain_line_a_log() -> None:
         check_names(line, "2:30")
 
 
+def test_lines_on_a_narrow_terminal_break_between_figures() -> None:
+    log = {
+        "loss": 3.25,
+        "cross_entropy": 4.0,
+        "kl": 3.0,
+        "top1_agreement": 0.271,
+        "learning_rate": 1e-4,
+        "data_wait": 0,
+    }
+    state = SimpleNamespace(is_world_process_zero=True, global_step=400, max_steps=400)
+    texts = {}
+    for width in (50, 300):
+        console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+        ConsoleProgress(("cross_entropy", "kl"), console).on_log(None, state, None, log)
+        assert isinstance(console.file, io.StringIO)
+        texts[width] = console.file.getvalue()
+    lines = texts[50].splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= 50
+    assert texts[50].split() == texts[300].split()
+    # Two spaces are between figures, and one within.
+    assert [part for line in lines for part in re.split("  +", line.strip())] == re.split("  +", texts[300].strip())
+
+
+def test_figures_beyond_reading_are_powers_of_ten() -> None:
+    found = [figure(value, "{:,.2f}") for value in (64_639_090_098_375_943_344_095_232.0, 1234.567, 1e7, 9_999_999.0)]
+    assert found == ["6.46e25", "1,234.57", "1.00e7", "9,999,999.00"]
+
+
 def test_a_terminal_gets_a_bar_with_the_time_left_and_no_colour_where_none_is_wanted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -328,28 +427,6 @@ EVIL = (
 )
 
 
-def evil_run(folder: Path, name: str) -> RunRecord:
-    """A finished run in which every text is this name."""
-    folder.mkdir(exist_ok=True)
-    settings: dict[str, Any] = dict.fromkeys(("optimizer", "schedule", "precision", "device", "workers", "seed"), name)
-    numbers = ("batch", "accumulation", "processes", "sequence_length", "learning_rate", "warmup_steps", "weight_decay")
-    data = {"path": name, "documents": 1, "tokens": 2, "rows": 1}
-    run = {
-        "student": {"path": name, "class": name, "dtype": name, "attention": name, "trained": 1, "parameters": 2},
-        "teacher": {"kind": "dataset", "name": name, "k": 8},
-        "data": {"train": data, "eval": data},
-        "losses": [{"name": name, "weight": 0.5, name: name}, {"name": "kl", "weight": 0.5}],
-        "settings": {**settings, **dict.fromkeys(numbers, 1), "activation_checkpointing": False},
-        "versions": {name: name},
-        "began": name,
-        "max_steps": 1,
-        "epochs": 1,
-    }
-    lines = [{"step": 0, "run": run}, {"step": 1, "loss": 1.0, "kl": 1.0, name: 1.0}, {"step": 1, "eval_loss": 1.0}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return read_run(folder)
-
-
 def html_of(text: str) -> str:
     """Markdown with GitHub's tables, as HTML; raw HTML would stay as it is."""
     return str(MarkdownIt("commonmark", {"html": True}).enable("table").render(text))
@@ -361,8 +438,8 @@ def shape(html: str) -> list[str]:
 
 
 def test_names_can_do_nothing_in_a_report_a_plot_or_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [evil_run(tmp_path / f"run{number}", name) for number, name in enumerate(EVIL)]
-    harmless = evil_run(tmp_path / "run", "plain")
+    runs = [write_run(tmp_path / f"run{number}", name) for number, name in enumerate(EVIL)]
+    harmless = write_run(tmp_path / "run", "plain")
     pictures = [("report-quality.png", "Losses")]
     monkeypatch.setenv("FORCE_COLOR", "1")
     for run, name in zip(runs, EVIL, strict=True):
@@ -418,3 +495,18 @@ def test_a_damaged_record_is_named(tmp_path: Path, file: str, content: str) -> N
     (tmp_path / file).write_bytes(content.encode("latin-1"))
     with refused(CorruptDataError, str(tmp_path / file)):
         write_report(read_run(tmp_path))
+
+
+def test_advice_to_install_kernels_for_gpus_is_only_for_those_who_have_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers.integrations import hub_kernels
+
+    quiet_libraries()
+    advice = "`f` is falling back to its reference PyTorch implementation because `x` is not installed."
+    for cuda in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda cuda=cuda: cuda)
+        caplog.clear()
+        hub_kernels.logger.warning(advice)
+        hub_kernels.logger.warning("another warning")
+        assert (advice in caplog.text, "another warning" in caplog.text) == (cuda, True)

@@ -28,7 +28,7 @@ from distillkit.cli.forecast import forecast as forecast_command
 from distillkit.cli.main import cli
 from distillkit.cli.schema import SCHEMAS, settings_page
 from distillkit.codec import PRESETS
-from distillkit.codec.presets import PresetName
+from distillkit.codec.presets import FORMER_PRESETS, PresetName
 from distillkit.errors import ConfigError
 from distillkit.training.config.file import parse_config
 from distillkit.training.config.schema import RunConfig
@@ -249,7 +249,10 @@ def test_help_lists_the_options_of_engines_apart() -> None:
     }
     assert found["Only for --engine hf or vllm"] == ["dtype", "batch-tokens"]
     assert found["Only for --engine openai"] == [name.replace("_", "-") for name in OF_ENGINES["openai"]]
-    assert {"max-seq-len", "json", "engine"} <= set(found["Options"])
+    options = [name for names in found.values() for name in names]
+    assert len(options) == len(set(options))
+    assert {name.replace("_", "-") for name in all_fields()} <= set(options), "each in a section"
+    assert set(found["Other options"]) - {"help"} == {"set", "json", "progress"}
 
 
 def test_help_needs_no_torch() -> None:
@@ -275,7 +278,7 @@ def test_every_setting_is_described_in_a_sentence() -> None:
             assert model.__doc__
             for name, field in model.model_fields.items():
                 assert re.fullmatch(r".*[.…]", field.description or "", flags=re.DOTALL), f"{model.__name__}.{name}"
-    assert get_args(PresetName) == tuple(PRESETS)
+    assert get_args(PresetName) == (*PRESETS, *FORMER_PRESETS)
 
 
 def test_the_page_of_settings_is_generated() -> None:

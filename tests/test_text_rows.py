@@ -4,8 +4,11 @@ template would leave out is refused."""
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
 import pickle
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from distillkit.errors import ConfigError, CorruptDataError, InputError
 from distillkit.text.documents import DocumentReader
@@ -26,21 +27,7 @@ from distillkit.text.policy import TextOptions, capture_policy, training_policy
 from distillkit.text.rows import RowReader
 from distillkit.text.sources import open_source
 from support.refusals import refused
-
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|message|>", "<|end|>", "<|return|>", "<|a|>"]
-
-
-def byte_tokenizer(template: Any = None, *, trim_offsets: bool = False) -> Any:
-    """Bytes and special tokens; <s> comes before text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.add_special_tokens(SPECIAL)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    begins = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=trim_offsets), begins])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template)
+from support.tokenizers import byte_tokenizer
 
 
 def read(tokenizer: Any, *rows: Any, **options: Any) -> list[Any]:
@@ -739,12 +726,12 @@ def test_compressed_and_other_names(tmp_path: Path, caplog: pytest.LogCaptureFix
     (tmp_path / "f.json").write_bytes(b'\xef\xbb\xbf[{"text": "5"}]')
     (tmp_path / "g.txt").write_bytes(b"\xef\xbb\xbf6")
     (tmp_path / "README.md").write_text("x")
-    (tmp_path / "more.csv").write_text("text\nx")
+    (tmp_path / "more.xlsx").write_text("text\nx")
     source = open_source(str(tmp_path))
     assert [row["text"] for _, row in source.rows()] == list("0123456")
     assert [row["text"] for _, row in source.rows(np.array([3, 0, 6]))] == list("306")
     assert source.num_rows == 7
-    assert "more.csv" in caplog.text
+    assert "more.xlsx" in caplog.text
     assert "README" not in caplog.text
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 99)[:-9])
     with refused(InputError, "a.jsonl.gz"):
@@ -794,3 +781,92 @@ def test_urls_that_cannot_be_reached() -> None:
         assert "127.0.0.1:9" in message
         assert "contains no" not in message
         assert "secret" not in message
+
+
+# -- comma- and tab-separated values, and compressed files -------------------------------------------------------------
+
+TABLE_ROWS = [
+    {"prompt": 'He said "no, never",\nand left.', "response": "x\ty", "n": "01"},
+    {"prompt": "", "response": "\u20ac \U0001f642", "n": ""},
+    {"prompt": "a\r\nb", "response": "'", "n": "None"},
+]
+
+
+def compressed(content: bytes, suffix: str) -> bytes:
+    if suffix == ".zst":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(content)
+        return bytes(sink.getvalue())
+    packers = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    return packers[suffix](content)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+def test_tables_of_text_are_read_as_text(tmp_path: Path, name: str, suffix: str) -> None:
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, list(TABLE_ROWS[0]), delimiter="," if name.endswith("csv") else "\t")
+    writer.writeheader()
+    writer.writerows(TABLE_ROWS)
+    file = tmp_path / f"{name}{suffix}"
+    file.write_bytes(compressed(b"\xef\xbb\xbf" + sink.getvalue().encode() + b"\r\n", suffix))
+    source = open_source(str(file))
+    assert [row for _, row in source.rows()] == TABLE_ROWS
+    assert [row for _, row in source.rows(np.array([2, 0]))] == [TABLE_ROWS[2], TABLE_ROWS[0]]
+    assert source.num_rows == 3
+    assert source.schema(["n"]).types == [pa.string()]
+    with refused(ConfigError, "language", "prompt"):
+        source.schema(["language"])
+
+
+def test_a_table_with_a_long_cell_and_a_row_of_another_length(tmp_path: Path) -> None:
+    file, long = tmp_path / "rows.csv", "x" * 300_000
+    file.write_text(f'text,id\n"{long}",1\none\n"two\nlines",2\n')
+    tokenizer = byte_tokenizer()
+    documents = DocumentReader(
+        open_source(str(file)), tokenizer, max_tokens=1 << 20, id_limit=999, skip_bad=1, append_eos=False
+    )
+    assert [tokenizer.decode(each.input_ids, skip_special_tokens=True) for each in documents] == [long, "two\nlines"]
+    with refused(InputError, "rows.csv", "line 3", "1", "2", "text"):
+        list(DocumentReader(open_source(str(file)), tokenizer, max_tokens=1 << 20, id_limit=999))
+
+
+@pytest.mark.parametrize(
+    ("content", "facts"),
+    [
+        (b"", ["nothing"]),
+        (b"text,,id\n1,2,3", ["''"]),
+        (b"text,id,text\n1,2,3", ["'text'"]),
+        (b'text\nfine\n"not closed\n', ["rows.csv", "line 3"]),
+        (b'text\n"a"b\n', ["line 2"]),
+        (b"text\n\xff\n", ["UTF-8"]),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes, facts: list[str]) -> None:
+    (tmp_path / "rows.csv").write_bytes(content)
+    with refused(InputError, "rows.csv", *facts):
+        list(open_source(str(tmp_path / "rows.csv")).rows())
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.txt", "rows.csv"])
+def test_compressed_files_are_read_within_limits(
+    tmp_path: Path, name: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"text\nx" if name == "rows.csv" else b'{"text": "x"}\n'
+    file = tmp_path / f"{name}{suffix}"
+    file.write_bytes(compressed(content, suffix))
+    assert len(list(open_source(str(file)).rows())) == 1
+    file.write_bytes(compressed(content * 5000, suffix)[:-9])
+    with refused(InputError, file.name):
+        list(open_source(str(file)).rows())
+    file.write_bytes(b"not compressed")
+    with refused(InputError, file.name):
+        list(open_source(str(file)).rows())
+    # The limits of the package are too large for a quick test.
+    monkeypatch.setattr("distillkit.text.file_formats._ALLOWED_BYTES", 1 << 16)
+    bomb = compressed(content + b"x" * (1 << 22), suffix)
+    file.write_bytes(bomb)
+    with refused(InputError, file.name, f"{len(bomb):,}"):
+        list(open_source(str(file)).rows())

@@ -23,7 +23,7 @@ from distillkit.shards import ShardWriter
 from distillkit.text.tokenizer import fingerprint
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.run import Run, train
-from distillkit.training.trainer import DistillationTrainer
+from distillkit.training.trainer import SignalTrainer
 from distillkit.types import SparseLogprobs
 from support import reference
 from support.disks import fill, mounted
@@ -413,9 +413,9 @@ def test_a_full_disk_leaves_whole_checkpoints(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(resumable(parts, tmp_path / "expected"))
-    honest = DistillationTrainer._save_checkpoint
+    honest = SignalTrainer._save_checkpoint
 
-    def filling(self: DistillationTrainer, *arguments: Any) -> None:
+    def filling(self: SignalTrainer, *arguments: Any) -> None:
         """The second checkpoint finds half the room it needs."""
         if self.state.global_step == 4:
             size = sum(file.stat().st_size for file in (output / "checkpoint-2").iterdir())
@@ -427,7 +427,7 @@ def test_a_full_disk_leaves_whole_checkpoints(
     with mounted(tmp_path / "disk", "size=20m"):
         output = tmp_path / "disk" / "student"
         with monkeypatch.context() as patch:
-            patch.setattr(DistillationTrainer, "_save_checkpoint", filling)
+            patch.setattr(SignalTrainer, "_save_checkpoint", filling)
             with pytest.raises(OSError) as full:  # noqa: PT011 - its number and file are checked
                 train(resumable(parts, output))
         assert full.value.errno == errno.ENOSPC

@@ -6,19 +6,44 @@ characters as escapes, and take neither markup nor emoji codes: what has a style
 
 from __future__ import annotations
 
+import html
 import logging
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.text import Text
 
 from distillkit.errors import printable
 
-__all__ = ["duration", "human_bytes", "output", "progress_bar", "progress_console", "quiet_libraries", "say", "show"]
+__all__ = [
+    "duration",
+    "figure",
+    "human_bytes",
+    "in_notebook",
+    "make_progress",
+    "number_of",
+    "output",
+    "progress_bar",
+    "progress_console",
+    "quiet_libraries",
+    "say",
+    "show",
+]
 
 
 class _Console(Console):
@@ -57,13 +82,86 @@ def show(renderable: RenderableType) -> None:
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a progress bar on stderr, if that is a terminal, while the block runs. Yields an update(done, total)."""
+def progress_bar(what: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Shows a progress bar, on stderr if that is a terminal or in a notebook, while the block runs. Yields an
+    update(done, total)."""
     console = progress_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with make_progress(*columns, console=console, shown=shown and console.is_terminal, notebook=shown) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def make_progress(
+    *columns: ProgressColumn, console: Console, shown: bool, notebook: bool, transient: bool = True
+) -> Progress:
+    """A progress display: in a notebook one that needs no widgets, elsewhere rich's.
+
+    Args:
+        columns: rich's columns.
+        console: where rich shows them.
+        shown: whether rich shows anything.
+        notebook: whether a notebook shows anything.
+        transient: whether the display disappears at its end.
+    """
+    if in_notebook():
+        return _NotebookProgress(console=console, disable=not notebook, transient=transient)
+    return Progress(*columns, console=console, disable=not shown, transient=transient)
+
+
+def in_notebook() -> bool:
+    """Whether this runs in the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
+
+
+class _NotebookProgress(Progress):
+    """A progress display as HTML that replaces itself. rich's own would need ipywidgets in a notebook."""
+
+    _SECONDS = 0.2
+
+    def __init__(self, *, console: Console, disable: bool, transient: bool) -> None:
+        super().__init__(console=console, auto_refresh=False, disable=disable)
+        self._passing, self._last = transient, 0.0
+        self._handle: Any = None
+
+    def start(self) -> None:
+        """Show it, below what the cell has printed."""
+        if not self.disable:
+            self._handle = sys.modules["IPython"].display.display(self._content(), display_id=True)
+
+    def stop(self) -> None:
+        """Show the last state, or remove it."""
+        if self._handle is not None:
+            self._handle.update(sys.modules["IPython"].display.HTML("") if self._passing else self._content())
+            self._handle = None
+
+    def refresh(self) -> None:
+        """Replace what is shown, a few times a second."""
+        if self._handle is not None and time.monotonic() - self._last >= self._SECONDS:
+            self._handle.update(self._content())
+
+    def update(self, *arguments: Any, **named: Any) -> None:
+        """As rich's."""
+        super().update(*arguments, **named)
+        self.refresh()
+
+    def _content(self) -> Any:
+        self._last = time.monotonic()
+        return sys.modules["IPython"].display.HTML("".join(map(_task_html, self.tasks)))
+
+
+def _task_html(task: Task) -> str:
+    """A line for a task: its name, a bar, its counts, and what is said of it."""
+    total = "" if task.total is None else f" max='{task.total:g}'"
+    value = "" if task.total is None else f" value='{task.completed:g}'"
+    counts = "" if task.total is None else f"{task.completed:,.0f}/{task.total:,.0f}"
+    notes = [str(note) for note in task.fields.values() if note]
+    text = "  ".join([counts, *notes, f"{duration(task.elapsed or 0)}"])
+    return (
+        f"<div>{html.escape(printable(task.description))} <progress{value}{total}></progress> "
+        f"{html.escape(printable(text))}</div>"
+    )
 
 
 def quiet_libraries() -> None:
@@ -80,6 +178,16 @@ def quiet_libraries() -> None:
         logging.getLogger(library).handlers.clear()
     # Says at each start that a faster kernel for 4-bit weights on CPUs could be installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("transformers.integrations.hub_kernels").addFilter(_worth_saying)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Whether a message is not the advice to install kernels for GPUs on a machine that has none."""
+    if "reference PyTorch implementation" not in record.getMessage():
+        return True
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def human_bytes(count: float) -> str:
@@ -97,3 +205,17 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(max(round(seconds), 0), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def number_of(count: int, noun: str) -> str:
+    """Formats a count with its noun: 1 document, 2,048 documents."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+_LARGE = 1e7
+
+
+def figure(value: float, form: str) -> str:
+    """Formats a figure with a format string, and as 6.46e25 if it is too large to be read otherwise, as the perplexity
+    of a student that knows nothing yet."""
+    return f"{value:.2e}".replace("e+0", "e").replace("e+", "e") if abs(value) >= _LARGE else form.format(value)

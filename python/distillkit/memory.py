@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    _has_resource = False
+else:
+    _has_resource = True
 
 if TYPE_CHECKING:
     import torch
@@ -19,13 +24,21 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 def peak_memory() -> dict[str, int]:
     """Return this process's peak memory in bytes: resident, and allocated on its CUDA device (0 if there is none)."""
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     torch = sys.modules.get("torch")
     return {
-        # ru_maxrss is in KiB on Linux, in bytes on macOS.
-        "peak_rss_bytes": rss if sys.platform == "darwin" else rss * 1024,
+        "peak_rss_bytes": _peak_resident(),
         "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else 0,
     }
+
+
+def _peak_resident() -> int:
+    if not _has_resource:
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # In KiB on Linux, in bytes on macOS.
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def total_memory(device: torch.device) -> int:
@@ -34,7 +47,9 @@ def total_memory(device: torch.device) -> int:
         import torch
 
         return int(torch.cuda.get_device_properties(device).total_memory)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
     return min(total, int(limit)) if limit.isdecimal() else total
 

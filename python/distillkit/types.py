@@ -5,6 +5,7 @@ Shape legend: k stored ids per row, R rows (positions), L tokens per document, S
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union
@@ -12,17 +13,47 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.errors import InputError
+from distillkit.errors import InputError, printable
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Document", "Overflow", "SparseLogprobs", "TokenDocument"]
+__all__ = ["Document", "Facts", "Overflow", "Shown", "SparseLogprobs", "TokenDocument"]
 
 Array = Union[npt.NDArray[Any], "torch.Tensor"]
 
 Overflow = Literal["cut", "split", "drop"]
 """What to do with documents that are longer than a row; see `distillkit.shards.overflow`."""
+
+
+Facts = tuple[str, list[tuple[str, str]]]
+"""A title, and (label, value) of each fact."""
+
+
+class Shown:
+    """A result that prints as a title and a table of facts, in a terminal and in a notebook."""
+
+    def facts(self) -> Facts:
+        """What is shown."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        title, rows = self.facts()
+        width = max((len(label) for label, _ in rows), default=0)
+        return printable("\n".join([title, *(f"  {label:<{width}}  {value}" for label, value in rows)]))
+
+    def _repr_html_(self) -> str:
+        title, rows = self.facts()
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{_escaped(label)}</th><td style='text-align:left'>{_escaped(value)}</td>"
+            "</tr>"
+            for label, value in rows
+        )
+        return f"<table><caption style='text-align:left'>{_escaped(title)}</caption>{cells}</table>"
+
+
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))
 
 
 @dataclass(frozen=True)
@@ -107,7 +138,7 @@ class TokenDocument:
     segment_lengths: npt.NDArray[np.int32] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Document:
     """One stored sequence with the teacher's distributions, still encoded.
 
@@ -122,6 +153,8 @@ class Document:
         label_logprobs: (L − 1,) float32, the teacher's log-probability of each next token, even if that token is not
             among the row's k ids; None if these were not stored.
         place: where it was read from, for messages: file, and number in the file.
+        columns: values that the capture kept of the source's row, by column (`keep_columns`); read from the shard when
+            they are first used. None if there are none.
     """
 
     doc_id: str
@@ -132,6 +165,19 @@ class Document:
     segment_lengths: npt.NDArray[np.int32] | None = None
     label_logprobs: npt.NDArray[np.float32] | None = None
     place: str = "the document"
+    columns: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.input_ids):,} tokens", f"{self.num_rows:,} rows in {len(self.teacher):,} bytes"]
+        if self.loss_mask is not None:
+            parts.append(f"{int(np.count_nonzero(self.loss_mask)):,} tokens count")
+        if self.segment_lengths is not None:
+            parts.append(f"{len(self.segment_lengths):,} packed documents")
+        if self.label_logprobs is not None:
+            parts.append("label_logprobs")
+        if self.columns is not None:
+            parts.append(f"columns {', '.join(map(printable, self.columns))}")
+        return f"<Document {self.doc_id}: {', '.join(parts)}>"
 
     def segments(self, most: int | None = None, start: int = 0) -> npt.NDArray[np.int64]:
         """(S,) int64 lengths of the packed documents (one if not packed), limited to the tokens `start` … `most` − 1 if

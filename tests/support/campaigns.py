@@ -13,6 +13,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,22 @@ import yaml
 from distillkit.capture.settings_file import load_captures
 from distillkit.capture.shard_plan import ShardReceipt, make_plan, read_plan
 from distillkit.capture.summary import ShardSummary
+from distillkit.codec import Codec, CompactConfig, Prior
 from distillkit.errors import ConfigError, CorruptDataError
 from distillkit.reports.inspection import inspect_dataset
 from distillkit.reports.run_record import read_run
-from distillkit.shards import Dataset, convert, verify_dataset
+from distillkit.shards import Dataset, ShardWriter, convert, verify_dataset
 from distillkit.shards.json_text import canonical_json
 from distillkit.shards.storage import Folder
 from distillkit.text.policy import capture_policy
 from distillkit.text.rows import RowReader
 from distillkit.text.sources import open_local
 from distillkit.training.config.file import load_config
-from distillkit.types import TokenDocument
+from distillkit.types import SparseLogprobs, TokenDocument
 from support.attacks import Campaign
 from support.bombs import write_arrow
 from support.golden import GOLDEN, published
-from support.shards import HEADER, files, make_documents, write
+from support.shards import HEADER, VOCAB, files, make_documents, write
 
 DEEP = "@deep@"
 """Stands for a list in a list in a list …, which no serializer of Python writes."""
@@ -195,6 +198,44 @@ class ShardBytes:
             assert content(self._folder) == self._expected, "other data, without an error"
         finally:
             (self._folder / name).write_bytes(self._files[name])
+
+
+class CompactBytes(ShardBytes):
+    """A dataset in the compact format with bytes of a shard, the manifest or the prior changed."""
+
+    def __init__(self, folder: Path) -> None:
+        codec, documents = learned_codec(), make_documents(6)
+        with ShardWriter(folder / "set", replace(HEADER, codec=codec.to_dict()), prior=codec.prior) as writer:
+            for ids, rows, extra in documents:
+                writer.write(ids, rows, **extra)
+        self._folder = folder / "set"
+        self._files = files(self._folder)
+        self._expected = content(self._folder)
+
+
+class CompactCodes:
+    """A document in the compact format, or the prior that it is decoded with, with bytes changed."""
+
+    seeds = 40_000
+
+    def __init__(self, folder: Path) -> None:
+        self._codec, rows = learned_codec(), make_documents(4)[3][1]
+        self._rows = len(rows.ids)
+        self._data = self._codec.encode_document(rows)
+        self._expected = self._codec.decode_document(self._data, self._rows)
+
+    def attempt(self, seed: int) -> None:
+        if seed % 2:
+            found = self._codec.decode_document(edited(self._data, seed), self._rows)
+            assert np.array_equal(found.ids, self._expected.ids), "other ids, without an error"
+            assert np.array_equal(found.logprobs, self._expected.logprobs), "other values, without an error"
+            return
+        prior = self._codec.prior
+        assert prior is not None
+        other = Codec(learned_config(), prior=Prior(edited(prior.data, seed)))
+        decoded = other.decode_document(self._data, self._rows)
+        assert 0 <= np.min(decoded.ids) <= np.max(decoded.ids) < other.vocab_size, "an id outside the vocabulary"
+        assert np.max(decoded.logprobs) <= 1e-3, "a probability above 1"
 
 
 class ShardMetadata:
@@ -601,6 +642,20 @@ def flipped_or_cut(data: bytes, seed: int) -> bytes:
     return bytes(result)
 
 
+def learned_config() -> CompactConfig:
+    """A small compact configuration."""
+    return CompactConfig(vocab_size=VOCAB, k=6, threshold=0.001, step=0.01)
+
+
+@cache
+def learned_codec() -> Codec:
+    """A codec of it, with a prior learned from a few documents."""
+    documents = [rows for _, rows, _ in make_documents(40, seed=1)]
+    ids, logprobs = (np.concatenate([getattr(rows, name) for rows in documents]) for name in ("ids", "logprobs"))
+    config = learned_config()
+    return Codec(config, prior=Prior.learn(config, SparseLogprobs(ids, logprobs)))
+
+
 def hashed(value: Any, key: str) -> str:
     """JSON with the hash of its content, if it has one."""
     if isinstance(value, dict):
@@ -627,6 +682,8 @@ def _list(array: Any) -> Any:
 CAMPAIGNS: dict[str, Callable[[Path], Campaign]] = {
     "shard_bits": ShardBits,
     "shard_bytes": ShardBytes,
+    "compact_bytes": CompactBytes,
+    "compact_codes": CompactCodes,
     "shard_metadata": ShardMetadata,
     "manifest_bits": ManifestBits,
     "manifests": Manifests,

@@ -94,7 +94,7 @@ def _memory(who: str, description: str, path: str) -> dict[str, Any]:
     from distillkit.bench.published import published_codec
 
     codec = Codec.from_dict(json.loads(description))
-    decode = codec.decode_torch if who == "ours" else published_codec(codec.config).decode
+    decode = codec.decode_torch if who == "ours" else published_codec(codec.fixed_config).decode
     data = torch.from_numpy(np.load(path))
     decode(data[:_WARM_ROWS])
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,7 +1,7 @@
 """Fidelity of the codec on given rows, compared with the published encoder and with the limits of the layouts.
 
 A row's original log-probabilities, in descending order, are compared with those decoded from its bytes. All bytes are
-decoded by the same decoder, `Codec.decode`.
+decoded by the same decoder, `Codec.decode`. The published encoder and the limits need torch, our own figures do not.
 
 Shape legend: N rows, k stored ids per row, n approximated ranks, m terms.
 """
@@ -11,17 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from distillkit.bench.published import PublishedCodec, is_resolved, published_codec, term_matrix
 from distillkit.bench.sample import Sample
-from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig
+from distillkit.codec import Codec, DistributionQuantizationConfig
+from distillkit.codec.config import FixedConfig
 from distillkit.codec.fidelity import kl_rows
 from distillkit.errors import CorruptDataError, DistillKitError
+
+if TYPE_CHECKING:
+    import torch
+
+    from distillkit.bench.published import PublishedCodec
 
 __all__ = [
     "FidelityRow",
@@ -93,15 +97,17 @@ def figures(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> Figures:
 # -- limits of a layout ------------------------------------------------------------------------------------------------
 
 
-def orthonormal_terms(config: CodecConfig) -> F64:
+def orthonormal_terms(config: FixedConfig) -> F64:
     """(n, m') orthonormal columns that span the terms."""
+    from distillkit.bench.published import term_matrix
+
     terms_mn = term_matrix(config).numpy()
     scaled = terms_mn.T / np.linalg.norm(terms_mn, axis=1)
     u, singular, _ = np.linalg.svd(scaled, full_matrices=False)
     return np.ascontiguousarray(u[:, singular > 1e-12 * singular[0]])
 
 
-def least_squares(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
+def least_squares(config: FixedConfig, original: npt.NDArray[Any]) -> F64:
     """Approximates rows by an unweighted least-squares fit in float64; exact ranks stay unchanged.
 
     Args:
@@ -115,7 +121,7 @@ def least_squares(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
     return np.concatenate([values[:, : config.exact_k], rest @ basis @ basis.T], axis=-1)
 
 
-def optimum(config: CodecConfig, original: npt.NDArray[Any]) -> F64:
+def optimum(config: FixedConfig, original: npt.NDArray[Any]) -> F64:
     """Approximates rows with the least KL that the terms allow, in float64 without rounding or bounds; exact ranks stay
     unchanged.
 
@@ -266,24 +272,27 @@ class FidelityRow:
 
 def measure_fidelity(
     sample: Sample,
-    configs: Mapping[str, CodecConfig],
+    configs: Mapping[str, FixedConfig],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    ours_only: bool = False,
 ) -> Iterator[FidelityRow]:
     """Yields one table row per configuration.
 
-    Configurations that store more ids than the sample has are skipped, with the reason.
+    Configurations that store more ids than the sample has are skipped, with the reason. With `ours_only`, there are
+    neither the published encoder's figures nor the limits, and torch is not needed.
 
     Raises:
         DistillKitError: the published decoder reads other values from our bytes, which is a bug.
     """
     for done, (name, config) in enumerate(configs.items()):
         progress(done, len(configs))
-        yield compare(name, config, sample)
+        yield compare(name, config, sample, ours_only=ours_only)
     progress(len(configs), len(configs))
 
 
-def compare(name: str, config: CodecConfig, sample: Sample) -> FidelityRow:
-    """Compares one configuration on the first k ids of the sample's rows."""
+def compare(name: str, config: FixedConfig, sample: Sample, *, ours_only: bool = False) -> FidelityRow:
+    """Compares one configuration on the first k ids of the sample's rows; `ours_only` as in `measure_fidelity`."""
     codec = Codec(config)
     if config.k > sample.k or config.k > codec.vocab_size:
         note = f"stores {config.k} ids per row, but the sample has {sample.k}"
@@ -293,6 +302,11 @@ def compare(name: str, config: CodecConfig, sample: Sample) -> FidelityRow:
     decoded_ids, decoded = codec.decode(data)
     if not np.array_equal(decoded_ids, ids):
         raise DistillKitError(f"{name}: the decoded ids are not those that were encoded; this is a bug")
+    ours = figures(original, decoded)
+    if ours_only:
+        return FidelityRow(name, codec.bytes_per_token, rows=len(ids), ours=ours)
+    from distillkit.bench.published import published_codec
+
     _check_readable(name, codec, published_codec(config), data, decoded)
     published, spread, note = _published(codec, ids, original)
     limited = _has_limits(config)
@@ -300,7 +314,7 @@ def compare(name: str, config: CodecConfig, sample: Sample) -> FidelityRow:
         name,
         codec.bytes_per_token,
         rows=len(ids),
-        ours=figures(original, decoded),
+        ours=ours,
         published=published,
         least_squares=figures(original, least_squares(config, original)) if limited else None,
         optimum=figures(original, optimum(config, original)) if limited and _has_constant(config) else None,
@@ -313,10 +327,12 @@ def _published(
     codec: Codec, ids: npt.NDArray[np.int64], original: npt.NDArray[np.float32]
 ) -> tuple[Figures | None, PublishedSpread | None, str]:
     """Statistics of the published encoder and their spread, or the reason why it failed."""
+    from distillkit.bench.published import is_resolved
+
     try:
         with _threads(1):
             found = _published_figures(codec, ids, original)
-        spread = None if is_resolved(codec.config) else _published_spread(codec, ids, original, found.kl_mean)
+        spread = None if is_resolved(codec.fixed_config) else _published_spread(codec, ids, original, found.kl_mean)
         return found, spread, ""
     except CorruptDataError as error:
         return None, None, f"published encoder: {error}"
@@ -328,14 +344,22 @@ def _published_figures(
     original: npt.NDArray[np.float32],
     order_n: torch.Tensor | None = None,
 ) -> Figures:
-    data = published_codec(codec.config, order_n).encode(torch.from_numpy(ids), torch.from_numpy(original))
+    import torch
+
+    from distillkit.bench.published import published_codec
+
+    data = published_codec(codec.fixed_config, order_n).encode(torch.from_numpy(ids), torch.from_numpy(original))
     return figures(original, codec.decode(data.numpy())[1])
 
 
 def _published_spread(
     codec: Codec, ids: npt.NDArray[np.int64], original: npt.NDArray[np.float32], one_thread: float
 ) -> PublishedSpread:
-    config, threads = codec.config, torch.get_num_threads()
+    import torch
+
+    from distillkit.bench.published import is_resolved
+
+    config, threads = codec.fixed_config, torch.get_num_threads()
     all_threads = _published_figures(codec, ids, original).kl_mean
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(config.k - config.exact_k, generator=generator) for _ in range(_ORDERS)]
@@ -353,6 +377,8 @@ def _published_spread(
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Limits torch to `count` threads within the block."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -365,11 +391,13 @@ def _check_readable(
     name: str, codec: Codec, baseline: PublishedCodec, data: npt.NDArray[np.uint8], decoded: npt.NDArray[np.float32]
 ) -> None:
     """Checks that the published decoder reads our bytes as `decoded`, up to its own rounding."""
+    import torch
+
     ids, values = baseline.decode(torch.from_numpy(data))
     if not np.array_equal(ids.numpy(), codec.decode(data)[0]):
         raise DistillKitError(f"{name}: the published decoder reads other ids from our bytes; this is a bug")
     difference = np.abs(values.numpy().astype(np.float64) - decoded)
-    excess = difference - published_tolerance(codec.config, decoded)
+    excess = difference - published_tolerance(codec.fixed_config, decoded)
     if not (excess <= 0).all():
         row, rank = np.unravel_index(int(np.nanargmax(excess)), excess.shape)
         raise DistillKitError(
@@ -378,7 +406,7 @@ def _check_readable(
         )
 
 
-def published_tolerance(config: CodecConfig, decoded: npt.NDArray[np.float32]) -> F64:
+def published_tolerance(config: FixedConfig, decoded: npt.NDArray[np.float32]) -> F64:
     """(N, k): bound on the effect of the published decoder's rounding (rust/codec/FORMAT.md §2.3) on each value.
 
     If terms are much larger than their sum, the sum's float32 error is the rounding error of the largest term.
@@ -399,8 +427,10 @@ def published_tolerance(config: CodecConfig, decoded: npt.NDArray[np.float32]) -
     return tolerance
 
 
-def _largest_sum(config: CodecConfig, decoded: npt.NDArray[np.float32]) -> F64:
+def _largest_sum(config: FixedConfig, decoded: npt.NDArray[np.float32]) -> F64:
     """(N, n) Σ |coefficient · term| for fits to the decoded values."""
+    from distillkit.bench.published import term_matrix
+
     terms_mn = term_matrix(config).numpy()
     values = decoded.astype(np.float64)
     if isinstance(config, DistributionQuantizationConfig) and config.delta_encoding:
@@ -411,7 +441,7 @@ def _largest_sum(config: CodecConfig, decoded: npt.NDArray[np.float32]) -> F64:
     return np.asarray(np.abs(coefficients) @ np.abs(terms_mn))
 
 
-def _has_limits(config: CodecConfig) -> bool:
+def _has_limits(config: FixedConfig) -> bool:
     if config.exact_k == config.k:
         return False
     if isinstance(config, DistributionQuantizationConfig):
@@ -419,5 +449,5 @@ def _has_limits(config: CodecConfig) -> bool:
     return True
 
 
-def _has_constant(config: CodecConfig) -> bool:
+def _has_constant(config: FixedConfig) -> bool:
     return not isinstance(config, DistributionQuantizationConfig) or 0 in (config.polynomial_terms or ())

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 
 from distillkit.codec.config import (
-    CodecConfig,
     DistributionQuantizationConfig,
+    FixedConfig,
     LegacyLogitCompressionConfig,
     ResidualBin,
 )
@@ -47,7 +47,7 @@ class PublishedCodec(Protocol):
         """(N, V) logits → (N, B) uint8."""
 
 
-def published_codec(config: CodecConfig, order_n: torch.Tensor | None = None) -> PublishedCodec:
+def published_codec(config: FixedConfig, order_n: torch.Tensor | None = None) -> PublishedCodec:
     """The baseline for a configuration.
 
     Args:
@@ -62,7 +62,7 @@ def published_codec(config: CodecConfig, order_n: torch.Tensor | None = None) ->
     return _Quantized(config, order_n)
 
 
-def is_resolved(config: CodecConfig) -> bool:
+def is_resolved(config: FixedConfig) -> bool:
     """Whether float32 resolves all singular values of the terms.
 
     If not, the smallest singular values that the published encoder divides by are rounding errors relative to the
@@ -76,7 +76,7 @@ def is_resolved(config: CodecConfig) -> bool:
     return bool(singular[-1] > _RESOLUTION * singular[0])
 
 
-def term_matrix(config: CodecConfig) -> torch.Tensor:
+def term_matrix(config: FixedConfig) -> torch.Tensor:
     """The terms at the approximated ranks: (m, n) float64, not yet rounded to `term_dtype`."""
     n = config.k - config.exact_k
     if isinstance(config, LegacyLogitCompressionConfig):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.codec import CodecConfig, DistributionQuantizationConfig
+from distillkit.codec import CodecConfig, CompactConfig, DistributionQuantizationConfig
 from distillkit.errors import InputError
 from distillkit.shards import Dataset
 
@@ -126,6 +126,11 @@ def _load_dataset(name: str) -> Sample:
     dataset = Dataset.open(name)
     if not len(dataset) or not dataset.num_rows:
         raise InputError(f"{name}: the dataset contains no distributions")
+    if isinstance(dataset.codec.config, CompactConfig) and dataset.codec.config.adaptive:
+        raise InputError(
+            f"{name}: its rows have different numbers of ids, but codecs are compared on rows with k of them: take a "
+            "dataset with a fixed k"
+        )
     documents = min(len(dataset), -(-_MOST_ROWS * len(dataset) // dataset.num_rows))
     parts = []
     for index in np.linspace(0, len(dataset) - 1, documents).round().astype(int):

@@ -7,8 +7,6 @@ Shape legend: N rows, k stored ids per row, V vocabulary size.
 
 from __future__ import annotations
 
-import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,12 +22,13 @@ from distillkit.bench.child import best_of, one_core_reading, peak_memory
 from distillkit.bench.fidelity import published_tolerance
 from distillkit.bench.published import PublishedCodec, published_codec
 from distillkit.bench.sample import Sample, bundled_sample
-from distillkit.codec import PRESETS, Codec, preset
+from distillkit.codec import Codec, preset
+from distillkit.codec.presets import FIXED_PRESETS
 from distillkit.errors import DistillKitError
 from distillkit.shards import Dataset, Header, ShardWriter
 from distillkit.types import SparseLogprobs
 
-__all__ = ["DENSE_VOCABULARY", "SpeedRow", "cores", "machine", "measure_decoding", "measure_speed"]
+__all__ = ["DENSE_VOCABULARY", "SpeedRow", "measure_decoding", "measure_speed"]
 
 PACKED_ROWS = 8192
 """Rows per call: a packed sequence of the published datasets."""
@@ -93,19 +92,6 @@ class SpeedRow:
         return {**asdict(self), **derived}
 
 
-def cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def machine() -> str:
-    """Processor name and number of cores, for table headings."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    name = names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {cores()} core{'s' if cores() > 1 else ''}"
-
-
 def measure_speed(
     sample: Sample,
     *,
@@ -129,7 +115,7 @@ def measure_speed(
     seconds = 0.15 if quick else 1.0
     sizes = (PACKED_ROWS,) if quick else (PACKED_ROWS, DOCUMENT_ROWS)
     codecs = [(name, rows) for name in _WITH_ALL for rows in sizes]
-    others = [] if quick else [name for name in PRESETS if name not in _WITH_ALL]
+    others = [] if quick else [name for name in FIXED_PRESETS if name not in _WITH_ALL]
     parts = [
         *((2, partial(_codec_rows, sample, name, vocab_size, rows, seconds)) for name, rows in codecs),
         (len(others), partial(measure_decoding, sample, others, vocab_size=vocab_size, seconds=seconds)),
@@ -172,7 +158,7 @@ def _rows_of(sample: Sample, k: int, vocab_size: int, count: int) -> tuple[Spars
 def _same(what: str, codec: Codec, found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
     """Checks that ids are equal, and values equal up to the published decoder's rounding."""
     ids, logprobs, expected_ids, expected_logprobs = (np.asarray(array) for array in (*found, *expected))
-    tolerance = published_tolerance(codec.config, expected_logprobs)
+    tolerance = published_tolerance(codec.fixed_config, expected_logprobs)
     if not np.array_equal(ids, expected_ids) or not (np.abs(logprobs - expected_logprobs) <= tolerance).all():
         raise DistillKitError(f"{what}: decoding returns wrong ids or values; this is a bug")
 
@@ -205,7 +191,7 @@ def _codec_rows(
     works: Sequence[str] = ("encode", "decode"),
 ) -> Iterator[SpeedRow]:
     codec = Codec(preset(name, vocab_size=vocab_size))
-    baseline = published_codec(codec.config)
+    baseline = published_codec(codec.fixed_config)
     rows, note = _rows_of(sample, codec.k, vocab_size, count)
     _check_each_other(codec, baseline, rows)
     data = codec.encode(rows.ids, rows.logprobs)
@@ -225,7 +211,7 @@ def _codec_rows(
 
 def _torch_rows(sample: Sample, vocab_size: int, seconds: float) -> Iterator[SpeedRow]:
     codec = Codec(preset("recommended", vocab_size=vocab_size))
-    baseline = published_codec(codec.config)
+    baseline = published_codec(codec.fixed_config)
     rows, note = _rows_of(sample, codec.k, vocab_size, PACKED_ROWS)
     _check_each_other(codec, baseline, rows)
     data = codec.encode(rows.ids, rows.logprobs)
@@ -258,7 +244,7 @@ def _torch_rows(sample: Sample, vocab_size: int, seconds: float) -> Iterator[Spe
 
 def _dense_rows(vocab_size: int, count: int, seconds: float) -> Iterator[SpeedRow]:
     codec = Codec(preset("recommended", vocab_size=vocab_size))
-    baseline = published_codec(codec.config)
+    baseline = published_codec(codec.fixed_config)
     logits_NV = torch.randn(count, vocab_size, generator=torch.Generator().manual_seed(0)) * 3
     for dtype in (torch.float32, torch.bfloat16):
         logits = logits_NV.to(dtype)
@@ -290,7 +276,7 @@ def _check_dense(codec: Codec, logits_NV: torch.Tensor) -> None:
     # Equal bfloat16 logits may be ordered differently, so the chosen ids are compared by their values. Exact values may
     # be rounded to either neighbour in bfloat16, not always the nearest.
     found = torch.equal(exact_NV.gather(-1, ids), top_Nk)
-    exact_k = codec.config.exact_k
+    exact_k = codec.exact_k
     if not found or not torch.allclose(logprobs[:, :exact_k].double(), top_Nk[:, :exact_k], rtol=2**-7, atol=1e-5):
         raise DistillKitError("encode_logits: the most probable ids or their values are wrong; this is a bug")
 

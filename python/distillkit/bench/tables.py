@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from distillkit.bench.fidelity import FidelityRow, Figures
+from distillkit.bench.machine import machine
 from distillkit.bench.sample import Sample
-from distillkit.bench.speed import SpeedRow, machine
+
+if TYPE_CHECKING:
+    from distillkit.bench.speed import SpeedRow
 
 __all__ = ["csv_rows", "fidelity_table", "short_number", "speed_table", "write_csv"]
 

@@ -1,17 +1,28 @@
-"""Capture: runs a teacher over text and stores its compressed next-token distributions as a dataset."""
+"""Capture: runs a teacher over text and stores its compressed next-token distributions as a dataset.
+
+The package can be called: `distillkit.capture(…)` is `distillkit.capture.capture(…)`.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from distillkit.capture.preflight import check_before_loading
 from distillkit.capture.result import CaptureReport
 from distillkit.capture.settings import CaptureSettings
 from distillkit.codec import CodecConfig
 
-__all__ = ["CaptureReport", "CaptureSettings", "capture"]
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from distillkit.capture.forecast.forecast import Forecast
+    from distillkit.capture.options import CaptureOptions
+
+__all__ = ["CaptureReport", "CaptureSettings", "capture", "plan"]
 
 
 def capture(
@@ -22,7 +33,7 @@ def capture(
     preset: str | None = None,
     compression_config: str | Path | Mapping[str, Any] | CodecConfig | None = None,
     progress: bool = True,
-    **options: Any,
+    **options: Unpack[CaptureOptions],
 ) -> CaptureReport:
     """Run a transformers model over a dataset and write its next-token distributions as compressed shards.
 
@@ -35,7 +46,7 @@ def capture(
         output: folder for the captured dataset.
         preset: name of a codec configuration; "recommended" if neither this nor `compression_config` is given.
         compression_config: a codec configuration: YAML file, mapping or config object.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar, on stderr or in the notebook.
         **options: the other fields of `CaptureSettings`; engine settings either nested or flat.
 
     Returns:
@@ -59,3 +70,57 @@ def capture(
     from distillkit.capture.run import run_capture
 
     return run_capture(settings, progress=progress)
+
+
+def plan(
+    *,
+    model: str,
+    dataset: str,
+    output: str | Path = "captured",
+    preset: str | None = None,
+    compression_config: str | Path | Mapping[str, Any] | CodecConfig | None = None,
+    seconds: float = 10.0,
+    progress: bool = True,
+    **options: Unpack[CaptureOptions],
+) -> Forecast:
+    """Estimate what a capture would cost (tokens, disk space, memory, time) and how faithful each codec is on this
+    text, without writing anything; what `distillkit forecast` prints.
+
+    Args:
+        model, dataset, output, preset, compression_config, **options: as for `capture`; `output` decides which disk's
+            free space counts.
+        seconds: how long to run the teacher, to measure its speed and the fidelity of each codec; 0: not at all.
+        progress: show a progress bar, on stderr or in the notebook.
+
+    Returns:
+        The forecast. `problems` says why the capture would not fit; it is empty if it would.
+
+    Raises:
+        ConfigError, InputError, MismatchError: as for `capture`.
+    """
+    from distillkit.capture.preflight import check_inputs
+    from distillkit.console import progress_bar
+
+    settings = CaptureSettings(
+        model=model,
+        dataset=dataset,
+        output=output,
+        preset=preset,
+        compression_config=compression_config,
+        **options,
+    )
+    check_inputs(settings)
+    from distillkit.capture.forecast.forecast import forecast
+
+    with progress_bar("running the teacher", shown=progress) as advance:
+        (found,) = forecast([settings], seconds=seconds, progress=lambda done, total: advance(int(done), int(total)))
+    return found
+
+
+class _Callable(ModuleType):
+    """`import distillkit.capture` binds this package where `distillkit.capture(…)` is looked up."""
+
+    __call__ = staticmethod(capture)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -16,7 +16,7 @@ from distillkit.capture.teachers.base import RowRequest, Teacher
 from distillkit.capture.teachers.hf import load_config, resolve_device, resolve_dtype
 from distillkit.capture.teachers.make import make_teacher
 from distillkit.codec import Codec
-from distillkit.console import human_bytes
+from distillkit.console import human_bytes, number_of
 from distillkit.errors import CaptureError, ConfigError, MismatchError
 from distillkit.shards import Header, Manifest
 from distillkit.shards.header import alignment
@@ -145,11 +145,11 @@ class CaptureInputs:
             why = ", ".join(counted(plan.counts)) or "it is empty"
             raise CaptureError(f"{settings.dataset}: contains no document of at least 2 tokens: {why}")
         logger.info(
-            "%s: %s documents with %s tokens in %d shards",
+            "%s: %s with %s in %s",
             settings.dataset,
-            f"{plan.documents:,}",
-            f"{plan.tokens:,}",
-            len(plan.shards),
+            number_of(plan.documents, "document"),
+            number_of(plan.tokens, "token"),
+            number_of(len(plan.shards), "shard"),
         )
         return plan
 
@@ -232,9 +232,9 @@ def _public_name(path: str) -> str:
 
 
 def stored_bytes_per_token(codec: Codec, settings: CaptureSettings) -> int:
-    """Bytes on disk per token: its row, its id and its label's log-probability."""
+    """Bytes on disk per token: its row (in the compact format, about), its id and its label's log-probability."""
     # Ids take up to 4 bytes. Everything else adds some tens of bytes per document: less than 1% of its rows.
-    return codec.bytes_per_token + 4 + (4 if settings.label_logprobs else 0)
+    return codec.expected_bytes_per_token + 4 + (4 if settings.label_logprobs else 0)
 
 
 def check_disk_space(plan: ShardPlan, codec: Codec, settings: CaptureSettings, numbers: Sequence[int]) -> None:
@@ -248,7 +248,7 @@ def check_disk_space(plan: ShardPlan, codec: Codec, settings: CaptureSettings, n
     needed = tokens * stored_bytes_per_token(codec, settings)
     if free is not None and needed > free:
         raise CaptureError(
-            f"{plan.folder}: {tokens:,} tokens × {codec.bytes_per_token} bytes (and their ids) take "
+            f"{plan.folder}: {tokens:,} tokens × {codec.expected_bytes_per_token} bytes (and their ids) take "
             f"{human_bytes(needed)}, but only {human_bytes(free)} are free there. Nothing was captured: free some "
             "space, choose another output, fewer --samples or a smaller codec (distillkit forecast compares them)"
         )

@@ -23,6 +23,7 @@ from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import CaptureError, InputError
 from distillkit.shards import Header
 from distillkit.shards.manifest import shard_name
+from distillkit.shards.prior import keep_prior
 from distillkit.shards.storage import Folder
 from distillkit.shards.writer import NewShard, encode_rows, make_document
 from distillkit.types import Document, TokenDocument
@@ -154,7 +155,7 @@ class _Encoder:
     ) -> None:
         self.room = room
         self._folder, self._header, self._kept, self._done, self._times = folder, header, kept, done, times
-        self._codec = header.make_codec()
+        self._codec = header.make_codec(keep_prior(folder, header, None))
         self._skip_bad, self._skipped = skip_bad, 0
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=room)
         self._error: BaseException | None = None
@@ -258,7 +259,7 @@ class _Encoder:
             return None
         clock = time.perf_counter()
         try:
-            data, stats = encode_rows(self._codec, result.rows)
+            data, kept, stats = encode_rows(self._codec, result.rows)
             stored = make_document(
                 document.input_ids,
                 data,
@@ -271,7 +272,7 @@ class _Encoder:
             reason = f"{document.source}: the teacher's output cannot be stored: {error}"
             self._skip(result.index, reason)
             return None
-        shard.summary.add(stored, result.rows)
+        shard.summary.add(stored, kept)
         self._times.encode += time.perf_counter() - clock
         return stored, stats
 

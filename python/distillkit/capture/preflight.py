@@ -96,5 +96,6 @@ def _check_output(name: str) -> None:
     if not there.is_dir():
         raise ConfigError(f"output: {name} cannot be a folder: {there} is a file")
     if there != path and not os.access(there, os.W_OK | os.X_OK):
-        number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        read_only = hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY  # Windows has none
+        number = errno.EROFS if read_only else errno.EACCES
         raise OSError(number, os.strerror(number), str(there))

@@ -1,4 +1,4 @@
-"""The progress bar of a capture, on stderr."""
+"""The progress bar of a capture, on stderr or in a notebook."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from distillkit.console import make_progress
 
 __all__ = ["CaptureProgress"]
 
@@ -24,7 +26,7 @@ class CaptureProgress:
         self._shards, self._done_shards = shards, done_shards
         self._before, self._now = done_tokens, 0
         self._started = time.perf_counter()
-        self._bar = Progress(
+        self._bar = make_progress(
             TextColumn("capturing"),
             BarColumn(),
             TaskProgressColumn(),
@@ -33,7 +35,9 @@ class CaptureProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
-            disable=not shown,
+            shown=shown,
+            notebook=shown,
+            transient=False,
         )
         self._task = self._bar.add_task("", total=max(tokens, 1), completed=done_tokens, state="")
 

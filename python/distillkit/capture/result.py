@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from distillkit.console import human_bytes
+from distillkit.types import Facts, Shown
+
 __all__ = ["CaptureReport", "counted"]
 
 _COUNTED = {
@@ -33,8 +36,8 @@ def counted(counts: Mapping[str, int]) -> list[str]:
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CaptureReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CaptureReport(Shown):
     """The result of a capture. Counts cover the entire dataset, including what earlier runs wrote.
 
     Attributes:
@@ -90,6 +93,29 @@ class CaptureReport:
     write_seconds: float
     peak_rss_bytes: int
     peak_cuda_bytes: int
+
+    def facts(self) -> Facts:
+        rows = [
+            (
+                "documents",
+                f"{self.documents:,}" + (f" ({self.resumed_documents:,} before)" if self.resumed_documents else ""),
+            ),
+            ("tokens", f"{self.tokens:,} ({self.rows:,} distributions)"),
+            (
+                "shards",
+                f"{self.shards:,}" + (f", {self.unfinished_shards:,} missing" if self.unfinished_shards else ""),
+            ),
+            ("size", f"{human_bytes(self.disk_bytes)}, {self.bytes_per_token:g} bytes per token"),
+        ]
+        if self.kl_mean is not None and self.kl_p99 is not None:
+            rows.append(("fidelity", f"KL mean {self.kl_mean:.2e}, p99 {self.kl_p99:.2e} nats"))
+        if self.mass_mean is not None:
+            rows.append(("stored mass", f"{self.mass_mean:.2%} on average"))
+        if self.shifted is not None:
+            rows.append(("alignment", f"ROWS ARE SHIFTED by {self.shifted:+d} against their tokens"))
+        if self.new_tokens:
+            rows.append(("this run", f"{self.new_tokens:,} tokens, {self.tokens_per_second:,.0f} per second"))
+        return f"captured: {self.output}", rows + [("left out", text) for text in counted(self.passed_over)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-able mapping."""

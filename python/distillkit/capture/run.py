@@ -15,13 +15,14 @@ from distillkit.capture.shard_plan import ShardPlan, ShardReceipt, remove_plan
 from distillkit.capture.summary import QUANTILES, ShardSummary
 from distillkit.capture.teachers.base import Teacher
 from distillkit.capture.teachers.hf import HFTeacher
-from distillkit.codec import Codec
+from distillkit.codec import Codec, CompactConfig
 from distillkit.console import human_bytes
 from distillkit.errors import CaptureError
 from distillkit.memory import peak_memory
 from distillkit.shards import Dataset, Manifest, read_manifest
 from distillkit.shards.lock import CAPTURE_FOLDER, FolderLock
 from distillkit.shards.manifest import MANIFEST, merged_fidelity
+from distillkit.shards.reader import ShardFile
 from distillkit.shards.storage import Folder
 from distillkit.shards.writer import is_dataset_file
 
@@ -199,13 +200,22 @@ def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> No
             f"{width:,}",
             human_bytes(settings.hf.head_rows * width * 4),
         )
+    parts = f" (values {codec.value_bytes}, ids {codec.id_bytes})" if codec.is_fixed else ""
     logger.info(
-        "stored: %d bytes per token (values %d, ids %d), compared with %s as bfloat16 logits",
-        codec.bytes_per_token,
-        codec.value_bytes,
-        codec.id_bytes,
+        "stored: %s%d bytes per token%s, compared with %s as bfloat16 logits",
+        "" if codec.is_fixed else "about ",
+        codec.expected_bytes_per_token,
+        parts,
         human_bytes(2 * width),
     )
+
+
+def _bytes_per_token(folder: Folder, manifest: Manifest) -> float:
+    """The codec's bytes per row; where rows differ in size, the mean over the shards."""
+    if manifest.header.codec.get("format") != CompactConfig.format:
+        return manifest.header.make_codec().bytes_per_token
+    rows = sum(shard.rows for shard in manifest.shards)
+    return sum(ShardFile(folder.of(shard.file)).teacher_bytes() for shard in manifest.shards) / max(rows, 1)
 
 
 def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int, unfinished: int = 0) -> CaptureReport:
@@ -220,7 +230,7 @@ def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int,
         rows=sum(shard.rows for shard in shards),
         shards=len(shards),
         unfinished_shards=unfinished,
-        bytes_per_token=manifest.header.make_codec().bytes_per_token,
+        bytes_per_token=_bytes_per_token(folder, manifest),
         disk_bytes=sum(shard.bytes for shard in shards),
         kl_mean=fidelity.get("kl_mean"),
         kl_p99=fidelity.get("kl_p99"),

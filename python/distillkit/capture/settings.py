@@ -29,7 +29,7 @@ from distillkit.capture.engine_settings import (
     engines_with,
     nest_settings,
 )
-from distillkit.codec import Codec, CodecConfig, codec_config, preset
+from distillkit.codec import Codec, CodecConfig, CompactConfig, codec_config, preset
 from distillkit.codec.presets import PresetName
 from distillkit.configuration.problems import InvalidSettingsError, Problem, find_problems, refusals
 from distillkit.errors import ConfigError, MismatchError, nearest
@@ -106,14 +106,16 @@ class CaptureSettings(BaseModel):
     )
     dataset: Text = Field(
         min_length=1,
-        description="Text to run the teacher over: a .jsonl (.ndjson), .json, .txt or .parquet file, a folder of them, "
-        "a save_to_disk folder, a URL of any of these, or a hub id. Rows have text; messages; conversations; "
-        "instruction (+ input, system, history) + output; inputs + targets; tools + turns; prompt + response or "
-        "completion; or input_ids.",
+        description="Text to run the teacher over: a .jsonl (.ndjson), .json, .csv, .tsv, .txt or .parquet file, also "
+        "compressed (.gz, .bz2, .xz, .zst), a folder of them, a save_to_disk folder, a URL of any of these, or a hub "
+        "id. Rows have text; messages; conversations; instruction (+ input, system, history) + output; inputs + "
+        "targets; tools + turns; prompt + response or completion; or input_ids.",
     )
     output: Text = Field(min_length=1, description="Folder or storage URL for the captured dataset.")
     preset: PresetName | None = Field(
-        default=None, description="Codec configuration by name; recommended if no codec is chosen."
+        default=None,
+        description="Codec configuration by name; recommended if no codec is chosen. compact is a layout of earlier "
+        "releases, to resume their captures; compact-50 replaces it.",
     )
     compression_config: CodecSource = Field(
         default=None,
@@ -377,9 +379,19 @@ class CaptureSettings(BaseModel):
         """Make the codec for a teacher whose logits are `head_size` wide.
 
         Raises:
-            ConfigError: there is no such file, or its content is not a valid codec configuration.
+            ConfigError: there is no such file, its content is not a valid codec configuration, or it does not go with
+                `keep_ids`.
             MismatchError: the configuration is for another vocabulary size.
         """
+        codec = self._codec(head_size)
+        if self.keep_ids and isinstance(codec.config, CompactConfig) and codec.config.adaptive:
+            raise ConfigError(
+                "keep_ids: rows of this codec end where probabilities are small (threshold or mass), whatever ids are "
+                "to be kept: choose a codec with a fixed k, such as compact-128, or leave keep_ids out"
+            )
+        return codec
+
+    def _codec(self, head_size: int) -> Codec:
         if self.compression_config is None:
             return Codec(preset(self.preset or DEFAULT_PRESET, vocab_size=head_size))
         codec = Codec(self.read_compression_config())

@@ -10,6 +10,7 @@ from typing import Any
 from distillkit.capture.engine_settings import ENGINES, nest_settings
 from distillkit.capture.settings import CaptureSettings
 from distillkit.configuration.describe import json_schema
+from distillkit.configuration.overrides import Overrides, with_overrides
 from distillkit.configuration.problems import InvalidSettingsError, Problem, report
 from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError
@@ -17,7 +18,9 @@ from distillkit.errors import ConfigError
 __all__ = ["captures_schema", "load_captures"]
 
 
-def load_captures(path: str | Path, overrides: Mapping[str, Any] | None = None) -> list[CaptureSettings]:
+def load_captures(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, changes: Overrides | None = None
+) -> list[CaptureSettings]:
     """Read the settings of one capture or several from a YAML file.
 
     Its keys are settings; `captures` may list mappings with the settings in which several captures differ.
@@ -25,6 +28,7 @@ def load_captures(path: str | Path, overrides: Mapping[str, Any] | None = None) 
     Args:
         path: the YAML file.
         overrides: settings that take precedence over the file's, in every capture.
+        changes: values that replace those of the file, by dotted path: {"captures.0.samples": 100}.
 
     Returns:
         The captures in the file's order, with every setting checked.
@@ -37,6 +41,8 @@ def load_captures(path: str | Path, overrides: Mapping[str, Any] | None = None) 
         raise ConfigError(
             f"{path}: must be a mapping of settings, found {'nothing' if content is None else type(content).__name__}"
         )
+    if changes:
+        content = with_overrides(content, changes)
     shared = {key: value for key, value in content.items() if key != "captures"}
     entries = content.get("captures", [{}])
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, Mapping) for entry in entries):

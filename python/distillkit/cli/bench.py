@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Group
 
 from distillkit import __version__
 from distillkit.cli.common import JSON, LARGEST
-from distillkit.codec import PRESETS, preset
-from distillkit.console import progress_bar, show
+from distillkit.codec.presets import FIXED_PRESETS, fixed_preset
+from distillkit.console import progress_bar, say, show
+
+if TYPE_CHECKING:
+    from distillkit.bench.fidelity import FidelityRow
+    from distillkit.bench.sample import Sample
+    from distillkit.bench.speed import SpeedRow
 
 __all__ = ["bench"]
 
@@ -41,25 +48,23 @@ def bench(sample: str | None, vocab_size: int | None, quick: bool, as_json: bool
 
     The second table compares the speed of encoding, decoding and reading with the published algorithm in batched torch,
     and with the time this machine takes to copy or read the same number of bytes. Results are checked before they are
-    timed. Requires torch.
+    timed.
+
+    Without torch there is only the first table, of our encoder alone.
     """
     from distillkit.bench.fidelity import measure_fidelity
+    from distillkit.bench.machine import machine
     from distillkit.bench.sample import bundled_sample, load_sample
-    from distillkit.bench.speed import DENSE_VOCABULARY, machine, measure_speed
-    from distillkit.bench.tables import fidelity_table, speed_table
 
     rows = bundled_sample() if sample is None else load_sample(sample)
     if quick:
         rows = rows.first(_QUICK_ROWS)
     codec_size = vocab_size or rows.vocab_size
-    dense_size = vocab_size or (DENSE_VOCABULARY if sample is None else rows.vocab_size)
-    configs = {name: preset(name, vocab_size=codec_size) for name in PRESETS}
+    configs = {name: fixed_preset(name, vocab_size=codec_size) for name in FIXED_PRESETS}
+    has_torch = importlib.util.find_spec("torch") is not None
     with progress_bar("measuring fidelity") as progress:
-        fidelity = list(measure_fidelity(rows, configs, progress))
-    with progress_bar("measuring speed") as progress:
-        speed = list(
-            measure_speed(rows, vocab_size=codec_size, dense_vocab_size=dense_size, quick=quick, progress=progress)
-        )
+        fidelity = list(measure_fidelity(rows, configs, progress, ours_only=not has_torch))
+    speed = _speed(rows, codec_size, vocab_size or (rows.vocab_size if sample else None), quick) if has_torch else []
     if as_json:
         facts = {"rows": len(rows), "k": rows.k, "vocab_size": rows.vocab_size, "about": rows.about}
         found = {
@@ -71,4 +76,22 @@ def bench(sample: str | None, vocab_size: int | None, quick: bool, as_json: bool
         }
         click.echo(json.dumps(found, indent=2, allow_nan=False))
     else:
+        _show(fidelity, speed, rows)
+
+
+def _speed(rows: Sample, vocab_size: int, dense_vocab_size: int | None, quick: bool) -> list[SpeedRow]:
+    from distillkit.bench.speed import DENSE_VOCABULARY, measure_speed
+
+    dense = dense_vocab_size or DENSE_VOCABULARY
+    with progress_bar("measuring speed") as progress:
+        return list(measure_speed(rows, vocab_size=vocab_size, dense_vocab_size=dense, quick=quick, progress=progress))
+
+
+def _show(fidelity: list[FidelityRow], speed: list[SpeedRow], rows: Sample) -> None:
+    from distillkit.bench.tables import fidelity_table, speed_table
+
+    if speed:
         show(Group(fidelity_table(fidelity, rows), "", speed_table(speed)))
+        return
+    show(fidelity_table(fidelity, rows))
+    say("\nFor the published encoder, the limits of the layouts and the speed: pip install 'distillkit[capture]'")

@@ -15,9 +15,10 @@ from distillkit.capture.preflight import check_before_loading
 from distillkit.capture.result import CaptureReport, counted
 from distillkit.capture.settings import CaptureSettings
 from distillkit.capture.settings_file import load_captures
-from distillkit.cli.common import stopping_on_sigterm
+from distillkit.cli.common import SET, stopping_on_sigterm
 from distillkit.cli.setting_options import GroupedCommand, setting_options
-from distillkit.console import human_bytes, quiet_libraries, show
+from distillkit.configuration.overrides import parse_overrides
+from distillkit.console import human_bytes, number_of, quiet_libraries, show
 
 __all__ = ["capture", "capture_options", "chosen_captures", "show_reports"]
 
@@ -28,6 +29,7 @@ def capture_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--progress/--no-progress", default=True, help="Show a progress bar (on stderr)."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        SET,
         setting_options(),
         click.argument("config", required=False, metavar="[FILE.yaml]", type=path),
     ):
@@ -82,13 +84,16 @@ def chosen_captures(context: click.Context, config: Path | None, options: dict[s
         ConfigError: settings are unknown, missing or not allowed.
         click.UsageError: there is no file, and model, dataset or output is missing.
     """
+    changes = parse_overrides(options.pop("overrides"))
     given = {
         name: value
         for name, value in options.items()
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
     }
     if config is not None:
-        return load_captures(config, given)
+        return load_captures(config, given, changes)
+    if changes:
+        raise click.UsageError("--set changes the values of a file; without one, use the options", ctx=context)
     for name in ("model", "dataset", "output"):
         if name not in given:
             raise click.UsageError(f"Missing option '--{name}', or a file with settings.", ctx=context)
@@ -99,10 +104,12 @@ def _table(report: CaptureReport) -> Table:
     """Format the report as a table."""
     table = Table(title=f"captured: {report.output}", show_header=False, title_justify="left")
     table.add_row("documents", _documents(report))
-    table.add_row("tokens", f"{report.tokens:,}  ({report.rows:,} distributions in {report.shards} shards)")
+    rows = number_of(report.rows, "distribution")
+    table.add_row("tokens", f"{report.tokens:,}  ({rows} in {number_of(report.shards, 'shard')})")
     if report.unfinished_shards:
         table.add_row(
-            "unfinished", f"{report.unfinished_shards:,} shards are left; the manifest is written after the last one"
+            "unfinished",
+            f"left: {number_of(report.unfinished_shards, 'shard')}; the manifest is written after the last one",
         )
     table.add_row("bytes per token", f"{report.bytes_per_token:g}  ({human_bytes(report.disk_bytes)} on disk)")
     if report.kl_mean is not None and report.kl_p99 is not None:

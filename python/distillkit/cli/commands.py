@@ -24,16 +24,20 @@ class _Command(NamedTuple):
 
 DISTILLKIT = {
     "train": _Command("train", "train", "Train a student (the default command)."),
+    "student": _Command("student", "student", "Make a student from a teacher's layers."),
+    "init": _Command("init", "init", "Write a commented configuration to begin with."),
     "forecast": _Command("forecast", "forecast", "Estimate what a capture will cost, and whether it fits."),
     "capture": _Command("capture", "capture", "Run a teacher over text and store its distributions."),
     "pack": _Command("pack", "pack", "Write a dataset's documents packed in full rows."),
+    "push": _Command("push", "push", "Push a capture to the Hugging Face hub, with a card."),
     "report": _Command("report", "report", "Write a run's report, or compare several runs."),
     "schema": _Command("schema", "schema", "Print the JSON schema of a configuration file."),
 }
 CODEC = {
     "inspect": _Command("inspect", "inspect", "Show a dataset's size, fidelity and alignment."),
+    "show": _Command("show", "show_document", "Show a document's text with the teacher's best tokens."),
     "verify": _Command("verify", "verify", "Check every hash, checksum and row of a dataset."),
-    "convert": _Command("convert", "convert", "Convert a published dataset to shards, without loss."),
+    "convert": _Command("convert", "convert", "Convert a dataset to shards, without loss or to another codec."),
     "bench": _Command("bench", "bench", "Measure the codec's fidelity and speed."),
 }
 _PROGRAMS = {"distillkit": DISTILLKIT, "distillkit-codec": CODEC}

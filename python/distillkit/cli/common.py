@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -20,7 +21,18 @@ from distillkit.cli.entry import was_interrupted
 from distillkit.configuration.secrets import redacted
 from distillkit.errors import DistillKitError, printable
 
-__all__ = ["CONFIG", "JSON", "LARGEST", "SPLIT", "LogHandler", "run_cli", "stopping_on_sigterm"]
+__all__ = [
+    "CONFIG",
+    "HTML",
+    "JSON",
+    "LARGEST",
+    "SET",
+    "SPLIT",
+    "LogHandler",
+    "check_writable",
+    "run_cli",
+    "stopping_on_sigterm",
+]
 
 # Options of the commands that read published datasets.
 CONFIG = click.option(
@@ -30,6 +42,39 @@ CONFIG = click.option(
 )
 SPLIT = click.option("--split", help="Split of a published dataset that has splits.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+# Of the commands that read a configuration file.
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set a value in place of the file's, such as training_args.max_steps=100: a dotted path, entries of lists by "
+    "their index, and the value in YAML. May be repeated.",
+)
+
+HTML = click.option(
+    "--html", "page", type=click.Path(path_type=Path), help="Write a page to look at to this file (HTML)."
+)
+
+
+def check_writable(path: Path, ending: str, option: str) -> None:
+    """Refuse a file with plots that cannot be written, before the long computation rather than after it.
+
+    Args:
+        path: the file.
+        ending: what its name must end in.
+        option: the option that names it.
+    """
+    if path.suffix.lower() != ending:
+        kind = ending[1:].upper()
+        raise click.BadParameter(f"{path}: this is written as {kind}; the name must end in {ending}", param_hint=option)
+    if path.is_dir():
+        raise click.BadParameter(f"{path}: is a folder; give the name of a file", param_hint=option)
+    folder = path.absolute().parent
+    if not os.access(folder, os.W_OK):
+        raise click.BadParameter(f"{folder}: not a writable folder", param_hint=option)
+    import matplotlib  # noqa: F401
+
 
 LARGEST = 2**31 - 1
 """The largest count that an option takes; numpy and Parquet count no further in some places."""
@@ -41,8 +86,9 @@ _EXTRAS = {
     "datasets": "capture",
     "trl": "train",
     "peft": "train",
-    "psutil": "train",
+    "psutil": "capture",
     "matplotlib": "plot",
+    "huggingface_hub": "hub",
     "ray": "ray",
     "s3fs": "s3",
 }

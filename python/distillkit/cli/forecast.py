@@ -162,7 +162,8 @@ def _codecs(codecs: Sequence[CodecForecast]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for codec in codecs:
         fits = {None: "?", True: "yes", False: "NO"}[codec.fits]
-        cells = [str(codec.k), str(codec.bytes_per_token), human_bytes(codec.left_bytes.value), fits]
+        size = f"≈ {codec.bytes_per_token}" if codec.estimated else str(codec.bytes_per_token)
+        cells = [str(codec.k), size, human_bytes(codec.left_bytes.value), fits]
         if codec.mass_mean is not None:
             cells += [f"{codec.mass_mean:.4f}", f"{codec.kl_mean:.2e}", f"{codec.kl_p99:.2e}"]
         table.add_row(f"{codec.name} (chosen)" if codec.chosen else codec.name, *cells)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from distillkit.cli.common import CONFIG, JSON, LARGEST, SPLIT
-from distillkit.console import human_bytes, progress_bar, quiet_libraries, say, show
+from distillkit.cli.common import CONFIG, HTML, JSON, LARGEST, SPLIT, check_writable
+from distillkit.console import human_bytes, number_of, progress_bar, quiet_libraries, say, show
 from distillkit.reports.inspection import Inspection, inspect_dataset, recompute_fidelity
 from distillkit.shards import Dataset
 from distillkit.shards.alignment import SHIFTS
@@ -30,7 +29,8 @@ __all__ = ["inspect"]
     "--sample", type=click.IntRange(1, LARGEST), help="Read this many documents, evenly spread, instead of all."
 )
 @click.option("--teacher", help="Recompute fidelity with this model (folder or hub id), on --sample documents or 16.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Plot the distribution, the mass and the sizes (PNG).")
+@click.option("--plot", type=click.Path(path_type=Path), help="Plot the distribution, the mass and the sizes (PNG).")
+@HTML
 @JSON
 def inspect(
     path: str,
@@ -38,7 +38,8 @@ def inspect(
     split: str | None,
     sample: int | None,
     teacher: str | None,
-    plot: str | None,
+    plot: Path | None,
+    page: Path | None,
     as_json: bool,
 ) -> None:
     """Show the size and the fidelity of the dataset at PATH, and whether every row lines up with its token.
@@ -46,16 +47,18 @@ def inspect(
     PATH is a captured dataset, one of its shards, or a published dataset; a folder, a file or an fsspec URL.
 
     Bytes per token are the ids and values of a stored distribution and, as overhead, everything else in the files
-    (token ids, checksums, the container). They are compared with dense bfloat16 logits (2 bytes per vocabulary entry)
-    and with plain top-k (4 bytes per id, 2 per value).
+    (token ids, checksums, the container). They are compared with dense bfloat16 logits (2 bytes per vocabulary entry),
+    with plain top-k (4 bytes per id, 2 per value) and with the published layout. In the compact format, the head of
+    each row, the framing of each document and the prior are counted, too.
 
     The alignment check counts how often the true next token is the first stored id, with the rows as they are and
     shifted by one. The rate must peak at 0; otherwise the rows belong to other tokens, and the exit status is 1. It is
     also 1 if the rows cannot have been written by the dataset's codec: their probabilities add up to more than 1, for
     example. What is possible, but unlike real distributions, is shown as doubtful.
     """
-    if plot is not None:
-        _check_plot(plot)
+    for file, ending, option in ((plot, ".png", "--plot"), (page, ".html", "--html")):
+        if file is not None:
+            check_writable(file, ending, option)
     dataset = Dataset.open(path, config=config, split=split)
     with progress_bar("reading documents") as progress:
         inspection = inspect_dataset(dataset, sample=sample, progress=progress)
@@ -69,6 +72,11 @@ def inspect(
         from distillkit.reports.inspection_plots import plot_inspection
 
         plot_inspection(inspection, plot)
+    if page is not None:
+        from distillkit.reports.html import write_page
+        from distillkit.reports.inspection_page import inspection_page
+
+        write_page(page, inspection_page(inspection))
     if as_json:
         click.echo(json.dumps(inspection.to_dict(), indent=2, allow_nan=False))
     else:
@@ -76,17 +84,9 @@ def inspect(
         show(Group(*(section(inspection) for section in sections)))
         if plot is not None:
             say(f"plot: {plot}")
+        if page is not None:
+            say(f"page: {page}")
     inspection.check()
-
-
-def _check_plot(path: str) -> None:
-    """Refuse a plot that cannot be written, before the long computation rather than after it."""
-    if not path.lower().endswith(".png"):
-        raise click.BadParameter(f"{path}: plots are PNG files; the name must end in .png", param_hint="--plot")
-    folder = Path(path).absolute().parent
-    if not os.access(folder, os.W_OK):
-        raise click.BadParameter(f"{folder}: not a writable folder", param_hint="--plot")
-    import matplotlib  # noqa: F401
 
 
 class _Section:
@@ -115,7 +115,7 @@ def _what(inspection: Inspection) -> Group:
     named = f", preset {inspection.preset}" if inspection.preset else ""
     facts = [
         ("kind", "captured by distillkit" if inspection.kind == "distillkit" else "published dataset"),
-        ("documents", f"{inspection.documents:,} of {inspection.tokens:,} tokens in all"),
+        ("documents", f"{inspection.documents:,} of {number_of(inspection.tokens, 'token')} in all"),
         ("distributions", rows),
         ("files", f"{inspection.files:,} ({human_bytes(inspection.file_bytes)})"),
         ("teacher", _named(inspection.teacher, "dtype", "revision")),
@@ -128,7 +128,9 @@ def _what(inspection: Inspection) -> Group:
     if inspection.temperature != 1:
         facts.insert(6, ("temperature", f"{inspection.temperature:g}"))
     if inspection.documents_read < inspection.documents:
-        sample = f"{inspection.documents_read:,} documents, evenly spread; content and alignment are of these"
+        sample = (
+            f"{number_of(inspection.documents_read, 'document')}, evenly spread; content and alignment are of these"
+        )
         facts.insert(4, ("sample", sample))
     for label, value in facts:
         table.add_row(Text("  " + label), Text(value))
@@ -142,23 +144,42 @@ def _named(facts: dict[str, Any] | None, *details: str) -> str:
     return f"{facts.get('name')}" + (f" ({known})" if known else "")
 
 
+_PART_NOTES = {
+    "head": ", what each row begins with: its cluster, shape and missing mass",
+    "framing": ", checksums and lengths",
+    "prior": ", prior.bin divided by all rows",
+    "overhead": ", everything else in the files",
+}
+
+
 def _size(inspection: Inspection) -> _Section:
     section = _Section("size", "bytes per token")
     total, k = inspection.total_bytes, inspection.codec["config"]["k"]
-    parts = (
-        ("ids", inspection.id_bytes, ""),
-        ("values", inspection.value_bytes, ""),
-        ("overhead", inspection.overhead_bytes, ", everything else in the files"),
-    )
-    for label, size, note in parts:
-        section.add(label, f"{size:,.1f}", f"{size / total:.1%}{note}" if total else "")
+    parts = {**inspection.part_bytes, "overhead": inspection.overhead_bytes}
+    for label, size in parts.items():
+        section.add(label, f"{size:,.1f}", f"{size / total:.1%}{_PART_NOTES.get(label, '')}" if total else "")
     section.add("total", Text(f"{total:,.1f}", "bold"))
     section.add(
         "plain top-k bf16", f"{6 * k:,.1f}", f"{inspection.topk_ratio:,.2f}× as much: {k} × (4 per id, 2 per value)"
     )
     dense = f"{inspection.dense_ratio:,.0f}× as much: {inspection.head_size:,} × 2"
     section.add("dense bf16", f"{2 * inspection.head_size:,.1f}", dense)
+    published = inspection.published_ratio
+    section.add("published layout", f"{published * total:,.1f}", f"{published:,.2f}× as much, with as many ids")
+    _add_rates(section, inspection)
     return section
+
+
+def _add_rates(section: _Section, inspection: Inspection) -> None:
+    """How many ids rows have and, where rows differ in size, how that depends on their entropy."""
+    if inspection.rows_read and inspection.ids_per_row[-1] < inspection.rows_read:
+        quantiles = ", ".join(f"{share:.0%} have at most {inspection.ids_quantile(share)}" for share in (0.1, 0.5, 0.9))
+        section.add(
+            "ids per row", f"{inspection.ids_mean:,.1f}", f"of at most {len(inspection.ids_per_row) - 1}; {quantiles}"
+        )
+    if len(inspection.rate_by_entropy) > 1:
+        pairs = ", ".join(f"{size:,.0f} at {entropy:.1f}" for entropy, size in inspection.rate_by_entropy)
+        section.add("by entropy", "", f"bytes of rows at an entropy in nats: {pairs}")
 
 
 def _content(inspection: Inspection) -> _Section:
@@ -202,7 +223,9 @@ def _fidelity(inspection: Inspection) -> _Section:
     if stats is None or not stats.rows:
         section = _Section("fidelity", "not recorded; measure it with --teacher MODEL")
         return section
-    section = _Section("fidelity", f"decoded against the original, {inspection.fidelity_source}, {stats.rows:,} rows")
+    section = _Section(
+        "fidelity", f"decoded against the original, {inspection.fidelity_source}, {number_of(stats.rows, 'row')}"
+    )
     about = "nats, KL(original ‖ decoded) over K ∪ {R}: the stored ids and the rest"
     section.add("KL, mean", f"{stats.kl_mean:.2e}", about)
     section.add("KL, p99", f"{stats.kl_p99:.2e}")

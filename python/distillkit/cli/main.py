@@ -1,4 +1,4 @@
-"""`distillkit`: train (the default command), forecast, capture, pack, report and schema."""
+"""`distillkit`: train (the default command), forecast, capture, pack, push, report and schema."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ def cli() -> None:
     """Train small language models on the stored distributions of large ones.
 
     \b
-    distillkit config.yaml            train a student (the same as: distillkit train config.yaml)
-    distillkit config.yaml --dry-run  check everything that training would need, without training
-    distillkit forecast --model …     estimate what a capture will cost, and which codecs fit
-    distillkit capture --model …      run a teacher over text once, and store its distributions
-    distillkit pack DATA OUTPUT …     write its documents packed in full rows (training can also pack by itself)
-    distillkit report TRAINED         write a training run's report; compare several runs
-    distillkit schema train           print the JSON schema of a configuration, for completion in editors
-    distillkit-codec inspect DATA     show the size, fidelity and alignment of what was captured
+    distillkit capture --model …      run a teacher over text, store its output
+    distillkit-codec inspect DATA     look at what was captured (also: show)
+    distillkit student TEACHER OUT …  make a student of some of its layers
+    distillkit init train.yaml        write a configuration to begin with
+    distillkit train.yaml --dry-run   check all that training will need
+    distillkit train.yaml             train (short for: distillkit train …)
     """
 
 

@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from distillkit.cli.common import CONFIG, LARGEST, SPLIT
-from distillkit.console import progress_bar, show
+from distillkit.console import number_of, progress_bar, show
 from distillkit.shards.reader import Dataset
 from distillkit.shards.repack import PackReport, pack_dataset
 from distillkit.types import Overflow
@@ -89,9 +89,9 @@ def table_of(report: PackReport) -> Table:
     table.add_row("documents", f"{report.documents:,}{left_out}")
     for name, count in (("left out as too long", report.dropped), ("split into pieces", report.split)):
         if count:
-            table.add_row(name, f"{count:,} documents")
+            table.add_row(name, number_of(count, "document"))
     if report.cut_documents:
-        table.add_row("cut", f"{report.cut_documents:,} documents, {report.cut_tokens:,} tokens")
+        table.add_row("cut", f"{number_of(report.cut_documents, 'document')}, {number_of(report.cut_tokens, 'token')}")
     table.add_row("rows", f"{report.rows:,}{resumed}")
     table.add_row("tokens", f"{report.tokens:,}  (rows {report.fill:.1%} full)")
     table.add_row("time", f"{report.seconds:,.1f} s, with every document read back and compared")

@@ -29,6 +29,22 @@ _METAVARS = {
 }
 _REPEATED = {"where"}
 
+# Sections of the help, in order. Engine settings have sections of their own; all others are at the end.
+_SECTIONS = {
+    "Teacher, data and output": (
+        *("model", "dataset", "output", "dataset_configuration", "split", "tokenizer", "trust_remote_code"),
+    ),
+    "Which rows": (
+        *("samples", "seed", "shuffle", "where", "min_tokens", "max_tokens", "drop_duplicates", "skip_bad_documents"),
+    ),
+    "How rows are read": (
+        *("read_columns", "append_eos", "keep_columns", "apply_chat_template", "max_seq_len", "overflow", "overlap"),
+        "loss_on",
+    ),
+    "What is stored": ("preset", "compression_config", "keep_ids", "label_logprobs", "last_row"),
+    "How it runs": ("engine", "shard_tokens", "shard_range", "workers", "num_workers", "worker_cpus"),
+}
+
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
@@ -41,17 +57,31 @@ class SettingOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose help lists engine options in separate sections."""
+    """A command whose help lists its options in sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[tuple[str, ...], list[tuple[str, str]]] = {(): []}
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in _SECTIONS}
         for option in self.get_params(ctx):
             record = option.get_help_record(ctx) if isinstance(option, click.Option) else None
             if record is not None:
-                groups.setdefault(getattr(option, "engines", ()), []).append(record)
-        for engines, records in groups.items():
-            with formatter.section(f"Only for --engine {' or '.join(engines)}" if engines else "Options"):
-                formatter.write_dl(records)
+                sections.setdefault(_section(option), []).append(record)
+        # At the end what every command has.
+        sections[_OTHER] = sections.pop(_OTHER, [])
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+_OTHER = "Other options"
+
+
+def _section(option: click.Parameter) -> str:
+    """Return the title of an option's section in the help."""
+    engines = getattr(option, "engines", ())
+    if engines:
+        return f"Only for --engine {' or '.join(engines)}"
+    return next((title for title, names in _SECTIONS.items() if option.name in names), _OTHER)
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,9 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from distillkit.console import human_bytes, quiet_libraries, say, show
+from distillkit.cli.common import SET
+from distillkit.configuration.overrides import Overrides, parse_overrides
+from distillkit.console import figure, human_bytes, number_of, quiet_libraries, say, show
 from distillkit.errors import ConfigError
 from distillkit.training.dry_run import DryRun, dry_run
 
@@ -34,11 +36,19 @@ _MEASURES = (
 
 @click.command(short_help="Train a student (the default command).")
 @click.argument("config", type=click.Path(path_type=Path))
+@SET
 @click.option("--dry-run", "checks_only", is_flag=True, help="Check everything, up to the first batch; train nothing.")
 @click.option("-v", "--verbose", count=True, help="Show the libraries' own logs: -v for INFO, -vv for DEBUG.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary, or the checks, as JSON.")
 @click.pass_context
-def train(context: click.Context, config: Path, checks_only: bool, verbose: int, as_json: bool) -> None:
+def train(
+    context: click.Context,
+    config: Path,
+    overrides: tuple[str, ...],
+    checks_only: bool,
+    verbose: int,
+    as_json: bool,
+) -> None:
     """Train a student as configured in the YAML file CONFIG.
 
     Checkpoints, metrics.jsonl, summary.json, report.md with its plots, and the trained student go to the
@@ -49,6 +59,7 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
         raise ConfigError(f"{config}: expected a YAML file with the configuration, found a folder")
     if not config.exists():
         raise ConfigError(f"{config}: there is no such configuration file")
+    changes = parse_overrides(overrides)
     first = os.environ.get("RANK", "0") == "0"
     if verbose:
         logging.getLogger().setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
@@ -56,7 +67,7 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
         logging.getLogger("distillkit").setLevel(logging.WARNING)
     # Libraries and trackers print to stdout, which is only for the result.
     with contextlib.redirect_stdout(sys.stderr):
-        result = dry_run(config) if checks_only else _train(config)
+        result = dry_run(config, changes) if checks_only else _train(config, changes)
         _leave_process_group()
     content = result.to_dict() if isinstance(result, DryRun) else result
     if first and as_json:
@@ -69,11 +80,11 @@ def train(context: click.Context, config: Path, checks_only: bool, verbose: int,
         context.exit(1)
 
 
-def _train(config: Path) -> dict[str, Any]:
+def _train(config: Path, overrides: Overrides) -> dict[str, Any]:
     from distillkit.training.config.file import load_config
     from distillkit.training.config.surroundings import check_surroundings
 
-    run = load_config(config)
+    run = load_config(config, overrides)
     # Before the slow imports below.
     check_surroundings(run)
     quiet_libraries()
@@ -141,14 +152,16 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_row("steps", f"{summary['steps']:,}")
     table.add_row("tokens", speed)
     if summary["cut_documents"]:
-        table.add_row("cut", f"{summary['cut_documents']:,} documents, {summary['cut_tokens']:,} tokens")
+        table.add_row(
+            "cut", f"{number_of(summary['cut_documents'], 'document')}, {number_of(summary['cut_tokens'], 'token')}"
+        )
     table.add_row("time", f"{summary['seconds']:,.1f} s")
     table.add_row("waiting for data", f"{summary['data_wait']:.1%} of the training time")
     table.add_row("peak memory", f"{human_bytes(summary['peak_rss_bytes'])}{cuda}")
     first, last = summary["eval_first"], summary["eval_last"]
     for name, label, form in _MEASURES if last is not None else ():
-        value = form.format(last[name])
-        before = f"{form.format(first[name])} (step {first['step']}) → " if first["step"] != last["step"] else ""
+        value = figure(last[name], form)
+        before = f"{figure(first[name], form)} (step {first['step']}) → " if first["step"] != last["step"] else ""
         table.add_row(label, f"{before}{value}")
     table.add_row("report", str(Path(summary["output_path"]) / "report.md"))
     return table

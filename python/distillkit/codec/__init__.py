@@ -1,24 +1,30 @@
-"""The codec: sparse teacher distributions ↔ bytes, in the published formats (rust/codec/FORMAT.md)."""
+"""The codec: sparse teacher distributions ↔ bytes, in the published formats and our own (rust/codec/FORMAT.md)."""
 
 from __future__ import annotations
 
 from distillkit.codec.codec import Codec
 from distillkit.codec.config import (
     CodecConfig,
+    CompactConfig,
     DistributionQuantizationConfig,
     LegacyLogitCompressionConfig,
     ResidualBin,
     codec_config,
 )
 from distillkit.codec.presets import PRESETS, preset
+from distillkit.codec.prior import Prior
+from distillkit.codec.topk import sparse_from_logits
 
 __all__ = [
     "PRESETS",
     "Codec",
     "CodecConfig",
+    "CompactConfig",
     "DistributionQuantizationConfig",
     "LegacyLogitCompressionConfig",
+    "Prior",
     "ResidualBin",
     "codec_config",
     "preset",
+    "sparse_from_logits",
 ]

@@ -1,12 +1,14 @@
 """`Codec`: sparse teacher distributions ↔ bytes.
 
-Shape legend: R rows (positions), k stored ids per row, V vocabulary size.
+Shape legend: R rows (positions), k stored ids per row (at most, in the compact format), V vocabulary size.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +17,17 @@ import numpy.typing as npt
 from distillkit import _native
 from distillkit.codec.config import (
     CodecConfig,
+    CompactConfig,
     DistributionQuantizationConfig,
+    FixedConfig,
     LegacyLogitCompressionConfig,
     codec_config,
 )
+from distillkit.codec.presets import expected_bytes
+from distillkit.codec.prior import Prior
+from distillkit.codec.published_columns import columns_of_rows, rows_of_columns
 from distillkit.codec.topk import is_tensor, native_logits, sparse_from_logits
-from distillkit.errors import CorruptDataError, InputError, TruncatedDataError, UnsupportedVersionError
+from distillkit.errors import ConfigError, CorruptDataError, InputError, TruncatedDataError, UnsupportedVersionError
 from distillkit.types import Array, SparseLogprobs
 
 if TYPE_CHECKING:
@@ -28,36 +35,47 @@ if TYPE_CHECKING:
 
 __all__ = ["Codec"]
 
-_VERSIONS = {"quantized": 2, "legacy": 1}
+_VERSIONS = {"quantized": 2, "legacy": 1, "compact": 1}
 """The latest version of each format that this release reads (rust/codec/FORMAT.md)."""
 _PUBLISHED_ROUNDING = 2
 """The version of "quantized" whose bytes are decoded with the roundings of the published decoder."""
-_CONFIGS = {"quantized": DistributionQuantizationConfig, "legacy": LegacyLogitCompressionConfig}
+_CONFIGS: dict[str, type[DistributionQuantizationConfig | LegacyLogitCompressionConfig | CompactConfig]] = {
+    "quantized": DistributionQuantizationConfig,
+    "legacy": LegacyLogitCompressionConfig,
+    "compact": CompactConfig,
+}
 
 
 class Codec:
     """Encodes and decodes rows in one configuration.
 
-    numpy in, numpy out; torch in, torch out on the same device. A row has the published layout: the bytes of the
-    values, then the bytes of the ids.
+    Every format encodes a document at a time: `encode_document`, `decode_document`, `join_documents` and `sizes`. In
+    the fixed formats each row also has the same number of bytes, so rows can be encoded, decoded and selected by
+    themselves: numpy in, numpy out; torch in, torch out on the same device. Such a row has the published layout: the
+    bytes of the values, then the bytes of the ids. With the compact format, everything about single rows raises an
+    InputError that says what to use instead.
 
     Args:
         config: a configuration, or a mapping that `codec_config` accepts.
         version: version of the format. Version 2 of "quantized" has the bytes of version 1, but they are decoded with
             every rounding of the published decoder; see `for_published`.
+        prior: what the compact format learned from other rows of the teacher; None for the built-in prior. If the
+            configuration names a prior, it must be this one.
 
     Attributes:
         config: the configuration.
-        format: "quantized" or "legacy".
+        format: "quantized", "legacy" or "compact".
         version: version of that format.
-        k: stored ids per row.
+        k: stored ids per row. With an adaptive compact configuration (`threshold` or `mass`), a row may have fewer: the
+            other places of decoded rows repeat its first id, with a log-probability of −inf.
+        prior: the prior, if the format is compact and it has been learned.
         simd: the instruction set in use: "portable", "avx2", "avx512" or "neon" (`DISTILLKIT_SIMD` forces one).
         vocab_size: ids must be less than this.
-        value_bytes, id_bytes, bytes_per_token: size of a row's values, of its ids, and of both together.
         warnings: settings that are valid but probably not intended.
 
     Raises:
-        ConfigError: the configuration is invalid.
+        ConfigError: the configuration is invalid, or its prior was not passed.
+        CorruptDataError: the prior is another than the configuration names, or damaged.
         UnsupportedVersionError: this release does not support that version of the format.
 
     Example:
@@ -77,20 +95,77 @@ class Codec:
         True
     """
 
-    def __init__(self, config: CodecConfig | Mapping[str, Any], *, version: int = 1) -> None:
+    def __init__(
+        self, config: CodecConfig | Mapping[str, Any], *, version: int = 1, prior: Prior | None = None
+    ) -> None:
         self.config: CodecConfig = codec_config(config)
         self.format: str = self.config.format
         _check_version(self.format, version)
         self.version: int = version
+        self.prior: Prior | None = prior
         self._config_json = self.config.model_dump_json()
-        self._native = _native.Codec(self.format, self._config_json, version == _PUBLISHED_ROUNDING)
-        self.k: int = self._native.k
-        self.simd: str = self._native.backend
-        self.vocab_size: int = self._native.vocab_size
-        self.value_bytes: int = self._native.value_bytes
-        self.id_bytes: int = self._native.id_bytes
-        self.bytes_per_token: int = self.value_bytes + self.id_bytes
-        self.warnings: list[str] = self._native.warnings
+        native: _native.Codec | _native.CompactCodec
+        if isinstance(self.config, CompactConfig):
+            self.config = _with_prior(self.config, prior)
+            self._config_json = self.config.model_dump_json()
+            native = self._compact = _compact_codec(self._config_json, prior)
+        elif prior is not None:
+            raise ConfigError(f"the format {self.format} has no prior, but {prior.source} was passed")
+        else:
+            native = self._native = _native.Codec(self.format, self._config_json, version == _PUBLISHED_ROUNDING)
+        self.k: int = native.k
+        self.simd: str = native.backend
+        self.vocab_size: int = native.vocab_size
+        self.warnings: list[str] = native.warnings
+        self._config_json_filled = native.config_json
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether each row has the same number of bytes."""
+        return not isinstance(self.config, CompactConfig)
+
+    @property
+    def fixed_config(self) -> FixedConfig:
+        """The configuration; only of fixed formats."""
+        self._fixed("fixed_config", _CONVERT_FIRST)
+        return self.config  # type: ignore[return-value]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a row, ids and values; only of fixed formats."""
+        return self.value_bytes + self.id_bytes
+
+    @property
+    def expected_bytes_per_token(self) -> int:
+        """Bytes of a row in the fixed formats; in the compact format, about how many it takes (`expected_bytes`)."""
+        if isinstance(self.config, CompactConfig):
+            return math.ceil(expected_bytes(self.config))
+        return self.bytes_per_token
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a row's values; only of fixed formats."""
+        return self._fixed("value_bytes", _SIZES_DIFFER).value_bytes
+
+    @property
+    def id_bytes(self) -> int:
+        """Bytes of a row's ids; only of fixed formats."""
+        return self._fixed("id_bytes", _SIZES_DIFFER).id_bytes
+
+    @property
+    def exact_k(self) -> int:
+        """Leading ranks whose values are stored one by one, so that they are in order and sum to at most 1."""
+        return self.fixed_config.exact_k if self.is_fixed else self.k
+
+    def _fixed(self, name: str, instead: str) -> _native.Codec:
+        """The native codec of a fixed format.
+
+        Raises:
+            InputError: the format is compact; says what to do instead of using `name`.
+        """
+        if isinstance(self.config, CompactConfig):
+            raise InputError(f"Codec.{name}: rows of the format compact have no fixed number of bytes: {instead}")
+        return self._native
 
     def __repr__(self) -> str:
         return f"Codec({self.config!r})"
@@ -102,7 +177,7 @@ class Codec:
         return hash(json.dumps(self.to_dict(), sort_keys=True))
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return Codec.from_dict, (self.to_dict(),)
+        return Codec.from_dict, (self.to_dict(), self.prior)
 
     @staticmethod
     def for_published(config: CodecConfig | Mapping[str, Any]) -> Codec:
@@ -132,16 +207,16 @@ class Codec:
 
     def to_dict(self) -> dict[str, Any]:
         """Format, version and configuration as a JSON-serialisable mapping, as stored in a shard's header."""
-        return {"format": self.format, "version": self.version, "config": json.loads(self._native.config_json)}
+        return {"format": self.format, "version": self.version, "config": json.loads(self._config_json_filled)}
 
     @staticmethod
-    def from_dict(description: Mapping[str, Any]) -> Codec:
-        """Recreates a codec from the result of `to_dict`.
+    def from_dict(description: Mapping[str, Any], prior: Prior | None = None) -> Codec:
+        """Recreates a codec from the result of `to_dict` and, if that names one, its prior.
 
         Raises:
             UnsupportedVersionError: this release does not support the format or its version.
-            CorruptDataError: the mapping does not describe a codec.
-            ConfigError: its configuration is invalid.
+            CorruptDataError: the mapping does not describe a codec, or the prior is another or damaged.
+            ConfigError: its configuration is invalid, or its prior was not passed.
 
         Example:
             >>> from distillkit.codec import Codec, preset
@@ -153,12 +228,12 @@ class Codec:
         if not isinstance(name, str) or not isinstance(version, int) or not isinstance(config, Mapping):
             raise CorruptDataError(f"a codec description needs format, version and config; found {dict(description)!r}")
         _check_version(name, version)
-        return Codec(_CONFIGS[name](**config), version=version)
+        return Codec(_CONFIGS[name](**config), version=version, prior=prior)
 
-    # -- rows ----------------------------------------------------------------------------------------------------------
+    # -- rows, of fixed formats -----------------------------------------------------------------------------------
 
     def encode(self, ids: Array, logprobs: Array, *, out: Array | None = None) -> Any:
-        """Encodes rows.
+        """Encodes rows, in a fixed format.
 
         Args:
             ids: (..., k) integers, distinct within a row, each below `vocab_size`.
@@ -173,6 +248,7 @@ class Codec:
             InputError: wrong shapes or dtypes, values that are not finite or not log-probabilities, or ids that are
                 repeated or out of range.
         """
+        native = self._fixed("encode", "encode a document with encode_document")
         if is_tensor(ids) and is_tensor(logprobs):
             return self._encode_tensors(ids, logprobs, out)
         if is_tensor(ids) or is_tensor(logprobs):
@@ -190,7 +266,7 @@ class Codec:
         data = _output("out", out, (*ids.shape[:-1], self.bytes_per_token), np.uint8)
         # A float64 outside float32's range becomes infinite here; the native encoder then rejects its row.
         with np.errstate(over="ignore"):
-            self._native.encode(
+            native.encode(
                 np.require(ids, np.int64, ["C", "A"]).reshape(-1, self.k),
                 np.require(logprobs, np.float32, ["C", "A"]).reshape(-1, self.k),
                 data.reshape(-1, self.bytes_per_token),
@@ -207,7 +283,7 @@ class Codec:
         return torch.from_numpy(data).to(ids.device) if out is None else out
 
     def decode(self, data: Any, *, out: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
-        """Decodes rows, in rank order.
+        """Decodes rows of a fixed format, in rank order.
 
         Args:
             data: (..., bytes_per_token) uint8.
@@ -222,6 +298,7 @@ class Codec:
             TruncatedDataError: the last axis has the wrong length.
             CorruptDataError: ids outside the vocabulary, values that are not finite, or unused bits that are set.
         """
+        native = self._fixed("decode", "decode a document with decode_document")
         if is_tensor(data):
             if data.device.type != "cpu":
                 return self.decode_torch(data, out=out)
@@ -235,13 +312,15 @@ class Codec:
         ids = _output("out[0]", None if out is None else out[0], shape, np.int64)
         logprobs = _output("out[1]", None if out is None else out[1], shape, np.float32)
         rows = np.ascontiguousarray(data).reshape(-1, self.bytes_per_token)
-        self._native.decode(rows, ids.reshape(-1, self.k), logprobs.reshape(-1, self.k))
+        native.decode(rows, ids.reshape(-1, self.k), logprobs.reshape(-1, self.k))
         return ids, logprobs
 
     def decode_torch(
         self, data: torch.Tensor, *, out: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decodes rows with torch operations, on the tensor's own device. Works in inference mode and when compiled.
+        """Decodes rows of a fixed format with torch operations, on the tensor's own device.
+
+        Works in inference mode and when compiled.
 
         Ids and exact values always equal those of `decode` bit for bit. The other values do too where each product and
         sum is rounded separately, as on a CPU. With fused multiply-add they may differ by up to
@@ -263,6 +342,11 @@ class Codec:
         """
         from distillkit.codec.torch_decode import decoder_for
 
+        self._fixed(
+            "decode_torch",
+            "decode a document with decode_document, on the CPU, as training does in the workers of its loader "
+            "(training_args.dataloader_num_workers)",
+        )
         self._check_row_bytes(data)
         return decoder_for(self.format, self._config_json, self.version, data.device)(data, out)
 
@@ -275,7 +359,7 @@ class Codec:
             )
 
     def encode_logits(self, logits: Array, *, out: Array | None = None) -> Any:
-        """Top-k, log-softmax and encoding of dense logits in a single pass.
+        """Top-k, log-softmax and encoding of dense logits in a single pass, in a fixed format.
 
         Args:
             logits: (..., V) float32 or float16 array, or float32, bfloat16 or float16 tensor, with V = `vocab_size`.
@@ -287,6 +371,7 @@ class Codec:
         Raises:
             InputError: wrong V or dtype, NaN or +∞, or fewer than k finite logits in a row.
         """
+        native = self._fixed("encode_logits", "encode a document with encode_document(sparse_from_logits(logits, k))")
         if logits.ndim == 0 or logits.shape[-1] != self.vocab_size:
             raise InputError(
                 f"logits of shape {tuple(logits.shape)} must have the codec's vocabulary size, {self.vocab_size}, as "
@@ -297,7 +382,7 @@ class Codec:
             return self.encode(sparse.ids, sparse.logprobs, out=out)
         rows, bfloat16 = native_logits(logits)
         data = _output("out", _as_array(out), (*logits.shape[:-1], self.bytes_per_token), np.uint8)
-        self._native.encode_logits(rows, bfloat16, data.reshape(-1, self.bytes_per_token))
+        native.encode_logits(rows, bfloat16, data.reshape(-1, self.bytes_per_token))
         if is_tensor(logits) and out is None:
             import torch
 
@@ -307,40 +392,125 @@ class Codec:
     # -- documents -----------------------------------------------------------------------------------------------------
 
     def encode_document(self, rows: SparseLogprobs) -> bytes:
-        """Encodes a document's R rows, given as (R, k) ids and log-probabilities.
+        """Encodes a document's R rows.
+
+        Args:
+            rows: (R, k) ids and log-probabilities under the full softmax, most probable first. In the compact format,
+                they may have more ids than the codec's k, of which the first k are stored, and may end in places
+                without an id, whose log-probability is −inf.
 
         Raises:
-            InputError: as for `encode`.
+            InputError: wrong shapes, values that are not log-probabilities, or ids that are repeated or out of range.
         """
-        data = self.encode(rows.ids, rows.logprobs)
-        return bytes((data.cpu().numpy() if is_tensor(data) else data).tobytes())
+        if self.is_fixed:
+            data = self.encode(rows.ids, rows.logprobs)
+            return bytes((data.cpu().numpy() if is_tensor(data) else data).tobytes())
+        ids, logprobs = (part.detach().cpu().numpy() if is_tensor(part) else part for part in (rows.ids, rows.logprobs))
+        if ids.ndim != 2 or rows.k < self.k:
+            raise InputError(f"a document's rows must have the shape (R, at least k = {self.k}), got {ids.shape}")
+        return self._compact.encode_document(
+            np.require(ids, np.int64, ["C", "A"]), np.require(logprobs, np.float32, ["C", "A"])
+        )
 
-    def decode_document(self, data: bytes | memoryview, rows: int) -> SparseLogprobs:
-        """Decodes the R = `rows` rows of a document into numpy (R, k) ids and log-probabilities.
+    def decode_document(
+        self, data: bytes | memoryview, rows: int, *, out: tuple[Array, Array] | None = None
+    ) -> SparseLogprobs:
+        """Decodes the R = `rows` rows of a document.
+
+        Args:
+            out: C-contiguous numpy ids (R, k) int64 and logprobs (R, k) float32 to write into.
+
+        Returns:
+            numpy (R, k) ids and log-probabilities, in rank order; places without an id have the row's first id and a
+            log-probability of −inf.
 
         Raises:
             TruncatedDataError: `data` does not have the size of `rows` rows.
-            CorruptDataError: as for `decode`.
+            CorruptDataError: ids outside the vocabulary, values that are not finite, or damaged bytes.
         """
-        return SparseLogprobs(*self.decode(self.document_rows(data, rows)))
+        if self.is_fixed:
+            return SparseLogprobs(*self.decode(self.document_rows(data, rows), out=out))
+        self.check_document(data, rows)
+        ids = _output("out[0]", None if out is None else out[0], (rows, self.k), np.int64)
+        logprobs = _output("out[1]", None if out is None else out[1], (rows, self.k), np.float32)
+        self._compact.decode_document(np.frombuffer(data, np.uint8), ids, logprobs)
+        return SparseLogprobs(ids, logprobs)
 
-    def document_rows(self, data: bytes | memoryview, rows: int) -> npt.NDArray[np.uint8]:
-        """A document's bytes as (rows, bytes_per_token) uint8, without a copy.
+    def check_document(self, data: bytes | memoryview, rows: int) -> None:
+        """Refuses bytes that cannot be a document of so many rows. Nothing is decoded, and no memory taken.
 
         Raises:
-            TruncatedDataError: `data` does not have the size of `rows` rows.
+            CorruptDataError: says what was expected.
         """
-        if len(data) != rows * self.bytes_per_token:
+        if not self.is_fixed:
+            self._compact.check(np.frombuffer(data, np.uint8), rows)
+        elif len(data) != rows * self.bytes_per_token:
             raise TruncatedDataError(
                 f"{rows} rows of {self.bytes_per_token} bytes need {rows * self.bytes_per_token} bytes, "
                 f"found {len(data)}"
             )
+
+    def document_rows(self, data: bytes | memoryview, rows: int) -> npt.NDArray[np.uint8]:
+        """A document's bytes as (rows, bytes_per_token) uint8, without a copy; only of fixed formats.
+
+        Raises:
+            TruncatedDataError: `data` does not have the size of `rows` rows.
+        """
+        self._fixed("document_rows", "decode a document with decode_document and select rows of the result")
+        self.check_document(data, rows)
         return np.frombuffer(data, dtype=np.uint8).reshape(rows, self.bytes_per_token)
+
+    def join_documents(self, parts: Sequence[tuple[bytes | memoryview, int, slice]]) -> bytes:
+        """Rows of several documents as one document, each of them unchanged.
+
+        Args:
+            parts: the bytes of a document, its number of rows, and which of them to take.
+
+        Raises:
+            TruncatedDataError, CorruptDataError: as for `decode_document`.
+
+        Example:
+            >>> import numpy as np
+            >>> from distillkit.codec import Codec, preset
+            >>> codec = Codec(preset("budget", vocab_size=1000))
+            >>> data = codec.encode_logits(np.eye(4, 1000, dtype=np.float32)).tobytes()
+            >>> joined = codec.join_documents([(data, 4, slice(2, 4)), (data, 4, slice(0, 1))])
+            >>> codec.decode_document(joined, 3).ids[:, 0].tolist()
+            [2, 3, 0]
+        """
+        if self.is_fixed:
+            return b"".join(self.document_rows(data, rows)[part].tobytes() for data, rows, part in parts)
+        return self._compact.join(
+            [(np.frombuffer(data, np.uint8), rows, *part.indices(rows)[:2]) for data, rows, part in parts]
+        )
+
+    def sizes(self, data: bytes | memoryview, rows: int) -> dict[str, float]:
+        """What takes how many bytes of a document: `ids` and `values`; in the compact format also `head` (what each row
+        begins with) and `framing` (checksums and lengths).
+
+        Raises:
+            TruncatedDataError, CorruptDataError: as for `decode_document`.
+        """
+        if self.is_fixed:
+            self.check_document(data, rows)
+            return {"ids": float(rows * self.id_bytes), "values": float(rows * self.value_bytes)}
+        return self._compact.sizes(np.frombuffer(data, np.uint8), rows)
+
+    def row_bits(self, data: bytes | memoryview, rows: int) -> npt.NDArray[np.float32]:
+        """(R,) how many bits each row of a document takes, without the framing of the document.
+
+        Raises:
+            TruncatedDataError, CorruptDataError: as for `decode_document`.
+        """
+        if self.is_fixed:
+            self.check_document(data, rows)
+            return np.full(rows, 8 * self.bytes_per_token, np.float32)
+        return self._compact.row_bits(np.frombuffer(data, np.uint8), rows)
 
     # -- published columns ---------------------------------------------------------------------------------------------
 
     def to_published(self, data: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
-        """Converts rows to the columns of a published dataset.
+        """Converts rows of a fixed format to the columns of a published dataset.
 
         Args:
             data: (R, bytes_per_token) uint8.
@@ -363,16 +533,9 @@ class Codec:
             >>> bool((codec.from_published(columns) == data).all())
             True
         """
+        self._fixed("to_published", _CONVERT_FIRST)
         self._check_row_bytes(data)
-        values, ids = data[..., : self.value_bytes], data[..., self.value_bytes :]
-        if isinstance(self.config, DistributionQuantizationConfig):
-            return {"compressed_logprobs": values, "bytepacked_indices": ids}
-        split = 2 * self.config.exact_k
-        return {
-            "packed_indices": np.ascontiguousarray(ids).view("<u8").astype(np.uint64, copy=False),
-            "exact_values": np.ascontiguousarray(values[..., :split]).view("<f2").astype(np.float32),
-            "coeffs": _from_stored(np.ascontiguousarray(values[..., split:]), _coefficient_dtype(self.config)),
-        }
+        return columns_of_rows(self.fixed_config, data, self.value_bytes)
 
     def from_published(self, columns: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
         """Converts the columns of a published dataset to rows: the bit-exact inverse of `to_published`.
@@ -383,22 +546,46 @@ class Codec:
         Raises:
             InputError: a column is missing, has the wrong shape, or has values that the format cannot store exactly.
         """
-        if isinstance(self.config, DistributionQuantizationConfig):
-            parts = [
-                _bytes_column(columns, "compressed_logprobs", self.value_bytes),
-                _bytes_column(columns, "bytepacked_indices", self.id_bytes),
-            ]
-        else:
-            coefficients = self._native.terms().shape[0]
-            words = _column(columns, "packed_indices", self._native.words)
-            if words.dtype not in (np.int64, np.uint64):
-                raise InputError(f"column packed_indices must be uint64 or int64, got {words.dtype}")
-            parts = [
-                _to_stored("exact_values", _column(columns, "exact_values", self.config.exact_k), "float16"),
-                _to_stored("coeffs", _column(columns, "coeffs", coefficients), _coefficient_dtype(self.config)),
-                np.ascontiguousarray(words).astype("<u8").view(np.uint8),
-            ]
-        return np.concatenate(parts, axis=-1)
+        self._fixed("from_published", _CONVERT_FIRST)
+        return rows_of_columns(self.fixed_config, columns, self.value_bytes, self.id_bytes)
+
+
+_SIZES_DIFFER = "Codec.sizes says what a document takes"
+_CONVERT_FIRST = (
+    "published datasets are in a fixed format; convert to one with `distillkit-codec convert SOURCE DESTINATION "
+    "--preset recommended`"
+)
+
+
+def _with_prior(config: CompactConfig, prior: Prior | None) -> CompactConfig:
+    """The configuration with the hash of its prior.
+
+    Raises:
+        ConfigError: it names a prior, but there is none.
+        CorruptDataError: the prior is another than it names.
+    """
+    if config.prior is not None and prior is None:
+        raise ConfigError(f"prior: the configuration names {config.prior}, but no prior was passed")
+    if prior is not None and config.prior not in (None, prior.hash):
+        raise CorruptDataError(
+            f"{prior.source}: its hash is {prior.hash}, expected {config.prior}: it is another prior, or damaged"
+        )
+    return config if prior is None else config.model_copy(update={"prior": prior.hash})
+
+
+@lru_cache(maxsize=16)
+def _compact_codec(config_json: str, prior: Prior | None) -> _native.CompactCodec:
+    """The native codec, made once: preparing a prior's tables takes some milliseconds.
+
+    Raises:
+        CorruptDataError: the prior is damaged; names it.
+    """
+    if prior is None:
+        return _native.CompactCodec(config_json, None)
+    try:
+        return _native.CompactCodec(config_json, prior.data)
+    except CorruptDataError as error:
+        raise CorruptDataError(f"{prior.source}: {error}") from error
 
 
 def _check_version(name: str, version: int) -> None:
@@ -407,49 +594,6 @@ def _check_version(name: str, version: int) -> None:
         raise UnsupportedVersionError(
             f"the data is in codec format '{name}' version {version}; this release reads {known}; update distillkit"
         )
-
-
-def _coefficient_dtype(config: LegacyLogitCompressionConfig) -> str:
-    """Stored dtype of legacy coefficients. The published column is float32, so float64 coefficients were rounded."""
-    return "float32" if config.term_dtype == "float64" else config.term_dtype
-
-
-def _column(columns: Mapping[str, npt.NDArray[Any]], name: str, width: int) -> npt.NDArray[Any]:
-    if name not in columns:
-        raise InputError(f"column {name} is missing; found {', '.join(columns)}")
-    column = np.asarray(columns[name])
-    if column.ndim == 0 or column.shape[-1] != width:
-        raise InputError(
-            f"column {name} has {column.shape[-1] if column.ndim else 'no'} values per row, but this codec needs "
-            f"{width}"
-        )
-    return column
-
-
-def _bytes_column(columns: Mapping[str, npt.NDArray[Any]], name: str, width: int) -> npt.NDArray[np.uint8]:
-    column = _column(columns, name, width)
-    if column.dtype.kind not in "iu" or (column.size and not 0 <= int(column.min()) <= int(column.max()) <= 255):
-        raise InputError(f"column {name} must be bytes, integers from 0 to 255; got {column.dtype}")
-    return column.astype(np.uint8, copy=False)
-
-
-def _to_stored(name: str, values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
-    """Float values as little-endian bytes of `dtype`. Raises InputError if the conversion would change a value."""
-    exact = np.ascontiguousarray(values, dtype="<f4")
-    if dtype == "bfloat16":
-        stored = (exact.view("<u4") >> 16).astype("<u2")
-    else:
-        with np.errstate(over="ignore"):
-            stored = exact.astype({"float16": "<f2", "float32": "<f4"}[dtype])
-    if not np.array_equal(_from_stored(stored.view(np.uint8), dtype), values, equal_nan=True):
-        raise InputError(f"column {name} has values that cannot be represented in {dtype}, which this codec stores")
-    return stored.view(np.uint8)
-
-
-def _from_stored(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:
-    if dtype == "bfloat16":
-        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    return data.view({"float16": "<f2", "float32": "<f4"}[dtype]).astype(np.float32)
 
 
 def _as_array(out: Any) -> Any:

@@ -6,17 +6,20 @@ The native code validates configurations and computes row sizes; the classes her
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from distillkit import _native
 from distillkit.configuration.problems import find_problems
 from distillkit.errors import ConfigError
 
 __all__ = [
+    "CODEC_KEYS",
     "CodecConfig",
+    "CompactConfig",
     "DistributionQuantizationConfig",
+    "FixedConfig",
     "LegacyLogitCompressionConfig",
     "ResidualBin",
     "codec_config",
@@ -49,8 +52,11 @@ class _CodecModel(_Model):
 
     @model_validator(mode="after")
     def _check(self) -> _CodecModel:
-        _native.Codec(self.format, self.model_dump_json())
+        self._check_natively()
         return self
+
+    def _check_natively(self) -> None:
+        _native.Codec(self.format, self.model_dump_json())
 
 
 class DistributionQuantizationConfig(_CodecModel):
@@ -113,21 +119,78 @@ class LegacyLogitCompressionConfig(_CodecModel):
     term_dtype: FloatName = "float32"
 
 
-CodecConfig = Union[DistributionQuantizationConfig, LegacyLogitCompressionConfig]
+def _number(value: object) -> object:
+    """YAML reads 5e-4 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
-_YAML_KEYS: dict[str, type[DistributionQuantizationConfig] | type[LegacyLogitCompressionConfig]] = {
+
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class CompactConfig(_CodecModel):
+    """The compact format (`compact` in a YAML): rows of varying length, coded with what a *prior* knows of the teacher.
+
+    Attributes:
+        vocab_size: ids are 0 … vocab_size − 1.
+        k: stored ids per row, or the most of them if `threshold` or `mass` ends rows earlier.
+        threshold: store only ids of at least this probability, and at least one; None: always k.
+        mass: stop once the stored probability reaches this; None: always k.
+        step: resolution of the stored values, in units of √p; halving it costs about 0.9 bits per id.
+        prior: hash of the prior (`Prior.hash`), which is stored apart; None for the built-in one, which knows nothing
+            of the teacher.
+
+    Raises:
+        ConfigError: fields are unknown, missing, of the wrong type or invalid; the message names all of them.
+    """
+
+    format: ClassVar[str] = "compact"
+
+    vocab_size: int
+    k: int
+    threshold: Number | None = None
+    mass: Number | None = None
+    step: Number
+    prior: str | None = None
+
+    def _check_natively(self) -> None:
+        # The prior's bytes are checked where they are at hand.
+        _native.CompactCodec(self.without_prior().model_dump_json(), None)
+
+    def without_prior(self) -> CompactConfig:
+        """The same configuration with the built-in prior."""
+        return self.model_copy(update={"prior": None})
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether rows may have fewer than k ids."""
+        return self.threshold is not None or self.mass is not None
+
+
+FixedConfig = Union[DistributionQuantizationConfig, LegacyLogitCompressionConfig]
+"""Formats in which each row has the same number of bytes."""
+
+CodecConfig = Union[FixedConfig, CompactConfig]
+
+_YAML_KEYS: dict[str, type[DistributionQuantizationConfig | LegacyLogitCompressionConfig | CompactConfig]] = {
     "logprob_compressor": DistributionQuantizationConfig,
     "legacy_logit_compression": LegacyLogitCompressionConfig,
+    "compact": CompactConfig,
 }
+
+CODEC_KEYS = tuple(_YAML_KEYS)
+"""Under which key of a YAML the fields of which configuration are."""
 
 
 def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
     """Builds a codec configuration from the contents of a YAML file.
 
     Args:
-        config: a configuration (returned unchanged), a mapping with the key `logprob_compressor` or
-            `legacy_logit_compression` (as under `teacher` in a training configuration), or the fields themselves (as
-            in a published `compression_config.yaml`).
+        config: a configuration (returned unchanged), a mapping with the key `logprob_compressor`,
+            `legacy_logit_compression` (as under `teacher` in a training configuration) or `compact`, or the fields
+            themselves (as in a published `compression_config.yaml`).
 
     Raises:
         ConfigError: `config` is none of these, or a field is invalid.
@@ -137,7 +200,7 @@ def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
         >>> codec_config({**config, "delta_encoding": False}).format
         'quantized'
     """
-    if isinstance(config, (DistributionQuantizationConfig, LegacyLogitCompressionConfig)):
+    if isinstance(config, (DistributionQuantizationConfig, LegacyLogitCompressionConfig, CompactConfig)):
         return config
     if not isinstance(config, Mapping):
         raise ConfigError(f"a codec configuration must be a mapping, found {type(config).__name__}: {config!r:.200}")
@@ -153,12 +216,14 @@ def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
             return cls(**_named(fields))
     if "d" in config:
         return DistributionQuantizationConfig(**_named(config))
+    if "vocab_size" in config and "step" in config:
+        return CompactConfig(**_named(config))
     if "vocab_size" in config:
         return LegacyLogitCompressionConfig(**_named(config))
     keys = ", ".join(sorted(map(str, config))) or "(none)"
     raise ConfigError(
         f"not a codec configuration: found the keys {keys:.200}; expected "
-        "logprob_compressor, legacy_logit_compression, or the fields of either (including d or vocab_size)"
+        f"{', '.join(CODEC_KEYS)}, or the fields of one of them (including d or vocab_size)"
     )
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.types import SparseLogprobs
 
-__all__ = ["FidelityStats", "kl_rows"]
+__all__ = ["FidelityStats", "kl_rows", "values_of"]
 
 _BINS_PER_OCTAVE = 16
 """Resolution of the KL histogram: a quantile read from it is at most 2^(1/16) − 1 = 4.4% too high."""
@@ -31,7 +31,7 @@ def kl_rows(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> npt.NDArra
     is what the encoder minimises.
 
     Args:
-        original, decoded: (R, k) log-probabilities of the same ids in the same order.
+        original, decoded: (R, k) log-probabilities of the same ids in the same order; −inf at places without an id.
 
     Returns:
         (R,) float64, at least 0.
@@ -46,7 +46,32 @@ def kl_rows(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> npt.NDArra
         return np.asarray(logs - highest - np.log(np.exp(logs - highest).sum(-1, keepdims=True)))
 
     p, q = outcomes(original), outcomes(decoded)
-    return np.asarray(np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0))
+    with np.errstate(invalid="ignore"):
+        difference = np.where(p > -np.inf, p - q, 0.0)
+    return np.asarray(np.maximum((np.exp(p) * difference).sum(-1), 0.0))
+
+
+def values_of(rows: SparseLogprobs, stored: SparseLogprobs) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Looks up the log-probabilities that rows have for the ids of other, stored rows.
+
+    Args:
+        rows: numpy (R, n).
+        stored: numpy (R, k), with a log-probability of −inf at places without an id.
+
+    Returns:
+        (R, k) log-probabilities in `rows` of the stored ids, −inf at places without one; and (R,) whether each of a
+        row's stored ids is among its n ids.
+    """
+    ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs)
+    wanted, absent = np.asarray(stored.ids), np.isneginf(stored.logprobs)
+    # Combining row and id in one key allows a single sorted search for all rows.
+    width = 1 + max(int(ids.max(initial=0)), int(wanted.max(initial=0)))
+    first = np.arange(len(ids))[:, None] * width
+    keys, wanted = (first + ids).ravel(), first + wanted
+    order = np.argsort(keys, kind="stable")
+    at = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)]
+    found = (keys[at] == wanted) | absent
+    return np.where(absent, np.float32(-np.inf), logprobs.ravel()[at]), found.all(-1)
 
 
 class FidelityStats:
@@ -66,10 +91,10 @@ class FidelityStats:
         self._top1_sum = 0
         self._mass_error_sum = 0.0
         self._histogram: dict[int, int] = {}
-        self._rank_rows: npt.NDArray[np.float64] | None = None
+        self._ranks: npt.NDArray[np.float64] | None = None
 
     def update(self, original: SparseLogprobs, decoded: SparseLogprobs) -> None:
-        """Adds R rows: numpy (R, k), with the same ids in the same order.
+        """Adds R rows: numpy (R, k), with the same ids in the same order, and −inf at places without an id.
 
         Raises:
             InputError: the shapes or ids differ.
@@ -81,20 +106,23 @@ class FidelityStats:
         before = np.asarray(original.logprobs, dtype=np.float64)
         after = np.asarray(decoded.logprobs, dtype=np.float64)
         kl_R = kl_rows(before, after)
+        self._top1_sum += int((after.argmax(-1) == before.argmax(-1)).sum())
+        self._mass_error_sum += float(np.abs(np.exp(after).sum(-1) - np.exp(before).sum(-1)).sum())
+        there = before > -np.inf
+        before, after = np.where(there, before, 0.0), np.where(there, after, 0.0)
         errors = np.abs(after - before)
         self.rows += len(kl_R)
         self.kl_max = max(self.kl_max, float(kl_R.max()))
         self.worst_error = max(self.worst_error, float(errors.max()))
         self._kl_sum += float(kl_R.sum())
-        self._top1_sum += int((after.argmax(-1) == before.argmax(-1)).sum())
-        self._mass_error_sum += float(np.abs(np.exp(after).sum(-1) - np.exp(before).sum(-1)).sum())
         bins = np.ceil(np.log2(np.maximum(kl_R, _LOWEST)) * _BINS_PER_OCTAVE).astype(int)
         for index, count in zip(*np.unique(bins, return_counts=True), strict=True):
             self._histogram[int(index)] = self._histogram.get(int(index), 0) + int(count)
-        self._add_ranks(np.stack([before.sum(0), (before**2).sum(0), ((after - before) ** 2).sum(0)]))
+        sums = [before.sum(0), (before**2).sum(0), ((after - before) ** 2).sum(0), there.sum(0)]
+        self._add_ranks(np.stack(sums).astype(np.float64))
 
-    def _add_ranks(self, sums_3k: npt.NDArray[np.float64]) -> None:
-        self._rank_rows = sums_3k if self._rank_rows is None else self._rank_rows + sums_3k
+    def _add_ranks(self, sums_4k: npt.NDArray[np.float64]) -> None:
+        self._ranks = sums_4k if self._ranks is None else self._ranks + sums_4k
 
     def merge(self, other: FidelityStats) -> None:
         """Adds the rows that `other` has seen."""
@@ -106,8 +134,8 @@ class FidelityStats:
         self._mass_error_sum += other._mass_error_sum
         for index, count in other._histogram.items():
             self._histogram[index] = self._histogram.get(index, 0) + count
-        if other._rank_rows is not None:
-            self._add_ranks(other._rank_rows)
+        if other._ranks is not None:
+            self._add_ranks(other._ranks)
 
     @property
     def kl_mean(self) -> float:
@@ -137,10 +165,14 @@ class FidelityStats:
         return self._mass_error_sum / self.rows if self.rows else float("nan")
 
     def by_rank(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Per rank (k,), nats: `mean` and `std` of the original log-probability, `rms_error` of the decoded one."""
-        if self._rank_rows is None:
+        """Per rank (k,), nats: `mean` and `std` of the original log-probability, `rms_error` of the decoded one, over
+        the rows that have an id there; NaN where none has."""
+        if self._ranks is None:
             return {}
-        mean, square, error = self._rank_rows / self.rows
+        counts = self._ranks[3]
+        mean, square, error = np.divide(
+            self._ranks[:3], counts, out=np.full_like(self._ranks[:3], np.nan), where=counts > 0
+        )
         return {"mean": mean, "std": np.sqrt(np.maximum(square - mean**2, 0.0)), "rms_error": np.sqrt(error)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,9 +190,15 @@ class FidelityStats:
                 "top1": self._top1_sum,
                 "mass_error": self._mass_error_sum,
                 "kl_histogram": sorted(self._histogram.items()),
-                "ranks": None if self._rank_rows is None else self._rank_rows.tolist(),
+                "ranks": self._rank_sums(),
             },
         }
+
+    def _rank_sums(self) -> list[list[float]] | None:
+        """Sums by rank; how many rows have an id there is left out if all have."""
+        if self._ranks is None:
+            return None
+        return self._ranks[: 3 if (self._ranks[3] == self.rows).all() else 4].tolist()  # type: ignore[no-any-return]
 
     @staticmethod
     def from_dict(description: Mapping[str, Any]) -> FidelityStats:
@@ -180,7 +218,8 @@ class FidelityStats:
             stats._mass_error_sum = float(sums["mass_error"])
             stats._histogram = {int(index): int(count) for index, count in sums["kl_histogram"]}
             if sums["ranks"] is not None:
-                stats._rank_rows = np.asarray(sums["ranks"], dtype=np.float64)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+                ranks = np.asarray(sums["ranks"], dtype=np.float64)
+                stats._ranks = np.vstack([ranks, np.full((4 - len(ranks), ranks.shape[1]), float(stats.rows))])
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise CorruptDataError(f"invalid fidelity statistics: {error!r}") from error
         return stats

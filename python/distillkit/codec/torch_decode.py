@@ -27,8 +27,8 @@ import torch
 
 from distillkit import _native
 from distillkit.codec.config import (
-    CodecConfig,
     DistributionQuantizationConfig,
+    FixedConfig,
     LegacyLogitCompressionConfig,
     codec_config,
 )
@@ -188,7 +188,7 @@ class TorchDecoder:
     """
 
     def __init__(
-        self, config: CodecConfig, terms_mn: npt.NDArray[np.float64], id_bits: int, published_rounding: bool
+        self, config: FixedConfig, terms_mn: npt.NDArray[np.float64], id_bits: int, published_rounding: bool
     ) -> None:
         self._config = config
         self._published_rounding = published_rounding
@@ -348,7 +348,7 @@ def _prepared(format_name: str, config_json: str, version: int, device: torch.de
     key = (format_name, config_json, version)
     if key not in _DECODERS:
         native = _native.Codec(format_name, config_json)
-        config = codec_config(json.loads(config_json))
+        config: FixedConfig = codec_config(json.loads(config_json))  # type: ignore[assignment]
         _DECODERS[key] = TorchDecoder(config, native.terms(), native.id_bits, published_rounding=version == 2)
     _DECODERS[key].prepare(device)
     return True

@@ -11,7 +11,7 @@ from fsspec.spec import AbstractFileSystem
 
 from distillkit.errors import InputError
 
-__all__ = ["is_url", "locate", "without_trailing_slash"]
+__all__ = ["is_on_hub", "is_url", "locate", "without_trailing_slash"]
 
 _URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://")
 _ROOT = re.compile(rf"{_URL.pattern}|/|~/")
@@ -21,6 +21,12 @@ _CHAINED_URL = re.compile(r"(\w+::)+[A-Za-z][A-Za-z0-9+.-]*://")
 def is_url(place: str | os.PathLike[str]) -> bool:
     """Whether a place is an fsspec URL. Everything else is a local path, whatever characters it contains."""
     return _URL.match(str(os.fspath(place))) is not None
+
+
+def is_on_hub(place: str | os.PathLike[str]) -> bool:
+    """Whether a place is the URL of a repository on the Hugging Face hub, or of a file in one."""
+    url = _URL.match(str(os.fspath(place)))
+    return url is not None and url["protocol"] == "hf"
 
 
 def without_trailing_slash(place: str | os.PathLike[str]) -> str:
@@ -55,5 +61,8 @@ def locate(place: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     try:
         kind = fsspec.get_filesystem_class(protocol)
         return fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(name)), str(kind._strip_protocol(name))
-    except (ImportError, ValueError, TypeError, OSError) as error:  # some connect at once
+    except ImportError as error:
+        hint = "; pip install 'distillkit[hub]'" if protocol == "hf" else ""
+        raise InputError(f"{name} cannot be opened: {error}{hint}") from error
+    except (ValueError, TypeError, OSError) as error:  # some connect at once
         raise InputError(f"{name} cannot be opened: {error}") from error

@@ -123,6 +123,11 @@ class LossConfig(Section):
             )
         return self
 
+    @property
+    def drops_missing(self) -> bool:
+        """Whether it drops the teacher's probability outside the stored tokens."""
+        return self.function in _OF_DISTRIBUTIONS and self.missing_probability_handling in (None, "zero")
+
 
 def named_losses(configs: Sequence[LossConfig]) -> list[tuple[str, float, LossConfig]]:
     """Name losses for logging; repeated ones are numbered (`kl`, `kl@2`).

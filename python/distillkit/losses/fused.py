@@ -18,22 +18,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from distillkit.losses.config import LossConfig
 from distillkit.losses.positions import Positions, Targets, TeacherLogits
-from distillkit.losses.registry import HiddenTerm, Term, hidden_terms_of, kl_with_rest, loss, terms_of
+from distillkit.losses.registry import (
+    HiddenTerm,
+    Term,
+    hidden_terms_of,
+    kl_with_rest,
+    kl_with_rest_of,
+    loss,
+    terms_of,
+)
 from distillkit.models.head import LMHead, logit_chunks
+from distillkit.types import SparseLogprobs
 
-__all__ = ["LossResult", "Objective"]
+__all__ = ["LossResult", "Objective", "PositionDetails"]
 
 # Statistics that are summed over positions in addition to the losses, in this order.
 _COMMON_STATISTICS = ("positions", "teacher_mass", "student_mass", "top1_agreement", "topk_overlap")
 
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """For each pair of matched layers, the hidden states (N, H) of the student (projected) and of the teacher."""
+
+
+# How many of the student's and of the teacher's most probable tokens an evaluation keeps for each position.
+_BEST = 5
+
+
+class PositionDetails(NamedTuple):
+    """What an evaluation keeps of individual positions, on the student's device. b ≤ 5 tokens each, best first.
+
+    Attributes:
+        kl: (N,) float32, KL(teacher ‖ student) over the stored ids and the rest, in nats.
+        teacher_ids: (N, b) int64, the teacher's most probable tokens.
+        teacher_logprobs: (N, b) float32, the teacher's log-probabilities of them; −inf where it has fewer.
+        student_of_teacher: (N, b) float32, the student's log-probabilities of the teacher's tokens.
+        student_ids: (N, b) int64, the student's most probable tokens.
+        student_logprobs: (N, b) float32, the student's log-probabilities of them.
+    """
+
+    kl: torch.Tensor
+    teacher_ids: torch.Tensor
+    teacher_logprobs: torch.Tensor
+    student_of_teacher: torch.Tensor
+    student_ids: torch.Tensor
+    student_logprobs: torch.Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[PositionDetails]) -> PositionDetails:
+        """Concatenate the details of consecutive positions."""
+        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -43,10 +81,12 @@ class LossResult:
     Attributes:
         loss: float32 scalar, Σ over positions of the weighted losses; differentiable.
         statistics: (M,) float32 sums over positions, in the order of `Objective.names`; not differentiable.
+        details: what an evaluation keeps of each position; None in training, and if there are no positions.
     """
 
     loss: torch.Tensor
     statistics: torch.Tensor
+    details: PositionDetails | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +98,7 @@ class Objective:
         hidden_terms: the losses of hidden states and their weights.
         extra: losses that are only measured, not part of the objective; they come before the others in `names`.
         chunk_length: maximum positions per chunk of logits; if None, chosen from the head's width and device memory.
+        detailed: also return the details of each position, which needs a pass without gradients.
         names: names of the statistics.
     """
 
@@ -65,6 +106,7 @@ class Objective:
     hidden_terms: tuple[HiddenTerm, ...] = ()
     extra: tuple[Term, ...] = ()
     chunk_length: int | None = None
+    detailed: bool = False
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,14 +128,15 @@ class Objective:
         """Build the same objective plus metrics that do not depend on the configured losses.
 
         They are `eval:cross_entropy`, and the divergences at temperature 1 over the stored ids: `eval:kl` from their
-        renormalised probabilities, and `eval:kl_with_rest` with all other ids as one more outcome.
+        renormalised probabilities, and `eval:kl_with_rest` with all other ids as one more outcome. The details of each
+        position come with them.
         """
         yardsticks = (
             Term("eval:cross_entropy", 0.0, loss("cross_entropy")),
             Term("eval:kl", 0.0, loss("kl")),
             Term("eval:kl_with_rest", 0.0, kl_with_rest),
         )
-        return Objective(self.terms, self.hidden_terms, yardsticks, self.chunk_length)
+        return Objective(self.terms, self.hidden_terms, yardsticks, self.chunk_length, detailed=True)
 
     def __call__(self, head: LMHead, hidden: torch.Tensor, targets: Targets, layers: Layers = ()) -> LossResult:
         """Compute the losses and statistics of N positions.
@@ -121,12 +164,14 @@ class Objective:
     ) -> LossResult:
         """Sum the losses and statistics of all chunks, without gradients."""
         total, statistics = self._totals(hidden)
+        details = []
         for start, stop in logit_chunks(len(targets), weights[0].shape[0], hidden.device, self.chunk_length):
             raw = head.product(hidden[start:stop], weights)
             part = self._in_blocks(head, raw, targets.rows(start, stop))
             total += part.loss.to(total.device)
             statistics += part.statistics.to(total.device)
-        return LossResult(total, statistics)
+            details.append(part.details)
+        return LossResult(total, statistics, _joined(details))
 
     def _with_hidden(self, result: LossResult, layers: Layers) -> LossResult:
         """Add the losses of hidden states."""
@@ -135,7 +180,7 @@ class Objective:
             value = term.total(layers).to(total.device)
             total = total + term.weight * value
             statistics.append(value.detach().unsqueeze(0))
-        return LossResult(total, torch.cat(statistics))
+        return LossResult(total, torch.cat(statistics), result.details)
 
     def _in_blocks(self, head: LMHead, raw: torch.Tensor, targets: Targets, *, replace: bool = False) -> LossResult:
         """Compute losses and statistics from a chunk's raw logits (n, V).
@@ -144,6 +189,7 @@ class Objective:
             replace: overwrite the logits with the gradient of the loss.
         """
         total, statistics = self._totals(raw)
+        details = []
         length = max(1, _block_elements(raw.device) // raw.shape[-1])
         for start in range(0, len(targets), length):
             block = raw[start : start + length]
@@ -154,7 +200,8 @@ class Objective:
                 block.copy_(torch.autograd.grad(part.loss, leaf)[0])
             total += part.loss.detach()
             statistics += part.statistics
-        return LossResult(total, statistics)
+            details.append(part.details)
+        return LossResult(total, statistics, _joined(details))
 
     def _totals(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Float32 zeros for accumulating the loss and the statistics of logits."""
@@ -169,8 +216,12 @@ class Objective:
         weighted = [term.weight * value for term, value in zip(terms, values, strict=True) if term.weight]
         total = torch.stack(weighted).sum() if weighted else logits.sum() * 0.0
         with torch.no_grad():
-            statistics = torch.stack([*_common_statistics(positions), *(value.detach() for value in values)])
-        return LossResult(total, statistics)
+            first = positions.first()
+            top = positions.student.logits.topk(first.ids.shape[-1], dim=-1)
+            common = _common_statistics(positions, first, top)
+            statistics = torch.stack([*common, *(value.detach() for value in values)])
+            details = _details(positions, first, top) if self.detailed else None
+        return LossResult(total, statistics, details)
 
 
 def _block_elements(device: torch.device) -> int:
@@ -178,18 +229,42 @@ def _block_elements(device: torch.device) -> int:
     return 2**21 if device.type == "cpu" else 2**25
 
 
-def _common_statistics(positions: Positions) -> list[torch.Tensor]:
+def _joined(parts: Sequence[PositionDetails | None]) -> PositionDetails | None:
+    kept = [part for part in parts if part is not None]
+    return PositionDetails.joined(kept) if kept else None
+
+
+def _details(positions: Positions, first: SparseLogprobs, top: Any) -> PositionDetails:
+    """Return what is kept of each position; arguments as of `_common_statistics`."""
+    ids, logprobs = (each[:, :_BEST] for each in first.tensors())
+    student = positions.student
+    normaliser = student.normaliser().unsqueeze(-1)
+    return PositionDetails(
+        kl=kl_with_rest_of(positions),
+        teacher_ids=ids,
+        teacher_logprobs=logprobs.float(),
+        student_of_teacher=student.logits.gather(-1, ids) - normaliser,
+        student_ids=top.indices[:, :_BEST],
+        student_logprobs=top.values[:, :_BEST] - normaliser,
+    )
+
+
+def _common_statistics(positions: Positions, first: SparseLogprobs, top: Any) -> list[torch.Tensor]:
     """Sums over positions, in the order of `_COMMON_STATISTICS`.
+
+    Args:
+        positions: student and teacher.
+        first: the teacher's first k ids.
+        top: the student's k largest logits, as `torch.topk` returns them.
 
     The overlap is the fraction of the teacher's first k ids (the stored ones) that are among the student's k most
     probable ones.
     """
-    student, first = positions.student, positions.first()
+    student = positions.student
     ids, logprobs = first.tensors()
     # An id with probability 0 may be a placeholder for one outside the student's head, so it is never counted.
     stored = torch.isfinite(logprobs)
     at_ids = student.logits.gather(-1, ids)
-    top = student.logits.topk(ids.shape[-1], dim=-1)
     overlap = torch.logical_and(at_ids >= top.values[:, -1:], stored).float().mean(-1).sum()
     count = torch.full((), len(positions.targets), dtype=torch.float32, device=at_ids.device)
     agreement = torch.eq(top.indices[:, 0], ids[:, 0]).float().sum()

@@ -12,7 +12,17 @@ from distillkit.losses import divergences, hidden, ranking
 from distillkit.losses.config import LossConfig, named_losses
 from distillkit.losses.positions import Comparison, Positions
 
-__all__ = ["HIDDEN", "LOSSES", "HiddenTerm", "Term", "hidden_terms_of", "kl_with_rest", "loss", "terms_of"]
+__all__ = [
+    "HIDDEN",
+    "LOSSES",
+    "HiddenTerm",
+    "Term",
+    "hidden_terms_of",
+    "kl_with_rest",
+    "kl_with_rest_of",
+    "loss",
+    "terms_of",
+]
 
 LossFunction = Callable[[Positions], torch.Tensor]
 """Sum of a loss over N positions, float32, differentiable in the student's logits."""
@@ -26,10 +36,16 @@ def _cross_entropy(positions: Positions) -> torch.Tensor:
     return -positions.label_logprobs().sum()
 
 
-def kl_with_rest(positions: Positions) -> torch.Tensor:
-    """Σ_n KL(p ‖ q) over the stored ids and the rest: a metric which is 0 for a student that is the teacher."""
+def kl_with_rest_of(positions: Positions) -> torch.Tensor:
+    """(N,) KL(p ‖ q) over the stored ids and the rest, 0 for a student that is the teacher; 0 without a teacher's
+    distribution."""
     between = positions.comparison_with_rest()
-    return divergences.kl(between).where(between.known(), 0.0).sum()
+    return divergences.kl(between).where(between.known(), 0.0)
+
+
+def kl_with_rest(positions: Positions) -> torch.Tensor:
+    """Σ_n of `kl_with_rest_of`: a metric."""
+    return kl_with_rest_of(positions).sum()
 
 
 def _compared(

@@ -19,10 +19,11 @@ def loading_errors() -> tuple[type[Exception], ...]:
     does not expect."""
     import pickle
 
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     lookups = (AttributeError, KeyError, IndexError, AssertionError)
-    damaged = (SafetensorError, EOFError, pickle.UnpicklingError)
+    damaged = (SafetensorError, StrictDataclassError, EOFError, pickle.UnpicklingError)
     return (OSError, ValueError, TypeError, ImportError, RuntimeError, *lookups, *damaged)
 
 

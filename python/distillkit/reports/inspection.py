@@ -7,20 +7,22 @@ Shape legend: R rows of a document, k stored ids per row.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.codec import PRESETS, preset
-from distillkit.codec.fidelity import FidelityStats
+from distillkit.codec import Codec
+from distillkit.codec.fidelity import FidelityStats, values_of
+from distillkit.codec.presets import FIXED_PRESETS, preset_of
 from distillkit.errors import CaptureError, ConfigError, InputError, MismatchError
-from distillkit.shards import Dataset
+from distillkit.shards import Dataset, Header
 from distillkit.shards.alignment import SHIFTS, ShiftRates, counted_positions
 from distillkit.shards.plausibility import IMPOSSIBLE_MASS, WRONG_CODEC, Plausibility, decoded
-from distillkit.types import Document, SparseLogprobs
+from distillkit.types import Document, Facts, Shown, SparseLogprobs
 
 if TYPE_CHECKING:
     from distillkit.capture.teachers.hf import HFTeacher
@@ -34,10 +36,13 @@ _MASS_BINS = 10_000
 _LOGPROB_BINS, _LOWEST_LOGPROB = 600, -30.0
 """Log-probability histograms: the number of bins (0.05 nats each) and the lower bound; smaller values count as it."""
 _QUANTILES = (0.1, 0.5, 0.9)
+_ENTROPY_STEP, _ENTROPY_STEPS = 0.5, 13
+"""Nats, and how many steps; higher entropies count to the last."""
+_WORST = 10
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """Statistics of a dataset. Rates and masses are over the documents that were read.
 
     Attributes:
@@ -45,10 +50,15 @@ class Inspection:
         documents, tokens, rows: totals for the dataset.
         documents_read, rows_read: number of documents and rows over which rates and masses are computed.
         files, file_bytes: totals for the dataset.
-        id_bytes, value_bytes: the codec's bytes per row.
+        part_bytes: the codec's bytes per row, by part: `ids` and `values`; in the compact format also `head`, `framing`
+            and `prior`, whose bytes are divided by all rows. Those of rows of varying size are of the documents read.
         overhead_bytes: everything else in the files (the documents' token ids, checksums, Parquet), per row.
+        rate_by_entropy: for rows of varying size, (mean entropy over K ∪ {R} in nats, mean bytes) of rows by entropy,
+            in steps of half a nat up to 6; else empty.
+        ids_per_row: (k + 1,) number of rows by how many ids they have.
         dense_ratio: how many times larger dense bfloat16 logits are: 2 · head_size bytes per row against total bytes.
         topk_ratio: the same for plain top-k: k · (4 bytes per id + 2 per bfloat16 value).
+        published_ratio: the same for the published layout with as many ids, `recommended` with this k.
         codec: format, version and config.
         codec_warnings: settings in that config that are valid but probably not intended.
         preset: name of the preset that the config equals, or None.
@@ -62,10 +72,11 @@ class Inspection:
         shifts: result of the alignment check.
         impossible: what the rows show that their codec cannot have written; see `distillkit.shards.plausibility`.
         doubts: what they show that real distributions do not.
-        logprob_mean: (k,) mean decoded log-probability by rank.
+        worst_documents: the documents read of which the least probability is stored, up to 10, the least first.
+        logprob_mean: (k,) mean decoded log-probability by rank, over the rows that have an id there; NaN if none has.
         logprob_quantiles: (3, k) 10%, 50% and 90% quantiles of the decoded log-probabilities, by rank.
         fidelity: as recorded by the writer, or recomputed; None if neither is available.
-        fidelity_source: "recorded by the writer", the teacher's name, or None.
+        fidelity_source: "recorded by the writer", what a conversion compared it with, the teacher's name, or None.
     """
 
     path: str
@@ -77,11 +88,13 @@ class Inspection:
     rows_read: int
     files: int
     file_bytes: int
-    id_bytes: float
-    value_bytes: float
+    part_bytes: dict[str, float]
     overhead_bytes: float
+    rate_by_entropy: tuple[tuple[float, float], ...]
+    ids_per_row: npt.NDArray[np.int64]
     dense_ratio: float
     topk_ratio: float
+    published_ratio: float
     codec: dict[str, Any]
     codec_warnings: tuple[str, ...]
     preset: str | None
@@ -102,6 +115,7 @@ class Inspection:
     shifts: ShiftRates
     impossible: tuple[str, ...]
     doubts: tuple[str, ...]
+    worst_documents: tuple[dict[str, Any], ...]
     logprob_mean: npt.NDArray[np.float64]
     logprob_quantiles: npt.NDArray[np.float64]
     fidelity: FidelityStats | None
@@ -110,7 +124,13 @@ class Inspection:
     @property
     def total_bytes(self) -> float:
         """Total bytes per row, including overhead."""
-        return self.id_bytes + self.value_bytes + self.overhead_bytes
+        return sum(self.part_bytes.values()) + self.overhead_bytes
+
+    @property
+    def ids_mean(self) -> float:
+        """Mean number of ids per row."""
+        rows = self.ids_per_row.sum()
+        return float(self.ids_per_row @ np.arange(len(self.ids_per_row)) / rows) if rows else float("nan")
 
     @property
     def alignment(self) -> Literal["ok", "shifted", "undecided"]:
@@ -119,9 +139,36 @@ class Inspection:
             return "shifted"
         return "ok" if self.shifts.rate(0) > max(self.shifts.rate(-1), self.shifts.rate(1)) else "undecided"
 
+    def facts(self) -> Facts:
+        teacher = (self.teacher or {}).get("name", "not recorded")
+        rows = [
+            ("documents", f"{self.documents:,} of {self.tokens:,} tokens ({self.rows:,} distributions)"),
+            ("teacher", str(teacher)),
+            ("size", f"{self.total_bytes:,.1f} bytes per token, dense logits {self.dense_ratio:,.0f}× as much"),
+            ("codec", f"{self.codec['format']}" + (f", preset {self.preset}" if self.preset else "")),
+        ]
+        if self.rows_read:
+            rows += [
+                ("stored mass", f"{self.mass_mean:.2%} on average, 1% of the positions below {self.mass_p1:.2%}"),
+                ("next token", f"{self.first_rate:.1%} the teacher's first, {self.stored_rate:.1%} stored"),
+            ]
+        rows.append(("alignment", self.alignment))
+        if self.fidelity is not None and self.fidelity.rows:
+            rows.append(("fidelity", f"KL mean {self.fidelity.kl_mean:.2e}, p99 {self.fidelity.kl_p99:.2e} nats"))
+        rows += [("IMPOSSIBLE", finding) for finding in self.impossible]
+        rows += [("doubtful", finding) for finding in self.doubts]
+        return f"{self.path} ({'captured' if self.kind == 'distillkit' else 'published'})", rows
+
     def _mass(self) -> dict[str, float]:
         shares = {"p1": self.mass_p1, "p50": self.mass_p50, "mean": self.mass_mean}
         return {**shares, "impossible": self.mass_impossible}
+
+    def ids_quantile(self, share: float) -> int:
+        """The number of ids that `share` of the rows do not exceed."""
+        return int(np.searchsorted(np.cumsum(self.ids_per_row), share * self.ids_per_row.sum()))
+
+    def _ids_per_row(self) -> dict[str, float]:
+        return {"mean": self.ids_mean, **{f"p{int(100 * share)}": self.ids_quantile(share) for share in _QUANTILES}}
 
     @property
     def plausible(self) -> bool:
@@ -152,8 +199,11 @@ class Inspection:
         | `path`, `kind` | the path that was opened; "distillkit" or "published" |
         | `documents`, `tokens`, `rows`, `files`, `file_bytes` | totals for the dataset |
         | `documents_read`, `rows_read` | sample size for the rates, masses and alignment |
-        | `bytes_per_token` | `ids`, `values`, `codec` (both), `overhead`, `total`, per stored distribution |
-        | `compression` | `dense_bf16`, `topk_bf16`: how many times larger these are |
+        | `bytes_per_token` | `ids`, `values` (compact: also `head`, `framing`, `prior`), `codec` (all of these),
+        `overhead`, `total`, per stored distribution |
+        | `rate_by_entropy` | compact: pairs of mean entropy (nats) and bytes per distribution, of rows by entropy |
+        | `ids_per_row` | `mean`, `p10`, `p50`, `p90` of the stored ids of a distribution, or null |
+        | `compression` | `dense_bf16`, `topk_bf16`, `published`: how many times larger these are |
         | `codec` | `format`, `version`, `config`, `preset` (or null), `warnings` |
         | `teacher`, `tokenizer` | name and identification, or null |
         | `capture`, `temperature` | settings of the capture; the temperature that divided the logits |
@@ -164,6 +214,9 @@ class Inspection:
         | `plausibility` | `ok`; `impossible` and `doubts`, lists of what the rows show |
         | `next_token` | fraction of positions whose true next token `is_first`, `is_stored` |
         | `alignment` | `rates` at "-1", "0", "+1", over `positions`; `verdict` "ok", "shifted", "undecided"; `ok` |
+        | `worst_documents` | up to 10 documents of which the least probability is stored: `document` (its number),
+        `doc_id`, `rows`, `mass` (mean), `is_first` (fraction of positions whose true next token is the first stored id)
+        |
         | `fidelity` | null, or `rows`, `kl_mean`, `kl_p99`, `kl_max`, `worst_error` (nats), `top1_agreement`,
         `mass_error`, `source` |
         """
@@ -182,13 +235,18 @@ class Inspection:
             "documents_read": self.documents_read,
             "rows_read": self.rows_read,
             "bytes_per_token": {
-                "ids": self.id_bytes,
-                "values": self.value_bytes,
-                "codec": self.id_bytes + self.value_bytes,
+                **self.part_bytes,
+                "codec": sum(self.part_bytes.values()),
                 "overhead": self.overhead_bytes,
                 "total": self.total_bytes,
             },
-            "compression": {"dense_bf16": self.dense_ratio, "topk_bf16": self.topk_ratio},
+            "rate_by_entropy": [list(pair) for pair in self.rate_by_entropy],
+            "ids_per_row": self._ids_per_row() if self.rows_read else None,
+            "compression": {
+                "dense_bf16": self.dense_ratio,
+                "topk_bf16": self.topk_ratio,
+                "published": self.published_ratio,
+            },
             "codec": {**self.codec, "preset": self.preset, "warnings": list(self.codec_warnings)},
             "teacher": self.teacher,
             "tokenizer": self.tokenizer,
@@ -206,6 +264,7 @@ class Inspection:
                 "verdict": self.alignment,
                 "ok": self.alignment != "shifted",
             },
+            "worst_documents": list(self.worst_documents),
             "fidelity": fidelity,
         }
 
@@ -226,15 +285,16 @@ def inspect_dataset(
     """
     if sample is not None and sample < 1:
         raise ConfigError(f"sample: must be at least 1 document, found {sample}")
-    seen = _Seen(dataset.codec.k, dataset.codec.config.exact_k)
+    seen = _Seen(dataset.codec)
     count = min(sample or len(dataset), len(dataset))
-    for number, document in enumerate(_chosen(dataset, count)):
-        seen.add(document, decoded(document, dataset.codec))
+    for number, (index, document) in enumerate(zip(_indices(dataset, count), _chosen(dataset, count), strict=True)):
+        seen.add(index, document, decoded(document, dataset.codec))
         progress(number + 1, count)
     codec, header, rows = dataset.codec, dataset.header, dataset.num_rows
     file_bytes = sum(shard.bytes for shard in dataset.shards)
-    overhead = (file_bytes - rows * codec.bytes_per_token) / max(rows, 1)
-    total = codec.bytes_per_token + overhead
+    overhead = (file_bytes - dataset.teacher_bytes) / max(rows, 1)
+    parts = seen.part_bytes(0 if codec.prior is None else len(codec.prior.data) / max(rows, 1))
+    total = sum(parts.values()) + overhead
     recorded = header.fidelity
     return Inspection(
         path=dataset.path,
@@ -245,14 +305,15 @@ def inspect_dataset(
         documents_read=count,
         files=len(dataset.shards),
         file_bytes=file_bytes,
-        id_bytes=codec.id_bytes,
-        value_bytes=codec.value_bytes,
+        part_bytes=parts,
         overhead_bytes=overhead,
+        rate_by_entropy=seen.rate_by_entropy(),
         dense_ratio=2 * header.head_size / total,
         topk_ratio=6 * codec.k / total,
+        published_ratio=(_published_bytes(codec) + overhead) / total,
         codec=codec.to_dict(),
         codec_warnings=tuple(codec.warnings),
-        preset=_preset_of(dataset),
+        preset=preset_of(codec.config),
         teacher=None if header.teacher is None else dict(header.teacher),
         tokenizer=None if header.tokenizer is None else dict(header.tokenizer),
         capture=dict(header.capture),
@@ -261,66 +322,126 @@ def inspect_dataset(
         vocab_size=header.vocab_size,
         head_size=header.head_size,
         fidelity=None if recorded is None else FidelityStats.from_dict(recorded),
-        fidelity_source=None if recorded is None else "recorded by the writer",
+        fidelity_source=None if recorded is None else _measured_against(header),
         **seen.figures(),
     )
+
+
+def _entropies(logprobs_Rk: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(R,) entropy of each row over K ∪ {R}, nats."""
+    p = np.exp(np.minimum(logprobs_Rk, 0.0))
+    rest = np.clip(1 - p.sum(-1), 1e-12, 1.0)
+    return np.asarray(-(p * np.where(p > 0, logprobs_Rk, 0.0)).sum(-1) - rest * np.log(rest))
 
 
 def _chosen(dataset: Dataset, count: int) -> Iterator[Document]:
     if count == len(dataset):
         yield from dataset
     else:
-        for index in np.linspace(0, len(dataset) - 1, count).round().astype(int):
-            yield dataset[int(index)]
+        for index in _indices(dataset, count):
+            yield dataset[index]
 
 
-def _preset_of(dataset: Dataset) -> str | None:
-    vocab_size = dataset.codec.vocab_size
-    for name, fields in PRESETS.items():
-        if fields["k"] <= vocab_size and preset(name, vocab_size=vocab_size) == dataset.codec.config:
-            return name
-    return None
+def _indices(dataset: Dataset, count: int) -> list[int]:
+    """The numbers of the documents that are read, evenly spaced."""
+    indices: list[int] = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    return indices
+
+
+def _published_bytes(codec: Codec) -> int:
+    """Bytes per row of the published layout with as many ids, and as many values as in the nearer published preset."""
+    fields = FIXED_PRESETS["recommended" if codec.k > 64 else "budget"]
+    values = 2 * fields["exact_k"] + 4 * len(fields["polynomial_terms"])
+    return int(values + -(-codec.k * (codec.vocab_size - 1).bit_length() // 8))
+
+
+def _measured_against(header: Header) -> str:
+    """What the recorded fidelity compares the decoded rows with."""
+    converted = header.capture.get("converted")
+    if not isinstance(converted, Mapping):
+        return "recorded by the writer"
+    known = converted.get("source_kl_mean")
+    own = f", whose own KL was {known:.2e}" if isinstance(known, float) else ""
+    return f"against the decoded rows of the dataset it was converted from{own}"
 
 
 class _Seen:
     """Accumulates statistics over the documents read."""
 
-    def __init__(self, k: int, exact_k: int) -> None:
+    def __init__(self, codec: Codec) -> None:
+        k = codec.k
+        self._codec = codec
         self._rows = 0
+        self._parts: Counter[str] = Counter()
+        self._rates = np.zeros((3, _ENTROPY_STEPS))
+        self._ids = np.zeros(k + 1, np.int64)
         self._logprob_sum = np.zeros(k)
         self._logprobs = np.zeros((k, _LOGPROB_BINS), np.int64)
         self._mass_sum = 0.0
         self._impossible = 0
         self._masses = np.zeros(_MASS_BINS + 1, np.int64)
         self._first = self._stored = self._predictions = 0
-        self._plausibility = Plausibility(exact_k)
+        self._plausibility = Plausibility(codec.exact_k)
+        self._worst: list[dict[str, Any]] = []
 
-    def add(self, document: Document, rows: SparseLogprobs) -> None:
+    def add(self, number: int, document: Document, rows: SparseLogprobs) -> None:
         ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs, dtype=np.float64)
-        self._add_values(logprobs)
+        mass = self._add_values(logprobs)
+        self._add_sizes(document, logprobs)
         t = counted_positions(document.segments())
         following = document.input_ids[t + 1][:, None]
         self._predictions += len(t)
-        self._first += int((ids[t, :1] == following).sum())
+        first = int((ids[t, :1] == following).sum())
+        self._first += first
         self._stored += int((ids[t] == following).any(-1).sum())
         self._plausibility.add(document, rows)
+        if len(mass):
+            about = {"document": number, "doc_id": document.doc_id, "rows": len(mass), "mass": float(mass.mean())}
+            worst = [*self._worst, {**about, "is_first": first / max(len(t), 1)}]
+            self._worst = sorted(worst, key=lambda each: each["mass"])[:_WORST]
 
-    def _add_values(self, logprobs_Rk: npt.NDArray[np.float64]) -> None:
+    def _add_values(self, logprobs_Rk: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Add the values of a document; returns the total probability of each row (R,)."""
         k = logprobs_Rk.shape[1]
         # With the wrong codec, values can be arbitrary; e^100 is clearly impossible, yet finite.
-        mass_R = np.exp(np.minimum(logprobs_Rk, 100.0)).sum(-1)
+        mass_R: npt.NDArray[np.float64] = np.exp(np.minimum(logprobs_Rk, 100.0)).sum(-1)
         self._impossible += int((mass_R > IMPOSSIBLE_MASS).sum())
         self._rows += len(mass_R)
         self._mass_sum += float(mass_R.sum())
         bins = np.floor(np.minimum(mass_R, 1.0) * _MASS_BINS + 1e-9).astype(int)
         self._masses += np.bincount(bins, minlength=_MASS_BINS + 1)
-        self._logprob_sum += logprobs_Rk.sum(0)
+        there_Rk = logprobs_Rk > -np.inf
+        self._ids += np.bincount(there_Rk.sum(-1), minlength=k + 1)
+        self._logprob_sum += np.where(there_Rk, logprobs_Rk, 0.0).sum(0)
         bins_Rk = np.clip((1 - logprobs_Rk / _LOWEST_LOGPROB) * _LOGPROB_BINS, 0, _LOGPROB_BINS - 1).astype(int)
         bins_Rk += np.arange(k) * _LOGPROB_BINS
-        self._logprobs += np.bincount(bins_Rk.ravel(), minlength=k * _LOGPROB_BINS).reshape(k, -1)
+        self._logprobs += np.bincount(bins_Rk[there_Rk], minlength=k * _LOGPROB_BINS).reshape(k, -1)
+        return mass_R
+
+    def _add_sizes(self, document: Document, logprobs_Rk: npt.NDArray[np.float64]) -> None:
+        """Counts what the parts of a document take and, of rows of varying size, how they depend on their entropy."""
+        self._parts.update(self._codec.sizes(document.teacher, document.num_rows))
+        if not self._codec.is_fixed:
+            entropy_R = _entropies(logprobs_Rk)
+            at_R = np.minimum(entropy_R / _ENTROPY_STEP, _ENTROPY_STEPS - 1).astype(int)
+            bytes_R = self._codec.row_bits(document.teacher, document.num_rows) / 8
+            for sums, values_R in zip(self._rates, (np.ones(len(at_R)), entropy_R, bytes_R), strict=True):
+                sums += np.bincount(at_R, values_R, minlength=_ENTROPY_STEPS)
+
+    def part_bytes(self, prior: float) -> dict[str, float]:
+        """Bytes per row by part, with those of the prior."""
+        if self._codec.is_fixed:
+            return {"ids": float(self._codec.id_bytes), "values": float(self._codec.value_bytes)}
+        rows = max(self._rows, 1)
+        found = {name: size / rows for name, size in self._parts.items()}
+        return {**found, "prior": prior} if prior else found
+
+    def rate_by_entropy(self) -> tuple[tuple[float, float], ...]:
+        """Mean entropy and bytes of rows, by entropy."""
+        return tuple((float(entropy / rows), float(size / rows)) for rows, entropy, size in self._rates.T if rows)
 
     def figures(self) -> dict[str, Any]:
-        rows, predictions = self._rows or float("nan"), max(self._predictions, 1)
+        rows, predictions, there_k = self._rows or float("nan"), max(self._predictions, 1), self._rows_with_rank()
         return {
             "rows_read": self._rows,
             "mass_p1": self._mass_quantile(0.01),
@@ -333,9 +454,15 @@ class _Seen:
             "shifts": self._plausibility.shifts,
             "impossible": tuple(self._plausibility.impossible()),
             "doubts": tuple(self._plausibility.doubts()),
-            "logprob_mean": self._logprob_sum / rows,
+            "ids_per_row": self._ids,
+            "worst_documents": tuple(self._worst),
+            "logprob_mean": np.divide(self._logprob_sum, there_k, out=np.full(len(there_k), np.nan), where=there_k > 0),
             "logprob_quantiles": np.stack([self._logprob_quantile(share) for share in _QUANTILES]),
         }
+
+    def _rows_with_rank(self) -> npt.NDArray[np.int64]:
+        """(k,) number of rows that have an id at each rank."""
+        return np.asarray(self._rows - np.cumsum(self._ids)[:-1])
 
     def _mass_quantile(self, share: float) -> float:
         if not self._rows:
@@ -345,7 +472,7 @@ class _Seen:
 
     def _logprob_quantile(self, share: float) -> npt.NDArray[np.float64]:
         """(k,) the centre of the bin that contains the quantile."""
-        bins_k = (np.cumsum(self._logprobs, -1) < share * self._rows).sum(-1)
+        bins_k = (np.cumsum(self._logprobs, -1) < share * self._rows_with_rank()[:, None]).sum(-1)
         return np.asarray((1 - (bins_k + 0.5) / _LOGPROB_BINS) * _LOWEST_LOGPROB)
 
 
@@ -455,12 +582,5 @@ def _same_ids(now: SparseLogprobs, stored: SparseLogprobs) -> tuple[SparseLogpro
     """
     count = len(now.ids)
     ids, logprobs = np.asarray(stored.ids)[:count], np.asarray(stored.logprobs)[:count]
-    # Combining row and id in one key allows a single sorted search for all rows.
-    width = 1 + max(int(np.max(now.ids, initial=0)), int(np.max(ids, initial=0)))
-    keys = (np.arange(count)[:, None] * width + np.asarray(now.ids)).ravel()
-    wanted = np.arange(count)[:, None] * width + ids
-    order = np.argsort(keys)
-    at = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)]
-    whole = (keys[at] == wanted).all(-1)
-    original = np.asarray(now.logprobs).ravel()[at]
+    original, whole = values_of(now, SparseLogprobs(ids, logprobs))
     return SparseLogprobs(ids[whole], original[whole]), SparseLogprobs(ids[whole], logprobs[whole])

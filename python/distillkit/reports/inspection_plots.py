@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,19 @@ import numpy.typing as npt
 
 from distillkit.errors import InputError, printable
 from distillkit.reports.inspection import Inspection
+from distillkit.reports.panels import Panel
 
-__all__ = ["BLUE", "GREEN", "GREY", "INK", "ORANGE", "plot_inspection", "plot_text", "style_axes"]
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "INK",
+    "ORANGE",
+    "inspection_panels",
+    "plot_inspection",
+    "plot_text",
+    "style_axes",
+]
 
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9822b", "#3c9a5f", "#9aa3ad", "#3d4752"
 _LONGEST_NAME = 60
@@ -44,6 +56,27 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
     _bytes(right.subplots(), inspection)
     figure.suptitle(_title(inspection), fontsize=13, fontweight="bold", color=INK)
     figure.savefig(path, format="png")
+
+
+def inspection_panels(inspection: Inspection) -> list[Panel]:
+    """The plots of `plot_inspection` that are curves, one by one."""
+
+    def by_rank(draw: Callable[[Any, Inspection], None]) -> Callable[[Any], None]:
+        def panel(axes: Any) -> None:
+            draw(axes, inspection)
+            _rank_axis(axes, len(inspection.logprob_mean))
+            for text in list(axes.texts):
+                text.remove()  # too long for a small chart, where the note has it
+
+        return panel
+
+    exact, k = inspection.codec["config"].get("exact_k", 0), inspection.codec["config"]["k"]
+    note = f"Ranks up to {exact} (dashed line) are stored as values, the others as a curve." if 0 < exact < k else ""
+    panels = [Panel("Average distribution by rank", by_rank(_distribution), "{:.3f}", "rank", note=note)]
+    if _curves(inspection):
+        panels.append(Panel("The codec's rms error by rank (nats)", by_rank(_error), "{:.2e}", "rank", note=note))
+    mass = Panel("Stored probability", lambda axes: _mass(axes, inspection), "{:.2%}", "stored probability", "{:.2%}")
+    return [*panels, mass]
 
 
 def plot_text(name: object) -> str:
@@ -104,7 +137,7 @@ def _error(axes: Any, inspection: Inspection) -> None:
     error = _curves(inspection)["rms_error"]
     ranks = np.arange(1, len(error) + 1)
     axes.fill_between(ranks, error, color=ORANGE, alpha=0.35, lw=0)
-    axes.plot(ranks, error, color=ORANGE, lw=1.4)
+    axes.plot(ranks, error, color=ORANGE, lw=1.4, label="rms error")
     # Values stored in float32 have no error at all, but the axis still needs a range.
     axes.set_ylim(0, 1.15 * max(float(error.max()), 1e-6))
     axes.set_ylabel("nats", color=INK)
@@ -113,7 +146,8 @@ def _error(axes: Any, inspection: Inspection) -> None:
 
 
 def _mark_exact(axes: Any, inspection: Inspection, *, label: bool) -> None:
-    exact, k = int(inspection.codec["config"]["exact_k"]), int(inspection.codec["config"]["k"])
+    config = inspection.codec["config"]
+    exact, k = int(config.get("exact_k", config["k"])), int(config["k"])
     if not 0 < exact < k:
         return
     axes.axvline(exact + 0.5, color=GREY, ls="--", lw=1)
@@ -142,12 +176,16 @@ def _mass(axes: Any, inspection: Inspection) -> None:
     counts = inspection.mass_histogram
     share = np.cumsum(counts) / max(counts.sum(), 1)
     mass = np.arange(len(counts)) / (len(counts) - 1)
-    axes.fill_between(mass, share, color=BLUE, alpha=0.15, lw=0, step="post")
-    axes.plot(mass, share, color=BLUE, lw=1.6, drawstyle="steps-post")
     # Starts where a thousandth of the positions is reached, with room for the label of the 1st percentile.
     low = float(mass[np.argmax(share > 0.001)])
     low = max(0.0, min(low, inspection.mass_p1 - 0.6 * (1 - inspection.mass_p1)) - 0.01)
     axes.set_xlim(low, 1.0)
+    # No more points than can be told apart.
+    first = max(int(np.searchsorted(mass, low)) - 1, 0)
+    shown = np.unique(np.linspace(first, len(mass) - 1, 600).round().astype(int))
+    axes.fill_between(mass[shown], share[shown], color=BLUE, alpha=0.15, lw=0, step="post")
+    style = {"color": BLUE, "lw": 1.6, "drawstyle": "steps-post"}
+    axes.plot(mass[shown], share[shown], label="positions with at most this", **style)
     for at, level, text in ((inspection.mass_p1, 0.01, "p1"), (inspection.mass_p50, 0.5, "median")):
         axes.plot(at, level, "o", color=ORANGE, ms=6)
         place, side = ((-9, 6), "right") if (at - low) / (1 - low) > 0.45 else ((0, 12), "center")
@@ -160,7 +198,7 @@ def _mass(axes: Any, inspection: Inspection) -> None:
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.4%}".rstrip("0%").rstrip(".") + "%" if value else "0%")
-    axes.set_xlabel(f"total probability of the {inspection.codec['config']['k']} stored ids", color=INK)
+    axes.set_xlabel(f"total probability of the {inspection.ids_mean:.3g} stored ids", color=INK)
     axes.set_ylabel("cumulative fraction of positions", color=INK)
     style_axes(axes, "Stored probability")
 
@@ -169,8 +207,9 @@ def _mass(axes: Any, inspection: Inspection) -> None:
 
 
 def _bytes(axes: Any, inspection: Inspection) -> None:
-    k = inspection.codec["config"]["k"]
-    ours = (inspection.id_bytes, inspection.value_bytes, inspection.overhead_bytes)
+    k, stored = inspection.codec["config"]["k"], inspection.part_bytes
+    ids, values = stored.get("ids", 0.0), stored.get("values", 0.0)
+    ours = (ids, values, inspection.total_bytes - ids - values)
     plain = (4.0 * k, 2.0 * k, 0.0)
     highest = max(sum(ours), sum(plain))
     for x, parts, colours, ink in ((0, ours, _STRONG, "white"), (1, plain, _LIGHT, INK)):

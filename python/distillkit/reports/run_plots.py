@@ -5,6 +5,8 @@ Lines in a plot differ in dash pattern and lightness as well as in colour.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.reports.inspection_plots import BLUE, GREEN, GREY, INK, ORANGE, plot_text, style_axes
+from distillkit.errors import InputError
+from distillkit.reports.inspection_plots import BLUE, GREEN, INK, ORANGE, plot_text, style_axes
+from distillkit.reports.panels import Panel
 from distillkit.reports.run_record import RunRecord
 
-__all__ = ["plot_comparison", "plot_quality", "plot_speed"]
+__all__ = [
+    "comparison_panels",
+    "plot_comparison",
+    "plot_quality",
+    "plot_speed",
+    "quality_panels",
+    "speed_panels",
+    "step_axis",
+]
 
 _COLOURS = (BLUE, ORANGE, GREEN, "#a05195", INK, "#56b4e9")
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
@@ -30,89 +42,95 @@ def plot_quality(run: RunRecord, path: Path) -> None:
     """Plot a run's losses, divergence from the teacher, agreement, and probability of the teacher's top tokens.
 
     Raises:
+        InputError: there are no values to plot.
         ModuleNotFoundError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    figure, axes = _figure()
-    held_out = bool(run.evaluations)
-    _losses(axes[0, 0], run)
-    _divergence(axes[0, 1], run)
-    _shares(
-        axes[1, 0], run, (("top1_agreement", "top-1 agreement"), ("topk_overlap", "overlap of top tokens")), zero=True
-    )
-    style_axes(axes[1, 0], f"Agreement with the teacher{_where(held_out)}")
-    _shares(axes[1, 1], run, (("student_mass", "student"), ("teacher_mass", "teacher")), zero=False)
-    style_axes(axes[1, 1], f"Probability of the teacher's top tokens{_where(held_out)}")
-    _save(figure, path)
+    _save(_picture(quality_panels(run)), path)
 
 
 def plot_speed(run: RunRecord, path: Path) -> None:
     """Plot a run's throughput, time spent waiting for data, learning rate and gradient norm.
 
     Raises:
+        InputError: there are no values to plot.
         ModuleNotFoundError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    figure, axes = _figure()
-    for place, name, title, form in (
-        ((0, 0), "tokens_per_second", "Tokens per second", "{:,.0f}"),
-        ((0, 1), "data_wait", "Fraction of time spent waiting for data", "{:.0%}"),
-        ((1, 0), "learning_rate", "Learning rate", "{:.3g}"),
-        ((1, 1), "grad_norm", "Gradient norm", "{:.3g}"),
-    ):
-        panel = axes[place]
-        steps, values = run.series(name)
-        if values:
-            _line(panel, steps, values, 0, None, smooth=name != "learning_rate")
-            panel.yaxis.set_major_formatter(_formatter(form))
-            if name == "grad_norm":
-                _wide_axis(panel, values)
-            else:
-                panel.set_ylim(0, max(1.08 * max(values), 0.1 if name == "data_wait" else 0.0) or 1.0)
-        else:
-            _empty(panel)
-        style_axes(panel, title)
-    _save(figure, path)
+    _save(_picture(speed_panels(run)), path)
 
 
 def plot_comparison(runs: Sequence[RunRecord], names: Sequence[str], path: Path) -> None:
     """Plot the results of several runs on held-out documents, and their throughput.
 
     Raises:
+        InputError: there are no values to plot.
         ModuleNotFoundError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    figure, axes = _figure(legend=True)
-    for place, name, title, held_out, form in (
-        ((0, 0), "eval_kl", "KL(teacher ‖ student), held out (nats)", True, None),
-        ((0, 1), "eval_cross_entropy", "Cross-entropy, held out (nats)", True, None),
-        ((1, 0), "eval_top1_agreement", "Top-1 agreement with the teacher, held out", True, "{:.0%}"),
-        ((1, 1), "tokens_per_second", "Tokens per second", False, "{:,.0f}"),
-    ):
-        panel = axes[place]
-        everything: list[float] = []
-        for number, (run, label) in enumerate(zip(runs, names, strict=True)):
-            steps, values = run.series(name, held_out=held_out)
-            if values:
-                _line(panel, steps, values, number, plot_text(label), marked=held_out)
-                everything += values
-        if not everything:
-            _empty(panel)
-        elif form is None:
-            _wide_axis(panel, everything)
-        else:
-            panel.yaxis.set_major_formatter(_formatter(form))
-            panel.set_ylim(0, 1.08 * max(everything) or 1.0)
-        style_axes(panel, title)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    if not handles:
-        handles, labels = axes[1, 1].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="lower center", ncols=min(len(labels), 4), frameon=False, labelcolor=INK)
+    figure = _picture(comparison_panels(runs, names), legend=True)
+    lines: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        lines = dict(zip(labels, handles, strict=True)) | lines
+    if lines:
+        style = {"loc": "lower center", "ncols": min(len(lines), 4), "frameon": False, "labelcolor": INK}
+        figure.legend(list(lines.values()), list(lines), **style)
     _save(figure, path)
 
 
 # -- panels ------------------------------------------------------------------------------------------------------------
+
+
+def quality_panels(run: RunRecord) -> list[Panel]:
+    """The panels of `plot_quality`, without those for which the run has no values."""
+    where = "held out" if run.evaluations else "training"
+    agreement = _measured(run, {"top1_agreement": "top-1 agreement", "topk_overlap": "overlap of top tokens"})
+    mass = {} if run.all_ids else _measured(run, {"student_mass": "student", "teacher_mass": "teacher"})
+    panels = []
+    if any(run.series(name)[1] for name in ("loss", *run.parts)):
+        panels.append(Panel("Training losses", lambda axes: _losses(axes, run)))
+    divergences = _divergences(run)
+    if divergences:
+        title = f"KL and cross-entropy, {where} (nats)"
+        panels.append(Panel(title, lambda axes: _draw_divergences(axes, run, divergences)))
+    if agreement:
+        title = f"Agreement with the teacher, {where}"
+        panels.append(Panel(title, lambda axes: _draw_shares(axes, run, agreement, zero=True), "{:.2%}"))
+    if mass:
+        title = f"Probability of the teacher's top tokens, {where}"
+        panels.append(Panel(title, lambda axes: _draw_shares(axes, run, mass, zero=False), "{:.2%}"))
+    return panels
+
+
+def speed_panels(run: RunRecord) -> list[Panel]:
+    """The panels of `plot_speed`, without those for which the run has no values."""
+    return [
+        Panel(title, functools.partial(_draw_speed, run=run, name=name, title=title, form=form), form)
+        for name, title, form in (
+            ("tokens_per_second", "Tokens per second", "{:,.0f}"),
+            ("data_wait", "Fraction of time spent waiting for data", "{:.1%}"),
+            ("learning_rate", "Learning rate", "{:.3g}"),
+            ("grad_norm", "Gradient norm", "{:.3g}"),
+        )
+        if run.series(name)[1]
+    ]
+
+
+def comparison_panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
+    """The panels of `plot_comparison`, without those for which no run has values."""
+    panels = []
+    for name, title, held_out, form in (
+        ("eval_kl", "KL(teacher ‖ student), held out (nats)", True, "{:.4f}"),
+        ("eval_cross_entropy", "Cross-entropy, held out (nats)", True, "{:.4f}"),
+        ("eval_top1_agreement", "Top-1 agreement with the teacher, held out", True, "{:.2%}"),
+        ("tokens_per_second", "Tokens per second", False, "{:,.0f}"),
+    ):
+        lines = [run.series(name, held_out=held_out) for run in runs]
+        if any(values for _, values in lines):
+            draw = functools.partial(_compared, lines=lines, names=names, held_out=held_out, form=form)
+            panels.append(Panel(title, draw, form))
+    return panels
 
 
 def _losses(axes: Any, run: RunRecord) -> None:
@@ -126,80 +144,127 @@ def _losses(axes: Any, run: RunRecord) -> None:
             label = plot_text(name) if weight is None else f"{plot_text(name)} (× {weight:.3g})"
             _line(axes, steps, values, number, "total" if name == "loss" and parts else label)
             everything += values
-    if everything:
-        _wide_axis(axes, everything)
-        if parts:
-            axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    else:
-        _empty(axes)
-    style_axes(axes, "Training losses")
-
-
-def _divergence(axes: Any, run: RunRecord) -> None:
-    """KL and cross-entropy on held-out documents, or in training if there are none."""
-    held_out = bool(run.evaluations)
-    lines = {"KL(teacher ‖ student)": "kl", "cross-entropy": "cross_entropy", "KL with the rest": "kl_with_rest"}
-    everything: dict[str, list[float]] = {}
-    for number, (label, name) in enumerate(lines.items()):
-        steps, values = run.series(f"eval_{name}" if held_out else name, held_out=held_out)
-        # Of a teacher with all ids, there is no rest.
-        if values and values != everything.get("kl"):
-            _line(axes, steps, values, number, label, marked=held_out)
-            everything[name] = values
-            if held_out and name != "kl_with_rest":
-                # KL is the lower of the two.
-                _label_last(axes, steps, values, "{:.3g}", above=number > 0)
-    if everything:
-        _wide_axis(axes, [value for values in everything.values() for value in values])
+    _wide_axis(axes, everything)
+    if parts:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    else:
-        _empty(axes)
-    style_axes(axes, f"KL and cross-entropy{_where(held_out)} (nats)")
 
 
-def _shares(axes: Any, run: RunRecord, names: Sequence[tuple[str, str]], *, zero: bool) -> None:
-    """Plot metrics between 0 and 1, on held-out documents or in training if there are none."""
+Series = dict[str, tuple[list[int], list[float]]]
+"""Steps and values by label."""
+
+
+def _divergences(run: RunRecord) -> Series:
+    """KL and cross-entropy on held-out documents, or in training if there are none."""
+    lines = {"kl": "KL(teacher ‖ student)", "cross_entropy": "cross-entropy", "kl_with_rest": "KL with the rest"}
+    found = _measured(run, lines)
+    # Of a teacher with all ids, there is no rest.
+    if found.get(lines["kl_with_rest"]) == found.get(lines["kl"]):
+        found.pop(lines["kl_with_rest"], None)
+    return found
+
+
+def _measured(run: RunRecord, lines: dict[str, str]) -> Series:
+    """Metrics by their labels, on held-out documents or in training if there are none."""
     held_out = bool(run.evaluations)
-    everything: list[float] = []
-    for number, (name, label) in enumerate(names):
-        steps, values = run.series(f"eval_{name}" if held_out else name, held_out=held_out)
-        if values:
-            _line(axes, steps, values, number, label, marked=held_out)
-            everything += values
-    if not everything:
-        _empty(axes)
-        return
-    low, high = min(everything), max(everything)
-    margin = max(0.08 * (high - low), 0.01)
-    axes.set_ylim(0.0 if zero else max(0.0, low - margin), min(high + margin, 1.02))
-    axes.yaxis.set_major_formatter(_formatter("{:.0%}" if high - (0.0 if zero else low) > 0.05 else "{:.1%}"))
+    found = {
+        label: run.series(f"eval_{name}" if held_out else name, held_out=held_out) for name, label in lines.items()
+    }
+    return {label: series for label, series in found.items() if series[1]}
+
+
+def _draw_divergences(axes: Any, run: RunRecord, lines: Series) -> None:
+    held_out = bool(run.evaluations)
+    for number, (label, (steps, values)) in enumerate(lines.items()):
+        _line(axes, steps, values, number, label, marked=held_out)
+        if held_out and number < 2:
+            # KL is the lower of the two.
+            _label_last(axes, steps, values, "{:.3g}", above=number > 0)
+    _wide_axis(axes, [value for _, values in lines.values() for value in values])
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+
+
+def _draw_shares(axes: Any, run: RunRecord, lines: Series, *, zero: bool) -> None:
+    for number, (label, (steps, values)) in enumerate(lines.items()):
+        _line(axes, steps, values, number, label, marked=bool(run.evaluations))
+    _share_axis(axes, [value for _, values in lines.values() for value in values], zero=zero)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+
+
+def _draw_speed(axes: Any, *, run: RunRecord, name: str, title: str, form: str) -> None:
+    steps, values = run.series(name)
+    _line(axes, steps, values, 0, title, smooth=name != "learning_rate")
+    axes.yaxis.set_major_formatter(_formatter(form))
+    if name == "grad_norm":
+        _wide_axis(axes, values)
+    elif name == "data_wait":
+        _share_axis(axes, values, zero=True)
+    else:
+        axes.set_ylim(0, 1.08 * max(values) or 1.0)
+
+
+def _compared(
+    axes: Any, *, lines: Sequence[tuple[list[int], list[float]]], names: Sequence[str], held_out: bool, form: str
+) -> None:
+    everything: list[float] = []
+    for number, ((steps, values), label) in enumerate(zip(lines, names, strict=True)):
+        if values:
+            _line(axes, steps, values, number, plot_text(label), marked=held_out)
+            everything += values
+    if form.endswith("%}"):
+        _share_axis(axes, everything, zero=True)
+    elif held_out:
+        _wide_axis(axes, everything)
+    else:
+        axes.yaxis.set_major_formatter(_formatter(form))
+        axes.set_ylim(0, 1.08 * max(everything) or 1.0)
 
 
 # -- parts of a panel --------------------------------------------------------------------------------------------------
 
 
-def _figure(*, legend: bool = False) -> tuple[Any, Any]:
-    """Four panels, with room below for a shared legend if requested."""
+def _picture(panels: Sequence[Panel], *, legend: bool = False) -> Any:
+    """Draw panels side by side, two in a row, with room below for a shared legend if requested."""
     from matplotlib.figure import Figure
 
+    if not panels:
+        raise InputError("the runs have no values to plot")
+    columns, rows = min(len(panels), 2), -(-len(panels) // 2)
+    height = 3.4 * rows + 0.3 * legend
     # Created without pyplot, so there is no global state and no display.
-    figure: Any = Figure(figsize=(11, 6.8), dpi=110)
+    figure: Any = Figure(figsize=(5.5 * columns, height), dpi=110)
     # Fixed margins, since computing them (layout="constrained") would draw everything twice.
+    bottom = 0.5 + 0.32 * legend
     figure.subplots_adjust(
-        left=0.075, right=0.985, top=0.95, bottom=0.075 + 0.05 * legend, wspace=0.17, hspace=0.27 + 0.02 * legend
+        left=0.15 / columns,
+        right=1 - 0.03 / columns,
+        top=1 - 0.34 / height,
+        bottom=bottom / height,
+        wspace=0.17,
+        hspace=0.27,
     )
-    axes = figure.subplots(2, 2)
-    for panel in axes[-1]:
-        panel.set_xlabel("step", color=INK)
-    return figure, axes
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, axes in zip(panels, grid, strict=False):
+        panel.draw(axes)
+        style_axes(axes, panel.title)
+        step_axis(axes)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes in figure.axes[-columns:]:
+        axes.set_xlabel("step", color=INK)
+    return figure
+
+
+def step_axis(axes: Any) -> None:
+    """Write steps as whole numbers. A single one is shown between the beginning and itself, not within a step."""
+    from matplotlib.ticker import MaxNLocator
+
+    steps = {step for line in axes.lines for step in line.get_xdata()}
+    if len(steps) == 1:
+        axes.set_xlim(0, 1.1 * max(steps.pop(), 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
 
 
 def _save(figure: Any, path: Path) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for panel in figure.axes:
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     # Replaced atomically, so that a viewer never sees half a picture while training is running.
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, format="png")
@@ -211,7 +276,7 @@ def _line(
     steps: list[int],
     values: list[float],
     number: int,
-    label: str | None,
+    label: str,
     *,
     marked: bool = False,
     smooth: bool = True,
@@ -221,7 +286,7 @@ def _line(
     if marked or len(values) == 1:
         look |= {"marker": _MARKERS[number % len(_MARKERS)], "ms": 5}
     if smooth and not marked and len(values) >= _MANY:
-        axes.plot(steps, values, color=look["color"], lw=0.7, alpha=0.3)
+        axes.plot(steps, values, color=look["color"], lw=0.7, alpha=0.3, label=f"_{label}")
         values = _running_mean(values).tolist()
     axes.plot(steps, values, label=label, **look)
 
@@ -238,7 +303,7 @@ def _running_mean(values: list[float]) -> npt.NDArray[np.float64]:
 
 def _label_last(axes: Any, steps: list[int], values: list[float], form: str, *, above: bool) -> None:
     """Label the last point with its value."""
-    place = {"xytext": (0, 8 if above else -15), "textcoords": "offset points", "ha": "right"}
+    place = {"xytext": (-6, 7 if above else -14), "textcoords": "offset points", "ha": "right"}
     axes.annotate(form.format(values[-1]), (steps[-1], values[-1]), fontsize=9, color=INK, **place)
 
 
@@ -262,10 +327,11 @@ def _formatter(form: str) -> Any:
     return lambda value, _: form.format(value) if value else "0"
 
 
-def _empty(axes: Any) -> None:
-    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=GREY)
-    axes.set_yticks([])
-
-
-def _where(held_out: bool) -> str:
-    return ", held out" if held_out else ", training"
+def _share_axis(axes: Any, values: list[float], *, zero: bool) -> None:
+    """Use an axis in percent, with as many decimals as its ticks need."""
+    low, high = min(values), max(values)
+    margin = max(0.08 * (high - low), 0.02 * high, 1e-6)
+    low, high = 0.0 if zero else max(0.0, low - margin), min(high + margin, 1.02)
+    axes.set_ylim(low, high)
+    decimals = max(0, math.ceil(-math.log10(100 * (high - low) / 8)))
+    axes.yaxis.set_major_formatter(_formatter(f"{{:.{decimals}%}}"))

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from distillkit.console import figure
 from distillkit.errors import CorruptDataError, InputError
 
-__all__ = ["MEASURES", "METRICS", "REPORT", "SUMMARY", "Measure", "RunRecord", "read_metrics", "read_run"]
+__all__ = [
+    "DIFFERENCES",
+    "MEASURES",
+    "METRICS",
+    "REPORT",
+    "SUMMARY",
+    "Measure",
+    "RunRecord",
+    "read_metrics",
+    "read_run",
+    "record_of",
+]
 
 METRICS, SUMMARY, REPORT = "metrics.jsonl", "summary.json", "report.md"
+DIFFERENCES = "_differences.json"
+"""Has texts of the held-out documents. transformers leaves files with such a name out of what it pushes to the hub."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,19 @@ class Measure:
     label: str
     form: str
     share: bool = False
+
+    def text(self, value: float) -> str:
+        """Format a value: shares below 1% with more decimals, and huge numbers by their power of ten."""
+        if self.share and 0 < value < 0.01:
+            return f"{100 * value:.2g}%"
+        return figure(value, self.form)
+
+    def change(self, before: float, after: float) -> str:
+        """Format the difference of two values."""
+        if self.share:
+            points = 100 * (after - before)
+            return f"{points:+.1f} points" if abs(points) >= 0.05 or not points else f"{points:+.2g} points"
+        return f"{after / before - 1:+.1%}" if before else ""
 
 
 MEASURES = (
@@ -59,6 +87,7 @@ class RunRecord:
         description: what was trained, as returned by `describe`; empty if the run did not record it.
         training, evaluations: log entries in order, each with its `step`.
         summary: the summary of a finished run; otherwise None.
+        differences: where student and teacher differ most, as of the last evaluation; None if there was none.
     """
 
     folder: Path
@@ -66,6 +95,7 @@ class RunRecord:
     training: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     summary: dict[str, Any] | None
+    differences: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -90,6 +120,14 @@ class RunRecord:
         found = [(e["step"], float(e[name])) for e in entries if isinstance(e.get(name), (int, float))]
         finite = [(step, value) for step, value in found if abs(value) < float("inf")]
         return [step for step, _ in finite], [value for _, value in finite]
+
+    @property
+    def all_ids(self) -> bool:
+        """Whether the teacher gave the probabilities of all tokens, so that those of its top tokens add up to 1."""
+        masses = [
+            entry.get("eval_teacher_mass", entry.get("teacher_mass")) for entry in (*self.training, *self.evaluations)
+        ]
+        return bool(masses) and all(mass == 1.0 for mass in masses)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -160,14 +198,13 @@ def read_run(folder: str | Path) -> RunRecord:
     if not (folder / METRICS).is_file():
         raise InputError(f"{folder}: contains no {METRICS}; pass the output_path of a run of `distillkit CONFIG.yaml`")
     entries = read_metrics(folder / METRICS)
-    summary = None
-    if (folder / SUMMARY).is_file():
-        try:
-            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CorruptDataError(f"{folder / SUMMARY}: not JSON: {error}") from error
-        if not isinstance(summary, dict):
-            raise CorruptDataError(f"{folder / SUMMARY}: expected an object, found {type(summary).__name__}")
+    return replace(
+        record_of(folder, entries, _read_object(folder / SUMMARY)), differences=_read_object(folder / DIFFERENCES)
+    )
+
+
+def record_of(folder: Path, entries: Sequence[dict[str, Any]], summary: dict[str, Any] | None = None) -> RunRecord:
+    """Make a run's record from its log entries; see `RunRecord`."""
     descriptions = [entry["run"] for entry in entries if "run" in entry]
     return RunRecord(
         folder=folder,
@@ -176,3 +213,16 @@ def read_run(folder: str | Path) -> RunRecord:
         evaluations=[entry for entry in entries if "eval_loss" in entry],
         summary=summary,
     )
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON file that contains an object; None if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptDataError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CorruptDataError(f"{path}: expected an object, found {type(content).__name__}")
+    return content

@@ -3,19 +3,37 @@ a comparison of several. Nothing here imports torch."""
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from distillkit.console import number_of
 from distillkit.errors import CorruptDataError, printable
-from distillkit.reports.run_record import MEASURES, METRICS, REPORT, SUMMARY, Measure, RunRecord, read_run
+from distillkit.reports.run_record import DIFFERENCES, MEASURES, METRICS, REPORT, SUMMARY, Measure, RunRecord, read_run
 
-__all__ = ["ReportFiles", "comparison", "write_comparison", "write_report"]
+__all__ = [
+    "MARKDOWN",
+    "PLAIN",
+    "ReportFiles",
+    "advice",
+    "comparison",
+    "cost",
+    "described",
+    "evaluation_notes",
+    "evaluation_rows",
+    "names_of",
+    "opening",
+    "understanding",
+    "write_comparison",
+    "write_report",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +65,17 @@ class ReportFiles:
 
     def clear(self) -> None:
         """Remove the files of an earlier run, which would be mistaken for this one's."""
-        for name in (SUMMARY, REPORT, _QUALITY, _SPEED):
+        for name in (SUMMARY, REPORT, DIFFERENCES, _QUALITY, _SPEED):
             (self.folder / name).unlink(missing_ok=True)
+
+    def write_differences(self, differences: dict[str, Any]) -> None:
+        """Write where student and teacher differ most, in place of those of an earlier evaluation."""
+        unfinished = self.folder / f".{DIFFERENCES}"
+        try:
+            unfinished.write_text(json.dumps(differences, indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(self.folder / DIFFERENCES)
+        except OSError as error:
+            logger.warning("%s could not be written: %s", self.folder / DIFFERENCES, error)
 
     def update(self) -> None:
         """Write the report, unless it was written recently."""
@@ -77,7 +104,7 @@ def write_report(run: RunRecord) -> list[Path]:
     Raises:
         OSError: a file cannot be written.
     """
-    with _understanding(run):
+    with understanding(run):
         pictures = _draw(run)
         text = markdown(run, pictures)
     path = run.folder / REPORT
@@ -87,14 +114,14 @@ def write_report(run: RunRecord) -> list[Path]:
 
 def _draw(run: RunRecord) -> list[tuple[str, str]] | None:
     """Draw the plots for which there is data. Returns (file name, title) of each, or None without matplotlib."""
-    from distillkit.reports.run_plots import plot_quality, plot_speed
+    from distillkit.reports.run_plots import plot_quality, plot_speed, quality_panels, speed_panels
 
     pictures = []
-    for name, title, plot, wanted in (
-        (_QUALITY, "Losses and agreement with the teacher", plot_quality, run.training or run.evaluations),
-        (_SPEED, "Speed, waiting for data, learning rate and gradients", plot_speed, run.training),
+    for name, title, plot, panels in (
+        (_QUALITY, "Losses and agreement with the teacher", plot_quality, quality_panels(run)),
+        (_SPEED, "Speed, waiting for data, learning rate and gradients", plot_speed, speed_panels(run)),
     ):
-        if wanted:
+        if panels:
             try:
                 plot(run, run.folder / name)
             except ModuleNotFoundError as error:
@@ -112,124 +139,153 @@ def markdown(run: RunRecord, pictures: list[tuple[str, str]] | None) -> str:
         run: the run.
         pictures: (file name, title) of its plots; None if matplotlib is not installed.
     """
-    sections = [f"# {_text(run.name)}", _opening(run)]
+    sections = [f"# {_text(run.name)}", opening(run, MARKDOWN)]
     if run.evaluations:
-        sections += ["## On held-out documents", _evaluations(run)]
+        sections += ["## On held-out documents", _table(*evaluation_rows(run)), *evaluation_notes(run)]
     sections += [f"![{title}]({name})" for name, title in pictures or ()]
     if pictures is None:
         sections.append(
             "(No plots: matplotlib is not installed. Run `pip install 'distillkit[plot]'`, then `distillkit report`.)"
         )
-    described = _described(run)
-    if described:
-        sections += ["## Configuration", _table(("", ""), described)]
-    sections += ["## Cost", _table(("", ""), _cost(run)), *_advice(run)]
+    facts = described(run, MARKDOWN)
+    if facts:
+        sections += ["## Configuration", _table(("", ""), facts)]
+    sections += ["## Cost", _table(("", ""), cost(run)), *advice(run, MARKDOWN)]
     sections += ["## Files", _files(run.folder)]
     return "\n\n".join(sections) + "\n"
 
 
-def _opening(run: RunRecord) -> str:
+@dataclass(frozen=True)
+class Quoting:
+    """How names and facts from data are written, so that they mean nothing in the text around them.
+
+    Attributes:
+        name: for names, which may contain anything.
+        fact: for facts, which are usually words and numbers.
+    """
+
+    name: Callable[[object], str]
+    fact: Callable[[object], str]
+
+
+def opening(run: RunRecord, quoting: Quoting) -> str:
+    """Say in a sentence what was trained, and how far."""
     most = run.description.get("max_steps")
-    steps = f"{run.step:,}" if most is None else f"{run.step:,} of {most:,}"
+    steps = number_of(run.step, "step") if most is None else f"{run.step:,} of {number_of(most, 'step')}"
     state = "Finished" if run.summary is not None else "Not finished when this report was written"
-    sentence = f"{state}: {steps} steps"
+    sentence = f"{state}: {steps}"
     student, teacher = run.description.get("student"), run.description.get("teacher")
     if student is not None and teacher is not None:
         how = "stored distributions" if teacher["kind"] == "dataset" else "live distributions"
-        whose = f"{how} of {_text(teacher['name'])}" if teacher["name"] else f"{how} of an unnamed teacher"
-        sentence += f", {_text(student['path'])} learning from {whose}"
+        whose = f"{how} of {quoting.name(teacher['name'])}" if teacher["name"] else f"{how} of an unnamed teacher"
+        sentence += f", {quoting.name(student['path'])} learning from {whose}"
     return sentence + "."
 
 
-def _evaluations(run: RunRecord) -> str:
+def evaluation_rows(run: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """The first and the last evaluation as a table: its header, and a row for each measure."""
     first, last = run.evaluations[0], run.evaluations[-1]
+    compared = first["step"] != last["step"]
     rows = []
-    for measure in MEASURES:
+    for measure in measures_of([run]):
         if measure.name in last:
             before, after = first.get(measure.name), last[measure.name]
-            row = [measure.label, measure.form.format(after)]
-            if first["step"] != last["step"] and before is not None:
-                row[1:1] = [measure.form.format(before)]
-                row.append(_change(measure, before, after))
+            row = [measure.label, measure.text(after)]
+            if compared:
+                row[1:1] = ["" if before is None else measure.text(before)]
+                row.append("" if before is None else measure.change(before, after))
             rows.append(row)
     header = ["", f"step {last['step']:,}"]
-    if first["step"] != last["step"]:
+    if compared:
         header[1:1] = [f"step {first['step']:,}"]
         header.append("change")
-    text = _table(header, rows)
+    return header, rows
+
+
+def measures_of(runs: Sequence[RunRecord]) -> list[Measure]:
+    """The measures that say something: if every teacher gave all ids, the probabilities of its top tokens do not."""
+    masses = ("eval_student_mass", "eval_teacher_mass")
+    return [measure for measure in MEASURES if measure.name not in masses or not all(run.all_ids for run in runs)]
+
+
+def evaluation_notes(run: RunRecord) -> list[str]:
+    """What the first and the last evaluation do not say."""
+    notes = []
     steps, kl = run.series("eval_kl", held_out=True)
     if kl and min(kl) < kl[-1]:
         best = kl.index(min(kl))
-        text += f"\n\nKL was lowest at step {steps[best]:,}: {kl[best]:.4f}."
-    return text
+        notes.append(f"KL was lowest at step {steps[best]:,}: {kl[best]:.4f}.")
+    if run.evaluations and run.evaluations[0]["step"] > 0:
+        notes.append(
+            "The student was not evaluated before training. To compare with that, set "
+            "`training_args.eval_on_start: true`."
+        )
+    return notes
 
 
-def _change(measure: Measure, before: float, after: float) -> str:
-    if measure.share:
-        return f"{100 * (after - before):+.1f} points"
-    return f"{after / before - 1:+.1%}" if before else ""
-
-
-def _described(run: RunRecord) -> list[tuple[str, str]]:
+def described(run: RunRecord, quoting: Quoting) -> list[tuple[str, str]]:
     """Rows of the configuration table; empty if the run did not record a description."""
     if not run.description:
         return []
-    return [(label, value) for label, value in _facts(run).items() if value]
+    return [(label, value) for label, value in _facts(run, quoting).items() if value]
 
 
-def _facts(run: RunRecord) -> dict[str, str]:
+def _facts(run: RunRecord, quoting: Quoting) -> dict[str, str]:
     """The facts of a run's description, by label."""
     d = run.description
     if not d:
         return {}
-    student, settings = d["student"], d["settings"]
+    student, settings, fact = d["student"], d["settings"], quoting.fact
     trained = "" if student["trained"] == student["parameters"] else f", {student['trained']:,} trained"
     adapters = " in LoRA adapters" if student.get("adapters") else ""
     batch = settings["batch"] * settings["accumulation"] * settings["processes"]
     cut = f"{settings['batch']} at a time × {settings['accumulation']} accumulated × processes: {settings['processes']}"
     facts = {
-        "student": f"{_text(student['path'])}: {_fact(student['class'])}, {student['parameters']:,} "
-        f"parameters{trained}{adapters}, {_fact(student['dtype'])}, {_fact(student['attention'])} attention",
-        "teacher": _teacher(d["teacher"]),
-        "losses": " + ".join(_loss(loss) for loss in d["losses"]),
+        "student": f"{quoting.name(student['path'])}: {fact(student['class'])}, {student['parameters']:,} "
+        f"parameters{trained}{adapters}, {fact(student['dtype'])}, {fact(student['attention'])} attention",
+        "teacher": _teacher(d["teacher"], quoting),
+        "losses": " + ".join(_loss(loss, fact) for loss in d["losses"]),
+        "set on the command line": ", ".join(
+            f"{fact(path)} = {fact(json.dumps(value))}" for path, value in d.get("overrides", {}).items()
+        ),
     }
     for key, label in (("train", "training data"), ("eval", "held-out data")):
         if key in d["data"]:
-            facts[label] = _data(d["data"][key])
+            facts[label] = _data(d["data"][key], quoting)
     return facts | {
         "steps": f"{d['max_steps']:,} (epochs begun: {d['epochs']:,})" if "max_steps" in d else "",
         "rows per step": f"{batch:,} ({cut}), {settings['sequence_length']:,} tokens at most",
-        "optimiser": f"{_fact(settings['optimizer'])}, learning rate {settings['learning_rate']:g} "
-        f"({_fact(settings['schedule'])}, "
+        "optimiser": f"{fact(settings['optimizer'])}, learning rate {settings['learning_rate']:g} "
+        f"({fact(settings['schedule'])}, "
         f"warm-up {settings['warmup_steps']:g}), weight decay {settings['weight_decay']:g}",
-        "precision": f"{_fact(settings['precision'])}, "
+        "precision": f"{fact(settings['precision'])}, "
         f"{'with' if settings['activation_checkpointing'] else 'without'} activation checkpointing",
-        "machine": f"{_fact(settings['device'])}, data loader workers: {_fact(settings['workers'])}",
-        "seed": _fact(settings["seed"]),
-        "versions": _fact(", ".join(f"{name} {version}" for name, version in d["versions"].items())),
-        "began": _fact(d["began"]),
+        "machine": f"{fact(settings['device'])}, data loader workers: {fact(settings['workers'])}",
+        "seed": fact(settings["seed"]),
+        "versions": fact(", ".join(f"{name} {version}" for name, version in d["versions"].items())),
+        "began": fact(d["began"]),
     }
 
 
-def _teacher(teacher: dict[str, Any]) -> str:
-    name = _text(teacher["name"]) if teacher["name"] else "not recorded in the data"
+def _teacher(teacher: dict[str, Any], quoting: Quoting) -> str:
+    name = quoting.name(teacher["name"]) if teacher["name"] else "not recorded in the data"
     if teacher["kind"] == "dataset":
         return f"{name}, stored" + (f" top {teacher['k']:,}" if teacher["k"] else "")
     return f"{name}, live, " + (f"top {teacher['k']:,}" if teacher["k"] else "all ids")
 
 
-def _loss(loss: dict[str, Any]) -> str:
-    settings = [f"{_fact(key)} {_fact(value)}" for key, value in loss.items() if key not in ("name", "weight")]
-    return f"{loss['weight']:.4g} {_fact(loss['name'])}" + (f" ({', '.join(settings)})" if settings else "")
+def _loss(loss: dict[str, Any], fact: Callable[[object], str]) -> str:
+    settings = [f"{fact(key)} {fact(value)}" for key, value in loss.items() if key not in ("name", "weight")]
+    return f"{loss['weight']:.4g} {fact(loss['name'])}" + (f" ({', '.join(settings)})" if settings else "")
 
 
-def _data(data: dict[str, Any]) -> str:
-    tokens = "" if data["tokens"] is None else f", {data['tokens']:,} tokens"
-    rows = f", packed in {data['rows']:,} rows" if data.get("rows") else ""
-    return f"{_text(data['path'])}: {data['documents']:,} documents{tokens}{rows}"
+def _data(data: dict[str, Any], quoting: Quoting) -> str:
+    tokens = "" if data["tokens"] is None else f", {number_of(data['tokens'], 'token')}"
+    rows = f", packed in {number_of(data['rows'], 'row')}" if data.get("rows") else ""
+    return f"{quoting.name(data['path'])}: {number_of(data['documents'], 'document')}{tokens}{rows}"
 
 
-def _cost(run: RunRecord) -> list[tuple[str, str]]:
+def cost(run: RunRecord) -> list[tuple[str, str]]:
     from distillkit.console import human_bytes
 
     rows = [("steps", f"{run.step:,}")]
@@ -237,7 +293,8 @@ def _cost(run: RunRecord) -> list[tuple[str, str]]:
         rows.append(("time", f"{run.summary['seconds']:,.1f} s, including loading and saving"))
         rows.append(("tokens", f"{run.summary['train_tokens']:,}"))
         if run.summary["cut_documents"]:
-            cut = f"{run.summary['cut_documents']:,} documents, {run.summary['cut_tokens']:,} tokens"
+            documents, tokens = run.summary["cut_documents"], run.summary["cut_tokens"]
+            cut = f"{number_of(documents, 'document')}, {number_of(tokens, 'token')}"
             rows.append(("truncated to the sequence length", cut))
     if run.tokens_per_second is not None:
         rows.append(("tokens per second", f"{run.tokens_per_second:,.0f}"))
@@ -248,11 +305,11 @@ def _cost(run: RunRecord) -> list[tuple[str, str]]:
     return rows
 
 
-def _advice(run: RunRecord) -> list[str]:
+def advice(run: RunRecord, quoting: Quoting) -> list[str]:
     if run.data_wait is None or run.data_wait < _MUCH_WAITING:
         return []
     workers = run.description.get("settings", {}).get("workers")
-    now = "" if workers is None else f" (now {_fact(workers)})"
+    now = "" if workers is None else f" (now {quoting.fact(workers)})"
     return [
         f"The device spent {run.data_wait:.0%} of the time waiting for data: raise "
         f"`training_args.dataloader_num_workers`{now}."
@@ -301,8 +358,19 @@ def _fact(value: object) -> str:
     return text if _HARMLESS.fullmatch(text) else _text(text)
 
 
+MARKDOWN = Quoting(_text, _fact)
+
+
+def _plain(value: object) -> str:
+    return printable(str(value)).replace("\n", "\\n") or "(no name)"
+
+
+PLAIN = Quoting(_plain, _plain)
+"""For a terminal or a page, which escapes what it shows."""
+
+
 @contextmanager
-def _understanding(run: RunRecord) -> Iterator[None]:
+def understanding(run: RunRecord) -> Iterator[None]:
     """Turn what composing a report raises for a record of another form into an error that names the file.
 
     Raises:
@@ -320,8 +388,12 @@ def _understanding(run: RunRecord) -> Iterator[None]:
 # -- several runs ------------------------------------------------------------------------------------------------------
 
 
-def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+def comparison(runs: Sequence[RunRecord], quoting: Quoting = PLAIN) -> list[tuple[str, list[str]]]:
     """Compare several runs: differences in configuration, results, and cost.
+
+    Args:
+        runs: the runs.
+        quoting: how names are written.
 
     Returns:
         Rows of a label and one value per run.
@@ -330,8 +402,8 @@ def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 
     facts = []
     for run in runs:
-        with _understanding(run):
-            facts.append(_facts(run))
+        with understanding(run):
+            facts.append(_facts(run, quoting))
     labels = list(dict.fromkeys(label for fact in facts for label in fact if label not in ("began", "versions")))
     rows = []
     for label in labels:
@@ -339,7 +411,7 @@ def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         if len(set(values)) > 1:
             rows.append((label, [value or "not recorded" for value in values]))
     rows.append(("steps", [f"{run.step:,}" + ("" if run.summary else " (not finished)") for run in runs]))
-    for measure in MEASURES:
+    for measure in measures_of(runs):
         ends = [_ends(run, measure) for run in runs]
         if any(ends):
             rows.append((measure.label, ends))
@@ -361,8 +433,8 @@ def _written(form: str, value: float | None) -> str:
 def _ends(run: RunRecord, measure: Measure) -> str:
     _, values = run.series(measure.name, held_out=True)
     if len(values) < 2:
-        return measure.form.format(values[0]) if values else ""
-    return f"{measure.form.format(values[0])} → {measure.form.format(values[-1])}"
+        return measure.text(values[0]) if values else ""
+    return f"{measure.text(values[0])} → {measure.text(values[-1])}"
 
 
 def names_of(runs: Sequence[RunRecord]) -> list[str]:
@@ -381,13 +453,17 @@ def write_comparison(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
         ModuleNotFoundError: matplotlib is not installed.
         OSError: a file cannot be written.
     """
-    from distillkit.reports.run_plots import plot_comparison
+    from distillkit.reports.run_plots import comparison_panels, plot_comparison
 
     folder.mkdir(parents=True, exist_ok=True)
     names = names_of(runs)
-    plot_comparison(runs, names, folder / _COMPARISON_PLOT)
-    rows = [(label, *values) for label, values in comparison(runs)]
+    drawn = bool(comparison_panels(runs, names))
+    if drawn:
+        plot_comparison(runs, names, folder / _COMPARISON_PLOT)
+    rows = [(label, *values) for label, values in comparison(runs, MARKDOWN)]
     table = _table(("", *(_text(name) for name in names)), rows)
-    text = f"# {len(runs)} runs\n\n{table}\n\n![Held-out metrics and throughput of each run]({_COMPARISON_PLOT})\n"
+    text = f"# {len(runs)} runs\n\n{table}\n"
+    if drawn:
+        text += f"\n![Held-out metrics and throughput of each run]({_COMPARISON_PLOT})\n"
     (folder / _COMPARISON).write_text(text, encoding="utf-8")
-    return [folder / _COMPARISON, folder / _COMPARISON_PLOT]
+    return [folder / _COMPARISON, *([folder / _COMPARISON_PLOT] if drawn else [])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from distillkit.shards.convert import convert
 from distillkit.shards.header import Header
 from distillkit.shards.manifest import Manifest, ShardInfo, read_manifest
+from distillkit.shards.prior import load_prior
 from distillkit.shards.reader import Dataset
 from distillkit.shards.verify import VerifyReport, verify_dataset
 from distillkit.shards.writer import ShardWriter, whole_shards
@@ -17,6 +18,7 @@ __all__ = [
     "ShardWriter",
     "VerifyReport",
     "convert",
+    "load_prior",
     "read_manifest",
     "verify_dataset",
     "whole_shards",

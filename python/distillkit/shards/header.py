@@ -10,7 +10,7 @@ from typing import Any, Literal
 import xxhash
 
 from distillkit import __version__
-from distillkit.codec import Codec
+from distillkit.codec import Codec, CodecConfig, CompactConfig, Prior
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import ConfigError, CorruptDataError, InputError, MismatchError, UnsupportedVersionError
 from distillkit.shards.json_text import canonical_json, parse_json
@@ -84,15 +84,26 @@ class Header:
         if not 0 < self.vocab_size <= self.head_size:
             raise InputError(f"the header's vocab_size is {self.vocab_size}, expected 1 … head_size = {self.head_size}")
 
-    def make_codec(self) -> Codec:
+    @property
+    def prior(self) -> str | None:
+        """The hash of the prior that the rows were encoded with (`Prior.hash`), if the codec has one."""
+        config = self.codec.get("config")
+        named = config.get("prior") if isinstance(config, Mapping) and self.codec.get("format") == "compact" else None
+        return named if isinstance(named, str) else None
+
+    def make_codec(self, prior: Prior | None = None) -> Codec:
         """The codec that reads the shard's rows.
+
+        Args:
+            prior: the one that `prior` names.
 
         Raises:
             UnsupportedVersionError: this release does not support the format or its version.
-            CorruptDataError: the field does not describe a codec, or its ids go beyond the head.
+            CorruptDataError: the field does not describe a codec, its ids go beyond the head, or the prior is missing,
+                another one, or damaged.
         """
         try:
-            codec = Codec.from_dict(self.codec)
+            codec = Codec.from_dict(self.codec, prior)
         except (ConfigError, TypeError) as error:
             raise CorruptDataError(f"the header's codec is invalid: {error}") from error
         if codec.vocab_size > self.head_size:
@@ -213,8 +224,8 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return {path: list(value) if isinstance(value, tuple) else value}
 
 
-def check_codec(given: Codec, own: Codec, name: str, what: str) -> None:
-    """Checks that a codec equals the dataset's own.
+def check_codec(given: CodecConfig, own: Codec, name: str, what: str) -> None:
+    """Checks that a codec configuration equals the dataset's own; which prior it has need not be given.
 
     Raises:
         MismatchError: they differ; the message names the fields and both values.
@@ -224,7 +235,11 @@ def check_codec(given: Codec, own: Codec, name: str, what: str) -> None:
             f"{name}: {what} is {own.format}, but the configuration given is {given.format}; omit it, since the "
             "dataset has its own"
         )
-    ours, theirs = given.to_dict()["config"], own.to_dict()["config"]
+    theirs = own.to_dict()["config"]
+    if isinstance(given, CompactConfig):
+        ours = {**Codec(given.without_prior()).to_dict()["config"], "prior": given.prior or theirs["prior"]}
+    else:
+        ours = Codec(given).to_dict()["config"]
     odd = [f"{key} {theirs[key]!r} (given: {ours[key]!r})" for key in theirs if ours[key] != theirs[key]]
     if odd:
         raise MismatchError(

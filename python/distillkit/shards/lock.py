@@ -1,15 +1,14 @@
 """Who writes to a dataset's folder: two processes never write the same shards.
 
-Each writer has a file in the folder `.capture` that names its process, host and shards. The file is locked (flock) as
-long as the process lives, so a killed process blocks nobody. Object stores have no locks that end with their holder;
-nothing is locked there.
+Each writer has a file in the folder `.capture` that names its process, host and shards. The file is locked as long as
+the process lives, so a killed process blocks nobody. Object stores have no locks that end with their holder; nothing is
+locked there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import json
 import logging
@@ -25,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from distillkit.errors import CorruptDataError, InputError
+from distillkit.shards import os_files
 from distillkit.shards.json_text import parse_json
 from distillkit.shards.storage import Folder, writing
 
@@ -48,7 +48,7 @@ def _close_inherited() -> None:
     _inherited.clear()
 
 
-os.register_at_fork(after_in_child=_close_inherited)
+os_files.after_fork(_close_inherited)
 
 
 class FolderLock:
@@ -84,14 +84,16 @@ class FolderLock:
     def _check_others(self) -> None:
         """Refuse shards that a living process writes; remove the files of dead ones."""
         for path in self._inside.glob(f"{_WRITER}*.json"):
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDWR)
             try:
-                if _locked_now(descriptor):
-                    path.unlink()
-                    continue
-                writer = _writer(parse_json(os.read(descriptor, 4096), where=str(path)), path)
+                dead = os_files.locked_now(descriptor)
+                content = os.read(descriptor, 4096)
             finally:
                 os.close(descriptor)
+            if dead:
+                path.unlink()
+                continue
+            writer = _writer(parse_json(content, where=str(path)), path)
             theirs = None if writer["shards"] is None else range(*writer["shards"])
             if _overlap(self._shards, theirs):
                 raise InputError(
@@ -140,11 +142,13 @@ def _unregister(path: Path, descriptor: int, process: int, made: bool) -> None:
     if os.getpid() != process:
         return
     with _waiting(path.with_name(_MUTEX)):
-        path.unlink(missing_ok=True)
         _close(descriptor)
-        if not list(path.parent.glob(f"{_WRITER}*.json")):
-            for name in (_TURN, _MUTEX):
-                path.with_name(name).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        unused = [] if list(path.parent.glob(f"{_WRITER}*.json")) else [path.with_name(_TURN), path.with_name(_MUTEX)]
+        kept = [lock for lock in unused if not os_files.removed(lock)]
+    # Windows keeps a lock's file until nobody has it open.
+    for lock in kept:
+        os_files.removed(lock)
     # Unless a plan or shards are there, or something that is not ours.
     with contextlib.suppress(OSError):
         path.parent.rmdir()
@@ -175,23 +179,14 @@ def _named(shards: range | None) -> str:
     return "the dataset" if shards is None else f"the shards {shards.start}:{shards.stop}"
 
 
-def _locked_now(descriptor: int) -> bool:
-    """Whether a file could be locked without waiting."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _open_locked(path: Path) -> int:
     """Opens a file, created if needed, and waits until it is locked by this process alone."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     _inherited.add(descriptor)
     try:
-        if not _locked_now(descriptor):
+        if not os_files.locked_now(descriptor):
             logger.info("%s: waiting for the process that holds it", path)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os_files.wait_for_lock(descriptor)
     except BaseException:
         _close(descriptor)
         raise

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from distillkit.configuration.urls import locate
 from distillkit.errors import CorruptDataError, TruncatedDataError
 from distillkit.shards.footer import Chunk, read_footer
-from distillkit.shards.storage import open_source, reading
+from distillkit.shards.storage import missing_file, open_source, read_range, reading
 
 __all__ = []
 
@@ -70,12 +70,12 @@ def footer_of(path: str) -> list[list[Chunk]]:
         CorruptDataError: the footer is damaged.
     """
     filesystem, inner = locate(path)
-    size = filesystem.size(inner)
-    length = int.from_bytes(filesystem.cat_file(inner, start=size - 8, end=size - 4), "little")
     with reading(path):
+        size = filesystem.size(inner)
+        length = int.from_bytes(read_range(path, size - 8, size - 4), "little")
         if length > size - 12:
             raise ValueError(f"a footer of {length:,} bytes in {size:,}")
-        return read_footer(filesystem.cat_file(inner, start=size - 8 - length, end=size - 8))
+        return read_footer(read_range(path, size - 8 - length, size - 8))
 
 
 def check_names(schema: pa.Schema, names: Iterable[str], where: object) -> None:
@@ -106,10 +106,11 @@ def validated(data: _Tabular, where: object) -> _Tabular:
 def _check_ends(path: str) -> None:
     filesystem, inner = locate(path)
     if not filesystem.exists(inner):
-        raise FileNotFoundError(2, "no such file", path)
+        raise missing_file(filesystem, inner, path)
     size = filesystem.size(inner)
-    start = filesystem.cat_file(inner, start=0, end=min(size, 4))
+    with reading(path):
+        start, end = read_range(path, 0, min(size, 4)), read_range(path, max(size - 4, 0), size)
     if not b"PAR1".startswith(start):
         raise CorruptDataError(f"{path}: not a Parquet file: its first bytes are {start!r}, expected b'PAR1'")
-    if size < 12 or filesystem.cat_file(inner, start=size - 4, end=size) != b"PAR1":
+    if size < 12 or end != b"PAR1":
         raise TruncatedDataError(f"{path}: {size} bytes that do not end like a Parquet file: the file is truncated")

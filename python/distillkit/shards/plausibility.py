@@ -160,7 +160,7 @@ def check_plausible(documents: Iterable[Document], codec: Codec, name: str) -> S
         MismatchError: rows are impossible, or shifted against the tokens; the message says how many.
         CorruptDataError: a document is damaged.
     """
-    found = Plausibility(codec.config.exact_k)
+    found = Plausibility(codec.exact_k)
     for document in documents:
         found.add(document, decoded(document, codec))
     impossible = found.impossible()
@@ -247,7 +247,9 @@ def _signs_of(
     """Yield each sign, and which rows show it (R,)."""
     # With the wrong codec, values can be arbitrary; e^100 is clearly impossible, yet finite.
     probabilities_Rk = np.exp(np.minimum(logprobs_Rk, 100.0))
-    rises_Rk = np.diff(logprobs_Rk, axis=-1)
+    # Places without an id, at the end of a row, repeat its first id and have a log-probability of −inf.
+    absent_Rk = np.isneginf(logprobs_Rk)
+    rises_Rk = np.diff(np.where(absent_Rk, -np.finfo(np.float32).max, logprobs_Rk), axis=-1)
     yield "highest", _too_high(logprobs_Rk, exact_k)
     yield "exact_mass", probabilities_Rk[:, :exact_k].sum(-1) > _EXACT_MASS
     yield "exact_order", np.asarray((rises_Rk[:, : max(exact_k - 1, 0)] > _EXACT_RISE).any(-1))
@@ -255,9 +257,10 @@ def _signs_of(
     yield "order", np.asarray((rises_Rk > _RISE).any(-1))
     falls_Rk = -rises_Rk[:, :_FALL_RANKS]
     if falls_Rk.shape[1] > 2:
-        faster_R = (np.diff(falls_Rk, axis=-1) > -1e-3).all(-1)
+        faster_R = (np.diff(falls_Rk, axis=-1) > -1e-3).all(-1) & ~absent_Rk[:, : falls_Rk.shape[1] + 1].any(-1)
         yield "fall", faster_R & (falls_Rk[:, -1] - falls_Rk[:, 0] > _FALL)
-    yield "repeated", np.asarray((np.diff(np.sort(ids_Rk, axis=-1), axis=-1) == 0).any(-1))
+    apart_Rk = np.where(absent_Rk, -1 - np.arange(ids_Rk.shape[1]), ids_Rk)
+    yield "repeated", np.asarray((np.diff(np.sort(apart_Rk, axis=-1), axis=-1) == 0).any(-1))
 
 
 def _steps_of(logprobs_Rk: npt.NDArray[np.float64], exact_k: int) -> npt.NDArray[np.float64]:

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from distillkit.codec import Codec, CodecConfig, DistributionQuantizationConfig, codec_config
+from distillkit.codec import Codec, CodecConfig, CompactConfig, DistributionQuantizationConfig, codec_config
+from distillkit.codec.config import CODEC_KEYS
 from distillkit.configuration.urls import locate
 from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError, CorruptDataError, InputError
@@ -77,7 +78,7 @@ def _mapping(config: ConfigSource) -> Any:
     # A training configuration has the codec configuration under `teacher`.
     teacher = content.get("teacher") if isinstance(content, Mapping) else None
     if isinstance(teacher, Mapping):
-        return {key: teacher[key] for key in ("logprob_compressor", "legacy_logit_compression") if key in teacher}
+        return {key: teacher[key] for key in CODEC_KEYS if key in teacher}
     return content
 
 
@@ -200,9 +201,12 @@ def _published_codec(layout: str, config: ConfigSource, beside: str | None, name
             f"{name}: a published dataset does not record how it was encoded, and there is no {CONFIG_FILE} next to "
             "it; pass its codec configuration"
         )
-    codec = Codec.for_published(load_codec_config(beside if config is None else config))
+    parsed = load_codec_config(beside if config is None else config)
+    if isinstance(parsed, CompactConfig):
+        raise ConfigError(f"{name}: published datasets are in a fixed format, but the configuration is for compact")
+    codec = Codec.for_published(parsed)
     if config is not None and beside is not None:
-        check_codec(codec, Codec(load_codec_config(beside)), name, f"the codec in {CONFIG_FILE}")
+        check_codec(codec.config, Codec(load_codec_config(beside)), name, f"the codec in {CONFIG_FILE}")
     if codec.format != layout:
         raise ConfigError(f"{name}: the columns are in {layout} format, but the configuration is for {codec.format}")
     return codec

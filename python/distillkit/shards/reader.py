@@ -8,6 +8,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,17 +16,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillkit.codec import Codec, CodecConfig
-from distillkit.configuration.urls import locate, without_trailing_slash
+from distillkit.codec import Codec, CodecConfig, Prior
+from distillkit.configuration.urls import is_on_hub, locate, without_trailing_slash
 from distillkit.errors import CorruptDataError, InputError, MismatchError, UnsupportedVersionError
 from distillkit.shards.footer import Chunk
 from distillkit.shards.header import Header, check_codec
 from distillkit.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
-from distillkit.shards.parquet import check_names, footer_of, open_parquet
+from distillkit.shards.parquet import check_names, footer_of, open_parquet, validated
+from distillkit.shards.prior import PRIOR, find_prior
 from distillkit.shards.published import load_codec_config, open_published
-from distillkit.shards.storage import Folder, reading
-from distillkit.shards.table import GROUPS_KEY, SCHEMA, Block, Documents, GroupDigest, ShardRows
-from distillkit.types import Document, SparseLogprobs
+from distillkit.shards.storage import Folder, missing_file, reading
+from distillkit.shards.table import GROUPS_KEY, SCHEMA, Block, Documents, GroupDigest, KeptRows, ShardRows
+from distillkit.types import Document, Facts, Shown, SparseLogprobs
 
 __all__ = ["Dataset", "DocumentFile", "ShardFile", "is_captured"]
 
@@ -73,12 +75,16 @@ class DocumentFile(Protocol):
 class ShardFile:
     """A captured dataset's shard. It does not stay open: each read opens it, with the metadata checked here.
 
+    Args:
+        path: a path or an fsspec URL.
+        prior: the prior of its codec, if already read; else it is read from the shard's footer, or beside the shard.
+
     Raises:
         FileNotFoundError: the file does not exist.
         TruncatedDataError, CorruptDataError, UnsupportedVersionError: it is damaged, or of an unsupported version.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, prior: Prior | None = None) -> None:
         self.path = path
         with open_parquet(path, any_size=True) as parquet:
             self._metadata, schema = parquet.metadata, parquet.schema_arrow
@@ -98,12 +104,15 @@ class ShardFile:
             )
         check_names(schema, SCHEMA.names, path)
         self._columns = [name for name in SCHEMA.names if name in schema.names]
+        self._kept = [name for name in schema.names if name not in SCHEMA.names]
         for field in SCHEMA:
             found = schema.field(field.name).type if field.name in schema.names else None
             if found != field.type and not (found is None and field.nullable):
                 raise CorruptDataError(f"{path}: column {field.name} is {found or 'missing'}, expected {field.type}")
+        if prior is None or prior.hash != self.header.prior:
+            prior = find_prior(self.header, self._metadata.metadata, path)
         try:
-            self._codec = self.header.make_codec()
+            self.codec = self.header.make_codec(prior)
         except (CorruptDataError, UnsupportedVersionError) as error:
             raise type(error)(f"{path}: {error}") from error
 
@@ -144,7 +153,20 @@ class ShardFile:
             table = table.append_column(SCHEMA.field("teacher"), teacher.column("teacher"))
             if GroupDigest.of(table) != self._digests[group]:
                 raise CorruptDataError(f"{where}: the documents or their order differ from what was written")
-            return ShardRows(table, self.header, self._codec, self.path, self._starts[group])
+            kept = KeptRows(self._kept, partial(self._kept_rows, group)) if self._kept else None
+            return ShardRows(table, self.header, self.codec, self.path, self._starts[group], kept)
+
+    def _kept_rows(self, group: int) -> list[dict[str, Any]]:
+        """The kept columns of a group's documents."""
+        # Without the metadata, opening it refuses a few bytes that stand for gigabytes.
+        with open_parquet(self.path) as parquet, reading(self._where(range(group, group + 1))):
+            table = validated(parquet.read_row_group(group, columns=self._kept, use_threads=False), self.path)
+            if len(table) != self._groups[group]:
+                raise CorruptDataError(
+                    f"{self.path}: {len(table)} rows in row group {group}, expected {self._groups[group]}"
+                )
+            rows: list[dict[str, Any]] = table.to_pylist()
+            return rows
 
     def _runs(self, groups: range, most: int) -> Iterator[range]:
         """Divides groups into runs that are read in one call: of at most so many, and small together."""
@@ -164,13 +186,9 @@ class ShardFile:
         Raises:
             CorruptDataError: they are far more than the bytes in the file.
         """
-        if self._footer is None:
-            self._footer = footer_of(self.path)
-            if {len(columns) for columns in self._footer} - {self._metadata.num_columns}:
-                raise CorruptDataError(f"{self.path}: the columns of its row groups contradict its schema")
         inside = stored = 0
         for index, name in self._leaves:
-            column = self._footer[group][index]
+            column = self._chunks()[group][index]
             stored += column.total_compressed_size
             if name in _WIDTHS:
                 inside += column.num_values * _WIDTHS[name]
@@ -184,8 +202,27 @@ class ShardFile:
             )
         return inside
 
+    def _chunks(self) -> list[list[Chunk]]:
+        """The columns of each row group, according to the footer.
+
+        Raises:
+            CorruptDataError: they contradict the schema.
+        """
+        if self._footer is None:
+            footer = footer_of(self.path)
+            if {len(columns) for columns in footer} - {self._metadata.num_columns}:
+                raise CorruptDataError(f"{self.path}: the columns of its row groups contradict its schema")
+            self._footer = footer
+        return self._footer
+
     def _where(self, groups: range) -> str:
         return f"{self.path}, documents {self._starts[groups.start]} to {self._starts[groups.stop] - 1}"
+
+    def teacher_bytes(self) -> int:
+        """The codec's bytes of all documents, to within some tens of bytes per row group: from the footer."""
+        at = next(index for index, name in self._leaves if name == "teacher")
+        # A value is preceded by its length, in 4 bytes.
+        return sum(group[at].total_uncompressed_size - 4 * group[at].num_values for group in self._chunks())
 
     def info(self) -> ShardInfo:
         """File name, counts and size. Reads the column `input_ids` only."""
@@ -205,7 +242,7 @@ class ShardFile:
         return np.concatenate(parts).astype(np.int64)
 
 
-class Dataset(Documents):
+class Dataset(Documents, Shown):
     """Documents by index, in the order in which they were captured. Created by `Dataset.open`.
 
     Safe to use in forked and spawned workers. Caches a few row groups, so that access to neighbours is cheap.
@@ -228,15 +265,15 @@ class Dataset(Documents):
         (9, 50)
     """
 
-    def __init__(self, path: str, kind: str, header: Header, files: Sequence[DocumentFile], shards: Any = None) -> None:
-        self.path, self.kind, self.header = path, kind, header
-        self.codec: Codec = header.make_codec()
+    def __init__(
+        self, path: str, kind: str, header: Header, codec: Codec, files: Sequence[DocumentFile], shards: Any = None
+    ) -> None:
+        self.path, self.kind, self.header, self.codec = path, kind, header, codec
         self._files = list(files)
         self._shards: tuple[ShardInfo, ...] | None = shards
-        groups = [(file, group) for file in self._files for group in range(len(file.groups))]
-        self._groups = groups
-        self._ends = list(itertools.accumulate(file.groups[group] for file, group in groups))
-        self._cache: OrderedDict[int, Documents] = OrderedDict()
+        self._starts = list(itertools.accumulate(map(_documents_in, self._files), initial=0))
+        self._ends: dict[int, list[int]] = {}
+        self._cache: OrderedDict[tuple[int, int], Documents] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict()}
@@ -253,7 +290,9 @@ class Dataset(Documents):
 
         Args:
             path: path or fsspec URL of a captured dataset's folder or one of its shards, or of a published dataset's
-                folder (of Parquet files, or from `save_to_disk`) or one of its files.
+                folder (of Parquet files, or from `save_to_disk`) or one of its files. A dataset on the hub is
+                `hf://datasets/OWNER/NAME`, or `…/NAME@REVISION`: of a captured one, only the row groups that are used
+                are downloaded.
             config: the codec of a published dataset, as a YAML file, a mapping or a configuration; by default the
                 `compression_config.yaml` next to the data. If the dataset records its codec (in its shards or in that
                 file), the two must agree.
@@ -272,22 +311,36 @@ class Dataset(Documents):
         name = without_trailing_slash(path)
         filesystem, inner = locate(name)
         if not filesystem.exists(inner):
-            raise FileNotFoundError(2, "no such file or folder", name)
+            raise missing_file(filesystem, inner, name)
         manifest = read_manifest(name) if filesystem.isdir(inner) else None
         if manifest is not None:
             dataset = _open_folder(name, manifest)
         elif _is_shard(name):
             shard = ShardFile(name)
-            dataset = Dataset(name, "distillkit", shard.header, [shard])
+            dataset = Dataset(name, "distillkit", shard.header, shard.codec, [shard])
         else:
             header, files = open_published(name, config, split, vocab_size)
-            return Dataset(name, "published", header, files)
+            return Dataset(name, "published", header, header.make_codec(), files)
         if config is not None:
-            given = Codec(load_codec_config(config))
-            check_codec(given, dataset.codec, name, "its codec")
+            check_codec(load_codec_config(config), dataset.codec, name, "its codec")
         if split not in (None, "train"):
             raise InputError(f"{name}: a captured dataset has no splits, but split {split!r} was requested")
         return dataset
+
+    def facts(self) -> Facts:
+        """What is shown of the dataset; nothing is read that is not known."""
+        header = self.header
+        rows = [("documents", f"{len(self):,}")]
+        if self._shards is not None:
+            rows.append(("tokens", f"{self.num_tokens:,}"))
+            size = sum(shard.bytes for shard in self._shards)
+            rows.append(("files", f"{len(self._files):,}, {size / 1e6:,.1f} MB"))
+        rows += [
+            ("teacher", str((header.teacher or {}).get("name", "not recorded"))),
+            ("tokenizer", str((header.tokenizer or {}).get("name", "not recorded"))),
+            ("codec", f"{self.codec.format}, {self.codec.k:,} ids per distribution"),
+        ]
+        return f"{'captured' if self.kind == 'distillkit' else 'published'} dataset {self.path}", rows
 
     @property
     def shards(self) -> tuple[ShardInfo, ...]:
@@ -306,6 +359,13 @@ class Dataset(Documents):
         """Total rows of all documents."""
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def teacher_bytes(self) -> int:
+        """The codec's bytes of all documents; in the compact format, to within some tens of bytes per row group."""
+        if self.codec.is_fixed:
+            return self.num_rows * self.codec.bytes_per_token
+        return sum(file.teacher_bytes() for file in self._files if isinstance(file, (ShardFile, HubShard)))
+
     def lengths(self) -> npt.NDArray[np.int64]:
         """(D,) int64 tokens per document, read from the token id column only, several files in parallel.
 
@@ -316,7 +376,7 @@ class Dataset(Documents):
             return np.concatenate([np.empty(0, np.int64), *pool.map(lambda file: file.lengths(), self._files)])
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> Document:
         if not isinstance(index, (int, np.integer)):
@@ -324,18 +384,40 @@ class Dataset(Documents):
         position = int(index) + len(self) if index < 0 else int(index)
         if not 0 <= position < len(self):
             raise IndexError(f"document {index} of {len(self)}")
-        group = bisect.bisect_right(self._ends, position)
-        return self._load(group)[position - (self._ends[group - 1] if group else 0)]
+        number = bisect.bisect_right(self._starts, position, hi=len(self._files)) - 1
+        inside = position - self._starts[number]
+        if number not in self._ends:
+            self._ends[number] = list(itertools.accumulate(self._files[number].groups))
+        ends = self._ends[number]
+        group = bisect.bisect_right(ends, inside)
+        return self._load(number, group)[inside - (ends[group - 1] if group else 0)]
 
-    def _load(self, group: int) -> Documents:
-        if group in self._cache:
-            self._cache.move_to_end(group)
+    def _load(self, number: int, group: int) -> Documents:
+        """A group of a file, by their numbers."""
+        key = (number, group)
+        if key in self._cache:
+            self._cache.move_to_end(key)
         else:
             while len(self._cache) >= _CACHED_GROUPS[self.kind]:
                 self._cache.popitem(last=False)
-            file, number = self._groups[group]
-            self._cache[group] = file.load(number)
-        return self._cache[group]
+            self._cache[key] = self._files[number].load(group)
+        return self._cache[key]
+
+    def decode(self, index: int) -> SparseLogprobs:
+        """The teacher's distributions over a document, by its index: numpy (R, k), row t over token t + 1.
+
+        Raises:
+            IndexError: there is no such document.
+            CorruptDataError: it is damaged.
+
+        Example:
+            >>> from distillkit.shards import Dataset
+            >>> rows = Dataset.open("captured").decode(0)
+            >>> rows.ids.shape, rows.logprobs.shape
+            ((9, 50), (9, 50))
+        """
+        document = self[index]
+        return self.codec.decode_document(document.teacher, document.num_rows)
 
     def __iter__(self) -> Iterator[Document]:
         return itertools.chain.from_iterable(self._files)
@@ -413,20 +495,67 @@ def _open_folder(name: str, manifest: Manifest) -> Dataset:
     for what, names in (("missing", sorted(set(listed) - present)), ("not in it", sorted(present - set(listed)))):
         if names:
             raise MismatchError(f"{name}: {MANIFEST} lists {len(listed)} shards, but {', '.join(names[:5])} is {what}")
-    files = []
+    prior = find_prior(manifest.header, None, folder.of(PRIOR))
+    files: list[DocumentFile] = []
     for shard in manifest.shards:
-        file = ShardFile(f"{name}/{shard.file}")
-        size = folder.size(shard.file)
-        if size != shard.bytes or file.documents != shard.documents:
-            raise MismatchError(
-                f"{file.path}: {size} bytes and {file.documents} documents, but {MANIFEST} says {shard.bytes} and "
-                f"{shard.documents}: the files belong to different captures"
-            )
-        if shard.groups_xxh3 and file.groups_xxh3 != shard.groups_xxh3:
-            raise MismatchError(
-                f"{file.path}: the hash of its documents is {file.groups_xxh3}, but {MANIFEST} says "
-                f"{shard.groups_xxh3}: it is another shard, or of another capture"
-            )
-        manifest.header.check_same(file.header, where=file.path)
-        files.append(file)
-    return Dataset(name, "distillkit", manifest.header, files, manifest.shards)
+        if is_on_hub(name):
+            files.append(HubShard(name, manifest, shard, prior))
+        else:
+            files.append(_listed_shard(folder, manifest, shard, prior))
+    return Dataset(name, "distillkit", manifest.header, manifest.header.make_codec(prior), files, manifest.shards)
+
+
+def _listed_shard(folder: Folder, manifest: Manifest, shard: ShardInfo, prior: Prior | None) -> ShardFile:
+    """Opens a shard, and compares it with what the manifest says of it."""
+    file = ShardFile(folder.of(shard.file), prior)
+    size = folder.size(shard.file)
+    if size != shard.bytes or file.documents != shard.documents:
+        raise MismatchError(
+            f"{file.path}: {size} bytes and {file.documents} documents, but {MANIFEST} says {shard.bytes} and "
+            f"{shard.documents}: the files belong to different captures"
+        )
+    if shard.groups_xxh3 and file.groups_xxh3 != shard.groups_xxh3:
+        raise MismatchError(
+            f"{file.path}: the hash of its documents is {file.groups_xxh3}, but {MANIFEST} says "
+            f"{shard.groups_xxh3}: it is another shard, or of another capture"
+        )
+    manifest.header.check_same(file.header, where=file.path)
+    return file
+
+
+class HubShard:
+    """A shard on the hub. It is opened, and compared with the manifest, when something of it is first read."""
+
+    def __init__(self, folder: str, manifest: Manifest, info: ShardInfo, prior: Prior | None) -> None:
+        self.path, self.header, self.documents = f"{folder}/{info.file}", manifest.header, info.documents
+        self._folder, self._manifest, self._info, self._prior = folder, manifest, info, prior
+
+    @cached_property
+    def _file(self) -> ShardFile:
+        return _listed_shard(Folder(self._folder), self._manifest, self._info, self._prior)
+
+    @property
+    def groups(self) -> Sequence[int]:
+        return self._file.groups
+
+    def load(self, group: int) -> Documents:
+        return self._file.load(group)
+
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self._file)
+
+    def blocks(self) -> Iterator[Block]:
+        return self._file.blocks()
+
+    def info(self) -> ShardInfo:
+        return self._info
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return self._file.lengths()
+
+    def teacher_bytes(self) -> int:
+        return self._file.teacher_bytes()
+
+
+def _documents_in(file: DocumentFile) -> int:
+    return file.documents if isinstance(file, (ShardFile, HubShard)) else sum(file.groups)

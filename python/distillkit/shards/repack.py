@@ -97,8 +97,7 @@ def pack_dataset(
 
     Raises:
         ConfigError: more than 5% of the tokens would be cut off, and `overflow` is None.
-        InputError: `max_len` is too small, the codec's rows have no fixed size, there is nothing to pack, or the folder
-            contains a finished dataset.
+        InputError: `max_len` is too small, there is nothing to pack, or the folder contains a finished dataset.
         MismatchError: the folder contains shards of another dataset, or the source's rows cannot have been written with
             its codec.
         CorruptDataError: a source document is damaged, or what was written differs from the source when read back.
@@ -106,10 +105,6 @@ def pack_dataset(
     started = time.perf_counter()
     if max_len < 2:
         raise InputError(f"max_len is {max_len}; a row must hold at least 2 tokens")
-    if source.codec.bytes_per_token is None:
-        raise InputError(
-            f"{source.path}: rows of the format {source.codec.format} have no fixed size, so they cannot be cut"
-        )
     check_plausible(sampled(source), source.codec, source.path)
     lengths = source.lengths()
     long = LongDocuments.of(lengths, max_len)
@@ -126,7 +121,8 @@ def pack_dataset(
         capture={**source.header.capture, "packed": settings},
     )
     total = 2 * len(plan.order)
-    with ShardWriter(folder, header, shard_tokens=shard_tokens, resume=True) as writer:
+    prior = source.codec.prior
+    with ShardWriter(folder, header, shard_tokens=shard_tokens, resume=True, prior=prior) as writer:
         resumed = sum(shard.documents for shard in writer.resumed)
         _write_rows(source, pieces, plan, header, writer, lambda count: progress(count, total))
         # Before the manifest, which would make a dataset of what an earlier run wrote of other documents.
@@ -174,7 +170,7 @@ class PackingPlan:
             raise InputError(
                 f"{source.path}: none of its {len(source):,} documents has 2 to {max_len:,} tokens: nothing to pack"
             )
-        width = source.codec.bytes_per_token or 0
+        width = source.teacher_bytes / max(source.num_rows, 1)
         number = np.maximum(np.arange(len(order)) // window, np.cumsum(lengths[order] * width) // _WINDOW_BYTES)
         borders = np.flatnonzero(np.diff(number)) + 1
         windows = []
@@ -213,15 +209,15 @@ def _part(source: Dataset, index: int, start: int, stop: int, first: int) -> Doc
     document = source[index]
     if stop - start == len(document.input_ids):
         return document
-    rows = source.codec.document_rows(document.teacher, document.num_rows)[start:stop]
+    rows = slice(start, min(stop, document.num_rows))
     mask = _mask(document)[start:stop].copy()
     mask[: first - start] = False
     known = document.label_logprobs
     return replace(
         document,
         input_ids=document.input_ids[start:stop],
-        teacher=rows.tobytes(),
-        num_rows=len(rows),
+        teacher=source.codec.join_documents([(document.teacher, document.num_rows, rows)]),
+        num_rows=rows.stop - rows.start,
         loss_mask=None if mask.all() else mask,
         segment_lengths=document.segments(stop, start).astype(np.int32),
         label_logprobs=None if known is None else known[start : stop - 1],
@@ -231,11 +227,8 @@ def _part(source: Dataset, index: int, start: int, stop: int, first: int) -> Doc
 def join(documents: Sequence[Document], header: Header, source: Dataset) -> Document:
     """Concatenate documents into one, with a row for every token (except the last, if the header's alignment is
     "L-1")."""
-    ids, rows, masks, segments, labels = [], [], [], [], []
+    ids, masks, segments, labels = [], [], [], []
     for document in documents:
-        length = len(document.input_ids)
-        stored = source.codec.document_rows(document.teacher, document.num_rows)
-        rows.append(stored if len(stored) == length else np.concatenate([stored, stored[-1:]]))
         ids.append(document.input_ids)
         masks.append(_mask(document))
         segments.append(document.segments())
@@ -248,7 +241,19 @@ def join(documents: Sequence[Document], header: Header, source: Dataset) -> Docu
     count = header.rows_of(len(tokens))
     # Kept only if every document has them.
     known = np.concatenate(labels)[:-1] if len(labels) == len(documents) else None
-    return Document("", tokens, np.concatenate(rows)[:count].tobytes(), count, mask, lengths, known)
+    teacher = source.codec.join_documents(list(_joined_rows(documents, count)))
+    return Document("", tokens, teacher, count, mask, lengths, known)
+
+
+def _joined_rows(documents: Sequence[Document], count: int) -> Iterator[tuple[bytes | memoryview, int, slice]]:
+    """Which rows of which documents are those of the joined one, of which there are `count`: one for each token."""
+    start = 0
+    for document in documents:
+        stop, stored = min(start + len(document.input_ids), count), document.num_rows
+        yield document.teacher, stored, slice(0, min(stop - start, stored))
+        if stop - start > stored:
+            yield document.teacher, stored, slice(stored - 1, stored)
+        start = stop
 
 
 def _same_labels(written: Document, document: Document, start: int, stop: int) -> bool:
@@ -276,15 +281,15 @@ def _compare(
         documents = [_part(source, *pieces[index]) for index in indices.tolist()]
         for row in rows:
             written, start = next(packed), 0
-            found = source.codec.document_rows(written.teacher, written.num_rows)
+            found = _stored_rows(source, written)
             for i in row.tolist():
                 document = documents[i]
                 stop = start + len(document.input_ids)
                 counted = min(document.num_rows, stop - start, written.num_rows - start)
-                stored = source.codec.document_rows(document.teacher, document.num_rows)[:counted]
+                stored = [part[:counted] for part in _stored_rows(source, document)]
                 same = (
                     np.array_equal(written.input_ids[start:stop], document.input_ids)
-                    and np.array_equal(found[start : start + counted], stored)
+                    and all(map(np.array_equal, (part[start : start + counted] for part in found), stored))
                     and np.array_equal(_mask(written)[start:stop], _mask(document))
                     and counted >= stop - start - 1
                     and _same_labels(written, document, start, stop)
@@ -299,6 +304,15 @@ def _compare(
         progress(done)
     if next(packed, None) is not None:
         raise CorruptDataError(f"{folder}: contains more rows than were written; remove the folder and pack again")
+
+
+def _stored_rows(source: Dataset, document: Document) -> tuple[npt.NDArray[Any], ...]:
+    """A document's rows to compare with others: their bytes or, where these depend on the whole document, the decoded
+    ids and values."""
+    if source.codec.is_fixed:
+        return (source.codec.document_rows(document.teacher, document.num_rows),)
+    rows = source.codec.decode_document(document.teacher, document.num_rows)
+    return np.asarray(rows.ids), np.asarray(rows.logprobs)
 
 
 def _mask(document: Document) -> npt.NDArray[np.bool_]:

@@ -22,8 +22,10 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from distillkit.configuration.urls import locate, without_trailing_slash
+from distillkit.configuration.hub import hub_problem, is_hub_error
+from distillkit.configuration.urls import is_on_hub, locate, without_trailing_slash
 from distillkit.errors import CorruptDataError, DistillKitError
+from distillkit.shards import os_files
 
 __all__ = [
     "TEMPORARY_PREFIX",
@@ -31,7 +33,9 @@ __all__ = [
     "NewFile",
     "file_hash",
     "map_source",
+    "missing_file",
     "open_source",
+    "read_range",
     "reading",
     "writing",
 ]
@@ -42,6 +46,9 @@ _TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<name>.+?)(\.[0-9a-f]
 
 _LARGEST_JSON = 1 << 28
 """Bytes of a manifest, plan or receipt: about a million shards."""
+
+_HUB_BLOCK = 1 << 16
+"""Bytes that are read ahead of a shard on the hub: as much as the small columns of a row group take."""
 
 _ANSWER_SECONDS, _SLOWEST_UPLOAD = 300.0, 100_000.0
 """How long storage elsewhere may take to answer, and how many bytes it must take in a second."""
@@ -206,9 +213,14 @@ class Folder:
             return call(*arguments, **options)
         except FSTimeoutError as error:
             raise TimeoutError(errno.ETIMEDOUT, f"no answer to {method} within {limit:.0f} s", self.url) from error
-        except (DistillKitError, OSError):
+        except (DistillKitError, FileNotFoundError):
             raise
-        except Exception as error:  # clients of storage have errors of their own, as for missing credentials
+        except Exception as error:
+            if is_hub_error(error):
+                raise DistillKitError(f"{self.url}: the hub: {hub_problem(error)}") from error
+            if isinstance(error, OSError):
+                raise
+            # Clients of storage have errors of their own, as for missing credentials.
             raise OSError(errno.EIO, f"{method} failed: {error}", self.url) from error
 
     def _inner(self, name: str) -> str:
@@ -255,11 +267,7 @@ class _LocalFile(NewFile):
         os.fsync(self.stream.fileno())
         self.stream.close()
         os.replace(self._temporary, self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        os_files.sync_folder(self._path.parent)
 
     def abandon(self) -> None:
         # The buffered data is discarded along with the file, so failing to flush it does not matter.
@@ -273,20 +281,22 @@ class _RemoteFile(NewFile):
 
     def __init__(self, folder: Folder, name: str) -> None:
         self._folder, self._name = folder, name
-        self.stream = tempfile.NamedTemporaryFile(prefix="distillkit-")  # noqa: SIM115 — closed by publish or abandon
+        # While it is open, Windows does not open it again for the upload.
+        self.stream = tempfile.NamedTemporaryFile(prefix="distillkit-", delete=False)  # noqa: SIM115
 
     def publish(self) -> None:
-        self.stream.flush()
-        size = os.fstat(self.stream.fileno()).st_size
+        self.stream.close()
+        size = os.path.getsize(self.stream.name)
         self._folder.upload(self.stream.name, self._name, size)
         found = self._folder.size(self._name)
         if found != size:
             raise OSError(errno.EIO, f"{found} of {size} bytes arrived", self._folder.of(self._name))
-        self.stream.close()
+        self.abandon()
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):
             self.stream.close()
+        Path(self.stream.name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -321,6 +331,8 @@ def reading(where: str) -> Iterator[None]:
     except DistillKitError:
         raise
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        if is_hub_error(error):
+            raise DistillKitError(f"{where}: the hub: {hub_problem(error)}") from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise CorruptDataError(f"{where}: cannot be read: {error}") from error
@@ -329,8 +341,29 @@ def reading(where: str) -> Iterator[None]:
 def open_source(path: str) -> Any:
     """Opens a file (a path or an fsspec URL) for pyarrow, which reads local files natively, without calling Python."""
     filesystem, inner = locate(path)
-    # Bytes, since a name need not be UTF-8.
-    return pa.OSFile(os.fsencode(inner)) if isinstance(filesystem, LocalFileSystem) else filesystem.open(inner, "rb")
+    if isinstance(filesystem, LocalFileSystem):
+        return pa.OSFile(os.fsencode(inner))  # bytes, since a name need not be UTF-8
+    # The hub's own block would read five megabytes for each row group of one.
+    options = {"block_size": _HUB_BLOCK} if is_on_hub(path) else {}
+    return filesystem.open(inner, "rb", **options)
+
+
+def read_range(path: str, start: int, end: int) -> bytes:
+    """Reads the bytes `start` … `end` − 1 of a file (a path or an fsspec URL), and no others."""
+    filesystem, inner = locate(path)
+    options = {"cache_type": "none"} if is_on_hub(path) else {}
+    return bytes(filesystem.cat_file(inner, start=start, end=end, **options))
+
+
+def missing_file(filesystem: AbstractFileSystem, inner: str, name: str) -> Exception:
+    """The error for a file or folder that a file system says does not exist, which the hub also says of others."""
+    if is_on_hub(name):
+        try:
+            filesystem.info(inner)
+        except Exception as error:  # noqa: BLE001 — explained
+            if is_hub_error(error):
+                return DistillKitError(f"{name}: the hub: {hub_problem(error)}")
+    return FileNotFoundError(2, "no such file or folder", name)
 
 
 def map_source(path: str) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow as pa
 import xxhash
 
 from distillkit.codec import Codec
-from distillkit.errors import CorruptDataError, InputError
+from distillkit.errors import CorruptDataError, InputError, printable
 from distillkit.shards.header import Header, hashed_metadata, read_hashed_metadata
 from distillkit.types import Document, SparseLogprobs
 
@@ -27,6 +28,7 @@ __all__ = [
     "Block",
     "Documents",
     "GroupDigest",
+    "KeptRows",
     "ShardRows",
     "check_document",
     "document_id",
@@ -165,48 +167,61 @@ def document_table(documents: Sequence[Document]) -> pa.Table:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive documents, read and checked together, with their teacher rows in one contiguous array.
+    """Consecutive documents, read and checked together, with their teacher bytes in one piece.
 
     Attributes:
-        documents: the documents; their `teacher` fields are views into `rows`.
-        rows: (R, bytes_per_token) uint8, the rows of all documents in order.
-        ends: (D,) int64, the end of each document's rows in `rows`.
+        documents: the documents; their `teacher` fields are parts of `data`.
+        data: the encoded bytes of all documents in order.
+        ends: (D,) int64, the end of each document's rows among the R rows of all.
         codec: decodes the rows.
         where: file and document numbers, for messages.
     """
 
     documents: tuple[Document, ...]
-    rows: npt.NDArray[np.uint8]
+    data: bytes | bytearray | memoryview
     ends: npt.NDArray[np.int64]
     codec: Codec
     where: str
+
+    @property
+    def rows(self) -> npt.NDArray[np.uint8]:
+        """(R, bytes_per_token) uint8, `data` as rows; only of fixed formats."""
+        return self.codec.document_rows(memoryview(self.data), int(self.ends[-1]) if len(self.ends) else 0)
 
     def decode(self) -> SparseLogprobs:
         """Decodes all rows, to numpy (R, k).
 
         Raises:
-            CorruptDataError: as for `Codec.decode`.
+            CorruptDataError: as for `Codec.decode_document`.
         """
-        try:
-            return SparseLogprobs(*self.codec.decode(self.rows))
-        except CorruptDataError as error:
-            raise CorruptDataError(f"{self.where}: {error}") from error
+        shape = (int(self.ends[-1]) if len(self.ends) else 0, self.codec.k)
+        rows = SparseLogprobs(np.empty(shape, np.int64), np.empty(shape, np.float32))
+        # Documents of a fixed format can be decoded together, on all cores.
+        parts = [(self.data, shape[0])] if self.codec.is_fixed else [(d.teacher, d.num_rows) for d in self.documents]
+        end = 0
+        for data, count in parts:
+            part = slice(end, end := end + count)
+            try:
+                self.codec.decode_document(memoryview(data), count, out=(rows.ids[part], rows.logprobs[part]))
+            except CorruptDataError as error:
+                raise CorruptDataError(f"{self.where}: {error}") from error
+        return rows
 
     def tensor(self) -> torch.Tensor:
         """`rows` as a torch tensor, to be moved to a device and decoded there with `decode_torch`.
 
-        Shares the memory of `rows` if that is writeable; otherwise a copy.
+        Shares the memory of `data` if that is writeable; otherwise a copy.
         """
         import torch
 
-        return torch.from_numpy(self.rows if self.rows.flags.writeable else self.rows.copy())
+        rows = self.rows
+        return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
 
 
 def make_block(documents: Sequence[Document], data: Any, codec: Codec, where: str, first: int) -> Block:
     """Makes a block of documents, numbered from `first`, whose teacher bytes are contiguous in `data`."""
     ends = np.cumsum([document.num_rows for document in documents], dtype=np.int64)
-    rows = codec.document_rows(data, int(ends[-1]) if len(ends) else 0)
-    return Block(tuple(documents), rows, ends, codec, f"{where}, documents {first} to {first + len(documents) - 1}")
+    return Block(tuple(documents), data, ends, codec, f"{where}, documents {first} to {first + len(documents) - 1}")
 
 
 class Documents(ABC):
@@ -222,6 +237,41 @@ class Documents(ABC):
         return (self[index] for index in range(len(self)))
 
 
+class KeptRows:
+    """The columns that a capture kept of a row group's source rows, read when they are first used.
+
+    Args:
+        names: the columns.
+        read: reads them: one mapping for each document.
+    """
+
+    def __init__(self, names: Sequence[str], read: Callable[[], list[dict[str, Any]]]) -> None:
+        self.names, self._read = names, read
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        return self._read()
+
+
+class KeptColumns(Mapping[str, Any]):
+    """The values of one document's kept columns, by name."""
+
+    def __init__(self, kept: KeptRows, index: int) -> None:
+        self._kept, self._index = kept, index
+
+    def __getitem__(self, name: str) -> Any:
+        return self._kept.rows[self._index][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept.names)
+
+    def __len__(self) -> int:
+        return len(self._kept.names)
+
+    def __repr__(self) -> str:
+        return printable(repr(dict(self)))
+
+
 class ShardRows(Documents):
     """The documents of one row group, each checked on access.
 
@@ -230,14 +280,23 @@ class ShardRows(Documents):
         header, codec: those of the shard.
         where: the shard, for messages.
         first: the shard-wide number of the first document.
+        kept: reads the columns that were kept of the documents' source rows; None if there are none.
 
     Raises (also when indexing):
         CorruptDataError: nulls in a required column, a wrong checksum, or fields that contradict each other, the header
             or the codec.
     """
 
-    def __init__(self, table: pa.Table, header: Header, codec: Codec, where: str, first: int) -> None:
-        self._header, self._codec, self._where, self._first = header, codec, where, first
+    def __init__(
+        self,
+        table: pa.Table,
+        header: Header,
+        codec: Codec,
+        where: str,
+        first: int,
+        kept: KeptRows | None = None,
+    ) -> None:
+        self._header, self._codec, self._where, self._first, self._kept = header, codec, where, first, kept
         arrays = {}
         for name, column in zip(table.column_names, table.columns, strict=True):
             # combine_chunks copies even a single chunk.
@@ -281,6 +340,7 @@ class ShardRows(Documents):
             self._lengths[index],
             self._labels[index],
             where,
+            None if self._kept is None else KeptColumns(self._kept, index),
         )
         found, stored = checksum(document), self._checksums[index]
         if found != stored:
@@ -330,12 +390,10 @@ def check_document(document: Document, header: Header, codec: Codec, where: str)
             f"{where}: token ids from {document.input_ids.min()} to {document.input_ids.max()}, but the head has "
             f"{header.head_size} entries"
         )
-    expected = document.num_rows * codec.bytes_per_token
-    if len(document.teacher) != expected:
-        raise CorruptDataError(
-            f"{where}: {len(document.teacher)} teacher bytes, but {document.num_rows} rows ({tokens} tokens) take "
-            f"{expected}"
-        )
+    try:
+        codec.check_document(document.teacher, document.num_rows)
+    except CorruptDataError as error:
+        raise CorruptDataError(f"{where}: the teacher's bytes do not fit {tokens} tokens: {error}") from error
     if document.loss_mask is not None and len(document.loss_mask) != tokens:
         raise CorruptDataError(f"{where}: loss_mask has {len(document.loss_mask)} entries for {tokens} tokens")
     labels = document.label_logprobs

@@ -14,15 +14,15 @@ from distillkit.errors import DistillKitError, MismatchError
 from distillkit.shards.manifest import ShardInfo
 from distillkit.shards.reader import Dataset, DocumentFile
 from distillkit.shards.storage import file_hash
-from distillkit.types import Document
+from distillkit.types import Document, Facts, Shown
 
 _T = TypeVar("_T")
 
 __all__ = ["VerifyReport", "verify_dataset"]
 
 
-@dataclass(frozen=True)
-class VerifyReport:
+@dataclass(frozen=True, repr=False)
+class VerifyReport(Shown):
     """The result of verifying a dataset.
 
     Attributes:
@@ -40,6 +40,11 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether no problems were found."""
         return not self.problems
+
+    def facts(self) -> Facts:
+        rows = [(name, f"{getattr(self, name):,}") for name in ("files", "documents", "tokens", "rows")]
+        rows += [("problem", problem) for problem in self.problems]
+        return "valid" if self.ok else "DAMAGED; the valid part:", rows
 
     def __bool__(self) -> NoReturn:
         # `assert verify_dataset(path)` would pass whatever the problems.

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillkit.codec import Codec
-from distillkit.codec.fidelity import FidelityStats
-from distillkit.errors import CorruptDataError, InputError
+from distillkit.codec import Codec, Prior
+from distillkit.codec.fidelity import FidelityStats, values_of
+from distillkit.errors import CorruptDataError, DistillKitError, InputError
 from distillkit.shards.header import Header
 from distillkit.shards.lock import FolderLock
 from distillkit.shards.manifest import (
@@ -31,6 +31,7 @@ from distillkit.shards.manifest import (
     read_manifest,
     shard_name,
 )
+from distillkit.shards.prior import PRIOR, keep_prior, prior_metadata
 from distillkit.shards.reader import ShardFile
 from distillkit.shards.storage import Folder, file_hash, writing
 from distillkit.shards.table import (
@@ -62,8 +63,8 @@ _ROW_GROUP_BYTES = 1 << 20
 
 
 def is_dataset_file(name: str) -> bool:
-    """Whether a file name is that of a shard or the manifest."""
-    return is_shard_name(name) or name == MANIFEST
+    """Whether a file name is that of a shard, the manifest or the prior."""
+    return is_shard_name(name) or name in (MANIFEST, PRIOR)
 
 
 def whole_shards(folder: str | os.PathLike[str]) -> list[tuple[ShardInfo, Header]]:
@@ -93,25 +94,35 @@ def shard_info(folder: Folder, name: str) -> tuple[ShardInfo, Header]:
     return replace(shard.info(), xxh3_128=folder.file_hash(name)), shard.header
 
 
-def encode_rows(codec: Codec, rows: SparseLogprobs) -> tuple[bytes, FidelityStats]:
+def encode_rows(codec: Codec, rows: SparseLogprobs) -> tuple[bytes, SparseLogprobs, FidelityStats]:
     """Encodes a document's rows, and measures the fidelity of the result.
 
     Args:
-        rows: numpy (R, k).
+        rows: numpy (R, k), or as for `Codec.encode_document`.
+
+    Returns:
+        The bytes; the stored ids in their stored order with the values that they had, (R, k); and the fidelity.
 
     Raises:
         InputError: as for `Codec.encode`.
     """
     data = codec.encode_document(rows)
+    decoded = codec.decode_document(data, len(rows.ids))
     ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs)
-    if (logprobs[:, 1:] > logprobs[:, :-1]).any():
+    if codec.is_fixed and (logprobs[:, 1:] > logprobs[:, :-1]).any():
         # The codec sorts rows that are not in descending order; the comparison needs the same order.
         order = np.argsort(-logprobs, axis=-1, kind="stable")
         ids, logprobs = np.take_along_axis(ids, order, -1), np.take_along_axis(logprobs, order, -1)
     original = SparseLogprobs(ids, logprobs)
+    if not codec.is_fixed:
+        # Some of the ids, and ids of one level in another order.
+        values, found = values_of(original, decoded)
+        if not found.all():
+            raise DistillKitError(f"row {int(found.argmin())} decodes to ids that it did not have; this is a bug")
+        original = SparseLogprobs(np.asarray(decoded.ids), values)
     stats = FidelityStats()
-    stats.update(original, codec.decode_document(data, len(rows.ids)))
-    return data, stats
+    stats.update(original, decoded)
+    return data, original, stats
 
 
 class ShardWriter:
@@ -127,6 +138,8 @@ class ShardWriter:
         header: the header of every shard; its `fidelity` must be None, since the writer measures it.
         shard_tokens: a shard is finished once it has at least this many tokens.
         resume: continue after the finished shards in the folder; otherwise, there must be none.
+        prior: what the header's codec names, if it names one; None if the folder has it already.
+        standalone: put the prior into each shard as well, so that a shard can be read without the folder.
 
     Attributes:
         resumed: the finished shards found in the folder.
@@ -135,7 +148,7 @@ class ShardWriter:
         InputError: the folder contains shards without `resume`, or a finished dataset; or another process is writing
             to it.
         MismatchError: its shards have a different header.
-        CorruptDataError: its shards are damaged.
+        CorruptDataError: its shards or its prior are damaged.
 
     Example:
         >>> import numpy as np
@@ -157,12 +170,14 @@ class ShardWriter:
         *,
         shard_tokens: int = 262_144,
         resume: bool = False,
+        prior: Prior | None = None,
+        standalone: bool = False,
     ) -> None:
         if header.fidelity is not None:
             raise InputError("the writer measures fidelity itself: pass a header without fidelity")
         self._folder = Folder(folder)
         self._header = header
-        self._codec = header.make_codec()
+        self._standalone = standalone
         self._shard_tokens = shard_tokens
         self._open: NewShard | None = None
         self._folder.make()
@@ -170,6 +185,7 @@ class ShardWriter:
         try:
             self._shards, self._headers = self._existing(resume)
             self._folder.remove_leftovers(is_dataset_file)
+            self._codec = header.make_codec(keep_prior(self._folder, header, prior))
         except BaseException:
             self._lock.release()
             raise
@@ -193,7 +209,7 @@ class ShardWriter:
     def finished_documents(self) -> Iterator[Document]:
         """The documents of the shards that are finished now, in order."""
         places = [self._folder.of(shard.file) for shard in self._shards]
-        return itertools.chain.from_iterable(ShardFile(place) for place in places)
+        return itertools.chain.from_iterable(ShardFile(place, self._codec.prior) for place in places)
 
     def copy(self, document: Document) -> None:
         """Adds another dataset's document with its encoded bytes, as `write` does, and with the same errors."""
@@ -233,7 +249,7 @@ class ShardWriter:
         stats: FidelityStats | None = None
         if isinstance(teacher, SparseLogprobs):
             _check_rows(teacher, len(np.asarray(input_ids)), self._header)
-            data, stats = encode_rows(self._codec, teacher)
+            data, _, stats = encode_rows(self._codec, teacher)
         else:
             data = bytes(teacher)
         document = make_document(
@@ -247,7 +263,8 @@ class ShardWriter:
         )
         with self._failing():
             if self._open is None:
-                self._open = NewShard(self._folder, shard_name(len(self._shards)))
+                embedded = self._codec.prior if self._standalone else None
+                self._open = NewShard(self._folder, shard_name(len(self._shards)), prior=embedded)
             self._open.add(document, stats)
         if self._open.tokens >= self._shard_tokens:
             self.finish_shard()
@@ -373,6 +390,7 @@ class NewShard:
         folder: the dataset's folder.
         name: the file name.
         kept: additional columns, kept from the source.
+        prior: the codec's prior, if the shard is to stand alone.
 
     Attributes:
         documents, tokens, rows: counts so far.
@@ -381,7 +399,8 @@ class NewShard:
         OSError: the file cannot be written; the message names it and says that finished shards are kept.
     """
 
-    def __init__(self, folder: Folder, name: str, kept: pa.Schema | None = None) -> None:
+    def __init__(self, folder: Folder, name: str, kept: pa.Schema | None = None, *, prior: Prior | None = None) -> None:
+        self._prior = prior
         self._place, self._kept = folder.of(name), stored_schema(kept or pa.schema([]))
         self._folder, self._name = folder, name
         with writing(self._place):
@@ -442,7 +461,8 @@ class NewShard:
         self._write_row_group()
         with writing(self._place):
             groups = GroupDigest.to_metadata(self._groups)
-            self._writer.add_key_value_metadata({**header.to_metadata(), **groups})
+            embedded = {} if self._prior is None else prior_metadata(self._prior)
+            self._writer.add_key_value_metadata({**header.to_metadata(), **groups, **embedded})
             self._writer.close()
             self._file.stream.flush()
             with open(self._file.stream.name, "rb") as file:

@@ -1,9 +1,11 @@
-"""File formats of text datasets: JSON Lines, JSON, text, Parquet; all but Parquet may be compressed."""
+"""File formats of text datasets: JSON Lines, JSON, CSV, TSV, text, Parquet; all but Parquet may be compressed."""
 
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 import pyarrow as pa
 
@@ -22,6 +24,9 @@ from distillkit.errors import ConfigError, CorruptDataError, InputError
 from distillkit.shards.parquet import check_names, open_parquet, validated
 from distillkit.text.arrow_rows import arrow_rows
 from distillkit.text.file_names import SUFFIXES, format_suffix
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 __all__ = []
 
@@ -60,19 +65,77 @@ class _Format:
     schema: Callable[[Path, Sequence[str] | None], pa.Schema]
 
 
-_DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+def _open_zstd(file: Path) -> Any:
+    return pa.CompressedInputStream(pa.OSFile(str(file)), "zstd")
+
+
+_DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+_DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, pa.ArrowInvalid)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+# A compressed file may hold this much, or so many times its size, as a Parquet file may.
+_ALLOWED_BYTES, _ALLOWED_RATIO = 1 << 28, 200
+_BUFFER_BYTES = 1 << 18
 
 
 @contextmanager
 def _open(file: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressed."""
+    """Open a file for reading, decompressed.
+
+    Raises:
+        InputError: it is damaged, or holds far more than its size.
+    """
     compressed = _DECOMPRESSORS.get(file.suffix.lower())
-    try:
-        with file.open("rb") if compressed is None else compressed(file) as data:
-            yield cast(BinaryIO, data)
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{file}: damaged, or not compressed as its name says: {error}") from error
+    if compressed is None:
+        with file.open("rb") as data:
+            yield data
+        return
+    with compressed(file) as stream:
+        yield cast(BinaryIO, io.BufferedReader(_Decompressed(file, stream), _BUFFER_BYTES))
+
+
+class _Decompressed(io.RawIOBase):
+    """What a compressed file holds, within limits: a few kilobytes can stand for gigabytes.
+
+    Args:
+        file: the file.
+        stream: reads its content.
+    """
+
+    def __init__(self, file: Path, stream: Any) -> None:
+        self._file, self._stream = file, stream
+        self._left = max(_ALLOWED_BYTES, _ALLOWED_RATIO * file.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        with memoryview(buffer) as view:
+            try:
+                data = self._stream.read(len(view))
+            except OSError as error:
+                # Arrow's have no number.
+                if error.errno is not None and not isinstance(error, gzip.BadGzipFile):
+                    raise
+                raise self._damaged(error) from error
+            except _DAMAGED as error:
+                raise self._damaged(error) from error
+            self._left -= len(data)
+            if self._left < 0:
+                raise InputError(
+                    f"{self._file}: {self._file.stat().st_size:,} bytes that hold more than {_ALLOWED_RATIO} times as "
+                    f"much, and more than {_ALLOWED_BYTES >> 20} MiB; if that is right, decompress the file first"
+                )
+            view[: len(data)] = data
+            return len(data)
+
+    def _damaged(self, error: Exception) -> InputError:
+        return InputError(f"{self._file}: damaged, or not compressed as its name says: {error}")
 
 
 def _read(file: Path) -> bytes:
@@ -182,6 +245,58 @@ def _load_json(file: Path) -> _Rows:
     return list(_read_json(file)) if _is_array(file) else _load_lines(file)
 
 
+# -- comma- and tab-separated values -----------------------------------------------------------------------------------
+
+_LONGEST_CELL = 1 << 28
+
+
+def _read_table(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a CSV or TSV file whose first line has the names of the columns; all values are text."""
+    # The limit is one for the whole process; the default of 131,072 is less than a long document.
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
+    with _open(file) as data, io.TextIOWrapper(data, "utf-8-sig", newline="") as text:
+        reader = csv.reader(text, delimiter="\t" if format_suffix(file) == ".tsv" else ",", strict=True)
+        try:
+            names = _column_names(file, next(reader, []))
+            for cells in reader:
+                if cells:
+                    yield f"line {reader.line_num}", _table_row(names, cells)
+        except csv.Error as error:
+            raise InputError(
+                f"{file}, line {reader.line_num}: not valid {_TABLES[format_suffix(file)]}: {error}"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}, after line {reader.line_num}: not UTF-8 text: {error}") from error
+
+
+_TABLES = {".csv": "comma-separated values", ".tsv": "tab-separated values"}
+
+
+def _column_names(file: Path, names: list[str]) -> list[str]:
+    names = [name.strip() for name in names]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if not names or not all(names) or doubled:
+        found = f"{doubled[0]!r} twice" if doubled else f"{', '.join(map(repr, names)) or 'nothing'}"
+        raise InputError(f"{file}: the first line must have the names of the columns, found {found}")
+    return names
+
+
+def _table_row(names: list[str], cells: list[str]) -> dict[str, str] | InputError:
+    if len(cells) != len(names):
+        return InputError(f"{len(cells)} values, but {len(names)} columns: {', '.join(names)}")
+    return dict(zip(names, cells, strict=True))
+
+
+def _table_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
+    first = next(_read_table(file), None)
+    if first is None or isinstance(first[1], InputError):
+        return _json_schema(file, columns)
+    return pa.schema([(name, pa.string()) for name in first[1]])
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
 def _text_schema(file: Path, columns: Sequence[str] | None) -> pa.Schema:
     return pa.schema([("text", pa.string())])
 
@@ -241,11 +356,16 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
                 index += 1
 
 
+_ROWS_OF_TEXT = _Format(
+    lambda file: sum(1 for _ in _read_table(file)), _read_table, lambda file: list(_read_table(file)), _table_schema
+)
 _LINES = _Format(_count_lines, _read_lines, _load_lines, _json_schema)
 FORMATS = {
     ".jsonl": _LINES,
     ".ndjson": _LINES,
     ".json": _Format(_count_json, _read_json, _load_json, _json_schema),
+    ".csv": _ROWS_OF_TEXT,
+    ".tsv": _ROWS_OF_TEXT,
     ".txt": _Format(lambda file: 1, _read_text, lambda file: list(_read_text(file)), _text_schema),
     ".parquet": _Format(_count_parquet, _read_parquet, _Table, _parquet_schema),
 }

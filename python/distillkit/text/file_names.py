@@ -6,14 +6,14 @@ from pathlib import Path
 
 __all__ = ["COMPRESSED", "DATA_FILES", "OTHER_DATA", "SUFFIXES", "format_suffix", "is_read"]
 
-DATA_FILES = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
-COMPRESSED = (".gz", ".bz2", ".xz")
+DATA_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = f"{', '.join(DATA_FILES)} (all but .parquet also compressed: {', '.join(COMPRESSED)})"
 
 # Suffixes of data that are not read; a folder's other files, such as README.md, are nobody's data.
 OTHER_DATA = (
-    *(".csv", ".tsv", ".arrow", ".feather", ".avro", ".orc", ".pkl", ".xlsx", ".jsonlines"),
-    *(".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", *COMPRESSED),
+    *(".arrow", ".feather", ".avro", ".orc", ".pkl", ".xlsx", ".jsonlines"),
+    *(".lz4", ".zip", ".tar", ".tgz", ".7z", *COMPRESSED),
 )
 
 

@@ -75,8 +75,8 @@ class Source(Protocol):
     def rows(self, order: npt.NDArray[np.int64] | None = None) -> Iterator[Row]:
         """Yield all rows, or those with the indices in `order`, in that order.
 
-        With `order`, JSON Lines take 16 bytes of memory per row; JSON arrays and the text of Parquet files are held in
-        memory.
+        With `order`, JSON Lines take 16 bytes of memory per row; JSON arrays, CSV, compressed files and the text of
+        Parquet files are held in memory.
         """
 
     def schema(self, columns: Sequence[str] | None = None) -> pa.Schema:
@@ -93,9 +93,10 @@ def open_source(dataset: str, *, configuration: str | None = None, split: str = 
     """Open a dataset.
 
     Args:
-        dataset: a `.jsonl`, `.ndjson`, `.json`, `.txt` or `.parquet` file, a folder of them, a `save_to_disk` folder of
-            the `datasets` library, an fsspec URL of one of these (copied into a temporary folder first), or the id of a
-            hub dataset. A `.txt` file is one document. Text may be compressed (`.gz`, `.bz2`, `.xz`).
+        dataset: a `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.txt` or `.parquet` file, a folder of them, a
+            `save_to_disk` folder of the `datasets` library, an fsspec URL of one of these (copied into a temporary
+            folder first), or the id of a hub dataset. A `.txt` file is one document. All but Parquet may be compressed
+            (`.gz`, `.bz2`, `.xz`, `.zst`).
         configuration: name of the hub dataset's configuration.
         split: split of a hub dataset or of a `save_to_disk` folder; in a folder of files, those whose names begin or
             end with the split's name, or that are in a folder of that name.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import ModelOutput
 
-from distillkit.losses.fused import Objective
+from distillkit.losses.fused import Objective, PositionDetails
 from distillkit.losses.positions import Targets
 from distillkit.models.head import LMHead, backbone_layers, bare_model, check_lm_head, lm_head_of
 from distillkit.models.layers import LayerMatching
@@ -48,11 +48,13 @@ class DistillationOutput(ModelOutput):  # type: ignore[misc]
     Attributes:
         loss: float32 scalar, the weighted losses summed over positions.
         statistics: float32 sums over positions, by `Objective.names`.
+        details: in evaluation, the details of the positions; otherwise None.
     """
 
-    # ModelOutput requires defaults; both fields are always set.
+    # ModelOutput requires defaults; the first two fields are always set.
     loss: torch.Tensor = None  # type: ignore[assignment]
     statistics: torch.Tensor = None  # type: ignore[assignment]
+    details: PositionDetails | None = None
 
 
 def attach_losses(
@@ -102,7 +104,7 @@ def attach_losses(
         counted = [each.flatten(0, 1)[distill.rows] for each in (hidden, *states)]
         layers = () if matching is None else zip(matching.project(counted[1:]), distill.targets.hidden, strict=True)
         result = distill.objective(head, counted[0], distill.targets, tuple(layers))
-        return DistillationOutput(loss=result.loss, statistics=result.statistics)
+        return DistillationOutput(loss=result.loss, statistics=result.statistics, details=result.details)
 
     model.forward = types.MethodType(forward, model)
     return head

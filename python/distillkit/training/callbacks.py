@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from distillkit.console import duration
+from distillkit.console import duration, figure, make_progress
 from distillkit.reports.run_record import METRICS, read_metrics
 
 __all__ = ["ConsoleProgress", "MetricsFile"]
@@ -105,7 +106,7 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
         )
-        self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.progress = make_progress(*columns, console=self.console, shown=self.console.is_terminal, notebook=True)
         self.progress.start()
         self.training = self.progress.add_task(
             "training", total=state.max_steps, completed=state.global_step, left=self._left(state)
@@ -139,12 +140,23 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
         fields = [f"{kind:>8} {state.global_step:>{width}}/{state.max_steps}", self._loss(logs, prefix)]
         in_parts = () if prefix else self.parts
         fields += [
-            f"{label} {form.format(logs[prefix + name])}"
+            f"{label} {figure(logs[prefix + name], form)}"
             for name, label, form in _SHOWN
             if prefix + name in logs and name not in in_parts
         ]
         left = self._left(state)
-        self.console.print("  ".join([*fields, left] if left else fields), highlight=False, soft_wrap=True)
+        for line in self._lines([*fields, left] if left else fields):
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _lines(self, fields: list[str]) -> list[str]:
+        """Join fields to a line, or to several where a terminal would break it inside of a field."""
+        lines = [fields[0]]
+        for field in fields[1:]:
+            if self.console.is_terminal and cell_len(f"{lines[-1]}  {field}") > self.console.width:
+                lines.append(f"    {field}")
+            else:
+                lines[-1] += f"  {field}"
+        return lines
 
     def _loss(self, logs: dict[str, Any], prefix: str) -> str:
         """Format the loss and, for training lines, its parts: means, not multiplied by their weights."""

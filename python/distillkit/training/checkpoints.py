@@ -20,6 +20,7 @@ import xxhash
 
 from distillkit.configuration.places import neighbour
 from distillkit.errors import ConfigError
+from distillkit.shards import os_files
 from distillkit.shards.json_text import canonical_json
 from distillkit.shards.storage import TEMPORARY_PREFIX
 
@@ -108,10 +109,11 @@ def write_receipt(folder: Path, step: int, identity: Mapping[str, Any], *, resum
     Raises:
         OSError: a file cannot be read, or the receipt not be written.
     """
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = [name for name in names if name not in (RECEIPT, _SENTINEL)]
+    # The receipt must not survive a crash that its files do not.
     for name in names:
-        _sync(folder / name)
+        os_files.sync(folder / name)
     hashes = _hashes(folder, names)
     content = {
         "format": _FORMAT,
@@ -123,7 +125,7 @@ def write_receipt(folder: Path, step: int, identity: Mapping[str, Any], *, resum
     }
     temporary = folder / f"{TEMPORARY_PREFIX}{RECEIPT}"
     temporary.write_text(canonical_json({**content, "xxh3": _hash(content)}), encoding="utf-8")
-    _sync(temporary)
+    os_files.sync(temporary)
     os.replace(temporary, folder / RECEIPT)
 
 
@@ -271,12 +273,3 @@ def _file_hash(path: Path) -> str:
 
 def _hash(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(canonical_json(content).encode())
-
-
-def _sync(path: Path) -> None:
-    """Write a file's content through to the disk: the receipt must not survive a crash that its files do not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@ backward, and discards the results."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -11,8 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distillkit.console import human_bytes, quiet_libraries
+from distillkit.configuration.overrides import Overrides
+from distillkit.configuration.secrets import without_secrets
+from distillkit.console import human_bytes, number_of, quiet_libraries
 from distillkit.errors import ConfigError, DistillKitError
+from distillkit.reports.run_record import DIFFERENCES
 from distillkit.training.config.arguments import to_plain_value
 
 if TYPE_CHECKING:
@@ -72,20 +76,21 @@ class DryRun:
 _SURROUNDINGS = "paths and packages"
 
 
-def dry_run(path: str | Path) -> DryRun:
+def dry_run(path: str | Path, overrides: Overrides | None = None) -> DryRun:
     """Check everything that a training run would need.
 
     Args:
         path: the configuration file.
+        overrides: values that replace those of the file, by dotted path.
     """
     from distillkit.training.config.file import load_config
     from distillkit.training.config.surroundings import check_surroundings
 
     try:
-        config = load_config(path)
+        config = load_config(path, overrides)
     except ConfigError as error:
         return DryRun([Check("configuration", "failed", str(error))], [])
-    known = Check("configuration", "passed", f"{path}: all settings are known and agree")
+    known = Check("configuration", "passed", f"{path}: all settings are known and agree{_overridden(config)}")
     try:
         check_surroundings(config)
     except ConfigError as error:
@@ -105,6 +110,13 @@ def dry_run(path: str | Path) -> DryRun:
                 failed.add(step.name)
             checks.append(check)
     return DryRun(checks, _would_write(state))
+
+
+def _overridden(config: RunConfig) -> str:
+    """Return what the command line set, to append."""
+    values = without_secrets(config.overrides)
+    listed = ", ".join(f"{path} = {json.dumps(values[path], ensure_ascii=False)}" for path in values)
+    return f"; set on the command line: {listed}" if listed else ""
 
 
 def _harmless(config: RunConfig, folder: str) -> RunConfig:
@@ -225,7 +237,7 @@ def _data(state: _State) -> Check:
         long = long_documents(state.config, key, source)
         outcome = f"; {long.outcome(overflow)}" if long.long else ""
         status = "warning" if long.long and overflow != "split" else status
-        lines.append(f"{key}: {len(source):,} documents, {tokens:,} tokens{kept}{outcome}")
+        lines.append(f"{key}: {number_of(len(source), 'document')}, {number_of(tokens, 'token')}{kept}{outcome}")
         figures[key] = {"documents": len(source), "tokens": tokens, "long": long.long, "beyond_tokens": long.beyond}
     return Check("data", status, "; ".join(lines), figures)
 
@@ -273,7 +285,8 @@ def _plan(state: _State) -> tuple[str, dict[str, Any]]:
     if not state.sharded:
         trainer.create_optimizer_and_scheduler(steps)  # raises if their arguments are wrong
     state.steps, state.steps_an_epoch = steps, per_epoch
-    detail = f"{steps:,} steps of {batch:,} rows; one pass over the data takes {per_epoch:,} steps"
+    one_pass = f"one pass over the data takes {number_of(per_epoch, 'step')}"
+    detail = f"{number_of(steps, 'step')} of {number_of(batch, 'row')}; {one_pass}"
     return detail, {"steps": steps, "rows_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}
 
 
@@ -435,12 +448,14 @@ _STEPS = (
 def _would_write(state: _State) -> list[tuple[str, str]]:
     folder = Path(state.config.output_path)
     size = "" if state.saved is None else f", {human_bytes(state.saved)}"
-    lines = [(str(folder), f"the trained student and its tokenizer{size}")]
+    lines = [(str(folder), f"the trained student, its tokenizer and its model card{size}")]
     number, each = state.checkpoints or (0, 0)
     if number:
         lines.append((str(folder / "checkpoint-*"), f"{number} at a time, {human_bytes(each)} each"))
+    lines += [(str(folder / "metrics.jsonl"), "every log entry")]
+    if state.config.dataset.eval_dataset is not None:
+        lines.append((str(folder / DIFFERENCES), "where student and teacher differ most, with held-out texts"))
     lines += [
-        (str(folder / "metrics.jsonl"), "every log entry"),
         (str(folder / "summary.json"), "the final figures"),
         (str(folder / "report.md"), "the report, with report-quality.png and report-speed.png"),
         (str(folder / "distillkit_config.yaml"), "the configuration"),

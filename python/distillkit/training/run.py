@@ -1,12 +1,16 @@
-"""A training run from its configuration: `Run` loads and checks the parts on demand, and `train` trains."""
+"""A training run from its configuration: `Run` loads and checks the parts on demand, and `train` trains.
+
+`DistillationTrainer` makes a run from Python objects; everything else is the same.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -14,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import transformers
 
+from distillkit.codec import CompactConfig
 from distillkit.configuration.secrets import secret_paths, without_secrets
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.losses.fused import Objective
@@ -21,7 +26,8 @@ from distillkit.memory import peak_memory
 from distillkit.models.head import rows_of
 from distillkit.models.layers import LayerMatching, match_layers
 from distillkit.models.weights import damaged_file
-from distillkit.reports.run_record import SUMMARY
+from distillkit.reports.model_card import model_card
+from distillkit.reports.run_record import SUMMARY, RunRecord, record_of
 from distillkit.reports.run_report import ReportFiles
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.text import tokenizer as tokenizers
@@ -41,20 +47,35 @@ from distillkit.training.saving import reaching_hub, save_student
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
-from distillkit.training.student import check_student, load_student
+from distillkit.training.student import check_student, load_student, prepare_student
 from distillkit.training.trackers import TrackedDescription, tracking
-from distillkit.training.trainer import DistillationTrainer, ReportWriter
+from distillkit.training.trainer import ReportWriter, SignalTrainer
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
     from distillkit.training.config.schema import RunConfig
 
-__all__ = ["Run", "resumed_checkpoint", "train"]
+__all__ = ["Given", "Run", "resumed_checkpoint", "train"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller has loaded, in place of what the configuration names.
+
+    Attributes:
+        model: the student; it may have adapters.
+        tokenizer: the student's tokenizer.
+        datasets: opened datasets with stored distributions.
+    """
+
+    model: Any = None
+    tokenizer: Any = None
+    datasets: Mapping[Part, StoredDataset] = field(default_factory=dict)
 
 
 class Run:
@@ -63,10 +84,12 @@ class Run:
 
     Args:
         config: the run's configuration.
+        given: parts that are already loaded.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, given: Given | None = None) -> None:
         self.config = config
+        self.given = given or Given()
         self.folder = Path(config.output_path)
         self.progress = ConsoleProgress()
 
@@ -83,18 +106,21 @@ class Run:
         return training_arguments(self.config)
 
     def check_student(self) -> None:
-        """Check the student's settings on its outline.
+        """Check the student's settings on its outline, unless it is loaded already.
 
         Raises:
             ConfigError: they do not fit the student.
         """
-        _ = self.outline
+        if self.given.model is None:
+            _ = self.outline
 
     @cached_property
     def tokenizer(self) -> Any:
         """The student's tokenizer."""
         arguments = self.arguments  # raises if they are wrong, before anything is loaded
-        tokenizer = tokenizers.load_tokenizer(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        tokenizer = self.given.tokenizer
+        if tokenizer is None:
+            tokenizer = tokenizers.load_tokenizer(self.config.model, trust_remote_code=self.config.trust_remote_code)
         configure_tokenizer(tokenizer, arguments)
         return tokenizer
 
@@ -107,18 +133,18 @@ class Run:
     def sources(self) -> dict[Part, DocumentSource]:
         """The opened training and evaluation data."""
         with self.arguments.main_process_first(desc="opening the datasets"):
-            return _open_sources(self.config, self.tokenizer, self.arguments)
+            return _open_sources(self.config, self.tokenizer, self.arguments, self.given.datasets)
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
         """The student."""
         # Rows added to the embeddings start with random values.
         transformers.set_seed(self.arguments.seed)
-        model = load_student(
-            self.config,
-            tokenizers.vocab_size(self.tokenizer),
-            checkpointing=self.arguments.activation_checkpointing,
-        )
+        size, checkpointing = tokenizers.vocab_size(self.tokenizer), self.arguments.activation_checkpointing
+        if self.given.model is None:
+            model = load_student(self.config, size, checkpointing=checkpointing)
+        else:
+            model = prepare_student(self.given.model, self.config, size, checkpointing=checkpointing)
         configure_model(model, self.tokenizer, self.arguments)
         return model
 
@@ -167,8 +193,16 @@ class Run:
         return MetricsFile(self.folder, self.description)
 
     @cached_property
-    def trainer(self) -> DistillationTrainer:
+    def trainer(self) -> SignalTrainer:
         """The trainer, made of all other parts."""
+        parts = self.trainer_parts()
+        with self.reaching_hub():
+            trainer = SignalTrainer(**parts)
+        self.complete(trainer)
+        return trainer
+
+    def trainer_parts(self) -> dict[str, Any]:
+        """Load everything, and return the arguments of a `SignalTrainer`."""
         # First, so that data for another student raises before anything large is loaded.
         eos_labels, _ = self.eos_labels, self.sources
         self.progress.parts = self.objective.losses
@@ -178,22 +212,71 @@ class Run:
             self.metrics,
             *([] if self.arguments.disable_tqdm else [self.progress]),
         ]
-        with reaching_hub(self.config) if self.arguments.push_to_hub else nullcontext():
-            trainer = DistillationTrainer(
-                self.model,
-                self.arguments,
-                objective=self.objective,
-                train_dataset=self.datasets["train"],
-                eval_dataset=self.datasets.get("eval"),
-                matching=self.teacher[1],
-                processing_class=self.tokenizer,
-                eos_labels=eos_labels,
-                identity=identity,
-                callbacks=callbacks,
-            )
+        return {
+            "model": self.model,
+            "args": self.arguments,
+            "objective": self.objective,
+            "train_dataset": self.datasets["train"],
+            "eval_dataset": self.datasets.get("eval"),
+            "matching": self.teacher[1],
+            "processing_class": self.tokenizer,
+            "eos_labels": eos_labels,
+            "identity": identity,
+            "callbacks": callbacks,
+        }
+
+    def reaching_hub(self) -> AbstractContextManager[None]:
+        """Around the trainer's constructor: it creates the repository that it will push to."""
+        return reaching_hub(self.config) if self.arguments.push_to_hub else nullcontext()
+
+    def complete(self, trainer: SignalTrainer) -> None:
+        """Let a trainer, made of this run's parts, write the run's report and the student's model card."""
+        trainer.card = lambda: model_card(self.record)
         # Added last, so that the metrics file already contains the evaluation's log entry.
         trainer.add_callback(ReportWriter(trainer, ReportFiles(self.folder)))
-        return trainer
+
+    @property
+    def record(self) -> RunRecord:
+        """What has been logged until now."""
+        return record_of(self.folder, self.metrics.entries or [{"step": 0, "run": self.description}])
+
+    def fit(self, trainer: SignalTrainer, training: Callable[..., T], checkpoint: Checkpoint | None) -> T:
+        """Train, with trackers open and the configuration beside the results.
+
+        Args:
+            trainer: made of this run's parts.
+            training: the Trainer's own `train`.
+            checkpoint: to resume from.
+        """
+        trainer.last_checkpoint = None if checkpoint is None else checkpoint.folder
+        if trainer.is_world_process_zero():
+            _write_config(self.config)
+        with tracking(self.config):
+            try:
+                result = training(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+            finally:
+                self.progress.close()
+        trainer.check_finite()
+        return result
+
+    def finish(self, trainer: SignalTrainer, steps: int, seconds: float) -> dict[str, Any]:
+        """Write the summary and the last report, and return the summary; see `train`."""
+        summary = {
+            "output_path": self.config.output_path,
+            "steps": steps,
+            "seconds": seconds,
+            "train_tokens": trainer.counts["tokens"],
+            "tokens_per_second": trainer.counts["tokens"] / max(trainer.training_seconds, 1e-9),
+            "data_wait": trainer.waiting_seconds / max(trainer.training_seconds, 1e-9),
+            "cut_documents": trainer.counts["cut_documents"],
+            "cut_tokens": trainer.counts["cut_tokens"],
+            **peak_memory(),
+            **self.metrics.ends(),
+        }
+        if trainer.is_world_process_zero():
+            (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            ReportFiles(self.folder).finish()
+        return summary
 
     def decided(self, decide: Callable[[], T]) -> T:
         """Return what the first process decides, in all processes; an error is raised in all of them."""
@@ -214,8 +297,8 @@ class Run:
 def train(config: RunConfig) -> dict[str, Any]:
     """Train a student according to a configuration: load and check everything, train, evaluate, save.
 
-    Writes the trained student with its tokenizer, checkpoints, `metrics.jsonl` (one JSON object per log entry),
-    `distillkit_config.yaml`, `summary.json` and `report.md` with its plots to `config.output_path`.
+    Writes the trained student with its tokenizer and model card, checkpoints, `metrics.jsonl` (one JSON object per log
+    entry), `distillkit_config.yaml`, `summary.json` and `report.md` with its plots to `config.output_path`.
 
     Returns:
         The summary: steps, seconds, tokens, share of the time spent waiting for data, peak memory, the first and last
@@ -232,32 +315,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     checkpoint, finished = run.decided(lambda: _resumed(run))
     if finished is not None:
         return finished
-    trainer.last_checkpoint = None if checkpoint is None else checkpoint.folder
-    if trainer.is_world_process_zero():
-        _write_config(config)
-    with tracking(config):
-        try:
-            result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
-        finally:
-            run.progress.close()
-    trainer.check_finite()
+    result = run.fit(trainer, trainer.train, checkpoint)
     save_student(trainer, config)
-    summary = {
-        "output_path": config.output_path,
-        "steps": result.global_step,
-        "seconds": time.perf_counter() - started,
-        "train_tokens": trainer.counts["tokens"],
-        "tokens_per_second": trainer.counts["tokens"] / max(trainer.training_seconds, 1e-9),
-        "data_wait": trainer.waiting_seconds / max(trainer.training_seconds, 1e-9),
-        "cut_documents": trainer.counts["cut_documents"],
-        "cut_tokens": trainer.counts["cut_tokens"],
-        **peak_memory(),
-        **run.metrics.ends(),
-    }
-    if trainer.is_world_process_zero():
-        (run.folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        ReportFiles(run.folder).finish()
-    return summary
+    return run.finish(trainer, result.global_step, time.perf_counter() - started)
 
 
 def _tell_temperature(config: RunConfig) -> None:
@@ -275,12 +335,29 @@ def _tell_temperature(config: RunConfig) -> None:
             )
 
 
-def _open_sources(config: RunConfig, tokenizer: Any, arguments: SFTConfig) -> dict[Part, DocumentSource]:
+def _tell_dropped_mass(config: RunConfig, source: StoredDataset) -> None:
+    """Warn of losses that drop the missing probability of rows whose number of ids varies with it."""
+    codec = source.codec.config
+    losses = sorted({loss.function for loss in config.loss_functions if loss.weight and loss.drops_missing})
+    if losses and isinstance(codec, CompactConfig) and codec.adaptive:
+        logger.warning(
+            "loss_functions: %s drop the probability outside the stored ids (missing_probability_handling: zero), but "
+            "%s ends each row where it is small, so how much is dropped differs from row to row. Measured, the "
+            "gradient then has a cosine of 0.85 with that of the whole distributions, against 0.92 with a fixed k: set "
+            "uniform, with which it is 0.997, or label",
+            ", ".join(losses),
+            source.path,
+        )
+
+
+def _open_sources(
+    config: RunConfig, tokenizer: Any, arguments: SFTConfig, given: Mapping[Part, StoredDataset]
+) -> dict[Part, DocumentSource]:
     """Open training and evaluation data; a mismatched tokenizer raises before any model is loaded."""
     if config.teacher.kind == "hf":
         check_teacher_tokenizer(config, tokenizer)
     parts: tuple[Part, ...] = ("train", "eval")
-    opened = {part: open_documents(config, part, tokenizer, arguments) for part in parts}
+    opened = {part: open_documents(config, part, tokenizer, arguments, given.get(part)) for part in parts}
     return {part: source for part, source in opened.items() if source is not None}
 
 
@@ -319,6 +396,7 @@ def _dataset(
     if not isinstance(source, StoredDataset):
         raise TypeError(f"{key}: expected stored distributions, found {type(source).__name__}")
     check_dataset(source, head_size, key)
+    _tell_dropped_mass(config, source)
     signal = OfflineSignal(
         source.codec,
         head_size,
@@ -397,6 +475,8 @@ def _write_config(config: RunConfig) -> None:
     folder = Path(config.output_path)
     folder.mkdir(parents=True, exist_ok=True)
     settings = config.model_dump(mode="json", exclude_unset=True)
-    left_out = [f"# Left out, since it is secret: {path}\n" for path in secret_paths(settings)]
+    comments = [f"# Left out, since it is secret: {path}\n" for path in secret_paths(settings)]
+    overrides = without_secrets(config.overrides)
+    comments += [f"# Set on the command line: {path}={json.dumps(overrides[path])}\n" for path in overrides]
     content = yaml.safe_dump(without_secrets(settings), sort_keys=False, allow_unicode=True)
-    (folder / "distillkit_config.yaml").write_text("".join(left_out) + content, encoding="utf-8")
+    (folder / "distillkit_config.yaml").write_text("".join(comments) + content, encoding="utf-8")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distillkit.configuration.secrets import redacted
+from distillkit.configuration.hub import hub_problem, is_hub_error
 from distillkit.errors import DistillKitError
 from distillkit.training.checkpoints import RECEIPT
 
@@ -104,15 +104,13 @@ def reaching_hub(config: RunConfig) -> Iterator[None]:
     Raises:
         DistillKitError: the hub cannot be reached, or refuses.
     """
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
         yield
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
-        lines = redacted(str(error)).strip().splitlines() or [type(error).__name__]
+    except Exception as error:
+        if isinstance(error, DistillKitError) or not is_hub_error(error):
+            raise
         raise DistillKitError(
-            f"{config.source}: training_args.push_to_hub: the hub cannot be used: {lines[0]} ({config.output_path} has "
+            f"{config.source}: training_args.push_to_hub: the hub: {hub_problem(error)} ({config.output_path} has "
             "everything that was saved until now)"
         ) from error
 

@@ -34,6 +34,7 @@ __all__ = [
     "describe_student",
     "freeze",
     "load_student",
+    "prepare_student",
     "student_outline",
     "widen_embeddings",
 ]
@@ -131,7 +132,18 @@ def load_student(config: RunConfig, vocab_size: int, *, checkpointing: bool = Fa
             type(bare).__name__,
             bare.config._attn_implementation,
         )
-    choose_frequencies_by_document(bare)
+    return prepare_student(bare, config, vocab_size, checkpointing=checkpointing)
+
+
+def prepare_student(
+    bare: PreTrainedModel | PeftModel, config: RunConfig, vocab_size: int, *, checkpointing: bool = False
+) -> PreTrainedModel | PeftModel:
+    """Widen embeddings, freeze parts and add adapters of a loaded student, as configured; see `load_student`.
+
+    Raises:
+        ConfigError: a setting does not fit it.
+    """
+    choose_frequencies_by_document(bare_model(bare))
     before = rows_of(bare.get_input_embeddings().weight)
     if config.resize_embeddings_to_multiple_of is not None:
         widen_embeddings(bare, vocab_size, config.resize_embeddings_to_multiple_of)
@@ -154,11 +166,14 @@ def load_student(config: RunConfig, vocab_size: int, *, checkpointing: bool = Fa
     return model
 
 
-def _prepared(bare: PreTrainedModel, config: RunConfig) -> PreTrainedModel | PeftModel:
+def _prepared(bare: PreTrainedModel | PeftModel, config: RunConfig) -> PreTrainedModel | PeftModel:
     """Freeze parts as configured, add adapters if there is a `peft` section, and check that the head can be used."""
     try:
         frozen = freeze(bare, config.frozen_modules, config.frozen_res)
-        if config.peft is None and getattr(bare, "quantization_method", None) is not None:
+        adapted = hasattr(bare, "peft_config")
+        if adapted and config.peft is not None:
+            raise ConfigError("peft: the model already has adapters; omit this, or give the model without them")
+        if config.peft is None and not adapted and getattr(bare, "quantization_method", None) is not None:
             raise ConfigError(
                 f"model: the weights of {config.model} are quantised ({bare.quantization_method}), and cannot be "
                 "trained; add a peft section to train LoRA adapters on them"
@@ -326,7 +341,7 @@ def describe_student(config: RunConfig, model: PreTrainedModel | PeftModel) -> d
         "class": type(bare).__name__,
         "parameters": sum(size for size, _ in sizes),
         "trained": sum(size for size, trained in sizes if trained),
-        "adapters": config.peft is not None,
+        "adapters": hasattr(model, "peft_config"),
         "dtype": str(bare.dtype).removeprefix("torch."),
         "attention": bare.config._attn_implementation,
     }

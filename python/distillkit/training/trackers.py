@@ -60,8 +60,9 @@ def tracking(config: RunConfig) -> Iterator[None]:
     except Exception as error:
         if not _of_wandb(error):
             raise
+        reason = str(error).rstrip(".")
         raise DistillKitError(
-            f"{config.source}: training_args.report_to: wandb: {error}. Log in with `wandb login`, or keep the run on "
+            f"{config.source}: training_args.report_to: wandb: {reason}. Log in with `wandb login`, or keep the run on "
             "this machine with WANDB_MODE=offline"
         ) from error
     finally:

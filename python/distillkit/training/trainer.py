@@ -1,11 +1,11 @@
-"""`DistillationTrainer` trains a student on a teacher's signal; `distillkit.training.run` makes one from a
-configuration."""
+"""`SignalTrainer` trains a student on a teacher's signal. `distillkit.training.run` makes one from a configuration,
+`DistillationTrainer` is one that is made from Python objects."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,13 @@ from distillkit.errors import ConfigError, DistillKitError
 from distillkit.losses.fused import Objective
 from distillkit.memory import peak_memory
 from distillkit.models.layers import LayerMatching, exported, load_projections, save_projections, without_projections
+from distillkit.reports.model_card import CARD, CARD_MARK
 from distillkit.reports.run_report import ReportFiles
 from distillkit.training import checkpoints
 from distillkit.training.attach import DistillationInputs, DistillationOutput, attach_losses
 from distillkit.training.batching import batch_layout, check_batches, trained_models
 from distillkit.training.data.examples import MODEL_INPUTS, Collator, DistillationDataset, DocumentOrder
+from distillkit.training.differences import Differences
 from distillkit.training.identity import LAST
 from distillkit.training.saving import saving
 from distillkit.training.signals.live import OnlineSignal
@@ -31,12 +33,12 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 
-__all__ = ["DistillationTrainer", "ReportWriter"]
+__all__ = ["ReportWriter", "SignalTrainer"]
 
 _COUNTS = ("tokens", "cut_documents", "cut_tokens")
 
 
-class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
+class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
     """A `transformers.Trainer` whose loss is computed inside the student's forward, from hidden states and a teacher's
     signal.
 
@@ -54,6 +56,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         eos_labels: token ids that become the tokenizer's end-of-sequence id in the labels.
         identity: what decides the student, kept in the checkpoints; see `identity_of`.
         callbacks: transformers callbacks.
+
+    Attributes:
+        card: makes the model card that is saved with the student, if set.
 
     Raises:
         DistillKitError: the student's head cannot be applied apart from the model.
@@ -123,6 +128,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         self._order: DocumentOrder | None = None
         self.identity = dict(identity or {})
         self.last_checkpoint: Path | None = None
+        self.differences: dict[str, Any] | None = None
+        """Where student and teacher differ most, as of the last evaluation; see `Differences.to_dict`."""
+        self.card: Callable[[], str] | None = None
         self._check_batch()
         self.add_callback(_Epochs(self))
 
@@ -246,6 +254,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             objective = self.objective.evaluation()
             sums = _sums(len(objective.names), self.args.device)
             loss = _sums(1, self.args.device)
+            differences = Differences()
             self.callback_handler.eval_dataloader = dataloader
             for inputs in dataloader:
                 inputs = self._prepare_inputs(inputs)
@@ -253,8 +262,12 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                     output = self._forward(model, inputs, objective, dataloader.dataset)
                 sums += output.statistics
                 loss += output.loss
+                differences.add(inputs, output.details)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             totals = self.accelerator.reduce(torch.cat([sums, loss]), reduction="sum").tolist()
+            differences.gather()
+            if self.is_world_process_zero():
+                self.differences = differences.to_dict(dataloader.dataset.source, self.processing_class)
         named = dict(zip(objective.names, totals[:-1], strict=True))
         positions = named.pop("positions")
         if not positions:
@@ -410,6 +423,28 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if output_dir is not None and PREFIX_CHECKPOINT_DIR in Path(output_dir).name and self.args.should_save:
             save_projections(self.model, output_dir, state_dict)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; outside of checkpoints, with a model card. A card that someone else wrote is kept."""
+        folder = Path(output_dir or self.args.output_dir)
+        own = _own_card(folder)
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and PREFIX_CHECKPOINT_DIR not in folder.name and not own:
+            self._write_card(folder)
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """Write the model card that `push_to_hub` pushes; the Trainer would write one of its own.
+
+        Args:
+            kwargs: those of the Trainer's method, which go unused: the card is made from the run's record.
+        """
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero() and not _own_card(folder):
+            self._write_card(folder)
+
+    def _write_card(self, folder: Path) -> None:
+        if self.card is not None:
+            (folder / CARD).write_text(self.card(), encoding="utf-8")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             # Sharded checkpoints contain the projections.
@@ -420,10 +455,16 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         load_projections(self.model, resume_from_checkpoint)
 
 
+def _own_card(folder: Path) -> bool:
+    """Whether a folder has a model card that was not written here."""
+    card = folder / CARD
+    return card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
+
+
 class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
     """Sets the epoch of the trainer's document order."""
 
-    def __init__(self, trainer: DistillationTrainer) -> None:
+    def __init__(self, trainer: SignalTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -434,7 +475,7 @@ class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
 class ReportWriter(transformers.TrainerCallback):  # type: ignore[misc]
     """Rewrites the report after each evaluation and checkpoint, so that a killed run has one, too."""
 
-    def __init__(self, trainer: DistillationTrainer, files: ReportFiles) -> None:
+    def __init__(self, trainer: SignalTrainer, files: ReportFiles) -> None:
         self.trainer = trainer
         self.files = files
 
@@ -443,6 +484,8 @@ class ReportWriter(transformers.TrainerCallback):  # type: ignore[misc]
             self.files.clear()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.trainer.differences is not None:
+            self.files.write_differences({"step": state.global_step, **self.trainer.differences})
         self._write(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

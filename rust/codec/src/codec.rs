@@ -120,7 +120,8 @@ impl Codec {
     ///
     /// Rows are sorted by descending log-probability (stable) where they are not sorted. Fails with
     /// [`CodecError::Input`] on sizes that do not fit, log-probabilities that are not finite or not
-    /// log-probabilities, ids outside the vocabulary, and repeated ids.
+    /// log-probabilities or beyond what the configuration can store, ids outside the vocabulary, and
+    /// repeated ids.
     pub fn encode(&self, ids: &[i64], logprobs: &[f32], out: &mut [u8]) -> Result<()> {
         let k = self.k();
         let bytes = self.bytes_per_row();

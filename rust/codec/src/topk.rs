@@ -10,7 +10,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::error::{CodecError, Result};
-use crate::simd::lanes::{LANES, LEAST_EXPONENT, Lanes, POLYNOMIAL, exp, larger, no_unroll};
+use crate::simd::lanes::{LANES, Lanes, exp, larger, no_unroll};
 use crate::simd::{Backend, Isa, Portable, multiversion};
 use crate::tasks::{dense_task_rows, run_tasks};
 
@@ -357,6 +357,7 @@ impl DenseIsa for crate::simd::Avx512 {
     /// each, with the same result.
     #[inline(always)]
     fn add_exps(self, sums: &mut Lanes, logits: &[[f32; LANES]; AT_A_TIME], reference: Lanes) {
+        use crate::simd::lanes::{LEAST_EXPONENT, POLYNOMIAL};
         use std::arch::x86_64::{
             _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm512_add_ps, _mm512_loadu_ps,
             _mm512_max_ps, _mm512_mul_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_ps,

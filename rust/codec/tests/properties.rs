@@ -704,6 +704,51 @@ proptest! {
     }
 }
 
+/// No likely id is approximated, and the best float16 coefficients, −65504 and 65504, have too much
+/// probability: to lower the constant further made it infinite.
+#[test]
+fn a_row_whose_constant_cannot_be_lowered_is_encoded() {
+    let fields = json!({
+        "vocab_size": 256,
+        "k": 200,
+        "exact_k": 40,
+        "polynomial_degree": 1,
+        "invert_polynomial": true,
+        "with_sqrt_term": false,
+        "term_dtype": "float16",
+    });
+    let codec = Codec::new(Config::from_json("legacy", &fields.to_string()).unwrap()).unwrap();
+    let (ids, logprobs) = extreme_rows(&codec, 8_577_224_831_887_481_801);
+    let (_, found) = decode(&codec, &encode(&codec, &ids, &logprobs).unwrap()).unwrap();
+    let mass: f64 = found.iter().map(|&value| f64::from(value).exp()).sum();
+    assert!(found.is_sorted_by(|a, b| a >= b) && mass < 1.0 + 1e-5, "{mass} {found:?}");
+}
+
+/// Each stored value is finite, but not the decoder's sum of them.
+#[test]
+fn a_row_whose_decoded_values_are_too_large_is_refused() {
+    let fields = json!({
+        "d": 100,
+        "k": 3,
+        "exact_k": 3,
+        "exact_dtype": "float16",
+        "delta_encoding": true,
+        "residual_bins": [],
+    });
+    let mut config = Config::from_json("quantized", &fields.to_string()).unwrap();
+    let logprobs = [-0.1, -50_000.0, -100_000.0];
+    let codec = Codec::new(config.clone()).unwrap();
+    decode(&codec, &encode(&codec, &[0, 1, 2], &logprobs).unwrap()).unwrap();
+    let Config::Quantized(quantized) = &mut config else { panic!("{config:?}") };
+    quantized.published_rounding = true;
+    let error = encode(&Codec::new(config).unwrap(), &[0, 1, 2], &logprobs).unwrap_err();
+    let CodecError::Input(message) = &error else { panic!("{error:?}") };
+    assert!(
+        message.starts_with("row 0: log-probability -100000 at rank 2 does not fit"),
+        "{message}"
+    );
+}
+
 #[test]
 fn logits_as_far_apart_as_floats_go_have_finite_log_probabilities_or_are_refused() {
     let mut ids = [0; 2];

@@ -25,12 +25,12 @@ from distillkit.capture.pipeline import BYTES_A_VALUE, queue_bytes
 from distillkit.capture.settings import DEFAULT_PRESET, CaptureSettings
 from distillkit.capture.teachers.hf import load_config
 from distillkit.codec import PRESETS, Codec, CodecConfig, preset
-from distillkit.console import human_bytes
+from distillkit.console import duration, human_bytes
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.memory import available_memory, peak_memory
 from distillkit.shards.storage import Folder
 from distillkit.shards.writer import encode_rows
-from distillkit.types import SparseLogprobs, TokenDocument
+from distillkit.types import Facts, Shown, SparseLogprobs, TokenDocument
 
 __all__ = ["CodecForecast", "Forecast", "MemoryForecast", "SpeedForecast", "compared_codecs", "forecast"]
 
@@ -50,7 +50,8 @@ class CodecForecast:
     Attributes:
         name: name of a preset, or of the chosen configuration, possibly with another k.
         chosen: whether the settings choose this codec.
-        k, bytes_per_token: ids and bytes per row.
+        k, bytes_per_token: ids and bytes per row; of the compact format, at most so many ids, and about so many bytes.
+        estimated: whether the bytes are an estimate (`distillkit.codec.presets.expected_bytes`).
         left_bytes: disk space for what is left to capture, including the plan.
         fits: whether that fits on the disk; None if the free space is unknown.
         positions: number of positions that the figures below were measured on; 0 if they were not measured.
@@ -63,6 +64,7 @@ class CodecForecast:
     chosen: bool
     k: int
     bytes_per_token: int
+    estimated: bool
     left_bytes: Amount
     fits: bool | None
     positions: int = 0
@@ -130,8 +132,8 @@ class MemoryForecast:
         return None if self.free_bytes is None or not self.teacher else self.least <= self.free_bytes
 
 
-@dataclass(frozen=True)
-class Forecast:
+@dataclass(frozen=True, repr=False)
+class Forecast(Shown):
     """The forecast of a capture.
 
     Attributes:
@@ -160,6 +162,24 @@ class Forecast:
     def chosen(self) -> CodecForecast:
         """The codec that the settings choose."""
         return next(codec for codec in self.codecs if codec.chosen)
+
+    def facts(self) -> Facts:
+        tokens = self.text.left_tokens
+        about = "" if tokens.exact else "about "
+        rows = [("tokens", f"{about}{tokens.value:,} in {about}{self.text.documents.value:,} documents")]
+        for codec in self.codecs:
+            known = "" if codec.mass_mean is None else f", {codec.mass_mean:.2%} of the mass"
+            known += "" if codec.kl_mean is None else f", KL {codec.kl_mean:.1e} nats"
+            fits = "" if codec.fits is not False else ", DOES NOT FIT"
+            label = f"{'→ ' if codec.chosen else ''}{codec.name}, k {codec.k}"
+            rows.append((label, f"{human_bytes(codec.left_bytes.value)}{known}{fits}"))
+        if self.memory.teacher:
+            rows.append(("memory", f"{human_bytes(self.memory.least)} on {self.memory.device}"))
+        if self.speed is not None:
+            speed, left = self.speed.tokens_per_second, self.speed.left_seconds.value
+            rows.append(("time", f"{duration(left)} at {speed:,.0f} tokens per second"))
+        rows += [("problem", problem) for problem in self.problems]
+        return f"forecast: {self.output}", rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-able mapping."""
@@ -272,7 +292,8 @@ def _sized(settings: CaptureSettings, name: str, codec: Codec, text: TextForecas
         name=name,
         chosen=codec == settings.codec(codec.vocab_size),
         k=codec.k,
-        bytes_per_token=codec.bytes_per_token,
+        bytes_per_token=codec.expected_bytes_per_token,
+        estimated=not codec.is_fixed,
         left_bytes=left,
         fits=None if room is None else left.value <= room,
     )
@@ -286,6 +307,7 @@ def _with_figures(
         return codec, 0.0
     if scored[0].k < config.k:
         return replace(codec, note=f"this engine was started for {scored[0].k} ids per row"), 0.0
+    # Of the compact format, the built-in prior tells how faithful values are, though not how many bytes they take.
     encoder, mass, took = Codec(config), 0.0, 0.0
     stats = []
     for rows in scored:
@@ -293,9 +315,10 @@ def _with_figures(
             np.ascontiguousarray(rows.ids[:, : config.k]), np.ascontiguousarray(rows.logprobs[:, : config.k])
         )
         clock = time.perf_counter()
-        stats.append(encode_rows(encoder, kept)[1])
+        _, stored, fidelity = encode_rows(encoder, kept)
         took += time.perf_counter() - clock
-        mass += float(np.exp(np.asarray(kept.logprobs, dtype=np.float64)).sum())
+        stats.append(fidelity)
+        mass += float(np.exp(np.asarray(stored.logprobs, dtype=np.float64)).sum())
     whole = stats[0]
     for part in stats[1:]:
         whole.merge(part)

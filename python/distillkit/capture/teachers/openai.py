@@ -274,8 +274,9 @@ class OpenAITeacher:
                 "to the server that was given. Pass the URL of the API itself"
             )
         return CaptureError(
-            f"{self._server} failed even after {self._client.max_retries} retries: {self._message(error)}. Run the "
-            "capture again once the server is back: it resumes after the last complete shard"
+            f"{self._server} failed even after {self._client.max_retries} retries: "
+            f"{self._message(error).rstrip('.')}. Run the capture again once the server is back: it resumes after the "
+            "last complete shard"
         )
 
     def _message(self, error: Any) -> str:

@@ -13,7 +13,7 @@ from distillkit.errors import nearest
 from distillkit.losses.config import LOSS_NAMES
 from distillkit.training.config.argument_table import ARGUMENTS, CHECKPOINTING
 
-__all__ = ["GREATER_IS_BETTER", "argument_problems", "converted"]
+__all__ = ["GREATER_IS_BETTER", "RENAMED", "argument_problems", "converted"]
 
 # Old names that published configurations use and transformers or TRL have since replaced; the values mean the same.
 RENAMED = {

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from distillkit.configuration.describe import json_schema
+from distillkit.configuration.overrides import Overrides, with_overrides
 from distillkit.configuration.problems import Problem, find_problems, report
 from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError
@@ -18,30 +19,34 @@ from distillkit.training.config.schema import RunConfig
 __all__ = ["load_config", "parse_config", "training_schema"]
 
 
-def load_config(path: str | Path) -> RunConfig:
+def load_config(path: str | Path, overrides: Overrides | None = None) -> RunConfig:
     """Read and check a training configuration.
 
     Args:
         path: a YAML file.
+        overrides: values that replace those of the file, by dotted path: {"training_args.max_steps": 100}.
 
     Raises:
         ConfigError: there is no such file, it is not YAML, or it is invalid; reports all problems, each with its
             dotted path.
 
     Example:
-        >>> config = load_config("train.yaml")
+        >>> config = load_config("train.yaml", {"training_args.max_steps": 100})
         >>> config.teacher.kind, [loss.function for loss in config.loss_functions]
         ('dataset', ['cross_entropy', 'kl'])
+        >>> config.training_args["max_steps"]
+        100
     """
-    return parse_config(read_yaml(path), source=str(path))
+    return parse_config(read_yaml(path), source=str(path), overrides=overrides)
 
 
-def parse_config(content: object, *, source: str = "config") -> RunConfig:
+def parse_config(content: object, *, source: str = "config", overrides: Overrides | None = None) -> RunConfig:
     """Check a training configuration that has already been read.
 
     Args:
         content: the content of a YAML file.
         source: where it came from, for messages.
+        overrides: as for `load_config`.
 
     Raises:
         ConfigError: as `load_config`.
@@ -50,19 +55,23 @@ def parse_config(content: object, *, source: str = "config") -> RunConfig:
         raise ConfigError(
             f"{source}: must be a mapping of settings, found {'nothing' if content is None else type(content).__name__}"
         )
+    settings: Mapping[Any, Any] = content
+    if overrides:
+        settings = with_overrides(content, overrides)
+        source += " with --set"
     problems: list[Problem | str] = []
     try:
-        config = RunConfig.model_validate(content)
+        config = RunConfig.model_validate(settings)
         problems += _disagreements(config) + _student_problems(config)
     except ValidationError as error:
         problems += find_problems(error, RunConfig)
-    if isinstance(content.get("training_args"), Mapping):
+    if isinstance(settings.get("training_args"), Mapping):
         from distillkit.training.config.argument_rules import argument_problems
 
-        problems += argument_problems(content)
+        problems += argument_problems(settings)
     if problems:
         raise ConfigError(report(source, problems))
-    config._source = source
+    config._source, config._overrides = source, dict(overrides or {})
     return config
 
 

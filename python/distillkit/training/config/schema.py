@@ -21,7 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from distillkit.codec import Codec
+from distillkit.codec import CodecConfig, codec_config
+from distillkit.codec.config import CODEC_KEYS
 from distillkit.configuration.places import is_path
 from distillkit.configuration.problems import cut, shown
 from distillkit.configuration.section import Section, refuse_flag
@@ -57,7 +58,8 @@ class DatasetSource(Section):
     disk_path: Place | None = Field(
         default=None,
         description="Folder of captured shards, or a published dataset (Parquet files or a save_to_disk folder). With "
-        "a live teacher also text, chat or token ids: .parquet, .json, .jsonl or .txt files, or a save_to_disk folder.",
+        "a live teacher also text, chat or token ids: .jsonl, .json, .csv, .tsv, .txt or .parquet files, or a "
+        "save_to_disk folder.",
     )
     split: str | None = Field(default=None, min_length=1, description="Split, if the dataset has splits.")
 
@@ -191,6 +193,10 @@ class StoredTeacherConfig(Section):
     legacy_logit_compression: dict[str, Any] | None = Field(
         default=None, description="Codec of a published dataset in the legacy format."
     )
+    compact: dict[str, Any] | None = Field(
+        default=None,
+        description="Codec of captured shards in the compact format, which specify their own; it must match if set.",
+    )
     vocab_size: int | None = Field(
         default=None, ge=1, description="Vocabulary size; checked against the dataset's if set."
     )
@@ -199,18 +205,19 @@ class StoredTeacherConfig(Section):
 
     @model_validator(mode="after")
     def _one_codec(self) -> StoredTeacherConfig:
-        if self.logprob_compressor is not None and self.legacy_logit_compression is not None:
-            raise ValueError("set logprob_compressor or legacy_logit_compression, found both")
+        given = [key for key in CODEC_KEYS if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"set one of {', '.join(CODEC_KEYS)}, found {' and '.join(given)}")
         self.codec()
         return self
 
-    def codec(self) -> Codec | None:
-        """Build the configured codec, if there is one."""
-        for key in ("logprob_compressor", "legacy_logit_compression"):
+    def codec(self) -> CodecConfig | None:
+        """Build the configured codec's configuration, if there is one."""
+        for key in CODEC_KEYS:
             fields = getattr(self, key)
             if fields is not None:
                 try:
-                    return Codec({key: fields})
+                    return codec_config({key: fields})
                 except ConfigError as error:
                     # "SomeConfig: field: reason" becomes "key.field: reason", to which the dotted path is prefixed.
                     raise ConfigError(f"{key}.{str(error).partition(': ')[2]}") from None
@@ -318,6 +325,7 @@ class RunConfig(Section):
     )
 
     _source: str = PrivateAttr(default="config")
+    _overrides: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     _numbers = field_validator("sequence_length", "resize_embeddings_to_multiple_of", mode="before")(refuse_flag)
 
@@ -396,3 +404,8 @@ class RunConfig(Section):
     def source(self) -> str:
         """Where the configuration came from, for messages."""
         return self._source
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What the command line set in place of the file's values, by dotted path."""
+        return self._overrides

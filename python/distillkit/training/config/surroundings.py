@@ -23,14 +23,18 @@ if TYPE_CHECKING:
 __all__ = ["check_surroundings"]
 
 
-def check_surroundings(config: RunConfig) -> None:
+def check_surroundings(config: RunConfig, *, loaded: bool = False) -> None:
     """Check that what a configuration names is there, before anything large is imported or loaded.
+
+    Args:
+        config: the run's configuration.
+        loaded: whether the student is loaded already, and its files no longer needed.
 
     Raises:
         ConfigError: something is missing; reports all problems, each with its dotted path.
     """
     problems = [
-        *_model_problems(config),
+        *_model_problems(config, loaded=loaded),
         *_dataset_problems(config),
         *_file_problems(config),
         *_package_problems(),
@@ -44,8 +48,8 @@ def check_surroundings(config: RunConfig) -> None:
         checkpoint_of(config)
 
 
-def _model_problems(config: RunConfig) -> Iterator[str]:
-    models = {"model": config.model}
+def _model_problems(config: RunConfig, *, loaded: bool) -> Iterator[str]:
+    models = {} if loaded else {"model": config.model}
     if config.teacher.kind == "hf":
         models["teacher.path"] = config.teacher.path
     for key, name in models.items():

@@ -41,7 +41,9 @@ SLOW_SECONDS = 1.0
 """Document lengths that took longer than this to read are cached."""
 
 
-def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFTConfig) -> DocumentSource | None:
+def open_documents(
+    config: RunConfig, part: Part, tokenizer: Any, arguments: SFTConfig, opened: StoredDataset | None = None
+) -> DocumentSource | None:
     """Open the documents to train or evaluate on; None if the configuration has no such dataset.
 
     With stored distributions, this is a captured or published dataset. With a live teacher it may also be one (whose
@@ -52,6 +54,7 @@ def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFT
         part: which of its datasets to open.
         tokenizer: the student's tokenizer; see `configure_tokenizer`.
         arguments: the trainer's arguments.
+        opened: the dataset, if it is open already.
 
     Raises:
         ConfigError: there is no such data, a setting does not fit it, or much of it would be cut off unasked.
@@ -66,9 +69,9 @@ def open_documents(config: RunConfig, part: Part, tokenizer: Any, arguments: SFT
     key = f"dataset.{part}_dataset"
     cache = cache_folder(config)
     documents: DocumentSource
-    if config.teacher.kind == "dataset" or _is_captured(source):
+    if opened is not None or config.teacher.kind == "dataset" or _is_captured(source):
         teacher = config.teacher if config.teacher.kind == "dataset" else StoredTeacherConfig(kind="dataset")
-        stored = open_dataset(source, teacher, key)
+        stored = open_dataset(source, teacher, key) if opened is None else opened
         check_tokenizer(stored, tokenizer, config.model, key)
         documents = stored
     else:

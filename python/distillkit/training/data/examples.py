@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,6 +57,7 @@ class Example:
         positions: (P,) int64, counted positions t, ascending, at which token t + 1 is predicted.
         teacher: arrays (P, …) from the teacher's signal.
         cut_tokens: number of tokens that were cut off.
+        places: (P, 2) int64, where each counted position is in the source: the number of its document, and t there.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -64,6 +65,7 @@ class Example:
     positions: npt.NDArray[np.int64]
     teacher: dict[str, npt.NDArray[Any]]
     cut_tokens: int = 0
+    places: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
 
 
 class DocumentSource(Protocol):
@@ -141,19 +143,22 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
     def piece(self, index: int) -> Example:
         """Read a document or one of its pieces, and the teacher rows of its counted positions."""
         if self.pieces is None:
-            document = self.source[int(self.indices[index])]
+            source_number = int(self.indices[index])
+            document = self.source[source_number]
             start, stop, first = 0, min(len(document.input_ids), self.sequence_length), 0
             cut = len(document.input_ids) - stop
         else:
             number, start, stop, first = self.pieces[index]
-            document, cut = self.source[int(self.indices[number])], 0
+            source_number = int(self.indices[number])
+            document, cut = self.source[source_number], 0
         lengths = document.segments(stop, start)
         mask = None if document.loss_mask is None else document.loss_mask[start:stop]
         positions = counted_positions(lengths, mask)
         # The rest of the tokens is context, and counts in the piece before.
         positions = positions[positions + 1 >= first - start]
         teacher = self.signal.take(document, positions + start)
-        return Example(document.input_ids[start:stop], lengths, positions, teacher, cut)
+        places = np.stack([np.full_like(positions, source_number), positions + start], -1)
+        return Example(document.input_ids[start:stop], lengths, positions, teacher, cut, places)
 
 
 def joined(examples: Sequence[Example]) -> Example:
@@ -168,6 +173,7 @@ def joined(examples: Sequence[Example]) -> Example:
         np.concatenate([start + example.positions for start, example in zip(starts, examples, strict=True)]),
         {name: np.concatenate([example.teacher[name] for example in examples]) for name in examples[0].teacher},
         sum(example.cut_tokens for example in examples),
+        np.concatenate([example.places for example in examples]),
     )
 
 
@@ -218,6 +224,7 @@ class Collator:
                 t, else −100.
             rows: (N,) int64, counted positions of the flattened batch, b·S + t, ascending.
             teacher_<name>: (N, …), arrays from the signal.
+            places: (N, 2) int64, the document and the position in the source of each counted position.
             counts: (3,) int64: tokens without padding, documents that were cut, tokens cut off.
             With packed documents under FlashAttention also cu_seq_lens_q and cu_seq_lens_k int32, max_length_q and
                 max_length_k.
@@ -250,6 +257,7 @@ class Collator:
             "position_ids": torch.from_numpy(position_ids),
             "labels": torch.from_numpy(labels),
             "rows": torch.from_numpy(rows),
+            "places": torch.from_numpy(np.concatenate([example.places for example in examples])),
             "counts": torch.tensor(
                 [
                     sum(len(example.input_ids) for example in examples),

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from distillkit.configuration.hub import hub_problem, is_hub_error
 from distillkit.errors import ConfigError, InputError, MismatchError
 from distillkit.shards.plausibility import check_plausible, sampled
+from distillkit.shards.prior import PRIOR
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.data.examples import DocumentSource
 from distillkit.training.signals.base import check_ids_fit
@@ -73,7 +75,7 @@ def open_dataset(source: DatasetSource, teacher: StoredTeacherConfig, key: str) 
     try:
         dataset = Dataset.open(
             path,
-            config=None if codec is None else codec.config,
+            config=codec,
             split=source.split,
             vocab_size=teacher.vocab_size,
         )
@@ -103,16 +105,18 @@ def _downloaded(source: DatasetSource, repo_id: str, key: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     inside = "" if source.config_name is None else f"{source.config_name}/"
-    patterns = [f"{inside}**{suffix}" for suffix in (".parquet", ".arrow", ".json", ".yaml", ".yml")]
+    suffixes = (".parquet", ".arrow", ".json", ".yaml", ".yml", PRIOR)
+    patterns = [f"{inside}**{suffix}" for suffix in suffixes]
     try:
         folder = snapshot_download(
             repo_id,
             repo_type="dataset",
             revision=source.revision,
-            allow_patterns=[*patterns, "compression_config.y*ml"],
+            allow_patterns=[*patterns, "compression_config.y*ml", "prior.bin"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(f"{key}.repo_id: {repo_id!r} cannot be downloaded from the hub: {error}") from error
+        reason = hub_problem(error) if is_hub_error(error) else str(error)
+        raise ConfigError(f"{key}.repo_id: {repo_id!r} cannot be downloaded from the hub: {reason}") from error
     path = Path(folder) / (source.config_name or "")
     if not path.is_dir():
         raise ConfigError(f"{key}.config_name: {repo_id} has no folder {source.config_name!r}")

@@ -26,15 +26,15 @@ class OfflineSignal:
         codec: the dataset's codec.
         head_size: width of the student's head. Larger ids (padding of a wider teacher's head) count as missing mass.
         on_device: send the encoded bytes to the training device and decode there instead of on the CPU, which
-            transfers a fifth of the bytes or less.
+            transfers a fifth of the bytes or less. Documents in the compact format are always decoded where they are
+            read: rows can only be selected from a document's bytes if they have a fixed size.
         label_logprobs: also use the teacher's log-probability of each next token, in documents that have it.
     """
 
     def __init__(self, codec: Codec, head_size: int, *, on_device: bool = False, label_logprobs: bool = False) -> None:
         self.codec = codec
         self.head_size = head_size
-        # Rows can only be selected from a document's bytes if they have a fixed size.
-        self.on_device = on_device and codec.bytes_per_token is not None
+        self.on_device = on_device and codec.is_fixed
         self.label_logprobs = label_logprobs
 
     def take(self, document: Document, positions: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
@@ -50,7 +50,7 @@ class OfflineSignal:
             taken = {"bytes": self.codec.document_rows(document.teacher, document.num_rows)[positions]}
         else:
             rows = decoded(document, self.codec)
-            check_values(document, rows, self.codec.config.exact_k)
+            check_values(document, rows, self.codec.exact_k)
             taken = {"ids": np.asarray(rows.ids)[positions], "logprobs": np.asarray(rows.logprobs)[positions]}
         if self.label_logprobs:
             known = document.label_logprobs

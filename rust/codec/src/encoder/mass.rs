@@ -82,7 +82,8 @@ pub(crate) fn limit_mass_with_bins(
     let mass = sum_exp(narrow);
     let excess = limit_mass(plan, row, exact, mass, stored);
     if excess > MASS_ROUNDING {
-        plan.shift_down(shift_for_excess(excess, mass), &mut stored.coefficients);
+        // Too much probability does less harm than a coefficient that is not finite.
+        let _ = plan.shift_down(shift_for_excess(excess, mass), &mut stored.coefficients);
     }
 }
 

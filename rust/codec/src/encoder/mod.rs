@@ -81,10 +81,12 @@ use self::mass::limit_mass_with_bins;
 use self::repair::{RowJob, RowScratch};
 use self::residuals::write_bins;
 use self::rounding::ExactScratch;
+use self::row::{MIN_LOGPROB, StoredRow};
 use self::solver::{FitScratch, Fitted};
-use crate::error::RowResult;
+use crate::error::{CodecError, Result, RowResult};
 use crate::simd::lanes::LANES;
-use crate::simd::{Isa, multiversion};
+use crate::simd::{Isa, Portable, multiversion};
+use crate::values::DecoderScratch;
 
 /// Where the values of a group's rows go: each at the start of `stride` bytes.
 pub(crate) struct GroupOut<'a> {
@@ -152,8 +154,41 @@ fn encode_values_body<I: Isa>(
         job.choose_coefficients(exact, fitted.as_deref_mut(), fit_scratch, row);
         let allowed = fitted.map_or(plan.allowed_error(), |fitted| job.allowed_error(fitted));
         write_row(&job, allowed, exact, row, out);
+        if may_overflow(&job, &row.stored) {
+            check_decodes(&job, out).map_err(|error| (lane, error))?;
+        }
     }
     Ok(())
+}
+
+/// Whether sums of the decoder might be too large for its types. Rows of a teacher hardly ever have
+/// values for which this is worth a closer look.
+#[inline(always)]
+fn may_overflow(job: &RowJob, stored: &StoredRow) -> bool {
+    let RowJob { plan, input, .. } = job;
+    // All ranks of a sequence can add up, each with a residual about as large.
+    let limit = f32::MAX / (4.0 * input.logprobs.len() as f32);
+    let values = &stored.evaluated.narrow;
+    plan.decoder().layout().published_rounding
+        || input.logprobs.last().is_some_and(|&lowest| lowest < MIN_LOGPROB)
+        || !values.iter().fold(true, |small, value| small & (value.abs() < limit))
+}
+
+/// Refuses a row whose written values the decoder would refuse.
+#[cold]
+#[inline(never)]
+fn check_decodes(job: &RowJob, data: &[u8]) -> Result<()> {
+    let y = job.input.logprobs;
+    let mut found = vec![0.0; y.len()];
+    let decoder = job.plan.decoder();
+    if decoder.decode(Portable, data, &mut found, &mut DecoderScratch::default()).is_ok() {
+        return Ok(());
+    }
+    let rank = found.iter().position(|value| !value.is_finite()).unwrap_or(0);
+    Err(CodecError::Input(format!(
+        "log-probability {} at rank {rank} does not fit this configuration: it would decode to {}",
+        y[rank], found[rank]
+    )))
 }
 
 /// Writes exact values, coefficients and residuals.

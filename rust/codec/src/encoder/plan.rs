@@ -129,16 +129,22 @@ impl Plan {
         self.error_diffusion
     }
 
-    /// Lowers every approximated value by `amount` nats, through the constant term.
+    /// Lowers every approximated value by `amount` nats, through the constant term. Returns false,
+    /// and changes nothing, where its type has no finite value that low.
     #[inline(always)]
-    pub(crate) fn shift_down(&self, amount: f64, coefficients: &mut [f64]) {
+    pub(crate) fn shift_down(&self, amount: f64, coefficients: &mut [f64]) -> bool {
         if let Some(constant) = self.constant
             && amount > 0.0
         {
             let dtype = self.decoder.layout().coefficient_dtype;
             let c = &mut coefficients[constant];
-            *c = dtype.next_down(dtype.round(*c - amount));
+            let lower = dtype.next_down(dtype.round(*c - amount));
+            if !lower.is_finite() {
+                return false;
+            }
+            *c = lower;
         }
+        true
     }
 }
 

@@ -101,8 +101,11 @@ impl RowJob<'_> {
                 return excess;
             }
             let shift = stronger * shift_for_excess(excess, mass);
-            self.plan.shift_down(shift, &mut scratch.stored.coefficients);
+            let lowered = self.plan.shift_down(shift, &mut scratch.stored.coefficients);
             self.evaluate(scratch);
+            if !lowered || !all_finite(&scratch.stored.evaluated.narrow) {
+                self.flat_fallback(scratch);
+            }
             stronger *= 2.0;
         }
     }
@@ -136,7 +139,9 @@ impl RowJob<'_> {
                 return true;
             }
             let shift = stronger * shift_for_excess(excess, mass);
-            self.plan.shift_down(shift, &mut scratch.stored.coefficients);
+            if !self.plan.shift_down(shift, &mut scratch.stored.coefficients) {
+                return false;
+            }
             self.evaluate(scratch);
             stronger *= 2.0;
         }
@@ -200,7 +205,7 @@ impl RowJob<'_> {
         let mut lower = 0.0;
         for _ in 0..MOST_SHIFTS {
             let c = &mut scratch.stored.coefficients[constant];
-            *c = dtype.next_down(dtype.round(highest - lower - first));
+            *c = dtype.next_down(dtype.round(highest - lower - first)).max(-dtype.max());
             self.evaluate(scratch);
             if self.mass_if_ordered(scratch).is_some() {
                 return true;
@@ -278,10 +283,12 @@ impl RowJob<'_> {
         {
             let y = self.input.y;
             let dtype = layout.coefficient_dtype;
-            let level = libm::log(sum_exp(y) / y.len() as f64).min(self.ceiling);
-            let stored = dtype.round(level);
-            scratch.stored.coefficients[constant] =
-                if stored > self.ceiling { dtype.next_down(stored) } else { stored };
+            // Neither a row without probability nor a ceiling beyond the type has a finite level.
+            let lowest = -dtype.max();
+            let level = libm::log(sum_exp(y) / y.len() as f64).max(f64::from(MIN_LOGPROB));
+            let stored = dtype.round(level.min(self.ceiling).max(lowest));
+            let stored = if stored > self.ceiling { dtype.next_down(stored) } else { stored };
+            scratch.stored.coefficients[constant] = stored.max(lowest);
         }
         self.evaluate(scratch);
     }

@@ -5,14 +5,13 @@
 //! frequency. Costs are sums of integers and the rest is computed in a fixed order, so that threads
 //! and machines don't matter.
 
-use super::Sample;
+use super::{Sample, Samples};
 use crate::compact::lists::arrange;
 use crate::error::Result;
 use crate::tasks::run_tasks;
 
 /// Rows a cluster needs to be one.
 const ROWS_PER_CLUSTER: usize = 128;
-const MOST_CLUSTERS: usize = 512;
 /// Ids of a cluster's list.
 const LIST: usize = 2048;
 const ROUNDS: usize = 10;
@@ -22,6 +21,10 @@ const SETTLING: usize = 3;
 const FEW_ROWS: usize = 20;
 /// Rows of all rows' distribution that are added to each cluster's own.
 const SMOOTHING: f64 = 8.0;
+/// How much an id counts for a list that is near the stored ids of a row.
+const NEAR: f64 = 0.2;
+/// A coarse cluster that fewer than one in so many rows are in doesn't count.
+const MINORITY: usize = 20;
 /// A seed is a cluster of one row and so little else.
 const SEED_SMOOTHING: f64 = 2.0;
 /// Units of a bit.
@@ -69,9 +72,9 @@ impl Overall {
 }
 
 impl Clusters {
-    /// Finds clusters of the rows `fit`, and puts all rows of the sample into them.
-    pub(super) fn find(sample: &Sample, fit: &[usize]) -> Result<Self> {
-        let count = (fit.len() / ROWS_PER_CLUSTER).clamp(1, MOST_CLUSTERS);
+    /// Finds clusters of the rows `fit`, at most `most`, and puts all rows of the sample into them.
+    pub(super) fn find(sample: &Sample, fit: &[usize], most: usize) -> Result<Self> {
+        let count = (fit.len() / ROWS_PER_CLUSTER).clamp(1, most);
         let mut found = Self { count, members: vec![0; sample.rows()] };
         if count == 1 {
             return Ok(found);
@@ -101,6 +104,10 @@ impl Clusters {
         let mut numbers = vec![0; self.count];
         order.iter().zip(0..).for_each(|(&cluster, number)| numbers[cluster] = number);
         self.members.iter_mut().for_each(|cluster| *cluster = numbers[usize::from(*cluster)]);
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.count
     }
 
     /// The cluster of a row.
@@ -172,31 +179,64 @@ impl Clusters {
         Costs { clusters: self.count, ids, base }
     }
 
-    /// The likeliest ids of each cluster, by the rows given, arranged.
-    pub(super) fn lists(&self, sample: &Sample, rows: &[usize]) -> Vec<Vec<u32>> {
-        let ranks = sample.order.len();
+    /// The likeliest ids of each cluster, by the rows given, arranged. What is rare in a cluster is
+    /// judged by the `coarse` clusters of its rows.
+    pub(super) fn lists(&self, samples: &Samples, coarse: &Self, rows: &[usize]) -> Vec<Vec<u32>> {
+        let ranks = samples.own.order.len();
         if self.count == 1 {
             // The order of all rows is the order of the only cluster.
             return vec![Vec::new()];
         }
-        let overall = Overall::new(sample, rows);
         let mut counts = Counts::new(ranks);
+        let coarse_shares = coarse.shares(samples.own, rows, &mut counts);
         let list = |rows: &Vec<usize>| {
-            let mut likely: Vec<(f64, u32)> = Vec::new();
-            let mut known = vec![false; ranks];
-            counts.of(sample, rows, |rank, count| {
-                known[rank] = true;
-                likely.push((f64::from(count) + SMOOTHING * overall.shares[rank], rank as u32));
-            });
-            let others = (0..ranks).filter(|&rank| !known[rank]).take(LIST);
-            likely.extend(others.map(|rank| (SMOOTHING * overall.shares[rank], rank as u32)));
-            likely.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-            likely.truncate(LIST);
-            let mut list: Vec<u32> = likely.into_iter().map(|(_, rank)| rank).collect();
-            arrange(&mut list, |rank| rank);
-            list.into_iter().map(|rank| sample.order[rank as usize]).collect()
+            let mut scores = coarse.mean_shares(rows, &coarse_shares);
+            scores.iter_mut().for_each(|share| *share *= SMOOTHING);
+            for (sample, worth) in [(samples.own, 1.0 - NEAR), (samples.wide, NEAR)] {
+                counts.of(sample, rows, |rank, count| scores[rank] += worth * f64::from(count));
+            }
+            let mut likely: Vec<u32> = (0..ranks as u32).collect();
+            let order = |&a: &u32, &b: &u32| {
+                scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b))
+            };
+            if ranks > LIST {
+                likely.select_nth_unstable_by(LIST, order);
+                likely.truncate(LIST);
+            }
+            likely.sort_unstable_by(order);
+            arrange(&mut likely, |rank| rank);
+            likely.into_iter().map(|rank| samples.own.order[rank as usize]).collect()
         };
         self.rows(rows).iter().map(list).collect()
+    }
+}
+
+impl Clusters {
+    /// How often each rank is in a row, by cluster.
+    fn shares(&self, sample: &Sample, rows: &[usize], counts: &mut Counts) -> Vec<Vec<f64>> {
+        let overall = Overall::new(sample, rows);
+        let of = |rows: &Vec<usize>| {
+            let total = rows.len() as f64 + SMOOTHING;
+            let mut shares: Vec<f64> =
+                overall.shares.iter().map(|share| SMOOTHING * share / total).collect();
+            counts.of(sample, rows, |rank, count| shares[rank] += f64::from(count) / total);
+            shares
+        };
+        self.rows(rows).iter().map(of).collect()
+    }
+
+    /// The mean of shares over rows, but for clusters that few of the rows are in.
+    fn mean_shares(&self, rows: &[usize], shares: &[Vec<f64>]) -> Vec<f64> {
+        let mut sizes = vec![0usize; self.count];
+        rows.iter().for_each(|&row| sizes[self.of(row)] += 1);
+        let mut means = vec![0.0; shares[0].len()];
+        for (&size, shares) in sizes.iter().zip(shares) {
+            if size * MINORITY > rows.len() || rows.is_empty() {
+                let worth = if rows.is_empty() { 1.0 } else { size as f64 / rows.len() as f64 };
+                means.iter_mut().zip(shares).for_each(|(mean, share)| *mean += worth * share);
+            }
+        }
+        means
     }
 }
 

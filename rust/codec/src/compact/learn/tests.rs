@@ -169,6 +169,7 @@ fn what_cannot_be_learned_from_is_refused() {
     beyond[5 * 150 + 2] = 300;
     contains(refused(&beyond, &logprobs, 5, None), &["row 150", "300"]);
     let base = learn(&config, &ids, &logprobs, 5, None).expect("learned");
+    contains(refused(&beyond, &logprobs, 5, Some(&base.to_bytes())), &["row 150", "300"]);
     let other = learn(&self::config(301, 5, ""), &ids, &logprobs, 5, None).expect("learned");
     contains(refused(&ids, &logprobs, 5, Some(&other.to_bytes())), &["301", "300"]);
     let bytes = base.to_bytes();

@@ -1,0 +1,88 @@
+"""The model card of a trained student, from its run's record: what it learned, from whom, and how well."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from distillkit.configuration.cards import CARD, front_matter, hub_id, public_name
+from distillkit.reports.run_record import MEASURES, RunRecord
+from distillkit.reports.run_report import MARKDOWN, _table, _text, described
+
+__all__ = ["CARD", "CARD_MARK", "model_card"]
+
+CARD_MARK = "<!-- written by distillkit; remove this line to keep the card as you edit it -->"
+"""Tells our cards from those that users wrote, which are kept."""
+
+_LEFT_OUT = ("machine", "began")
+"""Facts that say nothing about the student."""
+
+
+def model_card(run: RunRecord, name: str | None = None) -> str:
+    """Compose the model card of a run's student in Markdown, with a YAML header.
+
+    Names that are paths are shortened to their last part.
+
+    Args:
+        run: the run, with its description.
+        name: hub id of the model, for the example; by default the name of its folder.
+    """
+    description = run.description
+    student, teacher, data = (description[part] for part in ("student", "teacher", "data"))
+    header = {
+        "library_name": "peft" if student.get("adapters") else "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": hub_id(student["path"]),
+        "datasets": sorted({found for part in data.values() if (found := hub_id(part["path"])) is not None}),
+        "tags": ["distillkit", "knowledge-distillation"],
+    }
+    named = replace(run, description=_without_paths(description))
+    facts = [(label, value) for label, value in described(named, MARKDOWN) if label not in _LEFT_OUT]
+    whose = _text(public_name(teacher["name"])) if teacher["name"] else "a teacher that the data do not name"
+    how = "stored" if teacher["kind"] == "dataset" else "live"
+    sections = [
+        front_matter(header),
+        CARD_MARK,
+        f"# {public_name(name or run.folder.resolve())}",
+        f"{_text(public_name(student['path']))}, trained by [distillkit](https://pypi.org/project/distillkit/) on the "
+        f"{how} next-token distributions of {whose}, for {run.step:,} steps.",
+        "## Use",
+        _use(str(student["class"]), name or run.folder.resolve().name),
+        "## Training",
+        _table(("", ""), facts),
+    ]
+    if run.evaluations:
+        sections += ["## On held-out documents", _evaluations(run)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _evaluations(run: RunRecord) -> str:
+    """The first and the last evaluation; one column if they are the same."""
+    ends = {entry["step"]: entry for entry in (run.evaluations[0], run.evaluations[-1])}
+    rows = [
+        [measure.label, *(measure.text(entry[measure.name]) for entry in ends.values())]
+        for measure in MEASURES
+        if all(measure.name in entry for entry in ends.values())
+    ]
+    return _table(("", *(f"step {step:,}" for step in ends)), rows)
+
+
+def _without_paths(description: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's description whose names may be published."""
+    return {
+        **description,
+        "student": {**description["student"], "path": public_name(description["student"]["path"])},
+        "teacher": {
+            **description["teacher"],
+            "name": description["teacher"]["name"] and public_name(description["teacher"]["name"]),
+        },
+        "data": {part: {**data, "path": public_name(data["path"])} for part, data in description["data"].items()},
+    }
+
+
+def _use(kind: str, name: str) -> str:
+    loader = "AutoModelForCausalLM" if kind.endswith("ForCausalLM") else kind
+    return (
+        f"```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
+        f"model = {loader}.from_pretrained({name!r})\ntokenizer = AutoTokenizer.from_pretrained({name!r})\n```"
+    )

@@ -29,7 +29,7 @@ impl Kind {
 
     /// The symbol of a number below 2²⁴.
     #[must_use]
-    #[inline]
+    #[inline(always)]
     pub const fn symbol(self, number: u32) -> usize {
         if number < DIRECT {
             return number as usize;
@@ -89,13 +89,10 @@ impl Kind {
 
 /// Bucket of a number: 0, 1, 2, 3, then two an octave (4–5, 6–7, 8–11, 12–15, …).
 #[must_use]
-#[inline]
+#[inline(always)]
 pub const fn bucket(number: u32) -> usize {
-    if number < 2 {
-        return number as usize;
-    }
-    let octave = number.ilog2();
-    (2 * octave + ((number >> (octave - 1)) & 1)) as usize
+    let octave = (number | 1).ilog2();
+    (2 * octave + ((number >> octave.saturating_sub(1)) & 1)) as usize
 }
 
 #[cfg(test)]

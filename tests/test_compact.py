@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -297,6 +298,26 @@ def test_conversion_there_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixt
     convert(small, back, codec=target_codec(small, preset("budget", vocab_size=SAMPLE.vocab_size), folder=back))
     assert Dataset.open(back).codec.is_fixed
     assert verify_dataset(back).ok
+
+
+def test_a_conversion_keeps_masks_labels_and_columns(tmp_path: Path) -> None:
+    codec = Codec(preset("recommended", vocab_size=SAMPLE.vocab_size))
+    header = Header(codec=codec.to_dict(), vocab_size=SAMPLE.vocab_size, head_size=SAMPLE.vocab_size)
+    kept = pa.schema([pa.field("title", pa.string())])
+    ids, part = documents()[1]
+    extra: dict[str, Any] = {
+        "loss_mask": np.arange(len(ids)) % 2 == 0,
+        "segment_lengths": np.array([5, len(ids) - 5]),
+        "label_logprobs": np.full(len(ids) - 1, -2.5, np.float32),
+    }
+    with ShardWriter(tmp_path / "source", header, kept=kept) as writer:
+        writer.write(ids, part, columns={"title": "a"}, **extra)
+    source = Dataset.open(tmp_path / "source")
+    convert(source, tmp_path / "out", codec=Codec(config()))
+    [document] = Dataset.open(tmp_path / "out")
+    assert document.doc_id == source[0].doc_id
+    assert {name: np.array_equal(getattr(document, name), extra[name]) for name in extra} == dict.fromkeys(extra, True)
+    assert dict(document.columns or {}) == {"title": "a"}
 
 
 def test_rows_with_fewer_ids_do_not_fit_a_fixed_format(prior: Prior, tmp_path: Path) -> None:

@@ -80,7 +80,13 @@ def convert(
         capture=_settings(source, target, standalone),
     )
     with ShardWriter(
-        folder, header, shard_tokens=shard_tokens, resume=True, prior=target.prior, standalone=standalone
+        folder,
+        header,
+        shard_tokens=shard_tokens,
+        resume=True,
+        prior=target.prior,
+        standalone=standalone,
+        kept=source.kept_schema,
     ) as writer:
         resumed = writer.finished_documents()
         for index, document in enumerate(source):
@@ -230,7 +236,7 @@ def _distributions(rows: SparseLogprobs, k: int) -> SparseLogprobs:
 
 def _others(document: Document) -> dict[str, Any]:
     """What is stored of a document besides its tokens and rows."""
-    return {name: getattr(document, name) for name in ("loss_mask", "segment_lengths", "label_logprobs")}
+    return {name: getattr(document, name) for name in ("loss_mask", "segment_lengths", "label_logprobs", "columns")}
 
 
 def _same(written: Document, document: Document, teacher: bytes | memoryview) -> bool:

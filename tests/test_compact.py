@@ -21,6 +21,7 @@ from distillkit.codec.fidelity import FidelityStats, kl_rows, values_of
 from distillkit.codec.presets import COMPACT_PRESETS, FORMER_PRESETS
 from distillkit.errors import ConfigError, CorruptDataError, DistillKitError, InputError, MismatchError
 from distillkit.reports.inspection import inspect_dataset
+from distillkit.reports.token_view import view_document
 from distillkit.shards import Dataset, Header, ShardWriter, convert, load_prior, verify_dataset
 from distillkit.shards.convert import target_codec
 from distillkit.shards.repack import pack_dataset
@@ -224,6 +225,15 @@ def test_a_prior_that_is_missing_other_or_damaged(compact: Path, prior: Prior, t
     assert load_prior(folder) == load_prior(folder / "data-00000.parquet") == load_prior(place) == prior
     with refused(DistillKitError, "nowhere"):
         Codec(config(), prior=Prior(whole[: len(whole) // 2], "nowhere/prior.bin"))
+
+
+def test_a_view_of_rows_with_fewer_ids(tmp_path: Path) -> None:
+    source = write(tmp_path / "adaptive", Codec(config("compact-adaptive")))
+    logprobs = np.asarray(source.decode(3).logprobs)
+    row = int((logprobs > -np.inf).sum(-1).argmin())
+    count = int((logprobs[row] > -np.inf).sum())
+    assert count < 20
+    assert len(view_document(source, 3, best=20)[row + 1].best) == count
 
 
 def test_shards_that_stand_alone(compact: Path, prior: Prior, tmp_path: Path) -> None:

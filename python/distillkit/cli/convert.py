@@ -33,8 +33,8 @@ __all__ = ["convert"]
 )
 @click.option(
     "--prior",
-    help="A prior for the compact format: a prior.bin, or a dataset of the same teacher, whose prior is then used. By "
-    "default it is learned from SOURCE.",
+    help="A prior for the compact format: a prior.bin, or a dataset of the same teacher. If it was learned for another "
+    "configuration, it is adapted to this one. By default, a prior is learned from SOURCE.",
 )
 @click.option(
     "--prior-rows",

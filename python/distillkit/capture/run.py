@@ -94,7 +94,7 @@ class _Run:
 
     def settle_prior(self, plan: ShardPlan, lock: FolderLock) -> ShardPlan:
         """The plan with the prior that its shards have; see `settle_prior`."""
-        plan, times = settle_prior(self._inputs, plan, lock, self._score_sample)
+        plan, times = settle_prior(self._inputs, plan, lock, self._score_sample, progress=self._progress)
         self.times.add(times)
         return plan
 

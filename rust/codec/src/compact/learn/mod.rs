@@ -88,8 +88,8 @@ struct Samples<'a> {
 ///
 /// Rows of a document are expected one after the other. The result depends on nothing else, neither
 /// on the machine nor on threads. Takes about a quarter of a millisecond of one core for a row at
-/// k = 128, four bytes of memory for each of k ids of a row (128 at least), and a kilobyte for each
-/// id of the vocabulary.
+/// k = 128, and memory of about sixteen bytes for each of k ids of a row (128 at least) and a
+/// kilobyte for each id of the vocabulary.
 ///
 /// ```
 /// use distillkit_codec::compact::{CompactConfig, learn};

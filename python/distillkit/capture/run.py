@@ -275,7 +275,7 @@ def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> No
 
 
 def _bytes_per_token(folder: Folder, manifest: Manifest, prior_bytes: int) -> float:
-    """The codec's bytes per row; where rows differ in size, the mean over the shards, with their prior; 0 without rows."""
+    """The codec's bytes per row; where rows differ in size, their mean with their prior, or 0 without rows."""
     if manifest.header.codec.get("format") != CompactConfig.format:
         return manifest.header.make_codec().bytes_per_token
     rows = sum(shard.rows for shard in manifest.shards)

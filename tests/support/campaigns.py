@@ -24,9 +24,11 @@ import pyarrow.parquet as pq
 import xxhash
 import yaml
 
+from distillkit.capture.kept_rows import KeptRows, read_rows, write_rows
 from distillkit.capture.settings_file import load_captures
 from distillkit.capture.shard_plan import ShardReceipt, make_plan, read_plan
 from distillkit.capture.summary import ShardSummary
+from distillkit.capture.teachers.base import RejectedDocument, ScoredDocument
 from distillkit.codec import Codec, CompactConfig, Prior
 from distillkit.errors import ConfigError, CorruptDataError
 from distillkit.reports.inspection import inspect_dataset
@@ -282,7 +284,7 @@ class Manifests:
 
 
 class CapturePlans:
-    """A plan, its receipts or its documents, with bytes changed, or crafted with their hashes."""
+    """A plan, its receipts, its documents or rows that are kept, with bytes changed, or crafted with their hashes."""
 
     seeds = 20_000
 
@@ -300,18 +302,31 @@ class CapturePlans:
         (self._folder / "manifest.json").unlink()
         kept = pa.schema([pa.field("a", pa.int64())])
         plan = make_plan(
-            Folder(self._folder), HEADER, documents, 10_000, source={"rows": 9}, kept=kept, counts=lambda: {"rows": 9}
+            Folder(self._folder),
+            HEADER,
+            documents,
+            10_000,
+            source={"rows": 9},
+            kept=kept,
+            counts=lambda: {"rows": 9},
+            sampled_rows=20,
+            sample_k=3,
         )
         plan.write_receipt(0, ShardReceipt(info, HEADER, ShardSummary()))
+        rows = SparseLogprobs(np.arange(30).reshape(10, 3), -np.ones((10, 3), np.float32))
+        scored = [ScoredDocument(index, rows, rows.logprobs[:, 0]) for index in range(plan.sample[0])]
+        write_rows(plan, 0, KeptRows(HEADER, (RejectedDocument(0, "odd"), *scored[1:])))
         self._inside = self._folder / ".capture"
         self._files = {name: data for name, data in files(self._inside).items() if not name.startswith(".")}
         self._read()
         assert self.receipts == 1, "the receipt does not fit"
+        assert self.kept is not None, "the rows do not fit"
 
     def _read(self) -> None:
         plan = read_plan(Folder(self._folder))
         assert plan is not None, "the plan is passed over"
         self.receipts = len(plan.receipts())
+        self.kept = read_rows(plan, 0)
         for number in range(len(plan.shards)):
             plan.read(number)
 

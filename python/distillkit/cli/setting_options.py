@@ -20,6 +20,7 @@ _SWITCHES = {"drop_duplicates": "--drop-duplicates/--keep-duplicates"}
 # Placeholders in the help for values with a special form, or that may be lists in a file.
 _METAVARS = {
     "compression_config": "FILE",
+    "prior": "FILE-OR-DATASET",
     "where": "COLUMN=VALUE",
     "keep_columns": "NAMES",
     "read_columns": "NAMES",

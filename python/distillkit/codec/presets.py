@@ -20,6 +20,7 @@ __all__ = [
     "fixed_preset",
     "preset",
     "preset_of",
+    "published_bytes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -162,6 +163,18 @@ def expected_bytes(config: CompactConfig) -> float:
     id_bits = max(1.0, 4.43 - 0.32 * math.log2(ids / 50)) * math.log2(config.vocab_size) / 15.6
     value_bits = max(1.0, 3.9 - 0.9 * math.log2(config.step * math.sqrt(ids) / 0.037))
     return (3 if config.adaptive else 2.3) + ids * (id_bits + value_bits) / 8
+
+
+def published_bytes(k: int, vocab_size: int) -> int:
+    """Bytes per row of the published layout with k ids, and as many values as in the nearer published preset.
+
+    Example:
+        >>> published_bytes(128, 50_000), published_bytes(50, 50_000)
+        (312, 114)
+    """
+    fields = FIXED_PRESETS["recommended" if k > 64 else "budget"]
+    values = 2 * fields["exact_k"] + 4 * len(fields["polynomial_terms"])
+    return int(values + -(-k * (vocab_size - 1).bit_length() // 8))
 
 
 _IDS_AT_A_THOUSANDTH = 48

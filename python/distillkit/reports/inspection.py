@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from distillkit.codec import Codec
 from distillkit.codec.fidelity import FidelityStats, values_of
-from distillkit.codec.presets import FIXED_PRESETS, preset_of
+from distillkit.codec.presets import preset_of, published_bytes
 from distillkit.errors import CaptureError, ConfigError, InputError, MismatchError
 from distillkit.shards import Dataset, Header
 from distillkit.shards.alignment import SHIFTS, ShiftRates, counted_positions
@@ -310,7 +310,7 @@ def inspect_dataset(
         rate_by_entropy=seen.rate_by_entropy(),
         dense_ratio=2 * header.head_size / total,
         topk_ratio=6 * codec.k / total,
-        published_ratio=(_published_bytes(codec) + overhead) / total,
+        published_ratio=(published_bytes(codec.k, codec.vocab_size) + overhead) / total,
         codec=codec.to_dict(),
         codec_warnings=tuple(codec.warnings),
         preset=preset_of(codec.config),
@@ -346,13 +346,6 @@ def _indices(dataset: Dataset, count: int) -> list[int]:
     """The numbers of the documents that are read, evenly spaced."""
     indices: list[int] = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
     return indices
-
-
-def _published_bytes(codec: Codec) -> int:
-    """Bytes per row of the published layout with as many ids, and as many values as in the nearer published preset."""
-    fields = FIXED_PRESETS["recommended" if codec.k > 64 else "budget"]
-    values = 2 * fields["exact_k"] + 4 * len(fields["polynomial_terms"])
-    return int(values + -(-codec.k * (codec.vocab_size - 1).bit_length() // 8))
 
 
 def _measured_against(header: Header) -> str:

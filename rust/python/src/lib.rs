@@ -473,6 +473,29 @@ fn prior_config(py: Python<'_>, prior: &[u8]) -> PyResult<String> {
     json_of(&detached(py, || Compact::prior_config(prior))?)
 }
 
+/// Learns the prior of a configuration from rows, ids and logprobs (rows, at least k); with another
+/// prior as `base`, its clusters are taken over.
+#[pyfunction]
+fn learn_prior<'py>(
+    py: Python<'py>,
+    config_json: &str,
+    ids: Bound<'_, PyArray2<i64>>,
+    logprobs: Bound<'_, PyArray2<f32>>,
+    base: Option<&[u8]>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let config = CompactConfig::from_json(config_json).map_err(raise)?;
+    let width = ids.shape()[1];
+    if logprobs.shape() != ids.shape() {
+        let shapes = format!("{:?}, expected that of ids: {:?}", logprobs.shape(), ids.shape());
+        return Err(refused("logprobs", &format!("found shape {shapes}")));
+    }
+    let (ids, logprobs) = (Input::new("ids", &ids)?, Input::new("logprobs", &logprobs)?);
+    let (ids, logprobs) = (ids.slice()?, logprobs.slice()?);
+    let learn = || core::compact::learn(&config, ids, logprobs, width, base);
+    let prior = detached(py, || Ok(learn()?.to_bytes()))?;
+    Ok(PyBytes::new(py, &prior))
+}
+
 /// ids (rows, k), logprobs (rows, k) and logsumexp (rows,) of dense logits.
 #[pyfunction]
 #[expect(clippy::type_complexity, reason = "three arrays")]
@@ -552,7 +575,7 @@ fn unpack_bits<'py>(
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use super::{Codec, CompactCodec, pack_bits, prior_config, topk, unpack_bits};
+    use super::{Codec, CompactCodec, learn_prior, pack_bits, prior_config, topk, unpack_bits};
     use super::{IMPORTED_BY, core, goes_on};
     use pyo3::prelude::*;
 

@@ -6,6 +6,7 @@ pub mod config;
 mod decode;
 mod document;
 mod encode;
+mod learn;
 mod lists;
 mod model;
 pub mod numbers;
@@ -18,6 +19,7 @@ mod write;
 use std::sync::OnceLock;
 
 pub use config::CompactConfig;
+pub use learn::learn;
 pub use prior::{Cluster, Contexts, Dimensions, MAX_CLASSES, Prior};
 pub use scale::Scale;
 pub use tables::{SLOTS, SLOTS_LOG, Table};

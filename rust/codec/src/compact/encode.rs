@@ -6,7 +6,7 @@
 use super::config::CompactConfig;
 use super::decode::{Head, StoredRow};
 use super::model::{MASSES, Model, STATES};
-use super::numbers::{Kind, SYMBOLS, bucket};
+use super::numbers::{Kind, SYMBOLS, bucket, bucket_start};
 use super::prior::{Dimensions, Prior};
 use super::scale::Scale;
 use super::write::StoredRows;
@@ -471,12 +471,8 @@ impl Profile {
         let mut costs = Vec::new();
         let mut base = 0.0;
         for number in 0..dimensions.positions {
-            let positions = (0..=vocab)
-                .skip_while(|&p| bucket(p) < number)
-                .take_while(|&p| bucket(p) == number);
-            let (first, count) =
-                positions.fold((None, 0u32), |(first, count), p| (first.or(Some(p)), count + 1));
-            let first = first.unwrap_or(0);
+            let first = bucket_start(number);
+            let count = bucket_start(number + 1).min(vocab + 1) - first;
             let table = prior.contexts.gap[dimensions.gap(class, first, left.max(1.0) as u32)];
             let slots = &prior.tables[usize::from(table)].0;
             let mut mean = 0.0;

@@ -95,6 +95,12 @@ pub const fn bucket(number: u32) -> usize {
     (2 * octave + ((number >> octave.saturating_sub(1)) & 1)) as usize
 }
 
+/// The least number of a bucket.
+#[must_use]
+pub const fn bucket_start(bucket: usize) -> u32 {
+    if bucket < 4 { bucket as u32 } else { (2 + bucket as u32 % 2) << (bucket / 2 - 1) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,5 +133,9 @@ mod tests {
             [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8]
         );
         assert_eq!(bucket(1 << 24), 48);
+        for number in 1..=48 {
+            let start = bucket_start(number);
+            assert_eq!([bucket(start - 1), bucket(start)], [number - 1, number]);
+        }
     }
 }

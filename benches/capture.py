@@ -1,10 +1,11 @@
 """What capturing takes beyond the teacher itself: the same documents scored with nothing kept, and captured.
 
-    python benches/capture.py [--documents 60] [--length 512] [--teacher FOLDER]
+    python benches/capture.py [--documents 60] [--length 512] [--teacher FOLDER] [--set preset=compact-50 …]
 
 Two teachers: SmolLM2-135M-Instruct, which the demo uses, and its distributions given from memory at once, which shows
-how fast the pipeline is by itself. Both sides take turns, shard by shard, in one process; which is first changes. That
-each stored document decodes to what the teacher gave is checked at the end.
+how fast the pipeline is by itself. A compact codec has the prior that is set (`--set prior=FILE`), or the built-in one:
+a capture that learns its prior has some of its rows beforehand. Both sides take turns, shard by shard, in one process;
+which is first changes. That each stored document decodes to what the teacher gave is checked at the end.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ from distillkit.bench.machine import machine
 from distillkit.capture import CaptureSettings
 from distillkit.capture.inputs import CaptureInputs
 from distillkit.capture.pipeline import StageTimes, capture_shards
+from distillkit.capture.settings import DEFAULT_PRESET
 from distillkit.capture.shard_plan import ShardPlan
 from distillkit.capture.teachers.base import RowRequest, ScoredDocument, Teacher
+from distillkit.codec import Codec
 from distillkit.shards.manifest import shard_name
+from distillkit.shards.prior import keep_prior
 from distillkit.shards.reader import ShardFile
 from distillkit.shards.storage import Folder
 from distillkit.text.tokenizer import load_tokenizer
@@ -145,9 +149,8 @@ def add(sides: Sides, times: StageTimes) -> None:
     sides.blocked += times.blocked
 
 
-def check(plan: ShardPlan, answers: Rows) -> None:
+def check(plan: ShardPlan, answers: Rows, codec: Codec) -> None:
     """What is stored is what the codec makes of the teacher's distributions, document by document."""
-    codec = plan.header.make_codec()
     for number in range(len(plan.shards)):
         stored = list(ShardFile(plan.folder.of(shard_name(number))))
         planned = plan.read(number)
@@ -159,36 +162,45 @@ def check(plan: ShardPlan, answers: Rows) -> None:
             assert np.array_equal(codec.decode_document(document.teacher, document.num_rows).ids[:, 0], rows.ids[:, 0])
 
 
-def measure(folder: Path, model: Path, documents: int, length: int) -> dict[str, Sides]:
+def planned(inputs: CaptureInputs) -> ShardPlan:
+    """The plan, after writing the prior."""
+    folder = Folder(inputs.settings.output)
+    plan = inputs.plan(folder)
+    keep_prior(folder, plan.header, inputs.prior)
+    return plan
+
+
+def measure(folder: Path, model: Path, documents: int, length: int, chosen: dict[str, str]) -> dict[str, Sides]:
     """Both sides for both teachers."""
     write_documents(folder / "documents.jsonl", model, documents, length)
     shared: dict[str, Any] = {"model": str(model), "dataset": str(folder / "documents.jsonl"), "max_seq_len": length}
+    shared |= {"prior_rows": 0, **chosen}
     answers: Rows = {}
     sides = {}
     # A dozen shards, so that what else the machine does meets both sides.
     tokens = documents * length * 3 // 4
     settings = CaptureSettings(**shared, output=folder / "slow", shard_tokens=tokens // 12)
     inputs = CaptureInputs.load(settings)
-    plan = inputs.plan(Folder(settings.output))
+    plan = planned(inputs)
     teacher = inputs.teacher()
     # The first forward has things to set up.
     next(iter(teacher.score(plan.read(0)[:1], inputs.request)))
     sides[model.name] = compare(teacher, inputs, plan, answers)
-    check(plan, answers)
+    check(plan, answers, inputs.codec)
 
     lines = (folder / "documents.jsonl").read_text()
     (folder / "documents.jsonl").write_text(lines * ROUNDS)
     settings = CaptureSettings(**shared, output=folder / "fast", shard_tokens=tokens, drop_duplicates=False)
     inputs = CaptureInputs.load(settings)
-    plan = inputs.plan(Folder(settings.output))
+    plan = planned(inputs)
     sides["from memory"] = compare(FromMemory(teacher, answers), inputs, plan, answers)
-    check(plan, answers)
+    check(plan, answers, inputs.codec)
     return sides
 
 
-def report(results: dict[str, Sides]) -> None:
+def report(results: dict[str, Sides], preset: str) -> None:
     """Print the table, and write the figures."""
-    table = Table(title=f"capture with `recommended` (k = 128), on {machine()}", title_justify="left", box=None)
+    table = Table(title=f"capture with `{preset}`, on {machine()}", title_justify="left", box=None)
     headings = (
         "teacher",
         "\ntokens",
@@ -212,7 +224,8 @@ def report(results: dict[str, Sides]) -> None:
             f"{1e6 * (sides.captured_cpu - sides.bare_cpu) / sides.tokens:,.1f}" if name == "from memory" else "",
         )
     Console(width=120).print(table)
-    path = RESULTS / f"{datetime.date.today()}-{platform.machine()}-capture.csv"
+    suffix = "" if preset == DEFAULT_PRESET else f"-{preset}"
+    path = RESULTS / f"{datetime.date.today()}-{platform.machine()}-capture{suffix}.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         names = [field.name for field in fields(Sides) if field.name != "overheads"]
@@ -229,11 +242,13 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--length", type=int, default=512, help="tokens of the longest document")
     parser.add_argument("--teacher", type=Path, help="another teacher's folder")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the capture")
     arguments = parser.parse_args()
+    chosen = dict(setting.split("=", 1) for setting in arguments.set)
     model = arguments.teacher or teacher_folder()
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(Path(folder), model, arguments.documents, arguments.length)
-    report(results)
+        results = measure(Path(folder), model, arguments.documents, arguments.length, chosen)
+    report(results, chosen.get("preset", DEFAULT_PRESET))
     if results[model.name].overhead > MOST_OVERHEAD:
         raise SystemExit(1)
 

@@ -47,15 +47,16 @@ KILLS, RACES = (200, 50) if attacks.LONG else (40, 4)
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(teacher: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("codec", "kills"), [("fixed", KILLS), ("compact", KILLS // 2)])
+def test_killed_again_and_again(codec: str, kills: int, teacher: Path, text: Path, tmp_path: Path) -> None:
     """And started twice at once: one of the two is refused, or finds the dataset complete."""
-    arguments = [str(teacher), str(text), str(tmp_path), str(KILLS), str(RACES)]
+    arguments = [str(teacher), str(text), str(tmp_path), str(kills), str(RACES), codec]
     command = [sys.executable, "-m", "support.kill_capture", *arguments]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
-    assert figures["killed"] == KILLS
-    assert figures["finished"] > KILLS / 40
+    assert figures["killed"] == kills
+    assert figures["finished"] > kills / 40
     assert figures["different"] == 0
     assert figures["refused"] > 0
 

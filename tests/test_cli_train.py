@@ -112,7 +112,7 @@ def test_exit_status_tells_failure_from_misuse(
 
 @pytest.mark.parametrize(
     ("module", "words"),
-    [("main", ("train", "capture", "distillkit config.yaml")), ("codec", ("inspect", "verify", "convert", "bench"))],
+    [("main", ("train", "capture", "distillkit train.yaml")), ("codec", ("inspect", "verify", "convert", "bench"))],
 )
 def test_help_imports_next_to_nothing(module: str, words: tuple[str, ...]) -> None:
     code = (

@@ -16,11 +16,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from distillkit.bench.sample import bundled_sample
 from distillkit.cli.main import cli
+from distillkit.codec import Codec, CompactConfig, Prior
+from distillkit.codec.presets import COMPACT_PRESETS
 from distillkit.errors import CorruptDataError, DistillKitError, InputError, MismatchError
 from distillkit.hub import push
 from distillkit.hub.pushing import _Repository
-from distillkit.shards import Dataset, verify_dataset
+from distillkit.shards import Dataset, Header, ShardWriter, verify_dataset
+from distillkit.types import SparseLogprobs
 from support.hub import TOKEN, Hub, running_hub, using
 from support.refusals import refused
 from support.shards import files, make_documents, write
@@ -123,6 +127,23 @@ def test_an_interrupted_push_goes_on(hub: Hub, captured: Path, monkeypatch: pyte
     assert (again.uploaded, again.card) == (0, "unchanged")
 
 
+def test_a_compact_dataset_takes_its_prior_along(hub: Hub, tmp_path: Path) -> None:
+    sample = bundled_sample()
+    k = COMPACT_PRESETS["compact-50"]["k"]
+    rows = SparseLogprobs(sample.ids[:120, :k], sample.logprobs[:120, :k])
+    config = CompactConfig(vocab_size=sample.vocab_size, **COMPACT_PRESETS["compact-50"])
+    codec = Codec(config, prior=Prior.learn(config, rows))
+    header = Header(codec=codec.to_dict(), vocab_size=sample.vocab_size, head_size=sample.vocab_size)
+    with ShardWriter(tmp_path / "compact", header, prior=codec.prior) as writer:
+        writer.write(np.append(0, rows.ids[:, 0]), rows)
+    report = push(tmp_path / "compact", "me/compact")
+    assert hub.repositories["datasets/me/compact"].files.keys() > files(tmp_path / "compact").keys() > {"prior.bin"}
+    found, expected = (Dataset.open(place).decode(0) for place in ("hf://datasets/me/compact", tmp_path / "compact"))
+    assert np.array_equal(found.ids, expected.ids)
+    assert np.array_equal(found.logprobs, expected.logprobs)
+    assert push(tmp_path / "compact", report.repo).uploaded == 0
+
+
 def test_what_must_not_be_pushed_is_refused(hub: Hub, captured: Path, tmp_path: Path) -> None:
     damaged = shutil.copytree(captured, tmp_path / "damaged")
     shard = damaged / "data-00001.parquet"
@@ -148,6 +169,9 @@ def test_other_content_is_left_alone(hub: Hub, captured: Path, tmp_path: Path) -
     before = dict(hub.repositories[NAME].files)
     with refused(MismatchError, "me/captured", "manifest.json"):
         push(captured, "me/captured")
+    hub.repositories[NAME].files.pop("manifest.json")
+    with refused(MismatchError, "me/captured", "data-00000.parquet"):
+        push(captured, "me/captured")  # a push of the other that was interrupted
     hub.repositories[NAME].files = {"train.csv": b"a,b\n"}
     with refused(MismatchError, "me/captured", "train.csv"):
         push(captured, "me/captured")
@@ -206,7 +230,10 @@ def test_the_command_pushes_and_reports(hub: Hub, captured: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["repo"], report["private"], report["already_there"]) == ("me/captured", False, 0)
-    again = CliRunner().invoke(cli, ["push", str(captured), "me/captured"])
+    # What is to be private does not go to a public repository.
+    refusal = CliRunner().invoke(cli, ["push", str(captured), "me/captured"])
+    assert "--public" in str(refusal.exception)
+    again = CliRunner().invoke(cli, ["push", str(captured), "me/captured", "--public"])
     assert "public" in again.stdout
     assert "hf://datasets/me/captured" in again.stdout
 
@@ -218,14 +245,15 @@ def test_a_student_and_its_card_are_pushed(hub: Hub, parts: dict[str, str], tmp_
 
     from distillkit.training.distillation import DistillationTrainer
 
-    push(parts["train"], "me/train")
+    for name in ("train", "eval"):
+        push(parts[name], f"me/{name}")
     args = {"max_steps": 2, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1, "disable_tqdm": True}
     args |= {"output_dir": str(tmp_path / "student"), "report_to": "none", "gradient_checkpointing": False}
     trainer = DistillationTrainer(
         parts["student"],
         args,
         train_dataset="hf://datasets/me/train",
-        eval_dataset=parts["eval"],
+        eval_dataset="me/eval",  # downloaded
         sequence_length=64,
         loss_functions=[{"function": "kl", "weight": 1.0}],
     )
@@ -234,9 +262,10 @@ def test_a_student_and_its_card_are_pushed(hub: Hub, parts: dict[str, str], tmp_
     there = hub.repositories["models/me/student"]
     card = there.files["README.md"].decode()
     fields = front_matter(card)
-    assert fields["datasets"] == ["me/train"]
+    assert fields["datasets"] == ["me/eval", "me/train"]
     assert "base_model" not in fields
     assert "1 kl" in card
+    assert "from_pretrained('me/student')" in card
     assert "KL(teacher ‖ student)" in card
     assert str(tmp_path) not in card
     assert trainer.summary is not None

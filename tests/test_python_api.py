@@ -23,6 +23,7 @@ from distillkit.capture.options import CaptureOptions
 from distillkit.capture.settings import CaptureSettings
 from distillkit.console import progress_bar
 from distillkit.errors import ConfigError, MismatchError
+from distillkit.reports.model_card import CARD_MARK
 from distillkit.shards import Dataset
 from distillkit.training.config.objects import TrainerSettings
 from distillkit.training.config.schema import DatasetSection, RunConfig
@@ -81,12 +82,22 @@ def test_objects_train_the_student_that_a_yaml_file_trains(parts: dict[str, str]
         sequence_length=64,
     )
     before = trainer.evaluate()["eval_kl"]
+    assert not (tmp_path / "python" / "metrics.jsonl").exists()  # which may be that of an earlier run
     assert trainer.train().global_step == steps.count == 4
     trainer.save_model()
-    assert trainer.evaluate()["eval_kl"] < before
+    after = trainer.evaluate()["eval_kl"]
+    assert after < before
+    # By name: other documents have another KL, the same have the same, and neither is part of the record.
+    recorded = (tmp_path / "python" / "metrics.jsonl").read_text()
+    assert trainer.evaluate(parts["train"])["eval_kl"] != after
+    assert trainer.evaluate(parts["eval"])["eval_kl"] == after
+    assert (tmp_path / "python" / "metrics.jsonl").read_text() == recorded
+    with refused(ConfigError, "nowhere"):
+        trainer.evaluate("nowhere")
     assert losses_of(tmp_path / "python") == losses_of(tmp_path / "yaml")
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / way).state_dict() for way in ("yaml", "python")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert all(CARD_MARK in (tmp_path / way / "README.md").read_text(encoding="utf-8") for way in ("yaml", "python"))
     assert trainer.summary is not None
     assert trainer.summary == json.loads((tmp_path / "python" / "summary.json").read_text())
 
@@ -128,6 +139,32 @@ def test_what_does_not_fit_is_refused_as_in_a_yaml_file(parts: dict[str, str], t
     other = AutoTokenizer.from_pretrained(parts["other"])
     with refused(MismatchError, "tokenizer"):
         DistillationTrainer(parts["student"], {}, train_dataset=Dataset.open(data), processing_class=other)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
+def test_a_model_with_adapters_is_trained_in_them(parts: dict[str, str], tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def adapted() -> PeftModel:
+        base = AutoModelForCausalLM.from_pretrained(parts["student"])
+        return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+    args = arguments(tmp_path / "out", max_steps=1)
+    trainer = DistillationTrainer(adapted(), args, train_dataset=parts["train"], sequence_length=64)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: peft" in card
+    assert "in LoRA adapters" in card
+    saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(parts["student"]), tmp_path / "out")
+    changed = [name for name, value in saved.named_parameters() if "lora_B" in name and value.abs().sum() > 0]
+    assert changed
+    # Another adapter on top is refused; a card that was edited is kept.
+    with refused(ConfigError, "peft"):
+        DistillationTrainer(adapted(), args, train_dataset=parts["train"], sequence_length=64, peft={"r": 2})
+    (tmp_path / "out" / "README.md").write_text("---\nlicense: mit\n---\n# mine\n")
+    trainer.save_model()
+    assert "# mine" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_tokens_are_not_saved(parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

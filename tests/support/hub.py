@@ -35,7 +35,9 @@ class Repository:
     @property
     def commit(self) -> str:
         """The newest commit."""
-        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+        # Python keeps the hash of bytes.
+        content = sorted((name, hash(data)) for name, data in self.files.items())
+        return hashlib.sha1(repr(content).encode()).hexdigest()
 
 
 @dataclass

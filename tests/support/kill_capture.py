@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import tqdm
@@ -27,8 +28,15 @@ from distillkit.capture.run import run_capture
 from distillkit.capture.settings import CaptureSettings
 from distillkit.errors import InputError
 from support.capturing import everything
+from support.teachers import HEAD
 
-OPTIONS = {"max_seq_len": 64, "batch_tokens": 128, "head_rows": 50, "shard_tokens": 200, "preset": "budget"}
+SIZES = {"max_seq_len": 64, "batch_tokens": 128, "head_rows": 50, "shard_tokens": 200}
+# With the compact one, a third of the text is scored before the first shard, to learn the prior from.
+CODECS: dict[str, dict[str, Any]] = {
+    "fixed": {"preset": "budget"},
+    "compact": {"compression_config": {"vocab_size": HEAD, "k": 16, "step": 0.003}, "prior_rows": 2000},
+}
+OPTIONS: dict[str, Any] = dict(SIZES)
 REFUSED = 17
 
 
@@ -77,8 +85,9 @@ def race(teacher: str, dataset: str, output: Path) -> int:
     return statuses.count(REFUSED)
 
 
-def main(teacher: str, dataset: str, folder: str, kills: str, races: str) -> None:
+def main(teacher: str, dataset: str, folder: str, kills: str, races: str, codec: str) -> None:
     """Kill so many attempts, and start so many pairs."""
+    OPTIONS.update(CODECS[codec])
     torch.set_num_threads(1)
     # Progress bars share a lock between processes: a run killed with it would hold up all that follow.
     tqdm.tqdm.set_lock(threading.RLock())

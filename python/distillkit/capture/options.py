@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 __all__ = ["CaptureOptions"]
@@ -13,6 +14,8 @@ class CaptureOptions(TypedDict, total=False):
     What they mean is described in docs/settings.md.
     """
 
+    prior: str | Path | None
+    prior_rows: int
     dataset_configuration: str | None
     split: str
     samples: int | None

@@ -10,11 +10,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
+from distillkit.capture.kept_rows import ScoredOrRejected, read_rows
 from distillkit.capture.progress import CaptureProgress
 from distillkit.capture.shard_plan import ShardPlan, ShardReceipt
 from distillkit.capture.summary import ShardSummary
@@ -28,7 +29,7 @@ from distillkit.shards.storage import Folder
 from distillkit.shards.writer import NewShard, encode_rows, make_document
 from distillkit.types import Document, TokenDocument
 
-__all__ = ["BYTES_A_VALUE", "StageTimes", "capture_shards", "queue_bytes"]
+__all__ = ["BYTES_A_VALUE", "StageTimes", "capture_shards", "queue_bytes", "too_many_left_out"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class StageTimes:
         teacher: time waiting for the teacher.
         blocked: time the teacher waited for room in the queue.
         encode, write: time the encoder thread spent encoding and writing.
+        learn: time spent on learning the prior, once its rows were there.
         wall: from the first document to the last shard.
     """
 
@@ -54,7 +56,13 @@ class StageTimes:
     blocked: float = 0.0
     encode: float = 0.0
     write: float = 0.0
+    learn: float = 0.0
     wall: float = 0.0
+
+    def add(self, other: StageTimes) -> None:
+        """Add the times of another run."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 def capture_shards(
@@ -91,7 +99,7 @@ def capture_shards(
             documents = plan.read(number)
             encoder.begin(number, documents)
             clock = time.perf_counter()
-            for result in teacher.score(documents, request):
+            for result in _results(teacher, plan, header, number, documents, request):
                 given = time.perf_counter()
                 times.teacher += given - clock
                 encoder.put(result)
@@ -106,6 +114,38 @@ def capture_shards(
                 progress.finished_shard()
     times.wall = time.perf_counter() - started
     return times
+
+
+def _results(
+    teacher: Teacher,
+    plan: ShardPlan,
+    header: Header,
+    number: int,
+    documents: Sequence[TokenDocument],
+    request: RowRequest,
+) -> Iterator[ScoredOrRejected]:
+    """The results of a shard's documents. Those that the prior was learned from are scored by themselves, so that they
+    are the same whether they were kept or have to be scored again.
+
+    Raises:
+        MismatchError: the rows that were kept are of another teacher.
+    """
+    sampled = plan.sample.get(number, 0)
+    if sampled:
+        wide = replace(request, k=plan.sample_k)
+        kept = read_rows(plan, number)
+        if kept is not None:
+            replace(header, codec=kept.header.codec).check_same(kept.header, where=str(plan.inside))
+        yield from teacher.score(documents[:sampled], wide) if kept is None else kept.results
+    if sampled < len(documents):
+        for result in teacher.score(documents[sampled:], request):
+            yield replace(result, index=result.index + sampled)
+
+
+def too_many_left_out(reason: str, skip_bad: int) -> CaptureError:
+    """The error for a document that cannot be stored when no more may be left out."""
+    limit = f"more than {skip_bad} such documents" if skip_bad else "such documents, up to N"
+    return CaptureError(f"{reason}. --skip-bad-documents N would leave out {limit}")
 
 
 def queue_bytes(longest: int, k: int) -> int:
@@ -278,8 +318,7 @@ class _Encoder:
 
     def _skip(self, index: int, reason: str) -> None:
         if self._skipped == self._skip_bad:
-            limit = f"more than {self._skip_bad} such documents" if self._skip_bad else "such documents, up to N"
-            raise CaptureError(f"{reason}. --skip-bad-documents N would leave out {limit}")
+            raise too_many_left_out(reason, self._skip_bad)
         shard = self._shard()
         shard.skipped[index] = (shard.documents[index].source, reason)
         self._skipped += 1

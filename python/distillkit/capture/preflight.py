@@ -49,7 +49,7 @@ def check_before_loading(settings: CaptureSettings) -> None:
 
 
 def check_inputs(settings: CaptureSettings) -> None:
-    """Refuse a model, tokenizer or dataset that is not there, and a codec that is not valid.
+    """Refuse a model, tokenizer, dataset or prior that is not there, and a codec that is not valid.
 
     Raises:
         ConfigError: names the setting.
@@ -63,6 +63,8 @@ def check_inputs(settings: CaptureSettings) -> None:
     _check_dataset(settings.dataset)
     if settings.compression_config is not None:
         settings.read_compression_config()
+    if settings.prior is not None:
+        _check_prior(settings.prior)
 
 
 def _check_dataset(name: str) -> None:
@@ -76,6 +78,16 @@ def _check_dataset(name: str) -> None:
         problem = f"{name}: expected a file of {SUFFIXES}, found {path.suffix or 'no suffix'!r}"
     if problem is not None:
         raise ConfigError(f"dataset: {problem}")
+
+
+def _check_prior(name: str) -> None:
+    """Refuse a local prior that does not exist."""
+    if is_url(name):
+        _check_url("prior", name)
+        return
+    problem = missing_place(name, "file or folder", hub=False)
+    if problem is not None:
+        raise ConfigError(f"prior: {problem}")
 
 
 def _check_url(setting: str, name: str) -> None:

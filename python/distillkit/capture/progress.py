@@ -17,17 +17,20 @@ class CaptureProgress:
     """Shows the share of tokens done, shards, tokens per second, documents waiting for the encoder, and time left.
 
     Args:
+        what: what is done.
         tokens, shards: totals.
         done_tokens, done_shards: completed by earlier runs.
         shown: whether to show anything.
     """
 
-    def __init__(self, tokens: int, shards: int, done_tokens: int, done_shards: int, *, shown: bool) -> None:
+    def __init__(
+        self, what: str, tokens: int, shards: int, *, done_tokens: int = 0, done_shards: int = 0, shown: bool
+    ) -> None:
         self._shards, self._done_shards = shards, done_shards
         self._before, self._now = done_tokens, 0
         self._started = time.perf_counter()
         self._bar = make_progress(
-            TextColumn("capturing"),
+            TextColumn(what),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[state]}"),

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from distillkit.capture.inputs import sampled_tokens
 from distillkit.capture.pipeline import StageTimes, capture_shards
 from distillkit.capture.progress import CaptureProgress
 from distillkit.capture.settings import CaptureSettings
@@ -23,7 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def capture_with_ray(
-    settings: CaptureSettings, plan: ShardPlan, numbers: Sequence[int], progress: CaptureProgress
+    settings: CaptureSettings,
+    plan: ShardPlan,
+    numbers: Sequence[int],
+    progress: CaptureProgress,
+    *,
+    sample: bool = False,
 ) -> StageTimes:
     """Capture some shards of a plan on the Ray cluster that this process is connected to, or on one that it starts.
 
@@ -32,6 +38,7 @@ def capture_with_ray(
         plan: the plan, in a folder that all nodes can reach.
         numbers: which shards.
         progress: updated with each completed shard.
+        sample: only score the documents of these shards that the prior is learned from, and keep their rows.
 
     Returns:
         The sums of the workers' times, except for `wall`.
@@ -53,7 +60,7 @@ def capture_with_ray(
     tasks = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
     results = tasks.map_batches(
         _ShardWorker,
-        fn_constructor_args=(settings,),
+        fn_constructor_args=(settings, sample),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=count),
         num_cpus=settings.worker_cpus,
@@ -67,7 +74,7 @@ def capture_with_ray(
                 raise CaptureError(f"a worker stopped: {problem}")
             for name, value in result.items():
                 setattr(times, name, getattr(times, name) + value)
-            progress.scored(plan.shards[number].tokens, 0, 0)
+            progress.scored(sampled_tokens(plan, number) if sample else plan.shards[number].tokens, 0, 0)
             progress.finished_shard()
     except ray.exceptions.RayError as error:
         raise CaptureError(f"the Ray workers stopped: {error}") from error
@@ -96,8 +103,8 @@ def _gpus(settings: CaptureSettings, cluster: Mapping[str, float]) -> int:
 class _ShardWorker:
     """Runs in an actor; loads its engine with the first shard."""
 
-    def __init__(self, settings: CaptureSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: CaptureSettings, sample: bool) -> None:
+        self._settings, self._sample = settings, sample
         self._capture: Callable[[int], StageTimes] | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -115,18 +122,25 @@ class _ShardWorker:
     def _load(self) -> Callable[[int], StageTimes]:
         """Load the plan and the engine."""
         from distillkit.capture.inputs import CaptureInputs
+        from distillkit.capture.learning import score_sample, with_learned_prior
 
         settings = self._settings
-        plan = read_plan(Folder(settings.output))
-        if plan is None:
+        planned = read_plan(Folder(settings.output))
+        if planned is None:
             raise CaptureError(
                 f"{settings.output}: this node cannot see the plan of the capture: the output must be storage that "
                 "all nodes can reach, such as s3:// or a shared folder"
             )
         inputs = CaptureInputs.load(settings)
         teacher = inputs.teacher()
-        header = inputs.complete_header(plan, teacher, plan.receipts(trusted=range(len(plan.shards))))
         request, skip_bad = inputs.request, settings.skip_bad_documents
+        if self._sample:
+            own = inputs.complete_header(planned, teacher, {})
+            return lambda number: score_sample(teacher, planned, number, own, request, skip_bad=skip_bad)
+        plan = with_learned_prior(planned)
+        if plan is None:
+            raise CaptureError(f"{settings.output}: its prior was removed; run the command again")
+        header = inputs.complete_header(plan, teacher, plan.receipts(trusted=range(len(plan.shards))))
 
         def capture(number: int) -> StageTimes:
             # A lost worker may have completed its last shard.

@@ -45,7 +45,10 @@ class CaptureReport(Shown):
         documents, tokens, rows, shards: its size; a document of L tokens has L − 1 rows, or L with `last_row`.
         unfinished_shards: shards still missing, which were not part of this run; the manifest is written after the
             last one.
-        bytes_per_token: the codec's bytes per row, ids and values.
+        bytes_per_token: the codec's bytes per row, ids and values; in the compact format, their mean and the row's
+            share of the prior; 0 without rows.
+        prior_bytes: size of the prior, which the dataset stores once; 0 without one.
+        published_bytes_per_token: bytes per row of the published layout with as many ids.
         disk_bytes: size of the shards.
         kl_mean, kl_p99: KL(teacher ‖ decoded) over K ∪ {R} in nats per row, measured while writing; None without rows.
         mass_mean: mean total probability of the stored ids of a row; None if unknown.
@@ -61,6 +64,7 @@ class CaptureReport(Shown):
         new_tokens, tokens_per_second: number of tokens captured in this run, and throughput.
         teacher_seconds, blocked_seconds: time this run waited for the teacher, and time the teacher waited for the
             encoder.
+        learn_seconds: time this run spent on learning the prior, once the teacher had scored what it is learned from.
         encode_seconds, write_seconds: time spent by the encoder thread, in parallel with the teacher.
         peak_rss_bytes: peak resident memory of the process.
         peak_cuda_bytes: peak memory on the first CUDA device; 0 without one.
@@ -73,6 +77,8 @@ class CaptureReport(Shown):
     shards: int
     unfinished_shards: int
     bytes_per_token: float
+    prior_bytes: int
+    published_bytes_per_token: int
     disk_bytes: int
     kl_mean: float | None
     kl_p99: float | None
@@ -91,6 +97,7 @@ class CaptureReport(Shown):
     blocked_seconds: float
     encode_seconds: float
     write_seconds: float
+    learn_seconds: float
     peak_rss_bytes: int
     peak_cuda_bytes: int
 
@@ -105,7 +112,7 @@ class CaptureReport(Shown):
                 "shards",
                 f"{self.shards:,}" + (f", {self.unfinished_shards:,} missing" if self.unfinished_shards else ""),
             ),
-            ("size", f"{human_bytes(self.disk_bytes)}, {self.bytes_per_token:g} bytes per token"),
+            ("size", f"{human_bytes(self.disk_bytes)}, {self.bytes_per_token:.4g} bytes per token"),
         ]
         if self.kl_mean is not None and self.kl_p99 is not None:
             rows.append(("fidelity", f"KL mean {self.kl_mean:.2e}, p99 {self.kl_p99:.2e} nats"))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
-from distillkit.capture.inputs import CaptureInputs, check_disk_space
+from distillkit.capture.inputs import CaptureInputs, check_disk_space, sampled_tokens
+from distillkit.capture.learning import score_sample, settle_prior
 from distillkit.capture.pipeline import StageTimes, capture_shards
 from distillkit.capture.progress import CaptureProgress
 from distillkit.capture.result import CaptureReport
@@ -16,12 +18,14 @@ from distillkit.capture.summary import QUANTILES, ShardSummary
 from distillkit.capture.teachers.base import Teacher
 from distillkit.capture.teachers.hf import HFTeacher
 from distillkit.codec import Codec, CompactConfig
+from distillkit.codec.presets import published_bytes
 from distillkit.console import human_bytes
 from distillkit.errors import CaptureError
 from distillkit.memory import peak_memory
 from distillkit.shards import Dataset, Manifest, read_manifest
 from distillkit.shards.lock import CAPTURE_FOLDER, FolderLock
 from distillkit.shards.manifest import MANIFEST, merged_fidelity
+from distillkit.shards.prior import PRIOR
 from distillkit.shards.reader import ShardFile
 from distillkit.shards.storage import Folder
 from distillkit.shards.writer import is_dataset_file
@@ -37,11 +41,16 @@ def run_capture(settings: CaptureSettings, *, progress: bool = True) -> CaptureR
     folder = Folder(settings.output)
     if read_manifest(folder.url) is None:
         with FolderLock(folder, _share(settings)) as lock:
+            run = _Run(inputs, progress)
             with lock.turn():
                 # Another job may have finished the dataset while this one waited.
                 plan = inputs.plan(folder) if read_manifest(folder.url) is None else None
+                if plan is not None:
+                    plan = run.settle_prior(plan, lock)
             if plan is not None:
-                return _run(inputs, plan, lock, progress)
+                resumed = run.capture(plan)
+                with lock.turn():
+                    return _finish(plan, run.times, resumed, settings)
     return _already_complete(inputs, folder)
 
 
@@ -66,47 +75,102 @@ def _already_complete(inputs: CaptureInputs, folder: Folder) -> CaptureReport:
     return _report(folder, finished, StageTimes(), resumed=sum(shard.documents for shard in finished.shards))
 
 
-def _run(inputs: CaptureInputs, plan: ShardPlan, lock: FolderLock, progress: bool) -> CaptureReport:
-    """Capture this run's share of a plan."""
-    settings = inputs.settings
-    share = settings.shard_numbers(len(plan.shards))
-    # The shards of other jobs are compared by whoever finishes the dataset.
-    done = plan.receipts(trusted={*range(len(plan.shards))} - {*share})
-    numbers = [number for number in share if number not in done]
-    check_disk_space(plan, inputs.codec, settings, numbers)
-    times = StageTimes()
-    if numbers:
-        plan.remove_receipts(numbers)
-        times = _capture(inputs, plan, done, numbers, progress)
-    resumed = sum(receipt.info.documents for receipt in done.values())
-    with lock.turn():
-        return _finish(plan, times, resumed, settings)
+class _Run:
+    """What a run does with a plan; the teacher is loaded when it is first needed.
 
+    Attributes:
+        times: where the time went so far.
+    """
 
-def _capture(
-    inputs: CaptureInputs, plan: ShardPlan, done: Mapping[int, ShardReceipt], numbers: Sequence[int], progress: bool
-) -> StageTimes:
-    """Load the teacher and capture some shards."""
-    settings = inputs.settings
-    if done:
-        logger.info(
-            "%s: %d of %d shards are complete: resuming with the others", plan.folder, len(done), len(plan.shards)
+    def __init__(self, inputs: CaptureInputs, progress: bool) -> None:
+        self.times = StageTimes()
+        self._inputs, self._settings, self._progress = inputs, inputs.settings, progress
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        teacher = self._inputs.teacher()
+        _log_memory(teacher, self._inputs.codec, self._settings)
+        return teacher
+
+    def settle_prior(self, plan: ShardPlan, lock: FolderLock) -> ShardPlan:
+        """The plan with the prior that its shards have; see `settle_prior`."""
+        plan, times = settle_prior(self._inputs, plan, lock, self._score_sample, progress=self._progress)
+        self.times.add(times)
+        return plan
+
+    def capture(self, plan: ShardPlan) -> int:
+        """Capture this run's share of a plan; returns the number of documents that earlier runs captured."""
+        settings = self._settings
+        share = settings.shard_numbers(len(plan.shards))
+        # The shards of other jobs are compared by whoever finishes the dataset.
+        done = plan.receipts(trusted={*range(len(plan.shards))} - {*share})
+        numbers = [number for number in share if number not in done]
+        check_disk_space(plan, self._inputs.codec, settings, numbers)
+        if numbers:
+            plan.remove_receipts(numbers)
+            self.times.add(self._capture(plan, done, numbers))
+        return sum(receipt.info.documents for receipt in done.values())
+
+    def _capture(self, plan: ShardPlan, done: Mapping[int, ShardReceipt], numbers: Sequence[int]) -> StageTimes:
+        """Load the teacher and capture some shards."""
+        settings = self._settings
+        if done:
+            logger.info(
+                "%s: %d of %d shards are complete: resuming with the others", plan.folder, len(done), len(plan.shards)
+            )
+        tokens = sum(plan.shards[number].tokens for number in numbers)
+        before = sum(plan.shards[number].tokens for number in done)
+        bar = CaptureProgress(
+            "capturing",
+            before + tokens,
+            len(done) + len(numbers),
+            done_tokens=before,
+            done_shards=len(done),
+            shown=self._progress,
         )
-    tokens = sum(plan.shards[number].tokens for number in numbers)
-    before = sum(plan.shards[number].tokens for number in done)
-    bar = CaptureProgress(before + tokens, len(done) + len(numbers), before, len(done), shown=progress)
-    if settings.workers == "ray":
-        from distillkit.capture.ray import capture_with_ray
+        if settings.workers == "ray":
+            from distillkit.capture.ray import capture_with_ray
 
+            with bar:
+                return capture_with_ray(settings, plan, numbers, bar)
+        header = self._inputs.complete_header(plan, self._teacher, done)
         with bar:
-            return capture_with_ray(settings, plan, numbers, bar)
-    teacher = inputs.teacher()
-    header = inputs.complete_header(plan, teacher, done)
-    _log_memory(teacher, header.make_codec(), settings)
-    with bar:
-        return capture_shards(
-            teacher, plan, header, numbers, inputs.request, skip_bad=settings.skip_bad_documents, progress=bar
-        )
+            return capture_shards(
+                self._teacher,
+                plan,
+                header,
+                numbers,
+                self._inputs.request,
+                skip_bad=settings.skip_bad_documents,
+                progress=bar,
+            )
+
+    def _score_sample(self, plan: ShardPlan, numbers: Sequence[int]) -> StageTimes:
+        """Score the documents of some shards that the prior is learned from, and keep their rows."""
+        settings, times = self._settings, StageTimes()
+        tokens = sum(sampled_tokens(plan, number) for number in numbers)
+        bar = CaptureProgress("scoring what the prior is learned from", tokens, len(numbers), shown=self._progress)
+        if settings.workers == "ray":
+            from distillkit.capture.ray import capture_with_ray
+
+            with bar:
+                return capture_with_ray(settings, plan, numbers, bar, sample=True)
+        header = self._inputs.complete_header(plan, self._teacher, {})
+        with bar:
+            for number in numbers:
+                times.add(
+                    score_sample(
+                        self._teacher,
+                        plan,
+                        number,
+                        header,
+                        self._inputs.request,
+                        skip_bad=settings.skip_bad_documents,
+                        progress=bar,
+                    )
+                )
+                bar.finished_shard()
+        return times
 
 
 def _finish(plan: ShardPlan, times: StageTimes, resumed: int, settings: CaptureSettings) -> CaptureReport:
@@ -210,19 +274,22 @@ def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> No
     )
 
 
-def _bytes_per_token(folder: Folder, manifest: Manifest) -> float:
-    """The codec's bytes per row; where rows differ in size, the mean over the shards."""
+def _bytes_per_token(folder: Folder, manifest: Manifest, prior_bytes: int) -> float:
+    """The codec's bytes per row; where rows differ in size, their mean with their prior, or 0 without rows."""
     if manifest.header.codec.get("format") != CompactConfig.format:
         return manifest.header.make_codec().bytes_per_token
     rows = sum(shard.rows for shard in manifest.shards)
-    return sum(ShardFile(folder.of(shard.file)).teacher_bytes() for shard in manifest.shards) / max(rows, 1)
+    size = sum(ShardFile(folder.of(shard.file)).teacher_bytes() for shard in manifest.shards)
+    return (size + prior_bytes) / rows if rows else 0.0
 
 
 def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int, unfinished: int = 0) -> CaptureReport:
     """Summarise a dataset."""
-    shards, fidelity, memory = manifest.shards, manifest.header.fidelity or {}, peak_memory()
+    header, shards, memory = manifest.header, manifest.shards, peak_memory()
+    fidelity = header.fidelity or {}
     capture = manifest.capture or {}
     summary = ShardSummary.from_dict(capture["summary"]) if "summary" in capture else ShardSummary()
+    prior_bytes = 0 if header.prior is None else folder.size(PRIOR) or 0
     return CaptureReport(
         output=str(folder),
         documents=sum(shard.documents for shard in shards),
@@ -230,7 +297,9 @@ def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int,
         rows=sum(shard.rows for shard in shards),
         shards=len(shards),
         unfinished_shards=unfinished,
-        bytes_per_token=_bytes_per_token(folder, manifest),
+        bytes_per_token=_bytes_per_token(folder, manifest, prior_bytes),
+        prior_bytes=prior_bytes,
+        published_bytes_per_token=published_bytes(header.codec["config"]["k"], header.head_size),
         disk_bytes=sum(shard.bytes for shard in shards),
         kl_mean=fidelity.get("kl_mean"),
         kl_p99=fidelity.get("kl_p99"),
@@ -249,5 +318,6 @@ def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int,
         blocked_seconds=times.blocked,
         encode_seconds=times.encode,
         write_seconds=times.write,
+        learn_seconds=times.learn,
         **memory,
     )

@@ -121,6 +121,18 @@ class CaptureSettings(BaseModel):
         default=None,
         description="Codec configuration from a YAML file, such as the compression_config.yaml of a published dataset.",
     )
+    prior: Text | None = Field(
+        default=None,
+        description="Of the compact format: the prior of another capture of the same teacher, as its prior.bin, its "
+        "folder or one of its shards. By default it is learned from this capture's own text.",
+    )
+    prior_rows: int = Field(
+        default=131_072,
+        ge=0,
+        description="Of the compact format: from about how many distributions the prior is learned, evenly spread over "
+        "the text. They are scored first and kept on disk, 8 bytes per id, until their shards are complete; 0 learns "
+        "none, and takes the built-in one.",
+    )
     dataset_configuration: str | None = Field(default=None, description="Configuration of a hub dataset.")
     split: str = Field(
         default="train",
@@ -375,6 +387,12 @@ class CaptureSettings(BaseModel):
             where = f"{config}: " if isinstance(config, (str, Path)) and not reason.startswith(str(config)) else ""
             raise ConfigError(f"compression_config: {where}{reason}") from error
 
+    @property
+    def prior_hash(self) -> str | None:
+        """The hash of the prior that `compression_config` names, if it names one."""
+        config = None if self.compression_config is None else self.read_compression_config()
+        return config.prior if isinstance(config, CompactConfig) else None
+
     def codec(self, head_size: int) -> Codec:
         """Make the codec for a teacher whose logits are `head_size` wide.
 
@@ -394,7 +412,11 @@ class CaptureSettings(BaseModel):
     def _codec(self, head_size: int) -> Codec:
         if self.compression_config is None:
             return Codec(preset(self.preset or DEFAULT_PRESET, vocab_size=head_size))
-        codec = Codec(self.read_compression_config())
+        config = self.read_compression_config()
+        if isinstance(config, CompactConfig):
+            # The prior itself is given by `prior`.
+            config = config.without_prior()
+        codec = Codec(config)
         if codec.vocab_size != head_size:
             given = self.compression_config
             where = str(given) if isinstance(given, (str, Path)) else "compression_config"

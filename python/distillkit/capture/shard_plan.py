@@ -5,7 +5,8 @@ It is kept in the folder `.capture` of the output until the dataset is complete 
 - `plan.json`: the shards' header (without the teacher), how many documents and tokens each shard has, and what was left
   out;
 - `documents-00000.parquet`, …: the tokenised documents of each shard;
-- `data-00000.json`, …: a receipt for each completed shard.
+- `data-00000.json`, …: a receipt for each completed shard;
+- where the codec's prior is learned: the teacher's rows that it is learned from, and what came of it (`learning.py`).
 
 Workers therefore do not need the source, and the same documents are in the same shards however the shards are
 distributed and however often a run is interrupted.
@@ -15,13 +16,15 @@ from __future__ import annotations
 
 import base64
 import logging
+import math
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -43,12 +46,24 @@ from distillkit.shards.storage import Folder, reading
 from distillkit.shards.writer import kept_array, stored_schema, value_bytes
 from distillkit.types import TokenDocument
 
-__all__ = ["PlannedShard", "ShardPlan", "ShardReceipt", "make_plan", "read_plan", "remove_plan"]
+__all__ = [
+    "PRIOR_RECEIPT",
+    "PlannedShard",
+    "ShardPlan",
+    "ShardReceipt",
+    "make_plan",
+    "read_json",
+    "read_plan",
+    "remove_plan",
+    "rows_name",
+    "write_json",
+]
 
 logger = logging.getLogger(__name__)
 
 _PLAN = "plan.json"
-_OURS = re.compile(r"plan\.json|documents-\d{5,}\.parquet|data-\d{5,}\.json")
+PRIOR_RECEIPT = "prior.json"
+_OURS = re.compile(r"plan\.json|prior\.json|documents-\d{5,}\.parquet|data-\d{5,}\.json|rows-\d{5,}\.(json|bin)")
 _FORMAT, _VERSION = "distillkit-capture", 2
 
 _DOCUMENT_SCHEMA = pa.schema(
@@ -60,6 +75,9 @@ _DOCUMENT_SCHEMA = pa.schema(
 )
 _GROUP_BYTES = 1 << 26
 """Kept columns' bytes per row group. Arrow cannot read 2 GB of a nested column at once."""
+_SAMPLED_ROWS = 8192
+"""Rows of a shard that a prior is learned from, if there are enough shards: few enough that they come from many parts
+of the text, and enough to be scored at the teacher's full speed."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +122,8 @@ class ShardPlan:
         counts: number of source rows, and of rows and documents left out, by reason.
         kept: schema of the source columns copied to the documents.
         source: JSON-able value that changes if the source's content changes.
+        sample: how many leading documents of which shards the codec's prior is learned from; empty if none is learned.
+        sample_k: number of ids per row that it is learned from.
     """
 
     folder: Folder
@@ -112,6 +132,8 @@ class ShardPlan:
     counts: Mapping[str, int]
     kept: pa.Schema
     source: Any
+    sample: Mapping[int, int] = field(default_factory=dict)
+    sample_k: int = 0
 
     @property
     def documents(self) -> int:
@@ -130,13 +152,13 @@ class ShardPlan:
             CorruptDataError: the file is missing, damaged, or that of other documents.
         """
         name = _documents_name(number)
-        place, expected = self._inside.of(name), self.shards[number].xxh3_128
-        data = self._inside.read(name, most=None)
+        place, expected = self.inside.of(name), self.shards[number].xxh3_128
+        data = self.inside.read(name, most=None)
         if data is None:
-            raise CorruptDataError(f"{place} is missing: {_start_over(self._inside)}")
+            raise CorruptDataError(f"{place} is missing: {_start_over(self.inside)}")
         found = xxhash.xxh3_128_hexdigest(data)
         if expected and found != expected:
-            raise CorruptDataError(f"{place} has the hash {found}, expected {expected}: {_start_over(self._inside)}")
+            raise CorruptDataError(f"{place} has the hash {found}, expected {expected}: {_start_over(self.inside)}")
         with reading(place), pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as parquet:
             groups = [parquet.read_row_group(group) for group in range(parquet.num_row_groups)]
         return [document for group in groups for document in _token_documents(group, self.kept.names)]
@@ -150,7 +172,7 @@ class ShardPlan:
         Args:
             trusted: shards of which only the size is compared: those that this run has compared or written itself.
         """
-        there = {*self._inside.names()}
+        there = {*self.inside.names()}
         numbers = [number for number in range(len(self.shards)) if _receipt_name(number) in there]
         with ThreadPoolExecutor() as pool:
             found = [*pool.map(lambda number: self._receipt(number, whole=number not in trusted), numbers)]
@@ -158,13 +180,13 @@ class ShardPlan:
 
     def is_done(self, number: int) -> bool:
         """Whether a shard has a receipt."""
-        return self._inside.size(_receipt_name(number)) is not None
+        return self.inside.size(_receipt_name(number)) is not None
 
     def remove_receipts(self, numbers: Iterable[int]) -> None:
         """Remove what receipts there are of shards that are captured again."""
-        there = {*self._inside.names()}
+        there = {*self.inside.names()}
         for name in there & {_receipt_name(number) for number in numbers}:
-            self._inside.remove(name)
+            self.inside.remove(name)
 
     def _receipt(self, number: int, *, whole: bool) -> ShardReceipt | None:
         """A shard's receipt; None if it does not fit."""
@@ -185,8 +207,8 @@ class ShardPlan:
         Raises:
             CorruptDataError: it is damaged, or of other documents.
         """
-        place, planned = self._inside.of(_receipt_name(number)), self.shards[number]
-        content = _read_json(self._inside, _receipt_name(number))
+        place, planned = self.inside.of(_receipt_name(number)), self.shards[number]
+        content = read_json(self.inside, _receipt_name(number))
         try:
             receipt = ShardReceipt(
                 ShardInfo.from_dict(content["info"]),
@@ -222,7 +244,7 @@ class ShardPlan:
             raise CorruptDataError(f"{place} has the hash {found}, but its receipt says {info.xxh3_128}")
 
     def write_receipt(self, number: int, receipt: ShardReceipt) -> None:
-        """Record that a shard is complete."""
+        """Record that a shard is complete, and remove the rows of it that were kept since the prior was learned."""
         content = {
             "info": asdict(receipt.info),
             "header": receipt.header.to_dict(),
@@ -230,7 +252,9 @@ class ShardPlan:
             "skipped": receipt.skipped,
             "planned": self.shards[number].xxh3_128,
         }
-        _write_json(self._inside, _receipt_name(number), content)
+        write_json(self.inside, _receipt_name(number), content)
+        for suffix in ("json", "bin") if number in self.sample else ():
+            self.inside.remove(rows_name(number, suffix))
 
     def remove(self) -> None:
         """Remove the plan and its receipts."""
@@ -242,15 +266,21 @@ class ShardPlan:
         Raises:
             MismatchError: names what differs and both values.
         """
-        header.check_same(self.header, where=self._inside.of(_PLAN))
+        header.check_same(self.header, where=self.inside.of(_PLAN))
         if source != self.source:
             raise MismatchError(
-                f"{self._inside.of(_PLAN)}: the dataset's content is {self.source}, expected {source}: the dataset "
+                f"{self.inside.of(_PLAN)}: the dataset's content is {self.source}, expected {source}: the dataset "
                 "has changed since this capture began"
             )
 
     @property
-    def _inside(self) -> Folder:
+    def starting_over(self) -> str:
+        """What to do where nothing else helps, for messages."""
+        return _start_over(self.inside)
+
+    @property
+    def inside(self) -> Folder:
+        """The folder with everything that is kept until the dataset is complete."""
         return self.folder.inner(CAPTURE_FOLDER)
 
 
@@ -272,6 +302,8 @@ def make_plan(
     source: Any,
     kept: pa.Schema,
     counts: Callable[[], Mapping[str, int]],
+    sampled_rows: int = 0,
+    sample_k: int = 0,
 ) -> ShardPlan:
     """Write a plan.
 
@@ -283,6 +315,8 @@ def make_plan(
         source: JSON-able value that changes if the source's content changes.
         kept: schema of the source columns copied to the documents.
         counts: returns what was left out; called after `documents` are exhausted.
+        sampled_rows: from about how many rows, evenly spread over the text, the codec's prior is learned.
+        sample_k: number of ids per row that it is learned from.
 
     Raises:
         OSError: the plan cannot be written.
@@ -290,12 +324,14 @@ def make_plan(
     inside = folder.inner(CAPTURE_FOLDER)
     inside.make()
     inside.remove_leftovers(lambda name: _OURS.fullmatch(name) is not None)
-    shards = []
+    shards, rows_of = [], []
     for number, members in enumerate(_shards(documents, shard_tokens)):
         written = _write_documents(inside, _documents_name(number), members, kept)
         shards.append(PlannedShard(len(members), sum(len(document.input_ids) for document in members), written))
+        rows_of.append(np.cumsum([header.rows_of(len(document.input_ids)) for document in members]))
     kept = stored_schema(kept)
-    plan = ShardPlan(folder, header, tuple(shards), dict(counts()), kept, source)
+    sample = _sample(rows_of, sampled_rows)
+    plan = ShardPlan(folder, header, tuple(shards), dict(counts()), kept, source, sample, sample_k)
     content = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -304,9 +340,10 @@ def make_plan(
         "counts": plan.counts,
         "kept": base64.b64encode(kept.serialize().to_pybytes()).decode(),
         "source": source,
+        **({"sample": {"k": sample_k, "documents": sorted(sample.items())}} if sample else {}),
     }
     # Written last, so that a plan is only recognised once it is complete.
-    _write_json(inside, _PLAN, content)
+    write_json(inside, _PLAN, content)
     return plan
 
 
@@ -322,7 +359,7 @@ def read_plan(folder: Folder) -> ShardPlan | None:
         return None
     place = inside.of(_PLAN)
     try:
-        content = _read_json(inside, _PLAN)
+        content = read_json(inside, _PLAN)
     except CorruptDataError as error:
         raise CorruptDataError(f"{error}: {_start_over(inside)}") from error
     if content.get("format") != _FORMAT or type(content.get("version")) is not int:
@@ -339,6 +376,7 @@ def read_plan(folder: Folder) -> ShardPlan | None:
             {str(name): int(count) for name, count in content["counts"].items()},
             pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["kept"]))),
             content["source"],
+            *_sampled(content.get("sample"), content["shards"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
         raise CorruptDataError(f"{place} is not a capture's plan: {error!r}") from error
@@ -349,6 +387,35 @@ def _planned(entry: Mapping[str, Any]) -> PlannedShard:
     if [type(value) for value in asdict(shard).values()] != [int, int, str] or min(shard.documents, shard.tokens) < 0:
         raise ValueError(f"{entry!r:.200} is not a shard")
     return shard
+
+
+def _sampled(entry: Any, shards: Sequence[Mapping[str, Any]]) -> tuple[dict[int, int], int]:
+    if entry is None:
+        return {}, 0
+    sample, k = dict(entry["documents"]), entry["k"]
+    if type(k) is not int or k < 1:
+        raise ValueError(f"{k!r:.200} is not a number of ids")
+    for number, documents in sample.items():
+        known = type(number) is type(documents) is int and 0 <= number < len(shards)
+        if not known or not 0 < documents <= shards[number]["documents"]:
+            raise ValueError(f"{number!r:.200}, {documents!r:.200} are not documents of a shard")
+    return sample, k
+
+
+def _sample(rows_of: Sequence[npt.NDArray[np.int64]], rows: int) -> dict[int, int]:
+    """Choose the leading documents of evenly spread shards that have about so many rows together.
+
+    Args:
+        rows_of: for each shard, the rows up to and including each of its documents.
+        rows: 0 chooses none.
+    """
+    if not rows or not rows_of:
+        return {}
+    each = min(_SAMPLED_ROWS, math.ceil(sum(int(ends[-1]) for ends in rows_of) / len(rows_of)))
+    count = min(len(rows_of), math.ceil(rows / each))
+    quota = math.ceil(rows / count)
+    numbers = [index * len(rows_of) // count for index in range(count)]
+    return {number: min(int(np.searchsorted(rows_of[number], quota)) + 1, len(rows_of[number])) for number in numbers}
 
 
 def _shards(documents: Iterable[TokenDocument], shard_tokens: int) -> Iterator[list[TokenDocument]]:
@@ -425,12 +492,18 @@ def _receipt_name(number: int) -> str:
     return shard_name(number).replace(".parquet", ".json")
 
 
-def _write_json(folder: Folder, name: str, content: Mapping[str, Any]) -> None:
+def rows_name(number: int, suffix: str) -> str:
+    """The name of a file with rows of a shard that the prior is learned from."""
+    return f"rows-{number:05}.{suffix}"
+
+
+def write_json(folder: Folder, name: str, content: Mapping[str, Any]) -> None:
+    """Write a file of the plan, with its hash."""
     folder.write(name, canonical_json({**content, "xxh3": json_hash(content)}).encode())
 
 
-def _read_json(folder: Folder, name: str) -> dict[str, Any]:
-    """Read what `_write_json` wrote.
+def read_json(folder: Folder, name: str) -> dict[str, Any]:
+    """Read what `write_json` wrote.
 
     Raises:
         CorruptDataError: the file is not valid JSON, or was modified.

@@ -111,7 +111,8 @@ def _table(report: CaptureReport) -> Table:
             "unfinished",
             f"left: {number_of(report.unfinished_shards, 'shard')}; the manifest is written after the last one",
         )
-    table.add_row("bytes per token", f"{report.bytes_per_token:g}  ({human_bytes(report.disk_bytes)} on disk)")
+    if report.bytes_per_token:
+        table.add_row("bytes per token", _bytes_per_token(report))
     if report.kl_mean is not None and report.kl_p99 is not None:
         table.add_row(
             "fidelity", f"KL mean {report.kl_mean:.2e}, p99 {report.kl_p99:.2e} nats (over the stored ids and the rest)"
@@ -127,7 +128,8 @@ def _table(report: CaptureReport) -> Table:
     if report.already_complete:
         table.add_row("this run", "nothing to do: already complete")
     elif not report.new_tokens:
-        table.add_row("this run", "nothing captured: only the plan was made, or these shards were already complete")
+        only = "only the prior was learned" if report.learn_seconds else "only the plan was made"
+        table.add_row("this run", f"nothing captured: {only}, or these shards were already complete")
     else:
         speed = f"{report.new_tokens:,} tokens in {report.seconds:,.1f} s: {report.tokens_per_second:,.0f} tokens/s"
         table.add_row("this run", speed)
@@ -135,6 +137,18 @@ def _table(report: CaptureReport) -> Table:
         cuda = f", {human_bytes(report.peak_cuda_bytes)} on the GPU" if report.peak_cuda_bytes else ""
         table.add_row("peak memory", f"{human_bytes(report.peak_rss_bytes)}{cuda}")
     return table
+
+
+def _bytes_per_token(report: CaptureReport) -> str:
+    """Format the codec's bytes per token, compared with the published layout, and the size on disk."""
+    disk = f"{human_bytes(report.disk_bytes)} on disk"
+    if not report.prior_bytes:
+        return f"{report.bytes_per_token:g}  ({disk})"
+    published, share = report.published_bytes_per_token, report.prior_bytes / report.rows
+    return (
+        f"{report.bytes_per_token:,.1f}, {report.bytes_per_token / published:.0%} of the {published} of the published "
+        f"layout  ({share:,.1f} of them for the prior of {human_bytes(report.prior_bytes)}; {disk})"
+    )
 
 
 def _alignment(report: CaptureReport) -> str:
@@ -152,7 +166,8 @@ def _stages(report: CaptureReport) -> str:
         "write": report.write_seconds,
     }
     rates = ", ".join(f"{name} {report.new_tokens / seconds:,.0f}" for name, seconds in stages.items() if seconds > 0)
-    return f"{rates} tokens/s; the teacher waited {report.blocked_seconds:,.1f} s for them"
+    learned = f"; learning the prior took {report.learn_seconds:,.1f} s" if report.learn_seconds else ""
+    return f"{rates} tokens/s; the teacher waited {report.blocked_seconds:,.1f} s for them{learned}"
 
 
 def _documents(report: CaptureReport) -> str:

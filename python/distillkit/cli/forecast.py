@@ -20,7 +20,13 @@ from distillkit.console import human_bytes, progress_bar, quiet_libraries, say, 
 from distillkit.errors import CaptureError
 
 if TYPE_CHECKING:
-    from distillkit.capture.forecast.forecast import CodecForecast, Forecast, MemoryForecast, SpeedForecast
+    from distillkit.capture.forecast.forecast import (
+        CodecForecast,
+        Forecast,
+        LearningForecast,
+        MemoryForecast,
+        SpeedForecast,
+    )
     from distillkit.capture.forecast.totals import Amount, TextForecast
 
 __all__ = ["forecast"]
@@ -101,6 +107,8 @@ def _summary(result: Forecast) -> Table:
         _add_speed(table, result.speed)
     _add_memory(table, result.memory)
     chosen, free = result.chosen, result.free_bytes
+    if result.learning is not None:
+        table.add_row("prior", _learning(result.learning, chosen))
     room = "free space unknown" if free is None else f"{human_bytes(free)} are free"
     if result.reserved_bytes:
         room += f", {human_bytes(result.reserved_bytes)} of them for captures before this one"
@@ -135,6 +143,15 @@ def _add_speed(table: Table, speed: SpeedForecast) -> None:
         speed.workers, f"; with {speed.workers} workers, each as fast as this machine"
     )
     table.add_row("time", f"{span}, {by}; loading took {speed.load_seconds:.0f} s{workers}")
+
+
+def _learning(learning: LearningForecast, chosen: CodecForecast) -> str:
+    """Format what learning the prior takes."""
+    time = "" if learning.seconds is None else f"; that takes about {_span(math.ceil(learning.seconds))}"
+    return (
+        f"learned from {learning.rows:,} distributions, which are scored first, and take "
+        f"{human_bytes(chosen.kept_bytes)} of disk until their shards are complete{time}"
+    )
 
 
 def _add_memory(table: Table, memory: MemoryForecast) -> None:

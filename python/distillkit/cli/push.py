@@ -19,18 +19,18 @@ __all__ = ["push"]
     "--private/--public",
     default=True,
     show_default=True,
-    help="Who can read a new repository. One that exists stays as it is.",
+    help="Who can read the repository. One that exists stays as it is; a public one needs --public.",
 )
-@click.option("--license", metavar="ID", help="Licence for the card, such as apache-2.0; without it, it is left open.")
+@click.option("--license", metavar="ID", help="Licence for the card, such as apache-2.0; left open by default.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read and check everything first.")
 @JSON
 def push(dataset: str, repo: str, private: bool, license: str | None, verify: bool, as_json: bool) -> None:
     """Push the captured dataset in the folder DATASET to the hub repository REPO (OWNER/NAME), with a card made from
     its header.
 
-    The token is that of `hf auth login`, or HF_TOKEN. The repository is created if it does not exist, as a private one
-    without --public: token ids can be turned back into the documents. An interrupted push is run again: shards that
-    have arrived are not sent twice. Files of something else in the repository are left alone, and nothing is pushed.
+    The token is that of `hf auth login`, or HF_TOKEN. A repository that does not exist is created, and is private
+    without --public: token ids can be turned back into the documents. To resume an interrupted push, run it again:
+    shards that have arrived are not sent twice. If the repository holds other files, nothing is pushed.
 
     \b
     Examples:

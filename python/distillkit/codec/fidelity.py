@@ -20,6 +20,8 @@ _BINS_PER_OCTAVE = 16
 """Resolution of the KL histogram: a quantile read from it is at most 2^(1/16) − 1 = 4.4% too high."""
 _LEAST_MISSING = 1e-12
 """The least missing probability that is told from none."""
+_TABLE = 1 << 21
+"""Entries of a look-up table."""
 _LOWEST = 2.0**-40
 """Smaller KL values count as this one (1e-12 nats)."""
 
@@ -64,14 +66,19 @@ def values_of(rows: SparseLogprobs, stored: SparseLogprobs) -> tuple[npt.NDArray
     """
     ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs)
     wanted, absent = np.asarray(stored.ids), np.isneginf(stored.logprobs)
-    # Combining row and id in one key allows a single sorted search for all rows.
+    # A table from ids to places, for some rows at a time: sorting takes three times as long. What an id that is not
+    # among a row's finds there has another id.
     width = 1 + max(int(ids.max(initial=0)), int(wanted.max(initial=0)))
-    first = np.arange(len(ids))[:, None] * width
-    keys, wanted = (first + ids).ravel(), first + wanted
-    order = np.argsort(keys, kind="stable")
-    at = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)]
-    found = (keys[at] == wanted) | absent
-    return np.where(absent, np.float32(-np.inf), logprobs.ravel()[at]), found.all(-1)
+    step = max(1, _TABLE // width)
+    table, places_n = np.zeros(step * width, np.int32), np.arange(ids.shape[-1], dtype=np.int32)
+    at_Rk = np.empty(wanted.shape, np.int64)
+    for start in range(0, len(ids), step):
+        part = slice(start, start + step)
+        first = np.arange(len(ids[part]))[:, None] * width
+        table[first + ids[part]] = places_n
+        at_Rk[part] = table[first + wanted[part]]
+    found = (np.take_along_axis(ids, at_Rk, -1) == wanted) | absent
+    return np.where(absent, np.float32(-np.inf), np.take_along_axis(logprobs, at_Rk, -1)), found.all(-1)
 
 
 class FidelityStats:

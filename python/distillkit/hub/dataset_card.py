@@ -9,7 +9,7 @@ from distillkit.capture.summary import ShardSummary
 from distillkit.codec import Codec, CompactConfig
 from distillkit.configuration.cards import front_matter, hub_id, public_name
 from distillkit.console import human_bytes
-from distillkit.reports.run_report import _table, _text
+from distillkit.reports.run_report import MARKDOWN, table
 from distillkit.shards import Manifest
 
 __all__ = ["CARD_MARK", "dataset_card"]
@@ -63,7 +63,7 @@ def dataset_card(manifest: Manifest, codec: Codec, repo: str, license: str | Non
         f"# {repo.rpartition('/')[2]}",
         f"Next-token distributions of {whose} over {documents:,} documents, captured with "
         "[distillkit](https://pypi.org/project/distillkit/) for training smaller models (knowledge distillation).",
-        _table(("", ""), _facts(manifest, codec)),
+        table(("", ""), _facts(manifest, codec)),
         "## Read it",
         _reading(repo),
         "Only what is used is downloaded. Each row of `rows` has the ids and log-probabilities of the teacher's most "
@@ -72,7 +72,7 @@ def dataset_card(manifest: Manifest, codec: Codec, repo: str, license: str | Non
         _training(repo),
         "The student needs the teacher's tokenizer; this is checked before the first step.",
         "## Columns",
-        _table(("column", "content"), [(f"`{name}`", about) for name, about in _COLUMNS]),
+        table(("column", "content"), [(f"`{name}`", about) for name, about in _COLUMNS]),
         "Other columns were kept from the source's rows. How the distributions are encoded is in the files' metadata "
         "and in `manifest.json`.",
         "## Licence and privacy",
@@ -122,14 +122,14 @@ def _stored_ids(codec: Codec) -> str:
 def _named(recorded: Mapping[str, Any] | None, *details: str) -> str:
     if recorded is None:
         return "not recorded"
-    known = ", ".join(_text(recorded[name]) for name in details if recorded.get(name))
+    known = ", ".join(MARKDOWN.name(recorded[name]) for name in details if recorded.get(name))
     return _teacher(recorded["name"]) + (f" ({known})" if known else "")
 
 
 def _teacher(name: str) -> str:
     """A model's name, linked if it is on the hub."""
     found = hub_id(name)
-    return f"[{found}](https://huggingface.co/{found})" if found else _text(public_name(name))
+    return f"[{found}](https://huggingface.co/{found})" if found else MARKDOWN.name(public_name(name))
 
 
 def _reading(repo: str) -> str:

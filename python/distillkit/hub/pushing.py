@@ -23,7 +23,7 @@ from distillkit.console import human_bytes, progress_bar
 from distillkit.errors import CorruptDataError, DistillKitError, InputError, MismatchError
 from distillkit.hub.dataset_card import CARD_MARK, dataset_card
 from distillkit.shards import Dataset, Manifest, read_manifest, verify_dataset
-from distillkit.shards.manifest import MANIFEST
+from distillkit.shards.manifest import MANIFEST, is_shard_name
 from distillkit.shards.storage import Folder
 from distillkit.shards.writer import is_dataset_file
 from distillkit.types import Facts, Shown
@@ -91,7 +91,8 @@ def push(
     Args:
         dataset: folder of a finished capture on this machine.
         repo: hub id of the dataset, OWNER/NAME; without OWNER, the user's own. It is created if it does not exist.
-        private: whether a new repository can be read by its owner only. One that exists stays as it is.
+        private: whether only its owner can read the repository. One that exists stays as it is, and if it is public,
+            nothing is pushed unless this is false.
         license: SPDX identifier for the card, such as `apache-2.0`.
         verify: read everything first, as `verify_dataset` does, and push nothing damaged.
         progress: show a progress bar, on stderr or in the notebook.
@@ -102,7 +103,7 @@ def push(
     Raises:
         InputError: the dataset is not a finished capture on this machine.
         CorruptDataError: it is damaged.
-        MismatchError: the repository holds other files, which are left alone.
+        MismatchError: the repository holds other files, which are left alone; or it is public, and `private` is true.
         DistillKitError: the hub cannot be reached, or refuses; the message says what to do.
     """
     folder, manifest, codec = _finished(dataset)
@@ -115,10 +116,10 @@ def push(
 
         api = HfApi(library_name="distillkit", library_version=__version__)
         url = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-        remote = _Repository(api, url.repo_id)
-        remote.check_content(manifest, folder)
+        remote = _Repository(api, url.repo_id, _files(folder, manifest))
+        remote.check(private=private)
         card = dataset_card(manifest, codec, remote.repo, license)
-        return remote.send(folder, manifest, card.encode(), advance, str(url))
+        return remote.send(card.encode(), advance, str(url))
 
 
 def _finished(dataset: str | os.PathLike[str]) -> tuple[Path, Manifest, Codec]:
@@ -187,71 +188,80 @@ def _asking(repo: str) -> Iterator[None]:
 
 
 class _Repository:
-    """A dataset's repository on the hub, and what is in it."""
+    """A dataset's repository on the hub, compared with a capture.
 
-    def __init__(self, api: Any, repo: str) -> None:
-        self._api, self.repo = api, repo
+    Args:
+        api: the hub's client.
+        repo: hub id.
+        capture: the capture's files by name, in the order in which they are sent.
+    """
+
+    def __init__(self, api: Any, repo: str, capture: Mapping[str, Path]) -> None:
+        self._api, self.repo, self._capture = api, repo, capture
         tree = api.list_repo_tree(repo, repo_type="dataset", recursive=True)
-        self.files: dict[str, Any] = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+        self._there: dict[str, Any] = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+        self._same = {name for name, path in capture.items() if name in self._there and self._equal(name, path)}
+        self.private = bool(api.dataset_info(repo).private)
 
-    def check_content(self, manifest: Manifest, folder: Path) -> None:
-        """Refuse to mix this capture with something else.
+    def check(self, *, private: bool) -> None:
+        """Refuse to publish what should be private, and to mix this capture with something else.
 
         Raises:
-            MismatchError: there are other files, or another capture.
+            MismatchError: it is public, or has other files or another capture.
         """
-        ours = {MANIFEST, *(shard.file for shard in manifest.shards), *_beside(folder, manifest)}
-        other = sorted(self.files.keys() - ours - {*_NOT_OURS_BUT_HARMLESS})
-        if not other and MANIFEST in self.files and not self.has(folder / MANIFEST):
-            other = [MANIFEST]
+        if private and not self.private:
+            raise MismatchError(
+                f"{self.repo} is public, and the push is to be private: add --public (private=False) to publish the "
+                "capture there, make the repository private in its settings, or choose another one"
+            )
+        other = sorted(self._there.keys() - self._same - {*_NOT_OURS_BUT_HARMLESS})
         if other:
             raise MismatchError(
-                f"{self.repo} holds something else: {', '.join(other[:5])}{', …' if len(other) > 5 else ''} "
-                f"({len(other)} files) do not belong to the capture in {folder}. Push to another repository, or remove "
-                "these files there first"
+                f"{self.repo} holds something else: {len(other)} of its files are not those of this capture, such as "
+                f"{', '.join(other[:5])}. Push to another repository, or remove these files there first"
             )
 
-    def has(self, path: Path) -> bool:
-        """Whether a file is in the repository with the same content; it is only read if its size is the same."""
-        found = self.files.get(path.name)
-        if found is None or found.size != path.stat().st_size:
+    def _equal(self, name: str, path: Path) -> bool:
+        """Whether a file there has the same content; it is only read here if its size is the same."""
+        found, size = self._there[name], path.stat().st_size
+        if found.size != size:
             return False
         if found.lfs is not None:
             return bool(found.lfs.sha256 == _hash(path, hashlib.sha256()))
-        header = f"blob {path.stat().st_size}\0".encode()  # as git names its blobs
-        return bool(found.blob_id == _hash(path, hashlib.sha1(header, usedforsecurity=False)))
+        named_by_git = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+        return bool(found.blob_id == _hash(path, named_by_git))
 
-    def send(self, folder: Path, manifest: Manifest, card: bytes, progress: Progress, url: str) -> PushReport:
+    def send(self, card: bytes, progress: Progress, url: str) -> PushReport:
         """Send what is missing: shards, then manifest and card."""
-        shards = [folder / shard.file for shard in manifest.shards]
-        missing = [shard for shard in shards if not self.has(shard)]
-        done = len(shards) - len(missing)
-        progress(done, len(shards))
-        for group in _groups(missing):
+        missing = {name: path for name, path in self._capture.items() if name not in self._same}
+        shards = [path for name, path in missing.items() if is_shard_name(name)]
+        done = total = sum(map(is_shard_name, self._capture))
+        done -= len(shards)
+        progress(done, total)
+        for group in _groups(shards):
             self._commit({path.name: path for path in group}, f"Shards {group[0].name} to {group[-1].name}")
             done += len(group)
-            progress(done, len(shards))
-        rest = [*_beside(folder, manifest), MANIFEST]
-        last: dict[str, Path | bytes] = {name: folder / name for name in rest if not self.has(folder / name)}
+            progress(done, total)
+        last: dict[str, Path | bytes] = {name: path for name, path in missing.items() if not is_shard_name(name)}
         state = self._state_of(card)
         if state == "written":
             last[CARD] = card
         if last:
             self._commit(last, "Manifest and card")
-        sent = [*missing, *last.values()]
+        sent = [*shards, *last.values()]
         return PushReport(
             repo=self.repo,
             url=url,
-            private=bool(self._api.dataset_info(self.repo).private),
+            private=self.private,
             uploaded=len(sent),
             uploaded_bytes=sum(len(part) if isinstance(part, bytes) else part.stat().st_size for part in sent),
-            already_there=len(shards) + len(rest) - len(missing) - len({*last} - {CARD}),
+            already_there=len(self._same),
             card=state,
         )
 
     def _state_of(self, card: bytes) -> str:
         """What happens to the card, see `PushReport`: one that someone else wrote is kept."""
-        if CARD not in self.files:
+        if CARD not in self._there:
             return "written"
         there = Path(self._api.hf_hub_download(self.repo, CARD, repo_type="dataset")).read_bytes()
         if CARD_MARK.encode() not in there:
@@ -268,10 +278,12 @@ class _Repository:
         self._api.create_commit(self.repo, operations, commit_message=message, repo_type="dataset")
 
 
-def _beside(folder: Path, manifest: Manifest) -> list[str]:
-    """The names of a dataset's files besides manifest and shards."""
-    known = {MANIFEST, *(shard.file for shard in manifest.shards)}
-    return sorted(path.name for path in folder.iterdir() if is_dataset_file(path.name) and path.name not in known)
+def _files(folder: Path, manifest: Manifest) -> dict[str, Path]:
+    """A capture's files by name: its shards, what its format keeps beside them, and the manifest."""
+    shards = [shard.file for shard in manifest.shards]
+    beside = [path.name for path in folder.iterdir() if is_dataset_file(path.name)]
+    names = [*shards, *sorted({*beside} - {*shards, MANIFEST}), MANIFEST]
+    return {name: folder / name for name in names}
 
 
 def _groups(shards: Sequence[Path]) -> Iterator[list[Path]]:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from distillkit.configuration.cards import CARD, front_matter, hub_id, public_name
-from distillkit.reports.run_record import MEASURES, RunRecord
-from distillkit.reports.run_report import MARKDOWN, _table, _text, described
+from distillkit.reports.run_record import RunRecord
+from distillkit.reports.run_report import MARKDOWN, described, evaluation_rows, table
 
 __all__ = ["CARD", "CARD_MARK", "model_card"]
 
@@ -37,34 +37,24 @@ def model_card(run: RunRecord, name: str | None = None) -> str:
         "tags": ["distillkit", "knowledge-distillation"],
     }
     named = replace(run, description=_without_paths(description))
-    facts = [(label, value) for label, value in described(named, MARKDOWN) if label not in _LEFT_OUT]
-    whose = _text(public_name(teacher["name"])) if teacher["name"] else "a teacher that the data do not name"
+    facts = [row for row in described(named, MARKDOWN) if row[0] not in _LEFT_OUT]
+    whose = MARKDOWN.name(public_name(teacher["name"])) if teacher["name"] else "a teacher that the data do not name"
     how = "stored" if teacher["kind"] == "dataset" else "live"
     sections = [
         front_matter(header),
         CARD_MARK,
         f"# {public_name(name or run.folder.resolve())}",
-        f"{_text(public_name(student['path']))}, trained by [distillkit](https://pypi.org/project/distillkit/) on the "
-        f"{how} next-token distributions of {whose}, for {run.step:,} steps.",
+        f"{MARKDOWN.name(public_name(student['path']))}, trained by "
+        f"[distillkit](https://pypi.org/project/distillkit/) on the {how} next-token distributions of "
+        f"{whose}, for {run.step:,} steps.",
         "## Use",
         _use(str(student["class"]), name or run.folder.resolve().name),
         "## Training",
-        _table(("", ""), facts),
+        table(("", ""), facts),
     ]
     if run.evaluations:
-        sections += ["## On held-out documents", _evaluations(run)]
+        sections += ["## On held-out documents", table(*evaluation_rows(run))]
     return "\n\n".join(sections) + "\n"
-
-
-def _evaluations(run: RunRecord) -> str:
-    """The first and the last evaluation; one column if they are the same."""
-    ends = {entry["step"]: entry for entry in (run.evaluations[0], run.evaluations[-1])}
-    rows = [
-        [measure.label, *(measure.text(entry[measure.name]) for entry in ends.values())]
-        for measure in MEASURES
-        if all(measure.name in entry for entry in ends.values())
-    ]
-    return _table(("", *(f"step {step:,}" for step in ends)), rows)
 
 
 def _without_paths(description: dict[str, Any]) -> dict[str, Any]:

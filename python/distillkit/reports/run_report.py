@@ -30,6 +30,7 @@ __all__ = [
     "evaluation_rows",
     "names_of",
     "opening",
+    "table",
     "understanding",
     "write_comparison",
     "write_report",
@@ -141,7 +142,7 @@ def markdown(run: RunRecord, pictures: list[tuple[str, str]] | None) -> str:
     """
     sections = [f"# {_text(run.name)}", opening(run, MARKDOWN)]
     if run.evaluations:
-        sections += ["## On held-out documents", _table(*evaluation_rows(run)), *evaluation_notes(run)]
+        sections += ["## On held-out documents", table(*evaluation_rows(run)), *evaluation_notes(run)]
     sections += [f"![{title}]({name})" for name, title in pictures or ()]
     if pictures is None:
         sections.append(
@@ -149,8 +150,8 @@ def markdown(run: RunRecord, pictures: list[tuple[str, str]] | None) -> str:
         )
     facts = described(run, MARKDOWN)
     if facts:
-        sections += ["## Configuration", _table(("", ""), facts)]
-    sections += ["## Cost", _table(("", ""), cost(run)), *advice(run, MARKDOWN)]
+        sections += ["## Configuration", table(("", ""), facts)]
+    sections += ["## Cost", table(("", ""), cost(run)), *advice(run, MARKDOWN)]
     sections += ["## Files", _files(run.folder)]
     return "\n\n".join(sections) + "\n"
 
@@ -330,7 +331,7 @@ def _files(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a Markdown table; if it has more than two columns, all but the first are right-aligned."""
     rule = ["---", *("---:" if len(header) > 2 else "---" for _ in header[1:])]
     lines = [header, rule, *rows]
@@ -461,8 +462,8 @@ def write_comparison(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
     if drawn:
         plot_comparison(runs, names, folder / _COMPARISON_PLOT)
     rows = [(label, *values) for label, values in comparison(runs, MARKDOWN)]
-    table = _table(("", *(_text(name) for name in names)), rows)
-    text = f"# {len(runs)} runs\n\n{table}\n"
+    figures = table(("", *(_text(name) for name in names)), rows)
+    text = f"# {len(runs)} runs\n\n{figures}\n"
     if drawn:
         text += f"\n![Held-out metrics and throughput of each run]({_COMPARISON_PLOT})\n"
     (folder / _COMPARISON).write_text(text, encoding="utf-8")

@@ -115,6 +115,11 @@ class FolderLock:
         self._release = weakref.finalize(self, _unregister, path, descriptor, os.getpid(), self._made)
         os.write(descriptor, json.dumps(writer).encode())
 
+    @property
+    def locks(self) -> bool:
+        """Whether this kind of storage has locks, so that `turn` and `FolderLock` keep others out."""
+        return self._release is not None
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Waits until no other writer of this folder plans or finishes the dataset, and keeps them waiting."""

@@ -42,16 +42,22 @@ class MetricsFile(transformers.TrainerCallback):  # type: ignore[misc]
     Args:
         folder: folder of the file.
         description: description of the run; see `describe`.
+
+    Attributes:
+        recording: whether entries are written: once training has begun, so that an evaluation alone leaves the record
+            of an earlier run as it is.
     """
 
     def __init__(self, folder: Path, description: dict[str, Any]) -> None:
         self.path = folder / METRICS
         self.description = description
         self.entries: list[dict[str, Any]] = []
+        self.recording = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
+        self.recording = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
         earlier = read_metrics(self.path) if state.global_step and self.path.exists() else []
         self.entries = [entry for entry in earlier if entry["step"] <= state.global_step]
@@ -60,7 +66,7 @@ class MetricsFile(transformers.TrainerCallback):  # type: ignore[misc]
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs is None or not state.is_world_process_zero:
+        if logs is None or not self.recording:
             return
         entry = {"step": state.global_step, **logs}
         self.entries.append(entry)

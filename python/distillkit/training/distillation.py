@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,14 @@ import transformers
 
 from distillkit.reports.run_summary import RunSummary
 from distillkit.shards import Dataset
-from distillkit.training.config.objects import configuration
+from distillkit.training.config.objects import configuration, dataset_section
+from distillkit.training.config.schema import DatasetSource
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.prepared import Part
 from distillkit.training.run import Given, Run, resumed_checkpoint
 from distillkit.training.trainer import SignalTrainer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from typing import Unpack
 
     from distillkit.training.config.objects import TrainerSettings
@@ -125,3 +126,27 @@ class DistillationTrainer(SignalTrainer):
         result = run.fit(self, training, checkpoint)
         self.summary = RunSummary(run.finish(self, result.global_step, time.perf_counter() - self._began))
         return result
+
+    def evaluate(self, eval_dataset: Any = None, *arguments: Any, **named: Any) -> dict[str, float]:
+        """Measure the student on held-out documents. Once training has begun, the result is part of the run's record.
+
+        Args:
+            eval_dataset: other documents than the trainer's `eval_dataset`, in any way that the constructor takes; the
+                result is then not recorded.
+            *arguments, **named: as for the Trainer's own method.
+
+        Returns:
+            The metrics of `evaluation_loop`, by name.
+
+        Raises:
+            ConfigError, MismatchError: the documents cannot be opened, or do not fit the student.
+        """
+        if not isinstance(eval_dataset, (str, os.PathLike, Dataset, Mapping)):
+            recorded: dict[str, float] = super().evaluate(eval_dataset, *arguments, **named)
+            return recorded
+        where = DatasetSource(**dataset_section(eval_dataset, "eval_dataset"))
+        opened = eval_dataset if isinstance(eval_dataset, Dataset) else None
+        examples = self._run.other_examples(where, opened)
+        with self._run.unrecorded():
+            found: dict[str, float] = super().evaluate(examples, *arguments, **named)
+        return found

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +54,7 @@ from distillkit.training.trainer import ReportWriter, SignalTrainer
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from distillkit.training.config.schema import RunConfig
+    from distillkit.training.config.schema import DatasetSource, RunConfig
 
 __all__ = ["Given", "Run", "resumed_checkpoint", "train"]
 
@@ -167,6 +167,22 @@ class Run:
             _check_counted(dataset, f"dataset.{part}_dataset")
         return datasets
 
+    def other_examples(self, where: DatasetSource, opened: StoredDataset | None) -> DistillationDataset:
+        """Examples of another dataset to evaluate on, checked like the configured one.
+
+        Args:
+            where: the dataset.
+            opened: the same, if it is open already.
+        """
+        section = self.config.dataset.model_copy(update={"eval_dataset": where})
+        config = self.config.model_copy(update={"dataset": section})
+        source = open_documents(config, "eval", self.tokenizer, self.arguments, opened)
+        if source is None:
+            raise TypeError("a dataset that is set was not opened")
+        dataset = _dataset(config, "eval", source, self.model, self.arguments, self.teacher[0])
+        _check_counted(dataset, "eval_dataset")
+        return dataset
+
     @cached_property
     def objective(self) -> Objective:
         """The losses."""
@@ -231,9 +247,23 @@ class Run:
 
     def complete(self, trainer: SignalTrainer) -> None:
         """Let a trainer, made of this run's parts, write the run's report and the student's model card."""
-        trainer.card = lambda: model_card(self.record)
+        trainer.card = lambda: model_card(self.record, trainer.hub_model_id)
         # Added last, so that the metrics file already contains the evaluation's log entry.
-        trainer.add_callback(ReportWriter(trainer, ReportFiles(self.folder)))
+        self.report = ReportWriter(trainer, ReportFiles(self.folder))
+        trainer.add_callback(self.report)
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Keep what happens in this block out of the run's record."""
+        writers: tuple[MetricsFile | ReportWriter, ...] = (self.metrics, self.report)
+        before = [writer.recording for writer in writers]
+        for writer in writers:
+            writer.recording = False
+        try:
+            yield
+        finally:
+            for writer, recording in zip(writers, before, strict=True):
+                writer.recording = recording
 
     @property
     def record(self) -> RunRecord:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
 from distillkit.errors import ConfigError, DistillKitError
@@ -117,7 +118,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
             model.config.use_cache = use_cache
         # Progress and metrics have their own callbacks.
         self.remove_callback(transformers.PrinterCallback)
-        self.remove_callback(transformers.ProgressCallback)
+        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another one in notebooks
         self.objective = objective
         # compute_loss already divides by the count of the entire step.
         self.loss_is_scaled_for_ga = True
@@ -473,26 +474,32 @@ class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 class ReportWriter(transformers.TrainerCallback):  # type: ignore[misc]
-    """Rewrites the report after each evaluation and checkpoint, so that a killed run has one, too."""
+    """Rewrites the report after each evaluation and checkpoint, so that a killed run has one, too.
+
+    Attributes:
+        recording: as that of `MetricsFile`.
+    """
 
     def __init__(self, trainer: SignalTrainer, files: ReportFiles) -> None:
         self.trainer = trainer
         self.files = files
+        self.recording = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
+            self.recording = True
             self.files.clear()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.trainer.differences is not None:
+        if self.recording and self.trainer.differences is not None:
             self.files.write_differences({"step": state.global_step, **self.trainer.differences})
-        self._write(state)
+        self._write()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write(state)
+        self._write()
 
-    def _write(self, state: Any) -> None:
-        if state.is_world_process_zero:
+    def _write(self) -> None:
+        if self.recording:
             with self.trainer.untimed():
                 self.files.update()
 

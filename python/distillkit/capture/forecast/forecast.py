@@ -21,13 +21,16 @@ import torch
 from distillkit.capture.forecast.totals import Amount, TextForecast, read_totals
 from distillkit.capture.forecast.trial import Trial, try_teacher
 from distillkit.capture.inputs import CaptureInputs, stored_bytes_per_token
+from distillkit.capture.kept_rows import BYTES_A_VALUE as KEPT_BYTES_A_VALUE
 from distillkit.capture.pipeline import BYTES_A_VALUE, queue_bytes
 from distillkit.capture.settings import DEFAULT_PRESET, CaptureSettings
+from distillkit.capture.shard_plan import PRIOR_RECEIPT
 from distillkit.capture.teachers.hf import load_config
-from distillkit.codec import PRESETS, Codec, CodecConfig, preset
-from distillkit.console import duration, human_bytes
+from distillkit.codec import PRESETS, Codec, CodecConfig, Prior, preset
+from distillkit.console import duration, human_bytes, number_of
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.memory import available_memory, peak_memory
+from distillkit.shards.lock import CAPTURE_FOLDER
 from distillkit.shards.storage import Folder
 from distillkit.shards.writer import encode_rows
 from distillkit.types import Facts, Shown, SparseLogprobs, TokenDocument
@@ -53,7 +56,9 @@ class CodecForecast:
         k, bytes_per_token: ids and bytes per row; of the compact format, at most so many ids, and about so many bytes.
         estimated: whether the bytes are an estimate (`distillkit.codec.presets.expected_bytes`).
         left_bytes: disk space for what is left to capture, including the plan.
-        fits: whether that fits on the disk; None if the free space is unknown.
+        kept_bytes: disk space, beside that, of the distributions that a prior is learned from, until their shards are
+            complete.
+        fits: whether both fit on the disk; None if the free space is unknown.
         positions: number of positions that the figures below were measured on; 0 if they were not measured.
         mass_mean: mean total probability of a row's stored ids.
         kl_mean, kl_p99: KL(teacher ‖ decoded) over K ∪ {R} in nats per row.
@@ -66,6 +71,7 @@ class CodecForecast:
     bytes_per_token: int
     estimated: bool
     left_bytes: Amount
+    kept_bytes: int
     fits: bool | None
     positions: int = 0
     mass_mean: float | None = None
@@ -86,6 +92,7 @@ class SpeedForecast:
         workers: number of processes that share the work; None: depends on the cluster.
         tokens_per_second: throughput of one process, teacher and encoder together.
         left_seconds: time for what is left to capture, with all workers; with one worker if their number is unknown.
+            Learning a prior is included.
         finish: when a capture started now would finish, in ISO 8601.
     """
 
@@ -98,6 +105,19 @@ class SpeedForecast:
     tokens_per_second: float
     left_seconds: Amount
     finish: str
+
+
+@dataclass(frozen=True)
+class LearningForecast:
+    """What it takes to learn the chosen codec's prior, before the first shard is written.
+
+    Attributes:
+        rows: from how many distributions it is learned, about. The teacher scores them once, like all others.
+        seconds: about how long that takes on this machine once they are scored; None without a short run.
+    """
+
+    rows: int
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +163,7 @@ class Forecast(Shown):
         free_bytes: free space on the output's disk; None if unknown.
         reserved_bytes: the part of it that earlier captures in the same forecast will take.
         speed: None without a short run.
+        learning: None if the chosen codec has no prior to be learned.
         problems: why the capture cannot run with these settings, and what to change; empty if it can.
     """
 
@@ -156,6 +177,7 @@ class Forecast(Shown):
     free_bytes: int | None
     reserved_bytes: int
     speed: SpeedForecast | None = None
+    learning: LearningForecast | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -173,6 +195,8 @@ class Forecast(Shown):
             fits = "" if codec.fits is not False else ", DOES NOT FIT"
             label = f"{'→ ' if codec.chosen else ''}{codec.name}, k {codec.k}"
             rows.append((label, f"{human_bytes(codec.left_bytes.value)}{known}{fits}"))
+        if self.learning is not None:
+            rows.append(("prior", f"learned from {number_of(self.learning.rows, 'distribution')}"))
         if self.memory.teacher:
             rows.append(("memory", f"{human_bytes(self.memory.least)} on {self.memory.device}"))
         if self.speed is not None:
@@ -222,16 +246,18 @@ def _forecast_one(
     configs, left_out = compared_codecs(inputs)
     free = folder.free_bytes()
     room = None if free is None else free - reserved
+    rows = _rows_to_learn_from(settings, folder, text)
     result = Forecast(
         settings.model,
         settings.dataset,
         str(folder),
         text,
-        [_sized(settings, name, Codec(config), text, room) for name, config in configs.items()],
+        [_sized(inputs, name, Codec(config), text, rows, room) for name, config in configs.items()],
         left_out,
         _memory(inputs, text, request.k),
         free,
         reserved,
+        learning=LearningForecast(rows) if rows and inputs.sampled_rows else None,
     )
     problems = [*_disk_problems(result), *_memory_problems(result)]
     # A teacher that does not fit could bring down the machine.
@@ -285,8 +311,20 @@ def compared_codecs(inputs: CaptureInputs) -> tuple[dict[str, CodecConfig], dict
     return configs, left_out
 
 
-def _sized(settings: CaptureSettings, name: str, codec: Codec, text: TextForecast, room: int | None) -> CodecForecast:
-    plan = _PLAN_BYTES if text.sampled_rows else 0
+def _rows_to_learn_from(settings: CaptureSettings, folder: Folder, text: TextForecast) -> int:
+    """From about how many distributions a compact codec's prior would now be learned."""
+    learned = folder.inner(CAPTURE_FOLDER).size(PRIOR_RECEIPT) is not None
+    if settings.prior is not None or learned or not text.left_tokens.value:
+        return 0
+    return min(settings.prior_rows, text.tokens.value)
+
+
+def _sized(
+    inputs: CaptureInputs, name: str, codec: Codec, text: TextForecast, rows: int, room: int | None
+) -> CodecForecast:
+    """The disk space of a codec, whose prior is learned from so many rows if it has one."""
+    settings, plan = inputs.settings, _PLAN_BYTES if text.sampled_rows else 0
+    kept = 0 if codec.is_fixed else rows * inputs.sample_k(codec.k) * KEPT_BYTES_A_VALUE
     left = text.left_tokens.times(stored_bytes_per_token(codec, settings) + plan)
     return CodecForecast(
         name=name,
@@ -295,7 +333,8 @@ def _sized(settings: CaptureSettings, name: str, codec: Codec, text: TextForecas
         bytes_per_token=codec.expected_bytes_per_token,
         estimated=not codec.is_fixed,
         left_bytes=left,
-        fits=None if room is None else left.value <= room,
+        kept_bytes=kept,
+        fits=None if room is None else left.value + kept <= room,
     )
 
 
@@ -360,17 +399,33 @@ def _with_run(
         codecs.append(found)
         encode_seconds += encoding if codec.chosen else 0.0
     encoder = run.positions / encode_seconds if encode_seconds else math.inf
-    speed = _speed(inputs, result.text, run, encoder, load_seconds)
+    learning = result.learning
+    if learning is not None and run.scored:
+        learning = _timed_learning(learning, inputs, run.scored)
+    speed = _speed(inputs, result.text, run, encoder, load_seconds, (learning and learning.seconds) or 0.0)
     memory = replace(result.memory, peak_rss_bytes=peak["peak_rss_bytes"], peak_cuda_bytes=peak["peak_cuda_bytes"])
-    return replace(result, codecs=codecs, speed=speed, memory=memory)
+    return replace(result, codecs=codecs, speed=speed, memory=memory, learning=learning)
 
 
-def _speed(inputs: CaptureInputs, text: TextForecast, run: Trial, encoder: float, load_seconds: float) -> SpeedForecast:
+def _timed_learning(
+    learning: LearningForecast, inputs: CaptureInputs, scored: Sequence[SparseLogprobs]
+) -> LearningForecast:
+    """Add how long learning takes, from the time that it takes with the rows of the short run."""
+    k = inputs.sample_k(inputs.codec.k)
+    ids, logprobs = (np.concatenate([getattr(rows, name)[:, :k] for rows in scored]) for name in ("ids", "logprobs"))
+    clock = time.perf_counter()
+    Prior.learn(inputs.codec.config, SparseLogprobs(ids, logprobs))
+    return replace(learning, seconds=(time.perf_counter() - clock) * learning.rows / len(ids))
+
+
+def _speed(
+    inputs: CaptureInputs, text: TextForecast, run: Trial, encoder: float, load_seconds: float, learn_seconds: float
+) -> SpeedForecast:
     settings, teacher = inputs.settings, run.tokens / run.seconds
     # On a CPU both share the cores; with an accelerator they run in parallel.
     both = 1 / (1 / teacher + 1 / encoder) if inputs.device == "cpu" else min(teacher, encoder)
     workers = settings.num_workers if settings.workers == "ray" else 1
-    left = text.left_tokens.times(1 / (both * (workers or 1)))
+    left = text.left_tokens.times(1 / (both * (workers or 1))).plus(math.ceil(learn_seconds))
     finish = datetime.datetime.now().astimezone() + datetime.timedelta(seconds=left.value)
     return SpeedForecast(
         tokens=run.tokens,
@@ -445,17 +500,20 @@ def _disk_problems(result: Forecast) -> list[str]:
     # An interrupted capture can only be resumed with its own settings.
     if result.text.sampled_rows:
         others = [
-            f"{codec.name} ({codec.bytes_per_token} bytes per token, {human_bytes(codec.left_bytes.value)})"
+            f"{codec.name} ({codec.bytes_per_token} bytes per token, "
+            f"{human_bytes(codec.left_bytes.value + codec.kept_bytes)})"
             for codec in result.codecs
             if codec.fits
         ]
         remedies += [f"a smaller codec: {', '.join(others)}"] if others else []
-        rows = int(result.text.rows * max(free - result.reserved_bytes, 0) / chosen.left_bytes.value)
+        room = max(free - result.reserved_bytes - chosen.kept_bytes, 0)
+        rows = int(result.text.rows * room / chosen.left_bytes.value)
         remedies += [f"--samples {rows} or fewer"] if rows else []
+    kept = f" and {human_bytes(chosen.kept_bytes)} for what its prior is learned from" if chosen.kept_bytes else ""
     before = f", and captures before this one take {human_bytes(result.reserved_bytes)} of them"
     return [
         f"{result.output}: {chosen.name} takes {human_bytes(chosen.left_bytes.value)} for "
-        f"{result.text.left_tokens.value:,} tokens, but only {human_bytes(free)} are free there"
+        f"{result.text.left_tokens.value:,} tokens{kept}, but only {human_bytes(free)} are free there"
         f"{before if result.reserved_bytes else ''}. Try: {'; '.join([*remedies, 'an output with more free space'])}"
     ]
 

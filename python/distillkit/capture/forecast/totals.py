@@ -51,6 +51,10 @@ class Amount:
         """Return this amount times `factor`, rounded up."""
         return Amount(*(math.ceil(number * factor) for number in (self.value, self.low, self.high)))
 
+    def plus(self, count: int) -> Amount:
+        """Return this amount plus `count`."""
+        return Amount(*(number + count for number in (self.value, self.low, self.high)))
+
     def less(self, count: int) -> Amount:
         """Return this amount minus `count`, but at least 0."""
         return Amount(*(max(number - count, 0) for number in (self.value, self.low, self.high)))

@@ -18,7 +18,7 @@ from distillkit.training.config.arguments import to_plain_value
 from distillkit.training.config.file import parse_config
 from distillkit.training.config.schema import DatasetSection, RunConfig
 
-__all__ = ["OUTPUT", "TrainerSettings", "configuration"]
+__all__ = ["OUTPUT", "TrainerSettings", "configuration", "dataset_section"]
 
 OUTPUT = "trained"
 """The output folder if none is given."""
@@ -88,17 +88,25 @@ def configuration(
         "output_path": arguments.pop("output_dir", OUTPUT),
         "sequence_length": arguments.pop("max_length", None) or 1024,
         "teacher": {"kind": "hf", "path": os.fspath(teacher)} if isinstance(teacher, (str, Path)) else teacher,
-        "dataset": {**inner, "train_dataset": _section(train_dataset, "train_dataset")},
+        "dataset": {**inner, "train_dataset": dataset_section(train_dataset, "train_dataset")},
         "training_args": arguments,
         **top,
     }
     if eval_dataset is not None:
-        content["dataset"]["eval_dataset"] = _section(eval_dataset, "eval_dataset")
+        content["dataset"]["eval_dataset"] = dataset_section(eval_dataset, "eval_dataset")
     return parse_config(content, source=SOURCE)
 
 
-def _section(dataset: object, name: str) -> dict[str, Any]:
-    """Return the section of the configuration that stands for a dataset."""
+def dataset_section(dataset: object, name: str) -> dict[str, Any]:
+    """Return the section of the configuration that stands for a dataset.
+
+    Args:
+        dataset: a path, a URL, a hub id, an opened dataset, or the section itself.
+        name: the argument, for messages.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     if isinstance(dataset, Mapping):
         return dict(dataset)
     if isinstance(dataset, Dataset):

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.compact_reference import decode_compact
 
 from distillkit import _native
+from support.compact_reference import decode_compact
 
 CASES = json.loads((Path(__file__).parent / "golden" / "compact.json").read_text())["cases"]
 PRIORS = {case["config"]["prior"]: bytes.fromhex(case["prior"]) for case in CASES if case["prior"]}

@@ -17,6 +17,7 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Figures:
         return [f"{self.ids / self.rows:.1f}", *each, f"**{total:.1f}**", f"{self.kl / self.rows:.2e}", *speeds]
 
 
-HEADINGS = "k", "step", "threshold", "prior's rows", "prior", "learned in", "text", "ids", *PARTS, "bytes", "KL"
+HEADINGS = "k", "step", "threshold", "prior's rows", "prior", "learned in", "text", "ids a row", *PARTS, "bytes", "KL"
 SPEEDS = "encode", "decode"
 
 
@@ -120,7 +121,7 @@ def table(args: argparse.Namespace) -> Iterator[Sequence[str]]:
             learned = [len(used.ids) or "built-in", size, f"{seconds:.1f} s"]
             about = [config.k, config.step, config.threshold or "-", *learned]
             for path, sample in tests:
-                yield [*map(str, about), str(path), *measure(codec, sample).cells()]
+                yield [*map(str, about), Path(path).name, *measure(codec, sample).cells()]
 
 
 def main() -> None:

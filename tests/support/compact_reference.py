@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 ESCAPE = 63
 NEXT = [[0, 2], [2, 0], [1, 3], [3, 1]]
@@ -157,7 +158,10 @@ def decode_compact(
     cluster_map, shape_map, count_map, mass_map, gap_map, level_map = prior.maps
     positions_size, left_size = _bucket(vocab) + 1, _bucket(k) + 1
 
+    if int.from_bytes(document[:4], "little") != xxhash.xxh3_64_intdigest(document[4:]) % 2**32:
+        raise ValueError("not the checksum of the document")
     frame = _Bytes(document)
+    frame.take(4)
     if frame.number(1) != 0 or frame.varint() != rows:
         raise ValueError("not a document of so many rows")
     lanes = 1 if rows < 32 else 4

@@ -6,7 +6,7 @@ use distillkit_codec::CodecError;
 use distillkit_codec::compact::{
     Cluster, Compact, CompactConfig, Contexts, Dimensions, Prior, SLOTS, Scale, Table,
 };
-use distillkit_fuzz::{check_compact_rows, compact_rows};
+use distillkit_fuzz::{check_compact_bytes, check_compact_rows, compact_rows};
 use libfuzzer_sys::{Corpus, fuzz_target};
 
 fn table(u: &mut Unstructured) -> Result<Table> {
@@ -84,6 +84,6 @@ fuzz_target!(|input: &[u8]| -> Corpus {
         assert!(check_compact_rows(&codec, &document, ids.len() / width));
     }
     let rest = u.take_rest();
-    check_compact_rows(&codec, rest, rest.get(1).map_or(0, |&rows| usize::from(rows)));
+    check_compact_bytes(&codec, rest, rest.get(1).map_or(0, |&rows| usize::from(rows)));
     Corpus::Keep
 });

@@ -2,7 +2,7 @@
 #![no_main]
 
 use distillkit_codec::compact::{Compact, CompactConfig, Prior};
-use distillkit_fuzz::check_compact_rows;
+use distillkit_fuzz::check_compact_bytes;
 use libfuzzer_sys::{Corpus, fuzz_target};
 
 fuzz_target!(|input: &[u8]| -> Corpus {
@@ -16,7 +16,7 @@ fuzz_target!(|input: &[u8]| -> Corpus {
         let json = format!(r#"{{"vocab_size": 3000, "k": 9, {adaptive}"step": 0.02}}"#);
         let config = CompactConfig::from_json(&json).expect("valid");
         let codec = Compact::new(config, None).expect("valid");
-        check_compact_rows(&codec, rest, rows);
+        check_compact_bytes(&codec, rest, rows);
         return Corpus::Keep;
     }
     let (document, prior) = rest.split_at(rest.len().min(usize::from(split)));
@@ -28,6 +28,6 @@ fuzz_target!(|input: &[u8]| -> Corpus {
     }
     assert_eq!(Prior::from_bytes(&known.to_bytes()).expect("valid"), known);
     let codec = Compact::new(known.config, Some(prior)).expect("valid");
-    check_compact_rows(&codec, document, rows);
+    check_compact_bytes(&codec, document, rows);
     Corpus::Keep
 });

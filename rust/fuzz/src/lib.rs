@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use arbitrary::{Result, Unstructured};
-use distillkit_codec::compact::{Compact, CompactConfig};
+use distillkit_codec::compact::{Compact, CompactConfig, checksum};
 use distillkit_codec::{Backend, Codec, CodecError, Config};
 use libfuzzer_sys::Corpus;
 use serde_json::{Value, json};
@@ -292,6 +292,14 @@ pub fn check_compact_rows(codec: &Compact, data: &[u8], rows: usize) -> bool {
         assert!(ids[count..].iter().all(|&id| id == ids[0]));
     }
     true
+}
+
+/// [`check_compact_rows`] of bytes as they are, and with a checksum before them.
+pub fn check_compact_bytes(codec: &Compact, data: &[u8], rows: usize) {
+    check_compact_rows(codec, data, rows);
+    let mut document = checksum(data).to_le_bytes().to_vec();
+    document.extend_from_slice(data);
+    check_compact_rows(codec, &document, rows);
 }
 
 /// Rows that can be stored: ids, log-probabilities, and how many a row has.

@@ -126,6 +126,36 @@ pub(super) fn dealt(heads: &[Head]) -> Vec<u32> {
     order.into_iter().map(|key| key as u32).collect()
 }
 
+/// Runs a block for each lane, written out: a loop would keep the lanes in memory.
+macro_rules! unrolled {
+    ($count:ident, $lane:ident => $block:block) => {{
+        {
+            const $lane: usize = 0;
+            if $lane < $count {
+                $block
+            }
+        }
+        {
+            const $lane: usize = 1;
+            if $lane < $count {
+                $block
+            }
+        }
+        {
+            const $lane: usize = 2;
+            if $lane < $count {
+                $block
+            }
+        }
+        {
+            const $lane: usize = 3;
+            if $lane < $count {
+                $block
+            }
+        }
+    }};
+}
+
 /// Takes the rows of a document, in any order.
 pub(super) trait RowSink {
     fn row(&mut self, row: &StoredRow);
@@ -288,9 +318,9 @@ fn rows_together<const N: usize>(
     let together = counts.iter().copied().min().unwrap_or(0);
     let mut gaps = rows.map(|(_, head)| GapReader::new(model, head));
     for i in 0..together {
-        for lane in 0..N {
+        unrolled!(N, lane => {
             buffers[lane].positions[i] = gaps[lane].next(model, &mut own[lane], counts[lane] - i);
-        }
+        });
     }
     for lane in 0..N {
         for i in together..counts[lane] {
@@ -304,10 +334,10 @@ fn rows_together<const N: usize>(
     let middle = own.map(|stream| stream.bit);
     let mut values = rows.map(|(_, head)| LevelReader::new(model, head));
     for i in 0..together {
-        for lane in 0..N {
+        unrolled!(N, lane => {
             let position = buffers[lane].positions[i];
             buffers[lane].levels[i] = values[lane].next(model, &mut own[lane], position);
-        }
+        });
     }
     for lane in 0..N {
         for i in together..counts[lane] {

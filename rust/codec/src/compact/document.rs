@@ -9,6 +9,15 @@ pub(super) const LANES: usize = 4;
 /// At most this many rows a byte: bounds what a document from outside can promise.
 pub(super) const ROWS_PER_BYTE: usize = 64;
 
+/// Bytes of a document's checksum.
+const CHECKSUM: usize = 4;
+
+/// The checksum of a document, which stands before its other bytes: the low half of their XXH3-64.
+#[must_use]
+pub fn checksum(rest: &[u8]) -> u32 {
+    xxhash_rust::xxh3::xxh3_64(rest) as u32
+}
+
 /// A document's streams.
 #[derive(Debug)]
 pub(super) struct Frame<'a> {
@@ -37,7 +46,13 @@ pub(super) const fn lanes(rows: usize) -> usize {
 impl<'a> Frame<'a> {
     /// Reads the frame of a document of `rows` rows.
     pub(super) fn read(data: &'a [u8], rows: usize) -> Result<Self> {
-        let mut rest = data;
+        let Some((stored, mut rest)) = data.split_first_chunk() else {
+            return truncated("its checksum", data.len(), CHECKSUM);
+        };
+        let (stored, found) = (u32::from_le_bytes(*stored), checksum(rest));
+        if stored != found {
+            return corrupt(format!("document: has checksum {found:08x}, expected {stored:08x}"));
+        }
         let builtin = match take_byte(&mut rest, data)? {
             flag @ (0 | 1) => flag == 1,
             flag => return corrupt(format!("document: begins with {flag}, expected 0 or 1")),
@@ -75,7 +90,8 @@ impl<'a> Frame<'a> {
 
 /// Puts a document together; the first stream is that of the heads.
 pub(super) fn write(builtin: bool, rows: usize, streams: &[Vec<u8>]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(streams.iter().map(Vec::len).sum::<usize>() + 24);
+    let mut out = Vec::with_capacity(streams.iter().map(Vec::len).sum::<usize>() + 32);
+    out.extend_from_slice(&[0; CHECKSUM]);
     out.push(u8::from(builtin));
     put_varint(&mut out, rows);
     for stream in &streams[..streams.len().saturating_sub(1)] {
@@ -86,6 +102,8 @@ pub(super) fn write(builtin: bool, rows: usize, streams: &[Vec<u8>]) -> Vec<u8> 
     if out.len() < least {
         out.resize(least, 0);
     }
+    let sum = checksum(&out[CHECKSUM..]);
+    out[..CHECKSUM].copy_from_slice(&sum.to_le_bytes());
     out
 }
 

@@ -219,12 +219,13 @@ impl Encoder {
             // Four neighbours: one for each remainder by 4. A quantiser has the even or the odd
             // ones.
             let first = (base - 1).clamp(0, last) as usize;
-            let mut costs = [0.0f32; 4];
-            for level in first..first + 4 {
+            let neighbours = std::array::from_fn(|j| {
+                let level = first + j;
                 let error = self.levels[level] - value.logprob;
-                let symbol = usize::from(self.symbols[level]);
-                costs[level & 3] = weight * error * error + contexts[level & 1][symbol];
-            }
+                let symbol = usize::from(self.symbols[level]) % SYMBOLS;
+                weight * error * error + contexts[level & 1][symbol]
+            });
+            let costs = rotated(neighbours, first);
             // Each state is reached from two, in the order of [`back`].
             let ways = [
                 (paths[0] + costs[0], paths[1] + costs[2]),
@@ -250,6 +251,14 @@ impl Encoder {
             state = previous;
         }
     }
+}
+
+/// Four numbers, each moved on by `by` places in a circle.
+#[inline(always)]
+fn rotated(numbers: [f32; 4], by: usize) -> [f32; 4] {
+    let [a, b, c, d] = numbers;
+    let [a, b, c, d] = if by & 1 > 0 { [d, a, b, c] } else { [a, b, c, d] };
+    if by & 2 > 0 { [c, d, a, b] } else { [a, b, c, d] }
 }
 
 /// The state before, and the level's remainder by 4, on the first or second way to a state.
@@ -588,6 +597,16 @@ impl ShapeCosts {
 mod tests {
     use super::super::model::NEXT;
     use super::*;
+
+    #[test]
+    fn neighbours_come_to_the_place_of_their_remainder() {
+        for first in 0..8 {
+            let costs = rotated([0.0, 1.0, 2.0, 3.0], first);
+            for level in first..first + 4 {
+                assert_eq!(costs[level & 3], (level - first) as f32);
+            }
+        }
+    }
 
     #[test]
     fn ways_back_are_the_ways_forward() {

@@ -19,6 +19,7 @@ mod write;
 use std::sync::OnceLock;
 
 pub use config::CompactConfig;
+pub use document::checksum;
 pub use learn::learn;
 pub use prior::{Cluster, Contexts, Dimensions, MAX_CLASSES, Prior};
 pub use scale::Scale;
@@ -227,8 +228,8 @@ impl Compact {
         Ok((frame, side))
     }
 
-    /// Checks what can be checked of a document without decoding it: that it has so many rows and
-    /// enough bytes for them.
+    /// Checks what can be checked of a document without decoding it: its checksum, and that it has
+    /// so many rows and enough bytes for them.
     ///
     /// Fails with [`CodecError::Corrupt`] or [`CodecError::Truncated`].
     pub fn check(&self, data: &[u8], rows: usize) -> Result<()> {

@@ -77,7 +77,7 @@ class Prior:
     ) -> Prior:
         """Learns a prior from rows of a teacher. The same rows give the same bytes on every machine.
 
-        More rows make a better one: with 8,000, ids take about a fifth more bytes than with 130,000.
+        More rows make a better one: with 20,000, other rows take 6% more bytes than with 123,000; 225,000 save 0.3%.
 
         Args:
             config: the compact configuration that it is for.

@@ -3,6 +3,7 @@ this page does not know are shown as they are."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def inspection_page(inspection: Inspection) -> str:
         ModuleNotFoundError: matplotlib is not installed.
     """
     figures = _Figures(inspection.to_dict())
+    figures["rate_by_entropy"]  # has a chart
     name = Path(inspection.path.rstrip("/")).name or inspection.path
     introduction = paragraph(figures["path"], class_="soft")
     sections = [
@@ -96,6 +98,10 @@ def _contents(figures: _Figures) -> Html:
         ("vocabulary", f"{figures['vocab_size']:,} ids, logits {figures['head_size']:,} wide"),
         ("temperature", f"{figures['temperature']:g}"),
     ]
+    ids = figures["ids_per_row"]
+    if ids is not None:
+        ends = f"80% of them have {ids['p10']:,} to {ids['p90']:,}"
+        facts.insert(4, ("ids per distribution", f"{ids['mean']:,.1f} on average, {ends}"))
     for key in ("teacher", "tokenizer"):
         facts += [(key, "not recorded")] if figures[key] is None else list(_flat(figures[key], key))
     return _facts("Contents", facts)
@@ -113,12 +119,12 @@ def _size(figures: _Figures) -> Html:
     rows.append((element("b", "total"), element("b", f"{total:,.1f}"), "", ""))
     header = ("part", "bytes", "share", element("span", "share as a bar", class_="unseen"))
     caption = "Bytes per stored distribution. Overhead is everything else in the files"
-    dense = {
+    others = {
         "dense_bf16": "Dense logits in bfloat16",
         "topk_bf16": "Plain top-k (4 bytes per id, 2 per value)",
         "published": "The published layout with as many ids",
     }
-    compared = [paragraph(f"{dense.get(key, key)}: {ratio:,.2f} times as large.") for key, ratio in ratios.items()]
+    compared = [paragraph(f"{others.get(key, key)}: {ratio:,.2f} times as large.") for key, ratio in ratios.items()]
     return joined(element("div", table(caption, header, rows), class_="numbers bars"), compared)
 
 
@@ -178,9 +184,11 @@ def _documents(figures: _Figures) -> Html:
         (f"{each['document']:,}", f"{each['mass']:.2%}", f"{each['is_first']:.1%}", f"{each['rows']:,}", each["doc_id"])
         for each in documents
     ]
+    command = f"distillkit-codec show {shlex.quote(figures['path'])} --document {documents[0]['document']}"
     header = ("document", "stored mass, mean", "next token first", "distributions", "id")
     caption = "The documents of which the least probability is stored, of those that were read"
-    return element("div", table(caption, header, rows), class_="numbers")
+    look = paragraph("To look at the first: ", element("code", command))
+    return joined(element("div", table(caption, header, rows), class_="numbers"), look)
 
 
 def _codec(figures: _Figures) -> Html:
@@ -198,17 +206,15 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list) and value and not any(isinstance(each, (dict, list)) for each in value):
         yield name, ", ".join(_said(each) for each in value)
-    elif isinstance(value, list):
+    elif isinstance(value, list) and value:
         for index, inner in enumerate(value):
             yield from _flat(inner, f"{name}[{index}]")
-        if not value:
-            yield name, "none"
     else:
         yield name, _said(value)
 
 
 def _said(value: Any) -> str:
-    if value is None:
+    if value is None or value == []:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,17 @@ def inspection_panels(inspection: Inspection) -> list[Panel]:
     if _curves(inspection):
         panels.append(Panel("The codec's rms error by rank (nats)", by_rank(_error), "{:.2e}", "rank", note=note))
     mass = Panel("Stored probability", lambda axes: _mass(axes, inspection), "{:.2%}", "stored probability", "{:.2%}")
-    return [*panels, mass]
+    rates = inspection.rate_by_entropy
+    if len(rates) < 2:
+        return [*panels, mass]
+    title = "Bytes per distribution by its entropy"
+    return [*panels, mass, Panel(title, lambda axes: _rates(axes, rates), "{:,.0f}", "entropy (nats)", "{:.1f}")]
+
+
+def _rates(axes: Any, rates: Sequence[tuple[float, float]]) -> None:
+    """Bytes of rows of varying size, against their entropy."""
+    axes.plot(*zip(*rates, strict=True), color=BLUE, lw=1.4, marker="o", ms=5, label="bytes, mean")
+    axes.set_ylim(0, 1.08 * max(size for _, size in rates))
 
 
 def plot_text(name: object) -> str:

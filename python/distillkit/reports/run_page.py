@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -134,11 +135,17 @@ def _differences(run: RunRecord) -> tuple[Html, Html]:
     if run.differences is None:
         return Html(""), Html("")
     try:
-        return _positions(run.differences), _documents(run.differences["documents"])
+        return _positions(run.differences), _documents(run.differences["documents"], _captured(run))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CorruptDataError(
             f"{run.folder / DIFFERENCES}: not the differences as this release writes them: {error!r}"
         ) from error
+
+
+def _captured(run: RunRecord) -> str | None:
+    """The path of the held-out documents, if they have the teacher's distributions."""
+    stored = run.description.get("teacher", {}).get("kind") == "dataset"
+    return str(run.description["data"]["eval"]["path"]) if stored and "eval" in run.description["data"] else None
 
 
 def _positions(differences: dict[str, Any]) -> Html:
@@ -158,7 +165,8 @@ def _positions(differences: dict[str, Any]) -> Html:
     return joined(content)
 
 
-def _documents(documents: list[dict[str, Any]]) -> Html:
+def _documents(documents: list[dict[str, Any]], path: str | None) -> Html:
+    """The documents, with the command that shows one if they are of the captured dataset at a path."""
     if not documents:
         return Html("")
     rows = [
@@ -172,7 +180,12 @@ def _documents(documents: list[dict[str, Any]]) -> Html:
         for each in documents
     ]
     header = ("document", "KL, mean (nats)", "top-1 agreement", "positions", "beginning")
-    return table("The held-out documents with the largest mean KL(teacher ‖ student)", header, rows)
+    caption = "The held-out documents with the largest mean KL(teacher ‖ student)"
+    if path is None:
+        return table(caption, header, rows)
+    command = f"distillkit-codec show {shlex.quote(path)} --document {documents[0]['document']}"
+    look = paragraph("To see what the teacher expects in the first: ", element("code", command))
+    return joined(table(caption, header, rows), look)
 
 
 def _position(each: dict[str, Any]) -> Html:

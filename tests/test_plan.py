@@ -143,7 +143,8 @@ def test_shards_of_a_capture_that_is_not_begun(teacher: Path, text: Path, tmp_pa
 
 def test_what_learning_a_prior_takes(teacher: Path, text: Path, tmp_path: Path) -> None:
     """8 bytes for each of 128 ids, which a prior is learned from however many are stored."""
-    out, compact = tmp_path / "out", {"compression_config": {"vocab_size": HEAD, "k": 16, "step": 0.003}}
+    compact: dict[str, Any] = {"compression_config": {"vocab_size": HEAD, "k": 16, "step": 0.003}}
+    out = tmp_path / "out"
     found = planned(teacher, text, out, **compact, prior_rows=1500, seconds=0.3)
     assert found.learning is not None
     assert found.learning.rows == 1500

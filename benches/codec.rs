@@ -4,6 +4,7 @@
 #![expect(missing_docs, reason = "criterion_group makes a public function")]
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use distillkit_codec::compact::{Compact, CompactConfig, learn};
 use distillkit_codec::{Codec, Config, bits, topk};
 
 const RECOMMENDED: &str = r#"{"d": 49152, "k": 128, "exact_k": 16, "exact_dtype": "bfloat16",
@@ -57,6 +58,60 @@ fn codec(c: &mut Criterion) {
     }
 }
 
+/// Rows whose ids are likelier the lower they are, in one of 64 orders of the vocabulary each.
+fn clustered_rows(count: usize, k: usize) -> (Vec<i64>, Vec<f32>) {
+    let (_, logprobs) = rows(k);
+    let mut state = 3u64;
+    let mut ids = Vec::new();
+    for row in 0..count {
+        let order = 2 * (row as u64 * 7919 % 64) + 1;
+        let mut seen = std::collections::HashSet::new();
+        while seen.len() < k {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            let share = (state >> 11) as f64 / (1u64 << 53) as f64;
+            let place = 49_152f64.powf(share) as u64;
+            let id = (place * order * 12_289 % 49_152) as i64;
+            if seen.insert(id) {
+                ids.push(id);
+            }
+        }
+    }
+    let logprobs = logprobs.iter().copied().cycle().take(count * k).collect();
+    (ids, logprobs)
+}
+
+/// The compact format beside the fixed layouts of the same k.
+fn compact(c: &mut Criterion) {
+    for (name, k, step) in [("compact-128", 128, 0.0034), ("compact-50", 50, 0.0054)] {
+        let json = format!(r#"{{"vocab_size": 49152, "k": {k}, "step": {step}}}"#);
+        let config = CompactConfig::from_json(&json).expect("valid");
+        let (ids, logprobs) = clustered_rows(8192, k);
+        let prior = learn(&config, &ids, &logprobs, k, None).expect("learns").to_bytes();
+        let codec = Compact::new(config, Some(&prior)).expect("valid");
+        let (ids, logprobs) = (&ids[..512 * k], &logprobs[..512 * k]);
+        let document = codec.encode_document(ids, logprobs, k).expect("encodes");
+        let (mut back, mut values) = (vec![0; ids.len()], vec![0.0; ids.len()]);
+        codec.decode_document(&document, &mut back, &mut values).expect("decodes");
+        for (given, back) in ids.chunks(k).zip(back.chunks(k)) {
+            let sorted = |row: &[i64]| {
+                let mut row = row.to_vec();
+                row.sort_unstable();
+                row
+            };
+            assert_eq!(sorted(given), sorted(back));
+        }
+        let mut group = c.benchmark_group(name);
+        group.throughput(Throughput::Elements(512));
+        group.bench_function("encode", |b| b.iter(|| codec.encode_document(ids, logprobs, k)));
+        group.bench_function("decode", |b| {
+            b.iter(|| codec.decode_document(&document, &mut back, &mut values));
+        });
+        group.finish();
+    }
+}
+
 fn packing(c: &mut Criterion) {
     let mut group = c.benchmark_group("bits");
     for width in [7, 16, 17, 18, 33, 64] {
@@ -103,5 +158,5 @@ fn dense(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, codec, packing, dense);
+criterion_group!(benches, codec, compact, packing, dense);
 criterion_main!(benches);

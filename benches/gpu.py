@@ -127,7 +127,7 @@ def table(results: dict[str, Any]) -> list[str]:
     figures = {part: dict(results[part]["figures"]) for part in PARTS if part in results}
     speeds = [row["tokens/s"] for who in ("plain", "ours") for row in figures.get(f"training-{who}", {}).values()]
     if len(speeds) == 2:
-        figures["training-ours"]["against CE alone"] = {"of the time of a step more": speeds[0] / speeds[1] - 1}
+        figures["training-ours"]["against CE alone"] = {"more time for a step": speeds[0] / speeds[1] - 1}
     rows = [(part, name, row) for part, named in figures.items() for name, row in named.items()]
     width = max((len(name) for _, name, _ in rows), default=0)
     lines = [f"{part:14}  {name:{width}}  {', '.join(map(written, row.values(), row))}" for part, name, row in rows]
@@ -139,7 +139,7 @@ def written(figure: Any, unit: str) -> str:
         return f"{unit} {figure}".lstrip()
     if not isinstance(figure, float):
         return f"{figure:,} {unit}"
-    text = f"{figure:+.1%}" if unit.endswith("more") else f"{figure:.3g}" if abs(figure) < 1000 else f"{figure:,.0f}"
+    text = f"{figure:+.1%}" if unit.startswith("more") else f"{figure:.3g}" if abs(figure) < 1000 else f"{figure:,.0f}"
     return f"{text} {unit}"
 
 

@@ -428,7 +428,7 @@ def capture(sizes: Sizes, folder: Path, record: Record) -> None:
     record("forward alone", {"tokens/s": bare})
     figures = {
         "tokens/s": report.tokens_per_second,
-        "of the forward's time more": bare / report.tokens_per_second - 1,
+        "more time than the forward alone": bare / report.tokens_per_second - 1,
         "of the time spent waiting for the encoder": report.blocked_seconds / report.seconds,
         "nats mean KL of the stored rows": report.kl_mean,
     }

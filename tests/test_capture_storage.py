@@ -23,6 +23,7 @@ from distillkit.shards import Dataset, read_manifest, verify_dataset
 from distillkit.shards.storage import Folder
 from support.capturing import files, run
 from support.refusals import refused
+from support.teachers import HEAD
 
 
 def contents(url: str) -> dict[str, bytes]:
@@ -219,10 +220,14 @@ def cluster() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_ray_workers_one_of_which_is_killed(cluster: None, teacher: Path, text: Path, tmp_path: Path) -> None:
-    """Ray's own warnings are none of ours. Workers have one thread each, whatever their number."""
+    """Ray's own warnings are none of ours. Workers have one thread each, whatever their number.
+
+    They also score what the prior is learned from.
+    """
+    compact = {"compression_config": {"vocab_size": HEAD, "k": 16, "step": 0.003}, "prior_rows": 2000}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run(teacher, text, tmp_path / "one", shard_tokens=200)
+    run(teacher, text, tmp_path / "one", shard_tokens=200, **compact)
     torch.set_num_threads(threads)
     expected = files(tmp_path / "one")
 
@@ -238,7 +243,7 @@ def test_ray_workers_one_of_which_is_killed(cluster: None, teacher: Path, text: 
 
     killer = threading.Thread(target=kill_a_worker)
     killer.start()
-    report = run(teacher, text, out, shard_tokens=200, workers="ray", num_workers=2)
+    report = run(teacher, text, out, shard_tokens=200, workers="ray", num_workers=2, **compact)
     killer.join()
     assert report.unfinished_shards == 0
     assert 0 < killed[0] < report.shards, "shards that were done when a worker was killed"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -20,6 +21,7 @@ from distillkit.codec.fidelity import FidelityStats, kl_rows, values_of
 from distillkit.codec.presets import COMPACT_PRESETS, FORMER_PRESETS
 from distillkit.errors import ConfigError, CorruptDataError, DistillKitError, InputError, MismatchError
 from distillkit.reports.inspection import inspect_dataset
+from distillkit.reports.token_view import view_document
 from distillkit.shards import Dataset, Header, ShardWriter, convert, load_prior, verify_dataset
 from distillkit.shards.convert import target_codec
 from distillkit.shards.repack import pack_dataset
@@ -225,6 +227,15 @@ def test_a_prior_that_is_missing_other_or_damaged(compact: Path, prior: Prior, t
         Codec(config(), prior=Prior(whole[: len(whole) // 2], "nowhere/prior.bin"))
 
 
+def test_a_view_of_rows_with_fewer_ids(tmp_path: Path) -> None:
+    source = write(tmp_path / "adaptive", Codec(config("compact-adaptive")))
+    logprobs = np.asarray(source.decode(3).logprobs)
+    row = int((logprobs > -np.inf).sum(-1).argmin())
+    count = int((logprobs[row] > -np.inf).sum())
+    assert count < 20
+    assert len(view_document(source, 3, best=20)[row + 1].best) == count
+
+
 def test_shards_that_stand_alone(compact: Path, prior: Prior, tmp_path: Path) -> None:
     codec = Codec(config(), prior=prior)
     write(tmp_path / "whole", codec, standalone=True)
@@ -297,6 +308,26 @@ def test_conversion_there_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixt
     convert(small, back, codec=target_codec(small, preset("budget", vocab_size=SAMPLE.vocab_size), folder=back))
     assert Dataset.open(back).codec.is_fixed
     assert verify_dataset(back).ok
+
+
+def test_a_conversion_keeps_masks_labels_and_columns(tmp_path: Path) -> None:
+    codec = Codec(preset("recommended", vocab_size=SAMPLE.vocab_size))
+    header = Header(codec=codec.to_dict(), vocab_size=SAMPLE.vocab_size, head_size=SAMPLE.vocab_size)
+    kept = pa.schema([pa.field("title", pa.string())])
+    ids, part = documents()[1]
+    extra: dict[str, Any] = {
+        "loss_mask": np.arange(len(ids)) % 2 == 0,
+        "segment_lengths": np.array([5, len(ids) - 5]),
+        "label_logprobs": np.full(len(ids) - 1, -2.5, np.float32),
+    }
+    with ShardWriter(tmp_path / "source", header, kept=kept) as writer:
+        writer.write(ids, part, columns={"title": "a"}, **extra)
+    source = Dataset.open(tmp_path / "source")
+    convert(source, tmp_path / "out", codec=Codec(config()))
+    [document] = Dataset.open(tmp_path / "out")
+    assert document.doc_id == source[0].doc_id
+    assert {name: np.array_equal(getattr(document, name), extra[name]) for name in extra} == dict.fromkeys(extra, True)
+    assert dict(document.columns or {}) == {"title": "a"}
 
 
 def test_rows_with_fewer_ids_do_not_fit_a_fixed_format(prior: Prior, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from distillkit.shards import Header, ShardWriter
 MODULES = (
     *("types", "codec.bits", "codec.codec", "codec.config", "codec.presets", "codec.prior"),
     *("shards.convert", "shards.manifest", "shards.prior", "shards.reader", "shards.verify", "shards.writer"),
-    *("training.config.file", "configuration.overrides", "reports.token_view"),
+    *("training.config.file", "configuration.cards", "configuration.overrides", "reports", "reports.token_view"),
 )
 YAML = """\
 model: ./student

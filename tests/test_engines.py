@@ -452,6 +452,23 @@ def test_a_capture_from_a_server_has_neither_key_nor_url(
             assert hidden not in path.read_bytes()
 
 
+def test_a_server_is_asked_once_for_what_a_prior_is_learned_from(teacher: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    write_text(tmp_path / "rows.jsonl", 20)
+    config = {"vocab_size": V, "k": K, "step": 0.003}
+    with server(lambda body: ok(completion(body))) as (url, requests):
+        options: dict[str, Any] = {"max_seq_len": 64, "compression_config": config, "prior_rows": 200}
+        options |= {"engine": "openai", "base_url": url, "shard_tokens": 200, "progress": False}
+        report = capture(model=str(teacher), dataset=str(tmp_path / "rows.jsonl"), output=tmp_path / "out", **options)
+    prompts = [tuple(request["prompt"]) for request in requests[1:]]
+    dataset = Dataset.open(tmp_path / "out")
+    assert sorted(prompts) == sorted(tuple(each.input_ids.tolist()) for each in dataset)
+    assert report.prior_bytes > 0
+    for each, rows in dataset.decoded():
+        best = np.argsort(-true_logprobs(each.input_ids.tolist())[:-1], axis=1)[:, :K]
+        np.testing.assert_array_equal(np.sort(rows.ids), np.sort(best))
+
+
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with refused(ConfigError, "pip install 'distillkit[openai]'"):

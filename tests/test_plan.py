@@ -141,6 +141,31 @@ def test_shards_of_a_capture_that_is_not_begun(teacher: Path, text: Path, tmp_pa
     assert found.left_tokens.value == pytest.approx(1400, rel=0.1)
 
 
+def test_what_learning_a_prior_takes(teacher: Path, text: Path, tmp_path: Path) -> None:
+    """8 bytes for each of 128 ids, which a prior is learned from however many are stored."""
+    out, compact = tmp_path / "out", {"compression_config": {"vocab_size": HEAD, "k": 16, "step": 0.003}}
+    found = planned(teacher, text, out, **compact, prior_rows=1500, seconds=0.3)
+    assert found.learning is not None
+    assert found.learning.rows == 1500
+    assert found.learning.seconds is not None
+    assert found.speed is not None
+    assert found.speed.left_seconds.value >= found.learning.seconds
+    assert (found.chosen.kept_bytes, found.chosen.estimated) == (1500 * HEAD * 8, True)
+    everything = planned(teacher, text, out, **compact)
+    assert everything.learning is not None
+    assert everything.learning.rows == everything.text.tokens.value
+    # Counted in what has to be free.
+    smaller = planned(teacher, text, out, **compact, prior_rows=0)
+    assert smaller.learning is None
+    with mounted(tmp_path / "disk", "size=1m"):
+        problems = planned(teacher, text, tmp_path / "disk" / "out", **compact).problems
+        assert len(problems) == 1
+        assert not planned(teacher, text, tmp_path / "disk" / "out", **compact, prior_rows=0).problems
+    run(teacher, text, out, **compact, prior_rows=1500, shard_range="0:0")
+    begun = planned(teacher, text, out, **compact, prior_rows=1500)
+    assert (begun.learning, begun.chosen.kept_bytes) == (None, 0)
+
+
 # -- codecs ------------------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from distillkit.capture.settings import CaptureSettings
 from distillkit.capture.shard_plan import PRIOR_RECEIPT, ShardPlan, read_json, write_json
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument, Teacher
 from distillkit.codec import Codec, Prior
-from distillkit.console import duration, human_bytes
+from distillkit.console import duration, human_bytes, progress_bar
 from distillkit.errors import CaptureError, ConfigError, CorruptDataError, InputError
 from distillkit.shards import Header
 from distillkit.shards.lock import FolderLock
@@ -42,6 +42,8 @@ def settle_prior(
     plan: ShardPlan,
     lock: FolderLock,
     score: Callable[[ShardPlan, Sequence[int]], StageTimes],
+    *,
+    progress: bool = False,
 ) -> tuple[ShardPlan, StageTimes]:
     """Make sure that the folder has the prior of its shards, which is learned if nobody has yet.
 
@@ -49,6 +51,7 @@ def settle_prior(
         inputs, plan: the capture.
         lock: of the folder, at this run's turn.
         score: lets the teacher score the sampled documents of some shards and keeps their rows; see `score_sample`.
+        progress: show that it is being learned.
 
     Returns:
         The plan, whose header now names the prior and, if it was learned, the teacher; and the times of learning it.
@@ -74,7 +77,8 @@ def settle_prior(
             times = score(plan, missing)
             kept |= {number: read_rows(plan, number) for number in missing}
         clock = time.perf_counter()
-        _learn(inputs, plan, {number: rows for number, rows in kept.items() if rows is not None})
+        with progress_bar("learning the prior", shown=progress):
+            _learn(inputs, plan, {number: rows for number, rows in kept.items() if rows is not None})
         times.learn, times.wall = time.perf_counter() - clock, time.perf_counter() - started
         settled = with_learned_prior(plan)
     if settled is None:

@@ -125,8 +125,8 @@ class _ShardWorker:
         from distillkit.capture.learning import score_sample, with_learned_prior
 
         settings = self._settings
-        plan = read_plan(Folder(settings.output))
-        if plan is None:
+        planned = read_plan(Folder(settings.output))
+        if planned is None:
             raise CaptureError(
                 f"{settings.output}: this node cannot see the plan of the capture: the output must be storage that "
                 "all nodes can reach, such as s3:// or a shared folder"
@@ -135,9 +135,9 @@ class _ShardWorker:
         teacher = inputs.teacher()
         request, skip_bad = inputs.request, settings.skip_bad_documents
         if self._sample:
-            own = inputs.complete_header(plan, teacher, {})
-            return lambda number: score_sample(teacher, plan, number, own, request, skip_bad=skip_bad)
-        plan = with_learned_prior(plan)
+            own = inputs.complete_header(planned, teacher, {})
+            return lambda number: score_sample(teacher, planned, number, own, request, skip_bad=skip_bad)
+        plan = with_learned_prior(planned)
         if plan is None:
             raise CaptureError(f"{settings.output}: its prior was removed; run the command again")
         header = inputs.complete_header(plan, teacher, plan.receipts(trusted=range(len(plan.shards))))

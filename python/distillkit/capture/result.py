@@ -45,8 +45,8 @@ class CaptureReport(Shown):
         documents, tokens, rows, shards: its size; a document of L tokens has L − 1 rows, or L with `last_row`.
         unfinished_shards: shards still missing, which were not part of this run; the manifest is written after the
             last one.
-        bytes_per_token: the codec's bytes per row, ids and values; in the compact format, their mean, and the row's
-            share of the prior.
+        bytes_per_token: the codec's bytes per row, ids and values; in the compact format, their mean and the row's
+            share of the prior; 0 without rows.
         prior_bytes: size of the prior, which the dataset stores once; 0 without one.
         published_bytes_per_token: bytes per row of the published layout with as many ids.
         disk_bytes: size of the shards.

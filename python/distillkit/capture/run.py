@@ -94,7 +94,7 @@ class _Run:
 
     def settle_prior(self, plan: ShardPlan, lock: FolderLock) -> ShardPlan:
         """The plan with the prior that its shards have; see `settle_prior`."""
-        plan, times = settle_prior(self._inputs, plan, lock, self._score_sample)
+        plan, times = settle_prior(self._inputs, plan, lock, self._score_sample, progress=self._progress)
         self.times.add(times)
         return plan
 
@@ -275,12 +275,12 @@ def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> No
 
 
 def _bytes_per_token(folder: Folder, manifest: Manifest, prior_bytes: int) -> float:
-    """The codec's bytes per row; where rows differ in size, the mean over the shards, with their prior."""
+    """The codec's bytes per row; where rows differ in size, their mean with their prior, or 0 without rows."""
     if manifest.header.codec.get("format") != CompactConfig.format:
         return manifest.header.make_codec().bytes_per_token
     rows = sum(shard.rows for shard in manifest.shards)
     size = sum(ShardFile(folder.of(shard.file)).teacher_bytes() for shard in manifest.shards)
-    return (size + prior_bytes) / max(rows, 1)
+    return (size + prior_bytes) / rows if rows else 0.0
 
 
 def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int, unfinished: int = 0) -> CaptureReport:

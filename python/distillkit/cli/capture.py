@@ -111,7 +111,8 @@ def _table(report: CaptureReport) -> Table:
             "unfinished",
             f"left: {number_of(report.unfinished_shards, 'shard')}; the manifest is written after the last one",
         )
-    table.add_row("bytes per token", _bytes_per_token(report))
+    if report.bytes_per_token:
+        table.add_row("bytes per token", _bytes_per_token(report))
     if report.kl_mean is not None and report.kl_p99 is not None:
         table.add_row(
             "fidelity", f"KL mean {report.kl_mean:.2e}, p99 {report.kl_p99:.2e} nats (over the stored ids and the rest)"
@@ -143,7 +144,7 @@ def _bytes_per_token(report: CaptureReport) -> str:
     disk = f"{human_bytes(report.disk_bytes)} on disk"
     if not report.prior_bytes:
         return f"{report.bytes_per_token:g}  ({disk})"
-    published, share = report.published_bytes_per_token, report.prior_bytes / max(report.rows, 1)
+    published, share = report.published_bytes_per_token, report.prior_bytes / report.rows
     return (
         f"{report.bytes_per_token:,.1f}, {report.bytes_per_token / published:.0%} of the {published} of the published "
         f"layout  ({share:,.1f} of them for the prior of {human_bytes(report.prior_bytes)}; {disk})"

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from distillkit.cli.common import CONFIG, LARGEST, SPLIT
-from distillkit.codec import Codec, CodecConfig, CompactConfig, preset
+from distillkit.codec import Codec, CodecConfig, preset
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.codec.presets import PresetName
 from distillkit.console import human_bytes, number_of, progress_bar, say
@@ -33,8 +33,8 @@ __all__ = ["convert"]
 )
 @click.option(
     "--prior",
-    help="A prior for the compact format: a prior.bin, or a dataset of the same teacher, whose prior is then used. By "
-    "default it is learned from SOURCE.",
+    help="A prior for the compact format: a prior.bin, or a dataset of the same teacher. If it was learned for another "
+    "configuration, it is adapted to this one. By default, a prior is learned from SOURCE.",
 )
 @click.option(
     "--prior-rows",
@@ -128,17 +128,19 @@ def _wanted(dataset: Dataset, preset_name: str | None, compression_config: str |
 def _tell(dataset: Dataset, destination: str, manifest: Manifest, codec: Codec | None) -> None:
     """Say what was written, how large it is, and how close to the source."""
     documents, tokens = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("documents", "tokens"))
-    prior = 0 if codec is None or codec.prior is None else len(codec.prior.data)
+    written = dataset.codec if codec is None else codec
+    prior, source_prior = (0 if each.prior is None else len(each.prior.data) for each in (written, dataset.codec))
     size, before = (sum(shard.bytes for shard in shards) for shards in (manifest.shards, dataset.shards))
+    size, before = size + prior, before + source_prior
     content = f"{number_of(documents, 'document')}, {number_of(tokens, 'token')}"
     say(f"{content} in {number_of(len(manifest.shards), 'shard')}: {destination}")
-    sizes = f"{human_bytes(size + prior)}, from {human_bytes(before)}"
-    if codec is None or codec == dataset.codec:
+    sizes = f"{human_bytes(size)}, from {human_bytes(before)}"
+    if written == dataset.codec:
         say(f"{sizes}; every distribution unchanged, byte for byte")
         return
     rows = max(dataset.num_rows, 1)
-    say(f"{sizes}: {(size + prior) / rows:,.1f} bytes per distribution, from {before / rows:,.1f}")
-    if isinstance(codec.config, CompactConfig):
+    say(f"{sizes}: {size / rows:,.1f} bytes per distribution, from {before / rows:,.1f}")
+    if prior:
         say(f"prior.bin: {human_bytes(prior)} of them, once per dataset")
     if manifest.header.fidelity is not None:
         stats = FidelityStats.from_dict(manifest.header.fidelity)

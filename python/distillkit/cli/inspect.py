@@ -146,7 +146,7 @@ def _named(facts: dict[str, Any] | None, *details: str) -> str:
 
 _PART_NOTES = {
     "head": ", what each row begins with: its cluster, shape and missing mass",
-    "framing": ", checksums and lengths",
+    "framing": ", what each document takes besides its rows",
     "prior": ", prior.bin divided by all rows",
     "overhead": ", everything else in the files",
 }

@@ -42,7 +42,7 @@ _SECTIONS = {
         *("read_columns", "append_eos", "keep_columns", "apply_chat_template", "max_seq_len", "overflow", "overlap"),
         "loss_on",
     ),
-    "What is stored": ("preset", "compression_config", "keep_ids", "label_logprobs", "last_row"),
+    "What is stored": ("preset", "compression_config", "prior", "prior_rows", "keep_ids", "label_logprobs", "last_row"),
     "How it runs": ("engine", "shard_tokens", "shard_range", "workers", "num_workers", "worker_cpus"),
 }
 

@@ -7,6 +7,7 @@ Shape legend: R rows of a document, k stored ids per row.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ class Inspection(Shown):
         ids_per_row: (k + 1,) number of rows by how many ids they have.
         dense_ratio: how many times larger dense bfloat16 logits are: 2 · head_size bytes per row against total bytes.
         topk_ratio: the same for plain top-k: k · (4 bytes per id + 2 per bfloat16 value).
-        published_ratio: the same for the published layout with as many ids, `recommended` with this k.
+        published_ratio: the same for the published layout with as many ids as rows have on average
+            (`distillkit.codec.presets.published_bytes`).
         codec: format, version and config.
         codec_warnings: settings in that config that are valid but probably not intended.
         preset: name of the preset that the config equals, or None.
@@ -310,7 +312,7 @@ def inspect_dataset(
         rate_by_entropy=seen.rate_by_entropy(),
         dense_ratio=2 * header.head_size / total,
         topk_ratio=6 * codec.k / total,
-        published_ratio=(published_bytes(codec.k, codec.vocab_size) + overhead) / total,
+        published_ratio=(published_bytes(math.ceil(seen.ids_mean()), codec.vocab_size) + overhead) / total,
         codec=codec.to_dict(),
         codec_warnings=tuple(codec.warnings),
         preset=preset_of(codec.config),
@@ -354,8 +356,8 @@ def _measured_against(header: Header) -> str:
     if not isinstance(converted, Mapping):
         return "recorded by the writer"
     known = converted.get("source_kl_mean")
-    own = f", whose own KL was {known:.2e}" if isinstance(known, float) else ""
-    return f"against the decoded rows of the dataset it was converted from{own}"
+    own = f" (their own KL to the teacher: {known:.2e})" if isinstance(known, float) else ""
+    return f"which is what the dataset that it was converted from decodes to{own}"
 
 
 class _Seen:
@@ -426,8 +428,12 @@ class _Seen:
         if self._codec.is_fixed:
             return {"ids": float(self._codec.id_bytes), "values": float(self._codec.value_bytes)}
         rows = max(self._rows, 1)
-        found = {name: size / rows for name, size in self._parts.items()}
+        found = {name: self._parts[name] / rows for name in ("head", "ids", "values", "framing")}
         return {**found, "prior": prior} if prior else found
+
+    def ids_mean(self) -> float:
+        """Mean number of ids per row; k without rows."""
+        return float(self._ids @ np.arange(len(self._ids)) / self._rows) if self._rows else float(self._codec.k)
 
     def rate_by_entropy(self) -> tuple[tuple[float, float], ...]:
         """Mean entropy and bytes of rows, by entropy."""

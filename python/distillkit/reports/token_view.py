@@ -103,6 +103,7 @@ def view_document(
             candidates = [
                 Candidate(int(each), texts.get(int(each)), float(value))
                 for each, value in zip(row_ids[row, :best], logprobs[row, :best], strict=True)
+                if value > -np.inf  # a row may have fewer ids
             ]
             rank = _rank(row_ids[row], token)
             if rank is not None:

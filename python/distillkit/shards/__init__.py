@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distillkit.shards.convert import convert
+from distillkit.shards.convert import convert, target_codec
 from distillkit.shards.header import Header
 from distillkit.shards.manifest import Manifest, ShardInfo, read_manifest
 from distillkit.shards.prior import load_prior
@@ -20,6 +20,7 @@ __all__ = [
     "convert",
     "load_prior",
     "read_manifest",
+    "target_codec",
     "verify_dataset",
     "whole_shards",
 ]

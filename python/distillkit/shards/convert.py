@@ -80,7 +80,13 @@ def convert(
         capture=_settings(source, target, standalone),
     )
     with ShardWriter(
-        folder, header, shard_tokens=shard_tokens, resume=True, prior=target.prior, standalone=standalone
+        folder,
+        header,
+        shard_tokens=shard_tokens,
+        resume=True,
+        prior=target.prior,
+        standalone=standalone,
+        kept=source.kept_schema,
     ) as writer:
         resumed = writer.finished_documents()
         for index, document in enumerate(source):
@@ -159,7 +165,7 @@ def _with_prior(
     """The compact codec with a prior that is given, adapted or learned."""
     wanted = config.without_prior()
     if prior is None or prior.config != wanted:
-        learned_from = _sample(source, config.k, rows, progress)
+        learned_from = _sample(source, rows, progress)
         logger.info("%s: learning a prior from %s rows", source.path, f"{len(learned_from.ids):,}")
         prior = Prior.learn(wanted, learned_from, base=prior, source=f"the prior learned from {source.path}")
     return Codec(wanted, prior=prior)
@@ -171,13 +177,14 @@ def _kept(folder: str | Path) -> Prior | None:
     return None if place.size(PRIOR) is None else load_prior(place.of(PRIOR))
 
 
-def _sample(source: Dataset, k: int, rows: int, progress: Callable[[int, int], None]) -> SparseLogprobs:
-    """The first k ids of about so many rows, of documents evenly spread over a dataset."""
+def _sample(source: Dataset, rows: int, progress: Callable[[int, int], None]) -> SparseLogprobs:
+    """About so many rows, of documents evenly spread over a dataset, with all of their ids: those beyond the k that are
+    to be stored tell rows apart, too."""
     share = min(1.0, rows / max(source.num_rows, 1))
     parts: list[SparseLogprobs] = []
     total, done = min(rows, source.num_rows), 0
     for index in np.unique(np.linspace(0, len(source) - 1, max(1, round(share * len(source)))).astype(int)).tolist():
-        part = _distributions(decoded(source[index], source.codec), k)
+        part = _distributions(decoded(source[index], source.codec), source.codec.k)
         parts.append(part)
         done += len(part.ids)
         progress(min(done, total), total)
@@ -229,7 +236,7 @@ def _distributions(rows: SparseLogprobs, k: int) -> SparseLogprobs:
 
 def _others(document: Document) -> dict[str, Any]:
     """What is stored of a document besides its tokens and rows."""
-    return {name: getattr(document, name) for name in ("loss_mask", "segment_lengths", "label_logprobs")}
+    return {name: getattr(document, name) for name in ("loss_mask", "segment_lengths", "label_logprobs", "columns")}
 
 
 def _same(written: Document, document: Document, teacher: bytes | memoryview) -> bool:

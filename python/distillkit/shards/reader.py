@@ -104,7 +104,8 @@ class ShardFile:
             )
         check_names(schema, SCHEMA.names, path)
         self._columns = [name for name in SCHEMA.names if name in schema.names]
-        self._kept = [name for name in schema.names if name not in SCHEMA.names]
+        self.kept_schema = pa.schema([field for field in schema if field.name not in SCHEMA.names])
+        self._kept = self.kept_schema.names
         for field in SCHEMA:
             found = schema.field(field.name).type if field.name in schema.names else None
             if found != field.type and not (found is None and field.nullable):
@@ -360,6 +361,12 @@ class Dataset(Documents, Shown):
         return sum(shard.rows for shard in self.shards)
 
     @property
+    def kept_schema(self) -> pa.Schema:
+        """The columns that a capture kept of the source's rows (`Document.columns`)."""
+        first = self._files[0] if self._files else None
+        return first.kept_schema if isinstance(first, (ShardFile, HubShard)) else pa.schema([])
+
+    @property
     def teacher_bytes(self) -> int:
         """The codec's bytes of all documents; in the compact format, to within some tens of bytes per row group."""
         if self.codec.is_fixed:
@@ -555,6 +562,10 @@ class HubShard:
 
     def teacher_bytes(self) -> int:
         return self._file.teacher_bytes()
+
+    @property
+    def kept_schema(self) -> pa.Schema:
+        return self._file.kept_schema
 
 
 def _documents_in(file: DocumentFile) -> int:

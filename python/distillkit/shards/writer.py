@@ -140,6 +140,7 @@ class ShardWriter:
         resume: continue after the finished shards in the folder; otherwise, there must be none.
         prior: what the header's codec names, if it names one; None if the folder has it already.
         standalone: put the prior into each shard as well, so that a shard can be read without the folder.
+        kept: additional columns, kept from the source.
 
     Attributes:
         resumed: the finished shards found in the folder.
@@ -172,12 +173,13 @@ class ShardWriter:
         resume: bool = False,
         prior: Prior | None = None,
         standalone: bool = False,
+        kept: pa.Schema | None = None,
     ) -> None:
         if header.fidelity is not None:
             raise InputError("the writer measures fidelity itself: pass a header without fidelity")
         self._folder = Folder(folder)
         self._header = header
-        self._standalone = standalone
+        self._standalone, self._kept = standalone, kept
         self._shard_tokens = shard_tokens
         self._open: NewShard | None = None
         self._folder.make()
@@ -229,6 +231,7 @@ class ShardWriter:
         loss_mask: npt.NDArray[Any] | None = None,
         segment_lengths: npt.NDArray[Any] | None = None,
         label_logprobs: npt.NDArray[Any] | None = None,
+        columns: Mapping[str, Any] | None = None,
     ) -> None:
         """Adds a document, and finishes the shard if it is now large enough.
 
@@ -239,6 +242,7 @@ class ShardWriter:
             loss_mask: (L,) bool, or integers 0 and 1.
             segment_lengths: (S,) integers, lengths of packed documents.
             label_logprobs: (L − 1,) the teacher's log-probability of each next token.
+            columns: values of the kept columns.
 
         Raises:
             InputError: wrong values or shapes, or a number of rows that contradicts the header's alignment.
@@ -264,8 +268,8 @@ class ShardWriter:
         with self._failing():
             if self._open is None:
                 embedded = self._codec.prior if self._standalone else None
-                self._open = NewShard(self._folder, shard_name(len(self._shards)), prior=embedded)
-            self._open.add(document, stats)
+                self._open = NewShard(self._folder, shard_name(len(self._shards)), self._kept, prior=embedded)
+            self._open.add(document, stats, columns)
         if self._open.tokens >= self._shard_tokens:
             self.finish_shard()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import errno
 import os
 import shutil
 import tempfile
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["NewStudent", "make_student"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,15 +98,14 @@ def make_student(
         raise ConfigError(f"teacher: {problem}")
     folder = Path(output).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(17, "exists already, and is not overwritten; choose another folder", str(output))
+        raise FileExistsError(errno.EEXIST, "exists already; choose another folder", str(output))
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
     plan = _Plan.of(teacher, layers, sizes or {}, trust_remote_code)
     model = plan.load_teacher()
     student, new = plan.build(model, from_scratch, seed)
-    with _complete_folder(folder) as unfinished, _loading(teacher, "with the student's config "):
+    with _complete_folder(folder) as unfinished:
         student.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        _check_reading(unfinished, trust_remote_code)
     values = dict(student.named_parameters())
     parameters = sum(value.numel() for value in values.values())
     return NewStudent(
@@ -153,11 +150,10 @@ class _Plan:
             small = with_layers(config, kept)
             large_outline, outline = (_outline(each, trust) for each in (config, small))
         found = Layers(large_outline, outline, depth, kept)
-        if sizes:
-            with _loading(teacher, f"with {shown(dict(sizes))} "):
-                _resize(small, sizes)
-                small.validate()
-                _outline(small, trust)
+        with _loading(teacher, f"with {shown(dict(sizes))} " if sizes else "with fewer layers "):
+            _resize(small, sizes)
+            _check_reading(small)
+            _outline(small, trust)
         return _Plan(teacher, trust, found, small)
 
     def load_teacher(self) -> PreTrainedModel:
@@ -173,8 +169,8 @@ class _Plan:
         """Return the student, and the names of its parameters that are not the teacher's."""
         import transformers
 
-        transformers.set_seed(seed)
-        with _loading(self.teacher, "with the student's config "):
+        with _loading(self.teacher, "with the student's config "), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             student = transformers.AutoModelForCausalLM.from_config(
                 self.config, dtype=teacher.dtype, trust_remote_code=self.trust
             )
@@ -199,11 +195,11 @@ def _outline(config: Any, trust: bool) -> PreTrainedModel:
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
-def _check_reading(folder: Path, trust: bool) -> None:
-    """Read the config that was written: transformers checks more of it then."""
-    import transformers
-
-    transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+def _check_reading(config: Any) -> None:
+    """Write and read a config: transformers checks more of it than when its settings are changed."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        type(config).from_pretrained(folder)
 
 
 def _depth(config: Any, teacher: str) -> int:

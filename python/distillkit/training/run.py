@@ -255,7 +255,7 @@ class Run:
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
         """Keep what happens in this block out of the run's record."""
-        writers = (self.metrics, self.report)
+        writers: tuple[MetricsFile | ReportWriter, ...] = (self.metrics, self.report)
         before = [writer.recording for writer in writers]
         for writer in writers:
             writer.recording = False

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::PathBuf;
 
+use distillkit_codec::compact::{Compact, CompactConfig};
 use distillkit_codec::{Backend, Codec, Config, FloatType, QuantizedConfig, bits, f16};
 use npyz::{Deserialize, npz::NpzArchive};
 use serde_json::Value;
@@ -213,4 +214,38 @@ fn encoding() {
         "the encoder writes other bytes than it did: if that was meant, record {:#018x}",
         hash(&all)
     );
+}
+
+/// The bytes of hexadecimal digits.
+fn from_hex(text: &str) -> Vec<u8> {
+    let byte = |at| u8::from_str_radix(&text[at..at + 2], 16).expect("hexadecimal");
+    (0..text.len()).step_by(2).map(byte).collect()
+}
+
+#[test]
+fn compact() {
+    let text = std::fs::read_to_string(golden().join("compact.json")).expect("recorded");
+    let recorded: Value = serde_json::from_str(&text).expect("JSON");
+    let mut prior = Vec::new();
+    for case in recorded["cases"].as_array().expect("cases") {
+        let config = CompactConfig::from_json(&case["config"].to_string()).expect("valid");
+        if let Some(text) = case["prior"].as_str() {
+            prior = from_hex(text);
+        }
+        let numbers = |name: &str| -> Vec<i64> {
+            let all = case[name].as_array().expect(name).iter();
+            all.map(|number| number.as_i64().expect("an integer")).collect()
+        };
+        let (ids, bits) = (numbers("ids"), numbers("logprob_bits"));
+        let document = from_hex(case["document"].as_str().expect("a document"));
+        for backend in Backend::available() {
+            let own = config.prior.is_some().then_some(&prior[..]);
+            let codec = Compact::with_backend(config.clone(), own, backend).expect("valid");
+            let mut back = (vec![0; ids.len()], vec![0.0f32; ids.len()]);
+            codec.decode_document(&document, &mut back.0, &mut back.1).expect("decodes");
+            assert_eq!(back.0, ids, "{}", case["name"]);
+            let back: Vec<i64> = back.1.iter().map(|value| i64::from(value.to_bits())).collect();
+            assert_eq!(back, bits, "{}", case["name"]);
+        }
+    }
 }

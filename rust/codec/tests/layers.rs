@@ -5,17 +5,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Modules at the top, from the bottom up. Modules of one line do not know each other.
-const LAYERS: [&[&str]; 11] = [
+const LAYERS: [&[&str]; 10] = [
     &["error"],
     &["simd"],
     &["bits", "float"],
     &["config"],
-    &["compact"],
     &["values"],
     &["encoder", "format"],
     &["rows"],
     &["tasks"],
-    &["topk"],
+    &["compact", "topk"],
     &["codec"],
 ];
 

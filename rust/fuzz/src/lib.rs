@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use arbitrary::{Result, Unstructured};
+use distillkit_codec::compact::{Compact, CompactConfig};
 use distillkit_codec::{Backend, Codec, CodecError, Config};
 use libfuzzer_sys::Corpus;
 use serde_json::{Value, json};
@@ -265,4 +266,54 @@ pub fn rows(codec: &Codec, raw: &[u8]) -> Vec<u8> {
             rest.iter().copied().cycle().take(rest.len().div_ceil(bytes) * bytes).collect()
         }
     }
+}
+
+/// Decodes a document of the compact format: it is refused as damaged, or its rows are ones.
+/// Returns whether it decoded.
+pub fn check_compact_rows(codec: &Compact, data: &[u8], rows: usize) -> bool {
+    let k = codec.config().k;
+    let (mut ids, mut logprobs) = (vec![-1; rows * k], vec![1.0f32; rows * k]);
+    if let Err(error) = codec.decode_document(data, &mut ids, &mut logprobs) {
+        let damage = matches!(error, CodecError::Corrupt(_) | CodecError::Truncated { .. });
+        assert!(damage, "{error:?}");
+        return false;
+    }
+    for (ids, logprobs) in ids.chunks(k).zip(logprobs.chunks(k)) {
+        let count = logprobs.iter().take_while(|&&value| value > f32::NEG_INFINITY).count();
+        assert!(count > 0);
+        assert!(logprobs.windows(2).all(|pair| pair[0] >= pair[1]) && logprobs[0] <= 0.0);
+        let total: f64 = logprobs[..count].iter().map(|&value| f64::from(value).exp()).sum();
+        assert!(total < 1.0 + 1e-4, "{total}");
+        let vocab = i64::from(codec.config().vocab_size);
+        let mut sorted = ids[..count].to_vec();
+        sorted.sort_unstable();
+        assert!(sorted.windows(2).all(|pair| pair[0] < pair[1]));
+        assert!(sorted[0] >= 0 && sorted[count - 1] < vocab);
+        assert!(ids[count..].iter().all(|&id| id == ids[0]));
+    }
+    true
+}
+
+/// Rows that can be stored: ids, log-probabilities, and how many a row has.
+pub fn compact_rows(
+    u: &mut Unstructured,
+    config: &CompactConfig,
+) -> Result<(Vec<i64>, Vec<f32>, usize)> {
+    let width = config.k + u.int_in_range(0..=(config.vocab_size as usize - config.k).min(3))?;
+    let rows = if u.ratio(1, 8)? { u.int_in_range(30..=70)? } else { u.int_in_range(1..=4usize)? };
+    let (mut ids, mut logprobs) = (Vec::new(), Vec::new());
+    for _ in 0..rows {
+        let first = u.int_in_range(0..=config.vocab_size - 1)?;
+        ids.extend((0..width as u32).map(|i| i64::from((first + i) % config.vocab_size)));
+        let weights = (0..width).map(|_| u.arbitrary::<u8>()).collect::<Result<Vec<_>>>()?;
+        let weights: Vec<f64> =
+            weights.into_iter().map(|w| (f64::from(w) / 8.0).exp2() - 1.0).collect();
+        let total = weights.iter().sum::<f64>();
+        let share = f64::from(u.int_in_range(1..=100u8)?) / 100.0;
+        let logprob = |&weight: &f64| {
+            if total == 0.0 { -(width as f64).ln() } else { (weight / total * share).ln() }
+        };
+        logprobs.extend(weights.iter().map(|weight| logprob(weight).min(0.0) as f32));
+    }
+    Ok((ids, logprobs, width))
 }

@@ -364,11 +364,10 @@ impl CompactCodec {
         self.inner.config().warnings()
     }
 
-    /// Name of the instruction set in use: always the portable one.
+    /// Name of the instruction set in use.
     #[getter]
-    #[expect(clippy::unused_self, reason = "as other codecs")]
     fn backend(&self) -> &'static str {
-        core::Backend::Portable.name()
+        self.inner.backend().name()
     }
 
     /// Encodes the rows of a document, ids and logprobs (rows, at least k).

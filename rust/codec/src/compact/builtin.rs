@@ -1,7 +1,7 @@
 //! The prior that needs no file: ids by number, tables by formulas.
 
 use super::config::CompactConfig;
-use super::numbers::{ESCAPE, Kind, SYMBOLS, bucket};
+use super::numbers::{ESCAPE, Kind, SYMBOLS, bucket_start};
 use super::prior::{Cluster, Contexts, Dimensions, Prior};
 use super::scale::Scale;
 use super::tables::Table;
@@ -105,10 +105,7 @@ fn gap_context(previous: usize, left: usize, vocab: u32) -> u16 {
 
 /// The middle of the numbers of a bucket.
 fn middle(number: usize) -> f64 {
-    let first =
-        (0..48u32).map(|half| if half < 4 { half } else { (2 + half % 2) << (half / 2 - 1) });
-    let first = first.filter(|&first| bucket(first) == number).map(f64::from).next();
-    first.unwrap_or(f64::from(1u32 << 24)) * if number < 4 { 1.0 } else { 1.2 }
+    f64::from(bucket_start(number)) * if number < 4 { 1.0 } else { 1.2 }
 }
 
 /// Log-probabilities from that of the shape upwards, few below.

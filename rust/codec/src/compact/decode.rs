@@ -7,6 +7,7 @@ use super::model::{MASSES, Model, NEXT};
 use super::numbers::{Kind, SYMBOLS, bucket};
 use super::tables::{Entry, SLOTS_LOG};
 use crate::error::Result;
+use crate::simd::{Backend, multiversion};
 
 const GAP_BASES: [u32; SYMBOLS] = Kind::Gap.bases();
 const BASES: [u32; SYMBOLS] = Kind::Other.bases();
@@ -67,12 +68,11 @@ impl<'a> Stream<'a> {
     /// The next bits, at least 57; zeros after the document.
     #[inline(always)]
     fn window(&self) -> u64 {
-        let at = (self.bit >> 3).min(self.data.len() - WORD);
-        let mut word = [0; WORD];
-        word.copy_from_slice(&self.data[at..at + WORD]);
-        u64::from_le_bytes(word) >> (self.bit & 7)
+        let word = self.data.get(self.bit >> 3..).and_then(|rest| rest.first_chunk());
+        word.map_or(0, |&word| u64::from_le_bytes(word)) >> (self.bit & 7)
     }
 
+    #[inline(always)]
     fn raw(&mut self, bits: u32) -> u32 {
         let number = self.window() as u32 & ((1 << bits) - 1);
         self.bit += bits as usize;
@@ -126,13 +126,86 @@ pub(super) fn dealt(heads: &[Head]) -> Vec<u32> {
     order.into_iter().map(|key| key as u32).collect()
 }
 
+/// Takes the rows of a document, in any order.
+pub(super) trait RowSink {
+    fn row(&mut self, row: &StoredRow);
+}
+
+/// Calls a function for every row.
+pub(super) struct OnRow<'a>(pub(super) &'a mut dyn FnMut(&StoredRow));
+
+impl RowSink for OnRow<'_> {
+    fn row(&mut self, row: &StoredRow) {
+        (self.0)(row);
+    }
+}
+
+/// What the rows of a document are read from.
+#[derive(Debug)]
+struct Lanes<'a> {
+    heads: &'a [Head],
+    /// Bits of each head.
+    head_bits: &'a [u32],
+    /// The rows as they are dealt to the streams.
+    order: &'a [u32],
+    streams: Vec<Stream<'a>>,
+}
+
+multiversion! {
+    /// Reads all rows whose heads are known.
+    fn read_rows<S: RowSink>(model: &Model, lanes: &mut Lanes<'_>, sink: &mut S) -> Result<()> =
+        read_rows_body;
+}
+
+#[inline(always)]
+fn read_rows_body<I, S: RowSink>(
+    _isa: I,
+    model: &Model,
+    lanes: &mut Lanes,
+    sink: &mut S,
+) -> Result<()> {
+    let Lanes { heads, head_bits, order, streams } = lanes;
+    let mut buffers = vec![Buffers::new(model.config.k); streams.len()];
+    for rows in order.chunks(streams.len()) {
+        let mut bits = [[0; 3]; LANES];
+        for (bits, &row) in bits.iter_mut().zip(rows) {
+            bits[0] = head_bits[row as usize];
+        }
+        if let Ok(rows) = <&[u32; LANES]>::try_from(rows)
+            && let Ok(streams) = <&mut [Stream; LANES]>::try_from(&mut streams[..])
+            && let Ok(buffers) = <&mut [Buffers; LANES]>::try_from(&mut buffers[..])
+        {
+            let rows = rows.map(|row| (row, heads[row as usize]));
+            rows_together(model, streams, rows, buffers, &mut bits)?;
+        } else {
+            let alone = streams.iter_mut().zip(rows).zip(&mut buffers).zip(&mut bits);
+            for (((stream, &row), buffer), bits) in alone {
+                let rows = [(row, heads[row as usize])];
+                let (stream, buffer) = (array::from_mut(stream), array::from_mut(buffer));
+                rows_together(model, stream, rows, buffer, array::from_mut(bits))?;
+            }
+        }
+        let read = streams.iter_mut().zip(&buffers).zip(rows).zip(bits);
+        for (((stream, buffer), &row), mut bits) in read {
+            let head = heads[row as usize];
+            let count = usize::from(head.count);
+            let levels = &buffer.levels[..count];
+            let top = read_top(stream, levels, row, &mut bits[2])?;
+            let positions = &buffer.positions[..count];
+            sink.row(&StoredRow { row: row as usize, head, positions, levels, top, bits });
+        }
+    }
+    Ok(())
+}
+
 impl Model {
-    /// Reads all rows of a document, in any order.
-    pub(super) fn read(
+    /// Reads all rows of a document.
+    pub(super) fn read<S: RowSink>(
         &self,
+        backend: Backend,
         data: &[u8],
         frame: &Frame,
-        mut on_row: impl FnMut(&StoredRow),
+        sink: &mut S,
     ) -> Result<()> {
         if frame.rows == 0 {
             return Ok(());
@@ -141,50 +214,19 @@ impl Model {
         padded.extend_from_slice(data);
         padded.resize(data.len() + WORD, 0);
         let (heads, head_bits) = self.heads(&padded, frame)?;
-        let order = dealt(&heads);
-        let lanes = frame.lanes.len();
         let mut first = frame.bytes + frame.head.len();
-        let mut streams = Vec::new();
         let mut firsts = Vec::new();
         for lane in &frame.lanes {
-            streams.push(Stream::new(&padded, first));
             firsts.push(first);
             first += lane.len();
         }
-        let mut buffers = vec![Buffers::new(self.config.k); lanes];
-        for rows in order.chunks(lanes) {
-            let mut bits = [[0; 3]; LANES];
-            for (bits, &row) in bits.iter_mut().zip(rows) {
-                bits[0] = head_bits[row as usize];
-            }
-            if let Ok(rows) = <&[u32; LANES]>::try_from(rows)
-                && let Ok(streams) = <&mut [Stream; LANES]>::try_from(&mut streams[..])
-                && let Ok(buffers) = <&mut [Buffers; LANES]>::try_from(&mut buffers[..])
-            {
-                let rows = rows.map(|row| (row, heads[row as usize]));
-                self.rows_together(streams, rows, buffers, &mut bits)?;
-            } else {
-                let alone = streams.iter_mut().zip(rows).zip(&mut buffers).zip(&mut bits);
-                for (((stream, &row), buffer), bits) in alone {
-                    let rows = [(row, heads[row as usize])];
-                    let (stream, buffer) = (array::from_mut(stream), array::from_mut(buffer));
-                    self.rows_together(stream, rows, buffer, array::from_mut(bits))?;
-                }
-            }
-            for (((stream, buffer), &row), mut bits) in
-                streams.iter_mut().zip(&buffers).zip(rows).zip(bits)
-            {
-                let head = heads[row as usize];
-                let count = usize::from(head.count);
-                let levels = &buffer.levels[..count];
-                let top = read_top(stream, levels, row, &mut bits[2])?;
-                let positions = &buffer.positions[..count];
-                on_row(&StoredRow { row: row as usize, head, positions, levels, top, bits });
-            }
-        }
+        let streams = firsts.iter().map(|&first| Stream::new(&padded, first)).collect();
+        let order = &dealt(&heads);
+        let mut lanes = Lanes { heads: &heads, head_bits: &head_bits, order, streams };
+        read_rows(backend, self, &mut lanes, sink)?;
         let least = frame.rows.div_ceil(super::document::ROWS_PER_BYTE);
-        for (number, (stream, lane)) in streams.iter().zip(&frame.lanes).enumerate() {
-            let last = number + 1 == lanes;
+        for (number, (stream, lane)) in lanes.streams.iter().zip(&frame.lanes).enumerate() {
+            let last = number + 1 == frame.lanes.len();
             let padding = if last { least.saturating_sub(firsts[number]) } else { 0 };
             stream.finish(&format!("stream {}", number + 1), firsts[number], lane, padding)?;
         }
@@ -229,58 +271,56 @@ impl Model {
         stream.finish("the stream of heads", frame.bytes, frame.head, 0)?;
         Ok((heads, bits))
     }
+}
 
-    /// Reads ids and values of N rows side by side, one from each stream: while one waits for its
-    /// table, the others go on.
-    #[inline(never)]
-    fn rows_together<const N: usize>(
-        &self,
-        streams: &mut [Stream; N],
-        rows: [(u32, Head); N],
-        buffers: &mut [Buffers; N],
-        bits: &mut [[u32; 3]; N],
-    ) -> Result<()> {
-        let mut own = *streams;
-        let counts = rows.map(|(_, head)| usize::from(head.count));
-        let together = counts.iter().copied().min().unwrap_or(0);
-        let mut gaps = rows.map(|(_, head)| GapReader::new(self, head));
-        for i in 0..together {
-            for lane in 0..N {
-                buffers[lane].positions[i] =
-                    gaps[lane].next(self, &mut own[lane], counts[lane] - i);
-            }
-        }
+/// Reads ids and values of N rows side by side, one from each stream: while one waits for its
+/// table, the others go on.
+#[inline(always)]
+fn rows_together<const N: usize>(
+    model: &Model,
+    streams: &mut [Stream; N],
+    rows: [(u32, Head); N],
+    buffers: &mut [Buffers; N],
+    bits: &mut [[u32; 3]; N],
+) -> Result<()> {
+    let mut own = *streams;
+    let counts = rows.map(|(_, head)| usize::from(head.count));
+    let together = counts.iter().copied().min().unwrap_or(0);
+    let mut gaps = rows.map(|(_, head)| GapReader::new(model, head));
+    for i in 0..together {
         for lane in 0..N {
-            for i in together..counts[lane] {
-                buffers[lane].positions[i] =
-                    gaps[lane].next(self, &mut own[lane], counts[lane] - i);
-            }
-            bits[lane][1] = (own[lane].bit - streams[lane].bit) as u32;
-            if gaps[lane].beyond {
-                return corrupt(format!("row {}: an id beyond the vocabulary", rows[lane].0));
-            }
+            buffers[lane].positions[i] = gaps[lane].next(model, &mut own[lane], counts[lane] - i);
         }
-        let middle = own.map(|stream| stream.bit);
-        let mut values = rows.map(|(_, head)| LevelReader::new(self, head));
-        for i in 0..together {
-            for lane in 0..N {
-                let position = buffers[lane].positions[i];
-                buffers[lane].levels[i] = values[lane].next(self, &mut own[lane], position);
-            }
-        }
-        for lane in 0..N {
-            for i in together..counts[lane] {
-                let position = buffers[lane].positions[i];
-                buffers[lane].levels[i] = values[lane].next(self, &mut own[lane], position);
-            }
-            bits[lane][2] = (own[lane].bit - middle[lane]) as u32;
-            if values[lane].beyond {
-                return corrupt(format!("row {}: a value beyond the scale", rows[lane].0));
-            }
-        }
-        *streams = own;
-        Ok(())
     }
+    for lane in 0..N {
+        for i in together..counts[lane] {
+            buffers[lane].positions[i] = gaps[lane].next(model, &mut own[lane], counts[lane] - i);
+        }
+        bits[lane][1] = (own[lane].bit - streams[lane].bit) as u32;
+        if gaps[lane].beyond {
+            return corrupt(format!("row {}: an id beyond the vocabulary", rows[lane].0));
+        }
+    }
+    let middle = own.map(|stream| stream.bit);
+    let mut values = rows.map(|(_, head)| LevelReader::new(model, head));
+    for i in 0..together {
+        for lane in 0..N {
+            let position = buffers[lane].positions[i];
+            buffers[lane].levels[i] = values[lane].next(model, &mut own[lane], position);
+        }
+    }
+    for lane in 0..N {
+        for i in together..counts[lane] {
+            let position = buffers[lane].positions[i];
+            buffers[lane].levels[i] = values[lane].next(model, &mut own[lane], position);
+        }
+        bits[lane][2] = (own[lane].bit - middle[lane]) as u32;
+        if values[lane].beyond {
+            return corrupt(format!("row {}: a value beyond the scale", rows[lane].0));
+        }
+    }
+    *streams = own;
+    Ok(())
 }
 
 /// Reads the positions of a row.
@@ -351,11 +391,13 @@ pub(super) const fn top_bits(near: usize) -> u32 {
 pub(super) const TOP_LEVELS: u16 = 3;
 
 /// How many ids may be the most probable one.
+#[inline(always)]
 pub(super) fn near_top(levels: &[u16]) -> usize {
     let highest = levels.iter().max().copied().unwrap_or(0);
     levels.iter().filter(|&&level| level + TOP_LEVELS >= highest).count()
 }
 
+#[inline(always)]
 fn read_top(stream: &mut Stream, levels: &[u16], row: u32, bits: &mut u32) -> Result<usize> {
     let near = near_top(levels);
     if near < 2 {
@@ -373,6 +415,8 @@ fn read_top(stream: &mut Stream, levels: &[u16], row: u32, bits: &mut u32) -> Re
 #[derive(Debug)]
 pub(super) struct Ranking<'a> {
     model: &'a Model,
+    ids: &'a mut [i64],
+    logprobs: &'a mut [f32],
     /// For each level, its number of ids, then where its next one goes.
     places: Vec<u16>,
     /// Which levels occur.
@@ -380,14 +424,21 @@ pub(super) struct Ranking<'a> {
 }
 
 impl<'a> Ranking<'a> {
-    pub(super) fn new(model: &'a Model) -> Self {
+    /// `ids` and `logprobs` have room for k numbers a row.
+    pub(super) fn new(model: &'a Model, ids: &'a mut [i64], logprobs: &'a mut [f32]) -> Self {
         let levels = model.levels.len();
-        Self { model, places: vec![0; levels], occur: vec![0; levels.div_ceil(64)] }
+        let (places, occur) = (vec![0; levels], vec![0; levels.div_ceil(64)]);
+        Self { model, ids, logprobs, places, occur }
     }
+}
 
+impl RowSink for Ranking<'_> {
     /// Writes a row: by falling level, ids of a level by position, then what is absent.
-    pub(super) fn write(&mut self, row: &StoredRow, ids: &mut [i64], logprobs: &mut [f32]) {
-        let Self { model, places, occur } = self;
+    #[inline(always)]
+    fn row(&mut self, row: &StoredRow) {
+        let Self { model, places, occur, .. } = self;
+        let at = row.row * model.config.k..(row.row + 1) * model.config.k;
+        let (ids, logprobs) = (&mut self.ids[at.clone()], &mut self.logprobs[at]);
         let mut total = 0;
         for &level in row.levels {
             let level = usize::from(level);

@@ -6,11 +6,13 @@
 use super::config::CompactConfig;
 use super::decode::{Head, StoredRow};
 use super::model::{MASSES, Model, STATES};
-use super::numbers::{Kind, SYMBOLS, bucket};
+use super::numbers::{Kind, SYMBOLS, bucket, bucket_start};
 use super::prior::{Dimensions, Prior};
 use super::scale::Scale;
 use super::write::StoredRows;
 use crate::error::{CodecError, Result};
+use crate::simd::lanes::exp;
+use crate::simd::{Backend, multiversion};
 
 /// Log-probabilities may exceed 0, and the sum of a row's probabilities 1, by this much: the
 /// rounding of a low-precision teacher.
@@ -78,6 +80,38 @@ struct Value {
     rank: u32,
 }
 
+/// Rows of `width` ids and log-probabilities.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub(super) ids: &'a [i64],
+    pub(super) logprobs: &'a [f32],
+    pub(super) width: usize,
+}
+
+multiversion! {
+    /// Appends what is stored of rows.
+    fn encode_rows(encoder: &Encoder, model: &Model, rows: Rows<'_>, out: &mut StoredRows)
+        -> Result<()> = encode_rows_body;
+}
+
+#[inline(always)]
+fn encode_rows_body<I>(
+    _isa: I,
+    encoder: &Encoder,
+    model: &Model,
+    rows: Rows,
+    out: &mut StoredRows,
+) -> Result<()> {
+    let mut scratch = EncodeScratch::default();
+    let Rows { ids, logprobs, width } = rows;
+    for (row, (ids, logprobs)) in ids.chunks(width).zip(logprobs.chunks(width)).enumerate() {
+        if let Err(error) = encoder.row(model, ids, logprobs, &mut scratch, |row| out.push(row)) {
+            return Err(error.at_row(row));
+        }
+    }
+    Ok(())
+}
+
 impl Encoder {
     pub(super) fn new(prior: &Prior, model: &Model) -> Result<Self> {
         let dimensions = model.dimensions;
@@ -105,24 +139,15 @@ impl Encoder {
         })
     }
 
-    /// What is stored of rows of `width` ids each.
-    pub(super) fn rows(
-        &self,
-        model: &Model,
-        ids: &[i64],
-        logprobs: &[f32],
-        width: usize,
-    ) -> Result<StoredRows> {
+    /// What is stored of rows.
+    pub(super) fn rows(&self, backend: Backend, model: &Model, rows: Rows) -> Result<StoredRows> {
         let mut stored = StoredRows::default();
-        let mut scratch = EncodeScratch::default();
-        for (row, (ids, logprobs)) in ids.chunks(width).zip(logprobs.chunks(width)).enumerate() {
-            self.row(model, ids, logprobs, &mut scratch, |row| stored.push(row))
-                .map_err(|error| error.at_row(row))?;
-        }
+        encode_rows(backend, self, model, rows, &mut stored)?;
         Ok(stored)
     }
 
     /// What is stored of one row.
+    #[inline(always)]
     pub(super) fn row(
         &self,
         model: &Model,
@@ -178,6 +203,7 @@ impl Encoder {
 
     /// The levels that cost least in divergence and bits together, over all ways through the
     /// states of the quantiser (the Viterbi algorithm).
+    #[inline(always)]
     fn quantise(&self, dimensions: &Dimensions, shape: usize, scratch: &mut EncodeScratch) {
         let EncodeScratch { ordered, positions, choices, levels, .. } = scratch;
         choices.clear();
@@ -245,6 +271,7 @@ fn sort(ids: &[i64], logprobs: &[f32], out: &mut Vec<(f32, i64)>) -> Result<()> 
 }
 
 /// The order of positions, and values in it.
+#[inline(always)]
 fn place(model: &Model, cluster: usize, count: usize, scratch: &mut EncodeScratch) -> Result<()> {
     let EncodeScratch { ranks, keys, positions, ordered, values, roots, sorted, .. } = scratch;
     let order = &model.clusters[cluster].order;
@@ -272,6 +299,7 @@ fn place(model: &Model, cluster: usize, count: usize, scratch: &mut EncodeScratc
 }
 
 /// The place of the most probable id among all by falling level.
+#[inline(always)]
 fn top(ordered: &[Value], levels: &[u16]) -> usize {
     let Some(own) = ordered.iter().position(|value| value.rank == 0) else {
         return 0;
@@ -293,6 +321,7 @@ impl Choice {
 
     /// How many of the sorted ids are stored; computes their values, and the roots of their
     /// probabilities.
+    #[inline(always)]
     fn select(&self, scratch: &mut EncodeScratch) -> Result<usize> {
         let EncodeScratch { sorted, values, roots, .. } = scratch;
         values.clear();
@@ -338,24 +367,6 @@ impl Choice {
         roots.truncate(count);
         Ok(count)
     }
-}
-
-/// eˣ to within 2 units in the last place, for −87 … 1; the same on every machine.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    /// 1.5 · 2²³: adding it rounds to an integer.
-    const ROUND: f32 = 12_582_912.0;
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = x - n * LN2_HIGH - n * LN2_LOW;
-    let mut p = 1.0 / 720.0;
-    for coefficient in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        p = p * r + coefficient;
-    }
-    let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-    f32::from_bits((p.to_bits() as i32).wrapping_add(exponent << 23) as u32)
 }
 
 /// The number that stands for a missing mass.
@@ -420,6 +431,7 @@ impl ClusterCosts {
     }
 
     /// The cluster in which the ids cost least.
+    #[inline(always)]
     fn best(&self, ranks: &[u32], sums: &mut Vec<u16>) -> usize {
         sums.clear();
         sums.extend_from_slice(&self.base);
@@ -438,6 +450,7 @@ impl ClusterCosts {
 }
 
 /// The place of the first least number.
+#[inline(always)]
 fn least(numbers: &[u16]) -> usize {
     let best = numbers.iter().min().copied().unwrap_or(0);
     numbers.iter().position(|&number| number == best).unwrap_or(0)
@@ -458,12 +471,8 @@ impl Profile {
         let mut costs = Vec::new();
         let mut base = 0.0;
         for number in 0..dimensions.positions {
-            let positions = (0..=vocab)
-                .skip_while(|&p| bucket(p) < number)
-                .take_while(|&p| bucket(p) == number);
-            let (first, count) =
-                positions.fold((None, 0u32), |(first, count), p| (first.or(Some(p)), count + 1));
-            let first = first.unwrap_or(0);
+            let first = bucket_start(number);
+            let count = bucket_start(number + 1).min(vocab + 1) - first;
             let table = prior.contexts.gap[dimensions.gap(class, first, left.max(1.0) as u32)];
             let slots = &prior.tables[usize::from(table)].0;
             let mut mean = 0.0;
@@ -544,6 +553,7 @@ impl ShapeCosts {
     }
 
     /// The shape in which the values cost least.
+    #[inline(always)]
     fn best(
         &self,
         model: &Model,
@@ -591,13 +601,5 @@ mod tests {
             }
         }
         assert_eq!(ways, 0b1010_1010_0101_0101);
-    }
-
-    #[test]
-    fn the_exponential_is_close() {
-        for x in (-8000..=100).map(|x| x as f32 / 100.0) {
-            let expected = libm::exp(f64::from(x));
-            assert!((f64::from(exp(x)) / expected - 1.0).abs() < 3e-7, "{x}");
-        }
     }
 }

@@ -25,9 +25,10 @@ pub use scale::Scale;
 pub use tables::{SLOTS, SLOTS_LOG, Table};
 
 use crate::error::{CodecError, Result, config_error};
-use decode::Ranking;
+use crate::simd::Backend;
+use decode::{OnRow, Ranking, StoredRow};
 use document::{Frame, corrupt};
-use encode::Encoder;
+use encode::{Encoder, Rows};
 use model::Model;
 use write::{DocumentWriter, StoredRows};
 
@@ -42,6 +43,7 @@ pub struct Compact {
     /// The prior of the configuration, if it has one.
     learned: Option<Side>,
     builtin: OnceLock<Side>,
+    backend: Backend,
 }
 
 /// A prior, prepared.
@@ -97,15 +99,9 @@ impl Side {
         Ok(self.writer.get_or_init(|| made))
     }
 
-    fn encode(
-        &self,
-        ids: &[i64],
-        logprobs: &[f32],
-        width: usize,
-        builtin: bool,
-    ) -> Result<Vec<u8>> {
+    fn encode(&self, backend: Backend, rows: Rows, builtin: bool) -> Result<Vec<u8>> {
         let (encoder, writer) = self.writer()?;
-        let rows = encoder.rows(&self.model, ids, logprobs, width)?;
+        let rows = encoder.rows(backend, &self.model, rows)?;
         Ok(writer.write(&self.model, &rows, builtin))
     }
 }
@@ -118,12 +114,26 @@ impl Compact {
     /// or is not the one that the prior was learned for, with [`CodecError::Corrupt`] where the
     /// prior is not the named one or is not valid, or with [`CodecError::Truncated`].
     pub fn new(config: CompactConfig, prior: Option<&[u8]>) -> Result<Self> {
+        Self::with_backend(config, prior, Backend::from_env()?)
+    }
+
+    /// [`Compact::new`] for the given instruction set, on which nothing but the speed depends.
+    ///
+    /// Fails with [`CodecError::Config`] where this CPU lacks it, too.
+    pub fn with_backend(
+        config: CompactConfig,
+        prior: Option<&[u8]>,
+        backend: Backend,
+    ) -> Result<Self> {
+        if !backend.is_available() {
+            return config_error("simd backend", format!("this CPU has no {}", backend.name()));
+        }
         config.validate()?;
         let Some(data) = prior else {
             if let Some(hash) = &config.prior {
                 return config_error("prior", format!("found {hash}, but no bytes of that prior"));
             }
-            return Ok(Self { config, learned: None, builtin: OnceLock::new() });
+            return Ok(Self { config, learned: None, builtin: OnceLock::new(), backend });
         };
         let found = hash(data);
         if let Some(expected) = &config.prior
@@ -138,7 +148,7 @@ impl Compact {
             return config_error("prior", format!("was learned for {known}, expected {given}"));
         }
         let config = CompactConfig { prior: Some(found), ..config };
-        Ok(Self { config, learned: Some(Side::new(prior)?), builtin: OnceLock::new() })
+        Ok(Self { config, learned: Some(Side::new(prior)?), builtin: OnceLock::new(), backend })
     }
 
     /// The configuration that a prior was learned for; its `prior` is empty.
@@ -146,6 +156,12 @@ impl Compact {
     /// Fails with [`CodecError::Corrupt`] or [`CodecError::Truncated`].
     pub fn prior_config(prior: &[u8]) -> Result<CompactConfig> {
         Prior::from_bytes(prior).map(|prior| prior.config)
+    }
+
+    /// The instruction set in use.
+    #[must_use]
+    pub const fn backend(&self) -> Backend {
+        self.backend
     }
 
     /// The configuration, the prior's hash included.
@@ -185,15 +201,16 @@ impl Compact {
                 logprobs.len()
             )));
         }
+        let rows = Rows { ids, logprobs, width };
         let Some(learned) = &self.learned else {
-            return self.builtin()?.encode(ids, logprobs, width, true);
+            return self.builtin()?.encode(self.backend, rows, true);
         };
-        let data = learned.encode(ids, logprobs, width, false)?;
+        let data = learned.encode(self.backend, rows, false)?;
         // A document that the prior does not fit is better off without.
         if data.len() < ids.len() / width * self.unusual_bytes() {
             return Ok(data);
         }
-        let other = self.builtin()?.encode(ids, logprobs, width, true)?;
+        let other = self.builtin()?.encode(self.backend, rows, true)?;
         Ok(if other.len() < data.len() { other } else { data })
     }
 
@@ -238,20 +255,23 @@ impl Compact {
             )));
         }
         let (frame, side) = self.open(data, ids.len() / k)?;
-        let mut ranking = Ranking::new(&side.model);
-        side.model.read(data, &frame, |row| {
-            let at = row.row * k..(row.row + 1) * k;
-            ranking.write(row, &mut ids[at.clone()], &mut logprobs[at]);
-        })
+        let mut ranking = Ranking::new(&side.model, ids, logprobs);
+        side.model.read(self.backend, data, &frame, &mut ranking)
+    }
+
+    /// Reads the rows of a document as they are stored.
+    fn stored(&self, data: &[u8], rows: usize, on_row: &mut dyn FnMut(&StoredRow)) -> Result<bool> {
+        let (frame, side) = self.open(data, rows)?;
+        side.model.read(self.backend, data, &frame, &mut OnRow(on_row))?;
+        Ok(frame.builtin)
     }
 
     /// Bytes of a document by part.
     ///
     /// Fails as [`Compact::decode_document`] does.
     pub fn sizes(&self, data: &[u8], rows: usize) -> Result<Sizes> {
-        let (frame, side) = self.open(data, rows)?;
         let mut total = [0u64; 3];
-        side.model.read(data, &frame, |row| {
+        self.stored(data, rows, &mut |row| {
             total.iter_mut().zip(row.bits).for_each(|(total, bits)| *total += u64::from(bits));
         })?;
         let [head, ids, values] = total.map(|bits| bits as f64 / 8.0);
@@ -262,9 +282,10 @@ impl Compact {
     ///
     /// Fails as [`Compact::decode_document`] does.
     pub fn row_bits(&self, data: &[u8], rows: usize) -> Result<Vec<f32>> {
-        let (frame, side) = self.open(data, rows)?;
+        self.check(data, rows)?;
         let mut bits = vec![0.0; rows];
-        side.model.read(data, &frame, |row| bits[row.row] = row.bits.iter().sum::<u32>() as f32)?;
+        let mut set = |row: &StoredRow| bits[row.row] = row.bits.iter().sum::<u32>() as f32;
+        self.stored(data, rows, &mut set)?;
         Ok(bits)
     }
 
@@ -282,24 +303,16 @@ impl Compact {
                     "part {number}: rows {start} … {stop} of {rows}"
                 )));
             }
-            let (frame, side) = self.open(part.data, part.rows)?;
-            if number > 0 && builtin != frame.builtin {
+            self.check(part.data, part.rows)?;
+            let mut rows = vec![StoredRows::default(); part.rows];
+            let own = self.stored(part.data, part.rows, &mut |row| rows[row.row].push(row))?;
+            if number > 0 && own != builtin {
                 return Err(CodecError::Input(format!(
                     "part {number}: was written with another prior than the parts before it"
                 )));
             }
-            builtin = frame.builtin;
-            let mut rows: Vec<Option<StoredRows>> = vec![None; part.rows];
-            side.model.read(part.data, &frame, |row| {
-                let mut own = StoredRows::default();
-                own.push(row);
-                rows[row.row] = Some(own);
-            })?;
-            rows.iter()
-                .take(part.stop)
-                .skip(part.start)
-                .flatten()
-                .for_each(|row| joined.append(row));
+            builtin = own;
+            rows[part.start..part.stop].iter().for_each(|row| joined.append(row));
         }
         let side = self.side(builtin)?;
         Ok(side.writer()?.1.write(&side.model, &joined, builtin))

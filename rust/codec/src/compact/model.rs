@@ -91,7 +91,7 @@ impl Model {
     }
 
     /// What is added to the levels of a row so that it sums to 1 − m.
-    #[inline]
+    #[inline(always)]
     pub(super) fn shift(&self, mass: usize, total: u64) -> f32 {
         (self.stored_logs[mass] - libm::log(total as f64)) as f32
     }

@@ -29,7 +29,7 @@ impl Kind {
 
     /// The symbol of a number below 2²⁴.
     #[must_use]
-    #[inline]
+    #[inline(always)]
     pub const fn symbol(self, number: u32) -> usize {
         if number < DIRECT {
             return number as usize;
@@ -89,13 +89,16 @@ impl Kind {
 
 /// Bucket of a number: 0, 1, 2, 3, then two an octave (4–5, 6–7, 8–11, 12–15, …).
 #[must_use]
-#[inline]
+#[inline(always)]
 pub const fn bucket(number: u32) -> usize {
-    if number < 2 {
-        return number as usize;
-    }
-    let octave = number.ilog2();
-    (2 * octave + ((number >> (octave - 1)) & 1)) as usize
+    let octave = (number | 1).ilog2();
+    (2 * octave + ((number >> octave.saturating_sub(1)) & 1)) as usize
+}
+
+/// The least number of a bucket.
+#[must_use]
+pub const fn bucket_start(bucket: usize) -> u32 {
+    if bucket < 4 { bucket as u32 } else { (2 + bucket as u32 % 2) << (bucket / 2 - 1) }
 }
 
 #[cfg(test)]
@@ -130,5 +133,9 @@ mod tests {
             [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8]
         );
         assert_eq!(bucket(1 << 24), 48);
+        for number in 1..=48 {
+            let start = bucket_start(number);
+            assert_eq!([bucket(start - 1), bucket(start)], [number - 1, number]);
+        }
     }
 }

@@ -33,7 +33,7 @@ impl Index {
     }
 
     /// How many elements are at most `number`.
-    #[inline]
+    #[inline(always)]
     fn up_to(&self, sorted: &[u32], number: u32) -> usize {
         let run = (number >> self.shift) as usize;
         let (Some(&from), Some(&to)) = (self.starts.get(run), self.starts.get(run + 1)) else {
@@ -72,7 +72,7 @@ impl ClusterOrder {
     }
 
     /// The position of the id with this rank.
-    #[inline]
+    #[inline(always)]
     pub(super) fn position(&self, rank: u32) -> u32 {
         let count = self.rank_index.up_to(&self.ranks, rank);
         match count.checked_sub(1) {

@@ -1,6 +1,9 @@
 //! What is learned from a sample of a teacher: the order of ids, clusters of them, and code tables.
 
-use super::config::{CompactConfig, MAX_CLUSTERS, MAX_LEVELS, MAX_LIST, MAX_SHAPES, MAX_TABLES};
+use super::config::{
+    CompactConfig, MAX_CLUSTERS, MAX_COSTS, MAX_LEVELS, MAX_LIST, MAX_LISTED, MAX_SHAPES,
+    MAX_TABLES,
+};
 use super::lists::{is_arranged, pack, unpack};
 use super::numbers::{Kind, SYMBOLS, bucket};
 use super::scale::Scale;
@@ -95,14 +98,14 @@ impl Dimensions {
 
     /// Where [`Contexts::gap`] has a context; `previous` is the previous position + 1.
     #[must_use]
-    #[inline]
+    #[inline(always)]
     pub fn gap(&self, class: usize, previous: u32, left: u32) -> usize {
         (class * self.positions + bucket(previous)) * self.left + bucket(left)
     }
 
     /// Where [`Contexts::level`] has a context.
     #[must_use]
-    #[inline]
+    #[inline(always)]
     pub fn level(&self, shape: usize, quantiser: usize, position: u32) -> usize {
         (shape * 2 + quantiser) * self.positions + bucket(position + 1)
     }
@@ -162,6 +165,24 @@ impl Prior {
                     "cluster {number}: the ids of a bucket are not in the order of all ids"
                 ));
             }
+        }
+        self.check_sizes()
+    }
+
+    /// Checks what bounds the memory that an encoder takes.
+    fn check_sizes(&self) -> Result<()> {
+        let listed: usize = self.clusters.iter().map(|cluster| cluster.list.len()).sum();
+        if listed > MAX_LISTED {
+            return corrupt(format!("{listed} ids in its lists, expected at most {MAX_LISTED}"));
+        }
+        let mut seen = vec![false; self.order.len()];
+        let ids = self.clusters.iter().flat_map(|cluster| &cluster.list);
+        ids.for_each(|&id| seen[id as usize] = true);
+        let costs = seen.iter().filter(|&&seen| seen).count() * self.clusters.len();
+        if costs > MAX_COSTS {
+            return corrupt(format!(
+                "its clusters times the ids in their lists are {costs}, expected at most {MAX_COSTS}"
+            ));
         }
         Ok(())
     }

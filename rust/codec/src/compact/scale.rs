@@ -72,7 +72,7 @@ impl Scale {
 
     /// Where a value lies among the levels, as a fraction; `root` is √p, `logprob` its logarithm
     /// times two.
-    #[inline]
+    #[inline(always)]
     pub(super) fn place(&self, logprob: f32, root: f32) -> f32 {
         let [from_logprob, from, per_level] = self.rounded;
         let place = if root >= from {

@@ -21,6 +21,7 @@ pub(super) struct StoredRows {
 
 impl StoredRows {
     /// Appends a row.
+    #[inline(always)]
     pub(super) fn push(&mut self, row: &StoredRow) {
         self.heads.push(row.head);
         self.tops.push(row.top as u16);

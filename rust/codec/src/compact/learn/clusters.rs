@@ -129,7 +129,9 @@ impl Clusters {
     /// Gives clusters of few rows half of the largest cluster's.
     fn split(&mut self, fit: &[usize]) {
         let mut sizes = vec![0usize; self.count];
-        fit.iter().for_each(|&row| sizes[usize::from(self.members[row])] += 1);
+        for &row in fit {
+            sizes[self.of(row)] += 1;
+        }
         for few in 0..self.count {
             if sizes[few] >= FEW_ROWS {
                 continue;
@@ -138,7 +140,9 @@ impl Clusters {
                 (0..self.count).fold(0, |best, i| if sizes[i] > sizes[best] { i } else { best });
             let rows = fit.iter().filter(|&&row| usize::from(self.members[row]) == largest);
             let half: Vec<usize> = rows.copied().step_by(2).collect();
-            half.iter().for_each(|&row| self.members[row] = few as u16);
+            for row in &half {
+                self.members[*row] = few as u16;
+            }
             sizes[few] += half.len();
             sizes[largest] -= half.len();
         }
@@ -147,7 +151,9 @@ impl Clusters {
     /// The rows of each cluster, of those given.
     fn rows(&self, rows: &[usize]) -> Vec<Vec<usize>> {
         let mut own = vec![Vec::new(); self.count];
-        rows.iter().for_each(|&row| own[usize::from(self.members[row])].push(row));
+        for &row in rows {
+            own[self.of(row)].push(row);
+        }
         own
     }
 
@@ -191,7 +197,9 @@ impl Clusters {
         let coarse_shares = coarse.shares(samples.own, rows, &mut counts);
         let list = |rows: &Vec<usize>| {
             let mut scores = coarse.mean_shares(rows, &coarse_shares);
-            scores.iter_mut().for_each(|share| *share *= SMOOTHING);
+            for share in &mut scores {
+                *share *= SMOOTHING;
+            }
             for (sample, worth) in [(samples.own, 1.0 - NEAR), (samples.wide, NEAR)] {
                 counts.of(sample, rows, |rank, count| scores[rank] += worth * f64::from(count));
             }
@@ -228,7 +236,9 @@ impl Clusters {
     /// The mean of shares over rows, but for clusters that few of the rows are in.
     fn mean_shares(&self, rows: &[usize], shares: &[Vec<f64>]) -> Vec<f64> {
         let mut sizes = vec![0usize; self.count];
-        rows.iter().for_each(|&row| sizes[self.of(row)] += 1);
+        for &row in rows {
+            sizes[self.of(row)] += 1;
+        }
         let mut means = vec![0.0; shares[0].len()];
         for (&size, shares) in sizes.iter().zip(shares) {
             if size * MINORITY > rows.len() || rows.is_empty() {

@@ -11,7 +11,8 @@ mod tables;
 mod tests;
 
 use super::builtin::builtin;
-use super::config::CompactConfig;
+use super::config::{CompactConfig, MAX_COSTS};
+use super::decode::Head;
 use super::encode::{EncodeScratch, Encoder};
 use super::lists::arrange;
 use super::model::{MASSES, Model};
@@ -33,6 +34,7 @@ const BLOCKS: usize = 8;
 const TABLE_ROWS: usize = 40_000;
 /// With fewer rows, all are for clusters and tables.
 const FEW_ROWS: usize = 16;
+/// Most clusters; fewer in vocabularies beyond 262,144 ids.
 const CLUSTERS: usize = 512;
 /// How many clusters there are for a coarse one.
 const COARSENESS: usize = 16;
@@ -136,7 +138,8 @@ pub fn learn(
     let own = own.transpose()?;
     let samples = Samples { own: own.as_ref().unwrap_or(&wide), wide: &wide };
     let (fit, kept) = divided(wide.rows());
-    let clusters = Clusters::find(&wide, &fit, CLUSTERS)?;
+    let most = CLUSTERS.min(MAX_COSTS / config.vocab_size as usize);
+    let clusters = Clusters::find(&wide, &fit, most)?;
     let coarse = Clusters::find(&wide, &fit, clusters.count().div_ceil(COARSENESS))?;
     prior.order.clone_from(&wide.order);
     prior.clusters = clusters.lists(&samples, &coarse, &fit).into_iter().map(listed).collect();
@@ -225,7 +228,9 @@ impl Sample {
         let order = order.map_or_else(|| by_frequency(&ids, vocab), <[u32]>::to_vec);
         let mut ranks = vec![0; vocab];
         order.iter().zip(0..).for_each(|(&id, rank)| ranks[id as usize] = rank);
-        ids.iter_mut().for_each(|id| *id = ranks[*id as usize]);
+        for id in &mut ids {
+            *id = ranks[*id as usize];
+        }
         Ok(Self { order, ranks: ids, starts })
     }
 
@@ -241,7 +246,9 @@ impl Sample {
 /// All ids of a vocabulary, the most frequent first, arranged.
 fn by_frequency(ids: &[u32], vocab: usize) -> Vec<u32> {
     let mut counts = vec![0u32; vocab];
-    ids.iter().for_each(|&id| counts[id as usize] += 1);
+    for &id in ids {
+        counts[id as usize] += 1;
+    }
     let mut order: Vec<u32> = (0..vocab as u32).collect();
     order.sort_by_key(|&id| std::cmp::Reverse(counts[id as usize]));
     arrange(&mut order, |id| id);
@@ -295,7 +302,7 @@ fn with_tables(mut prior: Prior, rows: Rows, which: &[usize]) -> Result<Prior> {
 }
 
 /// The rows of stored ones: head, positions, levels.
-fn each_row(stored: &StoredRows) -> impl Iterator<Item = (&super::decode::Head, &[u32], &[u16])> {
+fn each_row(stored: &StoredRows) -> impl Iterator<Item = (&Head, &[u32], &[u16])> {
     let mut start = 0;
     stored.heads.iter().map(move |head| {
         let place = start..start + usize::from(head.count);
@@ -337,7 +344,9 @@ fn first_gaps(prior: &mut Prior, sample: &Sample, clusters: &Clusters, which: &[
             means[cluster].1 += positions.len() as u64;
         });
     }
-    means.iter_mut().for_each(|(sum, count)| *sum /= (*count).max(1) as f64);
+    for (sum, count) in &mut means {
+        *sum /= (*count).max(1) as f64;
+    }
     let classes = quantiles(&means, GAP_CLASSES);
     prior.clusters.iter_mut().zip(&classes).for_each(|(own, &class)| own.gap_class = class as u8);
     let sizes = Dimensions::new(&prior.config, GAP_CLASSES, 1, 1);
@@ -447,7 +456,7 @@ fn recounted(prior: &Prior, stored: &StoredRows) -> Prior {
         level: Counts::new(level, Kind::Other, prior.levels.len() as u32 / 2),
     };
     for (head, positions, levels) in each_row(stored) {
-        counted.head(config, head);
+        counted.head(config, *head);
         let class = usize::from(prior.clusters[usize::from(head.cluster)].gap_class);
         gaps(positions, |previous, left, gap| {
             counted.gap.add(sizes.gap(class, previous, left), gap);
@@ -478,7 +487,7 @@ fn quantisers(levels: &[u16], mut each: impl FnMut(usize, usize, u32)) {
 }
 
 impl Counted {
-    fn head(&mut self, config: &CompactConfig, head: &super::decode::Head) {
+    fn head(&mut self, config: &CompactConfig, head: Head) {
         let shape = usize::from(head.shape);
         let count = usize::from(head.count);
         let number = if config.is_adaptive() { count - 1 } else { config.k - count };

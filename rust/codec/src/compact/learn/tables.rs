@@ -116,7 +116,9 @@ impl Counts {
     /// The tables of the groups that have contexts.
     fn without_gaps(&self, groups: &[usize], most: usize) -> Shared {
         let mut numbers = vec![None; most];
-        groups.iter().for_each(|&group| numbers[group] = Some(0u16));
+        for &group in groups {
+            numbers[group] = Some(0u16);
+        }
         numbers.iter_mut().flatten().zip(0..).for_each(|(number, next)| *number = next);
         let tables = self.tables(groups, most);
         let used = tables.into_iter().zip(&numbers).filter(|(_, number)| number.is_some());

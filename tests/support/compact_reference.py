@@ -1,0 +1,209 @@
+"""A decoder of the compact format, from FORMAT.md §4 alone: slow, and trusting that its bytes are valid."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ESCAPE = 63
+NEXT = [[0, 2], [2, 0], [1, 3], [3, 1]]
+
+
+class Bits:
+    """Bits from the lowest of each byte upwards."""
+
+    def __init__(self, data: bytes) -> None:
+        self.number = int.from_bytes(data, "little")
+        self.read = 0
+
+    def take(self, count: int) -> int:
+        value = (self.number >> self.read) & ((1 << count) - 1)
+        self.read += count
+        return value
+
+
+def _bucket(x: int) -> int:
+    if x < 2:
+        return x
+    octave = x.bit_length() - 1
+    return 2 * octave + (x >= 3 << (octave - 1) if octave else 0)
+
+
+def _symbol(symbol: int, part_bits: int) -> tuple[int, int]:
+    """The first number of a symbol, and its extra bits."""
+    if symbol == ESCAPE:
+        return 0, 24
+    if symbol < 16:
+        return symbol, 0
+    octave, part = divmod(symbol - 16, 1 << part_bits)
+    octave += 4
+    return (1 << octave) + (part << (octave - part_bits)), octave - part_bits
+
+
+class Table:
+    """A code table: for each state the symbol, its bits and its base."""
+
+    def __init__(self, frequencies: list[int]) -> None:
+        symbols = [0] * 1024
+        slot = 0
+        for symbol, frequency in enumerate(frequencies):
+            for _ in range(frequency):
+                symbols[slot] = symbol
+                slot = (slot + 643) % 1024
+        numbers = list(frequencies)
+        self.slots = []
+        for symbol in symbols:
+            y = numbers[symbol]
+            numbers[symbol] += 1
+            bits = 10 - (y.bit_length() - 1)
+            self.slots.append((symbol, bits, (y << bits) - 1024))
+
+
+class Stream:
+    """A stream of numbers."""
+
+    def __init__(self, data: bytes) -> None:
+        self.bits = Bits(data)
+        self.state = self.bits.take(10)
+
+    def number(self, table: Table, part_bits: int = 2) -> int:
+        symbol, bits, base = table.slots[self.state]
+        self.state = base + self.bits.take(bits)
+        first, extra = _symbol(symbol, part_bits)
+        return first + self.bits.take(extra)
+
+
+class _Bytes:
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.read = 0
+
+    def take(self, count: int) -> bytes:
+        self.read += count
+        return self.data[self.read - count : self.read]
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.number(1)
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    def list(self, length: int) -> list[int]:
+        entries: list[int] = []
+        while len(entries) < length:
+            start = len(entries)
+            low = self.number(1)
+            bits = Bits(self.data[self.read :])
+            following = 0
+            while len(entries) < length and _bucket(len(entries) + 16) == _bucket(start + 16):
+                high = 0
+                while not bits.take(1):
+                    high += 1
+                following += (high << low) + bits.take(low)
+                entries.append(following)
+                following += 1
+            self.take(-(-bits.read // 8))
+        return entries
+
+
+class Prior:
+    """A prior, read."""
+
+    def __init__(self, data: bytes) -> None:
+        read = _Bytes(data)
+        if read.take(8) != b"DKPRIOR1":
+            raise ValueError("not a prior")
+        self.config: dict[str, Any] = json.loads(read.take(read.number(4)))
+        vocab = self.config["vocab_size"]
+        order = read.list(read.number(4))
+        order += sorted(set(range(vocab)) - set(order))
+        self.clusters = []
+        for _ in range(read.number(2)):
+            classes = read.number(1), read.number(1)
+            ids = [order[place] for place in read.list(read.number(2))]
+            listed = set(ids)
+            self.clusters.append((*classes, ids + [id for id in order if id not in listed]))
+        count = read.number(2)
+        self.levels = np.frombuffer(read.take(4 * count), "<f4")
+        self.maps = []
+        for _ in range(6):
+            size = read.number(4)
+            self.maps.append([read.number(2) for _ in range(size)])
+        self.tables = []
+        for _ in range(read.number(2)):
+            frequencies = [read.number(2) for _ in range(read.number(1))]
+            frequencies += [0] * (ESCAPE - len(frequencies))
+            self.tables.append(Table([*frequencies, 1024 - sum(frequencies)]))
+
+
+def decode_compact(
+    prior_bytes: bytes, document: bytes, rows: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Ids and log-probabilities, (rows, k), of a document that was written with a prior."""
+    prior = Prior(prior_bytes)
+    config = prior.config
+    k, vocab = config["k"], config["vocab_size"]
+    adaptive = config["threshold"] is not None or config["mass"] is not None
+    cluster_map, shape_map, count_map, mass_map, gap_map, level_map = prior.maps
+    positions_size, left_size = _bucket(vocab) + 1, _bucket(k) + 1
+
+    frame = _Bytes(document)
+    if frame.number(1) != 0 or frame.varint() != rows:
+        raise ValueError("not a document of so many rows")
+    lanes = 1 if rows < 32 else 4
+    lengths = [frame.varint() for _ in range(lanes)]
+    head = Stream(frame.take(lengths[0]))
+    streams = [Stream(frame.take(length)) for length in lengths[1:]]
+    streams.append(Stream(document[frame.read :]))
+
+    heads = []
+    for _ in range(rows):
+        cluster = head.number(prior.tables[cluster_map[0]])
+        shape = head.number(prior.tables[shape_map[prior.clusters[cluster][1]]])
+        number = head.number(prior.tables[count_map[shape]])
+        q = head.number(prior.tables[mass_map[shape]])
+        heads.append((cluster, shape, number + 1 if adaptive else k - number, q))
+
+    ids = np.zeros((rows, k), np.int64)
+    logprobs = np.full((rows, k), -np.inf)
+    dealt = sorted(range(rows), key=lambda row: (-heads[row][2], heads[row][1], row))
+    for place, row in enumerate(dealt):
+        stream = streams[place % lanes]
+        cluster, shape, count, q = heads[row]
+        gap_class, _, order = prior.clusters[cluster]
+        after, positions = 0, []
+        for left in range(count, 0, -1):
+            context = (gap_class * positions_size + _bucket(after)) * left_size + _bucket(left)
+            positions.append(after + stream.number(prior.tables[gap_map[context]], 1))
+            after = positions[-1] + 1
+        state, levels = 0, []
+        for position in positions:
+            half = state // 2
+            context = (shape * 2 + half) * positions_size + _bucket(position + 1)
+            number = stream.number(prior.tables[level_map[context]])
+            levels.append(2 * number + half)
+            state = NEXT[state][number % 2]
+        near = sum(level >= max(levels) - 3 for level in levels)
+        top = stream.bits.take((near - 1).bit_length()) if near > 1 else 0
+        ranked = sorted(range(count), key=lambda i: (-levels[i], i))
+        values = np.array([prior.levels[levels[i]] for i in ranked], np.float64)
+        total = sum(max(1, round(2**48 * math.exp(value))) for value in values)
+        stored = math.cos(math.pi * q / 768) ** 2
+        shift = math.log(stored) + math.log(2**48) - math.log(total)
+        ranked.insert(0, ranked.pop(top))
+        ids[row] = order[positions[ranked[0]]]
+        ids[row, :count] = [order[positions[i]] for i in ranked]
+        logprobs[row, :count] = np.minimum(0, values + shift)
+    if any(stream.state for stream in [head, *streams]):
+        raise ValueError("a stream does not end in state 0")
+    return ids, logprobs

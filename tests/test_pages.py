@@ -329,8 +329,8 @@ def test_figures_that_the_page_does_not_know_are_shown(tmp_path: Path, monkeypat
     def more(self: Inspection) -> dict[str, Any]:
         content = known(self)
         sizes = {**content["bytes_per_token"], "side_table": 12.5}
-        return {**content, "bytes_per_token": sizes, "ids_per_row": {"mean": 7.25, "bins": [1, 2]}}
+        return {**content, "bytes_per_token": sizes, "held_back": {"mean": 7.25, "bins": [1, 2]}}
 
     monkeypatch.setattr(Inspection, "to_dict", more)
     text = inspection_page(inspect_dataset(Dataset.open(tmp_path / "data")))
-    check_names(text, "side table", "12.5", "ids_per_row.mean", "7.25", "1, 2")
+    check_names(text, "side table", "12.5", "held_back.mean", "7.25", "1, 2")

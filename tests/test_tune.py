@@ -49,8 +49,11 @@ def test_priors_never_see_the_documents_that_are_measured() -> None:
 def test_the_documents_of_a_dataset_are_known(tmp_path: Path) -> None:
     documents = make_documents(12)
     write(tmp_path / "captured", documents)
-    numbers = load_sample(tmp_path / "captured").documents
+    captured = load_sample(tmp_path / "captured")
+    save_sample(tmp_path / "saved.npz", captured)
+    numbers = load_sample(tmp_path / "saved.npz").documents
     assert numbers is not None
+    np.testing.assert_array_equal(numbers, captured.documents)
     assert np.bincount(numbers).tolist() == [len(rows.ids) for _, rows, _ in documents]
     result = run_here("tune", str(tmp_path / "captured"), "--bytes", "12")
     assert result.returncode == 0, result.stderr

@@ -80,7 +80,8 @@ def bundled_sample() -> Sample:
 def load_sample(path: str | os.PathLike[str]) -> Sample:
     """Loads rows from a captured or published dataset (evenly spaced documents), or from an .npz file.
 
-    The .npz file contains `ids` and `logprobs`, both (N, k), and optionally `vocab_size` and `about`.
+    The .npz file contains `ids` and `logprobs`, both (N, k), and optionally `vocab_size`, `about` and `documents`:
+    (N,) ascending integers, which rows are of one document.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -93,12 +94,14 @@ def load_sample(path: str | os.PathLike[str]) -> Sample:
 
 def save_sample(path: str | os.PathLike[str], sample: Sample) -> None:
     """Writes an .npz file for `load_sample`."""
+    documents = {} if sample.documents is None else {"documents": sample.documents}
     np.savez_compressed(
         path,
         ids=sample.ids.astype(np.int32),
         logprobs=sample.logprobs,
         vocab_size=np.int64(sample.vocab_size),
         about=np.array(sample.about),
+        **documents,
     )
 
 
@@ -120,9 +123,18 @@ def _load_arrays(path: Path) -> Sample:
             f"{path}: ids must be integers and logprobs floats of one shape (rows, k), found {ids.dtype} {ids.shape} "
             f"and {logprobs.dtype} {logprobs.shape}"
         )
+    documents = arrays.get("documents")
+    if documents is not None and (
+        documents.shape != ids.shape[:1] or documents.dtype.kind not in "iu" or (np.diff(documents) < 0).any()
+    ):
+        raise InputError(
+            f"{path}: documents must be {len(ids):,} ascending integers, one for each row of ids; found "
+            f"{documents.dtype} {documents.shape}"
+        )
     vocab_size = int(arrays["vocab_size"]) if "vocab_size" in arrays else int(ids.max(initial=0)) + 1
     about = str(arrays["about"]) if "about" in arrays else f"rows of {path.name}"
-    return _checked(str(path), Sample(ids.astype(np.int64), logprobs.astype(np.float32), vocab_size, about))
+    sample = Sample(ids.astype(np.int64), logprobs.astype(np.float32), vocab_size, about, documents=documents)
+    return _checked(str(path), sample)
 
 
 def _load_dataset(name: str) -> Sample:

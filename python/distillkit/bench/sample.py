@@ -174,7 +174,7 @@ def _caution(config: CodecConfig) -> str:
 def _checked(name: str, sample: Sample) -> Sample:
     """Sorts rows in descending order and drops invalid ones, which a codec's fit of the far tail may produce."""
     order = np.argsort(-sample.logprobs, axis=-1, kind="stable")
-    ids, logprobs = (np.take_along_axis(part, order, -1) for part in (sample.ids, sample.logprobs))
+    ids, logprobs = np.take_along_axis(sample.ids, order, -1), np.take_along_axis(sample.logprobs, order, -1)
     with np.errstate(over="ignore"):
         sound = np.isfinite(logprobs).all(-1) & (np.exp(logprobs.astype(np.float64)).sum(-1) < _TOO_MUCH)
     if not sound.any():

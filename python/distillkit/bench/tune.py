@@ -206,7 +206,7 @@ class _Bench:
         learned = split.learned
         chosen = np.linspace(0, len(learned.ids) - 1, min(_TABLE_ROWS, len(learned.ids))).round().astype(int)
         self.table_rows = SparseLogprobs(learned.ids[chosen], learned.logprobs[chosen])
-        self.dropped = dropped_kl(split.measured.logprobs, vocab_size)
+        self.dropped = dropped_kl(np.asarray(split.measured.logprobs), vocab_size)
         self.base: Prior | None = None
 
     def compact(self, family: Family, step: float) -> Candidate:
@@ -233,7 +233,7 @@ class _Bench:
             np.concatenate([part.ids for part in parts]), np.concatenate([part.logprobs for part in parts])
         )
         original, _ = values_of(rows, decoded)
-        stored, count = kl_rows(original, decoded.logprobs), len(rows.ids)
+        stored, count = kl_rows(original, np.asarray(decoded.logprobs)), len(rows.ids)
         counts = np.isfinite(decoded.logprobs).sum(-1)
         return Candidate(
             config,

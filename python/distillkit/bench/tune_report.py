@@ -45,7 +45,7 @@ class Tuning:
 
     def limits(self) -> str:
         """What the sample can't tell."""
-        mass = float(np.exp(self.split.measured.logprobs.astype(np.float64)).sum(-1).mean())
+        mass = float(np.exp(self.sample.logprobs.astype(np.float64)).sum(-1).mean())
         return (
             f"The sample has {self.sample.k} ids per row, with {mass:.1%} of the probability: larger k cannot be "
             "compared, and KL counts what is beyond them as one outcome."

@@ -34,7 +34,7 @@ _HELD_OUT = 4
 """Every so many documents, one is measured on; priors are learned from the others."""
 _TABLE_ROWS = 4096
 """Rows that a configuration's code tables are learned from; its lists of ids are learned once, from all."""
-_MEASURED_ROWS = 5000
+_MEASURED_ROWS = 4000
 """About so many held-out rows are measured on."""
 _MOST_IDS = 256
 _COUNTS = 8, 16, 32, 50, 64, 100, 128, _MOST_IDS

@@ -6,6 +6,7 @@ import os
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +95,7 @@ def load_sample(path: str | os.PathLike[str]) -> Sample:
 
 def save_sample(path: str | os.PathLike[str], sample: Sample) -> None:
     """Writes an .npz file for `load_sample`."""
-    documents = {} if sample.documents is None else {"documents": sample.documents}
+    documents: dict[str, Any] = {} if sample.documents is None else {"documents": sample.documents}
     np.savez_compressed(
         path,
         ids=sample.ids.astype(np.int32),

@@ -2,7 +2,8 @@
 
 The criterion is comparable across numbers of stored ids: KL(teacher ‖ stored) over all K ids of the sample's rows and
 the rest of the vocabulary as one more outcome, where the stored missing mass is spread evenly over the ids that are not
-stored, as `missing_probability_handling: uniform` does. KL over the stored ids alone would be least for one id.
+stored, as nothing else is known of them. KL over the stored ids alone would be least for one id. Since a student knows
+more of the ids that are not stored than that, KL over the stored ids is limited apart from it.
 """
 
 from __future__ import annotations
@@ -255,6 +256,7 @@ def search(
     *,
     tokens: int,
     target: tuple[str, float] | None = None,
+    most_stored: float = np.inf,
     progress: Progress = lambda done, total: None,
 ) -> list[Candidate]:
     """Measures fixed layouts and a grid of compact configurations, then more of them where they just meet a target.
@@ -262,10 +264,14 @@ def search(
     Args:
         tokens: size of the dataset that one prior is for; each row counts its share of the prior.
         target: "bytes_per_row" or "kl", and the most there may be of it.
+        most_stored: the most KL over the stored ids and all others as one outcome.
         progress: called with how many of how many configurations are measured.
 
     Returns:
-        All that were measured; `front` and `best` choose among them.
+        All that were measured, of at most `most_stored`; `front` and `best` choose among them.
+
+    Raises:
+        InputError: none has at most `most_stored`.
     """
     bench = _Bench(split, vocab_size, tokens)
     width = min(split.learned.k, _MOST_IDS, vocab_size)
@@ -286,11 +292,17 @@ def search(
         progress(len(found), total)
     if target is not None:
         for _ in range(_ROUNDS):
-            for family, step in _promising(found, *target):
+            for family, step in _promising(found, *target, most_stored):
                 found.append(bench.compact(family, step))
                 progress(len(found), total)
     progress(total, total)
-    return found
+    kept = [each for each in found if each.kl_stored <= most_stored]
+    if not kept:
+        least = min(each.kl_stored for each in found)
+        raise InputError(
+            f"no configuration has a KL of at most {most_stored:g} over the stored ids; least: {least:.2e}"
+        )
+    return kept
 
 
 def _families(width: int) -> list[Family]:
@@ -309,7 +321,7 @@ def _fixed(width: int, vocab_size: int) -> Iterator[CodecConfig]:
             yield DistributionQuantizationConfig(d=vocab_size, **{**fields, "k": count})
 
 
-def _promising(found: Sequence[Candidate], name: str, most: float) -> list[tuple[Family, float]]:
+def _promising(found: Sequence[Candidate], name: str, most: float, most_stored: float) -> list[tuple[Family, float]]:
     """Numbers of ids, and steps at which they would just meet the target, by interpolation between those measured."""
     other = "kl" if name == "bytes_per_row" else "bytes_per_row"
     predicted: list[tuple[float, Family, float]] = []
@@ -318,13 +330,14 @@ def _promising(found: Sequence[Candidate], name: str, most: float) -> list[tuple
         if isinstance(each.config, CompactConfig):
             measured.setdefault((each.config.k, each.config.threshold), []).append(each)
     for family, members in measured.items():
-        points = sorted({(_step(each), getattr(each, name), getattr(each, other)) for each in members})
-        steps, limited, free = (np.log(np.maximum(column, 1e-12)) for column in zip(*points, strict=True))
+        points = sorted({(_step(each), getattr(each, name), getattr(each, other), each.kl_stored) for each in members})
+        steps, limited, free, stored = (np.log(np.maximum(column, 1e-12)) for column in zip(*points, strict=True))
         if limited.min() > np.log(most):
             continue
         # Bytes fall and KL rises with the step; interpolation needs them ascending.
         order = np.argsort(limited, kind="stable")
         at = float(np.interp(np.log(most * 0.998), limited[order], steps[order]))
+        at = min(at, float(np.interp(np.log(most_stored * 0.95), stored, steps)))
         step = float(np.clip(np.exp(at), _LEAST_STEP, _LARGEST_STEP))
         if all(abs(step / _step(each) - 1) > 0.01 for each in members):
             predicted.append((float(np.interp(np.log(step), steps, free)), family, step))

@@ -23,7 +23,7 @@ __all__ = ["CRITERION", "Tuning"]
 
 CRITERION = (
     "KL(teacher ‖ stored) in nats over the sample's {k} ids per row and all others as one outcome; the missing mass is "
-    "spread evenly over the ids that are not stored, as `missing_probability_handling: uniform` does"
+    "spread evenly over the ids that are not stored, as nothing else is known of them"
 )
 
 

@@ -21,6 +21,13 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--bytes", "most_bytes", type=_POSITIVE, help="Choose the least KL in at most so many bytes per row.")
 @click.option("--kl", "most_kl", type=_POSITIVE, help="Choose the fewest bytes with at most this KL (nats per row).")
 @click.option(
+    "--stored-kl",
+    type=_POSITIVE,
+    default=5e-3,
+    show_default=True,
+    help="Leave out configurations with more KL than this over the ids that they store and the rest.",
+)
+@click.option(
     "--k",
     type=click.IntRange(1, LARGEST),
     help="Look at the first K ids of each row only: nothing beyond is stored, and KL counts it as one outcome "
@@ -45,6 +52,7 @@ def tune(
     sample: str,
     most_bytes: float | None,
     most_kl: float | None,
+    stored_kl: float,
     k: int | None,
     tokens: int,
     vocab_size: int | None,
@@ -60,7 +68,8 @@ def tune(
 
     KL of different numbers of stored ids can only be compared over the same outcomes. So that which ranks them is over
     all of the sample's ids and the rest as one more outcome, with the missing mass spread evenly over the ids that are
-    not stored. KL over the stored ids and the rest is shown beside it, with the probability that the ids have.
+    not stored. KL over the stored ids and the rest is shown beside it, with the probability that the ids have, and is
+    limited by --stored-kl, so that values are not made ever coarser for more ids.
 
     \b
     Examples:
@@ -88,7 +97,7 @@ def tune(
     rows = rows if k is None else narrowed(rows, k)
     split = Split.of(rows)
     with progress_bar("measuring configurations") as progress:
-        found = search(split, rows.vocab_size, tokens=tokens, target=target, progress=progress)
+        found = search(split, rows.vocab_size, tokens=tokens, target=target, most_stored=stored_kl, progress=progress)
     chosen = None if target is None else best(found, *target)
     tuning = Tuning(rows, split, found, chosen, tokens)
     if plot is not None:

@@ -40,8 +40,7 @@ _MEASURED_ROWS = 4000
 _MOST_IDS = 256
 _COUNTS = 8, 16, 32, 50, 64, 100, 128, _MOST_IDS
 _THRESHOLDS = 8e-3, 4e-3, 2e-3, 1.4e-3, 1e-3, 7e-4, 5e-4, 3e-4, 2e-4
-_STEPS = 0.0025, 0.012, 0.06
-_LEAST_STEP, _LARGEST_STEP = 0.001, 0.12
+_STEPS = 0.0025, 0.012, 0.03
 _BASE_STEP = 0.006
 _ROUNDS, _FAMILIES = 3, 3
 """At a target, so many rounds try the steps that would just meet it, of so many numbers of ids."""
@@ -338,7 +337,7 @@ def _promising(found: Sequence[Candidate], name: str, most: float, most_stored: 
         order = np.argsort(limited, kind="stable")
         at = float(np.interp(np.log(most * 0.998), limited[order], steps[order]))
         at = min(at, float(np.interp(np.log(most_stored * 0.95), stored, steps)))
-        step = float(np.clip(np.exp(at), _LEAST_STEP, _LARGEST_STEP))
+        step = float(np.exp(at))
         if all(abs(step / _step(each) - 1) > 0.01 for each in members):
             predicted.append((float(np.interp(np.log(step), steps, free)), family, step))
     return [(family, step) for _, family, step in sorted(predicted, key=lambda each: each[0])[:_FAMILIES]]

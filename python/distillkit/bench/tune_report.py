@@ -134,6 +134,7 @@ class Tuning:
             OSError: the file cannot be written.
         """
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
         from distillkit.reports.inspection_plots import BLUE, GREEN, GREY, INK, ORANGE, style_axes
 
@@ -155,6 +156,9 @@ class Tuning:
             at = self.chosen.bytes_per_row, self.chosen.kl
             axes.scatter(*([value] for value in at), s=90, color=GREEN, zorder=3, label=f"chosen: {self.chosen.name}")
         axes.set(xscale="log", yscale="log", xlabel="bytes per row", ylabel="KL(teacher ‖ stored), nats per row")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         style_axes(axes, f"{len(self.sample):,} {self.sample.about}")
         axes.legend(fontsize=8, frameon=False)
         figure.savefig(path, format="png")

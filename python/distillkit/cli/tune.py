@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,8 @@ def tune(
         raise click.UsageError("--write needs --bytes or --kl, to choose a configuration")
     if plot is not None:
         check_writable(plot, ".png", "--plot")
+    if write is not None and not os.access(write.absolute().parent, os.W_OK):
+        raise click.BadParameter(f"{write.absolute().parent}: not a writable folder", param_hint="--write")
     from distillkit.bench.sample import load_sample
     from distillkit.bench.tune import Split, best, narrowed, search
     from distillkit.bench.tune_report import Tuning

@@ -259,5 +259,5 @@ def test_a_new_configuration_needs_only_its_paths(kind: str, parts: dict[str, st
     assert "sequence_length" in result.checks[0].detail
     assert "#" in file.read_text()
     assert yaml.safe_load(file.read_text())["output_path"] == output
-    with refused(FileExistsError, str(file)):
+    with refused(FileExistsError, str(file), "another name"):
         CliRunner().invoke(cli, arguments, catch_exceptions=False)

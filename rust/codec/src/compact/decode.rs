@@ -130,25 +130,25 @@ pub(super) fn dealt(heads: &[Head]) -> Vec<u32> {
 macro_rules! unrolled {
     ($count:ident, $lane:ident => $block:block) => {{
         {
-            const $lane: usize = 0;
+            let $lane: usize = 0;
             if $lane < $count {
                 $block
             }
         }
         {
-            const $lane: usize = 1;
+            let $lane: usize = 1;
             if $lane < $count {
                 $block
             }
         }
         {
-            const $lane: usize = 2;
+            let $lane: usize = 2;
             if $lane < $count {
                 $block
             }
         }
         {
-            const $lane: usize = 3;
+            let $lane: usize = 3;
             if $lane < $count {
                 $block
             }
@@ -256,8 +256,8 @@ impl Model {
         read_rows(backend, self, &mut lanes, sink)?;
         let least = frame.rows.div_ceil(super::document::ROWS_PER_BYTE);
         for (number, (stream, lane)) in lanes.streams.iter().zip(&frame.lanes).enumerate() {
-            let last = number + 1 == frame.lanes.len();
-            let padding = if last { least.saturating_sub(firsts[number]) } else { 0 };
+            let is_last = number + 1 == frame.lanes.len();
+            let padding = if is_last { least.saturating_sub(firsts[number]) } else { 0 };
             stream.finish(&format!("stream {}", number + 1), firsts[number], lane, padding)?;
         }
         Ok(())

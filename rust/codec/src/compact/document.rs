@@ -97,7 +97,9 @@ pub(super) fn write(builtin: bool, rows: usize, streams: &[Vec<u8>]) -> Vec<u8> 
     for stream in &streams[..streams.len().saturating_sub(1)] {
         put_varint(&mut out, stream.len());
     }
-    streams.iter().for_each(|stream| out.extend_from_slice(stream));
+    for stream in streams {
+        out.extend_from_slice(stream);
+    }
     let least = rows.div_ceil(ROWS_PER_BYTE);
     if out.len() < least {
         out.resize(least, 0);

@@ -241,8 +241,8 @@ impl Encoder {
             }
             choices.push((first as u16, second));
         }
-        let least = |best, state| if paths[state] < paths[best] { state } else { best };
-        let mut state = (0..STATES).fold(0, least);
+        let better = |best, state| if paths[state] < paths[best] { state } else { best };
+        let mut state = (0..STATES).fold(0, better);
         levels.clear();
         levels.resize(ordered.len(), 0);
         for (level, &(first, second)) in levels.iter_mut().zip(choices.iter()).rev() {
@@ -346,7 +346,7 @@ impl Choice {
                 "found no id with a finite log-probability, expected at least one".to_owned(),
             ));
         };
-        if !(f64::from(highest) <= ROUNDING) {
+        if highest.is_nan() || f64::from(highest) > ROUNDING {
             return Err(CodecError::Input(format!(
                 "found log-probability {highest}, expected at most 0"
             )));
@@ -355,7 +355,9 @@ impl Choice {
             let count = values.iter().take_while(|&&logprob| logprob >= threshold).count();
             values.truncate(count.max(1));
         }
-        values.iter_mut().for_each(|value| *value = value.clamp(LEAST, 0.0));
+        for value in values.iter_mut() {
+            *value = value.clamp(LEAST, 0.0);
+        }
         roots.clear();
         roots.extend(values.iter().map(|&logprob| exp(0.5 * logprob)));
         let mut total = 0.0;
@@ -525,6 +527,7 @@ impl ShapeCosts {
     fn new(prior: &Prior, dimensions: &Dimensions, costs: &[[f32; SYMBOLS]]) -> Self {
         let shapes = dimensions.shapes;
         let units = |bits: f32| (bits * UNITS) as u16;
+        let bits = |table: u16, symbol: usize| costs[usize::from(table)][symbol];
         let mut own = Self {
             shapes,
             costs: Vec::new(),
@@ -534,29 +537,23 @@ impl ShapeCosts {
         };
         for position in 0..dimensions.positions {
             for symbol in 0..SYMBOLS {
-                for shape in 0..shapes {
-                    let cost = |quantiser: usize| {
+                own.costs.extend((0..shapes).map(|shape| {
+                    let [even, odd] = [0, 1].map(|quantiser| {
                         let context = (shape * 2 + quantiser) * dimensions.positions + position;
-                        costs[usize::from(prior.contexts.level[context])][symbol]
-                    };
-                    own.costs.push(units((cost(0) + cost(1)) / 2.0));
-                }
+                        bits(prior.contexts.level[context], symbol)
+                    });
+                    units(f32::midpoint(even, odd))
+                }));
             }
         }
         for &table in &prior.contexts.shape {
-            own.shape.extend(
-                (0..shapes).map(|shape| {
-                    units(costs[usize::from(table)][Kind::Other.symbol(shape as u32)])
-                }),
-            );
+            let symbol = |shape| Kind::Other.symbol(shape);
+            own.shape.extend((0..shapes as u32).map(|shape| units(bits(table, symbol(shape)))));
         }
         for symbol in 0..SYMBOLS {
-            own.mass.extend(
-                prior.contexts.mass.iter().map(|&table| units(costs[usize::from(table)][symbol])),
-            );
-            own.count.extend(
-                prior.contexts.count.iter().map(|&table| units(costs[usize::from(table)][symbol])),
-            );
+            let cost = |&table: &u16| units(bits(table, symbol));
+            own.mass.extend(prior.contexts.mass.iter().map(cost));
+            own.count.extend(prior.contexts.count.iter().map(cost));
         }
         own
     }

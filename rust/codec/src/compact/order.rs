@@ -24,7 +24,8 @@ struct Index {
 impl Index {
     fn new(sorted: &[u32]) -> Self {
         let last = sorted.last().copied().unwrap_or(0);
-        let shift = (0..).find(|&shift| (last >> shift) as usize <= 2 * sorted.len()).unwrap_or(31);
+        let shift =
+            (0..32).find(|&shift| (last >> shift) as usize <= 2 * sorted.len()).unwrap_or(31);
         let count = (last >> shift) + 2;
         let start = |run: u32| {
             sorted.partition_point(|&number| u64::from(number) < u64::from(run) << shift) as u16

@@ -316,7 +316,9 @@ impl Prior {
         let Contexts { cluster, shape, count, mass, gap, level } = &self.contexts;
         for map in [&vec![*cluster], shape, count, mass, gap, level] {
             put(&mut out, 4, map.len());
-            map.iter().for_each(|&table| put(&mut out, 2, usize::from(table)));
+            for &table in map {
+                put(&mut out, 2, usize::from(table));
+            }
         }
         put(&mut out, 2, self.tables.len());
         for Table(slots) in &self.tables {

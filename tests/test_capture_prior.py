@@ -133,6 +133,7 @@ def test_a_report_counts_the_prior(teacher: Path, text: Path, whole: Path, tmp_p
     size = sum(len(document.teacher) for document in dataset)
     prior = (tmp_path / "out" / "prior.bin").stat().st_size
     assert report["prior_bytes"] == prior == len(load_prior(tmp_path / "out").data)
+    assert report["disk_bytes"] == prior + sum(shard.stat().st_size for shard in (tmp_path / "out").glob("*.parquet"))
     assert report["bytes_per_token"] == pytest.approx((size + prior) / dataset.num_rows, rel=1e-3)
     # 50 ids of 7 bits, and 14 bytes of values.
     assert report["published_bytes_per_token"] == 14 + 44

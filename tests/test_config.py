@@ -33,7 +33,7 @@ from distillkit.capture.settings_file import load_captures
 from distillkit.cli.main import cli
 from distillkit.codec import Codec, DistributionQuantizationConfig, LegacyLogitCompressionConfig
 from distillkit.configuration.overrides import parse_overrides, with_overrides
-from distillkit.configuration.places import missing_place
+from distillkit.configuration.places import folder_name, missing_place
 from distillkit.configuration.problems import shown
 from distillkit.configuration.secrets import redacted, secret_paths, without_secrets
 from distillkit.errors import ConfigError, DistillKitError
@@ -777,6 +777,14 @@ def test_values_on_the_command_line_replace_those_of_the_file() -> None:
     assert (config.training_args["max_steps"], config.model) == (7, "a=b")
     assert (config.frozen_res, config.dataset.num_samples) == (["embed", "norm$"], None)
     assert config.overrides["loss_functions.1.weight"] == 0.5
+
+
+def test_a_folder_has_the_name_that_it_is_called_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "SmolLM2").mkdir(parents=True)
+    (tmp_path / "teacher").symlink_to(tmp_path / "models" / "SmolLM2")
+    monkeypatch.chdir(tmp_path / "models" / "SmolLM2")
+    names = (str(tmp_path / "teacher"), ".", "../SmolLM2/", "..", "org/model")
+    assert [folder_name(name) for name in names] == ["teacher", "SmolLM2", "SmolLM2", "models", "org/model"]
 
 
 def test_an_override_changes_one_of_the_places_of_an_alias() -> None:

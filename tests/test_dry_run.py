@@ -257,7 +257,9 @@ def test_a_new_configuration_needs_only_its_paths(kind: str, parts: dict[str, st
     result = dry_run(file, {"sequence_length": 64, "training_args.bf16": False})
     assert result.ok, [check for check in result.checks if check.status == "failed"]
     assert "sequence_length" in result.checks[0].detail
+    steps = next(check for check in result.checks if check.name == "steps")
+    assert (steps.status, steps.figures["steps"] < 10) == ("warning", True), "40 short documents fill a few rows"
     assert "#" in file.read_text()
     assert yaml.safe_load(file.read_text())["output_path"] == output
-    with refused(FileExistsError, str(file)):
+    with refused(FileExistsError, str(file), "another name"):
         CliRunner().invoke(cli, arguments, catch_exceptions=False)

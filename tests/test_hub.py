@@ -138,6 +138,10 @@ def test_a_compact_dataset_takes_its_prior_along(hub: Hub, tmp_path: Path) -> No
         writer.write(np.append(0, rows.ids[:, 0]), rows)
     report = push(tmp_path / "compact", "me/compact")
     assert hub.repositories["datasets/me/compact"].files.keys() > files(tmp_path / "compact").keys() > {"prior.bin"}
+    card = hub.repositories["datasets/me/compact"].files["README.md"].decode()
+    sizes = sum(len(data) for name, data in files(tmp_path / "compact").items() if name != "manifest.json")
+    assert f"{sizes / Dataset.open(tmp_path / 'compact').num_rows:,.1f} bytes with all else" in card
+    assert "compact-50" in card
     found, expected = (Dataset.open(place).decode(0) for place in ("hf://datasets/me/compact", tmp_path / "compact"))
     assert np.array_equal(found.ids, expected.ids)
     assert np.array_equal(found.logprobs, expected.logprobs)

@@ -58,6 +58,10 @@ def test_masses_and_curves_are_those_of_the_rows(tmp_path: Path) -> None:
     masses = np.exp(logprobs).sum(-1)
     assert inspection.rows_read == len(logprobs) == inspection.mass_histogram.sum()
     assert inspection.mass_mean == pytest.approx(masses.mean())
+    # Masked documents are in two segments, the first of one token: no token before the third is predicted.
+    documents = make_documents(12)
+    counted = [extra["loss_mask"][2:].sum() if extra else len(ids) - 1 for ids, _, extra in documents]
+    assert inspection.counted == sum(counted)
     for found, share in ((inspection.mass_p1, 1), (inspection.mass_p50, 50)):
         assert found == pytest.approx(np.percentile(masses, share, method="inverted_cdf"), abs=2e-4)
     np.testing.assert_allclose(inspection.logprob_mean, logprobs.mean(0))
@@ -119,7 +123,7 @@ def test_json_keys_are_stable() -> None:
     keys = (
         "path kind documents tokens rows files file_bytes documents_read rows_read bytes_per_token rate_by_entropy "
         "ids_per_row compression codec teacher tokenizer capture temperature rows_per_document vocab_size head_size "
-        "mass plausibility next_token alignment worst_documents fidelity"
+        "mass plausibility counted next_token alignment worst_documents fidelity"
     )
     found = inspect_dataset(Dataset.open(GOLDEN / "upstream_v1")).to_dict()
     assert list(found) == keys.split()

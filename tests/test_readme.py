@@ -69,7 +69,7 @@ def test_commands_and_snippets_run(place: Path) -> None:
             )
             assert result.returncode == 0, f"{command}: {result.stderr}"
             ran += 1
-    assert ran == 23
+    assert ran == 24
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(place / "trained").config.vocab_size == 160

@@ -314,7 +314,7 @@ class CapturePlans:
             source={"rows": 9},
             kept=kept,
             counts=lambda: {"rows": 9},
-            sampled_rows=20,
+            sampled_rows=1000,
             sample_k=3,
         )
         plan.write_receipt(0, ShardReceipt(info, HEADER, ShardSummary()))

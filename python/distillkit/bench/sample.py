@@ -6,6 +6,7 @@ import os
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ class Sample:
         vocab_size: ids are less than this.
         about: description of the rows, to follow their number: "real positions of a teacher over a text".
         caution: a caveat for readers of the results; may be empty.
+        documents: (N,) int64, the number of each row's document, ascending; None if it is not known.
     """
 
     ids: npt.NDArray[np.int64]
@@ -39,6 +41,7 @@ class Sample:
     vocab_size: int
     about: str
     caution: str = ""
+    documents: npt.NDArray[np.int64] | None = None
 
     @property
     def k(self) -> int:
@@ -66,7 +69,8 @@ class Sample:
         if len(self) <= rows:
             return self
         chosen = np.linspace(0, len(self) - 1, rows).round().astype(int)
-        return replace(self, ids=self.ids[chosen], logprobs=self.logprobs[chosen])
+        documents = None if self.documents is None else self.documents[chosen]
+        return replace(self, ids=self.ids[chosen], logprobs=self.logprobs[chosen], documents=documents)
 
 
 def bundled_sample() -> Sample:
@@ -77,7 +81,8 @@ def bundled_sample() -> Sample:
 def load_sample(path: str | os.PathLike[str]) -> Sample:
     """Loads rows from a captured or published dataset (evenly spaced documents), or from an .npz file.
 
-    The .npz file contains `ids` and `logprobs`, both (N, k), and optionally `vocab_size` and `about`.
+    The .npz file contains `ids` and `logprobs`, both (N, k), and optionally `vocab_size`, `about` and `documents`:
+    (N,) ascending integers, which rows are of one document.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -90,12 +95,14 @@ def load_sample(path: str | os.PathLike[str]) -> Sample:
 
 def save_sample(path: str | os.PathLike[str], sample: Sample) -> None:
     """Writes an .npz file for `load_sample`."""
+    documents: dict[str, Any] = {} if sample.documents is None else {"documents": sample.documents}
     np.savez_compressed(
         path,
         ids=sample.ids.astype(np.int32),
         logprobs=sample.logprobs,
         vocab_size=np.int64(sample.vocab_size),
         about=np.array(sample.about),
+        **documents,
     )
 
 
@@ -117,9 +124,18 @@ def _load_arrays(path: Path) -> Sample:
             f"{path}: ids must be integers and logprobs floats of one shape (rows, k), found {ids.dtype} {ids.shape} "
             f"and {logprobs.dtype} {logprobs.shape}"
         )
+    documents = arrays.get("documents")
+    if documents is not None and (
+        documents.shape != ids.shape[:1] or documents.dtype.kind not in "iu" or (np.diff(documents) < 0).any()
+    ):
+        raise InputError(
+            f"{path}: documents must be {len(ids):,} ascending integers, one for each row of ids; found "
+            f"{documents.dtype} {documents.shape}"
+        )
     vocab_size = int(arrays["vocab_size"]) if "vocab_size" in arrays else int(ids.max(initial=0)) + 1
     about = str(arrays["about"]) if "about" in arrays else f"rows of {path.name}"
-    return _checked(str(path), ids.astype(np.int64), logprobs.astype(np.float32), vocab_size, about, caution="")
+    sample = Sample(ids.astype(np.int64), logprobs.astype(np.float32), vocab_size, about, documents=documents)
+    return _checked(str(path), sample)
 
 
 def _load_dataset(name: str) -> Sample:
@@ -140,7 +156,9 @@ def _load_dataset(name: str) -> Sample:
     logprobs = np.concatenate([np.asarray(part.logprobs) for part in parts])
     teacher = (dataset.header.teacher or {}).get("name") or "an unnamed teacher"
     about = f"positions of {teacher}, decoded from {name}"
-    return _checked(name, ids, logprobs, dataset.codec.vocab_size, about, caution=_caution(dataset.codec.config))
+    numbers = np.repeat(np.arange(len(parts)), [len(part.ids) for part in parts])
+    sample = Sample(ids, logprobs, dataset.codec.vocab_size, about, _caution(dataset.codec.config), numbers)
+    return _checked(name, sample)
 
 
 def _caution(config: CodecConfig) -> str:
@@ -154,19 +172,19 @@ def _caution(config: CodecConfig) -> str:
     )
 
 
-def _checked(
-    name: str, ids: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float32], vocab_size: int, about: str, caution: str
-) -> Sample:
+def _checked(name: str, sample: Sample) -> Sample:
     """Sorts rows in descending order and drops invalid ones, which a codec's fit of the far tail may produce."""
-    order = np.argsort(-logprobs, axis=-1, kind="stable")
-    ids, logprobs = np.take_along_axis(ids, order, -1), np.take_along_axis(logprobs, order, -1)
+    order = np.argsort(-sample.logprobs, axis=-1, kind="stable")
+    ids, logprobs = np.take_along_axis(sample.ids, order, -1), np.take_along_axis(sample.logprobs, order, -1)
     with np.errstate(over="ignore"):
         sound = np.isfinite(logprobs).all(-1) & (np.exp(logprobs.astype(np.float64)).sum(-1) < _TOO_MUCH)
     if not sound.any():
         raise InputError(f"{name}: no row has finite log-probabilities whose probabilities sum to at most 1")
+    caution = sample.caution
     if not sound.all():
         caution = f"{caution} {(~sound).sum():,} rows were skipped: their probabilities sum to more than 1.".strip()
     chosen = np.flatnonzero(sound)
     if len(chosen) > _MOST_ROWS and not name.endswith(".npz"):
         chosen = chosen[np.linspace(0, len(chosen) - 1, _MOST_ROWS).round().astype(int)]
-    return Sample(ids[chosen], logprobs[chosen], vocab_size, about, caution)
+    documents = None if sample.documents is None else sample.documents[chosen]
+    return replace(sample, ids=ids[chosen], logprobs=logprobs[chosen], caution=caution, documents=documents)

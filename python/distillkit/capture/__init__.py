@@ -88,7 +88,7 @@ def plan(
 
     Args:
         model, dataset, output, preset, compression_config, **options: as for `capture`; `output` decides which disk's
-            free space counts.
+            free space counts; if a capture has begun there, it must be the same one, and what is left is estimated.
         seconds: how long to run the teacher, to measure its speed and the fidelity of each codec; 0: not at all.
         progress: show a progress bar, on stderr or in the notebook.
 

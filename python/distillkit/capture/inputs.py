@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from distillkit.capture.kept_rows import BYTES_A_VALUE
@@ -17,6 +16,7 @@ from distillkit.capture.teachers.base import RowRequest, Teacher
 from distillkit.capture.teachers.hf import load_config, resolve_device, resolve_dtype
 from distillkit.capture.teachers.make import make_teacher
 from distillkit.codec import Codec, CompactConfig, Prior
+from distillkit.configuration.places import folder_name
 from distillkit.configuration.urls import locate, without_trailing_slash
 from distillkit.console import human_bytes, number_of
 from distillkit.errors import CaptureError, ConfigError, InputError, MismatchError
@@ -146,7 +146,7 @@ class CaptureInputs:
             codec=self.codec.to_dict(),
             vocab_size=known,
             head_size=self.head_size,
-            tokenizer={"name": _public_name(name), "fingerprint": fingerprint(self.tokenizer)},
+            tokenizer={"name": folder_name(name), "fingerprint": fingerprint(self.tokenizer)},
             alignment=alignment("L" if self.request.last_row else "L-1"),
             capture={
                 **self.settings.identity(),
@@ -228,7 +228,7 @@ class CaptureInputs:
         """
         stored = finished.header.teacher or {}
         # A server does not report a dtype, and may have another name for the model.
-        known = {} if self.settings.engine == "openai" else {"name": _public_name(self.settings.model)}
+        known = {} if self.settings.engine == "openai" else {"name": folder_name(self.settings.model)}
         if "dtype" in stored:
             known["dtype"] = self.dtype
         teacher = {**stored, **known}
@@ -275,11 +275,6 @@ def explaining_mismatch(folder: Folder) -> Iterator[None]:
             f"{error}. {folder} contains a capture with other settings: use those to resume it, or choose another "
             "output folder"
         ) from error
-
-
-def _public_name(path: str) -> str:
-    """Return a hub id unchanged, and only the name of a local folder: headers are published with datasets."""
-    return Path(path).resolve().name if Path(path).exists() else path
 
 
 def _given_prior(settings: CaptureSettings, codec: Codec, tokenizer: Any) -> Prior | None:

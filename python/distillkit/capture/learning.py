@@ -24,7 +24,7 @@ from distillkit.capture.settings import CaptureSettings
 from distillkit.capture.shard_plan import PRIOR_RECEIPT, ShardPlan, read_json, write_json
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument, Teacher
 from distillkit.codec import Codec, Prior
-from distillkit.console import duration, human_bytes, progress_bar
+from distillkit.console import duration, human_bytes, number_of, progress_bar
 from distillkit.errors import CaptureError, ConfigError, CorruptDataError, InputError
 from distillkit.shards import Header
 from distillkit.shards.lock import FolderLock
@@ -202,7 +202,8 @@ def _learn(inputs: CaptureInputs, plan: ShardPlan, kept: Mapping[int, KeptRows])
             f"{plan.folder}: the teacher returned no distributions to learn a prior from: choose other documents, pass "
             "--prior, or --prior-rows 0 for the built-in one"
         )
-    logger.info("%s: learning the prior from %s distributions of %d shards", plan.folder, f"{count:,}", len(kept))
+    sources = number_of(len(kept), "shard")
+    logger.info("%s: learning the prior from %s distributions of %s", plan.folder, f"{count:,}", sources)
     together = SparseLogprobs(
         np.concatenate([part.ids for part in rows]), np.concatenate([part.logprobs for part in rows])
     )

@@ -54,10 +54,14 @@ class CaptureProgress:
         self._bar.stop()
 
     def scored(self, tokens: int, waiting: int, room: int) -> None:
-        """Report that the teacher has scored a document, and that `waiting` of `room` queue slots are taken."""
+        """Report that the teacher has scored a document, and that `waiting` of `room` queue slots are taken.
+
+        Without a queue, `room` is 0.
+        """
         self._now += tokens
         rate = self._now / max(time.perf_counter() - self._started, 1e-9)
-        state = f"{rate:,.0f} tokens/s, shard {self._done_shards + 1}/{self._shards}, queue {waiting}/{room}"
+        queue = f", queue {waiting}/{room}" if room else ""
+        state = f"{rate:,.0f} tokens/s, shard {self._done_shards + 1}/{self._shards}{queue}"
         self._bar.update(self._task, completed=self._before + self._now, state=state)
 
     def finished_shard(self) -> None:

@@ -49,7 +49,7 @@ class CaptureReport(Shown):
             share of the prior; 0 without rows.
         prior_bytes: size of the prior, which the dataset stores once; 0 without one.
         published_bytes_per_token: bytes per row of the published layout with as many ids.
-        disk_bytes: size of the shards.
+        disk_bytes: size of the shards and of the prior.
         kl_mean, kl_p99: KL(teacher ‖ decoded) over K ∪ {R} in nats per row, measured while writing; None without rows.
         mass_mean: mean total probability of the stored ids of a row; None if unknown.
         mass_quantiles: quantiles of that probability, by the share of rows that do not exceed them.

@@ -149,7 +149,7 @@ class _Run:
         """Score the documents of some shards that the prior is learned from, and keep their rows."""
         settings, times = self._settings, StageTimes()
         tokens = sum(sampled_tokens(plan, number) for number in numbers)
-        bar = CaptureProgress("scoring what the prior is learned from", tokens, len(numbers), shown=self._progress)
+        bar = CaptureProgress("scoring for the prior", tokens, len(numbers), shown=self._progress)
         if settings.workers == "ray":
             from distillkit.capture.ray import capture_with_ray
 
@@ -300,7 +300,7 @@ def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int,
         bytes_per_token=_bytes_per_token(folder, manifest, prior_bytes),
         prior_bytes=prior_bytes,
         published_bytes_per_token=published_bytes(header.codec["config"]["k"], header.head_size),
-        disk_bytes=sum(shard.bytes for shard in shards),
+        disk_bytes=sum(shard.bytes for shard in shards) + prior_bytes,
         kl_mean=fidelity.get("kl_mean"),
         kl_p99=fidelity.get("kl_p99"),
         mass_mean=summary.mass_mean,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -11,6 +10,7 @@ from distillkit.cli.common import CONFIG, LARGEST, SPLIT
 from distillkit.codec import Codec, CodecConfig, preset
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.codec.presets import PresetName
+from distillkit.configuration.places import folder_name
 from distillkit.console import human_bytes, number_of, progress_bar, say
 from distillkit.shards import Dataset, Manifest, load_prior
 from distillkit.shards.convert import PRIOR_ROWS, target_codec
@@ -156,5 +156,4 @@ def _tokenizer_facts(name: str | None) -> tuple[dict[str, Any] | None, int | Non
     from distillkit.text.tokenizer import fingerprint, load_tokenizer, vocab_size
 
     tokenizer = load_tokenizer(name)
-    label = Path(name).resolve().name if Path(name).exists() else name
-    return {"name": label, "fingerprint": fingerprint(tokenizer)}, vocab_size(tokenizer)
+    return {"name": folder_name(name), "fingerprint": fingerprint(tokenizer)}, vocab_size(tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 from pathlib import Path
 
@@ -183,8 +184,11 @@ def init(
         output=output,
     )
     # "x": fails if the file exists, even if it appeared just now.
-    with file.open("x", encoding="utf-8") as new:
-        new.write(content)
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(content)
+    except FileExistsError as error:
+        raise FileExistsError(errno.EEXIST, "exists already; choose another name", str(file)) from error
     say(f"written: {file}")
     say(f"next: fill in its paths, then check it with: distillkit {file} --dry-run")
 

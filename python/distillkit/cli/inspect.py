@@ -198,6 +198,8 @@ def _content(inspection: Inspection) -> _Section:
     ):
         for finding in findings:
             section.add(label, Text("!", style), finding)
+    counted = f"of the positions read count in a loss: {inspection.counted:,}"
+    section.add("in the loss", f"{inspection.counted / inspection.rows_read:.1%}", counted)
     section.add("next token first", f"{inspection.first_rate:.1%}", "it is the most probable stored id")
     section.add("next token stored", f"{inspection.stored_rate:.1%}", "it is any of the stored ids")
     return section

@@ -102,7 +102,7 @@ def _tokenizer(dataset: Dataset, name: str | None) -> Any:
             raise
         reason = str(error).partition("\n")[0]
         progress_console().print(
-            Text(f"showing ids in place of text, which needs the tokenizer (--tokenizer): {reason}"), highlight=False
+            Text(f"showing ids; for text, pass the teacher's folder as --tokenizer: {reason}"), highlight=False
         )
         return None
 

@@ -3,12 +3,13 @@ either."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from distillkit.errors import nearest
 
-__all__ = ["is_path", "missing_place", "neighbour"]
+__all__ = ["folder_name", "is_path", "missing_place", "neighbour"]
 
 # As huggingface_hub.utils.validate_repo_id: one or two parts of letters, digits, - _ and .
 _PART = r"[A-Za-z0-9_](?:[\w.\-]*[A-Za-z0-9_])?"
@@ -24,6 +25,18 @@ def is_path(name: str) -> bool:
         [True, True, True, False, False]
     """
     return _exists(name) or not _could_be_hub_id(name)
+
+
+def folder_name(place: str) -> str:
+    """Return a hub id unchanged, and of a folder only its name: headers are published with datasets.
+
+    Links are not followed: what a user calls `teacher` is found again under that name.
+
+    Example:
+        >>> folder_name("Qwen/Qwen3-8B"), folder_name("/") == "/"
+        ('Qwen/Qwen3-8B', True)
+    """
+    return (Path(os.path.abspath(place)).name or place) if _exists(place) else place
 
 
 def _could_be_hub_id(name: str) -> bool:

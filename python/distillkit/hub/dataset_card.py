@@ -7,6 +7,7 @@ from typing import Any
 
 from distillkit.capture.summary import ShardSummary
 from distillkit.codec import Codec, CompactConfig
+from distillkit.codec.presets import preset_of
 from distillkit.configuration.cards import front_matter, hub_id, public_name
 from distillkit.console import human_bytes
 from distillkit.reports.run_report import MARKDOWN, table
@@ -27,6 +28,8 @@ _COLUMNS = (
     ("segment_lengths", "lengths of the documents packed into one row; null if it is not packed"),
     ("label_logprobs", "the teacher's log-probability of each next token, if it was stored"),
 )
+
+_COUNTED = {"all": "all tokens", "assistant": "the assistant's turns", "completion": "the responses"}
 
 
 def dataset_card(manifest: Manifest, codec: Codec, repo: str, license: str | None = None) -> str:
@@ -84,6 +87,8 @@ def dataset_card(manifest: Manifest, codec: Codec, repo: str, license: str | Non
 def _facts(manifest: Manifest, codec: Codec) -> list[tuple[str, str]]:
     header, shards = manifest.header, manifest.shards
     tokens, rows, size = (sum(getattr(shard, name) for shard in shards) for name in ("tokens", "rows", "bytes"))
+    size += 0 if codec.prior is None else len(codec.prior.data)
+    named = preset_of(codec.config)
     facts = [
         ("teacher", _named(header.teacher, "revision", "dtype")),
         ("tokenizer", _named(header.tokenizer, "fingerprint")),
@@ -93,8 +98,10 @@ def _facts(manifest: Manifest, codec: Codec) -> list[tuple[str, str]]:
         ("distributions", f"{rows:,}, temperature {header.temperature:g}"),
         ("size", f"{human_bytes(size)} in {len(shards):,} {'shards' if len(shards) != 1 else 'shard'}"),
         ("per distribution", f"{_stored_ids(codec)}, {size / max(rows, 1):,.1f} bytes with all else"),
-        ("codec", f"{codec.format} version {header.codec['version']}"),
+        ("codec", f"{codec.format} version {header.codec['version']}" + (f", preset `{named}`" if named else "")),
     ]
+    if counted := _COUNTED.get(header.capture.get("loss_on", "auto")):
+        facts.append(("counted in a loss", counted))
     fidelity = header.fidelity
     if fidelity is not None and fidelity.get("rows"):
         # A conversion has only the decoded rows to compare with.

@@ -70,6 +70,7 @@ class Inspection(Shown):
         mass_p1, mass_p50, mass_mean: 1st percentile, median and mean of the total probability of a row's stored ids.
         mass_impossible: fraction of rows whose stored probabilities sum to more than 1.1.
         mass_histogram: (10001,) number of rows by mass, in steps of 0.0001; masses above 1 count as 1.
+        counted: number of positions read whose next token counts in a loss.
         first_rate, stored_rate: how often the true next token is the first stored id, and any stored id.
         shifts: result of the alignment check.
         impossible: what the rows show that their codec cannot have written; see `distillkit.shards.plausibility`.
@@ -112,6 +113,7 @@ class Inspection(Shown):
     mass_mean: float
     mass_impossible: float
     mass_histogram: npt.NDArray[np.int64]
+    counted: int
     first_rate: float
     stored_rate: float
     shifts: ShiftRates
@@ -152,6 +154,7 @@ class Inspection(Shown):
         if self.rows_read:
             rows += [
                 ("stored mass", f"{self.mass_mean:.2%} on average, 1% of the positions below {self.mass_p1:.2%}"),
+                ("in the loss", f"{self.counted / self.rows_read:.1%} of the distributions"),
                 ("next token", f"{self.first_rate:.1%} the teacher's first, {self.stored_rate:.1%} stored"),
             ]
         rows.append(("alignment", self.alignment))
@@ -214,6 +217,7 @@ class Inspection(Shown):
         | `mass` | null, or total probability of a row's stored ids: `p1`, `p50`, `mean`; `impossible`, fraction of rows
         above 1.1 |
         | `plausibility` | `ok`; `impossible` and `doubts`, lists of what the rows show |
+        | `counted` | number of distributions read whose next token counts in a loss (`--loss-on`) |
         | `next_token` | fraction of positions whose true next token `is_first`, `is_stored` |
         | `alignment` | `rates` at "-1", "0", "+1", over `positions`; `verdict` "ok", "shifted", "undecided"; `ok` |
         | `worst_documents` | up to 10 documents of which the least probability is stored: `document` (its number),
@@ -259,6 +263,7 @@ class Inspection(Shown):
             "head_size": self.head_size,
             "mass": self._mass() if self.rows_read else None,
             "plausibility": {"ok": self.plausible, "impossible": list(self.impossible), "doubts": list(self.doubts)},
+            "counted": self.counted,
             "next_token": {"is_first": self.first_rate, "is_stored": self.stored_rate},
             "alignment": {
                 "rates": {f"{shift:+d}" if shift else "0": self.shifts.rate(shift) for shift in SHIFTS},
@@ -375,7 +380,7 @@ class _Seen:
         self._mass_sum = 0.0
         self._impossible = 0
         self._masses = np.zeros(_MASS_BINS + 1, np.int64)
-        self._first = self._stored = self._predictions = 0
+        self._first = self._stored = self._predictions = self._counted = 0
         self._plausibility = Plausibility(codec.exact_k)
         self._worst: list[dict[str, Any]] = []
 
@@ -386,6 +391,7 @@ class _Seen:
         t = counted_positions(document.segments())
         following = document.input_ids[t + 1][:, None]
         self._predictions += len(t)
+        self._counted += len(counted_positions(document.segments(), document.loss_mask))
         first = int((ids[t, :1] == following).sum())
         self._first += first
         self._stored += int((ids[t] == following).any(-1).sum())
@@ -448,6 +454,7 @@ class _Seen:
             "mass_mean": self._mass_sum / rows,
             "mass_impossible": self._impossible / rows,
             "mass_histogram": self._masses,
+            "counted": self._counted,
             "first_rate": self._first / predictions,
             "stored_rate": self._stored / predictions,
             "shifts": self._plausibility.shifts,

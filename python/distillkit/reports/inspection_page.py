@@ -95,13 +95,15 @@ def _contents(figures: _Figures) -> Html:
         ),
         ("files", f"{figures['files']:,} ({human_bytes(figures['file_bytes'])})"),
         ("read for this page", f"{figures['documents_read']:,} documents, {figures['rows_read']:,} distributions"),
+        ("in the loss", f"{figures['counted']:,} of the distributions read"),
         ("vocabulary", f"{figures['vocab_size']:,} ids, logits {figures['head_size']:,} wide"),
         ("temperature", f"{figures['temperature']:g}"),
     ]
     ids = figures["ids_per_row"]
     if ids is not None:
-        ends = f"80% of them have {ids['p10']:,} to {ids['p90']:,}"
-        facts.insert(4, ("ids per distribution", f"{ids['mean']:,.1f} on average, {ends}"))
+        varying = f"{ids['mean']:,.1f} on average, 80% of them have {ids['p10']:,} to {ids['p90']:,}"
+        fixed = ids["p10"] == ids["p90"] == ids["mean"]
+        facts.insert(4, ("ids per distribution", f"{ids['p10']:,} each" if fixed else varying))
     for key in ("teacher", "tokenizer"):
         facts += [(key, "not recorded")] if figures[key] is None else list(_flat(figures[key], key))
     return _facts("Contents", facts)

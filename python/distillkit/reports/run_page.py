@@ -181,11 +181,12 @@ def _documents(documents: list[dict[str, Any]], path: str | None) -> Html:
     ]
     header = ("document", "KL, mean (nats)", "top-1 agreement", "positions", "beginning")
     caption = "The held-out documents with the largest mean KL(teacher ‖ student)"
+    shown = element("div", table(caption, header, rows), class_="texts")
     if path is None:
-        return table(caption, header, rows)
+        return shown
     command = f"distillkit-codec show {shlex.quote(path)} --document {documents[0]['document']}"
     look = paragraph("To see what the teacher expects in the first: ", element("code", command))
-    return joined(table(caption, header, rows), look)
+    return joined(shown, look)
 
 
 def _position(each: dict[str, Any]) -> Html:

@@ -143,7 +143,9 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
         if f"{prefix}loss" not in logs:
             return
         kind, width = "held out" if prefix else "step", len(str(state.max_steps))
-        fields = [f"{kind:>8} {state.global_step:>{width}}/{state.max_steps}", self._loss(logs, prefix)]
+        # evaluate() before train(): how many steps there will be is not known yet.
+        of_all = f"/{state.max_steps}" if state.max_steps > 0 else ""
+        fields = [f"{kind:>8} {state.global_step:>{width}}{of_all}", self._loss(logs, prefix)]
         in_parts = () if prefix else self.parts
         fields += [
             f"{label} {figure(logs[prefix + name], form)}"

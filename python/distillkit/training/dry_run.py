@@ -28,6 +28,9 @@ __all__ = ["Check", "DryRun", "dry_run"]
 
 Status = Literal["passed", "warning", "failed", "not checked"]
 
+# Fewer are hardly meant: all data fit into a few rows of packed documents.
+_FEW_STEPS = 10
+
 
 @dataclass(frozen=True)
 class Check:
@@ -275,7 +278,7 @@ def _head(state: _State) -> tuple[str, dict[str, Any]]:
     return f"the head's logits are reproduced; loss = {terms}", {"losses": losses}
 
 
-def _plan(state: _State) -> tuple[str, dict[str, Any]]:
+def _plan(state: _State) -> Check | tuple[str, dict[str, Any]]:
     trainer, arguments = state.run.trainer, state.run.arguments
     epochs, per_epoch, _, _, batch, _, steps = trainer.set_initial_training_values(
         arguments, trainer.get_train_dataloader()
@@ -287,7 +290,11 @@ def _plan(state: _State) -> tuple[str, dict[str, Any]]:
     state.steps, state.steps_an_epoch = steps, per_epoch
     one_pass = f"one pass over the data takes {number_of(per_epoch, 'step')}"
     detail = f"{number_of(steps, 'step')} of {number_of(batch, 'row')}; {one_pass}"
-    return detail, {"steps": steps, "rows_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}
+    figures = {"steps": steps, "rows_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}
+    if steps < _FEW_STEPS and arguments.max_steps <= 0:
+        advice = "A student learns little in so few: raise num_train_epochs, or lower gradient_accumulation_steps"
+        return Check("steps", "warning", f"{detail}. {advice}", figures)
+    return detail, figures
 
 
 def _resume(state: _State) -> tuple[str, dict[str, Any]]:

@@ -73,7 +73,9 @@ fuzz_target!(|input: &[u8]| -> Corpus {
     };
     if let Err(error) = prior.validate() {
         assert!(matches!(error, CodecError::Corrupt(_)), "{error:?}");
-        assert!(Prior::from_bytes(&prior.to_bytes()).is_err());
+        // The bytes leave out the escapes' frequencies, so they may be a valid prior.
+        let read = Prior::from_bytes(&prior.to_bytes());
+        assert!(read.is_err() || read.is_ok_and(|read| read.validate().is_ok()));
         return Corpus::Keep;
     }
     let data = prior.to_bytes();

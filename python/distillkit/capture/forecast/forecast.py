@@ -193,7 +193,8 @@ class Forecast(Shown):
             known = "" if codec.mass_mean is None else f", {codec.mass_mean:.2%} of the mass"
             known += "" if codec.kl_mean is None else f", KL {codec.kl_mean:.1e} nats"
             fits = "" if codec.fits is not False else ", DOES NOT FIT"
-            label = f"{'→ ' if codec.chosen else ''}{codec.name}, k {codec.k}"
+            ids = "" if codec.name.endswith(f"k = {codec.k}") else f", k = {codec.k}"
+            label = f"{'→ ' if codec.chosen else ''}{codec.name}{ids}"
             rows.append((label, f"{human_bytes(codec.left_bytes.value)}{known}{fits}"))
         if self.learning is not None:
             rows.append(("prior", f"learned from {number_of(self.learning.rows, 'distribution')}"))

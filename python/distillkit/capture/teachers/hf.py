@@ -10,7 +10,6 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import xxhash
 from distillkit.capture.engine_settings import HFSettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument, keep_ids, refusal
 from distillkit.codec.topk import sparse_from_logits
+from distillkit.configuration.places import folder_name
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.models.head import backbone_hidden, check_lm_head
 from distillkit.models.rope import choose_frequencies_by_document, frequencies_change_after
@@ -83,7 +83,7 @@ class HFTeacher:
         self._batch_tokens = settings.forward_tokens
         self._head_rows = settings.head_rows
         self._float32_head = settings.head_dtype == "float32"
-        self._name = Path(model).name if Path(model).exists() else model
+        self._name = folder_name(model)
 
     @property
     def head_size(self) -> int:

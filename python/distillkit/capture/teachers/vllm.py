@@ -23,6 +23,7 @@ from distillkit.capture.engine_settings import VLLMSettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
 from distillkit.capture.teachers.hf import load_config, resolve_device, resolve_dtype
 from distillkit.capture.teachers.ranked import RankedEntries, check_request, scored_document
+from distillkit.configuration.places import folder_name
 from distillkit.console import human_bytes
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.types import TokenDocument
@@ -129,7 +130,7 @@ class VLLMTeacher:
 
         local = Path(self._model).exists()
         identity = {
-            "name": Path(self._model).resolve().name if local else self._model,
+            "name": folder_name(self._model),
             "revision": self._commit or (checkpoint_hash(Path(self._model)) if local else None),
             "dtype": self._dtype,
             "engine": f"vllm {vllm.__version__}",

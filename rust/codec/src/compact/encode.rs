@@ -3,6 +3,8 @@
 //! All decisions are made by IEEE basic operations in a fixed order and by libm, so that they are
 //! the same on every machine.
 
+use std::array;
+
 use super::config::CompactConfig;
 use super::decode::{Head, StoredRow};
 use super::model::{MASSES, Model, STATES};
@@ -32,15 +34,10 @@ const UNREACHED: f32 = 1e30;
 #[derive(Debug)]
 pub(super) struct Encoder {
     scale: Scale,
-    levels: Vec<f32>,
+    levels: LevelCosts,
     ranks: Vec<u32>,
     clusters: ClusterCosts,
     shapes: ShapeCosts,
-    /// By context of [`Dimensions::level`]: the costs of all symbols in bits.
-    level_costs: Vec<[f32; SYMBOLS]>,
-    level_contexts: Vec<u16>,
-    /// The symbol of each level.
-    symbols: Vec<u8>,
     /// Half the bits that a unit of divergence is worth.
     per_bit: f32,
     choice: Choice,
@@ -61,10 +58,17 @@ pub(super) struct EncodeScratch {
     sorted: Vec<(f32, i64)>,
     values: Vec<f32>,
     roots: Vec<f32>,
+    /// Where the values lie on the scale.
+    scaled: Vec<f32>,
     ranks: Vec<u32>,
     sums: Vec<u16>,
     keys: Vec<u64>,
+    /// Which positions of the cluster's list are stored, and the rank of each.
+    listed: Vec<u64>,
+    places: Vec<u16>,
     positions: Vec<u32>,
+    /// Buckets of the positions + 1.
+    buckets: Vec<u8>,
     ordered: Vec<Value>,
     /// For each value, the first of four neighbouring levels, and which way leads to each state.
     choices: Vec<(u16, u16)>,
@@ -75,7 +79,10 @@ pub(super) struct EncodeScratch {
 #[derive(Debug, Clone, Copy)]
 struct Value {
     logprob: f32,
-    root: f32,
+    /// Where it lies on the scale.
+    scaled: f32,
+    /// What an error of 1 costs in bits.
+    weight: f32,
     /// Which rank it has.
     rank: u32,
 }
@@ -125,14 +132,9 @@ impl Encoder {
         let ranks = prior.ranks();
         Ok(Self {
             scale: Scale::new(prior.config.step),
-            levels: prior.levels.clone(),
+            levels: LevelCosts::new(prior, &dimensions, &costs),
             clusters: ClusterCosts::new(prior, &dimensions, &costs, &ranks),
             shapes: ShapeCosts::new(prior, &dimensions, &costs),
-            level_costs: costs,
-            level_contexts: prior.contexts.level.clone(),
-            symbols: (0..prior.levels.len() as u32)
-                .map(|level| Kind::Other.symbol(level >> 1) as u8)
-                .collect(),
             per_bit: (0.5 / (BIT_WORTH * prior.config.step * prior.config.step)) as f32,
             ranks,
             choice: Choice::new(&prior.config),
@@ -163,13 +165,8 @@ impl Encoder {
         } else {
             sort(ids, logprobs, &mut scratch.sorted)?;
         }
-        let count = self.choice.select(scratch)?;
-        let missing = 1.0
-            - scratch.roots[..count]
-                .iter()
-                .map(|&root| f64::from(root) * f64::from(root))
-                .sum::<f64>();
-        let mass = mass_number(missing);
+        let (count, total) = self.choice.select(scratch)?;
+        let mass = mass_number(1.0 - total);
         scratch.ranks.clear();
         for (_, id) in &scratch.sorted[..count] {
             let rank = usize::try_from(*id).ok().and_then(|id| self.ranks.get(id));
@@ -180,9 +177,17 @@ impl Encoder {
             scratch.ranks.push(rank);
         }
         let cluster = self.clusters.best(&scratch.ranks, &mut scratch.sums);
+        let EncodeScratch { scaled, values, roots, .. } = scratch;
+        scaled.clear();
+        scaled.extend(
+            values.iter().zip(&*roots).map(|(&value, &root)| self.scale.place(value, root)),
+        );
+        for root in roots.iter_mut() {
+            *root = *root * *root * self.per_bit;
+        }
         place(model, cluster, count, scratch)?;
-        let shape = self.shapes.best(model, cluster, mass, scratch, &self.scale);
-        self.quantise(&model.dimensions, shape, scratch);
+        let shape = self.shapes.best(model, cluster, mass, scratch);
+        self.levels.quantise(shape, scratch);
         let head = Head {
             cluster: cluster as u16,
             shape: shape as u8,
@@ -200,47 +205,76 @@ impl Encoder {
         });
         Ok(())
     }
+}
+
+/// What levels cost in bits.
+#[derive(Debug)]
+struct LevelCosts {
+    /// Levels of the quantisers, in turn.
+    values: [Vec<f32>; 2],
+    /// By table: the costs of all numbers of a quantiser.
+    bits: Vec<f32>,
+    /// Where `bits` has them for both quantisers, by shape and bucket of the position + 1.
+    contexts: Vec<[u32; 2]>,
+    /// Buckets of a shape.
+    buckets: usize,
+    /// The last level that has three more.
+    last: i32,
+}
+
+impl LevelCosts {
+    fn new(prior: &Prior, dimensions: &Dimensions, costs: &[[f32; SYMBOLS]]) -> Self {
+        let levels = prior.levels.len();
+        let numbers = levels.div_ceil(2);
+        let symbols: Vec<usize> =
+            (0..numbers as u32).map(|number| Kind::Other.symbol(number)).collect();
+        let bits = costs.iter().flat_map(|costs| symbols.iter().map(|&symbol| costs[symbol]));
+        let buckets = dimensions.positions;
+        let context = |shape: usize, quantiser: usize, bucket: usize| {
+            let table = prior.contexts.level[(shape * 2 + quantiser) * buckets + bucket];
+            u32::from(table) * numbers as u32
+        };
+        let shapes = 0..dimensions.shapes;
+        Self {
+            values: [0, 1]
+                .map(|first| prior.levels.iter().skip(first).step_by(2).copied().collect()),
+            bits: bits.collect(),
+            contexts: shapes
+                .flat_map(|shape| {
+                    (0..buckets).map(move |bucket| [0, 1].map(|half| context(shape, half, bucket)))
+                })
+                .collect(),
+            buckets,
+            last: levels as i32 - 4,
+        }
+    }
 
     /// The levels that cost least in divergence and bits together, over all ways through the
     /// states of the quantiser (the Viterbi algorithm).
     #[inline(always)]
-    fn quantise(&self, dimensions: &Dimensions, shape: usize, scratch: &mut EncodeScratch) {
-        let EncodeScratch { ordered, positions, choices, levels, .. } = scratch;
+    fn quantise(&self, shape: usize, scratch: &mut EncodeScratch) {
+        let EncodeScratch { ordered, buckets, choices, levels, .. } = scratch;
+        let contexts = &self.contexts[shape * self.buckets..][..self.buckets];
         choices.clear();
-        let last = self.levels.len() as i32 - 4;
         let mut paths = [0.0, UNREACHED, UNREACHED, UNREACHED];
-        for (value, &position) in ordered.iter().zip(positions.iter()) {
-            let base = self.scale.place(value.logprob, value.root) as i32;
-            let weight = value.root * value.root * self.per_bit;
-            let contexts = [0, 1].map(|quantiser| {
-                let context = dimensions.level(shape, quantiser, position);
-                &self.level_costs[usize::from(self.level_contexts[context])]
-            });
-            // Four neighbours: one for each remainder by 4. A quantiser has the even or the odd
-            // ones.
-            let first = (base - 1).clamp(0, last) as usize;
-            let neighbours = std::array::from_fn(|j| {
-                let level = first + j;
-                let error = self.levels[level] - value.logprob;
-                let symbol = usize::from(self.symbols[level]) % SYMBOLS;
-                weight * error * error + contexts[level & 1][symbol]
-            });
-            let costs = rotated(neighbours, first);
+        choices.extend(ordered.iter().zip(buckets.iter()).map(|(value, &bucket)| {
+            // Four neighbours: one for each remainder by 4.
+            let first = (value.scaled as i32 - 1).clamp(0, self.last) as usize;
+            let costs = self.costs(contexts[usize::from(bucket)], value, first);
             // Each state is reached from two, in the order of [`back`].
-            let ways = [
-                (paths[0] + costs[0], paths[1] + costs[2]),
-                (paths[2] + costs[1], paths[3] + costs[3]),
-                (paths[0] + costs[2], paths[1] + costs[0]),
-                (paths[2] + costs[3], paths[3] + costs[1]),
-            ];
+            let [a, b, c, d] = paths;
+            let [e, f, g, h] = costs;
+            let ones = added([a, c, a, c], [e, f, g, h]);
+            let others = added([b, d, b, d], [g, h, e, f]);
             let mut second = 0;
-            for (state, (a, b)) in ways.into_iter().enumerate() {
-                let better = b < a;
-                paths[state] = if better { b } else { a };
+            let ways = ones.into_iter().zip(others);
+            for (state, (path, (one, other))) in paths.iter_mut().zip(ways).enumerate() {
+                let better = other < one;
+                *path = if better { other } else { one };
                 second |= u16::from(better) << state;
             }
-            choices.push((first as u16, second));
-        }
+            (first as u16, second)
+        }));
         let better = |best, state| if paths[state] < paths[best] { state } else { best };
         let mut state = (0..STATES).fold(0, better);
         levels.clear();
@@ -251,14 +285,29 @@ impl Encoder {
             state = previous;
         }
     }
+
+    /// What the four levels from `first` on cost, each at the place of its remainder by 4.
+    #[inline(always)]
+    fn costs(&self, context: [u32; 2], value: &Value, first: usize) -> [f32; 4] {
+        let [even, odd] = [0, 1].map(|quantiser| {
+            // A quantiser has the even or the odd ones.
+            let number = (first + 1 - quantiser) / 2;
+            let levels = &self.values[quantiser][number..number + 2];
+            let at = context[quantiser] as usize + number;
+            let bits = &self.bits[at..at + 2];
+            let [low, high] = [0, 1].map(|i| {
+                let error = levels[i] - value.logprob;
+                value.weight * error * error + bits[i]
+            });
+            if number.is_multiple_of(2) { [low, high] } else { [high, low] }
+        });
+        [even[0], odd[0], even[1], odd[1]]
+    }
 }
 
-/// Four numbers, each moved on by `by` places in a circle.
 #[inline(always)]
-fn rotated(numbers: [f32; 4], by: usize) -> [f32; 4] {
-    let [a, b, c, d] = numbers;
-    let [a, b, c, d] = if by & 1 > 0 { [d, a, b, c] } else { [a, b, c, d] };
-    if by & 2 > 0 { [c, d, a, b] } else { [a, b, c, d] }
+fn added(a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+    array::from_fn(|i| a[i] + b[i])
 }
 
 /// The state before, and the level's remainder by 4, on the first or second way to a state.
@@ -282,27 +331,49 @@ fn sort(ids: &[i64], logprobs: &[f32], out: &mut Vec<(f32, i64)>) -> Result<()> 
 /// The order of positions, and values in it.
 #[inline(always)]
 fn place(model: &Model, cluster: usize, count: usize, scratch: &mut EncodeScratch) -> Result<()> {
-    let EncodeScratch { ranks, keys, positions, ordered, values, roots, sorted, .. } = scratch;
     let order = &model.clusters[cluster].order;
+    let size = order.listed();
+    let EncodeScratch { ranks, keys, positions, ordered, values, roots: weights, .. } = scratch;
+    let EncodeScratch { sorted, listed, places, scaled, buckets, .. } = scratch;
+    listed.clear();
+    listed.resize(size.div_ceil(64), 0);
+    places.resize(size.max(places.len()), 0);
     keys.clear();
-    keys.extend(
-        ranks
-            .iter()
-            .zip(0..)
-            .map(|(&rank, place): (_, u64)| u64::from(order.position(rank)) << 32 | place),
-    );
+    // Positions of the list are sorted by a bit for each, the others by comparison.
+    for (place, &rank) in ranks.iter().enumerate() {
+        let position = order.position(rank);
+        let at = position as usize;
+        match listed.get_mut(at / 64) {
+            Some(word) if at < size && *word >> (at % 64) & 1 == 0 => {
+                *word |= 1 << (at % 64);
+                places[at] = place as u16;
+            }
+            _ => keys.push(u64::from(position) << 32 | place as u64),
+        }
+    }
     keys.sort_unstable();
     positions.clear();
+    buckets.clear();
     ordered.clear();
-    for &key in keys.iter() {
-        let (position, rank) = ((key >> 32) as u32, key as u32);
-        if positions.last() == Some(&position) {
-            let id = sorted[rank as usize].1;
-            return Err(CodecError::Input(format!("id {id} occurs twice among the first {count}")));
-        }
+    let mut push = |position: u32, place: usize| {
         positions.push(position);
-        let place = rank as usize;
-        ordered.push(Value { logprob: values[place], root: roots[place], rank });
+        buckets.push(bucket(position + 1) as u8);
+        let (logprob, scaled, weight) = (values[place], scaled[place], weights[place]);
+        ordered.push(Value { logprob, scaled, weight, rank: place as u32 });
+    };
+    for (word, bits) in listed.iter_mut().enumerate() {
+        while *bits > 0 {
+            let position = word * 64 + bits.trailing_zeros() as usize;
+            *bits &= *bits - 1;
+            push(position as u32, usize::from(places[position]));
+        }
+    }
+    for &key in keys.iter() {
+        push((key >> 32) as u32, key as u32 as usize);
+    }
+    if let Some(twice) = (1..ordered.len()).find(|&i| positions[i - 1] >= positions[i]) {
+        let id = sorted[ordered[twice].rank as usize].1;
+        return Err(CodecError::Input(format!("id {id} occurs twice among the first {count}")));
     }
     Ok(())
 }
@@ -328,10 +399,10 @@ impl Choice {
         }
     }
 
-    /// How many of the sorted ids are stored; computes their values, and the roots of their
-    /// probabilities.
+    /// How many of the sorted ids are stored, and the sum of their probabilities; computes their
+    /// values, and the roots of their probabilities.
     #[inline(always)]
-    fn select(&self, scratch: &mut EncodeScratch) -> Result<usize> {
+    fn select(&self, scratch: &mut EncodeScratch) -> Result<(usize, f64)> {
         let EncodeScratch { sorted, values, roots, .. } = scratch;
         values.clear();
         values.extend(
@@ -376,7 +447,7 @@ impl Choice {
         }
         values.truncate(count);
         roots.truncate(count);
-        Ok(count)
+        Ok((count, total))
     }
 }
 
@@ -449,14 +520,31 @@ impl ClusterCosts {
         if self.clusters == 1 {
             return 0;
         }
-        for &rank in &ranks[..ranks.len().min(DECIDING)] {
+        let column = |rank: u32| {
             let column = self.columns[rank as usize] as usize * self.clusters;
-            let costs = &self.costs[column..column + self.clusters];
-            for (sum, &cost) in sums.iter_mut().zip(costs) {
-                *sum = sum.saturating_add(u16::from(cost));
-            }
+            &self.costs[column..column + self.clusters]
+        };
+        let (eights, rest) = ranks[..ranks.len().min(DECIDING)].as_chunks::<8>();
+        for eight in eights {
+            add_columns(sums, eight.map(column));
+        }
+        for &rank in rest {
+            add_columns(sums, [column(rank)]);
         }
         least(sums)
+    }
+}
+
+/// Adds columns of costs to their sums: few of them cannot exceed 16 bits.
+#[inline(always)]
+fn add_columns<const N: usize, T: Copy + Into<u16>>(sums: &mut [u16], columns: [&[T]; N]) {
+    let columns = columns.map(|column| &column[..sums.len()]);
+    for (cluster, sum) in sums.iter_mut().enumerate() {
+        let mut cost = 0u16;
+        for column in &columns {
+            cost += column[cluster].into();
+        }
+        *sum = sum.saturating_add(cost);
     }
 }
 
@@ -566,9 +654,8 @@ impl ShapeCosts {
         cluster: usize,
         mass: usize,
         scratch: &mut EncodeScratch,
-        scale: &Scale,
     ) -> usize {
-        let EncodeScratch { sums, ordered, positions, .. } = scratch;
+        let EncodeScratch { sums, ordered, buckets, .. } = scratch;
         let shapes = self.shapes;
         let class = model.clusters[cluster].shape_class;
         sums.clear();
@@ -578,13 +665,19 @@ impl ShapeCosts {
             let symbol = Kind::Other.symbol(number);
             sums.iter_mut().zip(&costs[symbol * shapes..]).for_each(|(sum, cost)| *sum += cost);
         }
-        for (value, &position) in ordered.iter().zip(positions.iter()).take(DECIDING) {
-            let number = (scale.place(value.logprob, value.root) * 0.5 + 0.25) as u32;
-            let place = (bucket(position + 1) * SYMBOLS + Kind::Other.symbol(number)) * shapes;
-            let costs = &self.costs[place..place + shapes];
-            for (sum, &cost) in sums.iter_mut().zip(costs) {
-                *sum = sum.saturating_add(cost);
-            }
+        let column = |(value, &bucket): (&Value, &u8)| {
+            let number = (value.scaled * 0.5 + 0.25) as u32;
+            let place = (usize::from(bucket) * SYMBOLS + Kind::Other.symbol(number)) * shapes;
+            &self.costs[place..place + shapes]
+        };
+        let deciding = ordered.len().min(DECIDING);
+        let (eights, rest) = ordered[..deciding].as_chunks::<8>();
+        let (bucket_eights, rest_buckets) = buckets[..deciding].as_chunks::<8>();
+        for (eight, buckets) in eights.iter().zip(bucket_eights) {
+            add_columns(sums, array::from_fn::<_, 8, _>(|i| column((&eight[i], &buckets[i]))));
+        }
+        for each in rest.iter().zip(rest_buckets) {
+            add_columns(sums, [column(each)]);
         }
         least(sums)
     }
@@ -594,16 +687,6 @@ impl ShapeCosts {
 mod tests {
     use super::super::model::NEXT;
     use super::*;
-
-    #[test]
-    fn neighbours_come_to_the_place_of_their_remainder() {
-        for first in 0..8 {
-            let costs = rotated([0.0, 1.0, 2.0, 3.0], first);
-            for level in first..first + 4 {
-                assert_eq!(costs[level & 3], (level - first) as f32);
-            }
-        }
-    }
 
     #[test]
     fn ways_back_are_the_ways_forward() {

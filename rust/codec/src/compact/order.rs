@@ -8,10 +8,38 @@ pub(super) struct ClusterOrder {
     /// Ranks of the list's ids, ascending, and their places in the list.
     ranks: Vec<u32>,
     places: Vec<u16>,
+    /// Which of the first ranks, 64 a block, are in the list.
+    blocks: Vec<Block>,
     /// For each of `ranks`, how many ids outside the list come before it: never falls.
     before: Vec<u32>,
-    rank_index: Index,
     before_index: Index,
+}
+
+/// Ranks below this are looked up in blocks; there are few above, if any.
+const BLOCK_RANKS: u32 = 1 << 16;
+
+/// 64 ranks.
+#[derive(Debug, Clone, Copy, Default)]
+struct Block {
+    /// Those in the list.
+    listed: u64,
+    /// How many of the list are before them.
+    before: u32,
+}
+
+/// The blocks of ascending ranks, up to the last that has any.
+fn blocks(ranks: &[u32]) -> Vec<Block> {
+    let near = &ranks[..ranks.partition_point(|&rank| rank < BLOCK_RANKS)];
+    let mut blocks = vec![Block::default(); near.last().map_or(0, |last| *last as usize / 64 + 1)];
+    for rank in near {
+        blocks[*rank as usize / 64].listed |= 1 << (rank % 64);
+    }
+    let mut before = 0;
+    for block in &mut blocks {
+        block.before = before;
+        before += block.listed.count_ones();
+    }
+    blocks
 }
 
 /// Where to look in a sorted list: the first element of every run of 2^shift numbers.
@@ -26,11 +54,14 @@ impl Index {
         let last = sorted.last().copied().unwrap_or(0);
         let shift =
             (0..32).find(|&shift| (last >> shift) as usize <= 2 * sorted.len()).unwrap_or(31);
-        let count = (last >> shift) + 2;
-        let start = |run: u32| {
-            sorted.partition_point(|&number| u64::from(number) < u64::from(run) << shift) as u16
-        };
-        Self { shift, starts: (0..count).map(start).collect() }
+        let mut start = 0;
+        let starts = (0..(last >> shift) + 2).map(|run| {
+            let first = u64::from(run) << shift;
+            start +=
+                sorted[start..].iter().take_while(|&&number| u64::from(number) < first).count();
+            start as u16
+        });
+        Self { shift, starts: starts.collect() }
     }
 
     /// How many elements are at most `number`.
@@ -65,7 +96,7 @@ impl ClusterOrder {
         Self {
             list: list.to_vec(),
             places: pairs.iter().map(|pair| pair.1).collect(),
-            rank_index: Index::new(&ranks),
+            blocks: blocks(&ranks),
             before_index: Index::new(&before),
             ranks,
             before,
@@ -75,11 +106,25 @@ impl ClusterOrder {
     /// The position of the id with this rank.
     #[inline(always)]
     pub(super) fn position(&self, rank: u32) -> u32 {
-        let count = self.rank_index.up_to(&self.ranks, rank);
-        match count.checked_sub(1) {
-            Some(last) if self.ranks[last] == rank => u32::from(self.places[last]),
-            _ => self.list.len() as u32 + rank - count as u32,
+        let (listed, before) = if let Some(block) = self.blocks.get(rank as usize / 64) {
+            let rest = block.listed >> (rank % 64);
+            let before = block.before + (block.listed ^ rest << (rank % 64)).count_ones();
+            (rest & 1 > 0, before as usize)
+        } else {
+            let before = self.ranks.partition_point(|&each| each < rank);
+            (self.ranks.get(before) == Some(&rank), before)
+        };
+        if listed {
+            u32::from(self.places[before])
+        } else {
+            self.list.len() as u32 + rank - before as u32
         }
+    }
+
+    /// How many ids the list has: those of the first positions.
+    #[inline(always)]
+    pub(super) fn listed(&self) -> usize {
+        self.list.len()
     }
 
     /// The id at a position; `order` has the id of every rank.
@@ -105,13 +150,14 @@ mod tests {
 
     #[test]
     fn positions_are_the_list_and_then_the_rest() {
-        let order: Vec<u32> = (0..1000).map(|i| i * 7 % 1000).collect();
-        let mut ranks = vec![0; 1000];
+        let count = BLOCK_RANKS + 465;
+        let order: Vec<u32> = (0..count).map(|i| i * 7 % count).collect();
+        let mut ranks = vec![0; count as usize];
         order.iter().zip(0..).for_each(|(&id, rank)| ranks[id as usize] = rank);
         for list in [
             vec![],
             vec![5],
-            vec![999, 0, 7, 14],
+            vec![999, 0, count - 7, 7, count - 70, 14],
             (100..400).rev().collect::<Vec<u32>>(),
             order[..40].to_vec(),
         ] {

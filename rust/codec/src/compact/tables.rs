@@ -127,27 +127,32 @@ impl Table {
 
     /// The automaton that writes.
     pub(super) fn writer(&self, kind: Kind) -> Writer {
+        let mut symbols = [SymbolWriter::default(); SYMBOLS];
         let mut starts = [0; SYMBOLS];
         let mut total = 0;
-        for (start, &slots) in starts.iter_mut().zip(&self.0) {
-            *start = total;
+        for (symbol, &slots) in self.0.iter().enumerate().filter(|(_, slots)| **slots > 0) {
+            let most = SLOTS_LOG - u32::from(slots).ilog2();
+            let extra = if kind.is_used(symbol) { kind.extra_bits(symbol) } else { 0 };
+            symbols[symbol] = SymbolWriter {
+                bits: (most << 16).wrapping_sub(u32::from(slots) << most),
+                first: u16::wrapping_sub(total, slots),
+                extra: extra as u16,
+            };
+            starts[symbol] = total;
             total += slots;
         }
-        let mut next = starts;
         let mut states = [0; SLOTS];
         for (slot, symbol) in self.spread().into_iter().enumerate() {
-            let place = &mut next[usize::from(symbol)];
+            let place = &mut starts[usize::from(symbol)];
             states[usize::from(*place)] = slot as u16;
             *place += 1;
         }
-        Writer {
-            slots: self.0,
-            starts,
-            states,
-            extra: std::array::from_fn(|symbol| {
-                if kind.is_used(symbol) { kind.extra_bits(symbol) as u8 } else { 0 }
-            }),
+        for (symbol, slots) in self.0.iter().enumerate() {
+            if *slots == 0 {
+                symbols[symbol] = symbols[ESCAPE];
+            }
         }
+        Writer { symbols, states }
     }
 }
 
@@ -181,29 +186,33 @@ impl Entry {
 /// Writes symbols of a table, last one first.
 #[derive(Debug, Clone)]
 pub(super) struct Writer {
-    slots: [u16; SYMBOLS],
-    starts: [u16; SYMBOLS],
+    /// By symbol; those without a slot are written as an escape.
+    symbols: [SymbolWriter; SYMBOLS],
     states: [u16; SLOTS],
-    extra: [u8; SYMBOLS],
+}
+
+/// How a symbol is written in a state.
+#[derive(Debug, Clone, Copy, Default)]
+struct SymbolWriter {
+    /// Added to the state and [`SLOTS`], the bits to write are above the lower 16.
+    bits: u32,
+    /// Added to what is left of the state and [`SLOTS`] without them: the place in `states`.
+    first: u16,
+    extra: u16,
 }
 
 impl Writer {
     /// Changes the state to one that means the number's symbol, after which `state` comes again.
     /// Returns the bits to write, and how many.
-    #[inline]
+    #[inline(always)]
     pub(super) fn write(&self, state: &mut u32, number: u32, kind: Kind) -> (u64, u32) {
-        let mut symbol = kind.symbol(number);
-        if self.slots[symbol] == 0 {
-            symbol = ESCAPE;
-        }
-        let slots = u32::from(self.slots[symbol]);
+        let symbol = self.symbols[kind.symbol(number) % SYMBOLS];
         let full = *state + SLOTS as u32;
-        let most = SLOTS_LOG - slots.ilog2();
-        let bits = most - u32::from(full < slots << most);
+        let bits = full.wrapping_add(symbol.bits) >> 16;
         let low = full & ((1 << bits) - 1);
-        let slot = u32::from(self.starts[symbol]) + (full >> bits) - slots;
-        *state = u32::from(self.states[slot as usize]);
-        let extra = u32::from(self.extra[symbol]);
+        let place = ((full >> bits) as u16).wrapping_add(symbol.first);
+        *state = u32::from(self.states[usize::from(place) % SLOTS]);
+        let extra = u32::from(symbol.extra);
         let rest = u64::from(number & ((1 << extra) - 1));
         // Bases are multiples of their symbols' range, so the low bits are what is left.
         (u64::from(low) | rest << bits, bits + extra)

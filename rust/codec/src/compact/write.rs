@@ -1,7 +1,9 @@
 //! Rows as they are stored, to the bytes of a document.
 
+use std::array;
+
 use super::decode::{Head, StoredRow, dealt, near_top, top_bits};
-use super::document::{self, lanes};
+use super::document::{self, LANES, lanes};
 use super::model::{Model, NEXT};
 use super::numbers::Kind;
 use super::prior::Prior;
@@ -62,6 +64,10 @@ enum Step {
     Raw { bits: u32, number: u32 },
 }
 
+/// Bits to write: how many they are is above [`COUNT_AT`].
+type Part = u64;
+const COUNT_AT: u32 = 48;
+
 impl DocumentWriter {
     pub(super) fn new(prior: &Prior) -> Result<Self> {
         let tables = prior.tables.iter().zip(prior.kinds()?);
@@ -79,12 +85,13 @@ impl DocumentWriter {
             return document::write(builtin, 0, &[]);
         }
         let mut heads = Vec::new();
-        rows.heads.iter().for_each(|&head| head_steps(model, head, &mut heads));
-        let mut streams = vec![self.stream(&heads)];
+        for &head in &rows.heads {
+            head_steps(model, head, &mut heads);
+        }
         let starts = rows.starts();
         let order = dealt(&rows.heads);
-        for lane in 0..lanes(count) {
-            let mut steps = Vec::new();
+        let lane = |lane: usize| {
+            let mut steps = Vec::with_capacity(2 * rows.levels.len() / lanes(count) + count);
             for &row in order.iter().skip(lane).step_by(lanes(count)) {
                 let row = row as usize;
                 let ids = starts[row]..starts[row] + usize::from(rows.heads[row].count);
@@ -92,41 +99,66 @@ impl DocumentWriter {
                 row_steps(model, rows.heads[row], positions, levels, &mut steps);
                 top_step(levels, rows.tops[row], &mut steps);
             }
-            streams.push(self.stream(&steps));
+            steps
+        };
+        let mut streams = self.streams(&[heads]);
+        if lanes(count) == LANES {
+            streams.extend(self.streams(&array::from_fn::<_, LANES, _>(lane)));
+        } else {
+            streams.extend((0..lanes(count)).flat_map(|number| self.streams(&[lane(number)])));
         }
         document::write(builtin, count, &streams)
     }
 
-    /// A stream: the first state, then the bits of every step. They are found from the last to the
-    /// first.
-    fn stream(&self, steps: &[Step]) -> Vec<u8> {
-        let mut state = 0;
-        let mut parts = Vec::with_capacity(steps.len() + 1);
-        for &step in steps.iter().rev() {
-            parts.push(match step {
-                Step::Number { table, number, kind } => {
-                    self.writers[table as usize / SLOTS].write(&mut state, number, kind)
+    /// Streams: each the first state, then the bits of every step. They are found from the last to
+    /// the first, side by side: while one waits for its table, the others go on.
+    fn streams<const N: usize>(&self, steps: &[Vec<Step>; N]) -> Vec<Vec<u8>> {
+        let mut states = [0; N];
+        let mut parts = steps.each_ref().map(|steps| Vec::with_capacity(steps.len() + 1));
+        let together = steps.iter().map(Vec::len).min().unwrap_or(0);
+        let mut steps = steps.each_ref().map(|steps| steps.iter().rev());
+        for _ in 0..together {
+            for ((parts, steps), state) in parts.iter_mut().zip(&mut steps).zip(&mut states) {
+                if let Some(step) = steps.next() {
+                    parts.push(self.part(state, step));
                 }
-                Step::Raw { bits, number } => (u64::from(number), bits),
-            });
-        }
-        parts.push((u64::from(state), SLOTS_LOG));
-        let mut out = Vec::with_capacity(parts.len());
-        let (mut word, mut used) = (0u64, 0);
-        for (bits, count) in parts.into_iter().rev() {
-            word |= bits << used;
-            used += count;
-            while used >= 8 {
-                out.push(word as u8);
-                word >>= 8;
-                used -= 8;
             }
         }
-        if used > 0 {
-            out.push(word as u8);
+        for ((parts, steps), state) in parts.iter_mut().zip(steps).zip(&mut states) {
+            parts.extend(steps.map(|step| self.part(state, step)));
+            parts.push(u64::from(*state) | u64::from(SLOTS_LOG) << COUNT_AT);
         }
-        out
+        parts.iter().map(|parts| bytes(parts)).collect()
     }
+
+    #[inline(always)]
+    fn part(&self, state: &mut u32, step: &Step) -> Part {
+        let (bits, count) = match *step {
+            Step::Number { table, number, kind } => {
+                self.writers[table as usize / SLOTS].write(state, number, kind)
+            }
+            Step::Raw { bits, number } => (u64::from(number), bits),
+        };
+        bits | u64::from(count) << COUNT_AT
+    }
+}
+
+/// The bytes of parts, the last one first.
+fn bytes(parts: &[Part]) -> Vec<u8> {
+    let total: u64 = parts.iter().map(|part| part >> COUNT_AT).sum();
+    let length = total.div_ceil(8) as usize;
+    let mut out = vec![0; length + 8];
+    let (mut word, mut used, mut at) = (0u64, 0, 0);
+    for part in parts.iter().rev() {
+        word |= (part & ((1 << COUNT_AT) - 1)) << used;
+        used += (part >> COUNT_AT) as u32;
+        out[at..at + 8].copy_from_slice(&word.to_le_bytes());
+        at += used as usize / 8;
+        word >>= used & !7;
+        used &= 7;
+    }
+    out.truncate(length);
+    out
 }
 
 fn head_steps(model: &Model, head: Head, steps: &mut Vec<Step>) {

@@ -250,11 +250,10 @@ impl Codec {
     /// The configuration with every default filled in, as JSON.
     #[getter]
     fn config_json(&self) -> PyResult<String> {
-        let json = match self.inner.format() {
-            core::Format::Quantized(format) => serde_json::to_string(format.config()),
-            core::Format::Legacy(format) => serde_json::to_string(format.config()),
-        };
-        json.map_err(|error| errors::DistillKitError::new_err(error.to_string()))
+        match self.inner.format() {
+            core::Format::Quantized(format) => json(serde_json::to_string(format.config())),
+            core::Format::Legacy(format) => json(serde_json::to_string(format.config())),
+        }
     }
 
     /// What is valid but probably not wanted.
@@ -355,7 +354,7 @@ impl CompactCodec {
     /// The configuration with every default and the prior's hash filled in, as JSON.
     #[getter]
     fn config_json(&self) -> PyResult<String> {
-        json_of(self.inner.config())
+        json(serde_json::to_string(self.inner.config()))
     }
 
     /// What is valid but probably not wanted.
@@ -378,11 +377,7 @@ impl CompactCodec {
         logprobs: Bound<'_, PyArray2<f32>>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let width = ids.shape()[1];
-        if logprobs.shape() != ids.shape() {
-            let shapes = format!("{:?}, expected that of ids: {:?}", logprobs.shape(), ids.shape());
-            return Err(refused("logprobs", &format!("found shape {shapes}")));
-        }
-        let (ids, logprobs) = (Input::new("ids", &ids)?, Input::new("logprobs", &logprobs)?);
+        let (ids, logprobs) = same_shape(&ids, &logprobs)?;
         let (ids, logprobs) = (ids.slice()?, logprobs.slice()?);
         let data = detached(py, || self.inner.encode_document(ids, logprobs, width))?;
         Ok(PyBytes::new(py, &data))
@@ -461,15 +456,26 @@ impl CompactCodec {
     }
 }
 
-fn json_of(config: &CompactConfig) -> PyResult<String> {
-    let json = serde_json::to_string(config);
-    json.map_err(|error| errors::DistillKitError::new_err(error.to_string()))
+/// The ids and log-probabilities of rows with any number of ids.
+fn same_shape<'py>(
+    ids: &Bound<'py, PyArray2<i64>>,
+    logprobs: &Bound<'py, PyArray2<f32>>,
+) -> PyResult<(Input<'py, i64>, Input<'py, f32>)> {
+    if logprobs.shape() != ids.shape() {
+        let shapes = format!("{:?}, expected that of ids: {:?}", logprobs.shape(), ids.shape());
+        return Err(refused("logprobs", &format!("found shape {shapes}")));
+    }
+    Ok((Input::new("ids", ids)?, Input::new("logprobs", logprobs)?))
+}
+
+fn json(config: serde_json::Result<String>) -> PyResult<String> {
+    config.map_err(|error| errors::DistillKitError::new_err(error.to_string()))
 }
 
 /// The configuration that a prior was learned for, as JSON.
 #[pyfunction]
 fn prior_config(py: Python<'_>, prior: &[u8]) -> PyResult<String> {
-    json_of(&detached(py, || Compact::prior_config(prior))?)
+    json(serde_json::to_string(&detached(py, || Compact::prior_config(prior))?))
 }
 
 /// Learns the prior of a configuration from rows, ids and logprobs (rows, at least k); with another
@@ -484,11 +490,7 @@ fn learn_prior<'py>(
 ) -> PyResult<Bound<'py, PyBytes>> {
     let config = CompactConfig::from_json(config_json).map_err(raise)?;
     let width = ids.shape()[1];
-    if logprobs.shape() != ids.shape() {
-        let shapes = format!("{:?}, expected that of ids: {:?}", logprobs.shape(), ids.shape());
-        return Err(refused("logprobs", &format!("found shape {shapes}")));
-    }
-    let (ids, logprobs) = (Input::new("ids", &ids)?, Input::new("logprobs", &logprobs)?);
+    let (ids, logprobs) = same_shape(&ids, &logprobs)?;
     let (ids, logprobs) = (ids.slice()?, logprobs.slice()?);
     let learn = || core::compact::learn(&config, ids, logprobs, width, base);
     let prior = detached(py, || Ok(learn()?.to_bytes()))?;

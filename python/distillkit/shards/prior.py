@@ -70,7 +70,7 @@ def find_prior(header: Header, metadata: Mapping[bytes, bytes] | None, path: str
     found = _in_folder(Folder(folder or ".")) if embedded is None else _decoded(embedded, path)
     if found is None:
         raise CorruptDataError(
-            f"{Folder(folder or '.').of(PRIOR)} is missing, which the rows of {path} were encoded with: copy it from "
+            f"{Folder(folder or '.').of(PRIOR)} is missing, with which the rows were encoded: copy it from "
             f"where the dataset comes from (its hash is {expected}), or from another dataset with the same prior"
         )
     _check(found, expected)

@@ -99,12 +99,14 @@ class Targets:
         hidden: (N, H) teacher hidden states for each layer matched with a student layer; empty if none are.
         label_logprobs: (N,) float32, the teacher's log-probability of each label, whether or not it is among a sparse
             teacher's ids; NaN where unknown; None if unknown everywhere.
+        sources: (N,) int64, the number of the dataset that each position comes from; None if there is only one.
     """
 
     labels: torch.Tensor
     teacher: TeacherDistribution
     hidden: tuple[torch.Tensor, ...] = ()
     label_logprobs: torch.Tensor | None = None
+    sources: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -118,8 +120,8 @@ class Targets:
             teacher = TeacherLogits(teacher.logits[start:stop])
         else:
             teacher = teacher.logits(start, stop)
-        known = self.label_logprobs
-        return Targets(self.labels[start:stop], teacher, label_logprobs=None if known is None else known[start:stop])
+        known, sources = (None if each is None else each[start:stop] for each in (self.label_logprobs, self.sources))
+        return Targets(self.labels[start:stop], teacher, label_logprobs=known, sources=sources)
 
 
 @dataclass(frozen=True)
@@ -239,14 +241,14 @@ class Positions:
     ) -> Comparison:
         """Compare p with softmax(z / student_temperature), neither of them softened any further."""
         ids, logprobs = self._stored.tensors()
-        everything = ids.shape[-1] >= self.student.size
+        # Not by the width alone: rows may be filled up with ids of probability 0.
+        everything = ids.shape[-1] >= self.student.size and bool(torch.isfinite(logprobs).all())
         # If every id is stored, nothing is missing, and 1 − Σ p is only rounding error.
         missing = "zero" if everything else missing
         log_p, log_p_rest = _target(ids, logprobs, self.targets.labels, missing, label_logprobs)
         outcomes = torch.isfinite(log_p)
         log_p = log_p.clamp_min(NEVER)
         log_q = self.student.logprobs(student_temperature).clamp_min(NEVER).where(outcomes, NEVER)
-        everything = everything and bool(outcomes[:, :-1].all())
         student = self.student  # capturing `self` would create a cycle that keeps the logits until garbage collection
         rest = None if everything else lambda: student.logprob_outside(outcomes, student_temperature)
         log_p_rest = None if log_p_rest is None else log_p_rest.clamp_min(NEVER)

@@ -33,7 +33,7 @@ def model_card(run: RunRecord, name: str | None = None) -> str:
         "library_name": "peft" if student.get("adapters") else "transformers",
         "pipeline_tag": "text-generation",
         "base_model": hub_id(student["path"]),
-        "datasets": sorted({found for part in data.values() if (found := hub_id(part["path"])) is not None}),
+        "datasets": sorted({found for part in _datasets(data) if (found := hub_id(part["path"])) is not None}),
         "tags": ["distillkit", "knowledge-distillation"],
     }
     named = replace(run, description=_without_paths(description))
@@ -66,8 +66,19 @@ def _without_paths(description: dict[str, Any]) -> dict[str, Any]:
             **description["teacher"],
             "name": description["teacher"]["name"] and public_name(description["teacher"]["name"]),
         },
-        "data": {part: {**data, "path": public_name(data["path"])} for part, data in description["data"].items()},
+        "data": {part: _published(data) for part, data in description["data"].items()},
     }
+
+
+def _datasets(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The descriptions of all datasets, also those of lists."""
+    return [each for part in data.values() for each in part.get("sources", [part])]
+
+
+def _published(data: dict[str, Any]) -> dict[str, Any]:
+    if "sources" in data:
+        return {**data, "sources": [_published(each) for each in data["sources"]]}
+    return {**data, "path": public_name(data["path"])}
 
 
 def _use(kind: str, name: str) -> str:

@@ -114,6 +114,11 @@ class RunRecord:
             return {loss["name"]: loss["weight"] for loss in self.description["losses"]}
         return {name: None for entry in self.training[:1] for name in entry if name not in _NO_LOSSES}
 
+    def sources(self, *, held_out: bool) -> list[dict[str, Any]]:
+        """The datasets that are evaluated or trained on, if they are a list."""
+        data = self.description.get("data", {}).get("eval" if held_out else "train", {})
+        return list(data.get("sources", ()))
+
     def series(self, name: str, *, held_out: bool = False) -> tuple[list[int], list[float]]:
         """Return the steps and values of a metric, skipping values that are not finite."""
         entries = self.evaluations if held_out else self.training

@@ -3,6 +3,7 @@ backward, and discards the results."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -227,22 +228,31 @@ def _tokenizer(state: _State) -> tuple[str, dict[str, Any]]:
 def _data(state: _State) -> Check:
     from distillkit.training.data.documents import long_documents
     from distillkit.training.data.prepared import PreparedDataset
-    from distillkit.training.description import tokens_of
+    from distillkit.training.description import bytes_of, tokens_of
 
     lines: list[str] = []
     figures: dict[str, Any] = {}
     overflow = state.config.dataset.overflow
     status: Status = "passed"
     _ = state.run.eos_labels  # raises here if they are wrong, since they belong to the data
-    for key, source in state.run.sources.items():
-        tokens = tokens_of(source)
+    for entry, source in itertools.chain.from_iterable(state.run.sources.values()):
+        tokens, size = tokens_of(source), bytes_of(source)
         kept = f" (prepared, and cached for training in {source.folder})" if isinstance(source, PreparedDataset) else ""
-        long = long_documents(state.config, key, source)
+        long = long_documents(state.config, entry, source)
         outcome = f"; {long.outcome(overflow)}" if long.long else ""
         status = "warning" if long.long and overflow != "split" else status
-        lines.append(f"{key}: {number_of(len(source), 'document')}, {number_of(tokens, 'token')}{kept}{outcome}")
-        figures[key] = {"documents": len(source), "tokens": tokens, "long": long.long, "beyond_tokens": long.beyond}
-    return Check("data", status, "; ".join(lines), figures)
+        listed = isinstance(getattr(state.config.dataset, f"{entry.part}_dataset"), list)
+        what = f"{entry.part} {entry.name}" if listed else entry.part
+        counts = f"{number_of(len(source), 'document')}, {number_of(tokens, 'token')}, {human_bytes(size)}"
+        lines.append(f"{what}: {counts}{kept}{outcome}")
+        found = {"documents": len(source), "tokens": tokens, "bytes": size}
+        found |= {"long": long.long, "beyond_tokens": long.beyond}
+        if listed:
+            figures.setdefault(entry.part, {})[entry.name] = found
+        else:
+            figures[entry.part] = found
+    # Of one dataset to train on and one to evaluate on, a line says it all.
+    return Check("data", status, ("\n" if len(lines) > 2 else "; ").join(lines), figures)
 
 
 def _student(state: _State) -> tuple[str, dict[str, Any]]:
@@ -279,6 +289,9 @@ def _head(state: _State) -> tuple[str, dict[str, Any]]:
 
 
 def _plan(state: _State) -> Check | tuple[str, dict[str, Any]]:
+    from distillkit.training.data.mixture import Mixture
+    from distillkit.training.description import sources_of
+
     trainer, arguments = state.run.trainer, state.run.arguments
     epochs, per_epoch, _, _, batch, _, steps = trainer.set_initial_training_values(
         arguments, trainer.get_train_dataloader()
@@ -290,11 +303,25 @@ def _plan(state: _State) -> Check | tuple[str, dict[str, Any]]:
     state.steps, state.steps_an_epoch = steps, per_epoch
     one_pass = f"one pass over the data takes {number_of(per_epoch, 'step')}"
     detail = f"{number_of(steps, 'step')} of {number_of(batch, 'row')}; {one_pass}"
-    figures = {"steps": steps, "rows_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}
+    figures: dict[str, Any] = {
+        "steps": steps,
+        "rows_a_step": batch,
+        "steps_an_epoch": per_epoch,
+        "epochs_begun": epochs,
+    }
+    dataset = state.run.datasets["train"]
+    if isinstance(dataset, Mixture):
+        figures["sources"] = sources_of(dataset)
+        shares = (f"{each['name']} {each['share']:.1%} ({_times(each['passes'])})" for each in figures["sources"])
+        detail = f"{detail}, of whose tokens are: {', '.join(shares)}"
     if steps < _FEW_STEPS and arguments.max_steps <= 0:
         advice = "A student learns little in so few: raise num_train_epochs, or lower gradient_accumulation_steps"
         return Check("steps", "warning", f"{detail}. {advice}", figures)
     return detail, figures
+
+
+def _times(passes: float) -> str:
+    return "once" if passes == 1 else f"{passes:.3g} times"
 
 
 def _resume(state: _State) -> tuple[str, dict[str, Any]]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 import transformers
@@ -35,10 +35,11 @@ from distillkit.training.batching import choose_packing, trained_models
 from distillkit.training.callbacks import ConsoleProgress, MetricsFile
 from distillkit.training.checkpoints import Checkpoint, checkpoint_of
 from distillkit.training.config.arguments import training_arguments
-from distillkit.training.config.schema import LiveTeacherConfig
+from distillkit.training.config.schema import PARTS, LiveTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.documents import check_positions, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
+from distillkit.training.data.mixture import Mixture, rows_taken
 from distillkit.training.data.prepared import Part
 from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
@@ -54,7 +55,7 @@ from distillkit.training.trainer import ReportWriter, SignalTrainer
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from distillkit.training.config.schema import DatasetSource, RunConfig
+    from distillkit.training.config.schema import DatasetEntry, DatasetSource, RunConfig
 
 __all__ = ["Given", "Run", "resumed_checkpoint", "train"]
 
@@ -70,12 +71,19 @@ class Given:
     Attributes:
         model: the student; it may have adapters.
         tokenizer: the student's tokenizer.
-        datasets: opened datasets with stored distributions.
+        datasets: opened datasets with stored distributions; None for one of a list that is not open.
     """
 
     model: Any = None
     tokenizer: Any = None
-    datasets: Mapping[Part, StoredDataset] = field(default_factory=dict)
+    datasets: Mapping[Part, Sequence[StoredDataset | None]] = field(default_factory=dict)
+
+
+class Opened(NamedTuple):
+    """A dataset of the configuration, and its documents."""
+
+    entry: DatasetEntry
+    documents: DocumentSource
 
 
 class Run:
@@ -130,7 +138,7 @@ class Run:
         return check_eos_labels(self.config, self.tokenizer)
 
     @cached_property
-    def sources(self) -> dict[Part, DocumentSource]:
+    def sources(self) -> dict[Part, list[Opened]]:
         """The opened training and evaluation data."""
         with self.arguments.main_process_first(desc="opening the datasets"):
             return _open_sources(self.config, self.tokenizer, self.arguments, self.given.datasets)
@@ -154,34 +162,38 @@ class Run:
         return _live_teacher(self.config, self.model, self.arguments.device)
 
     @cached_property
-    def datasets(self) -> dict[Part, DistillationDataset]:
+    def datasets(self) -> dict[Part, DistillationDataset | Mixture]:
         """Training and evaluation examples, checked against the student."""
         live, _ = self.teacher
         if self.config.dataset.packing == "auto":
             choose_packing(self.arguments, trained_models(self.model, None if live is None else live.model))
-        datasets = {
-            part: _dataset(self.config, part, source, self.model, self.arguments, live)
-            for part, source in self.sources.items()
-        }
-        for part, dataset in datasets.items():
-            _check_counted(dataset, f"dataset.{part}_dataset")
-        return datasets
+        return {part: self._examples(self.config, opened, live) for part, opened in self.sources.items()}
 
-    def other_examples(self, where: DatasetSource, opened: StoredDataset | None) -> DistillationDataset:
-        """Examples of another dataset to evaluate on, checked like the configured one.
+    def _examples(
+        self, config: RunConfig, opened: Sequence[Opened], live: OnlineSignal | None
+    ) -> DistillationDataset | Mixture:
+        """Examples of one or several datasets, checked against the student."""
+        parts = [_dataset(config, each, self.model, self.arguments, live) for each in opened]
+        entries = [each.entry for each in opened]
+        for dataset, entry in zip(parts, entries, strict=True):
+            _check_counted(dataset, entry.key)
+        if not isinstance(getattr(config.dataset, f"{entries[0].part}_dataset"), list):
+            return parts[0]
+        return Mixture(parts, [entry.name for entry in entries], rows_taken(entries, parts))
+
+    def other_examples(
+        self, where: DatasetSource | list[DatasetSource], given: Sequence[StoredDataset | None]
+    ) -> DistillationDataset | Mixture:
+        """Examples of other datasets to evaluate on, checked like the configured ones.
 
         Args:
-            where: the dataset.
-            opened: the same, if it is open already.
+            where: the dataset, or several.
+            given: the same, those that are open already.
         """
         section = self.config.dataset.model_copy(update={"eval_dataset": where})
         config = self.config.model_copy(update={"dataset": section})
-        source = open_documents(config, "eval", self.tokenizer, self.arguments, opened)
-        if source is None:
-            raise TypeError("a dataset that is set was not opened")
-        dataset = _dataset(config, "eval", source, self.model, self.arguments, self.teacher[0])
-        _check_counted(dataset, "eval_dataset")
-        return dataset
+        opened = _opened(config, "eval", self.tokenizer, self.arguments, given)
+        return self._examples(config, opened, self.teacher[0])
 
     @cached_property
     def objective(self) -> Objective:
@@ -222,6 +234,7 @@ class Run:
         # First, so that data for another student raises before anything large is loaded.
         eos_labels, _ = self.eos_labels, self.sources
         self.progress.parts = self.objective.losses
+        self.progress.sources = {part: dataset.names for part, dataset in self.datasets.items()}
         identity = self.identity  # of the models as they were loaded
         callbacks = [
             TrackedDescription(self.description),
@@ -381,14 +394,22 @@ def _tell_dropped_mass(config: RunConfig, source: StoredDataset) -> None:
 
 
 def _open_sources(
-    config: RunConfig, tokenizer: Any, arguments: SFTConfig, given: Mapping[Part, StoredDataset]
-) -> dict[Part, DocumentSource]:
+    config: RunConfig, tokenizer: Any, arguments: SFTConfig, given: Mapping[Part, Sequence[StoredDataset | None]]
+) -> dict[Part, list[Opened]]:
     """Open training and evaluation data; a mismatched tokenizer raises before any model is loaded."""
     if config.teacher.kind == "hf":
         check_teacher_tokenizer(config, tokenizer)
-    parts: tuple[Part, ...] = ("train", "eval")
-    opened = {part: open_documents(config, part, tokenizer, arguments, given.get(part)) for part in parts}
-    return {part: source for part, source in opened.items() if source is not None}
+    opened = {part: _opened(config, part, tokenizer, arguments, given.get(part, ())) for part in PARTS}
+    return {part: sources for part, sources in opened.items() if sources}
+
+
+def _opened(
+    config: RunConfig, part: Part, tokenizer: Any, arguments: SFTConfig, given: Sequence[StoredDataset | None]
+) -> list[Opened]:
+    """Open the datasets to train or evaluate on."""
+    entries = config.dataset.entries(part)
+    pairs = zip(entries, given or [None] * len(entries), strict=True)
+    return [Opened(entry, open_documents(config, entry, tokenizer, arguments, known)) for entry, known in pairs]
 
 
 def _live_teacher(
@@ -410,19 +431,19 @@ def _live_teacher(
 
 def _dataset(
     config: RunConfig,
-    part: Part,
-    source: DocumentSource,
+    opened: Opened,
     model: transformers.PreTrainedModel,
     arguments: SFTConfig,
     teacher: OnlineSignal | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and return its training examples."""
-    head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
+    entry, source = opened
+    head_size, key = rows_of(model.get_output_embeddings().weight), entry.key
     live = {} if teacher is None else {"teacher.path": teacher.model}
-    check_positions(config, part, source, arguments, {"model": model, **live})
+    check_positions(config, entry, source, arguments, {"model": model, **live})
     if teacher is not None:
         check_ids(source, head_size, key)
-        return training_dataset(config, part, source, teacher, arguments)
+        return training_dataset(config, entry, source, teacher, arguments)
     if not isinstance(source, StoredDataset):
         raise TypeError(f"{key}: expected stored distributions, found {type(source).__name__}")
     check_dataset(source, head_size, key)
@@ -433,7 +454,7 @@ def _dataset(
         on_device=arguments.device.type == "cuda",
         label_logprobs=bool((source.header.capture or {}).get("label_logprobs")),
     )
-    return training_dataset(config, part, source, signal, arguments)
+    return training_dataset(config, entry, source, signal, arguments)
 
 
 def _check_counted(dataset: DistillationDataset, key: str) -> None:

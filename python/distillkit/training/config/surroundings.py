@@ -59,11 +59,10 @@ def _model_problems(config: RunConfig, *, loaded: bool) -> Iterator[str]:
 
 
 def _dataset_problems(config: RunConfig) -> Iterator[str]:
-    sources = {"train": config.dataset.train_dataset, "eval": config.dataset.eval_dataset}
-    for part, source in sources.items():
-        problem = None if source is None else _dataset_problem(source)
+    for entry in (*config.dataset.entries("train"), *config.dataset.entries("eval")):
+        problem = _dataset_problem(entry.source)
         if problem is not None:
-            yield f"dataset.{part}_dataset.{problem}"
+            yield f"{entry.key}.{problem}"
 
 
 def _dataset_problem(source: DatasetSource) -> str | None:

@@ -31,6 +31,7 @@ Shape legend: N positions, V width of the student's head, k stored ids per posit
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,7 +45,16 @@ from distillkit.losses.logits import StudentLogits
 from distillkit.models.head import LMHead
 from distillkit.types import SparseLogprobs
 
-__all__ = ["Comparison", "DenseTeacher", "Missing", "Positions", "Targets", "TeacherDistribution", "TeacherLogits"]
+__all__ = [
+    "Comparison",
+    "DenseTeacher",
+    "DenseTeachers",
+    "Missing",
+    "Positions",
+    "Targets",
+    "TeacherDistribution",
+    "TeacherLogits",
+]
 
 Missing = Literal["zero", "uniform", "label"]
 
@@ -86,7 +96,39 @@ class DenseTeacher:
         return TeacherLogits(self.head(self.hidden[start:stop], self.weights))
 
 
-TeacherDistribution = SparseLogprobs | TeacherLogits | DenseTeacher
+@dataclass(frozen=True)
+class DenseTeachers:
+    """The distributions of several teachers, each at some of the positions; averaged where several have one.
+
+    Attributes:
+        size: number of positions N.
+        width: number of ids of the widest teacher.
+        parts: for each teacher its positions (n,) int64, ascending, its distributions there, and its weight.
+    """
+
+    size: int
+    width: int
+    parts: tuple[tuple[torch.Tensor, DenseTeacher, float], ...]
+
+    @torch.no_grad()
+    def logits(self, start: int, stop: int) -> TeacherLogits:
+        """Compute the log-probabilities of positions start … stop − 1: log Σ w p / Σ w over the teachers of each."""
+        stop = min(stop, self.size)
+        device = self.parts[0][0].device
+        total = torch.full((stop - start, self.width), -torch.inf, device=device)
+        weights = torch.zeros(stop - start, 1, device=device)
+        for rows, teacher, weight in self.parts:
+            first, last = torch.searchsorted(rows, torch.tensor([start, stop], device=rows.device)).tolist()
+            if first == last:
+                continue
+            at = rows[first:last] - start
+            own = teacher.logits(first, last).logits.float().log_softmax(-1).to(device) + math.log(weight)
+            total[at, : own.shape[-1]] = torch.logaddexp(total[at, : own.shape[-1]], own)
+            weights[at] += weight
+        return TeacherLogits(total - weights.log())
+
+
+TeacherDistribution = SparseLogprobs | TeacherLogits | DenseTeacher | DenseTeachers
 
 
 @dataclass(frozen=True)
@@ -180,7 +222,7 @@ class Positions:
         teacher = self.targets.teacher
         if isinstance(teacher, SparseLogprobs):
             return None
-        if isinstance(teacher, DenseTeacher):
+        if isinstance(teacher, (DenseTeacher, DenseTeachers)):
             raise InputError("a dense teacher's logits are not computed yet: select positions with Targets.rows first")
         return teacher.logits[:, : self.student.size].to(self.student.logits.device)
 

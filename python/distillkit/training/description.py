@@ -65,6 +65,10 @@ def describe(
 
 
 def _teacher(config: RunConfig, dataset: DistillationDataset | Mixture) -> dict[str, Any]:
+    if config.teachers is not None:
+        # One that teaches some rows is named with them.
+        names = [f"{teacher.path} ({teacher.where})" if teacher.where else teacher.path for teacher in config.teachers]
+        return {"kind": "hf", "name": ", ".join(names), "k": config.teachers[0].top_k}
     if config.teacher.kind == "hf":
         return {"kind": "hf", "name": config.teacher.path, "k": config.teacher.top_k}
     names, widths = dict[str, None](), set[int]()

@@ -21,7 +21,7 @@ from distillkit.reports.run_record import DIFFERENCES
 from distillkit.training.config.arguments import to_plain_value
 
 if TYPE_CHECKING:
-    from distillkit.training.config.schema import RunConfig
+    from distillkit.training.config.schema import ListedTeacherConfig, RunConfig
     from distillkit.training.memory_estimate import MemoryEstimate
     from distillkit.training.run import Run
 
@@ -269,8 +269,17 @@ def _teacher(state: _State) -> tuple[str, dict[str, Any]]:
     if live is None:
         return "stored distributions", {"kind": "dataset"}
     kept = "all ids" if live.top_k is None else f"top {live.top_k:,}"
+    if state.config.teachers is not None:
+        listed = [_listed(teacher) for teacher in state.config.teachers]
+        return "\n".join([f"live, {kept}:", *listed]), {"kind": "hf", "teachers": listed}
     layers = "" if matching is None else f"; {len(matching.teacher_layers)} pairs of layers matched"
     return f"live: {state.config.teacher.path}, {kept}{layers}", {"kind": "hf"}  # type: ignore[union-attr]
+
+
+def _listed(teacher: ListedTeacherConfig) -> str:
+    """One of several teachers: its path, its weight and the rows that it teaches."""
+    which = ", ".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in teacher.where.items())
+    return f"{teacher.path}, weight {teacher.weight:g}, {which or 'all rows'}"
 
 
 def _fits(state: _State) -> tuple[str, dict[str, Any]]:
@@ -336,16 +345,18 @@ def _resume(state: _State) -> tuple[str, dict[str, Any]]:
 
 
 def _memory(state: _State) -> Check:
+    from distillkit.training.batching import trained_models
     from distillkit.training.memory_estimate import estimate_memory
 
     arguments, config = state.run.arguments, state.config
     live, _ = state.run.teacher
+    models = trained_models(state.run.model, None if live is None else live.models)
     state.memory = found = estimate_memory(
         state.run.trainer.model,
         arguments,
         state.run.objective,
         config.sequence_length,
-        teacher=None if live is None or config.teaches_itself else live.model,
+        teachers=[model for key, model in models.items() if key != "model"],
         sharded=state.sharded,
     )
     # On CPUs, processes share the machine's memory; each GPU belongs to one process.

@@ -53,7 +53,7 @@ LAST = "training_args.max_steps or num_train_epochs: the last step"
 _ROWS = "training_args.per_device_train_batch_size × gradient_accumulation_steps × processes"
 
 # Sections that are compared by what they stand for, and settings that change nothing.
-_SECTIONS = ("model", "dataset", "teacher", "training_args", "model_kwargs", "loss_functions", "peft")
+_SECTIONS = ("model", "dataset", "teacher", "teachers", "training_args", "model_kwargs", "loss_functions", "peft")
 _FREE_SETTINGS = ("project_name", "output_path", "trust_remote_code", "functionary_packing", "use_flash_attention")
 _FREE_DATASET = (
     "train_dataset",
@@ -106,7 +106,7 @@ def identity_of(
         config: the run's configuration.
         arguments: the trainer's arguments.
         datasets: `train`, and `eval` if there is one.
-        models: `model`, the student as it was loaded, and `teacher.path`, a live teacher, if there is one.
+        models: `model`, the student as it was loaded, and live teachers by their keys, such as `teacher.path`.
         tokenizer: the student's tokenizer.
 
     Returns:
@@ -176,6 +176,9 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     found = {name: value for name, value in content.items() if name not in (*_SECTIONS, *_FREE_SETTINGS)}
     found |= _without("dataset", content["dataset"], _FREE_DATASET)
+    for number, teacher in enumerate(content.pop("teachers") or ()):
+        found |= _without(f"teachers.{number}", teacher, _FREE_TEACHER)
+        found |= _without(f"teachers.{number}.kwargs", teacher.get("kwargs") or {}, _FREE_LOADING)
     found |= _without("teacher", content["teacher"], _FREE_TEACHER)
     found |= _without("model_kwargs", content["model_kwargs"], _FREE_LOADING)
     found |= _without("teacher.kwargs", content["teacher"].get("kwargs") or {}, _FREE_LOADING)

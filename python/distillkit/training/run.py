@@ -46,6 +46,7 @@ from distillkit.training.description import describe
 from distillkit.training.identity import check_same_run, identity_of
 from distillkit.training.saving import reaching_hub, save_student
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
+from distillkit.training.signals.several import SeveralTeachers, check_routes
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
 from distillkit.training.student import check_student, load_student, prepare_student
@@ -62,6 +63,8 @@ __all__ = ["Given", "Run", "resumed_checkpoint", "train"]
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LiveSignal = OnlineSignal | SeveralTeachers
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class Run:
         return model
 
     @cached_property
-    def teacher(self) -> tuple[OnlineSignal | None, LayerMatching | None]:
+    def teacher(self) -> tuple[LiveSignal | None, LayerMatching | None]:
         """The live teacher and the layers matched with it, if the configuration has them."""
         return _live_teacher(self.config, self.model, self.arguments.device)
 
@@ -166,11 +169,11 @@ class Run:
         """Training and evaluation examples, checked against the student."""
         live, _ = self.teacher
         if self.config.dataset.packing == "auto":
-            choose_packing(self.arguments, trained_models(self.model, None if live is None else live.model))
+            choose_packing(self.arguments, trained_models(self.model, None if live is None else live.models))
         return {part: self._examples(self.config, opened, live) for part, opened in self.sources.items()}
 
     def _examples(
-        self, config: RunConfig, opened: Sequence[Opened], live: OnlineSignal | None
+        self, config: RunConfig, opened: Sequence[Opened], live: LiveSignal | None
     ) -> DistillationDataset | Mixture:
         """Examples of one or several datasets, checked against the student."""
         parts = [_dataset(config, each, self.model, self.arguments, live) for each in opened]
@@ -211,8 +214,8 @@ class Run:
         """What decides the student that training ends with; see `identity_of`."""
         live, _ = self.teacher
         models = {"model": self.model}
-        if live is not None and not self.config.teaches_itself:
-            models["teacher.path"] = live.model
+        if live is not None:
+            models = trained_models(self.model, live.models)
         return identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer)
 
     @cached_property
@@ -397,8 +400,8 @@ def _open_sources(
     config: RunConfig, tokenizer: Any, arguments: SFTConfig, given: Mapping[Part, Sequence[StoredDataset | None]]
 ) -> dict[Part, list[Opened]]:
     """Open training and evaluation data; a mismatched tokenizer raises before any model is loaded."""
-    if config.teacher.kind == "hf":
-        check_teacher_tokenizer(config, tokenizer)
+    for key in config.live_teachers:
+        check_teacher_tokenizer(config, tokenizer, key)
     opened = {part: _opened(config, part, tokenizer, arguments, given.get(part, ())) for part in PARTS}
     return {part: sources for part, sources in opened.items() if sources}
 
@@ -414,8 +417,11 @@ def _opened(
 
 def _live_teacher(
     config: RunConfig, model: transformers.PreTrainedModel, device: torch.device
-) -> tuple[OnlineSignal | None, LayerMatching | None]:
-    """Load the live teacher, if the configuration has one, and match its layers with the student's."""
+) -> tuple[LiveSignal | None, LayerMatching | None]:
+    """Load the live teachers, if the configuration has some, and match the layers of one with the student's."""
+    if config.teachers is not None:
+        models = [load_teacher(config, device, key) for key in config.live_teachers]
+        return SeveralTeachers(config.teachers, models, rows_of(model.get_output_embeddings().weight)), None
     if not isinstance(config.teacher, LiveTeacherConfig):
         return None, None
     # A student with adapters is its own teacher if the teacher is its unchanged base model.
@@ -434,15 +440,17 @@ def _dataset(
     opened: Opened,
     model: transformers.PreTrainedModel,
     arguments: SFTConfig,
-    teacher: OnlineSignal | None,
+    teacher: LiveSignal | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and return its training examples."""
     entry, source = opened
     head_size, key = rows_of(model.get_output_embeddings().weight), entry.key
-    live = {} if teacher is None else {"teacher.path": teacher.model}
+    live = {} if teacher is None else teacher.models
     check_positions(config, entry, source, arguments, {"model": model, **live})
     if teacher is not None:
         check_ids(source, head_size, key)
+        if isinstance(teacher, SeveralTeachers):
+            check_routes(source, teacher, key)
         return training_dataset(config, entry, source, teacher, arguments)
     if not isinstance(source, StoredDataset):
         raise TypeError(f"{key}: expected stored distributions, found {type(source).__name__}")

@@ -31,6 +31,7 @@ from distillkit.training.differences import Differences
 from distillkit.training.identity import LAST
 from distillkit.training.saving import saving
 from distillkit.training.signals.live import OnlineSignal
+from distillkit.training.signals.several import SeveralTeachers
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -92,7 +93,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
                 "with CUDA_VISIBLE_DEVICES"
             )
         signal = train_dataset.signal
-        models = trained_models(model, signal.model if isinstance(signal, OnlineSignal) else None)
+        models = trained_models(model, signal.models if isinstance(signal, (OnlineSignal, SeveralTeachers)) else None)
         pad_id = getattr(processing_class, "pad_token_id", None)
         collator = Collator(
             pad_id=0 if pad_id is None else pad_id,

@@ -133,7 +133,7 @@ def argument_problems(content: Mapping[Any, Any]) -> list[str]:
 
 def _has_live_teacher(content: Mapping[Any, Any]) -> bool:
     teacher = content.get("teacher")
-    return isinstance(teacher, Mapping) and teacher.get("kind") == "hf"
+    return content.get("teachers") is not None or (isinstance(teacher, Mapping) and teacher.get("kind") == "hf")
 
 
 def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callable[[Any], bool], str]]) -> str | None:

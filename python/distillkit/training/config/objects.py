@@ -35,6 +35,7 @@ class TrainerSettings(TypedDict, total=False):
     """The settings that `DistillationTrainer` takes by name: those of `RunConfig` and its section `dataset`."""
 
     teacher: str | os.PathLike[str] | Mapping[str, Any] | None
+    teachers: list[dict[str, Any]] | None
     loss_functions: list[dict[str, Any]]
     sequence_length: int
     layer_mapping: list[tuple[int, int]] | Literal["all"] | None
@@ -86,11 +87,12 @@ def configuration(
     inner = {name: top.pop(name) for name in DatasetSection.model_fields if name in top}
     arguments = _arguments(args)
     teacher = top.pop("teacher", None) or {"kind": "dataset"}
+    taught = {} if top.get("teachers") is not None else {"teacher": _teacher_section(teacher)}
     content: dict[str, Any] = {
         "model": model,
         "output_path": arguments.pop("output_dir", OUTPUT),
         "sequence_length": arguments.pop("max_length", None) or 1024,
-        "teacher": {"kind": "hf", "path": os.fspath(teacher)} if isinstance(teacher, (str, Path)) else teacher,
+        **taught,
         "dataset": {**inner, "train_dataset": dataset_section(train_dataset, "train_dataset")},
         "training_args": arguments,
         **top,
@@ -98,6 +100,10 @@ def configuration(
     if eval_dataset is not None:
         content["dataset"]["eval_dataset"] = dataset_section(eval_dataset, "eval_dataset")
     return parse_config(content, source=SOURCE)
+
+
+def _teacher_section(teacher: Any) -> Any:
+    return {"kind": "hf", "path": os.fspath(teacher)} if isinstance(teacher, (str, Path)) else teacher
 
 
 def evaluated_section(dataset: object) -> DatasetSource | list[DatasetSource]:

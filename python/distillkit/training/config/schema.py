@@ -28,7 +28,7 @@ from pydantic import (
 from distillkit.codec import CodecConfig, codec_config
 from distillkit.codec.config import CODEC_KEYS
 from distillkit.configuration.places import is_path
-from distillkit.configuration.problems import cut, shown
+from distillkit.configuration.problems import cut, refusals, shown
 from distillkit.configuration.section import Section, refuse_flag
 from distillkit.errors import ConfigError, nearest
 from distillkit.losses.config import LossConfig, named_losses
@@ -39,6 +39,7 @@ __all__ = [
     "PARTS",
     "DatasetEntry",
     "DatasetSource",
+    "ListedTeacherConfig",
     "LiveTeacherConfig",
     "RunConfig",
     "StoredTeacherConfig",
@@ -326,6 +327,41 @@ class LiveTeacherConfig(Section):
         return _one_dtype(value)
 
 
+Scalar = Union[bool, int, float, str]
+
+
+class ListedTeacherConfig(LiveTeacherConfig):
+    """One of several live teachers."""
+
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Its share where several teachers match a row, relative to the weights of the others: their "
+        "probabilities are averaged.",
+    )
+    where: dict[str, Scalar | list[Scalar]] = Field(
+        default_factory=dict,
+        description="Which rows it teaches: those that have this value, or one of a list of values, in each of these "
+        "columns; all rows by default. Captured datasets have the columns that they were captured with (keep_columns).",
+    )
+
+    _weights = field_validator("weight", mode="before")(refuse_flag)
+
+    def matches(self, columns: Mapping[str, Any]) -> bool:
+        """Whether it teaches a row with these values. Text equals a number or true and false that is written so."""
+        return all(
+            any(_same_value(columns.get(name), each) for each in (value if isinstance(value, list) else [value]))
+            for name, value in self.where.items()
+        )
+
+
+def _same_value(found: Any, wanted: Scalar) -> bool:
+    if isinstance(found, bool) or isinstance(wanted, bool):
+        return str(found).lower() == str(wanted).lower()
+    return bool(found == wanted) or (isinstance(found, str) and found == str(wanted))
+
+
 class StoredTeacherConfig(Section):
     """A teacher whose distributions are stored in the dataset (`kind: dataset`)."""
 
@@ -417,7 +453,17 @@ class RunConfig(Section):
         "documents.",
     )
     dataset: DatasetSection = Field(description="What the student is trained and evaluated on.")
-    teacher: TeacherConfig = Field(description="Where the teacher's distributions come from.")
+    # Set to the first of `teachers` if these are several.
+    teacher: TeacherConfig = Field(
+        default=None,  # type: ignore[assignment]
+        description="Where the teacher's distributions come from; required unless there are `teachers`.",
+    )
+    teachers: list[ListedTeacherConfig] | None = Field(
+        default=None,
+        min_length=1,
+        description="Several live teachers in place of one: each teaches the rows that it matches; where several match "
+        "a row, their probabilities are averaged.",
+    )
     loss_functions: list[LossConfig] = Field(
         default_factory=_default_losses,
         min_length=1,
@@ -505,6 +551,24 @@ class RunConfig(Section):
             raise ValueError(f"must be a section such as {known}, found {shown(value)}")
         return value
 
+    @model_validator(mode="after")
+    def _taught(self) -> RunConfig:
+        if self.teachers is None:
+            if self.teacher is None:
+                raise refusals(self, {"teacher": "is required and missing"})
+            return self
+        if "teacher" in self.model_fields_set:
+            raise ValueError("teachers: teacher is set, too; list all teachers in teachers")
+        first = self.teachers[0]
+        for number, teacher in enumerate(self.teachers):
+            if teacher.top_k != first.top_k:
+                raise ValueError(
+                    f"teachers.{number}.top_k: {teacher.top_k}, but teachers.0 has {first.top_k}; the rows of all "
+                    "teachers have the same number of ids"
+                )
+        self.__dict__["teacher"] = first
+        return self
+
     @field_validator("loss_functions")
     @classmethod
     def _some_weight(cls, value: list[LossConfig]) -> list[LossConfig]:
@@ -534,10 +598,18 @@ class RunConfig(Section):
         teacher = self.teacher
         return (
             self.peft is not None
+            and self.teachers is None
             and isinstance(teacher, LiveTeacherConfig)
             and teacher.path == self.model
             and not teacher.kwargs
         )
+
+    @property
+    def live_teachers(self) -> dict[str, LiveTeacherConfig]:
+        """The live teachers by their keys; empty with stored distributions."""
+        if self.teachers is not None:
+            return {f"teachers.{number}": teacher for number, teacher in enumerate(self.teachers)}
+        return {"teacher": self.teacher} if isinstance(self.teacher, LiveTeacherConfig) else {}
 
     @property
     def quantised(self) -> str | None:

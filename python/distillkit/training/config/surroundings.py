@@ -50,8 +50,7 @@ def check_surroundings(config: RunConfig, *, loaded: bool = False) -> None:
 
 def _model_problems(config: RunConfig, *, loaded: bool) -> Iterator[str]:
     models = {} if loaded else {"model": config.model}
-    if config.teacher.kind == "hf":
-        models["teacher.path"] = config.teacher.path
+    models |= {f"{key}.path": teacher.path for key, teacher in config.live_teachers.items()}
     for key, name in models.items():
         problem = model_problem(name)
         if problem is not None:

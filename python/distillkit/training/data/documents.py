@@ -78,6 +78,7 @@ def open_documents(
             cache,
             key=key,
             sample=_sample(config, entry),
+            columns=tuple(dict.fromkeys(name for teacher in config.teachers or () for name in teacher.where)),
             processes=arguments.dataset_num_proc or 1,
         )
     long = long_documents(config, entry, documents)

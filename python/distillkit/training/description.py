@@ -71,6 +71,12 @@ def _teacher(config: RunConfig, dataset: DistillationDataset | Mixture) -> dict[
         return {"kind": "hf", "name": ", ".join(names), "k": config.teachers[0].top_k}
     if config.teacher.kind == "hf":
         return {"kind": "hf", "name": config.teacher.path, "k": config.teacher.top_k}
+    if config.teacher.kind == "server":
+        return {
+            "kind": "server",
+            "name": config.teacher.served_model or config.teacher.model,
+            "k": config.teacher.top_k,
+        }
     names, widths = dict[str, None](), set[int]()
     for part in dataset.parts:
         if not isinstance(part.source, StoredDataset):

@@ -35,17 +35,19 @@ from distillkit.training.batching import choose_packing, trained_models
 from distillkit.training.callbacks import ConsoleProgress, MetricsFile
 from distillkit.training.checkpoints import Checkpoint, checkpoint_of
 from distillkit.training.config.arguments import training_arguments
-from distillkit.training.config.schema import PARTS, LiveTeacherConfig
+from distillkit.training.config.schema import PARTS, LiveTeacherConfig, ServedTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.documents import check_positions, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
-from distillkit.training.data.mixture import Mixture, rows_taken
+from distillkit.training.data.mixture import JoinedDocuments, Mixture, rows_taken
 from distillkit.training.data.prepared import Part
 from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
 from distillkit.training.identity import check_same_run, identity_of
 from distillkit.training.saving import reaching_hub, save_student
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
+from distillkit.training.signals.served import ServedSignal
+from distillkit.training.signals.server import TeacherServer, connect
 from distillkit.training.signals.several import SeveralTeachers, check_routes
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
@@ -165,22 +167,33 @@ class Run:
         return _live_teacher(self.config, self.model, self.arguments.device)
 
     @cached_property
+    def server(self) -> TeacherServer | None:
+        """The served teacher, if the configuration has one."""
+        if not isinstance(self.config.teacher, ServedTeacherConfig):
+            return None
+        return connect(self.config, self.tokenizer)
+
+    @cached_property
     def datasets(self) -> dict[Part, DistillationDataset | Mixture]:
         """Training and evaluation examples, checked against the student."""
         live, _ = self.teacher
         if self.config.dataset.packing == "auto":
             choose_packing(self.arguments, trained_models(self.model, None if live is None else live.models))
-        return {part: self._examples(self.config, opened, live) for part, opened in self.sources.items()}
+        return {part: self._examples(self.config, opened) for part, opened in self.sources.items()}
 
-    def _examples(
-        self, config: RunConfig, opened: Sequence[Opened], live: LiveSignal | None
-    ) -> DistillationDataset | Mixture:
+    def _examples(self, config: RunConfig, opened: Sequence[Opened]) -> DistillationDataset | Mixture:
         """Examples of one or several datasets, checked against the student."""
-        parts = [_dataset(config, each, self.model, self.arguments, live) for each in opened]
-        entries = [each.entry for each in opened]
+        entries, setting = [each.entry for each in opened], f"{opened[0].entry.part}_dataset"
+        listed = isinstance(getattr(config.dataset, setting), list)
+        signal: LiveSignal | ServedSignal | None = self.teacher[0]
+        if self.server is not None:
+            documents = JoinedDocuments([each.documents for each in opened]) if listed else opened[0].documents
+            head_size = rows_of(self.model.get_output_embeddings().weight)
+            signal = ServedSignal(self.server, head_size, documents, f"dataset.{setting}")
+        parts = [_dataset(config, each, self.model, self.arguments, signal) for each in opened]
         for dataset, entry in zip(parts, entries, strict=True):
             _check_counted(dataset, entry.key)
-        if not isinstance(getattr(config.dataset, f"{entries[0].part}_dataset"), list):
+        if not listed:
             return parts[0]
         return Mixture(parts, [entry.name for entry in entries], rows_taken(entries, parts))
 
@@ -196,7 +209,7 @@ class Run:
         section = self.config.dataset.model_copy(update={"eval_dataset": where})
         config = self.config.model_copy(update={"dataset": section})
         opened = _opened(config, "eval", self.tokenizer, self.arguments, given)
-        return self._examples(config, opened, self.teacher[0])
+        return self._examples(config, opened)
 
     @cached_property
     def objective(self) -> Objective:
@@ -216,7 +229,8 @@ class Run:
         models = {"model": self.model}
         if live is not None:
             models = trained_models(self.model, live.models)
-        return identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer)
+        found = identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer)
+        return found if self.server is None else {**found, "teacher: served model": self.server.name}
 
     @cached_property
     def metrics(self) -> MetricsFile:
@@ -302,6 +316,8 @@ class Run:
                 result = training(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
             finally:
                 self.progress.close()
+                if self.server is not None:
+                    self.server.stop()
         trainer.check_finite()
         return result
 
@@ -314,6 +330,7 @@ class Run:
             "train_tokens": trainer.counts["tokens"],
             "tokens_per_second": trainer.counts["tokens"] / max(trainer.training_seconds, 1e-9),
             "data_wait": trainer.waiting_seconds / max(trainer.training_seconds, 1e-9),
+            **trainer.teacher_wait(),
             "cut_documents": trainer.counts["cut_documents"],
             "cut_tokens": trainer.counts["cut_tokens"],
             **peak_memory(),
@@ -400,7 +417,7 @@ def _open_sources(
     config: RunConfig, tokenizer: Any, arguments: SFTConfig, given: Mapping[Part, Sequence[StoredDataset | None]]
 ) -> dict[Part, list[Opened]]:
     """Open training and evaluation data; a mismatched tokenizer raises before any model is loaded."""
-    for key in config.live_teachers:
+    for key in ("teacher",) if config.teacher.kind == "server" else config.live_teachers:
         check_teacher_tokenizer(config, tokenizer, key)
     opened = {part: _opened(config, part, tokenizer, arguments, given.get(part, ())) for part in PARTS}
     return {part: sources for part, sources in opened.items() if sources}
@@ -440,12 +457,12 @@ def _dataset(
     opened: Opened,
     model: transformers.PreTrainedModel,
     arguments: SFTConfig,
-    teacher: LiveSignal | None,
+    teacher: LiveSignal | ServedSignal | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and return its training examples."""
     entry, source = opened
     head_size, key = rows_of(model.get_output_embeddings().weight), entry.key
-    live = {} if teacher is None else teacher.models
+    live = teacher.models if isinstance(teacher, LiveSignal) else {}
     check_positions(config, entry, source, arguments, {"model": model, **live})
     if teacher is not None:
         check_ids(source, head_size, key)
@@ -456,13 +473,13 @@ def _dataset(
         raise TypeError(f"{key}: expected stored distributions, found {type(source).__name__}")
     check_dataset(source, head_size, key)
     _tell_dropped_mass(config, source)
-    signal = OfflineSignal(
+    stored = OfflineSignal(
         source.codec,
         head_size,
         on_device=arguments.device.type == "cuda",
         label_logprobs=bool((source.header.capture or {}).get("label_logprobs")),
     )
-    return training_dataset(config, entry, source, signal, arguments)
+    return training_dataset(config, entry, source, stored, arguments)
 
 
 def _check_counted(dataset: DistillationDataset, key: str) -> None:

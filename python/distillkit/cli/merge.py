@@ -102,17 +102,15 @@ def _parsed(weights: str) -> list[float]:
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Show one progress bar after the other, for each thing that is done."""
-    shown = ""
+    bars: dict[str, Callable[[int, int], None]] = {}
     with contextlib.ExitStack() as stack:
 
         def advance(what: str, done: int, total: int) -> None:
-            nonlocal shown, update
-            if what != shown:
+            if what not in bars:
                 stack.close()
-                shown, update = what, stack.enter_context(progress_bar(_DOING[what]))
-            update(done, total)
+                bars[what] = stack.enter_context(progress_bar(_DOING[what]))
+            bars[what](done, total)
 
-        update: Callable[[int, int], None] = lambda done, total: None  # noqa: E731
         yield advance
 
 

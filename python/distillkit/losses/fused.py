@@ -127,7 +127,8 @@ class Objective:
         Args:
             values: each loss by its name.
         """
-        return sum(term.weight * values[term.name] for term in (*self.terms, *self.hidden_terms) if term.weight)
+        weights = [(term.name, term.weight) for terms in (self.terms, self.hidden_terms) for term in terms]
+        return sum(weight * values[name] for name, weight in weights if weight)
 
     @classmethod
     def training(cls, configs: Sequence[LossConfig]) -> Objective:

@@ -38,7 +38,7 @@ def model_card(run: RunRecord, name: str | None = None) -> str:
     }
     named = replace(run, description=_without_paths(description))
     facts = [row for row in described(named, MARKDOWN) if row[0] not in _LEFT_OUT]
-    whose = MARKDOWN.name(public_name(teacher["name"])) if teacher["name"] else "a teacher that the data do not name"
+    whose = MARKDOWN.name(_teacher_name(teacher)) if teacher["name"] else "a teacher that the data do not name"
     how = "stored" if teacher["kind"] == "dataset" else "live"
     sections = [
         front_matter(header),
@@ -64,10 +64,16 @@ def _without_paths(description: dict[str, Any]) -> dict[str, Any]:
         "student": {**description["student"], "path": public_name(description["student"]["path"])},
         "teacher": {
             **description["teacher"],
-            "name": description["teacher"]["name"] and public_name(description["teacher"]["name"]),
+            "name": _teacher_name(description["teacher"]),
         },
         "data": {part: _published(data) for part, data in description["data"].items()},
     }
+
+
+def _teacher_name(teacher: dict[str, Any]) -> str | None:
+    """The name of the teacher, or of several, that may be published."""
+    names = teacher.get("names") or ([teacher["name"]] if teacher["name"] else [])
+    return ", ".join(map(public_name, names)) or None
 
 
 def _datasets(data: dict[str, Any]) -> list[dict[str, Any]]:

@@ -45,8 +45,8 @@ def describe(
         datasets: `train`, and `eval` if there is one.
 
     Returns:
-        JSON objects by name: `student`, `teacher`, `data`, `losses` (weights summing to 1), `overrides` (what the
-        command line set, by dotted path), `settings`, `versions`; and `project`, `began`.
+        JSON objects by name: `student`, `teacher` (with `names` if they are several), `data`, `losses` (weights summing
+        to 1), `overrides` (what the command line set, by dotted path), `settings`, `versions`; and `project`, `began`.
     """
     description = {
         "project": config.project_name,
@@ -66,9 +66,8 @@ def describe(
 
 def _teacher(config: RunConfig, dataset: DistillationDataset | Mixture) -> dict[str, Any]:
     if config.teachers is not None:
-        # One that teaches some rows is named with them.
-        names = [f"{teacher.path} ({teacher.where})" if teacher.where else teacher.path for teacher in config.teachers]
-        return {"kind": "hf", "name": ", ".join(names), "k": config.teachers[0].top_k}
+        paths = [teacher.path for teacher in config.teachers]
+        return {"kind": "hf", "name": ", ".join(paths), "names": paths, "k": config.teachers[0].top_k}
     if config.teacher.kind == "hf":
         return {"kind": "hf", "name": config.teacher.path, "k": config.teacher.top_k}
     if config.teacher.kind == "server":
@@ -83,7 +82,9 @@ def _teacher(config: RunConfig, dataset: DistillationDataset | Mixture) -> dict[
             raise TypeError(f"expected stored distributions, found {type(part.source).__name__}")
         names |= dict.fromkeys([name] if (name := (part.source.header.teacher or {}).get("name")) else [])
         widths.add(part.source.codec.k)
-    return {"kind": "dataset", "name": ", ".join(names) or None, "k": widths.pop() if len(widths) == 1 else None}
+    k = widths.pop() if len(widths) == 1 else None
+    several = {"names": list(names)} if len(names) > 1 else {}
+    return {"kind": "dataset", "name": ", ".join(names) or None, **several, "k": k}
 
 
 def _data(entries: Sequence[DatasetEntry], dataset: DistillationDataset | Mixture) -> dict[str, Any]:

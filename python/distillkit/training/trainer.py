@@ -153,7 +153,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         with _naming("lr_scheduler_type and lr_scheduler_kwargs"):
             return super().create_scheduler(*arguments, **named)
 
-    # -- data: in each epoch, the processes together see every document exactly once, in a new order -------------------
+    # -- data: an epoch has each document once, or as often as weights say, in a new order, whatever the processes -----
 
     def _get_train_sampler(self, train_dataset: Any = None) -> DocumentOrder | MixtureOrder:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -229,7 +229,7 @@ class DatasetSection(Section):
         """Return the datasets that are used for training or evaluation, each with its key and name."""
         found, key = getattr(self, f"{part}_dataset"), f"dataset.{part}_dataset"
         if isinstance(found, DatasetSource):
-            return [DatasetEntry(part, key, *source_names([dict(found)]), found)]
+            return [DatasetEntry(part, key, source_names([dict(found)])[0], found)]
         names = source_names([dict(source) for source in found or []])
         return [
             DatasetEntry(part, f"{key}.{number}", name, source)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from distillkit.errors import ConfigError
@@ -147,7 +148,7 @@ class JoinedDocuments:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         return number, index - self.starts[number]
 
-    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def lengths(self) -> npt.NDArray[np.int64]:
         """Return the number of tokens of each document (D,)."""
         return np.concatenate([source.lengths() for source in self.sources])
 
@@ -186,7 +187,7 @@ class MixtureOrder(torch.utils.data.Sampler[int]):
             order = order[np.random.default_rng([self.seed, self.epoch]).permutation(len(order))]
         return itertools.chain(order.tolist(), itertools.repeat(BLANK, self.length - self.size))
 
-    def _of(self, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _of(self, number: int) -> npt.NDArray[np.int64]:
         """Return the examples of a dataset that this epoch uses."""
         size, taken = self.sizes[number], self.taken[number]
         first, last = self.epoch * taken, (self.epoch + 1) * taken
@@ -194,7 +195,7 @@ class MixtureOrder(torch.utils.data.Sampler[int]):
         whole = [self._pass(number, each) for each in passes]
         return np.concatenate(whole)[first - passes.start * size : last - passes.start * size]
 
-    def _pass(self, number: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _pass(self, number: int, count: int) -> npt.NDArray[np.int64]:
         if self.seed is None:
             return np.arange(self.sizes[number])
         return np.random.default_rng([self.seed, count, number]).permutation(self.sizes[number])

@@ -81,8 +81,7 @@ def distributions(path: Path | str, ids: np.ndarray) -> np.ndarray:
     return np.asarray(model(torch.from_numpy(ids).long()[None]).logits[0, :-1].softmax(-1).numpy())
 
 
-@pytest.mark.parametrize("data", ["text.jsonl", "captured"])
-@pytest.mark.parametrize("packing", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize(("data", "packing"), [("text.jsonl", True), ("captured", False)])
 def test_rows_are_taught_by_those_that_match_them(
     parts: dict[str, str], folder: Path, tmp_path: Path, data: str, packing: bool
 ) -> None:

@@ -348,6 +348,11 @@ class Merged:
             self.uncertainty += float(uncertainty.sum())
             yield document, fitting(_first(rows, codec.k), codec, document.place)
 
+    def figures(self) -> dict[str, float]:
+        """Return means over the rows that `documents` has yielded, for the report."""
+        sums = {"ids": self.ids, "missing_mass": self.missing, "uncertainty": self.uncertainty}
+        return {name: value / max(self.rows, 1) for name, value in sums.items()}
+
     def row_source(self, k: int) -> RowSource:
         """Return the averaged rows as what a codec of k ids is chosen and a prior is learned for.
 
@@ -479,8 +484,6 @@ def merge(
     verified = verify_dataset(folder, progress=partial(progress, "verifying"))
     if not verified.ok:
         raise CorruptDataError(f"{folder}: what was written cannot be read back: {'; '.join(verified.problems[:3])}")
-    stats = None if manifest.header.fidelity is None else FidelityStats.from_dict(manifest.header.fidelity)
-    rows = max(merged.rows, 1)
     return MergeReport(
         output=str(folder),
         average=average,
@@ -494,13 +497,15 @@ def merge(
         resumed_documents=resumed,
         shards=len(manifest.shards),
         bytes=sum(shard.bytes for shard in manifest.shards) + (0 if codec.prior is None else len(codec.prior.data)),
-        ids=merged.ids / rows,
-        missing_mass=merged.missing / rows,
-        uncertainty=merged.uncertainty / rows,
-        kl_mean=math.nan if stats is None else stats.kl_mean,
-        kl_p99=math.nan if stats is None else stats.kl_p99,
+        **merged.figures(),
+        **_fidelity(manifest.header),
         seconds=time.perf_counter() - started,
     )
+
+
+def _fidelity(header: Header) -> dict[str, float]:
+    stats = None if header.fidelity is None else FidelityStats.from_dict(header.fidelity)
+    return {name: math.nan if stats is None else float(getattr(stats, name)) for name in ("kl_mean", "kl_p99")}
 
 
 def _first(rows: SparseLogprobs, k: int) -> SparseLogprobs:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from distillkit.cli.main import cli
 from distillkit.codec import Codec, CompactConfig, DistributionQuantizationConfig
-from distillkit.errors import ConfigError, MismatchError
+from distillkit.errors import ConfigError, InputError, MismatchError
 from distillkit.shards import Dataset, Header, ShardWriter, merge
 from distillkit.shards.merge import average_rows
 from distillkit.types import SparseLogprobs
@@ -222,6 +222,8 @@ def test_what_cannot_be_averaged_is_refused_by_name(tmp_path: Path) -> None:
             merge([one, same], tmp_path / "out", weights=weights)
     with refused(ConfigError, "1"):
         merge([one], tmp_path / "out")
+    with refused(InputError, "same"):
+        merge([one, same], same.path)
     assert not (tmp_path / "out").exists()
     wrong = CliRunner().invoke(cli, ["merge", str(one.path), str(same.path), str(tmp_path / "out"), "--weights", "2;1"])
     assert wrong.exit_code != 0

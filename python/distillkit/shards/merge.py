@@ -53,6 +53,7 @@ from distillkit.shards.convert import (
     write_documents,
 )
 from distillkit.shards.header import Header, alignment
+from distillkit.shards.manifest import read_manifest
 from distillkit.shards.plausibility import check_plausible, decoded, sampled
 from distillkit.shards.reader import Dataset
 from distillkit.shards.verify import verify_dataset
@@ -451,6 +452,8 @@ def merge(
         (3, [0.667, 0.333])
     """
     started = time.perf_counter()
+    if read_manifest(folder) is not None:  # before anything that takes long
+        raise InputError(f"{folder}: contains a finished dataset; choose another folder or remove it")
     given = [1.0] * len(sources) if weights is None else weights
     merged = Merged(sources, given, average, common=common, progress=partial(progress, "comparing"))
     wanted = sources[0].codec.config if config is None else config

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import click
 
-from distillkit.cli.common import CONFIG, LARGEST, SPLIT
+from distillkit.cli.common import CONFIG, LARGEST, SPLIT, Choice
 from distillkit.codec import Codec, CodecConfig, preset
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.codec.presets import PresetName
@@ -32,7 +32,7 @@ def output_codec(command: Command) -> Command:
 
 
 _OUTPUT_CODEC = (
-    click.option("--preset", "preset_name", type=click.Choice(get_args(PresetName)), help="Write this codec."),
+    click.option("--preset", "preset_name", type=Choice(get_args(PresetName)), help="Write this codec."),
     click.option(
         "--compression-config",
         type=click.Path(dir_okay=False),

@@ -11,6 +11,7 @@ from typing import get_args
 import click
 from rich.table import Table
 
+from distillkit.cli.common import Choice
 from distillkit.cli.convert import output_codec, wanted_codec
 from distillkit.console import human_bytes, number_of, progress_bar, show
 from distillkit.shards import Dataset, load_prior
@@ -32,7 +33,7 @@ __all__ = ["merge"]
 @click.option(
     "--in",
     "average",
-    type=click.Choice(get_args(Average)),
+    type=Choice(get_args(Average)),
     default="probabilities",
     show_default=True,
     help="What is averaged: probabilities (a mixture: likely is what is likely for any teacher), or logits (the "

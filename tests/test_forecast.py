@@ -1,4 +1,4 @@
-"""`distillkit plan` tells beforehand what a capture then takes, and refuses what does not fit."""
+"""`distillkit forecast` says beforehand what a capture then takes, and refuses what does not fit."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import yaml
 from click.testing import CliRunner, Result
 
 from distillkit.capture import CaptureSettings
-from distillkit.capture.forecast import forecast as forecasting
-from distillkit.capture.forecast.forecast import Forecast, forecast
-from distillkit.capture.forecast.totals import SAMPLED_ROWS, total
+from distillkit.capture.forecasting import forecast as forecasting
+from distillkit.capture.forecasting.forecast import Forecast, forecast_captures
+from distillkit.capture.forecasting.totals import SAMPLED_ROWS, total
 from distillkit.capture.inputs import CaptureInputs, document_reader
 from distillkit.capture.settings import DEFAULT_PRESET
-from distillkit.cli.forecast import forecast as plan_command
+from distillkit.cli.forecast import forecast as forecast_command
 from distillkit.codec import PRESETS
 from distillkit.errors import CaptureError, ConfigError, MismatchError
 from distillkit.shards import read_manifest
@@ -38,12 +38,12 @@ def settings(teacher: Path, dataset: Path, output: Path, **options: Any) -> Capt
 
 
 def planned(teacher: Path, dataset: Path, output: Path, *, seconds: float = 0, **options: Any) -> Forecast:
-    (found,) = forecast([settings(teacher, dataset, output, **options)], seconds=seconds)
+    (found,) = forecast_captures([settings(teacher, dataset, output, **options)], seconds=seconds)
     return found
 
 
 def command(*arguments: Any) -> Result:
-    return CliRunner().invoke(plan_command, [*map(str, arguments), "--no-progress"])
+    return CliRunner().invoke(forecast_command, [*map(str, arguments), "--no-progress"])
 
 
 def options(teacher: Path, dataset: Path, output: Path) -> list[Any]:
@@ -53,7 +53,7 @@ def options(teacher: Path, dataset: Path, output: Path) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """More rows than are read for a plan."""
+    """More rows than a forecast reads."""
     path = tmp_path_factory.mktemp("many") / "rows.jsonl"
     write_text(path, 6 * SAMPLED_ROWS)
     return path

@@ -132,7 +132,11 @@ def _harmless(config: RunConfig, folder: str) -> RunConfig:
     arguments = {name: value for name, value in config.training_args.items() if name not in _QUIET}
     sources = {name: getattr(config.dataset, name) for name in ("train_dataset", "eval_dataset")}
     dataset = config.dataset.model_copy(
-        update={name: streamed(source) for name, source in sources.items() if source is not None}
+        update={
+            name: [streamed(each) for each in source] if isinstance(source, list) else streamed(source)
+            for name, source in sources.items()
+            if source is not None
+        }
     )
     harmless = {"output_path": folder, "training_args": {**arguments, "report_to": "none"}, "dataset": dataset}
     return config.model_copy(update=harmless)

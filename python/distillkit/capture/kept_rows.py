@@ -9,7 +9,7 @@ Shape legend: N rows of a shard's leading documents, k ids per row, T next token
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Union
 
 import numpy as np
@@ -19,7 +19,7 @@ from distillkit.capture.shard_plan import ShardPlan, read_json, rows_name, write
 from distillkit.capture.teachers.base import RejectedDocument, ScoredDocument
 from distillkit.errors import CorruptDataError, UnsupportedVersionError
 from distillkit.shards import Header
-from distillkit.types import SparseLogprobs
+from distillkit.types import Draws, SparseLogprobs
 
 __all__ = ["BYTES_A_VALUE", "KeptRows", "ScoredOrRejected", "read_rows", "write_rows"]
 
@@ -64,6 +64,7 @@ def write_rows(plan: ShardPlan, number: int, kept: KeptRows) -> None:
         "header": kept.header.to_dict(),
         "planned": plan.shards[number].xxh3_128,
         "k": scored[0].rows.k if scored else 0,
+        "draws": None if not scored or scored[0].rows.draws is None else asdict(scored[0].rows.draws),
         "documents": [_described(result) for result in kept.results],
         "xxh3_128": xxhash.xxh3_128_hexdigest(data),
     }
@@ -111,6 +112,7 @@ def _parsed(plan: ShardPlan, number: int, content: dict[str, Any], data: bytes) 
     if found != content["xxh3_128"]:
         raise CorruptDataError(f"the hash is {found}, expected {content['xxh3_128']!r:.200}")
     documents, k = content["documents"], content["k"]
+    draws = None if content.get("draws") is None else Draws(**content["draws"])
     indices = [each["index"] for each in documents]
     if content["planned"] != plan.shards[number].xxh3_128 or sorted(indices) != [*range(plan.sample.get(number, 0))]:
         raise CorruptDataError("they are of other documents than those planned")
@@ -131,7 +133,7 @@ def _parsed(plan: ShardPlan, number: int, content: dict[str, Any], data: bytes) 
             results.append(RejectedDocument(index, str(each["rejected"])))
             continue
         part, theirs = slice(row, row + each["rows"]), slice(label, label + (each["labels"] or 0))
-        stored = SparseLogprobs(ids_Nk[part].astype(np.int64), logprobs_Nk[part].astype(np.float32))
+        stored = SparseLogprobs(ids_Nk[part].astype(np.int64), logprobs_Nk[part].astype(np.float32), draws)
         next_tokens = None if each["labels"] is None else labels_T[theirs].astype(np.float32)
         results.append(ScoredDocument(index, stored, next_tokens))
         row, label = part.stop, theirs.stop

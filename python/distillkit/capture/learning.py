@@ -1,4 +1,4 @@
-"""The prior of a capture in the compact format, which is learned before the first shard is written.
+"""The prior of a capture in the format compact or sampled, which is learned before the first shard is written.
 
 It is learned once, from rows of documents that the plan names, by whoever plans the capture; all others find it. The
 rows are kept in `.capture` (`kept_rows.py`), so that the teacher scores each document once, and a run that was killed
@@ -205,7 +205,7 @@ def _learn(inputs: CaptureInputs, plan: ShardPlan, kept: Mapping[int, KeptRows])
     sources = number_of(len(kept), "shard")
     logger.info("%s: learning the prior from %s distributions of %s", plan.folder, f"{count:,}", sources)
     together = SparseLogprobs(
-        np.concatenate([part.ids for part in rows]), np.concatenate([part.logprobs for part in rows])
+        np.concatenate([part.ids for part in rows]), np.concatenate([part.logprobs for part in rows]), rows[0].draws
     )
     clock = time.perf_counter()
     config = inputs.codec.config

@@ -17,7 +17,7 @@ from distillkit.capture.shard_plan import ShardPlan, ShardReceipt, remove_plan
 from distillkit.capture.summary import QUANTILES, ShardSummary
 from distillkit.capture.teachers.base import Teacher
 from distillkit.capture.teachers.hf import HFTeacher
-from distillkit.codec import Codec, CompactConfig
+from distillkit.codec import Codec
 from distillkit.codec.presets import published_bytes
 from distillkit.console import human_bytes
 from distillkit.errors import CaptureError
@@ -276,7 +276,7 @@ def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> No
 
 def _bytes_per_token(folder: Folder, manifest: Manifest, prior_bytes: int) -> float:
     """The codec's bytes per row; where rows differ in size, their mean with their prior, or 0 without rows."""
-    if manifest.header.codec.get("format") != CompactConfig.format:
+    if manifest.header.codec.get("format") not in ("compact", "sampled"):
         return manifest.header.make_codec().bytes_per_token
     rows = sum(shard.rows for shard in manifest.shards)
     size = sum(ShardFile(folder.of(shard.file)).teacher_bytes() for shard in manifest.shards)

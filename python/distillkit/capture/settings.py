@@ -29,7 +29,7 @@ from distillkit.capture.engine_settings import (
     engines_with,
     nest_settings,
 )
-from distillkit.codec import Codec, CodecConfig, CompactConfig, codec_config, preset
+from distillkit.codec import Codec, CodecConfig, CompactConfig, LearnedConfig, codec_config, preset
 from distillkit.codec.presets import PresetName
 from distillkit.configuration.problems import InvalidSettingsError, Problem, find_problems, refusals
 from distillkit.errors import ConfigError, MismatchError, nearest
@@ -391,7 +391,7 @@ class CaptureSettings(BaseModel):
     def prior_hash(self) -> str | None:
         """The hash of the prior that `compression_config` names, if it names one."""
         config = None if self.compression_config is None else self.read_compression_config()
-        return config.prior if isinstance(config, CompactConfig) else None
+        return config.prior if isinstance(config, LearnedConfig) else None
 
     def codec(self, head_size: int) -> Codec:
         """Make the codec for a teacher whose logits are `head_size` wide.
@@ -407,13 +407,32 @@ class CaptureSettings(BaseModel):
                 "keep_ids: rows of this codec end where probabilities are small (threshold or mass), whatever ids are "
                 "to be kept: choose a codec with a fixed k, such as compact-128, or leave keep_ids out"
             )
+        if codec.draws is not None:
+            self._check_draws()
         return codec
+
+    def _check_draws(self) -> None:
+        """Refuse settings that do not go with draws.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        if self.engine != "hf":
+            raise ConfigError(
+                f"engine: the format sampled draws from all logits of a position, of which the engine {self.engine} "
+                "only returns the most probable: use the engine hf, or another format, such as --preset compact-50"
+            )
+        if self.keep_ids:
+            raise ConfigError(
+                "keep_ids: rows of the format sampled have the ids that were drawn, and none besides: leave keep_ids "
+                "out, or choose a codec with a fixed k, such as compact-128"
+            )
 
     def _codec(self, head_size: int) -> Codec:
         if self.compression_config is None:
             return Codec(preset(self.preset or DEFAULT_PRESET, vocab_size=head_size))
         config = self.read_compression_config()
-        if isinstance(config, CompactConfig):
+        if isinstance(config, LearnedConfig):
             # The prior itself is given by `prior`.
             config = config.without_prior()
         codec = Codec(config)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from distillkit.codec.config import CodecConfig, CompactConfig, DistributionQuantizationConfig
+from distillkit.codec.config import CodecConfig, CompactConfig, DistributionQuantizationConfig, SampledConfig
 from distillkit.errors import ConfigError, nearest
 
 __all__ = [
@@ -149,7 +149,7 @@ def preset_of(config: CodecConfig) -> str | None:
     return next((name for name in same_k if _made(name, size) == plain), None)
 
 
-def expected_bytes(config: CompactConfig) -> float:
+def expected_bytes(config: CompactConfig | SampledConfig) -> float:
     """About how many bytes a row takes with a learned prior, for planning.
 
     Fitted to measurements of a 135M model over documentation (V = 49,152): k = 128 and 50 at a KL of 2e-4, k = 50 at
@@ -159,6 +159,10 @@ def expected_bytes(config: CompactConfig) -> float:
         >>> round(expected_bytes(preset("compact-50", vocab_size=49_152)))
         54
     """
+    if isinstance(config, SampledConfig):
+        # Fitted to 12 and 50 draws of the same model.
+        ids = min(float(config.k), _DISTINCT * config.draws**_DISTINCT_GROWTH)
+        return 2.0 + ids * (_DRAWN_BITS + math.log2(config.vocab_size) - 15.6) / 8
     ids = float(config.k)
     if config.threshold is not None:
         ids = min(ids, _IDS_AT_A_THOUSANDTH * (1e-3 / max(config.threshold, 1e-12)) ** 0.72)
@@ -181,6 +185,8 @@ def published_bytes(k: int, vocab_size: int) -> int:
     return int(values + -(-k * (vocab_size - 1).bit_length() // 8))
 
 
+_DISTINCT, _DISTINCT_GROWTH, _DRAWN_BITS = 1.62, 0.58, 8.5
+"""Mean number of distinct ids in n draws at temperature 1 is about a·n^b; and the bits of each with its count."""
 _IDS_AT_A_THOUSANDTH = 48
 """Mean number of ids per row whose probability is at least 1e-3."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from distillkit import __version__
-from distillkit.codec import Codec, CodecConfig, CompactConfig, Prior
+from distillkit.codec import Codec, CodecConfig, CompactConfig, Prior, SampledConfig
 from distillkit.errors import InputError, MismatchError
 from distillkit.shards.manifest import Manifest
 from distillkit.shards.plausibility import check_plausible, decoded, sampled
@@ -132,23 +132,25 @@ def target_codec(
 
     Raises:
         ConfigError: the configuration is invalid.
-        InputError: the source has fewer ids per row than a fixed format stores.
+        InputError: the source has fewer ids per row than a fixed format stores, or either has draws and the other one
+            has not the same.
         MismatchError: the vocabularies differ.
         CorruptDataError: a source document or the prior is damaged.
     """
     k = source.codec.k
+    _check_draws(source, config)
     if config.k > k and not isinstance(config, CompactConfig):
         raise InputError(
             f"{source.path}: its rows have {k} ids, but the format {config.format} with k = {config.k} stores exactly "
             f"{config.k}: choose a compact preset, or a configuration with k = {k} or less"
         )
-    if not isinstance(config, CompactConfig):
+    if not isinstance(config, (CompactConfig, SampledConfig)):
         codec = Codec(config)
     else:
         if config.k > k:
             logger.info("%s: its rows have %d ids: k is %d instead of %d", source.path, k, k, config.k)
             config = config.model_copy(update={"k": k})
-        # A compact source has learned from the teacher already.
+        # A source with a prior has learned from the teacher already.
         given = prior or _kept(folder) or source.codec.prior
         codec = _with_prior(source, config, given, prior_rows, progress)
     if codec.vocab_size != source.codec.vocab_size:
@@ -159,15 +161,47 @@ def target_codec(
     return codec
 
 
+def _check_draws(source: Dataset, config: CodecConfig) -> None:
+    """Refuse conversions between draws and distributions, or to other draws.
+
+    Raises:
+        InputError: says why.
+    """
+    theirs, draws = source.codec.draws, isinstance(config, SampledConfig)
+    if theirs is None and not draws:
+        return
+    if theirs is None:
+        raise InputError(
+            f"{source.path}: its rows have the {source.codec.k} most probable ids, but draws (format sampled) are made "
+            "from the whole distribution: capture again with the transformers engine, whose teacher has all logits"
+        )
+    own = source.codec.config
+    if not isinstance(config, SampledConfig) or not isinstance(own, SampledConfig):
+        raise InputError(
+            f"{source.path}: its rows are {theirs.number} draws from the teacher's distributions (format sampled), not "
+            f"probabilities, which the format {config.format} stores: capture the teacher again in that format"
+        )
+    ours, found = config.without_prior().model_dump(exclude={"vocab_size"}), own.without_prior().model_dump()
+    odd = [f"{key} {found[key]!r} (wanted: {ours[key]!r})" for key in ours if ours[key] != found[key]]
+    if odd:
+        raise InputError(f"{source.path}: its draws have {', '.join(odd)}: other draws need the teacher; capture again")
+
+
 def _with_prior(
-    source: Dataset, config: CompactConfig, prior: Prior | None, rows: int, progress: Callable[[int, int], None]
+    source: Dataset,
+    config: CompactConfig | SampledConfig,
+    prior: Prior | None,
+    rows: int,
+    progress: Callable[[int, int], None],
 ) -> Codec:
-    """The compact codec with a prior that is given, adapted or learned."""
+    """The codec with a prior that is given, adapted or learned."""
     wanted = config.without_prior()
-    if prior is None or prior.config != wanted:
+    if prior is None or prior.config != wanted.for_prior():
         learned_from = _sample(source, rows, progress)
         logger.info("%s: learning a prior from %s rows", source.path, f"{len(learned_from.ids):,}")
-        prior = Prior.learn(wanted, learned_from, base=prior, source=f"the prior learned from {source.path}")
+        # Lists that were learned from draws are no base for a compact prior.
+        base = prior if prior is None or isinstance(prior.config, CompactConfig) or wanted.format == "sampled" else None
+        prior = Prior.learn(wanted, learned_from, base=base, source=f"the prior learned from {source.path}")
     return Codec(wanted, prior=prior)
 
 
@@ -191,7 +225,7 @@ def _sample(source: Dataset, rows: int, progress: Callable[[int, int], None]) ->
         if done >= total:
             break
     ids, logprobs = (np.concatenate([getattr(part, name) for part in parts])[:total] for name in ("ids", "logprobs"))
-    return SparseLogprobs(ids, logprobs)
+    return SparseLogprobs(ids, logprobs, source.codec.draws)
 
 
 def _settings(source: Dataset, target: Codec, standalone: bool) -> dict[str, Any]:
@@ -227,6 +261,8 @@ def _rows(document: Document, codec: Codec, target: Codec) -> SparseLogprobs | N
 def _distributions(rows: SparseLogprobs, k: int) -> SparseLogprobs:
     """The first k ids of decoded rows. The coarser fixed formats decode some rows to probabilities that sum to more
     than 1; these are divided by their sum, as losses do."""
+    if rows.draws is not None:
+        return rows
     ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs)
     with np.errstate(over="ignore"):
         total_R1 = np.exp(logprobs.astype(np.float64)).sum(-1, keepdims=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Union
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.types import SparseLogprobs, TokenDocument
+from distillkit.types import Draws, SparseLogprobs, TokenDocument
 
 __all__ = ["RejectedDocument", "RowRequest", "ScoredDocument", "Teacher", "keep_ids", "refusal"]
 
@@ -23,12 +23,16 @@ class RowRequest:
         keep_ids: ids that every row contains whatever their rank; fewer than `k`.
         label_logprobs: also keep the log-probability of each next token, whatever its rank.
         last_row: also keep the distribution after a document's last token: L rows instead of L − 1.
+        draws: draw ids instead of keeping the most probable ones; only engines that have all logits can.
+        seed: which draws.
     """
 
     k: int
     keep_ids: tuple[int, ...] = ()
     label_logprobs: bool = False
     last_row: bool = False
+    draws: Draws | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ def refusal(document: TokenDocument, rows: SparseLogprobs) -> str | None:
 
     The codec rejects repeated ids, ids out of range and positive log-probabilities.
     """
-    bad = ~np.isfinite(rows.logprobs).all(-1)
+    # Of draws, a row has at least one id.
+    bad = ~np.isfinite(rows.logprobs if rows.draws is None else rows.logprobs[:, :1]).all(-1)
     if not bad.any():
         return None
     row = int(bad.argmax())

@@ -54,7 +54,9 @@ def counts_of(rows: SparseLogprobs, width: int) -> npt.NDArray[np.int64]:
     number = 0 if rows.draws is None else rows.draws.number
     there = np.isfinite(logprobs)
     row = np.broadcast_to(np.arange(len(ids))[:, None], ids.shape)
-    np.add.at(counts, (row[there], ids[there]), np.rint(np.exp(logprobs[there].astype(np.float64)) * number).astype(int))
+    np.add.at(
+        counts, (row[there], ids[there]), np.rint(np.exp(logprobs[there].astype(np.float64)) * number).astype(int)
+    )
     return counts
 
 
@@ -206,11 +208,11 @@ def test_damage_is_noticed(prior: Prior) -> None:
 def of_draws(logits: torch.Tensor, teacher: npt.NDArray[np.float32], temperature: float, seeds: int) -> torch.Tensor:
     """(seeds, V) gradients of kl at a student's logits, for draws of a teacher's distribution by each seed."""
     numbers = np.concatenate([uniforms([1, 2], 1, NUMBER, seed=seed) for seed in range(seeds)])
-    rows = draws_from_logits(
-        torch.from_numpy(teacher).expand(seeds, -1).contiguous(), numbers, temperature=temperature
-    )
+    rows = draws_from_logits(torch.from_numpy(teacher).expand(seeds, -1).contiguous(), numbers, temperature=temperature)
     leaf = logits.expand(seeds, -1).clone().requires_grad_()
-    loss("kl", missing_probability_handling="uniform")(Positions(leaf, Targets(torch.zeros(seeds).long(), rows))).backward()
+    loss("kl", missing_probability_handling="uniform")(
+        Positions(leaf, Targets(torch.zeros(seeds).long(), rows))
+    ).backward()
     assert leaf.grad is not None
     return leaf.grad
 
@@ -305,7 +307,9 @@ def test_a_capture_draws_from_the_teacher(teacher: Path, text: Path, captured: P
     seeded = {"sampled": {**SAMPLED["sampled"], "seed": 4}}
     run_capture(teacher, text, tmp_path / "seeded", **{**options, "compression_config": seeded}, samples=5)  # type: ignore[arg-type]
     third = Dataset.open(tmp_path / "seeded")
-    assert (third.codec.decode_document(third[0].teacher, third[0].num_rows).ids != pairs[0][0].ids).any(-1).mean() > 0.9
+    assert (third.codec.decode_document(third[0].teacher, third[0].num_rows).ids != pairs[0][0].ids).any(
+        -1
+    ).mean() > 0.9
 
 
 def test_captures_that_cannot_draw_are_refused(teacher: Path, text: Path, tmp_path: Path) -> None:
@@ -327,7 +331,10 @@ def test_datasets_of_draws_are_not_converted_to_others(captured: Path, tmp_path:
     fresh = Codec(own.without_prior())
     convert(source, tmp_path / "builtin", codec=fresh)
     for ours, theirs in zip(Dataset.open(tmp_path / "builtin"), source, strict=True):
-        found, original = fresh.decode_document(ours.teacher, ours.num_rows), source.codec.decode_document(theirs.teacher, theirs.num_rows)
+        found, original = (
+            fresh.decode_document(ours.teacher, ours.num_rows),
+            source.codec.decode_document(theirs.teacher, theirs.num_rows),
+        )
         assert (found.ids == original.ids).all()
         assert (found.logprobs == original.logprobs).all()
     exact = Dataset.open(_exact(tmp_path / "exact"))

@@ -1,4 +1,5 @@
-"""Decoders of the formats compact and sampled, from FORMAT.md §4 and §5 alone: slow, and trusting that its bytes are valid."""
+"""Decoders of the formats compact and sampled, from FORMAT.md §4 and §5 alone: slow, and trusting that the bytes are
+valid."""
 
 from __future__ import annotations
 
@@ -115,7 +116,6 @@ class _Bytes:
                 following += 1
             self.take(-(-bits.read // 8))
         return entries
-
 
     def clusters(self, vocab: int) -> list[tuple[int, int, list[int]]]:
         """Of each cluster its two classes, and all ids by position."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.codec import CodecConfig, CompactConfig, DistributionQuantizationConfig
+from distillkit.codec import CodecConfig, DistributionQuantizationConfig
 from distillkit.errors import InputError
 from distillkit.shards import Dataset
 

@@ -319,9 +319,7 @@ def _given_prior(settings: CaptureSettings, codec: Codec, tokenizer: Any) -> Pri
         raise MismatchError(f"prior: the hash of {name} is {prior.hash}, but compression_config names {named}")
     config = codec.config.for_prior()
     ours, theirs = ({"format": each.format, **each.model_dump()} for each in (config, prior.config))
-    different = [
-        f"{key} {theirs.get(key)!r} (here: {ours[key]!r})" for key in ours if ours[key] != theirs.get(key)
-    ]
+    different = [f"{key} {theirs.get(key)!r} (here: {ours[key]!r})" for key in ours if ours[key] != theirs.get(key)]
     if different:
         raise MismatchError(
             f"prior: {name} was learned for {', '.join(different)}: choose the codec that it was learned for, or leave "

@@ -290,6 +290,10 @@ def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int,
     capture = manifest.capture or {}
     summary = ShardSummary.from_dict(capture["summary"]) if "summary" in capture else ShardSummary()
     prior_bytes = 0 if header.prior is None else folder.size(PRIOR) or 0
+    k = header.codec["config"].get("k")
+    if k is None:
+        # Draws are stored as they are, and no published layout has any.
+        fidelity = {}
     return CaptureReport(
         output=str(folder),
         documents=sum(shard.documents for shard in shards),
@@ -299,7 +303,7 @@ def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int,
         unfinished_shards=unfinished,
         bytes_per_token=_bytes_per_token(folder, manifest, prior_bytes),
         prior_bytes=prior_bytes,
-        published_bytes_per_token=published_bytes(header.codec["config"]["k"], header.head_size),
+        published_bytes_per_token=None if k is None else published_bytes(k, header.head_size),
         disk_bytes=sum(shard.bytes for shard in shards) + prior_bytes,
         kl_mean=fidelity.get("kl_mean"),
         kl_p99=fidelity.get("kl_p99"),

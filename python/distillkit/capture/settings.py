@@ -114,24 +114,26 @@ class CaptureSettings(BaseModel):
     output: Text = Field(min_length=1, description="Folder or storage URL for the captured dataset.")
     preset: PresetName | None = Field(
         default=None,
-        description="Codec configuration by name; recommended if no codec is chosen. compact is a layout of earlier "
+        description="Codec configuration by name; recommended if no codec is chosen. sampled-50 draws ids instead of "
+        "keeping the most probable ones, which needs the engine hf. compact is a layout of earlier "
         "releases, to resume their captures; compact-50 replaces it.",
     )
     compression_config: CodecSource = Field(
         default=None,
-        description="Codec configuration from a YAML file, such as the compression_config.yaml of a published dataset.",
+        description="Codec configuration from a YAML file, such as the compression_config.yaml of a published dataset, "
+        "or one with the number of draws under `sampled`.",
     )
     prior: Text | None = Field(
         default=None,
-        description="Of the compact format: the prior of another capture of the same teacher, as its prior.bin, its "
-        "folder or one of its shards. By default it is learned from this capture's own text.",
+        description="Of a preset compact-… or sampled-…: the prior of another capture of the same teacher, as its "
+        "prior.bin, its folder or one of its shards. By default it is learned from this capture's own text.",
     )
     prior_rows: int = Field(
         default=131_072,
         ge=0,
-        description="Of the compact format: from about how many distributions the prior is learned, evenly spread over "
-        "the text. They are scored first and kept on disk, 8 bytes per id, until their shards are complete; 0 learns "
-        "none, and takes the built-in one.",
+        description="Of a preset compact-… or sampled-…: from about how many distributions the prior is learned, "
+        "evenly spread over the text. They are scored first and kept on disk, 8 bytes per id, until their shards are "
+        "complete; 0 learns none, and takes the built-in one.",
     )
     dataset_configuration: str | None = Field(default=None, description="Configuration of a hub dataset.")
     split: str = Field(
@@ -408,10 +410,10 @@ class CaptureSettings(BaseModel):
                 "to be kept: choose a codec with a fixed k, such as compact-128, or leave keep_ids out"
             )
         if codec.draws is not None:
-            self._check_draws()
+            self.check_draws()
         return codec
 
-    def _check_draws(self) -> None:
+    def check_draws(self) -> None:
         """Refuse settings that do not go with draws.
 
         Raises:

@@ -136,7 +136,7 @@ class Codec:
     @property
     def varies(self) -> bool:
         """Whether rows may have fewer than k ids."""
-        return isinstance(self.config, SampledConfig) or isinstance(self.config, CompactConfig) and self.config.adaptive
+        return self.draws is not None or (isinstance(self.config, CompactConfig) and self.config.adaptive)
 
     @property
     def fixed_config(self) -> FixedConfig:

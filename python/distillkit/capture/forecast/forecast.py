@@ -308,6 +308,8 @@ def compared_codecs(inputs: CaptureInputs) -> tuple[dict[str, CodecConfig], dict
         try:
             config = make()
             settings.token_ids(inputs.tokenizer, config.k)
+            if isinstance(config, SampledConfig):
+                settings.check_draws()
         except ConfigError as error:
             left_out[other] = str(error)
             continue
@@ -349,11 +351,13 @@ def _with_figures(
     """Add the fidelity measured on some distributions to a codec; also return the seconds that encoding them took."""
     if not scored:
         return codec, 0.0
-    if scored[0].k < config.k:
+    if scored[0].draws is None and scored[0].k < config.k:
         return replace(codec, note=f"this engine was started for {scored[0].k} ids per row"), 0.0
     drawn = scored[0].draws
     if drawn != Codec(config).draws:
-        return replace(codec, note="not measured, as this run draws from the teacher"), 0.0
+        kinds = ("most probable ids", "draws")
+        found, needed = kinds if drawn is None else reversed(kinds)
+        return replace(codec, note=f"not measured: this run has the teacher's {found}, not {needed}"), 0.0
     # Of the compact format, the built-in prior tells how faithful values are, though not how many bytes they take.
     encoder, mass, took = Codec(config), 0.0, 0.0
     stats = []

@@ -99,8 +99,9 @@ impl<'a> Frame<'a> {
             }
             return Ok(Self { builtin, rows, head: rest, lanes: Vec::new(), bytes: data.len() });
         }
-        let lengths =
-            (0..kind.lanes(rows)).map(|_| take_varint(&mut rest, data)).collect::<Result<Vec<_>>>()?;
+        let lengths = (0..kind.lanes(rows))
+            .map(|_| take_varint(&mut rest, data))
+            .collect::<Result<Vec<_>>>()?;
         let bytes = data.len() - rest.len();
         let total = lengths.iter().fold(bytes, |sum, &length| sum.saturating_add(length));
         if total > data.len() {

@@ -5,7 +5,7 @@
 use super::clusters::Clusters;
 use super::tables::{Counts, Shared};
 use super::{
-    COARSENESS, CLUSTERS, GAP_CLASSES, GAP_TABLES, OTHER_TABLES, Sample, Samples, SHAPE_CLASSES,
+    CLUSTERS, COARSENESS, GAP_CLASSES, GAP_TABLES, OTHER_TABLES, SHAPE_CLASSES, Sample, Samples,
     by_frequency, divided, gaps, listed, quantiles, spread,
 };
 use crate::compact::builtin::builtin;
@@ -269,10 +269,7 @@ fn recounted(prior: &SampledPrior, stored: &[Draws]) -> SampledPrior {
     let cluster = put(cluster.share(1))[0];
     let classes = count.share(SHAPE_CLASSES.max(OTHER_TABLES));
     let mut clusters = prior.clusters.clone();
-    clusters
-        .iter_mut()
-        .zip(&classes.map)
-        .for_each(|(own, &class)| own.shape_class = class as u8);
+    clusters.iter_mut().zip(&classes.map).for_each(|(own, &class)| own.shape_class = class as u8);
     let every = (0..classes.tables.len() as u16).collect();
     let contexts = SampledContexts {
         cluster,
@@ -289,7 +286,14 @@ const EXCESS_TABLES: usize = 64;
 /// The ids of rows of any kind, in the order of their probability: what rows are about.
 #[expect(dead_code, reason = "experiment")]
 fn wide(ids: &[i64], width: usize, order: &[u32]) -> Result<Sample> {
-    let config = CompactConfig { vocab_size: order.len() as u32, k: width, threshold: None, mass: None, step: 0.01, prior: None };
+    let config = CompactConfig {
+        vocab_size: order.len() as u32,
+        k: width,
+        threshold: None,
+        mass: None,
+        step: 0.01,
+        prior: None,
+    };
     let logprobs = vec![-(width as f32).ln(); ids.len()];
     let rows = super::Rows { ids, logprobs: &logprobs, width };
     let _ = builtin(&config);

@@ -64,7 +64,10 @@ impl SampledConfig {
             return config_error("draws", format!("found {draws}, expected 1 … {MAX_DRAWS}"));
         }
         if !(0.01..=100.0).contains(temperature) {
-            return config_error("temperature", format!("found {temperature}, expected 0.01 … 100"));
+            return config_error(
+                "temperature",
+                format!("found {temperature}, expected 0.01 … 100"),
+            );
         }
         if *seed >= SEEDS {
             return config_error("seed", format!("found {seed}, expected less than {SEEDS}"));

@@ -127,8 +127,7 @@ impl Model {
         let mut previous = 0;
         for left in (1..=ids).rev() {
             let context = bucket(previous) * self.sizes.left + bucket(left);
-            let position =
-                previous + stream.number(&self.entries, contexts[context], &GAP_BASES);
+            let position = previous + stream.number(&self.entries, contexts[context], &GAP_BASES);
             if position >= self.vocab {
                 return corrupt("an id beyond the vocabulary");
             }
@@ -351,7 +350,8 @@ pub(super) fn steps(prior: &SampledPrior, row: &Draws, out: &mut Vec<Step>) {
     let contexts = &prior.contexts;
     let sizes = prior.dimensions();
     let start = |table: u16| u32::from(table) * SLOTS as u32;
-    let other = |table: u16, number| Step::Number { table: start(table), number, kind: Kind::Other };
+    let other =
+        |table: u16, number| Step::Number { table: start(table), number, kind: Kind::Other };
     let count = row.positions.len() as u32;
     out.push(other(contexts.cluster, row.cluster as u32));
     out.push(other(contexts.count[shape], count - 1));

@@ -118,10 +118,10 @@ class CaptureInputs:
         """Number of ids per row that the prior of a codec with so many is learned from.
 
         Rows are told apart by their first ids, whatever number of them is stored: with 128, `compact-50` takes 1% fewer
-        bytes than with 50. Other engines are started for as many ids as are stored, and draws are learned from as they
-        are.
+        bytes than with 50. (`sampled-50`, too, whose rows are kept with these ids besides their draws.) Other engines
+        are started for as many ids as are stored.
         """
-        if self.settings.engine != "hf" or self.settings.keep_ids or self.codec.draws is not None:
+        if self.settings.engine != "hf" or self.settings.keep_ids:
             return k
         return max(k, min(_SAMPLE_K, self.head_size))
 

@@ -149,7 +149,7 @@ def score_sample(
         OSError: the rows cannot be written.
     """
     documents, times = plan.read(number)[: plan.sample[number]], StageTimes()
-    request = replace(request, k=plan.sample_k)
+    request = replace(request, k=plan.sample_k, likely=0 if request.draws is None else plan.sample_k)
     codec, found = header.make_codec(), dict[int, ScoredOrRejected]()
     clock = time.perf_counter()
     for result in teacher.score(documents, request):
@@ -195,7 +195,9 @@ def _learn(inputs: CaptureInputs, plan: ShardPlan, kept: Mapping[int, KeptRows])
     with explaining_mismatch(plan.folder):
         for header in headers.values():
             first.check_same(header, where=str(plan.inside))
-    rows = [result.rows for each in kept.values() for result in each.results if isinstance(result, ScoredDocument)]
+    scored = [result for each in kept.values() for result in each.results if isinstance(result, ScoredDocument)]
+    rows = [result.rows for result in scored]
+    likely = [result.likely for result in scored if result.likely is not None]
     count = sum(len(part.ids) for part in rows)
     if not count:
         raise CaptureError(
@@ -209,7 +211,12 @@ def _learn(inputs: CaptureInputs, plan: ShardPlan, kept: Mapping[int, KeptRows])
     )
     clock = time.perf_counter()
     config = inputs.codec.config
-    prior = Prior.learn(config, together, source=f"the prior learned for {plan.folder}")
+    prior = Prior.learn(
+        config,
+        together,
+        likely=np.concatenate(likely) if likely else None,
+        source=f"the prior learned for {plan.folder}",
+    )
     logger.info(
         "%s: learned the prior in %s: %s, once per dataset",
         plan.folder.of(PRIOR),

@@ -99,7 +99,7 @@ COMPACT_PRESETS: dict[str, dict[str, Any]] = {
 """Those of the compact format: field values by name, except `vocab_size` and `prior`."""
 
 SAMPLED_PRESETS: dict[str, dict[str, Any]] = {
-    # About 19 bytes for 16 ids. The gradient is that of the whole distribution on average, with a variance of 1/50.
+    # 17.5 bytes for 16 ids. The gradient is that of the whole distribution on average, with a variance of 1/50.
     "sampled-50": {"draws": 50},
 }
 """Those of the format sampled: field values by name, except `vocab_size` and `prior`."""
@@ -173,7 +173,7 @@ def expected_bytes(config: CompactConfig | SampledConfig) -> float:
     if isinstance(config, SampledConfig):
         # Fitted to 12 and 50 draws of the same model.
         ids = min(float(config.k), _DISTINCT * config.draws**_DISTINCT_GROWTH)
-        return 2.0 + ids * (_DRAWN_BITS + math.log2(config.vocab_size) - 15.6) / 8
+        return 1.4 + ids * (_DRAWN_BITS + math.log2(config.vocab_size / 49_152) / 2) / 8
     ids = float(config.k)
     if config.threshold is not None:
         ids = min(ids, _IDS_AT_A_THOUSANDTH * (1e-3 / max(config.threshold, 1e-12)) ** 0.72)
@@ -196,8 +196,8 @@ def published_bytes(k: int, vocab_size: int) -> int:
     return int(values + -(-k * (vocab_size - 1).bit_length() // 8))
 
 
-_DISTINCT, _DISTINCT_GROWTH, _DRAWN_BITS = 1.62, 0.58, 8.5
-"""Mean number of distinct ids in n draws at temperature 1 is about a·n^b; and the bits of each with its count."""
+_DISTINCT, _DISTINCT_GROWTH, _DRAWN_BITS = 1.02, 0.703, 8.0
+"""The mean number of distinct ids in n draws at temperature 1 is about a·n^b; and the bits of each with its count."""
 _IDS_AT_A_THOUSANDTH = 48
 """Mean number of ids per row whose probability is at least 1e-3."""
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from distillkit import _native
@@ -80,6 +81,7 @@ class Prior:
         rows: SparseLogprobs,
         *,
         base: Prior | None = None,
+        likely: npt.NDArray[np.int64] | None = None,
         source: str = "a prior learned from rows",
     ) -> Prior:
         """Learns a prior from rows of a teacher. The same rows give the same bytes on every machine.
@@ -92,6 +94,8 @@ class Prior:
             base: another prior of the same vocabulary, of either format. Its lists of likely ids are kept, and only the
                 tables of codes are learned anew, for another k, threshold, step or number of draws. A compact prior
                 cannot have one of the format sampled as its base.
+            likely: for the format sampled, (N, any number) the most probable ids of each row, if they are known: which
+                rows are alike shows better in them than in draws.
             source: where the rows come from, for messages.
 
         Raises:
@@ -104,11 +108,10 @@ class Prior:
             raise ConfigError(
                 f"only the formats compact and sampled have a prior; the configuration is for {parsed.format}"
             )
-        learn = _native.learn_prior if isinstance(parsed, CompactConfig) else _native.learn_sampled_prior
-        data = learn(
-            parsed.without_prior().model_dump_json(),
-            np.ascontiguousarray(rows.ids, dtype=np.int64),
-            np.ascontiguousarray(rows.logprobs, dtype=np.float32),
-            None if base is None else base.data,
-        )
-        return Prior(data, source)
+        config_json, known = parsed.without_prior().model_dump_json(), None if base is None else base.data
+        ids = np.ascontiguousarray(rows.ids, dtype=np.int64)
+        logprobs = np.ascontiguousarray(rows.logprobs, dtype=np.float32)
+        if isinstance(parsed, CompactConfig):
+            return Prior(_native.learn_prior(config_json, ids, logprobs, known), source)
+        wide = None if likely is None else np.ascontiguousarray(likely, dtype=np.int64)
+        return Prior(_native.learn_sampled_prior(config_json, ids, logprobs, wide, known), source)

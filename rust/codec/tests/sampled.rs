@@ -53,7 +53,8 @@ fn draws_come_back() {
     {
         let config = config(vocab, draws);
         let (ids, logprobs) = rows(&config, count, 3);
-        let prior = learn_sampled(&config, &ids, &logprobs, config.k(), None).expect("learned");
+        let prior =
+            learn_sampled(&config, &ids, &logprobs, config.k(), None, None).expect("learned");
         assert_eq!(SampledPrior::from_bytes(&prior.to_bytes()).expect("valid"), prior);
         let others = rows(&config, count, 4);
         for codec in [codec(&config, None), codec(&config, Some(&prior))] {
@@ -81,7 +82,7 @@ fn a_prior_saves_bytes_and_takes_over_lists_of_either_format() {
     let config = config(2000, 20);
     let k = config.k();
     let (ids, logprobs) = rows(&config, 3000, 1);
-    let own = learn_sampled(&config, &ids, &logprobs, k, None).expect("learned");
+    let own = learn_sampled(&config, &ids, &logprobs, k, None, None).expect("learned");
     let compact = r#"{"vocab_size": 2000, "k": 8, "step": 0.01}"#;
     let compact = CompactConfig::from_json(compact).expect("valid");
     // Any rows of the same ids do for the lists.
@@ -101,7 +102,7 @@ fn a_prior_saves_bytes_and_takes_over_lists_of_either_format() {
     };
     let builtin = size(None);
     for base in [base, own.to_bytes()] {
-        let taken = learn_sampled(&config, &ids, &logprobs, k, Some(&base)).expect("learned");
+        let taken = learn_sampled(&config, &ids, &logprobs, k, None, Some(&base)).expect("learned");
         let (size, own) = (size(Some(&taken)), size(Some(&own)));
         assert!(size < builtin && own < builtin && size * 10 < own * 13, "{size} {own} {builtin}");
     }
@@ -129,7 +130,7 @@ impl<I: Iterator<Item = i64>> TakeNew for I {
 fn damaged_documents_and_priors_are_refused_or_sound() {
     let config = config(300, 12);
     let (ids, logprobs) = rows(&config, 200, 5);
-    let prior = learn_sampled(&config, &ids, &logprobs, config.k(), None).expect("learned");
+    let prior = learn_sampled(&config, &ids, &logprobs, config.k(), None, None).expect("learned");
     let codec = codec(&config, Some(&prior));
     let (ids, logprobs) = rows(&config, 7, 6);
     let data = codec.encode_document(&ids, &logprobs, config.k()).expect("draws");

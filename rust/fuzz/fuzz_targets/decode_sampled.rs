@@ -19,7 +19,7 @@ static CODECS: LazyLock<[Sampled; 2]> = LazyLock::new(|| {
         (0..200 * 11).map(|i| (i / 11 % 5 * 40 + i % 11 * (i / 11 % 7 + 1)) % 3000).collect();
     let share = |i| if i % 11 == 0 { 2.0f32 / 12.0 } else { 1.0 / 12.0 };
     let logprobs: Vec<f32> = (0..200 * 11).map(|i| share(i).ln()).collect();
-    let prior = learn_sampled(&config, &ids, &logprobs, 11, None).expect("learns").to_bytes();
+    let prior = learn_sampled(&config, &ids, &logprobs, 11, None, None).expect("learns").to_bytes();
     let learned = Sampled::new(config.clone(), Some(&prior)).expect("valid");
     [Sampled::new(config, None).expect("valid"), learned]
 });

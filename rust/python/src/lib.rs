@@ -501,20 +501,25 @@ fn sampled_prior_config(py: Python<'_>, prior: &[u8]) -> PyResult<String> {
 }
 
 /// Learns the prior of a configuration of the sampled format from rows, ids and logprobs (rows,
-/// any number); with another prior as `base`, its clusters are taken over.
+/// any number) and, if they are known, the most probable ids of each, `likely` (rows, any number);
+/// with another prior as `base`, its clusters are taken over.
 #[pyfunction]
 fn learn_sampled_prior<'py>(
     py: Python<'py>,
     config_json: &str,
     ids: Bound<'_, PyArray2<i64>>,
     logprobs: Bound<'_, PyArray2<f32>>,
+    likely: Option<Bound<'_, PyArray2<i64>>>,
     base: Option<&[u8]>,
 ) -> PyResult<Bound<'py, PyBytes>> {
     let config = SampledConfig::from_json(config_json).map_err(raise)?;
     let width = ids.shape()[1];
     let (ids, logprobs) = same_shape(&ids, &logprobs)?;
     let (ids, logprobs) = (ids.slice()?, logprobs.slice()?);
-    let learn = || core::compact::learn_sampled(&config, ids, logprobs, width, base);
+    let likely_width = likely.as_ref().map(|likely| likely.shape()[1]);
+    let likely = likely.as_ref().map(|likely| Input::new("likely", likely)).transpose()?;
+    let likely = likely.as_ref().map(Input::slice).transpose()?.zip(likely_width);
+    let learn = || core::compact::learn_sampled(&config, ids, logprobs, width, likely, base);
     let prior = detached(py, || Ok(learn()?.to_bytes()))?;
     Ok(PyBytes::new(py, &prior))
 }

@@ -25,6 +25,7 @@ class RowRequest:
         last_row: also keep the distribution after a document's last token: L rows instead of L − 1.
         draws: draw ids instead of keeping the most probable ones; only engines that have all logits can.
         seed: which draws.
+        likely: with draws, also keep so many of the most probable ids, to learn from.
     """
 
     k: int
@@ -33,6 +34,7 @@ class RowRequest:
     last_row: bool = False
     draws: Draws | None = None
     seed: int = 0
+    likely: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,13 @@ class ScoredDocument:
         index: index of the document.
         rows: numpy (L − 1, k), or (L, k) with the last row: row t is the distribution after tokens 0…t.
         label_logprobs: (L − 1,) float32, log-probability of token t + 1 after tokens 0…t; None unless requested.
+        likely: (rows, n) int64, the most probable ids of each row; None unless requested.
     """
 
     index: int
     rows: SparseLogprobs
     label_logprobs: npt.NDArray[np.float32] | None = None
+    likely: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)

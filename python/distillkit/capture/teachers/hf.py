@@ -182,14 +182,17 @@ class HFTeacher:
             self._slice(hidden_NH[start:stop], labels_N[start:stop], numbers_ND[start:stop], weights, request)
             for start, stop in _slices(hidden_NH.shape[0], self._head_rows)
         ]
-        ids, logprobs, label_logprobs = (np.concatenate(parts) for parts in zip(*slices, strict=True))
+        ids, logprobs, label_logprobs, likely = (np.concatenate(parts) for parts in zip(*slices, strict=True))
         scored: list[ScoredDocument | RejectedDocument] = []
         for index, (document, stop) in enumerate(zip(documents, np.cumsum(counts).tolist(), strict=True)):
             start = stop - counts[index]
             rows = SparseLogprobs(ids[start:stop], logprobs[start:stop], request.draws)
             labels = label_logprobs[start : start + len(document.input_ids) - 1] if request.label_logprobs else None
             reason = refusal(document, rows)
-            scored.append(ScoredDocument(index, rows, labels) if reason is None else RejectedDocument(index, reason))
+            most = likely[start:stop] if request.likely else None
+            scored.append(
+                ScoredDocument(index, rows, labels, most) if reason is None else RejectedDocument(index, reason)
+            )
         return scored
 
     def _hidden(self, documents: Sequence[TokenDocument], counts: Sequence[int]) -> torch.Tensor:
@@ -221,12 +224,13 @@ class HFTeacher:
         numbers_nD: npt.NDArray[np.float64],
         weights: tuple[torch.Tensor, torch.Tensor | None],
         request: RowRequest,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Apply the head to some positions: ids (n, k), log-probs (n, k) and log-probs of the labels (n,), as numpy.
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Apply the head to some positions: ids (n, k), log-probs (n, k), log-probs of the labels (n,), and with draws
+        the most probable ids (n, any number), as numpy.
 
         Log-probs are NaN at positions with NaN or +∞ logits, or fewer than k finite ones; of draws, one is enough.
         """
-        needed = request.k if request.draws is None else 1
+        needed = request.k if request.draws is None else max(1, request.likely)
         logits_nV = self._head(hidden_nH, weights, float32_product=self._float32_head)
         finite_nV = torch.isfinite(logits_nV)
         bad_n = (torch.isnan(logits_nV) | torch.isposinf(logits_nV)).any(-1) | (finite_nV.sum(-1) < needed)
@@ -242,6 +246,7 @@ class HFTeacher:
             )
             return values
 
+        likely = ids_nk.cpu().numpy()
         if request.draws is not None:
             drawn = draws_from_logits(logits_nV, numbers_nD, temperature=request.draws.temperature)
             ids_nk, logprobs_nk = drawn.tensors()
@@ -252,7 +257,7 @@ class HFTeacher:
         bad = bad_n.cpu().numpy()
         logprobs = np.where(bad[:, None], np.float32(np.nan), sparse.logprobs)
         label_logprobs = np.where(bad, np.float32(np.nan), np.minimum(logprobs_of(labels_n[:, None])[:, 0], 0))
-        return np.asarray(sparse.ids), logprobs, label_logprobs
+        return np.asarray(sparse.ids), logprobs, label_logprobs, likely
 
 
 def _labels(document: TokenDocument, request: RowRequest) -> npt.NDArray[np.int64]:

@@ -8,8 +8,7 @@ use super::{
     CLUSTERS, COARSENESS, GAP_CLASSES, GAP_TABLES, OTHER_TABLES, SHAPE_CLASSES, Sample, Samples,
     by_frequency, divided, gaps, listed, quantiles, spread,
 };
-use crate::compact::builtin::builtin;
-use crate::compact::config::{CompactConfig, MAX_COSTS};
+use crate::compact::config::MAX_COSTS;
 use crate::compact::numbers::{Kind, bucket};
 use crate::compact::prior::Dimensions;
 use crate::compact::sampled::{
@@ -34,6 +33,9 @@ struct Rows<'a> {
 /// `base` is a prior, in bytes, of either format and for the same vocabulary, whose clusters are
 /// taken over; only the code tables are then learned.
 ///
+/// `likely` are, if they are known, the most probable ids of each row's distribution, so many a row:
+/// they tell better than draws which rows are alike. Without them, draws have to do.
+///
 /// Rows of a document are expected one after the other. The result depends on nothing else, neither
 /// on the machine nor on threads.
 ///
@@ -45,6 +47,7 @@ pub fn learn_sampled(
     ids: &[i64],
     logprobs: &[f32],
     width: usize,
+    likely: Option<(&[i64], usize)>,
     base: Option<&[u8]>,
 ) -> Result<SampledPrior> {
     config.validate()?;
@@ -68,11 +71,12 @@ pub fn learn_sampled(
         return with_tables(recounted(&prior, &stored), rows, &which);
     }
     let sample = sample(&prior.config, rows)?;
-    let samples = Samples { own: &sample, wide: &sample };
+    let likely = likely.map(|(ids, width)| alike(&sample, ids, width)).transpose()?;
+    let samples = Samples { own: &sample, wide: likely.as_ref().unwrap_or(&sample) };
     let (fit, kept) = divided(sample.rows());
     let most = CLUSTERS.min(MAX_COSTS / config.vocab_size as usize);
-    let clusters = Clusters::find(&sample, &fit, most)?;
-    let coarse = Clusters::find(&sample, &fit, clusters.count().div_ceil(COARSENESS))?;
+    let clusters = Clusters::find(samples.wide, &fit, most)?;
+    let coarse = Clusters::find(samples.wide, &fit, clusters.count().div_ceil(COARSENESS))?;
     prior.order.clone_from(&sample.order);
     prior.clusters = clusters.lists(&samples, &coarse, &fit).into_iter().map(listed).collect();
     let kept = spread(kept);
@@ -138,6 +142,29 @@ fn sample(config: &SampledConfig, rows: Rows) -> Result<Sample> {
     order.iter().zip(0..).for_each(|(&id, rank)| ranks[id as usize] = rank);
     ids.iter_mut().for_each(|id| *id = ranks[*id as usize]);
     Ok(Sample { order, ranks: ids, starts })
+}
+
+/// The most probable ids of the same rows, by the same ranks.
+fn alike(sample: &Sample, ids: &[i64], width: usize) -> Result<Sample> {
+    if width == 0 || ids.len() != sample.rows() * width {
+        return Err(CodecError::Input(format!(
+            "found {} most probable ids, expected {width} for each of {} rows",
+            ids.len(),
+            sample.rows()
+        )));
+    }
+    let mut places = vec![0; sample.order.len()];
+    sample.order.iter().zip(0..).for_each(|(&id, rank)| places[id as usize] = rank);
+    let rank = |(place, id): (usize, &i64)| {
+        let known = usize::try_from(*id).ok().and_then(|id| places.get(id).copied());
+        let vocab = places.len();
+        known.ok_or_else(|| {
+            CodecError::Input(format!("id {id} of a vocabulary of {vocab}")).at_row(place / width)
+        })
+    };
+    let ranks = ids.iter().enumerate().map(rank).collect::<Result<Vec<u32>>>()?;
+    let starts = (0..=sample.rows()).map(|row| row * width).collect();
+    Ok(Sample { order: sample.order.clone(), ranks, starts })
 }
 
 /// Rows in the clusters that were found for them.
@@ -282,20 +309,3 @@ fn recounted(prior: &SampledPrior, stored: &[Draws]) -> SampledPrior {
 
 /// Most tables for counts.
 const EXCESS_TABLES: usize = 64;
-
-/// The ids of rows of any kind, in the order of their probability: what rows are about.
-#[expect(dead_code, reason = "experiment")]
-fn wide(ids: &[i64], width: usize, order: &[u32]) -> Result<Sample> {
-    let config = CompactConfig {
-        vocab_size: order.len() as u32,
-        k: width,
-        threshold: None,
-        mass: None,
-        step: 0.01,
-        prior: None,
-    };
-    let logprobs = vec![-(width as f32).ln(); ids.len()];
-    let rows = super::Rows { ids, logprobs: &logprobs, width };
-    let _ = builtin(&config);
-    Sample::read(&config, rows, Some(order))
-}

@@ -29,8 +29,8 @@ from distillkit.capture.engine_settings import (
     engines_with,
     nest_settings,
 )
-from distillkit.codec import Codec, CodecConfig, CompactConfig, LearnedConfig, codec_config, preset
-from distillkit.codec.presets import PresetName
+from distillkit.codec import Codec, CodecConfig, CompactConfig, LearnedConfig, SampledConfig, codec_config, preset
+from distillkit.codec.presets import SAMPLED_PRESETS, PresetName
 from distillkit.configuration.problems import InvalidSettingsError, Problem, find_problems, refusals
 from distillkit.errors import ConfigError, MismatchError, nearest
 
@@ -412,6 +412,17 @@ class CaptureSettings(BaseModel):
         if codec.draws is not None:
             self.check_draws()
         return codec
+
+    @property
+    def draws(self) -> bool:
+        """Whether the codec stores draws.
+
+        Raises:
+            ConfigError: as for `read_compression_config`.
+        """
+        if self.compression_config is None:
+            return self.preset in SAMPLED_PRESETS
+        return isinstance(self.read_compression_config(), SampledConfig)
 
     def check_draws(self) -> None:
         """Refuse settings that do not go with draws.

@@ -5,6 +5,7 @@
 //! position alone ([`uniforms`]): whatever else is computed beside it, the same logits give the
 //! same draws.
 
+use crate::compact::log_share;
 use crate::error::{CodecError, Result};
 use crate::simd::lanes::{LANES, LEAST_EXPONENT, exp, larger};
 use crate::simd::{Backend, multiversion};
@@ -46,17 +47,11 @@ const fn split_mix(state: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The log-probability that stands for a count of draws: that of its share.
-#[must_use]
-pub fn log_share(count: u32, draws: u32) -> f32 {
-    libm::log(f64::from(count) / f64::from(draws)) as f32
-}
-
 /// Draws from softmax(logits / temperature), rows of `width`, with the uniform numbers of each row,
 /// ascending, as many as draws.
 ///
 /// Fills `ids` and `logprobs` with k places a row, the lesser of draws and width: the ids that were
-/// drawn and the logarithms of their shares ([`log_share`]), by falling count, ids of a count
+/// drawn and the logarithms of their shares ([`log_share`](crate::compact::log_share)), by falling count, ids of a count
 /// ascending; then the first id with −∞.
 ///
 /// Fails with [`CodecError::Input`] on sizes that do not fit, and, naming the row, on NaN, +∞, and

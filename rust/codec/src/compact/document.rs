@@ -20,14 +20,14 @@ pub fn checksum(rest: &[u8]) -> u32 {
 
 /// What a document holds, which its first byte after the checksum says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum Content {
     /// Rows with log-probabilities: a stream of heads, then the lanes.
     Compact,
     /// Rows of draws, in one stream.
     Sampled,
 }
 
-impl Kind {
+impl Content {
     /// The first byte of documents with the configuration's prior; one more with the built-in one.
     const fn flag(self) -> u8 {
         match self {
@@ -72,7 +72,7 @@ pub(super) const fn lanes(rows: usize) -> usize {
 
 impl<'a> Frame<'a> {
     /// Reads the frame of a document of `rows` rows.
-    pub(super) fn read(data: &'a [u8], rows: usize, kind: Kind) -> Result<Self> {
+    pub(super) fn read(data: &'a [u8], rows: usize, content: Content) -> Result<Self> {
         let Some((stored, mut rest)) = data.split_first_chunk() else {
             return truncated("its checksum", data.len(), CHECKSUM);
         };
@@ -80,7 +80,7 @@ impl<'a> Frame<'a> {
         if stored != found {
             return corrupt(format!("document: has checksum {found:08x}, expected {stored:08x}"));
         }
-        let (flag, first) = (take_byte(&mut rest, data)?, kind.flag());
+        let (flag, first) = (take_byte(&mut rest, data)?, content.flag());
         if flag != first && flag != first + 1 {
             let last = first + 1;
             return corrupt(format!("document: begins with {flag}, expected {first} or {last}"));
@@ -99,7 +99,7 @@ impl<'a> Frame<'a> {
             }
             return Ok(Self { builtin, rows, head: rest, lanes: Vec::new(), bytes: data.len() });
         }
-        let lengths = (0..kind.lanes(rows))
+        let lengths = (0..content.lanes(rows))
             .map(|_| take_varint(&mut rest, data))
             .collect::<Result<Vec<_>>>()?;
         let bytes = data.len() - rest.len();
@@ -119,10 +119,10 @@ impl<'a> Frame<'a> {
 }
 
 /// Puts a document together; the first stream is that of the heads.
-pub(super) fn write(kind: Kind, builtin: bool, rows: usize, streams: &[Vec<u8>]) -> Vec<u8> {
+pub(super) fn write(content: Content, builtin: bool, rows: usize, streams: &[Vec<u8>]) -> Vec<u8> {
     let mut out = Vec::with_capacity(streams.iter().map(Vec::len).sum::<usize>() + 32);
     out.extend_from_slice(&[0; CHECKSUM]);
-    out.push(kind.flag() + u8::from(builtin));
+    out.push(content.flag() + u8::from(builtin));
     put_varint(&mut out, rows);
     for stream in &streams[..streams.len().saturating_sub(1)] {
         put_varint(&mut out, stream.len());

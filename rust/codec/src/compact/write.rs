@@ -3,7 +3,7 @@
 use std::array;
 
 use super::decode::{Head, StoredRow, dealt, near_top, top_bits};
-use super::document::{self, LANES, lanes};
+use super::document::{self, Content, LANES, lanes};
 use super::model::{Model, NEXT};
 use super::numbers::Kind;
 use super::prior::Prior;
@@ -87,7 +87,7 @@ impl DocumentWriter {
     pub(super) fn write(&self, model: &Model, rows: &StoredRows, builtin: bool) -> Vec<u8> {
         let count = rows.heads.len();
         if count == 0 {
-            return document::write(document::Kind::Compact, builtin, 0, &[]);
+            return document::write(Content::Compact, builtin, 0, &[]);
         }
         let mut heads = Vec::new();
         for &head in &rows.heads {
@@ -112,7 +112,7 @@ impl DocumentWriter {
         } else {
             streams.extend((0..lanes(count)).flat_map(|number| self.streams(&[lane(number)])));
         }
-        document::write(document::Kind::Compact, builtin, count, &streams)
+        document::write(Content::Compact, builtin, count, &streams)
     }
 
     /// Streams: each the first state, then the bits of every step. They are found from the last to

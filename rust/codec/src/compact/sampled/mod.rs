@@ -9,13 +9,14 @@ use std::sync::OnceLock;
 
 pub use config::{MAX_DRAWS, SampledConfig};
 pub use prior::{SampledContexts, SampledPrior};
+pub use rows::log_share;
 
 pub(super) use prior::{Excess, Shared};
 pub(super) use rows::{Draws, EncodeScratch, Encoder, Model, counted, excesses};
 
 use super::decode::{Stream, WORD};
-use super::document::{self, Frame, Kind, ROWS_PER_BYTE, corrupt};
-use super::write::DocumentWriter;
+use super::document::{self, Content, Frame, ROWS_PER_BYTE, corrupt};
+use super::write::{DocumentWriter, Step};
 use super::{Part, Sizes, hash};
 use crate::error::{CodecError, Result, config_error};
 use crate::simd::{Backend, multiversion};
@@ -55,7 +56,7 @@ struct Side {
 
 multiversion! {
     /// Appends what rows are written with.
-    fn encode_rows(side: &Side, encoder: &Encoder, rows: Rows<'_>, out: &mut Vec<super::write::Step>)
+    fn encode_rows(side: &Side, encoder: &Encoder, rows: Rows<'_>, out: &mut Vec<Step>)
         -> Result<()> = encode_rows_body;
 }
 
@@ -73,7 +74,7 @@ fn encode_rows_body<I>(
     side: &Side,
     encoder: &Encoder,
     rows: Rows,
-    out: &mut Vec<super::write::Step>,
+    out: &mut Vec<Step>,
 ) -> Result<()> {
     let Rows { ids, logprobs, width } = rows;
     let mut scratch = EncodeScratch::default();
@@ -104,12 +105,12 @@ impl Side {
     fn encode(&self, backend: Backend, rows: Rows, builtin: bool) -> Result<Vec<u8>> {
         let count = rows.ids.len() / rows.width;
         if count == 0 {
-            return Ok(document::write(Kind::Sampled, builtin, 0, &[]));
+            return Ok(document::write(Content::Sampled, builtin, 0, &[]));
         }
         let (encoder, writer) = self.writer()?;
         let mut steps = Vec::new();
         encode_rows(backend, self, encoder, rows, &mut steps)?;
-        Ok(document::write(Kind::Sampled, builtin, count, &rows::stream(writer, steps)))
+        Ok(document::write(Content::Sampled, builtin, count, &writer.streams(&[steps])))
     }
 }
 
@@ -212,7 +213,7 @@ impl Sampled {
     ///
     /// Fails with [`CodecError::Corrupt`] or [`CodecError::Truncated`].
     pub fn check(&self, data: &[u8], rows: usize) -> Result<()> {
-        self.side(Frame::read(data, rows, Kind::Sampled)?.builtin).map(|_| ())
+        self.side(Frame::read(data, rows, Content::Sampled)?.builtin).map(|_| ())
     }
 
     /// Reads the rows of a document.
@@ -222,7 +223,7 @@ impl Sampled {
         rows: usize,
         mut each: impl FnMut(&Side, usize, &Draws, [u32; 3]),
     ) -> Result<()> {
-        let frame = Frame::read(data, rows, Kind::Sampled)?;
+        let frame = Frame::read(data, rows, Content::Sampled)?;
         let side = self.side(frame.builtin)?;
         if rows == 0 {
             return Ok(());

@@ -10,7 +10,7 @@ use crate::compact::numbers::{Kind, SYMBOLS, bucket};
 use crate::compact::order::ClusterOrder;
 use crate::compact::prior::Dimensions;
 use crate::compact::tables::{Entry, SLOTS};
-use crate::compact::write::{DocumentWriter, Step};
+use crate::compact::write::Step;
 use crate::error::{CodecError, Result};
 
 /// A row as it is stored: positions ascending, and how often each was drawn.
@@ -19,6 +19,12 @@ pub(in crate::compact) struct Draws {
     pub(in crate::compact) cluster: usize,
     pub(in crate::compact) positions: Vec<u32>,
     pub(in crate::compact) counts: Vec<u32>,
+}
+
+/// The log-probability that stands for a count of draws: that of its share.
+#[must_use]
+pub fn log_share(count: u32, draws: u32) -> f32 {
+    libm::log(f64::from(count) / f64::from(draws)) as f32
 }
 
 /// Calls `each` with the context and the number of every count that is written.
@@ -85,7 +91,6 @@ impl Model {
         let place = |table: &u16| u32::from(*table) * SLOTS as u32;
         let places = |tables: &[u16]| tables.iter().map(place).collect::<Vec<u32>>();
         let draws = prior.config.draws;
-        let log = |count| libm::log(f64::from(count) / f64::from(draws)) as f32;
         Ok(Self {
             draws,
             vocab: prior.config.vocab_size,
@@ -99,7 +104,7 @@ impl Model {
             count: places(&prior.contexts.count),
             gap: places(&prior.contexts.gap),
             excesses: places(&prior.contexts.excess),
-            logs: (0..=draws).map(log).collect(),
+            logs: (0..=draws).map(|count| log_share(count, draws)).collect(),
         })
     }
 
@@ -346,8 +351,8 @@ pub(in crate::compact) fn counted(
 
 /// What a row is written with.
 pub(super) fn steps(prior: &SampledPrior, row: &Draws, out: &mut Vec<Step>) {
-    let PriorClasses { gap, shape } = PriorClasses::of(prior, row.cluster);
-    let contexts = &prior.contexts;
+    let (cluster, contexts) = (&prior.clusters[row.cluster], &prior.contexts);
+    let (gap, shape) = (usize::from(cluster.gap_class), usize::from(cluster.shape_class));
     let sizes = prior.dimensions();
     let start = |table: u16| u32::from(table) * SLOTS as u32;
     let other =
@@ -365,22 +370,4 @@ pub(super) fn steps(prior: &SampledPrior, row: &Draws, out: &mut Vec<Step>) {
     excesses(excess, prior.config.draws, row, |context, number| {
         out.push(other(contexts.excess[context], number));
     });
-}
-
-/// The classes of a cluster.
-struct PriorClasses {
-    gap: usize,
-    shape: usize,
-}
-
-impl PriorClasses {
-    fn of(prior: &SampledPrior, cluster: usize) -> Self {
-        let cluster = &prior.clusters[cluster];
-        Self { gap: usize::from(cluster.gap_class), shape: usize::from(cluster.shape_class) }
-    }
-}
-
-/// The bytes of a stream.
-pub(super) fn stream(writer: &DocumentWriter, steps: Vec<Step>) -> Vec<Vec<u8>> {
-    writer.streams(&[steps])
 }

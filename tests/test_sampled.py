@@ -22,7 +22,7 @@ from distillkit.losses.config import LINEAR_LOSSES, LOSS_NAMES, LossConfig
 from distillkit.losses.fused import Objective
 from distillkit.losses.positions import Positions, Targets, TeacherLogits
 from distillkit.losses.registry import LOSSES, loss
-from distillkit.models.head import LMHead
+from distillkit.models.head import check_lm_head
 from distillkit.reports.inspection import inspect_dataset
 from distillkit.shards import Dataset, Header, ShardWriter, convert, load_prior, verify_dataset
 from distillkit.shards.convert import target_codec
@@ -34,7 +34,7 @@ from support.capturing import run as run_capture
 from support.compact_reference import decode_sampled
 from support.refusals import refused
 from support.teachers import HEAD
-from support.training import losses_of, run_config, save_student
+from support.training import losses_of, run_config, save_student, tiny_model
 
 VOCABULARY = 300
 NUMBER = 20
@@ -91,8 +91,7 @@ def test_draws_are_distributed_as_the_softmax(temperature: float) -> None:
     assert abs(deviations(chi_square, possible.sum() - 1)) < 4
     # Draws of a row are independent: the counts of an id vary as a binomial's do.
     p = softmax(logits, temperature)[possible]
-    ratio = counts[:, possible].var(0) / (number * p * (1 - p))
-    assert ratio.mean() == pytest.approx(1, abs=0.02)
+    assert counts[:, possible].var(0).sum() == pytest.approx(number * (p * (1 - p)).sum(), rel=0.02)
     # Another seed, position or document makes others.
     for other in (uniforms([1, 2, 3], rows, number, seed=1), uniforms([1, 2, 4], rows, number), numbers[::-1]):
         assert (other != numbers).mean() > 0.99
@@ -203,6 +202,26 @@ def test_damage_is_noticed(prior: Prior) -> None:
         Codec({"vocab_size": VOCABULARY, "k": NUMBER, "step": 0.01}).decode_document(data, 6)
 
 
+CASES = json.loads((Path(__file__).parent / "golden" / "sampled.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_recorded_documents_decode_to_what_was_recorded(case: dict[str, Any]) -> None:
+    prior = None if case["prior"] is None else Prior(bytes.fromhex(case["prior"]))
+    codec, document = Codec(SampledConfig(**case["config"]), prior=prior), bytes.fromhex(case["document"])
+    found = codec.decode_document(document, case["rows"])
+    ids, counts = (np.array(case[name]).reshape(case["rows"], codec.k) for name in ("ids", "counts"))
+    assert (found.ids == ids).all()
+    with np.errstate(divide="ignore"):
+        assert (found.logprobs == np.log(counts / case["config"]["draws"]).astype(np.float32)).all()
+    # Tables of the built-in prior are not on the page.
+    if prior is not None and document[4] == 2:
+        assert all(
+            (a == b).all()
+            for a, b in zip(decode_sampled(prior.data, document, case["rows"]), (ids, counts), strict=True)
+        )
+
+
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
@@ -253,9 +272,9 @@ def test_losses_that_draws_do_not_allow_are_refused() -> None:
     with refused(ConfigError, "temperature", "2", "1"):
         loss("kl", temperature=2.0)(positions)
     # All that an evaluation measures works, and is what the definition says.
-    head = LMHead(torch.nn.Linear(8, VOCABULARY, bias=False))
+    head = check_lm_head(tiny_model(vocabulary=VOCABULARY))
     found = Objective.training([LossConfig(function="kl", weight=1.0)]).evaluation()
-    hidden = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         result = found(head, hidden, Targets(torch.zeros(3).long(), tensors))
         log_q = (hidden @ head.weights()[0].T).double().log_softmax(-1).numpy()
@@ -311,9 +330,13 @@ def test_a_capture_draws_from_the_teacher(teacher: Path, text: Path, captured: P
     seeded = {"sampled": {**SAMPLED["sampled"], "seed": 4}}
     run_capture(teacher, text, tmp_path / "seeded", **{**options, "compression_config": seeded}, samples=5)  # type: ignore[arg-type]
     third = Dataset.open(tmp_path / "seeded")
-    assert (third.codec.decode_document(third[0].teacher, third[0].num_rows).ids != pairs[0][0].ids).any(
-        -1
-    ).mean() > 0.9
+    places = [document.doc_id for document in dataset]
+    for document in third:
+        found, before = (
+            third.codec.decode_document(document.teacher, document.num_rows),
+            pairs[places.index(document.doc_id)][0],
+        )
+        assert document.num_rows < 5 or (found.ids != before.ids).any(-1).mean() > 0.8
 
 
 def test_captures_that_cannot_draw_are_refused(teacher: Path, text: Path, tmp_path: Path) -> None:
@@ -359,18 +382,18 @@ def _exact(folder: Path) -> Path:
 
 
 def test_an_inspection_says_how_noisy_the_draws_are(captured: Path) -> None:
-    found = inspect_dataset(captured)
     dataset = Dataset.open(captured)
+    found = inspect_dataset(dataset)
     counts = np.concatenate([counts_of(rows, HEAD) for _, rows in dataset.decoded()])
     distinct = (counts > 0).sum(-1)
     assert found.ids_mean == pytest.approx(distinct.mean())
     shares = counts / 12
     assert found.draws is not None
-    assert found.draws["number"] == 12
-    assert found.draws["effective_ids"] == pytest.approx((1 / (shares**2).sum(-1)).mean(), rel=1e-6)
+    assert found.draws.number == 12
+    assert found.draws.effective_ids == pytest.approx((1 / (shares**2).sum(-1)).mean(), rel=1e-6)
     # Σ var(w) = (1 − Σ p²) / N, of which 1 − Σ w² over N − 1 is the unbiased estimate; at most 1 / N.
-    assert found.draws["variance"] == pytest.approx(((1 - (shares**2).sum(-1)) / 11).mean(), rel=1e-6)
-    assert found.draws["variance"] <= found.draws["variance_bound"] == pytest.approx(1 / 12)
+    assert found.draws.variance == pytest.approx(((1 - (shares**2).sum(-1)) / 11).mean(), rel=1e-6)
+    assert found.draws.variance <= found.draws.variance_bound == pytest.approx(1 / 12)
     assert found.plausible
     assert not found.doubts
 
@@ -393,6 +416,6 @@ def test_a_student_is_trained_with_draws(captured: Path, teacher: Path, tmp_path
         with refused(ConfigError, "loss_functions", fact, str(captured)):
             train(config)
     packed = tmp_path / "packed"
-    pack_dataset(Dataset.open(captured), packed, sequence_length=128)
+    pack_dataset(Dataset.open(captured), packed, 128)
     assert Dataset.open(packed).codec == Dataset.open(captured).codec
     assert files(packed)["prior.bin"] == files(captured)["prior.bin"]

@@ -145,9 +145,12 @@ def _bytes_per_token(report: CaptureReport) -> str:
     if not report.prior_bytes:
         return f"{report.bytes_per_token:g}  ({disk})"
     published, share = report.published_bytes_per_token, report.prior_bytes / report.rows
+    compared = (
+        f", {report.bytes_per_token / published:.0%} of the {published} of the published layout" if published else ""
+    )
     return (
-        f"{report.bytes_per_token:,.1f}, {report.bytes_per_token / published:.0%} of the {published} of the published "
-        f"layout  ({share:,.1f} of them for the prior of {human_bytes(report.prior_bytes)}; {disk})"
+        f"{report.bytes_per_token:,.1f}{compared}  ({share:,.1f} of them for the prior of "
+        f"{human_bytes(report.prior_bytes)}; {disk})"
     )
 
 

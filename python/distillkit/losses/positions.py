@@ -21,6 +21,11 @@ than their sum: compared with it, a student would have to give them far less pro
 The published toolkit does that. With `published`, p is softened as above, but q is softmax(z / T) over the entire
 vocabulary, and q_R its total probability outside.
 
+If the teacher's ids were drawn (`SparseLogprobs.draws`), p are their shares of the draws, which sum to one and are only
+compared as they are: against softmax(z / T) over the entire vocabulary, with T the temperature of the draws. The
+gradient of Σ p (log p − log q) is then, on average over the draws, that of the KL divergence of the teacher's entire
+distribution, softmax(z / T). Nothing is missing, and the handling of missing mass has no effect.
+
 If the teacher's probability of y was stored separately and y is not in K, `uniform` and `label` use K ∪ {y} instead of
 K, also in m: y becomes an outcome of its own, excluded from the rest. (With `label`, y is still assigned all of the
 mass outside K, or its own probability if rounding of the others left less than that.) `zero` ignores it.
@@ -43,7 +48,7 @@ from distillkit.codec.topk import sparse_from_logits
 from distillkit.errors import InputError
 from distillkit.losses.logits import StudentLogits
 from distillkit.models.head import LMHead
-from distillkit.types import SparseLogprobs
+from distillkit.types import Draws, SparseLogprobs
 
 __all__ = [
     "Comparison",
@@ -157,7 +162,7 @@ class Targets:
         """Return positions start … stop − 1, with a dense teacher's logits computed, and without hidden states."""
         teacher = self.teacher
         if isinstance(teacher, SparseLogprobs):
-            teacher = SparseLogprobs(teacher.ids[start:stop], teacher.logprobs[start:stop])
+            teacher = SparseLogprobs(teacher.ids[start:stop], teacher.logprobs[start:stop], teacher.draws)
         elif isinstance(teacher, TeacherLogits):
             teacher = TeacherLogits(teacher.logits[start:stop])
         else:
@@ -212,6 +217,13 @@ class Positions:
             labels = torch.cat([ids, labels], -1)
         self.student = StudentLogits(logits, labels)
         self._comparisons: dict[tuple[float, Missing, bool], Comparison] = {}
+        self._of_draws: Comparison | None = None
+
+    @property
+    def draws(self) -> Draws | None:
+        """How the teacher's ids were drawn, if they were."""
+        teacher = self.targets.teacher
+        return teacher.draws if isinstance(teacher, SparseLogprobs) else None
 
     @cached_property
     def teacher_logits(self) -> torch.Tensor | None:
@@ -252,8 +264,17 @@ class Positions:
                 self._comparisons[key] = _softened(between, temperature)
         return self._comparisons[key]
 
+    def comparison_of_draws(self) -> Comparison:
+        """Compare the shares of a teacher's draws with the student at their temperature."""
+        if self._of_draws is None:
+            temperature = 1.0 if self.draws is None else self.draws.temperature
+            self._of_draws = self._sparse("zero", None, temperature)
+        return self._of_draws
+
     def comparison_with_rest(self) -> Comparison:
         """Compare over the stored ids and the rest, whether or not the teacher's probability of the label is known."""
+        if self.draws is not None:
+            return self.comparison_of_draws()
         if self.teacher_logits is not None or self.targets.label_logprobs is None:
             return self.comparison(missing="uniform")
         return self._sparse("uniform", None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distillkit.losses import divergences, hidden, ranking
-from distillkit.losses.config import LossConfig, named_losses
+from distillkit.losses.config import LossConfig, named_losses, refuse_draws
 from distillkit.losses.positions import Comparison, Positions
 
 __all__ = [
@@ -42,6 +42,21 @@ def kl_with_rest_of(positions: Positions) -> torch.Tensor:
     return divergences.kl(between).where(between.known(), 0.0)
 
 
+def _kl(config: LossConfig) -> LossFunction:
+    """The KL divergence; of a teacher's draws, which have a temperature of their own, T² · KL(shares ‖ q)."""
+    compared = _compared(config, divergences.kl)
+
+    def each(positions: Positions) -> torch.Tensor:
+        draws = positions.draws
+        if draws is None:
+            return compared(positions)
+        refuse_draws([config], draws, "the teacher")
+        between = positions.comparison_of_draws()
+        return divergences.kl(between).where(between.known(), 0.0) * draws.temperature**2
+
+    return each
+
+
 def _compared(
     config: LossConfig, measure: Callable[[Comparison], torch.Tensor], first: int | None = None
 ) -> LossFunction:
@@ -54,6 +69,8 @@ def _compared(
     published = bool(config.published_temperature)
 
     def each(positions: Positions) -> torch.Tensor:
+        if positions.draws is not None:
+            refuse_draws([config], positions.draws, "the teacher")
         between = positions.comparison(temperature, missing, published=published)
         if first is not None:
             between = positions.comparison_of_first(between, first)
@@ -72,7 +89,7 @@ def _alpha(config: LossConfig) -> float:
 
 LOSSES: dict[str, Callable[[LossConfig], LossFunction]] = {
     "cross_entropy": lambda config: _cross_entropy,
-    "kl": lambda config: _compared(config, divergences.kl),
+    "kl": _kl,
     "reverse_kl": lambda config: _compared(config, divergences.reverse_kl),
     "jsd": lambda config: _compared(config, divergences.jsd),
     "tvd": lambda config: _compared(config, divergences.tvd),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from distillkit import __version__
-from distillkit.codec import Codec, CodecConfig, CompactConfig, Prior
+from distillkit.codec import Codec, CodecConfig, CompactConfig, Prior, SampledConfig
 from distillkit.errors import InputError, MismatchError
 from distillkit.shards.manifest import Manifest
 from distillkit.shards.plausibility import check_plausible, decoded, sampled
@@ -142,6 +142,7 @@ class RowSource:
         documents, rows: how many there are.
         prior: what is known of them already.
         read: returns the rows of a document by its index.
+        sampled: of draws: how they were drawn.
     """
 
     name: str
@@ -151,6 +152,7 @@ class RowSource:
     rows: int
     prior: Prior | None
     read: Callable[[int], SparseLogprobs]
+    sampled: SampledConfig | None = None
 
     @classmethod
     def of(cls, source: Dataset) -> RowSource:
@@ -160,7 +162,8 @@ class RowSource:
         def read(index: int) -> SparseLogprobs:
             return distributions(decoded(source[index], codec), codec.k)
 
-        return cls(source.path, codec.vocab_size, codec.k, len(source), source.num_rows, codec.prior, read)
+        own = codec.config if isinstance(codec.config, SampledConfig) else None
+        return cls(source.path, codec.vocab_size, codec.k, len(source), source.num_rows, codec.prior, read, own)
 
 
 def target_codec(
@@ -187,24 +190,26 @@ def target_codec(
 
     Raises:
         ConfigError: the configuration is invalid.
-        InputError: the source has fewer ids per row than a fixed format stores.
+        InputError: the source has fewer ids per row than a fixed format stores, or either has draws and the other one
+            has not the same.
         MismatchError: the vocabularies differ.
         CorruptDataError: a source document or the prior is damaged.
     """
     source = RowSource.of(source) if isinstance(source, Dataset) else source
     k = source.k
+    _check_draws(source, config)
     if config.k > k and not isinstance(config, CompactConfig):
         raise InputError(
             f"{source.name}: its rows have {k} ids, but the format {config.format} with k = {config.k} stores exactly "
             f"{config.k}: choose a compact preset, or a configuration with k = {k} or less"
         )
-    if not isinstance(config, CompactConfig):
+    if not isinstance(config, (CompactConfig, SampledConfig)):
         codec = Codec(config)
     else:
         if config.k > k:
             logger.info("%s: its rows have %d ids: k is %d instead of %d", source.name, k, k, config.k)
             config = config.model_copy(update={"k": k})
-        # A compact source has learned from the teacher already.
+        # A source with a prior has learned from the teacher already.
         given = prior or _kept(folder) or source.prior
         codec = _with_prior(source, config, given, prior_rows, progress)
     if codec.vocab_size != source.vocab_size:
@@ -215,15 +220,46 @@ def target_codec(
     return codec
 
 
+def _check_draws(source: RowSource, config: CodecConfig) -> None:
+    """Refuse conversions between draws and distributions, or to other draws.
+
+    Raises:
+        InputError: says why.
+    """
+    own = source.sampled
+    if own is None and not isinstance(config, SampledConfig):
+        return
+    if own is None:
+        raise InputError(
+            f"{source.name}: its rows have the {source.k} most probable ids, but draws (format sampled) are made "
+            "from the whole distribution: capture again with the transformers engine, whose teacher has all logits"
+        )
+    if not isinstance(config, SampledConfig):
+        raise InputError(
+            f"{source.name}: its rows are {own.draws} draws from the teacher's distributions (format sampled), not "
+            f"probabilities, which the format {config.format} stores: capture the teacher again in that format"
+        )
+    ours, found = config.without_prior().model_dump(exclude={"vocab_size"}), own.without_prior().model_dump()
+    odd = [f"{key} {found[key]!r} (wanted: {ours[key]!r})" for key in ours if ours[key] != found[key]]
+    if odd:
+        raise InputError(f"{source.name}: its draws have {', '.join(odd)}: other draws need the teacher; capture again")
+
+
 def _with_prior(
-    source: RowSource, config: CompactConfig, prior: Prior | None, rows: int, progress: Callable[[int, int], None]
+    source: RowSource,
+    config: CompactConfig | SampledConfig,
+    prior: Prior | None,
+    rows: int,
+    progress: Callable[[int, int], None],
 ) -> Codec:
-    """The compact codec with a prior that is given, adapted or learned."""
+    """The codec with a prior that is given, adapted or learned."""
     wanted = config.without_prior()
-    if prior is None or prior.config != wanted:
+    if prior is None or prior.config != wanted.for_prior():
         learned_from = _sample(source, rows, progress)
         logger.info("%s: learning a prior from %s rows", source.name, f"{len(learned_from.ids):,}")
-        prior = Prior.learn(wanted, learned_from, base=prior, source=f"the prior learned from {source.name}")
+        # Lists that were learned from draws are no base for a compact prior.
+        base = prior if prior is None or isinstance(prior.config, CompactConfig) or wanted.format == "sampled" else None
+        prior = Prior.learn(wanted, learned_from, base=base, source=f"the prior learned from {source.name}")
     return Codec(wanted, prior=prior)
 
 
@@ -248,7 +284,7 @@ def _sample(source: RowSource, rows: int, progress: Callable[[int, int], None]) 
         if done >= total:
             break
     ids, logprobs = (np.concatenate([getattr(part, name) for part in parts])[:total] for name in ("ids", "logprobs"))
-    return SparseLogprobs(ids, logprobs)
+    return SparseLogprobs(ids, logprobs, parts[0].draws)
 
 
 def _settings(source: Dataset, target: Codec, standalone: bool) -> dict[str, Any]:
@@ -292,6 +328,8 @@ def fitting(rows: SparseLogprobs, target: Codec, place: str) -> SparseLogprobs:
 def distributions(rows: SparseLogprobs, k: int) -> SparseLogprobs:
     """The first k ids of decoded rows. The coarser fixed formats decode some rows to probabilities that sum to more
     than 1; these are divided by their sum, as losses do."""
+    if rows.draws is not None:
+        return rows
     ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs)
     with np.errstate(over="ignore"):
         total_R1 = np.exp(logprobs.astype(np.float64)).sum(-1, keepdims=True)

@@ -214,7 +214,7 @@ class Run:
     @cached_property
     def objective(self) -> Objective:
         """The losses."""
-        _tell_temperature(self.config)
+        _tell_temperature(self.config, self.sources["train"])
         return Objective.training(self.config.loss_functions)
 
     @cached_property
@@ -383,9 +383,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     return run.finish(trainer, result.global_step, time.perf_counter() - started)
 
 
-def _tell_temperature(config: RunConfig) -> None:
+def _tell_temperature(config: RunConfig, source: DocumentSource) -> None:
     """Log losses that are computed with another arithmetic than the published one, unless that was asked for."""
     if isinstance(config.teacher, LiveTeacherConfig) and config.teacher.top_k is None:
+        return
+    if isinstance(source, StoredDataset) and source.codec.draws is not None:
         return
     for loss in config.loss_functions:
         if loss.temperature not in (None, 1.0) and loss.published_temperature is None:

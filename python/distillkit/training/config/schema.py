@@ -381,6 +381,10 @@ class StoredTeacherConfig(Section):
         default=None,
         description="Codec of captured shards in the compact format, which specify their own; it must match if set.",
     )
+    sampled: dict[str, Any] | None = Field(
+        default=None,
+        description="Codec of captured shards in the format sampled, which specify their own; it must match if set.",
+    )
     vocab_size: int | None = Field(
         default=None, ge=1, description="Vocabulary size; checked against the dataset's if set."
     )

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillkit.errors import ConfigError
+from distillkit.losses.config import refuse_draws
 from distillkit.models.head import bare_model
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.shards.overflow import LongDocuments, Pieces
@@ -66,7 +67,7 @@ def open_documents(
         opened: the dataset, if it is open already.
 
     Raises:
-        ConfigError: there is no such data, a setting does not fit it, or much of it would be cut off unasked.
+        ConfigError: there is no such data, a setting or a loss does not fit it, or much of it would be cut off unasked.
         InputError: a row has an unknown format.
         MismatchError: the data were captured with another tokenizer or codec.
     """
@@ -79,6 +80,8 @@ def open_documents(
         teacher = config.teacher if config.teacher.kind == "dataset" else StoredTeacherConfig(kind="dataset")
         stored = open_dataset(source, teacher, key) if opened is None else opened
         check_tokenizer(stored, tokenizer, config.model, key)
+        if stored.codec.draws is not None and config.teacher.kind == "dataset":
+            refuse_draws(config.loss_functions, stored.codec.draws, f"{key} ({stored.path})")
         documents = stored
     else:
         documents = prepare(

@@ -9,10 +9,10 @@ use super::tables::{Entry, SLOTS_LOG};
 use crate::error::Result;
 use crate::simd::{Backend, multiversion};
 
-const GAP_BASES: [u32; SYMBOLS] = Kind::Gap.bases();
-const BASES: [u32; SYMBOLS] = Kind::Other.bases();
+pub(super) const GAP_BASES: [u32; SYMBOLS] = Kind::Gap.bases();
+pub(super) const BASES: [u32; SYMBOLS] = Kind::Other.bases();
 /// A stream is read in words of this many bytes; so many zeros follow a document.
-const WORD: usize = 8;
+pub(super) const WORD: usize = 8;
 
 /// What precedes a row's ids.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -51,15 +51,15 @@ impl Buffers {
 
 /// A stream that is being read.
 #[derive(Debug, Clone, Copy)]
-struct Stream<'a> {
+pub(super) struct Stream<'a> {
     /// The whole document, zeros after it.
     data: &'a [u8],
-    bit: usize,
+    pub(super) bit: usize,
     state: u32,
 }
 
 impl<'a> Stream<'a> {
-    fn new(data: &'a [u8], byte: usize) -> Self {
+    pub(super) fn new(data: &'a [u8], byte: usize) -> Self {
         let mut stream = Self { data, bit: 8 * byte, state: 0 };
         stream.state = stream.raw(SLOTS_LOG);
         stream
@@ -81,7 +81,7 @@ impl<'a> Stream<'a> {
 
     /// The next number of a table.
     #[inline(always)]
-    fn number(&mut self, entries: &[Entry], table: u32, bases: &[u32; SYMBOLS]) -> u32 {
+    pub(super) fn number(&mut self, entries: &[Entry], table: u32, bases: &[u32; SYMBOLS]) -> u32 {
         let entry = entries[(table + self.state) as usize];
         let window = self.window();
         self.state = entry.base() + (window as u32 & ((1 << entry.bits()) - 1));
@@ -92,7 +92,13 @@ impl<'a> Stream<'a> {
 
     /// Checks that the stream was used up: the state is back where it began, and only zero bits
     /// are left.
-    fn finish(&self, what: &str, first: usize, stream: &[u8], padding: usize) -> Result<()> {
+    pub(super) fn finish(
+        &self,
+        what: &str,
+        first: usize,
+        stream: &[u8],
+        padding: usize,
+    ) -> Result<()> {
         let used = self.bit - 8 * first;
         let bytes = used.div_ceil(8).max(padding.min(stream.len()));
         if bytes != stream.len() {

@@ -4,6 +4,7 @@ or survived."""
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import threading
 import time
@@ -106,7 +107,9 @@ def test_it_trains_as_a_capture_of_the_same_server(parts: dict[str, str], tmp_pa
     assert all(0 < wait <= 1 for wait in waits)
     assert 0 < results[0]["teacher_wait"] <= 1
     assert "teacher_wait" not in results[1]
-    check_names((tmp_path / "served" / "report.md").read_text(), "time spent waiting for the teacher")
+    check_names(
+        (tmp_path / "served" / "report.md").read_text(), "served distributions", "time spent waiting for the teacher"
+    )
 
 
 def test_a_cache_asks_nothing_twice_and_is_a_dataset(
@@ -237,7 +240,7 @@ def test_the_next_documents_are_asked_about_and_no_more(parts: dict[str, str]) -
     signal.server.stop()
     engine.open.set()
     labels = first["labels"].flatten()[first["rows"] + 1]
-    expected = [teacher_rows(TEACHER, signal._source[number].input_ids) for number in (0, 1)]  # type: ignore[index]
+    expected = [teacher_rows(TEACHER, signal._source[number].input_ids.copy()) for number in (0, 1)]  # type: ignore[index]
     targets = signal.targets(first, labels)
     np.testing.assert_array_equal(targets.teacher.ids, np.concatenate([rows.ids for rows in expected]))
     assert 0 < signal.waited < 60
@@ -250,6 +253,9 @@ def test_the_next_documents_are_asked_about_and_no_more(parts: dict[str, str]) -
     assert seen == [batch["places"][:, 0].unique().tolist() for batch in batches]
     until(lambda: engine.running == 0)
     assert engine.most == 2
+    # What a reading process gets that is not forked.
+    source = Dataset.open(parts["train"])
+    assert pickle.loads(pickle.dumps(signal)).take(source[0], np.arange(1)) == {}
 
 
 def test_sequences_are_answered_in_order_and_failures_end_what_waits(parts: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import yaml
 
+from distillkit.cli.common import Choice
 from distillkit.configuration.places import is_path
 from distillkit.console import say
 from distillkit.text.file_names import is_read
@@ -163,7 +164,7 @@ _RATES = (
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--kind",
-    type=click.Choice(KINDS),
+    type=Choice(KINDS),
     default="offline",
     show_default=True,
     help="offline: from captured distributions; live: with the teacher in memory; server: with a teacher behind a "

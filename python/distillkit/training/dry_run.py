@@ -124,9 +124,16 @@ def _overridden(config: RunConfig) -> str:
 
 
 def _harmless(config: RunConfig, folder: str) -> RunConfig:
-    """Return the same run, but writing into a separate folder and reporting to no tracker."""
+    """Return the same run, but writing into a separate folder, reporting to no tracker, and reading captures on the hub
+    without downloading them."""
+    from distillkit.training.data.documents import streamed
+
     arguments = {name: value for name, value in config.training_args.items() if name not in _QUIET}
-    harmless = {"output_path": folder, "training_args": {**arguments, "report_to": "none"}}
+    sources = {name: getattr(config.dataset, name) for name in ("train_dataset", "eval_dataset")}
+    dataset = config.dataset.model_copy(
+        update={name: streamed(source) for name, source in sources.items() if source is not None}
+    )
+    harmless = {"output_path": folder, "training_args": {**arguments, "report_to": "none"}, "dataset": dataset}
     return config.model_copy(update=harmless)
 
 

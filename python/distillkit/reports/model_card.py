@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from distillkit.configuration.cards import CARD, front_matter, hub_id, public_name
-from distillkit.reports.run_record import RunRecord
+from distillkit.reports.run_record import HOW, RunRecord
 from distillkit.reports.run_report import MARKDOWN, described, evaluation_rows, table
 
 __all__ = ["CARD", "CARD_MARK", "model_card"]
@@ -39,7 +39,7 @@ def model_card(run: RunRecord, name: str | None = None) -> str:
     named = replace(run, description=_without_paths(description))
     facts = [row for row in described(named, MARKDOWN) if row[0] not in _LEFT_OUT]
     whose = MARKDOWN.name(_teacher_name(teacher)) if teacher["name"] else "a teacher that the data do not name"
-    how = "stored" if teacher["kind"] == "dataset" else "live"
+    how = HOW[teacher["kind"]]
     sections = [
         front_matter(header),
         CARD_MARK,

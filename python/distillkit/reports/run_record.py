@@ -14,6 +14,7 @@ from distillkit.errors import CorruptDataError, InputError
 
 __all__ = [
     "DIFFERENCES",
+    "HOW",
     "MEASURES",
     "METRICS",
     "REPORT",
@@ -70,6 +71,9 @@ MEASURES = (
     Measure("eval_student_mass", "student's probability of the teacher's top tokens", "{:.1%}", share=True),
     Measure("eval_teacher_mass", "teacher's probability of its top tokens", "{:.1%}", share=True),
 )
+
+HOW = {"dataset": "stored", "hf": "live", "server": "served"}
+"""How a teacher's distributions came to training, by its kind."""
 
 # Keys of a training log entry that are not losses, for runs whose description does not list their losses.
 _NO_LOSSES = (

@@ -16,7 +16,17 @@ from urllib.parse import quote
 
 from distillkit.console import number_of
 from distillkit.errors import CorruptDataError, printable
-from distillkit.reports.run_record import DIFFERENCES, MEASURES, METRICS, REPORT, SUMMARY, Measure, RunRecord, read_run
+from distillkit.reports.run_record import (
+    DIFFERENCES,
+    HOW,
+    MEASURES,
+    METRICS,
+    REPORT,
+    SUMMARY,
+    Measure,
+    RunRecord,
+    read_run,
+)
 
 __all__ = [
     "MARKDOWN",
@@ -182,7 +192,7 @@ def opening(run: RunRecord, quoting: Quoting) -> str:
     sentence = f"{state}: {steps}"
     student, teacher = run.description.get("student"), run.description.get("teacher")
     if student is not None and teacher is not None:
-        how = "stored distributions" if teacher["kind"] == "dataset" else "live distributions"
+        how = f"{HOW[teacher['kind']]} distributions"
         whose = f"{how} of {quoting.name(teacher['name'])}" if teacher["name"] else f"{how} of an unnamed teacher"
         sentence += f", {quoting.name(student['path'])} learning from {whose}"
     return sentence + "."
@@ -312,7 +322,7 @@ def _teacher(teacher: dict[str, Any], quoting: Quoting) -> str:
     name = quoting.name(teacher["name"]) if teacher["name"] else "not recorded in the data"
     if teacher["kind"] == "dataset":
         return f"{name}, stored" + (f" top {teacher['k']:,}" if teacher["k"] else "")
-    return f"{name}, live, " + (f"top {teacher['k']:,}" if teacher["k"] else "all ids")
+    return f"{name}, {HOW[teacher['kind']]}, " + (f"top {teacher['k']:,}" if teacher["k"] else "all ids")
 
 
 def _loss(loss: dict[str, Any], fact: Callable[[object], str]) -> str:

@@ -134,7 +134,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         self._window = _Window(self.objective, train_dataset.names, args.device)
         self._order: DocumentOrder | MixtureOrder | None = None
         # The batches of an epoch as the Trainer has them, and as they are used.
-        self._batches: tuple[Any, Iterator[Any]] = (None, iter(()))
+        self._batches: tuple[Iterator[Any], Iterator[Any]] | None = None
         self.identity = dict(identity or {})
         self.last_checkpoint: Path | None = None
         self.differences: dict[str, Any] | None = None
@@ -194,13 +194,17 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         if self._order is not None:
             self._order.set_epoch(epoch)
 
+    def end_epoch(self) -> None:
+        """Forget the batches of an epoch."""
+        self._batches = None
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetch the micro-batches of a step, and measure how long that takes.
 
         Only waiting for batches is measured: reading, decoding and collating that was not done ahead, and the copy to
         the device; not the token count, which waits for the other processes.
         """
-        if self._batches[0] is not epoch_iterator:
+        if self._batches is None or self._batches[0] is not epoch_iterator:
             self._batches = (epoch_iterator, asked_ahead(self.train_dataset.signal, epoch_iterator))
         return super().get_batch_samples(self._window.waiting(self._batches[1]), num_batches, device)
 
@@ -488,9 +492,14 @@ class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
         self.trainer.start_epoch(int(state.epoch or 0))
         signal = self.trainer.train_dataset.signal
         if isinstance(signal, ServedSignal):
-            # What each process has asked is found by all of them, in whatever order this epoch is.
+            # Whatever a process has asked, the others find from here on.
             signal.server.flush()
             self.trainer.accelerator.wait_for_everyone()
+            signal.server.flush()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Reading processes end with the batches that they read.
+        self.trainer.end_epoch()
 
 
 class ReportWriter(transformers.TrainerCallback):  # type: ignore[misc]

@@ -74,8 +74,8 @@ class DatasetSource(Section):
     disk_path: Place | None = Field(
         default=None,
         description="Folder of captured shards, or a published dataset (Parquet files or a save_to_disk folder). With "
-        "a live teacher also text, chat or token ids: .jsonl, .json, .csv, .tsv, .txt or .parquet files, or a "
-        "save_to_disk folder.",
+        "a live or served teacher also text, chat or token ids: .jsonl, .json, .csv, .tsv, .txt or .parquet files, or "
+        "a save_to_disk folder.",
     )
     split: str | None = Field(default=None, min_length=1, description="Split, if the dataset has splits.")
     name: str | None = Field(
@@ -416,7 +416,7 @@ _SERVER = OpenAISettings()  # the defaults of captures
 
 
 class ServedTeacherConfig(Section):
-    """A teacher behind an OpenAI-compatible server, which is asked while the student trains (`kind: server`)."""
+    """A teacher behind an OpenAI-compatible server, asked while the student trains (`kind: server`)."""
 
     kind: Literal["server"] = Field(description="A running server.")
     base_url: str = Field(

@@ -44,7 +44,7 @@ def capture(
         model: folder or hub id of the teacher.
         dataset: text, chats or token ids: a file, a folder of files, a `save_to_disk` folder, a URL or a hub id.
         output: folder for the captured dataset.
-        preset: name of a codec configuration; "recommended" if neither this nor `compression_config` is given.
+        preset: name of a codec configuration; "compact-128" if neither this nor `compression_config` is given.
         compression_config: a codec configuration: YAML file, mapping or config object.
         progress: show a progress bar, on stderr or in the notebook.
         **options: the other fields of `CaptureSettings`; engine settings either nested or flat.

@@ -113,6 +113,18 @@ def test_a_device_draws_as_the_cpu_does(dtype: torch.dtype) -> None:
                 draw(logits, numbers)
 
 
+@pytest.mark.gpu
+def test_a_gpu_draws_as_the_cpu_does() -> None:
+    logits = torch.randn(200, 151_936, generator=torch.Generator().manual_seed(0)).mul(3)
+    numbers = uniforms([7], 200, 50)
+    native, ours = draws_from_logits(logits, numbers), draws_from_logits(logits.cuda(), numbers)
+    assert ours.ids.device.type == "cuda"  # type: ignore[union-attr]
+    there = SparseLogprobs(*(each.cpu() for each in ours.tensors()), ours.draws)
+    same = (counts_of(native, 151_936) == counts_of(there, 151_936)).all(-1)
+    # Exponentials are rounded otherwise there.
+    assert same.mean() > 0.98
+
+
 # -- the codec ---------------------------------------------------------------------------------------------------------
 
 

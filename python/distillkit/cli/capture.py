@@ -77,8 +77,16 @@ def show_reports(captures: Sequence[CaptureSettings], *, as_json: bool = False, 
         click.echo(json.dumps(found[0] if len(found) == 1 else found, indent=1))
 
 
-def chosen_captures(context: click.Context, config: Path | None, options: dict[str, Any]) -> list[CaptureSettings]:
+def chosen_captures(
+    context: click.Context, config: Path | None, options: dict[str, Any], output: str | None = None
+) -> list[CaptureSettings]:
     """Return the captures that the options and the file specify.
+
+    Args:
+        context: the command's.
+        config: the file, if any.
+        options: the values of the command's options.
+        output: the output of a capture without a file that names none.
 
     Raises:
         ConfigError: settings are unknown, missing or not allowed.
@@ -94,6 +102,8 @@ def chosen_captures(context: click.Context, config: Path | None, options: dict[s
         return load_captures(config, given, changes)
     if changes:
         raise click.UsageError("--set changes the values of a file; without one, use the options", ctx=context)
+    if output is not None:
+        given.setdefault("output", output)
     for name in ("model", "dataset", "output"):
         if name not in given:
             raise click.UsageError(f"Missing option '--{name}', or a file with settings.", ctx=context)

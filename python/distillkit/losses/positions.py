@@ -36,6 +36,7 @@ Shape legend: N positions, V width of the student's head, k stored ids per posit
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,7 +50,16 @@ from distillkit.losses.logits import StudentLogits
 from distillkit.models.head import LMHead
 from distillkit.types import Draws, SparseLogprobs
 
-__all__ = ["Comparison", "DenseTeacher", "Missing", "Positions", "Targets", "TeacherDistribution", "TeacherLogits"]
+__all__ = [
+    "Comparison",
+    "DenseTeacher",
+    "DenseTeachers",
+    "Missing",
+    "Positions",
+    "Targets",
+    "TeacherDistribution",
+    "TeacherLogits",
+]
 
 Missing = Literal["zero", "uniform", "label"]
 
@@ -91,7 +101,39 @@ class DenseTeacher:
         return TeacherLogits(self.head(self.hidden[start:stop], self.weights))
 
 
-TeacherDistribution = SparseLogprobs | TeacherLogits | DenseTeacher
+@dataclass(frozen=True)
+class DenseTeachers:
+    """The distributions of several teachers, each at some of the positions; averaged where several have one.
+
+    Attributes:
+        size: number of positions N.
+        width: number of ids of the widest teacher.
+        parts: for each teacher its positions (n,) int64, ascending, its distributions there, and its weight.
+    """
+
+    size: int
+    width: int
+    parts: tuple[tuple[torch.Tensor, DenseTeacher, float], ...]
+
+    @torch.no_grad()
+    def logits(self, start: int, stop: int) -> TeacherLogits:
+        """Compute the log-probabilities of positions start … stop − 1: log Σ w p / Σ w over the teachers of each."""
+        stop = min(stop, self.size)
+        device = self.parts[0][0].device
+        total = torch.full((stop - start, self.width), -torch.inf, device=device)
+        weights = torch.zeros(stop - start, 1, device=device)
+        for rows, teacher, weight in self.parts:
+            first, last = torch.searchsorted(rows, torch.tensor([start, stop], device=rows.device)).tolist()
+            if first == last:
+                continue
+            at = rows[first:last] - start
+            own = teacher.logits(first, last).logits.float().log_softmax(-1).to(device) + math.log(weight)
+            total[at, : own.shape[-1]] = torch.logaddexp(total[at, : own.shape[-1]], own)
+            weights[at] += weight
+        return TeacherLogits(total - weights.log())
+
+
+TeacherDistribution = SparseLogprobs | TeacherLogits | DenseTeacher | DenseTeachers
 
 
 @dataclass(frozen=True)
@@ -104,12 +146,14 @@ class Targets:
         hidden: (N, H) teacher hidden states for each layer matched with a student layer; empty if none are.
         label_logprobs: (N,) float32, the teacher's log-probability of each label, whether or not it is among a sparse
             teacher's ids; NaN where unknown; None if unknown everywhere.
+        sources: (N,) int64, the number of the dataset that each position comes from; None if there is only one.
     """
 
     labels: torch.Tensor
     teacher: TeacherDistribution
     hidden: tuple[torch.Tensor, ...] = ()
     label_logprobs: torch.Tensor | None = None
+    sources: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -123,8 +167,8 @@ class Targets:
             teacher = TeacherLogits(teacher.logits[start:stop])
         else:
             teacher = teacher.logits(start, stop)
-        known = self.label_logprobs
-        return Targets(self.labels[start:stop], teacher, label_logprobs=None if known is None else known[start:stop])
+        known, sources = (None if each is None else each[start:stop] for each in (self.label_logprobs, self.sources))
+        return Targets(self.labels[start:stop], teacher, label_logprobs=known, sources=sources)
 
 
 @dataclass(frozen=True)
@@ -190,7 +234,7 @@ class Positions:
         teacher = self.targets.teacher
         if isinstance(teacher, SparseLogprobs):
             return None
-        if isinstance(teacher, DenseTeacher):
+        if isinstance(teacher, (DenseTeacher, DenseTeachers)):
             raise InputError("a dense teacher's logits are not computed yet: select positions with Targets.rows first")
         return teacher.logits[:, : self.student.size].to(self.student.logits.device)
 
@@ -260,14 +304,14 @@ class Positions:
     ) -> Comparison:
         """Compare p with softmax(z / student_temperature), neither of them softened any further."""
         ids, logprobs = self._stored.tensors()
-        everything = ids.shape[-1] >= self.student.size
+        # Not by the width alone: rows may be filled up with ids of probability 0.
+        everything = ids.shape[-1] >= self.student.size and bool(torch.isfinite(logprobs).all())
         # If every id is stored, nothing is missing, and 1 − Σ p is only rounding error.
         missing = "zero" if everything else missing
         log_p, log_p_rest = _target(ids, logprobs, self.targets.labels, missing, label_logprobs)
         outcomes = torch.isfinite(log_p)
         log_p = log_p.clamp_min(NEVER)
         log_q = self.student.logprobs(student_temperature).clamp_min(NEVER).where(outcomes, NEVER)
-        everything = everything and bool(outcomes[:, :-1].all())
         student = self.student  # capturing `self` would create a cycle that keeps the logits until garbage collection
         rest = None if everything else lambda: student.logprob_outside(outcomes, student_temperature)
         log_p_rest = None if log_p_rest is None else log_p_rest.clamp_min(NEVER)

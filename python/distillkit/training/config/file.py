@@ -96,6 +96,11 @@ def _disagreements(config: RunConfig) -> list[str]:
         found.append(
             f"layer_mapping: missing, but {hidden[0]} needs it: 'all', or pairs of [student layer, teacher layer]"
         )
+    if config.layer_mapping is not None and config.teachers is not None:
+        found.append(
+            "layer_mapping: compares hidden states with those of one teacher, but there are several (teachers); leave "
+            "it out, or set teacher"
+        )
     if hidden and config.teacher.kind != "hf":
         lacking = "a server" if config.teacher.kind == "server" else "a dataset of stored distributions"
         found.append(

@@ -52,8 +52,7 @@ def check_surroundings(config: RunConfig, *, loaded: bool = False) -> None:
 
 def _model_problems(config: RunConfig, *, loaded: bool) -> Iterator[str]:
     models = {} if loaded else {"model": config.model}
-    if config.teacher.kind == "hf":
-        models["teacher.path"] = config.teacher.path
+    models |= {f"{key}.path": teacher.path for key, teacher in config.live_teachers.items()}
     for key, name in models.items():
         problem = model_problem(name)
         if problem is not None:
@@ -61,11 +60,10 @@ def _model_problems(config: RunConfig, *, loaded: bool) -> Iterator[str]:
 
 
 def _dataset_problems(config: RunConfig) -> Iterator[str]:
-    sources = {"train": config.dataset.train_dataset, "eval": config.dataset.eval_dataset}
-    for part, source in sources.items():
-        problem = None if source is None else _dataset_problem(source)
+    for entry in (*config.dataset.entries("train"), *config.dataset.entries("eval")):
+        problem = _dataset_problem(entry.source)
         if problem is not None:
-            yield f"dataset.{part}_dataset.{problem}"
+            yield f"{entry.key}.{problem}"
 
 
 def _dataset_problem(source: DatasetSource) -> str | None:

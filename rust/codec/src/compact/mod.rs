@@ -12,6 +12,7 @@ mod model;
 pub mod numbers;
 mod order;
 mod prior;
+mod rank;
 mod sampled;
 mod scale;
 mod tables;
@@ -29,10 +30,11 @@ pub use tables::{SLOTS, SLOTS_LOG, Table};
 
 use crate::error::{CodecError, Result, config_error};
 use crate::simd::Backend;
-use decode::{OnRow, Ranking, StoredRow};
+use decode::{OnRow, StoredRow};
 use document::{Content, Frame, corrupt};
 use encode::{Encoder, Rows};
 use model::Model;
+use rank::Ranking;
 use write::{DocumentWriter, StoredRows};
 
 /// Encodes and decodes documents of one configuration, with one prior.

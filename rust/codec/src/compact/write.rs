@@ -2,10 +2,10 @@
 
 use std::array;
 
-use super::decode::{Head, StoredRow, dealt, near_top, top_bits};
+use super::decode::{Head, StoredRow, dealt, highest, near_top, top_bits};
 use super::document::{self, Content, LANES, lanes};
 use super::model::{Model, NEXT};
-use super::numbers::Kind;
+use super::numbers::{Kind, bucket};
 use super::prior::Prior;
 use super::tables::{SLOTS, SLOTS_LOG, Table, Writer};
 use crate::error::Result;
@@ -180,19 +180,19 @@ fn head_steps(model: &Model, head: Head, steps: &mut Vec<Step>) {
 }
 
 fn row_steps(model: &Model, head: Head, positions: &[u32], levels: &[u16], steps: &mut Vec<Step>) {
-    let class = model.clusters[usize::from(head.cluster)].gap_class;
+    let contexts = model.gap(model.clusters[usize::from(head.cluster)].gap_class);
     let mut previous = 0;
     for (i, &position) in positions.iter().enumerate() {
-        let left = (positions.len() - i) as u32;
-        let table = model.gap[model.dimensions.gap(class, previous, left)];
+        let left = model.lefts[positions.len() - i] as usize;
+        let table = contexts[left + bucket(previous)];
         steps.push(Step::Number { table, number: position - previous, kind: Kind::Gap });
         previous = position + 1;
     }
+    let contexts = model.level(usize::from(head.shape));
     let mut state = 0u8;
     for (&position, &level) in positions.iter().zip(levels) {
         let quantiser = usize::from(state >> 1);
-        let table =
-            model.level[model.dimensions.level(usize::from(head.shape), quantiser, position)];
+        let table = contexts[2 * bucket(position + 1) + quantiser];
         let number = u32::from(level) >> 1;
         steps.push(Step::Number { table, number, kind: Kind::Other });
         state = NEXT[usize::from(state)][number as usize & 1];
@@ -200,7 +200,7 @@ fn row_steps(model: &Model, head: Head, positions: &[u32], levels: &[u16], steps
 }
 
 fn top_step(levels: &[u16], top: u16, steps: &mut Vec<Step>) {
-    let near = near_top(levels);
+    let near = near_top(levels, highest(levels));
     if near > 1 {
         steps.push(Step::Raw { bits: top_bits(near), number: u32::from(top) });
     }

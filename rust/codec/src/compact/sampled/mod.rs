@@ -234,8 +234,10 @@ impl Sampled {
         let mut stream = Stream::new(&padded, frame.bytes);
         let mut draws = Draws::default();
         for row in 0..rows {
-            let bits =
-                side.model.read(&mut stream, &mut draws).map_err(|error| error.at_row(row))?;
+            let bits = side
+                .model
+                .read(&mut stream, &padded, &mut draws)
+                .map_err(|error| error.at_row(row))?;
             // Rows of a damaged document may take no bits; what is read lies within the document.
             if stream.bit > 8 * data.len() {
                 return corrupt(format!("row {row}: the document has ended"));

@@ -3,7 +3,7 @@
 
 use super::config::SampledConfig;
 use super::prior::{Excess, SampledPrior};
-use crate::compact::decode::{BASES, GAP_BASES, Stream};
+use crate::compact::decode::Stream;
 use crate::compact::document::corrupt;
 use crate::compact::encode::ClusterCosts;
 use crate::compact::numbers::{Kind, SYMBOLS, bucket};
@@ -113,15 +113,20 @@ impl Model {
         self.clusters[cluster].order.position(rank)
     }
 
-    /// Reads the next row. Returns the bits of its head, its ids and its counts.
+    /// Reads the next row of a document with zeros after it. Returns the bits of its head, its ids and its counts.
     #[inline(always)]
-    pub(super) fn read(&self, stream: &mut Stream, row: &mut Draws) -> Result<[u32; 3]> {
+    pub(super) fn read(
+        &self,
+        stream: &mut Stream,
+        data: &[u8],
+        row: &mut Draws,
+    ) -> Result<[u32; 3]> {
         let start = stream.bit;
-        let cluster = stream.number(&self.entries, self.cluster, &BASES) as usize;
+        let cluster = stream.number(data, &self.entries, self.cluster) as usize;
         let Some(prepared) = self.clusters.get(cluster) else {
             return corrupt(format!("cluster {cluster} of {}", self.clusters.len()));
         };
-        let ids = stream.number(&self.entries, self.count[prepared.shape_class], &BASES) + 1;
+        let ids = stream.number(data, &self.entries, self.count[prepared.shape_class]) + 1;
         if ids as usize > self.k {
             return corrupt(format!("{ids} ids, expected at most {}", self.k));
         }
@@ -132,7 +137,7 @@ impl Model {
         let mut previous = 0;
         for left in (1..=ids).rev() {
             let context = bucket(previous) * self.sizes.left + bucket(left);
-            let position = previous + stream.number(&self.entries, contexts[context], &GAP_BASES);
+            let position = previous + stream.number(data, &self.entries, contexts[context]);
             if position >= self.vocab {
                 return corrupt("an id beyond the vocabulary");
             }
@@ -140,12 +145,12 @@ impl Model {
             previous = position + 1;
         }
         let end = stream.bit;
-        self.read_counts(stream, row)?;
+        self.read_counts(stream, data, row)?;
         Ok([(middle - start) as u32, (end - middle) as u32, (stream.bit - end) as u32])
     }
 
     #[inline(always)]
-    fn read_counts(&self, stream: &mut Stream, row: &mut Draws) -> Result<()> {
+    fn read_counts(&self, stream: &mut Stream, data: &[u8], row: &mut Draws) -> Result<()> {
         let ids = row.positions.len() as u32;
         let mut beyond = self.draws - ids;
         row.counts.clear();
@@ -154,7 +159,7 @@ impl Model {
                 beyond
             } else {
                 let context = self.excess.context(beyond, left, position);
-                stream.number(&self.entries, self.excesses[context], &BASES)
+                stream.number(data, &self.entries, self.excesses[context])
             };
             if more > beyond {
                 return corrupt(format!("more than {} draws", self.draws));

@@ -113,6 +113,18 @@ def test_a_device_draws_as_the_cpu_does(dtype: torch.dtype) -> None:
                 draw(logits, numbers)
 
 
+@pytest.mark.gpu
+def test_a_gpu_draws_as_the_cpu_does() -> None:
+    logits = torch.randn(200, 151_936, generator=torch.Generator().manual_seed(0)).mul(3)
+    numbers = uniforms([7], 200, 50)
+    native, ours = draws_from_logits(logits, numbers), draws_from_logits(logits.cuda(), numbers)
+    assert ours.ids.device.type == "cuda"  # type: ignore[union-attr]
+    there = SparseLogprobs(*(each.cpu() for each in ours.tensors()), ours.draws)
+    same = (counts_of(native, 151_936) == counts_of(there, 151_936)).all(-1)
+    # Exponentials are rounded otherwise there.
+    assert same.mean() > 0.98
+
+
 # -- the codec ---------------------------------------------------------------------------------------------------------
 
 
@@ -230,8 +242,9 @@ def of_draws(logits: torch.Tensor, teacher: npt.NDArray[np.float32], temperature
     numbers = np.concatenate([uniforms([1, 2], 1, NUMBER, seed=seed) for seed in range(seeds)])
     rows = draws_from_logits(torch.from_numpy(teacher).expand(seeds, -1).contiguous(), numbers, temperature=temperature)
     leaf = logits.expand(seeds, -1).clone().requires_grad_()
-    positions = Positions(leaf, Targets(torch.zeros(seeds).long(), rows))
-    loss("kl", missing_probability_handling="uniform")(positions).sum().backward()
+    loss("kl", missing_probability_handling="uniform")(
+        Positions(leaf, Targets(torch.zeros(seeds).long(), rows))
+    ).sum().backward()
     assert leaf.grad is not None
     return leaf.grad
 

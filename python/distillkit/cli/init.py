@@ -15,7 +15,7 @@ from distillkit.text.file_names import is_read
 
 __all__ = ["KINDS", "init", "template"]
 
-KINDS = ("offline", "live", "lora")
+KINDS = ("offline", "live", "lora", "on-policy")
 
 # Parts of the templates, with their names in braces. Names with _word are for comments, quoted as for a shell.
 _HEAD = """\
@@ -36,6 +36,10 @@ _LORA = f"""\
 {_CAPTURE_FIRST}{_HEAD}"""
 _LIVE = f"""\
 # Train a student next to its teacher, without a capture: both models are in memory, and the teacher runs at every step.
+{_HEAD}"""
+_ON_POLICY = f"""\
+# Train a student on what it writes itself (on-policy), next to the teacher that scores it: both models are in memory.
+# For a student that has learned from text or a capture before.
 {_HEAD}"""
 _OUTPUT = """\
 model: {student}
@@ -67,6 +71,22 @@ _CAPTURED = f"""\
 _TEXT = f"""\
   # Text, chats or token ids: files, folders of them, or hub datasets (repo_id in place of disk_path).
 {_DATA}"""
+_PROMPTS = """\
+  # Never trained on: text, or a captured dataset. The report shows the student's divergence from the teacher on these.
+  eval_dataset: {held_out}
+
+rollouts:
+  # Rows with `prompt` (text or messages), chats, or text; what the student continues.
+  prompts: {data}
+  # Below 1, the other rows are those of dataset.train_dataset.
+  fraction: 1.0
+  # Optimiser steps between rounds. At the beginning of each, the student writes the completions of its steps.
+  every: 16
+  # Prompts have at most sequence_length − max_new_tokens.
+  max_new_tokens: 256
+  temperature: 1.0
+
+"""
 _STORED_TEACHER = """\
 # The distributions are in the dataset: the teacher itself is not needed.
 teacher: {{kind: dataset}}
@@ -94,6 +114,12 @@ _LIVE_LOSSES = """\
 loss_functions:
   - {{function: cross_entropy, weight: 0.1}}
   - {{function: kl, weight: 0.9}}
+
+"""
+_OWN_LOSSES = """\
+# A weighted sum (docs/losses.md). Usual here: reverse_kl keeps to what the teacher finds likely, jsd is milder.
+loss_functions:
+  - {{function: reverse_kl, weight: 1.0}}
 
 """
 _PEFT = """\
@@ -138,7 +164,12 @@ training_args:
 _RATES = (
     ("1.0e-4", "For a student that is trained already; some ten times as much for one made of layers."),
     ("2.0e-4", "Adapters take higher rates than whole weights."),
+    ("2.0e-5", "Low: the student should still be close to what wrote the completions, at the end of a round."),
 )
+
+
+# Where the data usually are, to train on and held out, unless they are captured.
+_USUAL = {"live": ("./documents.jsonl", "./held_out.jsonl"), "on-policy": ("./prompts.jsonl", "./held_out.jsonl")}
 
 
 @click.command(short_help="Write a commented configuration to begin with.")
@@ -149,18 +180,18 @@ _RATES = (
     default="offline",
     show_default=True,
     help="offline: from captured distributions; live: with the teacher in memory; lora: adapters, from captured "
-    "distributions.",
+    "distributions; on-policy: on completions that the student writes, with the teacher in memory.",
 )
 @click.option("--teacher", default="./teacher", show_default=True, help="Teacher: a folder or hub id.")
 @click.option("--student", default="./student", show_default=True, help="Student: a folder or hub id.")
 @click.option(
     "--data",
-    help="Data to train on: a captured dataset, or text for --kind live.  [default: ./captured; for live "
-    "./documents.jsonl]",
+    help="Data to train on: a captured dataset, text for --kind live, or prompts for on-policy.  [default: ./captured; "
+    "for live ./documents.jsonl, for on-policy ./prompts.jsonl]",
 )
 @click.option(
     "--eval-data",
-    help="Held-out data.  [default: ./captured_held_out; for live ./held_out.jsonl]",
+    help="Held-out data.  [default: ./captured_held_out; for live and on-policy ./held_out.jsonl]",
 )
 @click.option("--output", default="./trained", show_default=True, help="Folder for the trained student.")
 def init(
@@ -173,14 +204,14 @@ def init(
       distillkit init train.yaml
       distillkit init lora.yaml --kind lora --student Qwen/Qwen3-0.6B --data ./captured
     """
-    live = kind == "live"
+    usual, held_out = _USUAL.get(kind, ("./captured", "./captured_held_out"))
     content = template(
         kind,
         file=str(file),
         teacher=teacher,
         student=student,
-        data=data or ("./documents.jsonl" if live else "./captured"),
-        held_out=eval_data or ("./held_out.jsonl" if live else "./captured_held_out"),
+        data=data or usual,
+        held_out=eval_data or held_out,
         output=output,
     )
     # "x": fails if the file exists, even if it appeared just now.
@@ -205,8 +236,9 @@ def template(kind: str, **names: str) -> str:
         "offline": (_STORED, _STUDENT, _CAPTURED, _STORED_TEACHER, _LOSSES, _ARGUMENTS),
         "live": (_LIVE, _STUDENT, _TEXT, _LIVE_TEACHER, _LIVE_LOSSES, _ARGUMENTS),
         "lora": (_LORA, _BASE, _CAPTURED, _STORED_TEACHER, _LOSSES, _PEFT, _ARGUMENTS),
+        "on-policy": (_ON_POLICY, _STUDENT, _PROMPTS, _LIVE_TEACHER, _OWN_LOSSES, _ARGUMENTS),
     }[kind]
-    rate, note = _RATES[kind == "lora"]
+    rate, note = _RATES[{"lora": 1, "on-policy": 2}.get(kind, 0)]
     values = {
         **{f"{name}_word": word for name, word in words.items()},
         **{name: _scalar(names[name]) for name in ("student", "teacher", "output")},

@@ -16,7 +16,17 @@ from urllib.parse import quote
 
 from distillkit.console import number_of
 from distillkit.errors import CorruptDataError, printable
-from distillkit.reports.run_record import DIFFERENCES, MEASURES, METRICS, REPORT, SUMMARY, Measure, RunRecord, read_run
+from distillkit.reports.run_record import (
+    DIFFERENCES,
+    MEASURES,
+    METRICS,
+    OWN_WORDS,
+    REPORT,
+    SUMMARY,
+    Measure,
+    RunRecord,
+    read_run,
+)
 
 __all__ = [
     "MARKDOWN",
@@ -143,6 +153,8 @@ def markdown(run: RunRecord, pictures: list[tuple[str, str]] | None) -> str:
     sections = [f"# {_text(run.name)}", opening(run, MARKDOWN)]
     if run.evaluations:
         sections += ["## On held-out documents", table(*evaluation_rows(run)), *evaluation_notes(run)]
+    if run.rollouts:
+        sections += ["## On the student's own completions", table(*rollout_rows(run))]
     sections += [f"![{title}]({name})" for name, title in pictures or ()]
     if pictures is None:
         sections.append(
@@ -201,6 +213,17 @@ def evaluation_rows(run: RunRecord) -> tuple[list[str], list[list[str]]]:
         header[1:1] = [f"step {first['step']:,}"]
         header.append("change")
     return header, rows
+
+
+def rollout_rows(run: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """The first and the last round of completions by the student as a table: its header, and a row for each measure."""
+    rows = []
+    for measure in OWN_WORDS:
+        _, values = run.series(measure.name)
+        if values:
+            change = measure.change(values[0], values[-1])
+            rows.append([measure.label, measure.text(values[0]), measure.text(values[-1]), change])
+    return ["", "first round", "last round", "change"], rows
 
 
 def measures_of(runs: Sequence[RunRecord]) -> list[Measure]:

@@ -43,6 +43,7 @@ class DistillationTrainer(SignalTrainer):
             `training_args` of a YAML file, with the defaults described there, and `output_dir` ("trained").
         train_dataset: what to train on: a captured or published dataset as a path, a URL (`hf://datasets/…`), a hub id
             or an opened `distillkit.Dataset`; with a live teacher also text. A mapping is a section `train_dataset`.
+            None if the student is trained on what it writes itself (`rollouts`).
         eval_dataset: what to evaluate on, likewise.
         processing_class: the student's tokenizer; by default the one beside the model.
         callbacks: transformers callbacks, besides those that write metrics and report.
@@ -72,7 +73,7 @@ class DistillationTrainer(SignalTrainer):
         model: str | os.PathLike[str] | transformers.PreTrainedModel | Any,
         args: transformers.TrainingArguments | Mapping[str, Any] | None = None,
         *,
-        train_dataset: str | os.PathLike[str] | Dataset | Mapping[str, Any],
+        train_dataset: str | os.PathLike[str] | Dataset | Mapping[str, Any] | None = None,
         eval_dataset: str | os.PathLike[str] | Dataset | Mapping[str, Any] | None = None,
         processing_class: Any = None,
         callbacks: list[transformers.TrainerCallback] | None = None,

@@ -37,12 +37,14 @@ from distillkit.training.checkpoints import Checkpoint, checkpoint_of
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.schema import LiveTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
-from distillkit.training.data.documents import check_positions, open_documents, training_dataset
+from distillkit.training.data.documents import check_positions, check_row_lengths, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
 from distillkit.training.data.prepared import Part
 from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
 from distillkit.training.identity import check_same_run, identity_of
+from distillkit.training.rollouts.prompts import KEY, Prompts, open_prompts
+from distillkit.training.rollouts.rounds import Rollouts
 from distillkit.training.saving import reaching_hub, save_student
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.stored import OfflineSignal
@@ -133,7 +135,25 @@ class Run:
     def sources(self) -> dict[Part, DocumentSource]:
         """The opened training and evaluation data."""
         with self.arguments.main_process_first(desc="opening the datasets"):
-            return _open_sources(self.config, self.tokenizer, self.arguments, self.given.datasets)
+            sources = _open_sources(self.config, self.tokenizer, self.arguments, self.given.datasets)
+        if self.prompts is not None and self.config.only_rollouts:
+            return {"train": self.prompts.documents, **sources}
+        return sources
+
+    @cached_property
+    def prompts(self) -> Prompts | None:
+        """The prompts that the student continues, if it trains on its own completions."""
+        if self.config.rollouts is None:
+            return None
+        with self.arguments.main_process_first(desc="opening the prompts"):
+            return open_prompts(self.config, self.tokenizer, self.arguments)
+
+    @cached_property
+    def rollouts(self) -> Rollouts | None:
+        """What writes completions of the prompts, if the student trains on them."""
+        if self.config.rollouts is None or self.prompts is None:
+            return None
+        return Rollouts(self.config.rollouts, self.prompts, self.config.sequence_length, self.progress.generating)
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
@@ -159,12 +179,15 @@ class Run:
         live, _ = self.teacher
         if self.config.dataset.packing == "auto":
             choose_packing(self.arguments, trained_models(self.model, None if live is None else live.model))
-        datasets = {
-            part: _dataset(self.config, part, source, self.model, self.arguments, live)
-            for part, source in self.sources.items()
-        }
-        for part, dataset in datasets.items():
-            _check_counted(dataset, f"dataset.{part}_dataset")
+        datasets: dict[Part, DistillationDataset] = {}
+        if self.prompts is not None:
+            _check_prompts(self.config, self.prompts, self.model, live)
+        for part, source in self.sources.items():
+            if part == "train" and self.prompts is not None and live is not None and self.config.only_rollouts:
+                datasets[part] = DistillationDataset(source, live, self.config.sequence_length, self.prompts.chosen)
+                continue
+            datasets[part] = _dataset(self.config, part, source, self.model, self.arguments, live)
+            _check_counted(datasets[part], f"dataset.{part}_dataset")
         return datasets
 
     def other_examples(self, where: DatasetSource, opened: StoredDataset | None) -> DistillationDataset:
@@ -187,6 +210,7 @@ class Run:
     def objective(self) -> Objective:
         """The losses."""
         _tell_temperature(self.config)
+        _tell_own_words(self.config)
         return Objective.training(self.config.loss_functions)
 
     @cached_property
@@ -201,7 +225,8 @@ class Run:
         models = {"model": self.model}
         if live is not None and not self.config.teaches_itself:
             models["teacher.path"] = live.model
-        return identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer)
+        prompts = None if self.prompts is None else self.prompts.documents
+        return identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer, prompts)
 
     @cached_property
     def metrics(self) -> MetricsFile:
@@ -238,6 +263,7 @@ class Run:
             "processing_class": self.tokenizer,
             "eos_labels": eos_labels,
             "identity": identity,
+            "rollouts": self.rollouts,
             "callbacks": callbacks,
         }
 
@@ -365,6 +391,15 @@ def _tell_temperature(config: RunConfig) -> None:
             )
 
 
+def _tell_own_words(config: RunConfig) -> None:
+    """Warn of a loss that teaches the student what it has written itself."""
+    if config.only_rollouts and any(loss.function == "cross_entropy" and loss.weight for loss in config.loss_functions):
+        logger.warning(
+            "loss_functions: cross_entropy takes the tokens of the completions for the right ones, but the student has "
+            "written them itself; leave it out, or mix in other documents (rollouts.fraction)"
+        )
+
+
 def _tell_dropped_mass(config: RunConfig, source: StoredDataset) -> None:
     """Warn of losses that drop the missing probability of rows whose number of ids varies with it."""
     codec = source.codec.config
@@ -386,7 +421,7 @@ def _open_sources(
     """Open training and evaluation data; a mismatched tokenizer raises before any model is loaded."""
     if config.teacher.kind == "hf":
         check_teacher_tokenizer(config, tokenizer)
-    parts: tuple[Part, ...] = ("train", "eval")
+    parts: tuple[Part, ...] = ("eval",) if config.only_rollouts else ("train", "eval")
     opened = {part: open_documents(config, part, tokenizer, arguments, given.get(part)) for part in parts}
     return {part: source for part, source in opened.items() if source is not None}
 
@@ -434,6 +469,14 @@ def _dataset(
         label_logprobs=bool((source.header.capture or {}).get("label_logprobs")),
     )
     return training_dataset(config, part, source, signal, arguments)
+
+
+def _check_prompts(config: RunConfig, prompts: Prompts, model: Any, teacher: OnlineSignal | None) -> None:
+    """Refuse prompts with token ids beyond the head, or that lead beyond a model's table of positions."""
+    check_ids(prompts.documents, rows_of(model.get_output_embeddings().weight), KEY)
+    new = 0 if config.rollouts is None else config.rollouts.max_new_tokens
+    models = {"model": model, **({} if teacher is None else {"teacher.path": teacher.model})}
+    check_row_lengths(models, prompts.longest + new, prompts.longest + new, f"{KEY}, with completions,")
 
 
 def _check_counted(dataset: DistillationDataset, key: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,35 @@ def _disagreements(config: RunConfig) -> list[str]:
         found.append(
             f"force_hidden_state_projection: only {' and '.join(HIDDEN_LOSSES)} use it, and loss_functions has neither"
         )
-    return found
+    return [*found, *_rollout_problems(config)]
+
+
+def _rollout_problems(config: RunConfig) -> Iterator[str]:
+    """Describe what rollouts lack, and what they leave no use for."""
+    rollouts = config.rollouts
+    if rollouts is None:
+        return
+    if config.teacher.kind == "dataset":
+        yield (
+            "rollouts: the teacher scores what the student writes, and a dataset of stored distributions cannot; use a "
+            "live teacher (teacher.kind: hf)"
+        )
+    if rollouts.max_new_tokens >= config.sequence_length:
+        yield (
+            f"rollouts.max_new_tokens: {rollouts.max_new_tokens:,} leaves no room for a prompt within sequence_length: "
+            f"{config.sequence_length:,}"
+        )
+    if config.only_rollouts and config.dataset.train_dataset != rollouts.prompts:
+        yield (
+            "dataset.train_dataset: not trained on with rollouts.fraction: 1, where all rows are completions; lower "
+            "rollouts.fraction, or remove it"
+        )
+    sharding = [name for name in ("fsdp", "deepspeed") if config.training_args.get(name)]
+    if sharding:
+        yield (
+            f"rollouts: a student that training_args.{sharding[0]} divides among processes cannot write completions "
+            "yet; remove it (several processes then use DDP), or train LoRA adapters"
+        )
 
 
 def _student_problems(config: RunConfig) -> list[str]:

@@ -31,7 +31,7 @@ from distillkit.losses.config import LossConfig, named_losses
 from distillkit.models.adapters import LoraSection
 from distillkit.types import Overflow
 
-__all__ = ["DatasetSource", "LiveTeacherConfig", "RunConfig", "StoredTeacherConfig"]
+__all__ = ["DatasetSource", "LiveTeacherConfig", "RolloutsConfig", "RunConfig", "StoredTeacherConfig"]
 
 
 # A key without a value means an empty mapping or list.
@@ -224,6 +224,64 @@ class StoredTeacherConfig(Section):
         return None
 
 
+_OTHER_ENGINES = {
+    "vllm": "up to 0.33 it needs transformers before 5.21, and training needs 5.23, so they cannot be installed together",
+    "server": "a server keeps the weights that it has loaded, and the completions must come from those being trained",
+}
+
+
+class RolloutsConfig(Section):
+    """Training on what the student itself writes (on-policy)."""
+
+    prompts: DatasetSource = Field(
+        description="What the student continues: rows with `prompt` (text or messages), with chats, whose last "
+        "assistant turn is left out, or with `text`. Files, folders and hub datasets, as for text.",
+    )
+    fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the training rows that are completions by the student; the others are those of "
+        "`dataset.train_dataset`, which is left out if there are none.",
+    )
+    every: int = Field(
+        default=64,
+        ge=1,
+        description="Optimiser steps of a round: at its beginning, the student writes the completions of all of them.",
+    )
+    max_new_tokens: int = Field(default=512, ge=1, description="Longest completion in tokens.")
+    temperature: float = Field(
+        default=1.0,
+        ge=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="Softens the distribution that the student's tokens are drawn from; 0 takes the most probable.",
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Draw from the most probable tokens up to this total probability only."
+    )
+    engine: Literal["hf"] = Field(
+        default="hf", description="What generates: hf, transformers with the very weights that are being trained."
+    )
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Completions that a process writes at the same time; by default as many as it has rows in an "
+        "optimiser step.",
+    )
+
+    _numbers = field_validator(
+        "fraction", "every", "max_new_tokens", "temperature", "top_p", "batch_size", mode="before"
+    )(refuse_flag)
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _in_this_process(cls, value: object) -> object:
+        if isinstance(value, str) and value in _OTHER_ENGINES:
+            raise ValueError(f"{value!r} is not supported: {_OTHER_ENGINES[value]}; allowed: 'hf'")
+        return value
+
+
 TeacherConfig = Annotated[Union[LiveTeacherConfig, StoredTeacherConfig], Field(discriminator="kind")]
 
 # Transformers' classes for models with a language-model head, named here so that transformers need not be imported.
@@ -260,6 +318,9 @@ def _default_losses() -> list[LossConfig]:
     ]
 
 
+_ROLLOUT_LOSS = {"function": "reverse_kl", "weight": 1.0, "missing_probability_handling": "uniform"}
+
+
 class RunConfig(Section):
     """A training run."""
 
@@ -276,7 +337,11 @@ class RunConfig(Section):
     loss_functions: list[LossConfig] = Field(
         default_factory=_default_losses,
         min_length=1,
-        description="Losses in the weighted sum; 0.1 cross_entropy + 0.9 kl (missing probability: uniform) by default.",
+        description="Losses in the weighted sum; 0.1 cross_entropy + 0.9 kl (missing probability: uniform) by default, "
+        "with `rollouts` reverse_kl alone (uniform).",
+    )
+    rollouts: RolloutsConfig | None = Field(
+        default=None, description="Train on completions that the student writes, scored by a live teacher."
     )
     layer_mapping: LayerMapping = Field(
         default=None,
@@ -328,6 +393,20 @@ class RunConfig(Section):
     _overrides: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     _numbers = field_validator("sequence_length", "resize_embeddings_to_multiple_of", mode="before")(refuse_flag)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_rollouts_imply(cls, content: Any) -> Any:
+        """Without other documents, the prompts are the training data; and completions have losses of their own."""
+        rollouts = content.get("rollouts") if isinstance(content, dict) else None
+        if not isinstance(rollouts, dict):
+            return content
+        content = {"loss_functions": [dict(_ROLLOUT_LOSS)], **content}
+        dataset = content.get("dataset") or {}
+        alone = rollouts.get("fraction", 1.0) == 1.0 and "prompts" in rollouts
+        if alone and isinstance(dataset, dict) and "train_dataset" not in dataset:
+            content["dataset"] = {**dataset, "train_dataset": rollouts["prompts"]}
+        return content
 
     @field_validator("model_kwargs")
     @classmethod
@@ -393,6 +472,11 @@ class RunConfig(Section):
             and teacher.path == self.model
             and not teacher.kwargs
         )
+
+    @property
+    def only_rollouts(self) -> bool:
+        """Whether all training rows are completions by the student."""
+        return self.rollouts is not None and self.rollouts.fraction == 1.0
 
     @property
     def quantised(self) -> str | None:

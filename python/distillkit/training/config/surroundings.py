@@ -60,10 +60,15 @@ def _model_problems(config: RunConfig, *, loaded: bool) -> Iterator[str]:
 
 def _dataset_problems(config: RunConfig) -> Iterator[str]:
     sources = {"train": config.dataset.train_dataset, "eval": config.dataset.eval_dataset}
-    for part, source in sources.items():
+    keys = {f"dataset.{part}_dataset": source for part, source in sources.items()}
+    if config.rollouts is not None:
+        if config.only_rollouts:
+            del keys["dataset.train_dataset"]  # the prompts themselves
+        keys["rollouts.prompts"] = config.rollouts.prompts
+    for key, source in keys.items():
         problem = None if source is None else _dataset_problem(source)
         if problem is not None:
-            yield f"dataset.{part}_dataset.{problem}"
+            yield f"{key}.{problem}"
 
 
 def _dataset_problem(source: DatasetSource) -> str | None:

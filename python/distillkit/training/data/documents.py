@@ -33,7 +33,17 @@ if TYPE_CHECKING:
     from distillkit.training.config.schema import DatasetSource, RunConfig
     from distillkit.training.signals.base import TeacherSignal
 
-__all__ = ["check_positions", "document_lengths", "is_packed", "long_documents", "open_documents", "training_dataset"]
+__all__ = [
+    "cache_folder",
+    "check_positions",
+    "check_row_lengths",
+    "document_lengths",
+    "is_packed",
+    "long_documents",
+    "open_documents",
+    "open_rows",
+    "training_dataset",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +86,7 @@ def open_documents(
         documents = stored
     else:
         documents = prepare(
-            _open_rows(source, part, key),
+            open_rows(source, part, key),
             RowReader(tokenizer, training_policy(tokenizer, _text_options(config, arguments)), vocab_size(tokenizer)),
             cache,
             key=key,
@@ -118,11 +128,26 @@ def check_positions(
     # The positions of padding continue those of a row's last document.
     multiple = arguments.pad_to_multiple_of or 1
     row = -(-(config.sequence_length if is_packed(config, arguments, part) else longest) // multiple) * multiple
+    check_row_lengths(models, row, longest, f"dataset.{part}_dataset")
+
+
+def check_row_lengths(models: Mapping[str, Any], row: int, longest: int, key: str) -> None:
+    """Refuse rows beyond a model's table of positions, and warn of documents beyond what it was made for.
+
+    Args:
+        models: the student, and a live teacher, by the setting that names them.
+        row: the longest row in tokens, with padding.
+        longest: the longest document in tokens.
+        key: the setting whose rows these are, for messages.
+
+    Raises:
+        ConfigError: the model has no embedding for a position.
+    """
     for name, model in models.items():
         limit = getattr(bare_model(model).config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(limit, int) or row <= limit:
             continue
-        made = f"{name} was made for {limit:,} positions (max_position_embeddings), and dataset.{part}_dataset has"
+        made = f"{name} was made for {limit:,} positions (max_position_embeddings), and {key} has"
         if _position_table(model, limit):
             raise ConfigError(
                 f"{made} rows of up to {row:,} tokens, for which it has no embeddings. Set sequence_length to at most "
@@ -238,7 +263,7 @@ def _is_captured(source: DatasetSource) -> bool:
     return True
 
 
-def _open_rows(source: DatasetSource, part: Part, key: str) -> Source:
+def open_rows(source: DatasetSource, part: Part, key: str) -> Source:
     """Open rows of text; without a split, use the only one, or for training "train"."""
     try:
         if source.disk_path is not None:

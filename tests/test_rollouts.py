@@ -12,7 +12,7 @@ import torch
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from distillkit.errors import ConfigError, DistillKitError
+from distillkit.errors import ConfigError, DistillKitError, MismatchError
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.rollouts.engine import HfEngine, Prompt, Sampling, draw
 from distillkit.training.rollouts.order import MixedOrder, Slot, WithSlots
@@ -39,14 +39,14 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         tiny_model(seed).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     generator = np.random.default_rng(0)
-    texts = [" ".join(f"t{i}" for i in generator.integers(5, VOCABULARY, length)) for length in (1, 2, 5, 9, 3, 7, 4)]
+    texts = [" ".join(f"t{i}" for i in generator.integers(30, VOCABULARY, length)) for length in (1, 2, 5, 9, 3, 7, 4)]
     rows = [{"prompt": text} for text in texts[:4]]
     rows += [{"prompt": [{"role": "user", "content": texts[4]}]}]
     rows += [{"messages": [{"role": "user", "content": texts[5]}, {"role": "assistant", "content": "t9 t9"}]}]
     rows += [{"text": texts[6]}]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "documents.jsonl").write_text(
-        "".join(json.dumps({"text": f"t{n} t5 t6 t7"}) + "\n" for n in range(8, 18))
+        "".join(json.dumps({"text": f"t{n} t5 t6 t7"}) + "\n" for n in range(30, 40))
     )
     return {name: str(folder / name) for name in ("student", "teacher", "prompts.jsonl", "documents.jsonl")}
 
@@ -304,6 +304,12 @@ def test_a_resumed_run_writes_and_learns_the_same(
     assert written(rounds) == written(expected)[11 if step == 3 else 0 :]
     later = {number: loss for number, loss in losses_of(output).items() if number > step}
     assert losses_of(tmp_path / "resumed") == pytest.approx(later, rel=1e-6)
+
+
+def test_another_run_is_not_resumed(words: dict[str, str], whole: tuple[Path, list[Round]], tmp_path: Path) -> None:
+    arguments = {"max_steps": 5, **SAVING, "resume_from_checkpoint": str(whole[0] / "checkpoint-2")}
+    with refused(MismatchError, "rollouts.temperature", "1.0", "0.5"):
+        train(on_policy(words, tmp_path / "resumed", training_args=arguments, rollouts={"temperature": 0.5}))
 
 
 @pytest.mark.slow

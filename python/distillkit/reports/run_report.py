@@ -269,6 +269,7 @@ def _facts(run: RunRecord, quoting: Quoting) -> dict[str, str]:
         f"parameters{trained}{adapters}, {fact(student['dtype'])}, {fact(student['attention'])} attention",
         "teacher": _teacher(d["teacher"], quoting),
         "losses": " + ".join(_loss(loss, fact) for loss in d["losses"]),
+        "the student's own completions": _rollouts(d.get("rollouts")),
         "set on the command line": ", ".join(
             f"{fact(path)} = {fact(json.dumps(value))}" for path, value in d.get("overrides", {}).items()
         ),
@@ -301,6 +302,16 @@ def _teacher(teacher: dict[str, Any], quoting: Quoting) -> str:
 def _loss(loss: dict[str, Any], fact: Callable[[object], str]) -> str:
     settings = [f"{fact(key)} {fact(value)}" for key, value in loss.items() if key not in ("name", "weight")]
     return f"{loss['weight']:.4g} {fact(loss['name'])}" + (f" ({', '.join(settings)})" if settings else "")
+
+
+def _rollouts(rollouts: dict[str, Any] | None) -> str:
+    if rollouts is None:
+        return ""
+    return (
+        f"{rollouts['fraction']:.0%} of the rows, in rounds of {number_of(rollouts['every'], 'step')}, of at most "
+        f"{number_of(rollouts['max_new_tokens'], 'token')}, temperature {rollouts['temperature']:g}, top-p "
+        f"{rollouts['top_p']:g}"
+    )
 
 
 def _data(data: dict[str, Any], quoting: Quoting) -> str:

@@ -43,8 +43,8 @@ def describe(
         datasets: `train`, and `eval` if there is one.
 
     Returns:
-        JSON objects by name: `student`, `teacher`, `data`, `losses` (weights summing to 1), `overrides` (what the
-        command line set, by dotted path), `settings`, `versions`; and `project`, `began`.
+        JSON objects by name: `student`, `teacher`, `data`, `losses` (weights summing to 1), `rollouts` (None without),
+        `overrides` (what the command line set, by dotted path), `settings`, `versions`; and `project`, `began`.
     """
     description = {
         "project": config.project_name,
@@ -53,6 +53,7 @@ def describe(
         "teacher": _teacher(config, datasets["train"]),
         "data": {key: _data(getattr(config.dataset, f"{key}_dataset"), dataset) for key, dataset in datasets.items()},
         "losses": _losses(config.loss_functions),
+        "rollouts": None if config.rollouts is None else config.rollouts.model_dump(mode="json", exclude={"prompts"}),
         "overrides": config.overrides,
         "settings": _settings(config, arguments),
         "versions": {"distillkit": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},

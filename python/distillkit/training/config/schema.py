@@ -241,13 +241,13 @@ class RolloutsConfig(Section):
         default=1.0,
         gt=0,
         le=1,
-        description="Share of the training rows that are completions by the student; the others are those of "
-        "`dataset.train_dataset`, which is left out if there are none.",
+        description="Share of the training rows that are completions by the student. The others are documents of "
+        "`dataset.train_dataset`; with 1, leave that out.",
     )
     every: int = Field(
         default=64,
         ge=1,
-        description="Optimiser steps of a round: at its beginning, the student writes the completions of all of them.",
+        description="Optimiser steps in a round, at whose beginning the student writes the completions of all of them.",
     )
     max_new_tokens: int = Field(default=512, ge=1, description="Longest completion in tokens.")
     temperature: float = Field(
@@ -260,7 +260,7 @@ class RolloutsConfig(Section):
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="Draw from the most probable tokens up to this total probability only."
     )
-    engine: Literal["hf"] = Field(
+    engine: Annotated[Literal["hf"], WithJsonSchema({"enum": ["hf"], "type": "string"})] = Field(
         default="hf", description="What generates: hf, transformers with the very weights that are being trained."
     )
     batch_size: int | None = Field(

@@ -190,7 +190,7 @@ heavy = {"torch", "numpy", "pyarrow", "transformers", "pydantic", "rich"} & {*sy
 assert not heavy, heavy
 assert {*distillkit.__all__} <= {*dir(distillkit)}
 import distillkit.capture
-assert callable(distillkit.capture) and callable(distillkit.plan) and distillkit.capture.capture
+assert callable(distillkit.capture) and callable(distillkit.forecast) and distillkit.capture.capture
 assert distillkit.inspect and distillkit.train and distillkit.push and distillkit.verify
 assert distillkit.Codec(distillkit.preset("budget", vocab_size=100)) and distillkit.Dataset.open
 assert not {"torch", "transformers"} & {*sys.modules}

@@ -359,7 +359,7 @@ def test_prompts_that_cannot_be_continued_are_refused(
 @pytest.mark.parametrize(
     ("settings", "facts"),
     [
-        ({"teacher": {"kind": "dataset"}}, ["rollouts", "teacher.kind: hf"]),
+        ({"teacher": {"kind": "dataset"}}, ["rollouts", "teacher.kind: hf or server"]),
         ({"rollouts": {"engine": "server"}}, ["rollouts.engine", "server", "weights"]),
         ({"rollouts": {"engine": "vllm"}}, ["rollouts.engine", "vllm", "transformers", "5.21", "5.23"]),
         ({"rollouts": {"max_new_tokens": 64}}, ["rollouts.max_new_tokens", "64", "sequence_length"]),

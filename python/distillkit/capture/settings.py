@@ -36,7 +36,7 @@ from distillkit.errors import ConfigError, MismatchError, nearest
 
 __all__ = ["CaptureSettings"]
 
-DEFAULT_PRESET = "recommended"
+DEFAULT_PRESET = "compact-128"
 
 _Part = TypeVar("_Part", bound=BaseModel)
 
@@ -114,7 +114,7 @@ class CaptureSettings(BaseModel):
     output: Text = Field(min_length=1, description="Folder or storage URL for the captured dataset.")
     preset: PresetName | None = Field(
         default=None,
-        description="Codec configuration by name; recommended if no codec is chosen. compact is a layout of earlier "
+        description="Codec configuration by name; compact-128 if no codec is chosen. compact is a layout of earlier "
         "releases, to resume their captures; compact-50 replaces it.",
     )
     compression_config: CodecSource = Field(

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import click
 
-from distillkit.cli.common import CONFIG, LARGEST, SPLIT
+from distillkit.cli.common import CONFIG, LARGEST, SPLIT, Choice
 from distillkit.codec import Codec, CodecConfig, preset
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.codec.presets import PresetName
@@ -25,7 +25,7 @@ __all__ = ["convert"]
 @click.argument("destination", type=click.Path(file_okay=False))
 @CONFIG
 @SPLIT
-@click.option("--preset", "preset_name", type=click.Choice(get_args(PresetName)), help="Convert to this codec.")
+@click.option("--preset", "preset_name", type=Choice(get_args(PresetName)), help="Convert to this codec.")
 @click.option(
     "--compression-config",
     type=click.Path(dir_okay=False),

@@ -20,14 +20,14 @@ from distillkit.console import human_bytes, progress_bar, quiet_libraries, say, 
 from distillkit.errors import CaptureError
 
 if TYPE_CHECKING:
-    from distillkit.capture.forecast.forecast import (
+    from distillkit.capture.forecasting.forecast import (
         CodecForecast,
         Forecast,
         LearningForecast,
         MemoryForecast,
         SpeedForecast,
     )
-    from distillkit.capture.forecast.totals import Amount, TextForecast
+    from distillkit.capture.forecasting.totals import Amount, TextForecast
 
 __all__ = ["forecast"]
 
@@ -70,7 +70,7 @@ def forecast(
     for settings in captures:
         check_inputs(settings)
     quiet_libraries()
-    from distillkit.capture.forecast.forecast import forecast as forecast_captures
+    from distillkit.capture.forecasting.forecast import forecast_captures
 
     if progress:
         with progress_bar("running the teacher") as advance:

@@ -9,13 +9,14 @@ from pathlib import Path
 import click
 import yaml
 
+from distillkit.cli.common import Choice
 from distillkit.configuration.places import is_path
 from distillkit.console import say
 from distillkit.text.file_names import is_read
 
 __all__ = ["KINDS", "init", "template"]
 
-KINDS = ("offline", "live", "lora", "on-policy")
+KINDS = ("offline", "live", "server", "lora", "on-policy")
 
 # Parts of the templates, with their names in braces. Names with _word are for comments, quoted as for a shell.
 _HEAD = """\
@@ -36,6 +37,12 @@ _LORA = f"""\
 {_CAPTURE_FIRST}{_HEAD}"""
 _LIVE = f"""\
 # Train a student next to its teacher, without a capture: both models are in memory, and the teacher runs at every step.
+{_HEAD}"""
+_SERVED = f"""\
+# Train a student with a teacher behind a server, which is asked for distributions while the student trains.
+# Start it first, with as many log-probabilities as top_k:
+#   vllm serve {{teacher_word}} --max-logprobs 128
+# If it asks for a key: export DISTILLKIT_API_KEY=…
 {_HEAD}"""
 _ON_POLICY = f"""\
 # Train a student on what it writes itself (on-policy), next to the teacher that scores it: both models are in memory.
@@ -99,6 +106,18 @@ teacher:
   path: {teacher}
   # How its weights are loaded; as they are stored by default.
   # kwargs: {{dtype: bfloat16}}
+
+"""
+_SERVED_TEACHER = """\
+teacher:
+  kind: server
+  base_url: {base_url}
+  # The teacher's folder or hub id, with the student's tokenizer. Its weights are not read.
+  model: {teacher}
+  # Train on its most probable tokens, so many of them.
+  top_k: 128
+  # Keeps what was asked, so that a later epoch or run does not ask again; about 6 bytes per token and top_k.
+  # cache: ./answers
 
 """
 _LOSSES = """\
@@ -169,34 +188,42 @@ _RATES = (
 
 
 # Where the data usually are, to train on and held out, unless they are captured.
-_USUAL = {"live": ("./documents.jsonl", "./held_out.jsonl"), "on-policy": ("./prompts.jsonl", "./held_out.jsonl")}
+_USUAL = {
+    **dict.fromkeys(("live", "server"), ("./documents.jsonl", "./held_out.jsonl")),
+    "on-policy": ("./prompts.jsonl", "./held_out.jsonl"),
+}
 
 
 @click.command(short_help="Write a commented configuration to begin with.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--kind",
-    type=click.Choice(KINDS),
+    type=Choice(KINDS),
     default="offline",
     show_default=True,
-    help="offline: from captured distributions; live: with the teacher in memory; lora: adapters, from captured "
-    "distributions; on-policy: on completions that the student writes, with the teacher in memory.",
+    help="offline: from captured distributions; live: with the teacher in memory; server: with a teacher behind a "
+    "server; lora: adapters, from captured distributions; on-policy: on completions that the student writes, with the "
+    "teacher in memory.",
 )
 @click.option("--teacher", default="./teacher", show_default=True, help="Teacher: a folder or hub id.")
 @click.option("--student", default="./student", show_default=True, help="Student: a folder or hub id.")
 @click.option(
     "--data",
-    help="Data to train on: a captured dataset, text for --kind live, or prompts for on-policy.  [default: ./captured; "
-    "for live ./documents.jsonl, for on-policy ./prompts.jsonl]",
+    help="Data to train on: a captured dataset, text for --kind live and server, or prompts for on-policy.  [default: "
+    "./captured; for text ./documents.jsonl, for prompts ./prompts.jsonl]",
 )
 @click.option(
     "--eval-data",
-    help="Held-out data.  [default: ./captured_held_out; for live and on-policy ./held_out.jsonl]",
+    help="Held-out data.  [default: ./captured_held_out; for text and prompts ./held_out.jsonl]",
+)
+@click.option(
+    "--base-url",
+    default="http://localhost:8000/v1",
+    show_default=True,
+    help="URL of the teacher's server, for --kind server.",
 )
 @click.option("--output", default="./trained", show_default=True, help="Folder for the trained student.")
-def init(
-    file: Path, kind: str, teacher: str, student: str, data: str | None, eval_data: str | None, output: str
-) -> None:
+def init(file: Path, kind: str, data: str | None, eval_data: str | None, **names: str) -> None:
     """Write a commented YAML configuration of a training run to FILE, which must not exist.
 
     \b
@@ -208,11 +235,9 @@ def init(
     content = template(
         kind,
         file=str(file),
-        teacher=teacher,
-        student=student,
         data=data or usual,
         held_out=eval_data or held_out,
-        output=output,
+        **names,
     )
     # "x": fails if the file exists, even if it appeared just now.
     try:
@@ -229,19 +254,20 @@ def template(kind: str, **names: str) -> str:
 
     Args:
         kind: one of `KINDS`.
-        names: `file`, `teacher`, `student`, `data`, `held_out`, `output`.
+        names: `file`, `teacher`, `student`, `data`, `held_out`, `base_url`, `output`.
     """
     words = {name: shlex.quote(value).replace("\n", " ") for name, value in names.items()}
     parts = {
         "offline": (_STORED, _STUDENT, _CAPTURED, _STORED_TEACHER, _LOSSES, _ARGUMENTS),
         "live": (_LIVE, _STUDENT, _TEXT, _LIVE_TEACHER, _LIVE_LOSSES, _ARGUMENTS),
+        "server": (_SERVED, _STUDENT, _TEXT, _SERVED_TEACHER, _LOSSES, _ARGUMENTS),
         "lora": (_LORA, _BASE, _CAPTURED, _STORED_TEACHER, _LOSSES, _PEFT, _ARGUMENTS),
         "on-policy": (_ON_POLICY, _STUDENT, _PROMPTS, _LIVE_TEACHER, _OWN_LOSSES, _ARGUMENTS),
     }[kind]
     rate, note = _RATES[{"lora": 1, "on-policy": 2}.get(kind, 0)]
     values = {
         **{f"{name}_word": word for name, word in words.items()},
-        **{name: _scalar(names[name]) for name in ("student", "teacher", "output")},
+        **{name: _scalar(names[name]) for name in ("student", "teacher", "base_url", "output")},
         **{name: _place(names[name]) for name in ("data", "held_out")},
     }
     return "".join(parts).format(**values, rate=rate, rate_note=note)

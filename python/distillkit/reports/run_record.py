@@ -84,7 +84,8 @@ OWN_WORDS = (
 # Keys of a training log entry that are not losses, for runs whose description does not list their losses.
 _NO_LOSSES = (
     *("step", "loss", "epoch", "grad_norm", "learning_rate", "tokens_per_second", "data_wait", "peak_memory_gb"),
-    *("teacher_mass", "student_mass", "top1_agreement", "topk_overlap", "scoring_tokens_per_second"),
+    *("teacher_wait", "scoring_tokens_per_second"),
+    *("teacher_mass", "student_mass", "top1_agreement", "topk_overlap"),
 )
 
 
@@ -153,6 +154,11 @@ class RunRecord:
         return self._overall("data_wait")
 
     @property
+    def teacher_wait(self) -> float | None:
+        """The fraction of time spent waiting for a served teacher; None with other teachers."""
+        return self._overall("teacher_wait")
+
+    @property
     def peak_memory(self) -> float | None:
         """Peak memory in bytes: GPU memory if a GPU was used, otherwise resident memory."""
         if self.summary is not None:
@@ -161,13 +167,14 @@ class RunRecord:
         return max(values) * 1e9 if values else None
 
     def figures(self) -> dict[str, Any]:
-        """Return results and costs: the last step, first and last evaluation, throughput, data wait, peak memory."""
+        """Return results and costs: the last step, first and last evaluation, throughput, waiting, peak memory."""
         return {
             "step": self.step,
             "eval_first": self.evaluations[0] if self.evaluations else None,
             "eval_last": self.evaluations[-1] if self.evaluations else None,
             "tokens_per_second": self.tokens_per_second,
             "data_wait": self.data_wait,
+            **({} if self.teacher_wait is None else {"teacher_wait": self.teacher_wait}),
             "peak_memory_bytes": self.peak_memory,
         }
 

@@ -335,20 +335,28 @@ def cost(run: RunRecord) -> list[tuple[str, str]]:
         rows.append(("tokens per second", f"{run.tokens_per_second:,.0f}"))
     if run.data_wait is not None:
         rows.append(("time spent waiting for data", f"{run.data_wait:.1%}"))
+    if run.teacher_wait is not None:
+        rows.append(("time spent waiting for the teacher", f"{run.teacher_wait:.1%}"))
     if run.peak_memory is not None:
         rows.append(("peak memory", human_bytes(run.peak_memory)))
     return rows
 
 
 def advice(run: RunRecord, quoting: Quoting) -> list[str]:
-    if run.data_wait is None or run.data_wait < _MUCH_WAITING:
-        return []
-    workers = run.description.get("settings", {}).get("workers")
-    now = "" if workers is None else f" (now {quoting.fact(workers)})"
-    return [
-        f"The device spent {run.data_wait:.0%} of the time waiting for data: raise "
-        f"`training_args.dataloader_num_workers`{now}."
-    ]
+    found = []
+    if run.data_wait is not None and run.data_wait >= _MUCH_WAITING:
+        workers = run.description.get("settings", {}).get("workers")
+        now = "" if workers is None else f" (now {quoting.fact(workers)})"
+        found.append(
+            f"The device spent {run.data_wait:.0%} of the time waiting for data: raise "
+            f"`training_args.dataloader_num_workers`{now}."
+        )
+    if run.teacher_wait is not None and run.teacher_wait >= _MUCH_WAITING:
+        found.append(
+            f"The device spent {run.teacher_wait:.0%} of the time waiting for the teacher's server: raise "
+            "`teacher.concurrency` if the server can take more, or capture the distributions first."
+        )
+    return found
 
 
 def _files(folder: Path) -> str:
@@ -454,6 +462,7 @@ def comparison(runs: Sequence[RunRecord], quoting: Quoting = PLAIN) -> list[tupl
         ("tokens", ["" if run.summary is None else f"{run.summary['train_tokens']:,}" for run in runs]),
         ("tokens per second", [_written("{:,.0f}", run.tokens_per_second) for run in runs]),
         ("time spent waiting for data", [_written("{:.1%}", run.data_wait) for run in runs]),
+        ("time spent waiting for the teacher", [_written("{:.1%}", run.teacher_wait) for run in runs]),
         ("peak memory", ["" if run.peak_memory is None else human_bytes(run.peak_memory) for run in runs]),
     ):
         if any(values):

@@ -28,6 +28,7 @@ _SHOWN = (
     ("grad_norm", "grad", "{:.2f}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("data_wait", "data wait", "{:.0%}"),
+    ("teacher_wait", "teacher wait", "{:.0%}"),
 )
 # The same of a round of completions.
 _ROLLOUTS = (

@@ -66,6 +66,12 @@ def describe(
 def _teacher(config: RunConfig, dataset: DistillationDataset) -> dict[str, Any]:
     if config.teacher.kind == "hf":
         return {"kind": "hf", "name": config.teacher.path, "k": config.teacher.top_k}
+    if config.teacher.kind == "server":
+        return {
+            "kind": "server",
+            "name": config.teacher.served_model or config.teacher.model,
+            "k": config.teacher.top_k,
+        }
     if not isinstance(dataset.source, StoredDataset):
         raise TypeError(f"expected stored distributions, found {type(dataset.source).__name__}")
     recorded = dataset.source.header.teacher or {}

@@ -112,6 +112,7 @@ def dry_run(path: str | Path, overrides: Overrides | None = None) -> DryRun:
             if check.status in ("failed", "not checked"):
                 failed.add(step.name)
             checks.append(check)
+        state.end()
     return DryRun(checks, _would_write(state))
 
 
@@ -123,9 +124,16 @@ def _overridden(config: RunConfig) -> str:
 
 
 def _harmless(config: RunConfig, folder: str) -> RunConfig:
-    """Return the same run, but writing into a separate folder and reporting to no tracker."""
+    """Return the same run, but writing into a separate folder, reporting to no tracker, and reading captures on the hub
+    without downloading them."""
+    from distillkit.training.data.documents import streamed
+
     arguments = {name: value for name, value in config.training_args.items() if name not in _QUIET}
-    harmless = {"output_path": folder, "training_args": {**arguments, "report_to": "none"}}
+    sources = {name: getattr(config.dataset, name) for name in ("train_dataset", "eval_dataset")}
+    dataset = config.dataset.model_copy(
+        update={name: streamed(source) for name, source in sources.items() if source is not None}
+    )
+    harmless = {"output_path": folder, "training_args": {**arguments, "report_to": "none"}, "dataset": dataset}
     return config.model_copy(update=harmless)
 
 
@@ -151,6 +159,12 @@ class _State:
         self.steps, self.steps_an_epoch = 0, 1
         self.checkpoints: tuple[int, int] | None = None
         self.saved: int | None = None
+
+    def end(self) -> None:
+        """Cancel what a served teacher was asked ahead."""
+        server = self.run.__dict__.get("server")
+        if server is not None:
+            server.stop()
 
     @property
     def sharded(self) -> bool:
@@ -258,6 +272,11 @@ def _student(state: _State) -> tuple[str, dict[str, Any]]:
 
 def _teacher(state: _State) -> tuple[str, dict[str, Any]]:
     live, matching = state.run.teacher
+    server = state.run.server
+    if server is not None:
+        kept = "" if server.cache is None else f"; answers are kept in {server.cache.folder}"
+        found = f"served: {server.name}, top {server.request.k:,} of {server.head_size:,} ids"
+        return f"{found}; the server answers with as many{kept}", {"kind": "server", "name": server.name}
     if live is None:
         return "stored distributions", {"kind": "dataset"}
     kept = "all ids" if live.top_k is None else f"top {live.top_k:,}"

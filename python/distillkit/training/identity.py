@@ -62,7 +62,11 @@ _FREE_DATASET = (
     "packing",  # what these two come to is compared
     "overflow",
 )
-_FREE_TEACHER = ("path", "kwargs", "logprob_compressor", "legacy_logit_compression", "vocab_size")
+_FREE_TEACHER = (
+    *("path", "kwargs", "logprob_compressor", "legacy_logit_compression", "vocab_size"),
+    # Of a served teacher; the name of the served model is compared.
+    *("base_url", "model", "served_model", "concurrency", "max_retries", "request_timeout", "cache"),
+)
 _FREE_LOSS = ("sparse_chunk_length",)
 _FREE_PEFT = ("merge_on_save",)
 _FREE_ROLLOUTS = ("prompts", "batch_size")

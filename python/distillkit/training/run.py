@@ -35,7 +35,7 @@ from distillkit.training.batching import choose_packing, trained_models
 from distillkit.training.callbacks import ConsoleProgress, MetricsFile
 from distillkit.training.checkpoints import Checkpoint, checkpoint_of
 from distillkit.training.config.arguments import training_arguments
-from distillkit.training.config.schema import LiveTeacherConfig
+from distillkit.training.config.schema import LiveTeacherConfig, ServedTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.documents import check_positions, check_row_lengths, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
@@ -47,6 +47,8 @@ from distillkit.training.rollouts.prompts import KEY, Prompts, open_prompts
 from distillkit.training.rollouts.rounds import Rollouts
 from distillkit.training.saving import reaching_hub, save_student
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
+from distillkit.training.signals.served import ServedSignal
+from distillkit.training.signals.server import TeacherServer, connect
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
 from distillkit.training.student import check_student, load_student, prepare_student
@@ -174,19 +176,27 @@ class Run:
         return _live_teacher(self.config, self.model, self.arguments.device)
 
     @cached_property
+    def server(self) -> TeacherServer | None:
+        """The served teacher, if the configuration has one."""
+        if not isinstance(self.config.teacher, ServedTeacherConfig):
+            return None
+        return connect(self.config, self.tokenizer)
+
+    @cached_property
     def datasets(self) -> dict[Part, DistillationDataset]:
         """Training and evaluation examples, checked against the student."""
         live, _ = self.teacher
         if self.config.dataset.packing == "auto":
             choose_packing(self.arguments, trained_models(self.model, None if live is None else live.model))
+        teacher = live or self.server
         datasets: dict[Part, DistillationDataset] = {}
         if self.prompts is not None:
             _check_prompts(self.config, self.prompts, self.model, live)
         for part, source in self.sources.items():
-            if part == "train" and self.prompts is not None and live is not None and self.config.only_rollouts:
-                datasets[part] = DistillationDataset(source, live, self.config.sequence_length, self.prompts.chosen)
+            if part == "train" and self.prompts is not None and self.config.only_rollouts:
+                datasets[part] = _prompts_dataset(self.config, self.prompts, self.model, teacher)
                 continue
-            datasets[part] = _dataset(self.config, part, source, self.model, self.arguments, live)
+            datasets[part] = _dataset(self.config, part, source, self.model, self.arguments, teacher)
             _check_counted(datasets[part], f"dataset.{part}_dataset")
         return datasets
 
@@ -202,7 +212,7 @@ class Run:
         source = open_documents(config, "eval", self.tokenizer, self.arguments, opened)
         if source is None:
             raise TypeError("a dataset that is set was not opened")
-        dataset = _dataset(config, "eval", source, self.model, self.arguments, self.teacher[0])
+        dataset = _dataset(config, "eval", source, self.model, self.arguments, self.teacher[0] or self.server)
         _check_counted(dataset, "eval_dataset")
         return dataset
 
@@ -226,7 +236,8 @@ class Run:
         if live is not None and not self.config.teaches_itself:
             models["teacher.path"] = live.model
         prompts = None if self.prompts is None else self.prompts.documents
-        return identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer, prompts)
+        found = identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer, prompts)
+        return found if self.server is None else {**found, "teacher: served model": self.server.name}
 
     @cached_property
     def metrics(self) -> MetricsFile:
@@ -312,6 +323,8 @@ class Run:
                 result = training(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
             finally:
                 self.progress.close()
+                if self.server is not None:
+                    self.server.stop()
         trainer.check_finite()
         return result
 
@@ -324,6 +337,7 @@ class Run:
             "train_tokens": trainer.counts["tokens"],
             "tokens_per_second": trainer.counts["tokens"] / max(trainer.training_seconds, 1e-9),
             "data_wait": trainer.waiting_seconds / max(trainer.training_seconds, 1e-9),
+            **trainer.teacher_wait(),
             "cut_documents": trainer.counts["cut_documents"],
             "cut_tokens": trainer.counts["cut_tokens"],
             **peak_memory(),
@@ -419,7 +433,7 @@ def _open_sources(
     config: RunConfig, tokenizer: Any, arguments: SFTConfig, given: Mapping[Part, StoredDataset]
 ) -> dict[Part, DocumentSource]:
     """Open training and evaluation data; a mismatched tokenizer raises before any model is loaded."""
-    if config.teacher.kind == "hf":
+    if config.teacher.kind in ("hf", "server"):
         check_teacher_tokenizer(config, tokenizer)
     parts: tuple[Part, ...] = ("eval",) if config.only_rollouts else ("train", "eval")
     opened = {part: open_documents(config, part, tokenizer, arguments, given.get(part)) for part in parts}
@@ -449,26 +463,38 @@ def _dataset(
     source: DocumentSource,
     model: transformers.PreTrainedModel,
     arguments: SFTConfig,
-    teacher: OnlineSignal | None,
+    teacher: OnlineSignal | TeacherServer | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and return its training examples."""
     head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
-    live = {} if teacher is None else {"teacher.path": teacher.model}
+    live = {"teacher.path": teacher.model} if isinstance(teacher, OnlineSignal) else {}
     check_positions(config, part, source, arguments, {"model": model, **live})
     if teacher is not None:
         check_ids(source, head_size, key)
-        return training_dataset(config, part, source, teacher, arguments)
+        signal = teacher if isinstance(teacher, OnlineSignal) else ServedSignal(teacher, head_size, source, key)
+        return training_dataset(config, part, source, signal, arguments)
     if not isinstance(source, StoredDataset):
         raise TypeError(f"{key}: expected stored distributions, found {type(source).__name__}")
     check_dataset(source, head_size, key)
     _tell_dropped_mass(config, source)
-    signal = OfflineSignal(
+    stored = OfflineSignal(
         source.codec,
         head_size,
         on_device=arguments.device.type == "cuda",
         label_logprobs=bool((source.header.capture or {}).get("label_logprobs")),
     )
-    return training_dataset(config, part, source, signal, arguments)
+    return training_dataset(config, part, source, stored, arguments)
+
+
+def _prompts_dataset(
+    config: RunConfig, prompts: Prompts, model: Any, teacher: OnlineSignal | TeacherServer | None
+) -> DistillationDataset:
+    """Return the prompts as the training data of a run in which all rows are completions of them."""
+    if teacher is None:
+        raise TypeError("stored distributions cannot score completions")
+    head_size = rows_of(model.get_output_embeddings().weight)
+    signal = teacher if isinstance(teacher, OnlineSignal) else ServedSignal(teacher, head_size, None, "completions")
+    return DistillationDataset(prompts.documents, signal, config.sequence_length, prompts.chosen)
 
 
 def _check_prompts(config: RunConfig, prompts: Prompts, model: Any, teacher: OnlineSignal | None) -> None:

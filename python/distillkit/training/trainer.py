@@ -30,6 +30,7 @@ from distillkit.training.identity import LAST
 from distillkit.training.rollouts.order import WithSlots
 from distillkit.training.saving import saving
 from distillkit.training.signals.live import OnlineSignal
+from distillkit.training.signals.served import ServedSignal, asked_ahead
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -130,8 +131,11 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.training_seconds = 0.0
         self.waiting_seconds = 0.0
+        self.teacher_seconds = 0.0
         self._window = _Window(objective, args.device)
         self._order: DocumentOrder | None = None
+        # The batches of an epoch as the Trainer has them, and as they are used.
+        self._batches: tuple[Any, Iterator[Any]] = (None, iter(()))
         self.identity = dict(identity or {})
         self.last_checkpoint: Path | None = None
         self.differences: dict[str, Any] | None = None
@@ -218,11 +222,13 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         Only waiting for batches is measured: reading, decoding and collating that was not done ahead, and the copy to
         the device; not the token count, which waits for the other processes.
         """
-        batches = self._window.waiting(epoch_iterator)
         if self.rollouts is not None:
             self.rollouts.begin()
-            batches = self.rollouts.filled(batches)
-        return super().get_batch_samples(batches, num_batches, device)
+            batches = self.rollouts.filled(self._window.waiting(epoch_iterator))
+            return super().get_batch_samples(batches, num_batches, device)
+        if self._batches[0] is not epoch_iterator:
+            self._batches = (epoch_iterator, asked_ahead(self.train_dataset.signal, epoch_iterator))
+        return super().get_batch_samples(self._window.waiting(self._batches[1]), num_batches, device)
 
     # -- loss ----------------------------------------------------------------------------------------------------------
 
@@ -289,7 +295,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
             loss = _sums(1, self.args.device)
             differences = Differences()
             self.callback_handler.eval_dataloader = dataloader
-            for inputs in dataloader:
+            for inputs in asked_ahead(dataloader.dataset.signal, iter(dataloader)):
                 inputs = self._prepare_inputs(inputs)
                 with self.compute_loss_context_manager():
                     output = self._forward(model, inputs, objective, dataloader.dataset)
@@ -352,9 +358,22 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         averages, counts, seconds = self._window.finish(self.accelerator)
         self.training_seconds += seconds
         self.waiting_seconds += averages["data_wait"] * seconds
+        signal = self.train_dataset.signal
+        if isinstance(signal, ServedSignal):
+            share = torch.tensor([signal.waited / max(seconds, 1e-9)], device=self.args.device)
+            averages["teacher_wait"] = self.accelerator.reduce(share, reduction="mean").item()
+            self.teacher_seconds += averages["teacher_wait"] * seconds
+            signal.waited = 0.0
         for name in _COUNTS:
             self.counts[name] += counts[name]
         return averages
+
+    def teacher_wait(self) -> dict[str, float]:
+        """Return the share of the training time that was spent waiting for a served teacher, `teacher_wait`; nothing
+        with other teachers."""
+        if not isinstance(self.train_dataset.signal, ServedSignal):
+            return {}
+        return {"teacher_wait": self.teacher_seconds / max(self.training_seconds, 1e-9)}
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
@@ -508,6 +527,11 @@ class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # state.epoch counts finished epochs, with a fraction in the middle of one that is resumed.
         self.trainer.start_epoch(int(state.epoch or 0))
+        signal = self.trainer.train_dataset.signal
+        if isinstance(signal, ServedSignal):
+            # What each process has asked is found by all of them, in whatever order this epoch is.
+            signal.server.flush()
+            self.trainer.accelerator.wait_for_everyone()
 
 
 class ReportWriter(transformers.TrainerCallback):  # type: ignore[misc]

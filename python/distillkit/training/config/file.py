@@ -97,9 +97,10 @@ def _disagreements(config: RunConfig) -> list[str]:
             f"layer_mapping: missing, but {hidden[0]} needs it: 'all', or pairs of [student layer, teacher layer]"
         )
     if hidden and config.teacher.kind != "hf":
+        lacking = "a server" if config.teacher.kind == "server" else "a dataset of stored distributions"
         found.append(
-            f"loss_functions: {hidden[0]} compares hidden states, which a dataset of stored distributions does not "
-            "have; use a live teacher (teacher.kind: hf)"
+            f"loss_functions: {hidden[0]} compares hidden states, which {lacking} does not have; use a live teacher "
+            "(teacher.kind: hf)"
         )
     if not hidden and config.layer_mapping is not None:
         found.append(f"layer_mapping: only {' and '.join(HIDDEN_LOSSES)} use it, and loss_functions has neither")
@@ -118,7 +119,7 @@ def _rollout_problems(config: RunConfig) -> Iterator[str]:
     if config.teacher.kind == "dataset":
         yield (
             "rollouts: the teacher scores what the student writes, and a dataset of stored distributions cannot; use a "
-            "live teacher (teacher.kind: hf)"
+            "live or a served teacher (teacher.kind: hf or server)"
         )
     if rollouts.max_new_tokens >= config.sequence_length:
         yield (

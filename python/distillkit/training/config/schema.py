@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from typing import Annotated, Any, Literal, Union
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from distillkit.capture.engine_settings import OpenAISettings, web_address
 from distillkit.codec import CodecConfig, codec_config
 from distillkit.codec.config import CODEC_KEYS
 from distillkit.configuration.places import is_path
@@ -31,7 +33,14 @@ from distillkit.losses.config import LossConfig, named_losses
 from distillkit.models.adapters import LoraSection
 from distillkit.types import Overflow
 
-__all__ = ["DatasetSource", "LiveTeacherConfig", "RolloutsConfig", "RunConfig", "StoredTeacherConfig"]
+__all__ = [
+    "DatasetSource",
+    "LiveTeacherConfig",
+    "RolloutsConfig",
+    "RunConfig",
+    "ServedTeacherConfig",
+    "StoredTeacherConfig",
+]
 
 
 # A key without a value means an empty mapping or list.
@@ -282,7 +291,72 @@ class RolloutsConfig(Section):
         return value
 
 
-TeacherConfig = Annotated[Union[LiveTeacherConfig, StoredTeacherConfig], Field(discriminator="kind")]
+_SERVER = OpenAISettings()  # the defaults of captures
+
+
+class ServedTeacherConfig(Section):
+    """A teacher behind an OpenAI-compatible server, which is asked while the student trains (`kind: server`)."""
+
+    kind: Literal["server"] = Field(description="A running server.")
+    base_url: str = Field(
+        description="URL of the server, such as http://localhost:8000/v1; its key is read from DISTILLKIT_API_KEY or "
+        "OPENAI_API_KEY.",
+    )
+    model: Place = Field(
+        description="Folder or hub id of the teacher: its config and tokenizer are read, not its weights.",
+    )
+    served_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The server's name for the teacher; only needed if it serves several models, none of them under "
+        "the name in `model`.",
+    )
+    top_k: int = Field(
+        ge=1,
+        description="Number of the teacher's most probable tokens to train on. The server must allow as many: vLLM "
+        "does up to its --max-logprobs, which is 20 unless it is set.",
+    )
+    label_logprobs: bool = Field(
+        default=False, description="Also use the teacher's log-probability of each next token, whatever its rank."
+    )
+    concurrency: int = Field(
+        default=_SERVER.concurrency,
+        ge=1,
+        le=4096,
+        description="Maximum number of concurrent requests of each process. Twice as many documents are asked about "
+        "ahead.",
+    )
+    max_retries: int = Field(
+        default=_SERVER.max_retries, ge=0, description="How often a failed request is retried, with growing pauses."
+    )
+    request_timeout: float = Field(
+        default=_SERVER.request_timeout,
+        gt=0,
+        le=604_800,
+        description="Seconds that a whole answer may take; after that, the request counts as failed.",
+    )
+    cache: Place | None = Field(
+        default=None,
+        description="Folder that keeps the answers, as datasets, so that a later epoch or run does not ask for them "
+        "again; by default nothing is kept.",
+    )
+
+    _numbers = field_validator("top_k", "concurrency", "max_retries", "request_timeout", mode="before")(refuse_flag)
+
+    @field_validator("base_url")
+    @classmethod
+    def _without_secrets(cls, value: str) -> str:
+        if "@" in urlsplit(web_address(value)).netloc:
+            raise ValueError(
+                "must not contain a user or password, since configurations are copied to the output folder; set "
+                "DISTILLKIT_API_KEY"
+            )
+        return value
+
+
+TeacherConfig = Annotated[
+    Union[LiveTeacherConfig, StoredTeacherConfig, ServedTeacherConfig], Field(discriminator="kind")
+]
 
 # Transformers' classes for models with a language-model head, named here so that transformers need not be imported.
 # Code that comes with a model may give it to AutoModel.
@@ -341,7 +415,7 @@ class RunConfig(Section):
         "with `rollouts` reverse_kl alone (uniform).",
     )
     rollouts: RolloutsConfig | None = Field(
-        default=None, description="Train on completions that the student writes, scored by a live teacher."
+        default=None, description="Train on completions that the student writes, scored by a live or a served teacher."
     )
     layer_mapping: LayerMapping = Field(
         default=None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ def check_surroundings(config: RunConfig, *, loaded: bool = False) -> None:
         *_dataset_problems(config),
         *_file_problems(config),
         *_package_problems(),
+        *_server_problems(config),
         *_hub_problems(config),
     ]
     if problems:
@@ -119,6 +121,20 @@ def _package_problems() -> Iterator[str]:
             continue
         if name in lowest and not lowest[name].contains(found, prereleases=True):
             yield (f"training needs {name} {lowest[name]}, found {found}: pip install --upgrade 'distillkit[train]'")
+
+
+def _server_problems(config: RunConfig) -> Iterator[str]:
+    """Describe what a served teacher lacks on this machine. The server itself is asked later."""
+    teacher = config.teacher
+    if teacher.kind != "server":
+        return
+    if find_spec("openai") is None:
+        yield "teacher.kind: server needs openai, which is not installed: pip install 'distillkit[openai]'"
+    problem = missing_place(teacher.model)
+    if problem is not None:
+        yield f"teacher.model: {problem}"
+    if teacher.cache is not None and is_url(teacher.cache):
+        yield f"teacher.cache: {teacher.cache!r} is a URL; answers are kept in a folder on this machine"
 
 
 def _lowest_versions() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,7 @@ __all__ = [
     "long_documents",
     "open_documents",
     "open_rows",
+    "streamed",
     "training_dataset",
 ]
 
@@ -254,13 +256,33 @@ def _is_captured(source: DatasetSource) -> bool:
     if source.repo_id is None:
         return source.disk_path is not None and Path(source.disk_path).exists() and is_captured(source.disk_path)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    manifest = f"{_folder_on_hub(source)}manifest.json"
     try:
-        hf_hub_download(source.repo_id, "manifest.json", repo_type="dataset", revision=source.revision)
-    except (HfHubHTTPError, LocalEntryNotFoundError):
-        return False  # if the repository cannot be read at all, loading it as text raises
+        hf_hub_download(source.repo_id, manifest, repo_type="dataset", revision=source.revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+        return False  # if the repository cannot be read at all, loading it raises
     return True
+
+
+def _folder_on_hub(source: DatasetSource) -> str:
+    """Return the folder of a hub dataset's configuration, with a slash at its end, or nothing."""
+    return "" if source.config_name is None else f"{source.config_name}/"
+
+
+def streamed(source: DatasetSource) -> DatasetSource:
+    """Return a source that reads a capture on the hub by row group and downloads nothing; any other one as it is.
+
+    Offline, captures are those in the hub's cache.
+    """
+    from huggingface_hub import constants
+
+    if source.repo_id is None or constants.HF_HUB_OFFLINE or not _is_captured(source):
+        return source
+    revision = "" if source.revision is None else f"@{quote(source.revision, safe='')}"
+    url = f"hf://datasets/{source.repo_id}{revision}/{_folder_on_hub(source)}"
+    return source.model_copy(update={"repo_id": None, "revision": None, "config_name": None, "disk_path": url})
 
 
 def open_rows(source: DatasetSource, part: Part, key: str) -> Source:

@@ -33,7 +33,7 @@ from distillkit.types import Document, SparseLogprobs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from distillkit.training.config.schema import LiveTeacherConfig, RunConfig
+    from distillkit.training.config.schema import LiveTeacherConfig, RunConfig, ServedTeacherConfig
 
 __all__ = ["OnlineSignal", "check_teacher_tokenizer", "load_teacher"]
 
@@ -171,20 +171,21 @@ def check_teacher_tokenizer(config: RunConfig, tokenizer: Any) -> None:
     """Refuse a teacher whose token ids mean other tokens than the student's.
 
     Args:
-        config: a configuration with a live teacher.
+        config: a configuration with a live or a served teacher.
         tokenizer: the student's tokenizer.
 
     Raises:
         MismatchError: the tokenizers differ; the message has both fingerprints.
         ConfigError: the teacher's tokenizer cannot be loaded.
     """
-    teacher: LiveTeacherConfig = config.teacher  # type: ignore[assignment]
-    theirs = tokenizers.load_tokenizer(teacher.path, trust_remote_code=config.trust_remote_code)
+    teacher: LiveTeacherConfig | ServedTeacherConfig = config.teacher  # type: ignore[assignment]
+    key, path = ("teacher.path", teacher.path) if teacher.kind == "hf" else ("teacher.model", teacher.model)
+    theirs = tokenizers.load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     fingerprints = [tokenizers.fingerprint(each) for each in (theirs, tokenizer)]
     if fingerprints[0] != fingerprints[1]:
         sizes = [tokenizers.vocab_size(each) for each in (theirs, tokenizer)]
         raise MismatchError(
-            f"teacher.path: {teacher.path} has another tokenizer than the student: {fingerprints[0]}, {sizes[0]:,} "
+            f"{key}: {path} has another tokenizer than the student: {fingerprints[0]}, {sizes[0]:,} "
             f"ids, against {config.model} ({fingerprints[1]}, {sizes[1]:,} ids). Token ids would mean different "
             "tokens; use a student with the teacher's tokenizer"
         )

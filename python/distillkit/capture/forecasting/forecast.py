@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from distillkit.capture.forecast.totals import Amount, TextForecast, read_totals
-from distillkit.capture.forecast.trial import Trial, try_teacher
+from distillkit.capture.forecasting.totals import Amount, TextForecast, read_totals
+from distillkit.capture.forecasting.trial import Trial, try_teacher
 from distillkit.capture.inputs import CaptureInputs, stored_bytes_per_token
 from distillkit.capture.kept_rows import BYTES_A_VALUE as KEPT_BYTES_A_VALUE
 from distillkit.capture.pipeline import BYTES_A_VALUE, queue_bytes
@@ -35,7 +35,7 @@ from distillkit.shards.storage import Folder
 from distillkit.shards.writer import encode_rows
 from distillkit.types import Facts, Shown, SparseLogprobs, TokenDocument
 
-__all__ = ["CodecForecast", "Forecast", "MemoryForecast", "SpeedForecast", "compared_codecs", "forecast"]
+__all__ = ["CodecForecast", "Forecast", "MemoryForecast", "SpeedForecast", "compared_codecs", "forecast_captures"]
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class Forecast(Shown):
         return {**asdict(self), "fits": not self.problems}
 
 
-def forecast(
+def forecast_captures(
     captures: Sequence[CaptureSettings],
     *,
     seconds: float = 10.0,

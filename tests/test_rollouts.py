@@ -20,6 +20,7 @@ from distillkit.training.rollouts.rounds import COMPLETIONS, Completion, Rollout
 from distillkit.training.run import Run, train
 from support.processes import Processes
 from support.refusals import refused
+from support.served import answering
 from support.training import VOCABULARY, losses_of, metrics_of, run_config, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -310,6 +311,18 @@ def test_another_run_is_not_resumed(words: dict[str, str], whole: tuple[Path, li
     arguments = {"max_steps": 5, **SAVING, "resume_from_checkpoint": str(whole[0] / "checkpoint-2")}
     with refused(MismatchError, "rollouts.temperature", "1.0", "0.5"):
         train(on_policy(words, tmp_path / "resumed", training_args=arguments, rollouts={"temperature": 0.5}))
+
+
+def test_a_served_teacher_scores_as_a_live_one(
+    words: dict[str, str], whole: tuple[Path, list[Round]], tmp_path: Path
+) -> None:
+    pytest.importorskip("openai")
+    teacher = {"kind": "server", "model": words["teacher"], "top_k": VOCABULARY, "max_retries": 0}
+    with answering(tiny_model(7)) as (url, _):
+        arguments = {**SAVING, "max_steps": 2, "save_strategy": "no"}
+        train(on_policy(words, tmp_path / "served", teacher={**teacher, "base_url": url}, training_args=arguments))
+    expected = losses_of(whole[0])
+    assert losses_of(tmp_path / "served") == pytest.approx({step: expected[step] for step in (1, 2)}, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -234,7 +234,7 @@ class StoredTeacherConfig(Section):
 
 
 _OTHER_ENGINES = {
-    "vllm": "up to 0.33 it needs transformers before 5.21, and training needs 5.23, so they cannot be installed together",
+    "vllm": "up to 0.33 it needs transformers before 5.21, and training 5.23, so they cannot be installed together",
     "server": "a server keeps the weights that it has loaded, and the completions must come from those being trained",
 }
 

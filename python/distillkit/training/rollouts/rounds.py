@@ -32,13 +32,14 @@ from distillkit.types import Document
 if TYPE_CHECKING:
     from distillkit.training.config.schema import RolloutsConfig
 
-__all__ = ["COMPLETIONS", "Completion", "Rollouts", "Round", "repeated"]
+__all__ = ["COMPLETIONS", "MEASURED", "Completion", "Rollouts", "Round", "repeated"]
 
 COMPLETIONS = "distillkit_rollouts.npz"
 """File of a checkpoint with the completions of a round that has not ended."""
 
-# Completions of a round on which the divergence from the teacher is measured, in all processes together.
-_MEASURED = 64
+MEASURED = 64
+"""Completions of a round on which the divergence from the teacher is measured, in all processes together."""
+
 _REVERSE_KL = Objective((Term("reverse_kl", 1.0, loss("reverse_kl", missing_probability_handling="uniform")),))
 # Length of the sequences whose repetition is counted.
 _REPEATED = 4
@@ -277,7 +278,7 @@ class Rollouts:
         process must call this."""
         trainer, documents = self._trainer, self._documents(current)
         arguments = trainer.args
-        chosen = np.unique(np.linspace(0, len(current) - 1, min(_MEASURED, len(current)), dtype=np.int64))
+        chosen = np.unique(np.linspace(0, len(current) - 1, min(MEASURED, len(current)), dtype=np.int64))
         own = chosen[arguments.process_index :: arguments.world_size].tolist()
         model, training = trainer.model, trainer.model.training
         sums = torch.zeros(2, dtype=torch.float32, device=arguments.device)

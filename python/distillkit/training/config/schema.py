@@ -477,7 +477,7 @@ class RunConfig(Section):
             return content
         content = {"loss_functions": [dict(_ROLLOUT_LOSS)], **content}
         dataset = content.get("dataset") or {}
-        alone = rollouts.get("fraction", 1.0) == 1.0 and "prompts" in rollouts
+        alone = rollouts.get("fraction", 1.0) == 1.0 and isinstance(rollouts.get("prompts"), dict)
         if alone and isinstance(dataset, dict) and "train_dataset" not in dataset:
             content["dataset"] = {**dataset, "train_dataset": rollouts["prompts"]}
         return content

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,6 @@ from distillkit.training.data.documents import cache_folder, open_rows
 from distillkit.training.data.prepared import PreparedDataset, prepare
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from trl import SFTConfig
 
     from distillkit.training.config.schema import RunConfig

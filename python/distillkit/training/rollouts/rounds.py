@@ -8,7 +8,7 @@ once, and can be resumed by any number of processes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,7 +294,7 @@ class Rollouts:
         return float(total / max(positions, 1.0))
 
     @contextmanager
-    def scoring(self, batch: dict[str, Any]) -> Iterator[None]:
+    def scoring(self, batch: Mapping[str, Any]) -> Iterator[None]:
         """Measure the time that the teacher takes for a batch."""
         device, began = self._trainer.args.device, time.perf_counter()
         yield

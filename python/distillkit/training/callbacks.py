@@ -17,8 +17,10 @@ from distillkit.reports.run_record import METRICS, read_metrics
 
 __all__ = ["ConsoleProgress", "MetricsFile"]
 
+_Shown = tuple[tuple[str, str, str], ...]
+
 # Metrics on a console line, in this order: name, label, format.
-_SHOWN = (
+_SHOWN: _Shown = (
     ("kl", "KL", "{:.4f}"),
     ("cross_entropy", "CE", "{:.4f}"),
     ("perplexity", "perplexity", "{:,.2f}"),
@@ -31,7 +33,7 @@ _SHOWN = (
     ("teacher_wait", "teacher wait", "{:.0%}"),
 )
 # The same of a round of completions.
-_ROLLOUTS = (
+_ROLLOUTS: _Shown = (
     ("rollout_length", "length", "{:,.0f}"),
     ("rollout_ended", "ended", "{:.0%}"),
     ("rollout_repeated", "repeated", "{:.1%}"),

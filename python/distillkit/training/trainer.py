@@ -72,6 +72,8 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
     """
 
     control: transformers.TrainerControl
+    train_dataset: Any
+    data_collator: Any
 
     def __init__(
         self,

@@ -134,6 +134,11 @@ def config_with(path: str, value: Any) -> dict[str, Any]:
     section: Any = content
     if parents and parents[0] == "loss_functions":
         section["loss_functions"] = [{"function": "kl", "weight": 1}]
+    if parents and parents[0] == "teachers":
+        del section["teacher"]
+        section["teachers"] = [{"kind": "hf", "path": "x"}]
+    if "0" in parents and parents[0] == "dataset":
+        section["dataset"][parents[1]] = [{"disk_path": "data"}]
     for parent in parents:
         section = section[int(parent)] if parent.isdigit() else section.setdefault(parent, {})
     if value is MISSING:

@@ -240,6 +240,10 @@ def test_sizes_only(teacher: Path, text: Path, tmp_path: Path, monkeypatch: pyte
     assert result.exit_code == 0, result.output
     assert "recommended" in result.output
     assert "tokens/s" not in result.output
+    monkeypatch.chdir(tmp_path)
+    without_output = command("--model", teacher, "--dataset", text, "--seconds", "0")
+    assert without_output.exit_code == 0, without_output.output
+    check_names(without_output.output, "captured")
     memory = options(teacher, text, f"memory://{tmp_path}")  # type: ignore[arg-type]
     result = command(*memory, "--seconds", "0", "--json")
     assert json.loads(result.stdout)["free_bytes"] is None

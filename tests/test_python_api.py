@@ -128,8 +128,8 @@ def test_what_does_not_fit_is_refused_as_in_a_yaml_file(parts: dict[str, str], t
         DistillationTrainer(parts["student"], args, train_dataset=data)
     with refused(ConfigError, "overflwo", "overflow"):
         DistillationTrainer(parts["student"], args, train_dataset=data, overflwo="cut")  # type: ignore[call-arg]
-    with refused(ConfigError, "train_dataset", "list"):
-        DistillationTrainer(parts["student"], {}, train_dataset=[1])  # type: ignore[arg-type]
+    with refused(ConfigError, "train_dataset[1]", "int"):
+        DistillationTrainer(parts["student"], {}, train_dataset=[data, 1])  # type: ignore[arg-type]
     with refused(ConfigError, "args", "int"):
         DistillationTrainer(parts["student"], 3, train_dataset=data)  # type: ignore[arg-type]
     with refused(ConfigError, "capturd"):

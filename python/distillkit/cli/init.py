@@ -246,7 +246,7 @@ def init(file: Path, kind: str, data: str | None, eval_data: str | None, **names
     except FileExistsError as error:
         raise FileExistsError(errno.EEXIST, "exists already; choose another name", str(file)) from error
     say(f"written: {file}")
-    say(f"next: fill in its paths, then check it with: distillkit {file} --dry-run")
+    say(f"next: adapt it, then check it with: distillkit {file} --dry-run")
 
 
 def template(kind: str, **names: str) -> str:

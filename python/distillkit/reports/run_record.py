@@ -14,6 +14,7 @@ from distillkit.errors import CorruptDataError, InputError
 
 __all__ = [
     "DIFFERENCES",
+    "HOW",
     "MEASURES",
     "METRICS",
     "OWN_WORDS",
@@ -81,6 +82,9 @@ OWN_WORDS = (
 )
 """What is measured on the student's own completions."""
 
+HOW = {"dataset": "stored", "hf": "live", "server": "served"}
+"""How a teacher's distributions came to training, by its kind."""
+
 # Keys of a training log entry that are not losses, for runs whose description does not list their losses.
 _NO_LOSSES = (
     *("step", "loss", "epoch", "grad_norm", "learning_rate", "tokens_per_second", "data_wait", "peak_memory_gb"),
@@ -126,6 +130,11 @@ class RunRecord:
         if "losses" in self.description:
             return {loss["name"]: loss["weight"] for loss in self.description["losses"]}
         return {name: None for entry in self.training[:1] for name in entry if name not in _NO_LOSSES}
+
+    def sources(self, *, held_out: bool) -> list[dict[str, Any]]:
+        """The datasets that are evaluated or trained on, if they are a list."""
+        data = self.description.get("data", {}).get("eval" if held_out else "train", {})
+        return list(data.get("sources", ()))
 
     def series(self, name: str, *, held_out: bool = False) -> tuple[list[int], list[float]]:
         """Return the steps and values of a metric, skipping values that are not finite."""

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +18,7 @@ from distillkit.console import number_of
 from distillkit.errors import CorruptDataError, printable
 from distillkit.reports.run_record import (
     DIFFERENCES,
+    HOW,
     MEASURES,
     METRICS,
     OWN_WORDS,
@@ -40,6 +41,7 @@ __all__ = [
     "evaluation_rows",
     "names_of",
     "opening",
+    "source_rows",
     "table",
     "understanding",
     "write_comparison",
@@ -155,6 +157,10 @@ def markdown(run: RunRecord, pictures: list[tuple[str, str]] | None) -> str:
         sections += ["## On held-out documents", table(*evaluation_rows(run)), *evaluation_notes(run)]
     if run.rollouts:
         sections += ["## On the student's own completions", table(*rollout_rows(run))]
+    for held_out, heading in ((True, "## Held-out datasets"), (False, "## Training datasets")):
+        header, rows = source_rows(run, held_out=held_out)
+        if rows:
+            sections += [heading, table(header, rows)]
     sections += [f"![{title}]({name})" for name, title in pictures or ()]
     if pictures is None:
         sections.append(
@@ -189,7 +195,7 @@ def opening(run: RunRecord, quoting: Quoting) -> str:
     sentence = f"{state}: {steps}"
     student, teacher = run.description.get("student"), run.description.get("teacher")
     if student is not None and teacher is not None:
-        how = "stored distributions" if teacher["kind"] == "dataset" else "live distributions"
+        how = f"{HOW[teacher['kind']]} distributions"
         whose = f"{how} of {quoting.name(teacher['name'])}" if teacher["name"] else f"{how} of an unnamed teacher"
         sentence += f", {quoting.name(student['path'])} learning from {whose}"
     return sentence + "."
@@ -224,6 +230,41 @@ def rollout_rows(run: RunRecord) -> tuple[list[str], list[list[str]]]:
             change = measure.change(values[0], values[-1])
             rows.append([measure.label, measure.text(values[0]), measure.text(values[-1]), change])
     return ["", "first round", "last round", "change"], rows
+
+
+_OF_SOURCES = (
+    Measure("loss", "loss", "{:.4f}"),
+    Measure("kl", "KL", "{:.4f}"),
+    Measure("top1_agreement", "top-1", "{:.1%}", share=True),
+)
+
+
+def source_rows(run: RunRecord, *, held_out: bool) -> tuple[list[str], list[list[str]]]:
+    """Each of several datasets with its first and last metrics, as a table: its header, and a row for each dataset.
+
+    Args:
+        run: the run.
+        held_out: whether those that it is evaluated on, or those that it is trained on.
+    """
+    sources = run.sources(held_out=held_out)
+    columns = {
+        measure.label: [
+            _ends(run, _of_source(measure, source["name"], held_out), held_out=held_out) for source in sources
+        ]
+        for measure in _OF_SOURCES
+    }
+    columns = {label: values for label, values in columns.items() if any(values)}
+    header = ["dataset", "documents", "tokens", *([] if held_out else ["passes an epoch", "share of its tokens"])]
+    rows = []
+    for number, source in enumerate(sources):
+        row = [_fact(source["name"]), f"{source['documents']:,}", _written("{:,}", source["tokens"])]
+        row += [] if held_out else [f"{source['passes']:.3g}", f"{source['share']:.1%}"]
+        rows.append([*row, *(values[number] for values in columns.values())])
+    return [*header, *columns], rows
+
+
+def _of_source(measure: Measure, name: str, held_out: bool) -> Measure:
+    return replace(measure, name=f"{'eval_' if held_out else ''}{measure.name}/{name}")
 
 
 def measures_of(runs: Sequence[RunRecord]) -> list[Measure]:
@@ -296,7 +337,7 @@ def _teacher(teacher: dict[str, Any], quoting: Quoting) -> str:
     name = quoting.name(teacher["name"]) if teacher["name"] else "not recorded in the data"
     if teacher["kind"] == "dataset":
         return f"{name}, stored" + (f" top {teacher['k']:,}" if teacher["k"] else "")
-    return f"{name}, live, " + (f"top {teacher['k']:,}" if teacher["k"] else "all ids")
+    return f"{name}, {HOW[teacher['kind']]}, " + (f"top {teacher['k']:,}" if teacher["k"] else "all ids")
 
 
 def _loss(loss: dict[str, Any], fact: Callable[[object], str]) -> str:
@@ -317,7 +358,15 @@ def _rollouts(rollouts: dict[str, Any] | None) -> str:
 def _data(data: dict[str, Any], quoting: Quoting) -> str:
     tokens = "" if data["tokens"] is None else f", {number_of(data['tokens'], 'token')}"
     rows = f", packed in {number_of(data['rows'], 'row')}" if data.get("rows") else ""
+    if "sources" in data:
+        return "; ".join(
+            f"{quoting.fact(source['name'])} = {_data(_alone(source), quoting)}" for source in data["sources"]
+        )
     return f"{quoting.name(data['path'])}: {number_of(data['documents'], 'document')}{tokens}{rows}"
+
+
+def _alone(source: dict[str, Any]) -> dict[str, Any]:
+    return {name: source[name] for name in ("path", "documents", "tokens", "rows")}
 
 
 def cost(run: RunRecord) -> list[tuple[str, str]]:
@@ -474,8 +523,8 @@ def _written(form: str, value: float | None) -> str:
     return "" if value is None else form.format(value)
 
 
-def _ends(run: RunRecord, measure: Measure) -> str:
-    _, values = run.series(measure.name, held_out=True)
+def _ends(run: RunRecord, measure: Measure, *, held_out: bool = True) -> str:
+    _, values = run.series(measure.name, held_out=held_out)
     if len(values) < 2:
         return measure.text(values[0]) if values else ""
     return f"{measure.text(values[0])} → {measure.text(values[-1])}"

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 import transformers
@@ -35,10 +35,11 @@ from distillkit.training.batching import choose_packing, trained_models
 from distillkit.training.callbacks import ConsoleProgress, MetricsFile
 from distillkit.training.checkpoints import Checkpoint, checkpoint_of
 from distillkit.training.config.arguments import training_arguments
-from distillkit.training.config.schema import LiveTeacherConfig, ServedTeacherConfig
+from distillkit.training.config.schema import PARTS, LiveTeacherConfig, ServedTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.documents import check_positions, check_row_lengths, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
+from distillkit.training.data.mixture import JoinedDocuments, Mixture, rows_taken
 from distillkit.training.data.prepared import Part
 from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
@@ -49,6 +50,7 @@ from distillkit.training.saving import reaching_hub, save_student
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.served import ServedSignal
 from distillkit.training.signals.server import TeacherServer, connect
+from distillkit.training.signals.several import SeveralTeachers, check_routes
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
 from distillkit.training.student import check_student, load_student, prepare_student
@@ -58,13 +60,15 @@ from distillkit.training.trainer import ReportWriter, SignalTrainer
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from distillkit.training.config.schema import DatasetSource, RunConfig
+    from distillkit.training.config.schema import DatasetEntry, DatasetSource, RunConfig
 
 __all__ = ["Given", "Run", "resumed_checkpoint", "train"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LiveSignal = OnlineSignal | SeveralTeachers
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,19 @@ class Given:
     Attributes:
         model: the student; it may have adapters.
         tokenizer: the student's tokenizer.
-        datasets: opened datasets with stored distributions.
+        datasets: opened datasets with stored distributions; None for one of a list that is not open.
     """
 
     model: Any = None
     tokenizer: Any = None
-    datasets: Mapping[Part, StoredDataset] = field(default_factory=dict)
+    datasets: Mapping[Part, Sequence[StoredDataset | None]] = field(default_factory=dict)
+
+
+class Opened(NamedTuple):
+    """A dataset of the configuration, and its documents."""
+
+    entry: DatasetEntry
+    documents: DocumentSource
 
 
 class Run:
@@ -134,12 +145,12 @@ class Run:
         return check_eos_labels(self.config, self.tokenizer)
 
     @cached_property
-    def sources(self) -> dict[Part, DocumentSource]:
+    def sources(self) -> dict[Part, list[Opened]]:
         """The opened training and evaluation data."""
         with self.arguments.main_process_first(desc="opening the datasets"):
             sources = _open_sources(self.config, self.tokenizer, self.arguments, self.given.datasets)
         if self.prompts is not None and self.config.only_rollouts:
-            return {"train": self.prompts.documents, **sources}
+            return {"train": [Opened(self.config.dataset.entries("train")[0], self.prompts.documents)], **sources}
         return sources
 
     @cached_property
@@ -171,7 +182,7 @@ class Run:
         return model
 
     @cached_property
-    def teacher(self) -> tuple[OnlineSignal | None, LayerMatching | None]:
+    def teacher(self) -> tuple[LiveSignal | None, LayerMatching | None]:
         """The live teacher and the layers matched with it, if the configuration has them."""
         return _live_teacher(self.config, self.model, self.arguments.device)
 
@@ -183,43 +194,53 @@ class Run:
         return connect(self.config, self.tokenizer)
 
     @cached_property
-    def datasets(self) -> dict[Part, DistillationDataset]:
+    def datasets(self) -> dict[Part, DistillationDataset | Mixture]:
         """Training and evaluation examples, checked against the student."""
         live, _ = self.teacher
         if self.config.dataset.packing == "auto":
-            choose_packing(self.arguments, trained_models(self.model, None if live is None else live.model))
-        teacher = live or self.server
-        datasets: dict[Part, DistillationDataset] = {}
+            choose_packing(self.arguments, trained_models(self.model, None if live is None else live.models))
         if self.prompts is not None:
-            _check_prompts(self.config, self.prompts, self.model, live)
-        for part, source in self.sources.items():
-            if part == "train" and self.prompts is not None and self.config.only_rollouts:
-                datasets[part] = _prompts_dataset(self.config, self.prompts, self.model, teacher)
-                continue
-            datasets[part] = _dataset(self.config, part, source, self.model, self.arguments, teacher)
-            _check_counted(datasets[part], f"dataset.{part}_dataset")
-        return datasets
+            _check_prompts(self.config, self.prompts, self.model, {} if live is None else live.models)
+        return {part: self._examples(self.config, opened) for part, opened in self.sources.items()}
 
-    def other_examples(self, where: DatasetSource, opened: StoredDataset | None) -> DistillationDataset:
-        """Examples of another dataset to evaluate on, checked like the configured one.
+    def _examples(self, config: RunConfig, opened: Sequence[Opened]) -> DistillationDataset | Mixture:
+        """Examples of one or several datasets, checked against the student."""
+        entries, setting = [each.entry for each in opened], f"{opened[0].entry.part}_dataset"
+        listed = isinstance(getattr(config.dataset, setting), list)
+        signal: LiveSignal | ServedSignal | None = self.teacher[0]
+        if self.server is not None:
+            documents = JoinedDocuments([each.documents for each in opened]) if listed else opened[0].documents
+            head_size = rows_of(self.model.get_output_embeddings().weight)
+            # Completions are not among the documents that an error about a row could name.
+            known = None if self.prompts is not None and opened[0].entry.part == "train" else documents
+            signal = ServedSignal(self.server, head_size, known, f"dataset.{setting}")
+        if self.prompts is not None and signal is not None and opened[0].documents is self.prompts.documents:
+            return DistillationDataset(opened[0].documents, signal, config.sequence_length, self.prompts.chosen)
+        parts = [_dataset(config, each, self.model, self.arguments, signal) for each in opened]
+        for dataset, entry in zip(parts, entries, strict=True):
+            _check_counted(dataset, entry.key)
+        if not listed:
+            return parts[0]
+        return Mixture(parts, [entry.name for entry in entries], rows_taken(entries, parts))
+
+    def other_examples(
+        self, where: DatasetSource | list[DatasetSource], given: Sequence[StoredDataset | None]
+    ) -> DistillationDataset | Mixture:
+        """Examples of other datasets to evaluate on, checked like the configured ones.
 
         Args:
-            where: the dataset.
-            opened: the same, if it is open already.
+            where: the dataset, or several.
+            given: the same, those that are open already.
         """
         section = self.config.dataset.model_copy(update={"eval_dataset": where})
         config = self.config.model_copy(update={"dataset": section})
-        source = open_documents(config, "eval", self.tokenizer, self.arguments, opened)
-        if source is None:
-            raise TypeError("a dataset that is set was not opened")
-        dataset = _dataset(config, "eval", source, self.model, self.arguments, self.teacher[0] or self.server)
-        _check_counted(dataset, "eval_dataset")
-        return dataset
+        opened = _opened(config, "eval", self.tokenizer, self.arguments, given)
+        return self._examples(config, opened)
 
     @cached_property
     def objective(self) -> Objective:
         """The losses."""
-        _tell_temperature(self.config)
+        _tell_temperature(self.config, self.sources["train"])
         _tell_own_words(self.config)
         return Objective.training(self.config.loss_functions)
 
@@ -233,8 +254,8 @@ class Run:
         """What decides the student that training ends with; see `identity_of`."""
         live, _ = self.teacher
         models = {"model": self.model}
-        if live is not None and not self.config.teaches_itself:
-            models["teacher.path"] = live.model
+        if live is not None:
+            models = trained_models(self.model, live.models)
         prompts = None if self.prompts is None else self.prompts.documents
         found = identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer, prompts)
         return found if self.server is None else {**found, "teacher: served model": self.server.name}
@@ -258,6 +279,7 @@ class Run:
         # First, so that data for another student raises before anything large is loaded.
         eos_labels, _ = self.eos_labels, self.sources
         self.progress.parts = self.objective.losses
+        self.progress.sources = {part: dataset.names for part, dataset in self.datasets.items()}
         identity = self.identity  # of the models as they were loaded
         callbacks = [
             TrackedDescription(self.description),
@@ -390,9 +412,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     return run.finish(trainer, result.global_step, time.perf_counter() - started)
 
 
-def _tell_temperature(config: RunConfig) -> None:
+def _tell_temperature(config: RunConfig, source: DocumentSource) -> None:
     """Log losses that are computed with another arithmetic than the published one, unless that was asked for."""
     if isinstance(config.teacher, LiveTeacherConfig) and config.teacher.top_k is None:
+        return
+    if isinstance(source, StoredDataset) and source.codec.draws is not None:
         return
     for loss in config.loss_functions:
         if loss.temperature not in (None, 1.0) and loss.published_temperature is None:
@@ -430,20 +454,32 @@ def _tell_dropped_mass(config: RunConfig, source: StoredDataset) -> None:
 
 
 def _open_sources(
-    config: RunConfig, tokenizer: Any, arguments: SFTConfig, given: Mapping[Part, StoredDataset]
-) -> dict[Part, DocumentSource]:
+    config: RunConfig, tokenizer: Any, arguments: SFTConfig, given: Mapping[Part, Sequence[StoredDataset | None]]
+) -> dict[Part, list[Opened]]:
     """Open training and evaluation data; a mismatched tokenizer raises before any model is loaded."""
-    if config.teacher.kind in ("hf", "server"):
-        check_teacher_tokenizer(config, tokenizer)
-    parts: tuple[Part, ...] = ("eval",) if config.only_rollouts else ("train", "eval")
-    opened = {part: open_documents(config, part, tokenizer, arguments, given.get(part)) for part in parts}
-    return {part: source for part, source in opened.items() if source is not None}
+    for key in ("teacher",) if config.teacher.kind == "server" else config.live_teachers:
+        check_teacher_tokenizer(config, tokenizer, key)
+    parts = [part for part in PARTS if part == "eval" or not config.only_rollouts]
+    opened = {part: _opened(config, part, tokenizer, arguments, given.get(part, ())) for part in parts}
+    return {part: sources for part, sources in opened.items() if sources}
+
+
+def _opened(
+    config: RunConfig, part: Part, tokenizer: Any, arguments: SFTConfig, given: Sequence[StoredDataset | None]
+) -> list[Opened]:
+    """Open the datasets to train or evaluate on."""
+    entries = config.dataset.entries(part)
+    pairs = zip(entries, given or [None] * len(entries), strict=True)
+    return [Opened(entry, open_documents(config, entry, tokenizer, arguments, known)) for entry, known in pairs]
 
 
 def _live_teacher(
     config: RunConfig, model: transformers.PreTrainedModel, device: torch.device
-) -> tuple[OnlineSignal | None, LayerMatching | None]:
-    """Load the live teacher, if the configuration has one, and match its layers with the student's."""
+) -> tuple[LiveSignal | None, LayerMatching | None]:
+    """Load the live teachers, if the configuration has some, and match the layers of one with the student's."""
+    if config.teachers is not None:
+        models = [load_teacher(config, device, key) for key in config.live_teachers]
+        return SeveralTeachers(config.teachers, models, rows_of(model.get_output_embeddings().weight)), None
     if not isinstance(config.teacher, LiveTeacherConfig):
         return None, None
     # A student with adapters is its own teacher if the teacher is its unchanged base model.
@@ -459,20 +495,21 @@ def _live_teacher(
 
 def _dataset(
     config: RunConfig,
-    part: Part,
-    source: DocumentSource,
+    opened: Opened,
     model: transformers.PreTrainedModel,
     arguments: SFTConfig,
-    teacher: OnlineSignal | TeacherServer | None,
+    teacher: LiveSignal | ServedSignal | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and return its training examples."""
-    head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
-    live = {"teacher.path": teacher.model} if isinstance(teacher, OnlineSignal) else {}
-    check_positions(config, part, source, arguments, {"model": model, **live})
+    entry, source = opened
+    head_size, key = rows_of(model.get_output_embeddings().weight), entry.key
+    live = teacher.models if isinstance(teacher, LiveSignal) else {}
+    check_positions(config, entry, source, arguments, {"model": model, **live})
     if teacher is not None:
         check_ids(source, head_size, key)
-        signal = teacher if isinstance(teacher, OnlineSignal) else ServedSignal(teacher, head_size, source, key)
-        return training_dataset(config, part, source, signal, arguments)
+        if isinstance(teacher, SeveralTeachers):
+            check_routes(source, teacher, key)
+        return training_dataset(config, entry, source, teacher, arguments)
     if not isinstance(source, StoredDataset):
         raise TypeError(f"{key}: expected stored distributions, found {type(source).__name__}")
     check_dataset(source, head_size, key)
@@ -483,26 +520,16 @@ def _dataset(
         on_device=arguments.device.type == "cuda",
         label_logprobs=bool((source.header.capture or {}).get("label_logprobs")),
     )
-    return training_dataset(config, part, source, stored, arguments)
+    return training_dataset(config, entry, source, stored, arguments)
 
 
-def _prompts_dataset(
-    config: RunConfig, prompts: Prompts, model: Any, teacher: OnlineSignal | TeacherServer | None
-) -> DistillationDataset:
-    """Return the prompts as the training data of a run in which all rows are completions of them."""
-    if teacher is None:
-        raise TypeError("stored distributions cannot score completions")
-    head_size = rows_of(model.get_output_embeddings().weight)
-    signal = teacher if isinstance(teacher, OnlineSignal) else ServedSignal(teacher, head_size, None, "completions")
-    return DistillationDataset(prompts.documents, signal, config.sequence_length, prompts.chosen)
-
-
-def _check_prompts(config: RunConfig, prompts: Prompts, model: Any, teacher: OnlineSignal | None) -> None:
+def _check_prompts(config: RunConfig, prompts: Prompts, model: Any, teachers: Mapping[str, Any]) -> None:
     """Refuse prompts with token ids beyond the head, or that lead beyond a model's table of positions."""
     check_ids(prompts.documents, rows_of(model.get_output_embeddings().weight), KEY)
     new = 0 if config.rollouts is None else config.rollouts.max_new_tokens
-    models = {"model": model, **({} if teacher is None else {"teacher.path": teacher.model})}
-    check_row_lengths(models, prompts.longest + new, prompts.longest + new, f"{KEY}, with completions,")
+    check_row_lengths(
+        {"model": model, **teachers}, prompts.longest + new, prompts.longest + new, f"{KEY}, with completions,"
+    )
 
 
 def _check_counted(dataset: DistillationDataset, key: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import weakref
@@ -101,6 +100,7 @@ class OpenAITeacher:
         model: str | None = None,
     ) -> None:
         try:
+            import jiter
             import openai
 
             from distillkit.capture.teachers.http import BoundedClient
@@ -125,6 +125,8 @@ class OpenAITeacher:
         # Its connections are kept open between requests.
         weakref.finalize(self, self._client.close)
         self._errors = openai
+        # The package's own parser takes half the time of Python's, during which no other thread runs.
+        self._parse = jiter.from_json
         # Without the user and password that a URL may contain.
         self._server = url.netloc.rpartition("@")[2]
         self._timeout = settings.request_timeout
@@ -218,7 +220,7 @@ class OpenAITeacher:
             model=self._model, prompt=prompt, max_tokens=1, temperature=0.0, echo=echo, extra_body=extra, **arguments
         )
         try:
-            choice: Mapping[str, Any] = json.loads(response.http_response.content)["choices"][0]
+            choice: Mapping[str, Any] = self._parse(response.http_response.content)["choices"][0]
             return choice
         except _MALFORMED as error:
             raise CaptureError(
@@ -265,7 +267,7 @@ class OpenAITeacher:
         """
         content = self._client.models.with_raw_response.list().http_response.content
         try:
-            served = {model["id"]: model for model in json.loads(content)["data"]}
+            served = {model["id"]: model for model in self._parse(content)["data"]}
             unusable = [name for name in served if not isinstance(name, str) or self._quoted(name) != name]
             if unusable:
                 raise ValueError(f"{unusable[0]!r} is not the name of a model")

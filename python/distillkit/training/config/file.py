@@ -14,7 +14,7 @@ from distillkit.configuration.problems import Problem, find_problems, report
 from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError
 from distillkit.losses.config import HIDDEN_LOSSES
-from distillkit.training.config.schema import RunConfig
+from distillkit.training.config.schema import RunConfig, alone_problem
 
 __all__ = ["load_config", "parse_config", "training_schema"]
 
@@ -96,6 +96,11 @@ def _disagreements(config: RunConfig) -> list[str]:
         found.append(
             f"layer_mapping: missing, but {hidden[0]} needs it: 'all', or pairs of [student layer, teacher layer]"
         )
+    if config.layer_mapping is not None and config.teachers is not None:
+        found.append(
+            "layer_mapping: compares hidden states with those of one teacher, but there are several (teachers); leave "
+            "it out, or set teacher"
+        )
     if hidden and config.teacher.kind != "hf":
         lacking = "a server" if config.teacher.kind == "server" else "a dataset of stored distributions"
         found.append(
@@ -121,6 +126,14 @@ def _rollout_problems(config: RunConfig) -> Iterator[str]:
             "rollouts: the teacher scores what the student writes, and a dataset of stored distributions cannot; use a "
             "live or a served teacher (teacher.kind: hf or server)"
         )
+    if isinstance(config.dataset.train_dataset, list):
+        yield "rollouts: are mixed with one dataset, but dataset.train_dataset is a list; train on one of them"
+    alone = alone_problem(rollouts.prompts)
+    if alone is not None:
+        yield f"rollouts.prompts.{alone}"
+    for key, teacher in config.live_teachers.items():
+        if getattr(teacher, "where", None):
+            yield f"{key}.where: what the student writes has no columns; with rollouts, leave it out"
     if rollouts.max_new_tokens >= config.sequence_length:
         yield (
             f"rollouts.max_new_tokens: {rollouts.max_new_tokens:,} leaves no room for a prompt within sequence_length: "

@@ -52,8 +52,7 @@ def check_surroundings(config: RunConfig, *, loaded: bool = False) -> None:
 
 def _model_problems(config: RunConfig, *, loaded: bool) -> Iterator[str]:
     models = {} if loaded else {"model": config.model}
-    if config.teacher.kind == "hf":
-        models["teacher.path"] = config.teacher.path
+    models |= {f"{key}.path": teacher.path for key, teacher in config.live_teachers.items()}
     for key, name in models.items():
         problem = model_problem(name)
         if problem is not None:
@@ -61,14 +60,14 @@ def _model_problems(config: RunConfig, *, loaded: bool) -> Iterator[str]:
 
 
 def _dataset_problems(config: RunConfig) -> Iterator[str]:
-    sources = {"train": config.dataset.train_dataset, "eval": config.dataset.eval_dataset}
-    keys = {f"dataset.{part}_dataset": source for part, source in sources.items()}
+    entries = [*config.dataset.entries("train"), *config.dataset.entries("eval")]
+    keys = {entry.key: entry.source for entry in entries}
     if config.rollouts is not None:
         if config.only_rollouts:
-            del keys["dataset.train_dataset"]  # the prompts themselves
+            keys.pop("dataset.train_dataset", None)  # the prompts themselves
         keys["rollouts.prompts"] = config.rollouts.prompts
     for key, source in keys.items():
-        problem = None if source is None else _dataset_problem(source)
+        problem = _dataset_problem(source)
         if problem is not None:
             yield f"{key}.{problem}"
 

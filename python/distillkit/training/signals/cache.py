@@ -153,7 +153,8 @@ class AnswerCache:
             self._new[stored.doc_id] = (stored, stats)
             self._new_bytes += len(data)
             due = self._new_bytes >= _MOST_BYTES or time.monotonic() - self._since >= _MOST_SECONDS
-        if due:
+        # What comes while a shard is written goes into the next one.
+        if due and not self._writing.locked():
             self.flush()
 
     def flush(self) -> None:

@@ -112,7 +112,6 @@ class ServedSignal:
         So many batches are read ahead that twice as many documents as requests run at a time are asked about besides
         those of the batch that is yielded: this bounds the answers that are in memory.
         """
-        self.server.flush()  # finds what other processes have asked in the meantime
         most = 2 * self.server.concurrency
         read: deque[dict[str, Any]] = deque()
         ended = False
@@ -124,6 +123,7 @@ class ServedSignal:
                 else:
                     read.append({**batch, _ASKED: self._ask(batch)})
             if not read:
+                self.server.flush()
                 return
             yield read.popleft()
 
@@ -174,10 +174,14 @@ class ServedSignal:
         try:
             return answer.result()
         except CaptureError as error:
-            if self._source is None or self._key not in str(error):
+            # Other errors are not of this document.
+            if self._source is None or not str(error).startswith(self._key):
                 raise
             document = self._source[question.number]
-            raise CaptureError(f"{error} ({document.place}, doc_id {document.doc_id})") from error
+            raise CaptureError(
+                f"{str(error).rstrip('.')} ({document.place}, doc_id {document.doc_id}). Training needs an answer for "
+                "each of its documents: look at the server's log, or take this document out of the data"
+            ) from error
 
 
 def questions(batch: Mapping[str, Any]) -> list[Question]:

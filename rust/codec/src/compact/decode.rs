@@ -1,18 +1,17 @@
 //! Documents to rows: heads first, then the ids and values of [`LANES`] rows side by side.
 
 use std::array;
+use std::ops::Range;
 
 use super::document::{Frame, LANES, corrupt};
-use super::model::{MASSES, Model, NEXT};
-use super::numbers::{Kind, SYMBOLS, bucket};
+use super::model::{BUCKETS, GAP_CONTEXTS, MASSES, Model};
+use super::numbers::{ESCAPE_BITS, bucket, float_bucket};
 use super::tables::{Entry, SLOTS_LOG};
 use crate::error::Result;
 use crate::simd::{Backend, multiversion};
 
-const GAP_BASES: [u32; SYMBOLS] = Kind::Gap.bases();
-const BASES: [u32; SYMBOLS] = Kind::Other.bases();
 /// A stream is read in words of this many bytes; so many zeros follow a document.
-const WORD: usize = 8;
+pub(super) const WORD: usize = 8;
 
 /// What precedes a row's ids.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -36,63 +35,55 @@ pub(super) struct StoredRow<'a> {
     pub(super) bits: [u32; 3],
 }
 
-/// Ids and levels of a row while it is read.
-#[derive(Debug, Clone)]
-struct Buffers {
-    positions: Vec<u32>,
-    levels: Vec<u16>,
-}
-
-impl Buffers {
-    fn new(k: usize) -> Self {
-        Self { positions: vec![0; k], levels: vec![0; k] }
-    }
-}
-
-/// A stream that is being read.
-#[derive(Debug, Clone, Copy)]
-struct Stream<'a> {
-    /// The whole document, zeros after it.
-    data: &'a [u8],
-    bit: usize,
+/// A stream that is being read, of a document with zeros after it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Stream {
+    pub(super) bit: usize,
     state: u32,
 }
 
-impl<'a> Stream<'a> {
-    fn new(data: &'a [u8], byte: usize) -> Self {
-        let mut stream = Self { data, bit: 8 * byte, state: 0 };
-        stream.state = stream.raw(SLOTS_LOG);
+impl Stream {
+    pub(super) fn new(data: &[u8], byte: usize) -> Self {
+        let mut stream = Self { bit: 8 * byte, state: 0 };
+        stream.state = stream.raw(data, SLOTS_LOG);
         stream
     }
 
     /// The next bits, at least 57; zeros after the document.
     #[inline(always)]
-    fn window(&self) -> u64 {
-        let word = self.data.get(self.bit >> 3..).and_then(|rest| rest.first_chunk());
+    fn window(&self, data: &[u8]) -> u64 {
+        let byte = self.bit >> 3;
+        let word = data.get(byte..byte + WORD).and_then(|word| word.first_chunk());
         word.map_or(0, |&word| u64::from_le_bytes(word)) >> (self.bit & 7)
     }
 
     #[inline(always)]
-    fn raw(&mut self, bits: u32) -> u32 {
-        let number = self.window() as u32 & ((1 << bits) - 1);
+    fn raw(&mut self, data: &[u8], bits: u32) -> u32 {
+        let number = self.window(data) as u32 & ((1 << bits) - 1);
         self.bit += bits as usize;
         number
     }
 
     /// The next number of a table.
     #[inline(always)]
-    fn number(&mut self, entries: &[Entry], table: u32, bases: &[u32; SYMBOLS]) -> u32 {
+    pub(super) fn number(&mut self, data: &[u8], entries: &[Entry], table: u32) -> u32 {
         let entry = entries[(table + self.state) as usize];
-        let window = self.window();
-        self.state = entry.base() + (window as u32 & ((1 << entry.bits()) - 1));
-        let extra = (window >> entry.bits()) as u32 & ((1 << entry.extra()) - 1);
-        self.bit += (entry.bits() + entry.extra()) as usize;
-        bases[entry.symbol()] + extra
+        let (bits, extra) = (entry.bits(), entry.extra());
+        let window = self.window(data);
+        self.state = entry.base() + (window as u32 & ((1 << bits) - 1));
+        self.bit += (bits + extra) as usize;
+        (entry.lead() << extra) + ((window >> bits) as u32 & ((1 << extra) - 1))
     }
 
     /// Checks that the stream was used up: the state is back where it began, and only zero bits
     /// are left.
-    fn finish(&self, what: &str, first: usize, stream: &[u8], padding: usize) -> Result<()> {
+    pub(super) fn finish(
+        &self,
+        what: &str,
+        first: usize,
+        stream: &[u8],
+        padding: usize,
+    ) -> Result<()> {
         let used = self.bit - 8 * first;
         let bytes = used.div_ceil(8).max(padding.min(stream.len()));
         if bytes != stream.len() {
@@ -126,36 +117,6 @@ pub(super) fn dealt(heads: &[Head]) -> Vec<u32> {
     order.into_iter().map(|key| key as u32).collect()
 }
 
-/// Runs a block for each lane, written out: a loop would keep the lanes in memory.
-macro_rules! unrolled {
-    ($count:ident, $lane:ident => $block:block) => {{
-        {
-            let $lane: usize = 0;
-            if $lane < $count {
-                $block
-            }
-        }
-        {
-            let $lane: usize = 1;
-            if $lane < $count {
-                $block
-            }
-        }
-        {
-            let $lane: usize = 2;
-            if $lane < $count {
-                $block
-            }
-        }
-        {
-            let $lane: usize = 3;
-            if $lane < $count {
-                $block
-            }
-        }
-    }};
-}
-
 /// Takes the rows of a document, in any order.
 pub(super) trait RowSink {
     fn row(&mut self, row: &StoredRow);
@@ -172,58 +133,231 @@ impl RowSink for OnRow<'_> {
 
 /// What the rows of a document are read from.
 #[derive(Debug)]
-struct Lanes<'a> {
+struct Source<'a> {
+    /// The document, zeros after it.
+    data: &'a [u8],
     heads: &'a [Head],
     /// Bits of each head.
     head_bits: &'a [u32],
     /// The rows as they are dealt to the streams.
     order: &'a [u32],
-    streams: Vec<Stream<'a>>,
+}
+
+/// A stream, and the row that is read from it.
+#[derive(Debug)]
+struct Lane<'a> {
+    stream: Stream,
+    row: usize,
+    head: Head,
+    count: usize,
+    gap_contexts: &'a [u32; GAP_CONTEXTS],
+    level_contexts: &'a [u32; 2 * BUCKETS],
+    /// One more than the last position, and its bucket.
+    previous: u32,
+    bucket: u32,
+    /// The quantiser of the next level, and that of the one after it if the next number is even.
+    quantisers: [u32; 2],
+    /// All numbers of levels, or-ed.
+    numbers: u32,
+    /// Of k numbers; those of a row with fewer ids are the last ones.
+    positions: Vec<u32>,
+    /// Buckets of the positions + 1.
+    buckets: Vec<u8>,
+    levels: Vec<u16>,
+    /// Bits of head, ids, values.
+    bits: [u32; 3],
+}
+
+impl<'a> Lane<'a> {
+    fn new(model: &'a Model, stream: Stream) -> Self {
+        let k = model.config.k;
+        Self {
+            stream,
+            row: 0,
+            head: Head::default(),
+            count: 0,
+            gap_contexts: model.gap(0),
+            level_contexts: model.level(0),
+            previous: 0,
+            bucket: 0,
+            quantisers: [0; 2],
+            numbers: 0,
+            positions: vec![0; k],
+            buckets: vec![0; k],
+            levels: vec![0; k],
+            bits: [0; 3],
+        }
+    }
+
+    /// Begins a row.
+    fn begin(&mut self, model: &'a Model, source: &Source, row: usize) {
+        let head = source.heads[row];
+        self.row = row;
+        self.head = head;
+        self.count = usize::from(head.count);
+        self.gap_contexts = model.gap(model.clusters[usize::from(head.cluster)].gap_class);
+        self.level_contexts = model.level(usize::from(head.shape));
+        self.previous = 0;
+        self.bucket = 0;
+        self.quantisers = [0; 2];
+        self.numbers = 0;
+        self.bits = [source.head_bits[row], 0, 0];
+    }
+
+    /// Where the buffers have the row.
+    #[inline(always)]
+    fn places(&self) -> Range<usize> {
+        self.levels.len() - self.count..self.levels.len()
+    }
+
+    /// Reads the position for place `at` of the buffers; `left` is that of [`Model::lefts`].
+    #[inline(always)]
+    fn gap(&mut self, model: &Model, data: &[u8], at: usize, left: u32) {
+        let table = self.gap_contexts[(left + self.bucket) as usize % GAP_CONTEXTS];
+        let gap = self.stream.number(data, &model.entries, table);
+        let position = self.previous.wrapping_add(gap);
+        self.positions[at] = position;
+        self.previous = position.wrapping_add(1);
+        self.bucket = bucket(self.previous) as u32;
+    }
+
+    /// Reads the level for place `at` of the buffers.
+    #[inline(always)]
+    fn level(&mut self, model: &Model, data: &[u8], at: usize) {
+        let [quantiser, after] = self.quantisers;
+        let context = 2 * u32::from(self.buckets[at]) + quantiser;
+        let table = self.level_contexts[context as usize % (2 * BUCKETS)];
+        let number = self.stream.number(data, &model.entries, table);
+        self.levels[at] = (2 * number + quantiser) as u16;
+        self.quantisers = [after ^ (number & 1), quantiser];
+        self.numbers |= number;
+    }
+
+    /// Checks the positions.
+    #[inline(always)]
+    fn finish_gaps(&mut self, model: &Model, start: usize) -> Result<()> {
+        self.bits[1] = (self.stream.bit - start) as u32;
+        let places = self.places();
+        let positions = &self.positions[places.clone()];
+        // Gaps are below 2²⁴: positions ascend as long as none is beyond that.
+        let all = positions.iter().fold(0, |all, &position| all | position);
+        if all >> ESCAPE_BITS > 0 || self.previous > model.config.vocab_size {
+            return corrupt(format!("row {}: an id beyond the vocabulary", self.row));
+        }
+        for (bucket, &position) in self.buckets[places].iter_mut().zip(positions) {
+            *bucket = float_bucket(position + 1);
+        }
+        Ok(())
+    }
+
+    /// Checks the levels; reads which id is the most probable one.
+    #[inline(always)]
+    fn finish_levels(&mut self, model: &Model, data: &[u8], start: usize) -> Result<usize> {
+        let levels = &self.levels[self.places()];
+        let highest = highest(levels);
+        if self.numbers > u32::from(u16::MAX) / 2 || usize::from(highest) >= model.levels.len() {
+            return corrupt(format!("row {}: a value beyond the scale", self.row));
+        }
+        let near = near_top(levels, highest);
+        let mut top = 0;
+        if near > 1 {
+            top = self.stream.raw(data, top_bits(near)) as usize;
+            if top >= near {
+                return corrupt(format!(
+                    "row {}: the most probable id is number {top} of {near}",
+                    self.row
+                ));
+            }
+        }
+        self.bits[2] = (self.stream.bit - start) as u32;
+        Ok(top)
+    }
 }
 
 multiversion! {
     /// Reads all rows whose heads are known.
-    fn read_rows<S: RowSink>(model: &Model, lanes: &mut Lanes<'_>, sink: &mut S) -> Result<()> =
-        read_rows_body;
+    fn read_rows<S: RowSink>(
+        model: &Model,
+        source: &Source<'_>,
+        streams: &mut [Stream],
+        sink: &mut S,
+    ) -> Result<()> = read_rows_body;
 }
 
 #[inline(always)]
 fn read_rows_body<I, S: RowSink>(
     _isa: I,
     model: &Model,
-    lanes: &mut Lanes,
+    source: &Source,
+    streams: &mut [Stream],
     sink: &mut S,
 ) -> Result<()> {
-    let Lanes { heads, head_bits, order, streams } = lanes;
-    let mut buffers = vec![Buffers::new(model.config.k); streams.len()];
-    for rows in order.chunks(streams.len()) {
-        let mut bits = [[0; 3]; LANES];
-        for (bits, &row) in bits.iter_mut().zip(rows) {
-            bits[0] = head_bits[row as usize];
+    // On the stack, where reading what was just written takes no time.
+    let mut lanes: [Lane; LANES] =
+        array::from_fn(|lane| Lane::new(model, streams.get(lane).copied().unwrap_or_default()));
+    for rows in source.order.chunks(streams.len()) {
+        for (lane, &row) in lanes.iter_mut().zip(rows) {
+            lane.begin(model, source, row as usize);
         }
-        if let Ok(rows) = <&[u32; LANES]>::try_from(rows)
-            && let Ok(streams) = <&mut [Stream; LANES]>::try_from(&mut streams[..])
-            && let Ok(buffers) = <&mut [Buffers; LANES]>::try_from(&mut buffers[..])
-        {
-            let rows = rows.map(|row| (row, heads[row as usize]));
-            rows_together(model, streams, rows, buffers, &mut bits)?;
-        } else {
-            let alone = streams.iter_mut().zip(rows).zip(&mut buffers).zip(&mut bits);
-            for (((stream, &row), buffer), bits) in alone {
-                let rows = [(row, heads[row as usize])];
-                let (stream, buffer) = (array::from_mut(stream), array::from_mut(buffer));
-                rows_together(model, stream, rows, buffer, array::from_mut(bits))?;
-            }
+        read_together(model, source.data, &mut lanes, rows.len(), sink)?;
+    }
+    streams.iter_mut().zip(lanes).for_each(|(stream, lane)| *stream = lane.stream);
+    Ok(())
+}
+
+/// Reads a row of each lane side by side, a number of each in turn: while one waits for its table,
+/// the others go on.
+#[inline(always)]
+fn read_together<S: RowSink>(
+    model: &Model,
+    data: &[u8],
+    lanes: &mut [Lane; LANES],
+    used: usize,
+    sink: &mut S,
+) -> Result<()> {
+    let k = model.config.k;
+    let least = lanes.iter().map(|lane| lane.count).min().unwrap_or(0);
+    let together = if used == LANES { least } else { 0 };
+    let mut starts = [0; LANES];
+    for (start, lane) in starts.iter_mut().zip(&mut lanes[..used]) {
+        *start = lane.stream.bit;
+        for left in (together + 1..=lane.count).rev() {
+            lane.gap(model, data, k - left, model.lefts[left]);
         }
-        let read = streams.iter_mut().zip(&buffers).zip(rows).zip(bits);
-        for (((stream, buffer), &row), mut bits) in read {
-            let head = heads[row as usize];
-            let count = usize::from(head.count);
-            let levels = &buffer.levels[..count];
-            let top = read_top(stream, levels, row, &mut bits[2])?;
-            let positions = &buffer.positions[..count];
-            sink.row(&StoredRow { row: row as usize, head, positions, levels, top, bits });
+    }
+    let [a, b, c, d] = lanes;
+    for at in k - together..k {
+        let left = model.lefts[k - at];
+        a.gap(model, data, at, left);
+        b.gap(model, data, at, left);
+        c.gap(model, data, at, left);
+        d.gap(model, data, at, left);
+    }
+    for (start, lane) in starts.iter_mut().zip(&mut lanes[..used]) {
+        lane.finish_gaps(model, *start)?;
+        *start = lane.stream.bit;
+        for left in (together + 1..=lane.count).rev() {
+            lane.level(model, data, k - left);
         }
+    }
+    let [a, b, c, d] = lanes;
+    for at in k - together..k {
+        a.level(model, data, at);
+        b.level(model, data, at);
+        c.level(model, data, at);
+        d.level(model, data, at);
+    }
+    for (start, lane) in starts.iter().zip(&mut lanes[..used]) {
+        let top = lane.finish_levels(model, data, *start)?;
+        let places = lane.places();
+        sink.row(&StoredRow {
+            row: lane.row,
+            head: lane.head,
+            positions: &lane.positions[places.clone()],
+            levels: &lane.levels[places],
+            top,
+            bits: lane.bits,
+        });
     }
     Ok(())
 }
@@ -250,12 +384,13 @@ impl Model {
             firsts.push(first);
             first += lane.len();
         }
-        let streams = firsts.iter().map(|&first| Stream::new(&padded, first)).collect();
+        let mut streams: Vec<Stream> =
+            firsts.iter().map(|&first| Stream::new(&padded, first)).collect();
         let order = &dealt(&heads);
-        let mut lanes = Lanes { heads: &heads, head_bits: &head_bits, order, streams };
-        read_rows(backend, self, &mut lanes, sink)?;
+        let source = Source { data: &padded, heads: &heads, head_bits: &head_bits, order };
+        read_rows(backend, self, &source, &mut streams, sink)?;
         let least = frame.rows.div_ceil(super::document::ROWS_PER_BYTE);
-        for (number, (stream, lane)) in lanes.streams.iter().zip(&frame.lanes).enumerate() {
+        for (number, (stream, lane)) in streams.iter().zip(&frame.lanes).enumerate() {
             let is_last = number + 1 == frame.lanes.len();
             let padding = if is_last { least.saturating_sub(firsts[number]) } else { 0 };
             stream.finish(&format!("stream {}", number + 1), firsts[number], lane, padding)?;
@@ -269,7 +404,7 @@ impl Model {
         let mut bits = Vec::with_capacity(frame.rows);
         for row in 0..frame.rows {
             let start = stream.bit;
-            let mut next = |table: u32| stream.number(&self.entries, table, &BASES);
+            let mut next = |table: u32| stream.number(data, &self.entries, table);
             let cluster = next(self.cluster);
             let Some(prepared) = self.clusters.get(cluster as usize) else {
                 return corrupt(format!("row {row}: cluster {cluster} of {}", self.clusters.len()));
@@ -303,115 +438,6 @@ impl Model {
     }
 }
 
-/// Reads ids and values of N rows side by side, one from each stream: while one waits for its
-/// table, the others go on.
-#[inline(always)]
-fn rows_together<const N: usize>(
-    model: &Model,
-    streams: &mut [Stream; N],
-    rows: [(u32, Head); N],
-    buffers: &mut [Buffers; N],
-    bits: &mut [[u32; 3]; N],
-) -> Result<()> {
-    let mut own = *streams;
-    let counts = rows.map(|(_, head)| usize::from(head.count));
-    let together = counts.iter().copied().min().unwrap_or(0);
-    let mut gaps = rows.map(|(_, head)| GapReader::new(model, head));
-    for i in 0..together {
-        unrolled!(N, lane => {
-            buffers[lane].positions[i] = gaps[lane].next(model, &mut own[lane], counts[lane] - i);
-        });
-    }
-    for lane in 0..N {
-        for i in together..counts[lane] {
-            buffers[lane].positions[i] = gaps[lane].next(model, &mut own[lane], counts[lane] - i);
-        }
-        bits[lane][1] = (own[lane].bit - streams[lane].bit) as u32;
-        if gaps[lane].beyond {
-            return corrupt(format!("row {}: an id beyond the vocabulary", rows[lane].0));
-        }
-    }
-    let middle = own.map(|stream| stream.bit);
-    let mut values = rows.map(|(_, head)| LevelReader::new(model, head));
-    for i in 0..together {
-        unrolled!(N, lane => {
-            let position = buffers[lane].positions[i];
-            buffers[lane].levels[i] = values[lane].next(model, &mut own[lane], position);
-        });
-    }
-    for lane in 0..N {
-        for i in together..counts[lane] {
-            let position = buffers[lane].positions[i];
-            buffers[lane].levels[i] = values[lane].next(model, &mut own[lane], position);
-        }
-        bits[lane][2] = (own[lane].bit - middle[lane]) as u32;
-        if values[lane].beyond {
-            return corrupt(format!("row {}: a value beyond the scale", rows[lane].0));
-        }
-    }
-    *streams = own;
-    Ok(())
-}
-
-/// Reads the positions of a row.
-#[derive(Debug, Clone, Copy)]
-struct GapReader<'a> {
-    /// The contexts of the row's class.
-    contexts: &'a [u32],
-    /// One more than the last position.
-    previous: u32,
-    /// A position was not below the vocabulary.
-    beyond: bool,
-}
-
-impl<'a> GapReader<'a> {
-    fn new(model: &'a Model, head: Head) -> Self {
-        let class = model.clusters[usize::from(head.cluster)].gap_class;
-        let first = model.dimensions.gap(class, 0, 0);
-        Self { contexts: &model.gap[first..], previous: 0, beyond: false }
-    }
-
-    #[inline(always)]
-    fn next(&mut self, model: &Model, stream: &mut Stream, left: usize) -> u32 {
-        let left = usize::from(model.left_buckets[left]);
-        let context = bucket(self.previous) * model.dimensions.left + left;
-        let gap = stream.number(&model.entries, self.contexts[context], &GAP_BASES);
-        let position = self.previous + gap;
-        self.beyond |= position >= model.config.vocab_size;
-        let position = position.min(model.config.vocab_size - 1);
-        self.previous = position + 1;
-        position
-    }
-}
-
-/// Reads the levels of a row.
-#[derive(Debug, Clone, Copy)]
-struct LevelReader<'a> {
-    /// The contexts of the row's shape.
-    contexts: &'a [u32],
-    state: u8,
-    /// A level was not on the scale.
-    beyond: bool,
-}
-
-impl<'a> LevelReader<'a> {
-    fn new(model: &'a Model, head: Head) -> Self {
-        let first = 2 * usize::from(head.shape) * model.dimensions.positions;
-        Self { contexts: &model.level[first..], state: 0, beyond: false }
-    }
-
-    #[inline(always)]
-    fn next(&mut self, model: &Model, stream: &mut Stream, position: u32) -> u16 {
-        let quantiser = usize::from(self.state >> 1);
-        let context = quantiser * model.dimensions.positions + bucket(position + 1);
-        let number = stream.number(&model.entries, self.contexts[context], &BASES) as usize;
-        self.state = NEXT[usize::from(self.state & 3)][number & 1];
-        let level = 2 * number + quantiser;
-        self.beyond |= level >= model.levels.len();
-        level.min(model.levels.len() - 1) as u16
-    }
-}
-
 /// The bits that say which of `near` ids is first.
 pub(super) const fn top_bits(near: usize) -> u32 {
     usize::BITS - (near - 1).leading_zeros()
@@ -420,90 +446,15 @@ pub(super) const fn top_bits(near: usize) -> u32 {
 /// How many levels below the highest one the most probable id may be.
 pub(super) const TOP_LEVELS: u16 = 3;
 
+/// The highest of a row's levels.
+#[inline(always)]
+pub(super) fn highest(levels: &[u16]) -> u16 {
+    levels.iter().fold(0, |highest, &level| highest.max(level))
+}
+
 /// How many ids may be the most probable one.
 #[inline(always)]
-pub(super) fn near_top(levels: &[u16]) -> usize {
-    let highest = levels.iter().max().copied().unwrap_or(0);
-    levels.iter().filter(|&&level| level + TOP_LEVELS >= highest).count()
-}
-
-#[inline(always)]
-fn read_top(stream: &mut Stream, levels: &[u16], row: u32, bits: &mut u32) -> Result<usize> {
-    let near = near_top(levels);
-    if near < 2 {
-        return Ok(0);
-    }
-    *bits += top_bits(near);
-    let top = stream.raw(top_bits(near)) as usize;
-    if top >= near {
-        return corrupt(format!("row {row}: the most probable id is number {top} of {near}"));
-    }
-    Ok(top)
-}
-
-/// Puts the rows of a document in rank order.
-#[derive(Debug)]
-pub(super) struct Ranking<'a> {
-    model: &'a Model,
-    ids: &'a mut [i64],
-    logprobs: &'a mut [f32],
-    /// For each level, its number of ids, then where its next one goes.
-    places: Vec<u16>,
-    /// Which levels occur.
-    occur: Vec<u64>,
-}
-
-impl<'a> Ranking<'a> {
-    /// `ids` and `logprobs` have room for k numbers a row.
-    pub(super) fn new(model: &'a Model, ids: &'a mut [i64], logprobs: &'a mut [f32]) -> Self {
-        let levels = model.levels.len();
-        let (places, occur) = (vec![0; levels], vec![0; levels.div_ceil(64)]);
-        Self { model, ids, logprobs, places, occur }
-    }
-}
-
-impl RowSink for Ranking<'_> {
-    /// Writes a row: by falling level, ids of a level by position, then what is absent.
-    #[inline(always)]
-    fn row(&mut self, row: &StoredRow) {
-        let Self { model, places, occur, .. } = self;
-        let at = row.row * model.config.k..(row.row + 1) * model.config.k;
-        let (ids, logprobs) = (&mut self.ids[at.clone()], &mut self.logprobs[at]);
-        let mut total = 0;
-        for &level in row.levels {
-            let level = usize::from(level);
-            places[level] += 1;
-            occur[level >> 6] |= 1 << (level & 63);
-            total += model.weights[level];
-        }
-        let mut next = 0;
-        for (word, bits) in occur.iter_mut().enumerate().rev() {
-            while *bits > 0 {
-                let bit = 63 - bits.leading_zeros() as usize;
-                *bits ^= 1 << bit;
-                let place = &mut places[word << 6 | bit];
-                let count = *place;
-                *place = next;
-                next += count;
-            }
-        }
-        let shift = model.shift(usize::from(row.head.mass), total);
-        let order = &model.clusters[usize::from(row.head.cluster)].order;
-        for (&position, &level) in row.positions.iter().zip(row.levels) {
-            let place = &mut places[usize::from(level)];
-            let at = usize::from(*place);
-            *place += 1;
-            ids[at] = i64::from(order.id(position, &model.order));
-            logprobs[at] = (model.levels[usize::from(level)] + shift).min(0.0);
-        }
-        for &level in row.levels {
-            places[usize::from(level)] = 0;
-        }
-        // Values stay in order: the most probable id takes the highest.
-        ids[..=row.top].rotate_right(1);
-        let count = row.levels.len();
-        let first = ids[0];
-        ids[count..].fill(first);
-        logprobs[count..].fill(f32::NEG_INFINITY);
-    }
+pub(super) fn near_top(levels: &[u16], highest: u16) -> usize {
+    let least = highest.saturating_sub(TOP_LEVELS);
+    usize::from(levels.iter().map(|&level| u16::from(level >= least)).sum::<u16>())
 }

@@ -36,11 +36,19 @@ pub(super) struct Model {
     pub(super) shape: Vec<u32>,
     pub(super) count: Vec<u32>,
     pub(super) mass: Vec<u32>,
-    pub(super) gap: Vec<u32>,
-    pub(super) level: Vec<u32>,
-    /// The bucket of every number of ids left.
-    pub(super) left_buckets: Vec<u8>,
+    /// By class, bucket of the ids left, bucket of the previous position + 1.
+    gap: Vec<u32>,
+    /// By shape, bucket of the position + 1, quantiser.
+    level: Vec<u32>,
+    /// For every number of ids left, the place of its bucket within a class of `gap`.
+    pub(super) lefts: Vec<u32>,
 }
+
+/// Room for the buckets of all numbers below 2³²: no position is beyond the maps, whatever a
+/// damaged document says.
+pub(super) const BUCKETS: usize = 64;
+/// Contexts of a class of gaps: those of each bucket of ids left.
+pub(super) const GAP_CONTEXTS: usize = 32 * BUCKETS;
 
 /// A cluster prepared for decoding.
 #[derive(Debug)]
@@ -55,7 +63,7 @@ impl Model {
     pub(super) fn new(prior: &Prior) -> Result<Self> {
         let ranks = prior.ranks();
         let prepare = |cluster: &super::prior::Cluster| PreparedCluster {
-            order: ClusterOrder::new(&cluster.list, &ranks),
+            order: ClusterOrder::new(&cluster.list, &ranks).with_first(&cluster.list, &prior.order),
             gap_class: usize::from(cluster.gap_class),
             shape_class: usize::from(cluster.shape_class),
         };
@@ -64,8 +72,7 @@ impl Model {
         for (table, kind) in prior.tables.iter().zip(kinds) {
             entries.extend(table.entries(kind.unwrap_or(Kind::Other)));
         }
-        let place = |table: &u16| u32::from(*table) * SLOTS as u32;
-        let places = |tables: &[u16]| tables.iter().map(place).collect::<Vec<u32>>();
+        let places = |tables: &[u16]| tables.iter().copied().map(place).collect::<Vec<u32>>();
         let contexts = &prior.contexts;
         let stored_log = |q: u32| {
             let stored = libm::cos(std::f64::consts::FRAC_PI_2 * f64::from(q) / f64::from(MASSES));
@@ -80,14 +87,29 @@ impl Model {
             levels: prior.levels.clone(),
             stored_logs: (0..MASSES).map(stored_log).collect(),
             entries,
-            cluster: place(&contexts.cluster),
+            cluster: place(contexts.cluster),
             shape: places(&contexts.shape),
             count: places(&contexts.count),
             mass: places(&contexts.mass),
-            gap: places(&contexts.gap),
-            level: places(&contexts.level),
-            left_buckets: (0..=prior.config.k as u32).map(|left| bucket(left) as u8).collect(),
+            gap: gaps(prior),
+            level: levels(prior),
+            lefts: (0..=prior.config.k as u32)
+                .map(|left| (bucket(left) * BUCKETS) as u32)
+                .collect(),
         })
+    }
+
+    /// The contexts of a class's gaps: at the sum of `lefts` and the bucket of the previous
+    /// position + 1.
+    #[inline(always)]
+    pub(super) fn gap(&self, class: usize) -> &[u32; GAP_CONTEXTS] {
+        &self.gap.as_chunks().0[class]
+    }
+
+    /// The contexts of a shape's levels: at twice the bucket of the position + 1 plus the quantiser.
+    #[inline(always)]
+    pub(super) fn level(&self, shape: usize) -> &[u32; 2 * BUCKETS] {
+        &self.level.as_chunks().0[shape]
     }
 
     /// What is added to the levels of a row so that it sums to 1 − m.
@@ -112,6 +134,37 @@ impl Model {
         let k = self.config.k;
         (if self.config.is_adaptive() { count - 1 } else { k - count }) as u32
     }
+}
+
+/// The place of a table's first entry.
+fn place(table: u16) -> u32 {
+    u32::from(table) * SLOTS as u32
+}
+
+fn gaps(prior: &Prior) -> Vec<u32> {
+    let dimensions = prior.dimensions();
+    let mut places = vec![0; dimensions.gap_classes * GAP_CONTEXTS];
+    let contexts = prior.contexts.gap.chunks(dimensions.left).enumerate();
+    for (row, tables) in contexts {
+        let (class, bucket) = (row / dimensions.positions, row % dimensions.positions);
+        for (left, &table) in tables.iter().enumerate() {
+            places[class * GAP_CONTEXTS + left * BUCKETS + bucket] = place(table);
+        }
+    }
+    places
+}
+
+fn levels(prior: &Prior) -> Vec<u32> {
+    let dimensions = prior.dimensions();
+    let mut places = vec![0; dimensions.shapes * BUCKETS * 2];
+    let contexts = prior.contexts.level.chunks(dimensions.positions).enumerate();
+    for (row, tables) in contexts {
+        let (shape, quantiser) = (row / 2, row % 2);
+        for (bucket, &table) in tables.iter().enumerate() {
+            places[(shape * BUCKETS + bucket) * 2 + quantiser] = place(table);
+        }
+    }
+    places
 }
 
 fn weight(level: f32) -> u64 {

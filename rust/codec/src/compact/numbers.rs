@@ -70,17 +70,6 @@ impl Kind {
         (1 << octave) + (part << (octave - sub))
     }
 
-    /// [`Kind::base`] of every symbol.
-    pub(super) const fn bases(self) -> [u32; SYMBOLS] {
-        let mut bases = [0; SYMBOLS];
-        let mut symbol = 0;
-        while symbol < ESCAPE {
-            bases[symbol] = self.base(symbol);
-            symbol += 1;
-        }
-        bases
-    }
-
     /// Whether a number below 2²⁴ has the symbol.
     pub(super) const fn is_used(self, symbol: usize) -> bool {
         symbol <= self.symbol((1 << ESCAPE_BITS) - 1) || symbol == ESCAPE
@@ -91,8 +80,19 @@ impl Kind {
 #[must_use]
 #[inline(always)]
 pub const fn bucket(number: u32) -> usize {
-    let octave = (number | 1).ilog2();
-    (2 * octave + ((number >> octave.saturating_sub(1)) & 1)) as usize
+    // Below 2 the number itself; otherwise its two highest bits are 2 or 3.
+    let shift = (number | 2).ilog2() - 1;
+    (2 * shift + (number >> shift)) as usize
+}
+
+/// [`bucket`] of a number above 0 and at most 2²⁴, by the exponent and the highest bit of the
+/// fraction of a float, which is quick for many numbers.
+#[must_use]
+#[inline(always)]
+pub(super) const fn float_bucket(number: u32) -> u8 {
+    let bits = (number as i32 as f32).to_bits() >> 22;
+    let bucket = bits.wrapping_sub(2 * 127) as u8;
+    if bucket == 0 { 1 } else { bucket }
 }
 
 /// The least number of a bucket.
@@ -118,9 +118,6 @@ mod tests {
                     number + 1 == 1 << ESCAPE_BITS
                         || kind.symbol(number) <= kind.symbol(number + 1)
                 );
-                if kind.is_used(symbol) {
-                    assert_eq!(kind.bases()[symbol], base);
-                }
             }
         }
     }
@@ -136,6 +133,10 @@ mod tests {
         for number in 1..=48 {
             let start = bucket_start(number);
             assert_eq!([bucket(start - 1), bucket(start)], [number - 1, number]);
+            assert_eq!(usize::from(float_bucket(start)), number);
+            if number > 1 {
+                assert_eq!(usize::from(float_bucket(start - 1)), number - 1);
+            }
         }
     }
 }

@@ -3,8 +3,10 @@
 /// The positions of a cluster's ids. Ids are named by their rank in the order of frequency.
 #[derive(Debug, Clone)]
 pub(super) struct ClusterOrder {
-    /// Ids of the list, in its order.
-    list: Vec<u32>,
+    /// The ids of the first positions: the list, and after [`ClusterOrder::with_first`] more.
+    first: Ids,
+    /// How many ids the list has.
+    listed: usize,
     /// Ranks of the list's ids, ascending, and their places in the list.
     ranks: Vec<u32>,
     places: Vec<u16>,
@@ -14,6 +16,9 @@ pub(super) struct ClusterOrder {
     before: Vec<u32>,
     before_index: Index,
 }
+
+/// The ids of so many positions are kept for each cluster at least.
+const FIRST: usize = 4096;
 
 /// Ranks below this are looked up in blocks; there are few above, if any.
 const BLOCK_RANKS: u32 = 1 << 16;
@@ -82,6 +87,24 @@ impl Index {
     }
 }
 
+/// Ids, in as few bytes as they take: looking them up is waiting for memory.
+#[derive(Debug, Clone)]
+enum Ids {
+    Narrow(Vec<u16>),
+    Wide(Vec<u32>),
+}
+
+/// Looks up ascending positions; how many of them there are in the table.
+#[inline(always)]
+fn look_up<T: Copy + Into<u32>>(table: &[T], positions: &[u32], ids: &mut [u32]) -> usize {
+    let within = |&position: &u32| u16::from((position as usize) < table.len());
+    let near = usize::from(positions.iter().map(within).sum::<u16>());
+    for (id, &position) in ids.iter_mut().zip(&positions[..near]) {
+        *id = table[position as usize].into();
+    }
+    near
+}
+
 impl ClusterOrder {
     /// `ranks` has the rank of every id.
     pub(super) fn new(list: &[u32], ranks: &[u32]) -> Self {
@@ -94,13 +117,27 @@ impl ClusterOrder {
         let ranks: Vec<u32> = pairs.iter().map(|pair| pair.0).collect();
         let before: Vec<u32> = ranks.iter().zip(0..).map(|(rank, i)| rank - i).collect();
         Self {
-            list: list.to_vec(),
+            first: Ids::Wide(list.to_vec()),
+            listed: list.len(),
             places: pairs.iter().map(|pair| pair.1).collect(),
             blocks: blocks(&ranks),
             before_index: Index::new(&before),
             ranks,
             before,
         }
+    }
+
+    /// Looks up the ids of the first positions; `order` has the id of every rank.
+    pub(super) fn with_first(mut self, list: &[u32], order: &[u32]) -> Self {
+        let more = self.listed..FIRST.max(2 * self.listed).min(order.len());
+        let more = more.map(|position| self.outside(position as u32, order));
+        let first = list.iter().copied().chain(more);
+        self.first = if order.len() <= 1 << 16 {
+            Ids::Narrow(first.map(|id| id as u16).collect())
+        } else {
+            Ids::Wide(first.collect())
+        };
+        self
     }
 
     /// The position of the id with this rank.
@@ -117,28 +154,42 @@ impl ClusterOrder {
         if listed {
             u32::from(self.places[before])
         } else {
-            self.list.len() as u32 + rank - before as u32
+            self.listed as u32 + rank - before as u32
         }
     }
 
-    /// How many ids the list has: those of the first positions.
+    /// How many ids the list has.
     #[inline(always)]
     pub(super) fn listed(&self) -> usize {
-        self.list.len()
+        self.listed
     }
 
     /// The id at a position; `order` has the id of every rank.
     #[inline(always)]
     pub(super) fn id(&self, position: u32, order: &[u32]) -> u32 {
-        match self.list.get(position as usize) {
-            Some(&id) => id,
-            None => self.outside(position, order),
+        let first = match &self.first {
+            Ids::Narrow(first) => first.get(position as usize).map(|&id| u32::from(id)),
+            Ids::Wide(first) => first.get(position as usize).copied(),
+        };
+        first.unwrap_or_else(|| self.outside(position, order))
+    }
+
+    /// The ids at ascending positions; `order` has the id of every rank.
+    #[inline(always)]
+    pub(super) fn ids(&self, positions: &[u32], order: &[u32], ids: &mut [u32]) {
+        let near = match &self.first {
+            Ids::Narrow(first) => look_up(first, positions, ids),
+            Ids::Wide(first) => look_up(first, positions, ids),
+        };
+        for (id, &position) in ids[near..].iter_mut().zip(&positions[near..]) {
+            *id = self.outside(position, order);
         }
     }
 
-    #[inline(never)]
-    fn outside(&self, position: u32, order: &[u32]) -> u32 {
-        let place = position - self.list.len() as u32;
+    /// The id at a position after the list; `order` has the id of every rank.
+    #[inline]
+    pub(super) fn outside(&self, position: u32, order: &[u32]) -> u32 {
+        let place = position - self.listed as u32;
         let rank = place + self.before_index.up_to(&self.before, place) as u32;
         order.get(rank as usize).copied().unwrap_or(0)
     }
@@ -161,10 +212,12 @@ mod tests {
             (100..400).rev().collect::<Vec<u32>>(),
             order[..40].to_vec(),
         ] {
-            let cluster = ClusterOrder::new(&list, &ranks);
+            let cluster = ClusterOrder::new(&list, &ranks).with_first(&list, &order);
+            let mut ids = vec![0; order.len()];
+            cluster.ids(&(0..count).collect::<Vec<u32>>(), &order, &mut ids);
             let rest = order.iter().filter(|id| !list.contains(id));
             for (position, &id) in list.iter().chain(rest).enumerate() {
-                assert_eq!(cluster.id(position as u32, &order), id);
+                assert_eq!(ids[position], id);
                 assert_eq!(cluster.position(ranks[id as usize]), position as u32);
             }
         }

@@ -120,8 +120,7 @@ impl Table {
             next[usize::from(symbol)] += 1;
             let bits = SLOTS_LOG - state.ilog2();
             let base = (state << bits) - SLOTS as u32;
-            let extra = kind.extra_bits(usize::from(symbol));
-            Entry(base | bits << 10 | u32::from(symbol) << 14 | extra << 20)
+            Entry::new(base, bits, usize::from(symbol), kind)
         })
     }
 
@@ -156,30 +155,44 @@ impl Table {
     }
 }
 
-/// What a state means: 10 bits of the next state's base, 4 of how many bits are added to it, 6 of
-/// the symbol, 5 of its extra bits.
+/// What a state means.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Entry(u32);
+pub(super) struct Entry {
+    /// The next state's base in the lower [`SLOTS_LOG`] bits, then the first binary digits of the
+    /// number, those before the extra bits.
+    base: u16,
+    /// Bits that are added to the base.
+    bits: u8,
+    /// Extra bits.
+    extra: u8,
+}
 
 impl Entry {
+    const fn new(base: u32, bits: u32, symbol: usize, kind: Kind) -> Self {
+        let extra = kind.extra_bits(symbol);
+        let lead = kind.base(symbol) >> extra;
+        let base = (base | lead << SLOTS_LOG) as u16;
+        Self { base, bits: bits as u8, extra: extra as u8 }
+    }
+
     #[inline(always)]
     pub(super) const fn base(self) -> u32 {
-        self.0 & 0x3ff
+        self.base as u32 % SLOTS as u32
+    }
+
+    #[inline(always)]
+    pub(super) const fn lead(self) -> u32 {
+        (self.base >> SLOTS_LOG) as u32
     }
 
     #[inline(always)]
     pub(super) const fn bits(self) -> u32 {
-        self.0 >> 10 & 15
-    }
-
-    #[inline(always)]
-    pub(super) const fn symbol(self) -> usize {
-        (self.0 >> 14 & 63) as usize
+        (self.bits % 32) as u32
     }
 
     #[inline(always)]
     pub(super) const fn extra(self) -> u32 {
-        self.0 >> 20
+        (self.extra % 32) as u32
     }
 }
 
@@ -260,7 +273,8 @@ mod tests {
                     let entry = entries[state as usize];
                     assert_eq!(entry.bits() + entry.extra(), count);
                     state = entry.base() + (bits as u32 & ((1 << entry.bits()) - 1));
-                    assert_eq!(kind.base(entry.symbol()) + (bits >> entry.bits()) as u32, number);
+                    let low = (bits >> entry.bits()) as u32;
+                    assert_eq!((entry.lead() << entry.extra()) + low, number);
                 }
                 assert_eq!(state, 0);
             }

@@ -2,12 +2,12 @@
 
 use std::array;
 
-use super::decode::{Head, StoredRow, dealt, near_top, top_bits};
-use super::document::{self, LANES, lanes};
+use super::decode::{Head, StoredRow, dealt, highest, near_top, top_bits};
+use super::document::{self, Content, LANES, lanes};
 use super::model::{Model, NEXT};
-use super::numbers::Kind;
+use super::numbers::{Kind, bucket};
 use super::prior::Prior;
-use super::tables::{SLOTS, SLOTS_LOG, Writer};
+use super::tables::{SLOTS, SLOTS_LOG, Table, Writer};
 use crate::error::Result;
 
 /// The rows of a document as they are stored: what decoding starts from, and encoding ends with.
@@ -59,7 +59,7 @@ pub(super) struct DocumentWriter {
 
 /// A number to be written with a table; raw bits have none.
 #[derive(Debug, Clone, Copy)]
-enum Step {
+pub(super) enum Step {
     Number { table: u32, number: u32, kind: Kind },
     Raw { bits: u32, number: u32 },
 }
@@ -70,19 +70,24 @@ const COUNT_AT: u32 = 48;
 
 impl DocumentWriter {
     pub(super) fn new(prior: &Prior) -> Result<Self> {
-        let tables = prior.tables.iter().zip(prior.kinds()?);
-        Ok(Self {
+        Ok(Self::of(&prior.tables, &prior.kinds()?))
+    }
+
+    /// A writer with these tables, which code numbers of these kinds.
+    pub(super) fn of(tables: &[Table], kinds: &[Option<Kind>]) -> Self {
+        let tables = tables.iter().zip(kinds);
+        Self {
             writers: tables
                 .map(|(table, kind)| table.writer(kind.unwrap_or(Kind::Other)))
                 .collect(),
-        })
+        }
     }
 
     /// The bytes of a document.
     pub(super) fn write(&self, model: &Model, rows: &StoredRows, builtin: bool) -> Vec<u8> {
         let count = rows.heads.len();
         if count == 0 {
-            return document::write(builtin, 0, &[]);
+            return document::write(Content::Compact, builtin, 0, &[]);
         }
         let mut heads = Vec::new();
         for &head in &rows.heads {
@@ -107,12 +112,12 @@ impl DocumentWriter {
         } else {
             streams.extend((0..lanes(count)).flat_map(|number| self.streams(&[lane(number)])));
         }
-        document::write(builtin, count, &streams)
+        document::write(Content::Compact, builtin, count, &streams)
     }
 
     /// Streams: each the first state, then the bits of every step. They are found from the last to
     /// the first, side by side: while one waits for its table, the others go on.
-    fn streams<const N: usize>(&self, steps: &[Vec<Step>; N]) -> Vec<Vec<u8>> {
+    pub(super) fn streams<const N: usize>(&self, steps: &[Vec<Step>; N]) -> Vec<Vec<u8>> {
         let mut states = [0; N];
         let mut parts = steps.each_ref().map(|steps| Vec::with_capacity(steps.len() + 1));
         let together = steps.iter().map(Vec::len).min().unwrap_or(0);
@@ -175,19 +180,19 @@ fn head_steps(model: &Model, head: Head, steps: &mut Vec<Step>) {
 }
 
 fn row_steps(model: &Model, head: Head, positions: &[u32], levels: &[u16], steps: &mut Vec<Step>) {
-    let class = model.clusters[usize::from(head.cluster)].gap_class;
+    let contexts = model.gap(model.clusters[usize::from(head.cluster)].gap_class);
     let mut previous = 0;
     for (i, &position) in positions.iter().enumerate() {
-        let left = (positions.len() - i) as u32;
-        let table = model.gap[model.dimensions.gap(class, previous, left)];
+        let left = model.lefts[positions.len() - i] as usize;
+        let table = contexts[left + bucket(previous)];
         steps.push(Step::Number { table, number: position - previous, kind: Kind::Gap });
         previous = position + 1;
     }
+    let contexts = model.level(usize::from(head.shape));
     let mut state = 0u8;
     for (&position, &level) in positions.iter().zip(levels) {
         let quantiser = usize::from(state >> 1);
-        let table =
-            model.level[model.dimensions.level(usize::from(head.shape), quantiser, position)];
+        let table = contexts[2 * bucket(position + 1) + quantiser];
         let number = u32::from(level) >> 1;
         steps.push(Step::Number { table, number, kind: Kind::Other });
         state = NEXT[usize::from(state)][number as usize & 1];
@@ -195,7 +200,7 @@ fn row_steps(model: &Model, head: Head, positions: &[u32], levels: &[u16], steps
 }
 
 fn top_step(levels: &[u16], top: u16, steps: &mut Vec<Step>) {
-    let near = near_top(levels);
+    let near = near_top(levels, highest(levels));
     if near > 1 {
         steps.push(Step::Raw { bits: top_bits(near), number: u32::from(top) });
     }

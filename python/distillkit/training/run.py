@@ -214,7 +214,8 @@ class Run:
     @cached_property
     def objective(self) -> Objective:
         """The losses."""
-        _tell_temperature(self.config, self.sources["train"])
+        if all(_drawn_at(opened) == 1.0 for opened in self.sources["train"]):
+            _tell_temperature(self.config)
         return Objective.training(self.config.loss_functions)
 
     @cached_property
@@ -383,11 +384,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     return run.finish(trainer, result.global_step, time.perf_counter() - started)
 
 
-def _tell_temperature(config: RunConfig, source: DocumentSource) -> None:
+def _tell_temperature(config: RunConfig) -> None:
     """Log losses that are computed with another arithmetic than the published one, unless that was asked for."""
     if isinstance(config.teacher, LiveTeacherConfig) and config.teacher.top_k is None:
-        return
-    if isinstance(source, StoredDataset) and source.codec.draws is not None:
         return
     for loss in config.loss_functions:
         if loss.temperature not in (None, 1.0) and loss.published_temperature is None:
@@ -431,7 +430,33 @@ def _opened(
     """Open the datasets to train or evaluate on."""
     entries = config.dataset.entries(part)
     pairs = zip(entries, given or [None] * len(entries), strict=True)
-    return [Opened(entry, open_documents(config, entry, tokenizer, arguments, known)) for entry, known in pairs]
+    opened = [Opened(entry, open_documents(config, entry, tokenizer, arguments, known)) for entry, known in pairs]
+    if config.teacher.kind == "dataset":
+        _check_temperatures(opened)
+    return opened
+
+
+def _check_temperatures(opened: Sequence[Opened]) -> None:
+    """Refuse a list of datasets that were drawn from at different temperatures: a loss has one.
+
+    Raises:
+        ConfigError: names two of them, and both temperatures.
+    """
+    first, *others = opened
+    wanted = _drawn_at(first)
+    for other in others:
+        if (found := _drawn_at(other)) != wanted:
+            raise ConfigError(
+                f"{other.entry.key}: its distributions are at temperature {found:g}, but those of {first.entry.key} at "
+                f"{wanted:g}: draws cannot be softened (format sampled); use datasets of one temperature in a list"
+            )
+
+
+def _drawn_at(opened: Opened) -> float:
+    """The temperature of a dataset's draws; 1 for other datasets."""
+    source = opened.documents
+    draws = source.codec.draws if isinstance(source, StoredDataset) else None
+    return 1.0 if draws is None else draws.temperature
 
 
 def _live_teacher(

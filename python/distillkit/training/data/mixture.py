@@ -17,7 +17,7 @@ import torch
 from distillkit.errors import ConfigError
 from distillkit.losses.positions import Targets
 from distillkit.training.data.examples import BLANK, DistillationDataset, DocumentSource, Example
-from distillkit.types import Document, SparseLogprobs
+from distillkit.types import Document, Draws, SparseLogprobs
 
 if TYPE_CHECKING:
     from distillkit.training.config.schema import DatasetEntry
@@ -102,15 +102,21 @@ class Mixture(torch.utils.data.Dataset[Example]):
 def _together(parts: Sequence[tuple[torch.Tensor, Targets]], labels: torch.Tensor) -> Targets:
     """Put the sparse targets of some positions each together. Shorter rows are filled up with ids of probability 0.
 
+    If all are draws, so are the results. Among others, draws are at temperature 1 and without the teacher's probability
+    of the label: where their shares are then compared with the student, nothing is missing.
+
     Args:
         parts: (n,) positions, and their targets.
         labels: (N,) the labels of all.
     """
     tensors = []
+    draws: list[Draws | None] = []
     for rows, targets in parts:
         if not isinstance(targets.teacher, SparseLogprobs):
             raise TypeError(f"expected stored distributions, found {type(targets.teacher).__name__}")
-        tensors.append((rows, *targets.teacher.tensors(), targets.label_logprobs))
+        draws.append(targets.teacher.draws)
+        label_logprobs = targets.label_logprobs if targets.teacher.draws is None else None
+        tensors.append((rows, *targets.teacher.tensors(), label_logprobs))
     k = max(ids.shape[-1] for _, ids, _, _ in tensors)
     all_ids = labels.new_zeros(len(labels), k)
     all_logprobs = torch.full((len(labels), k), -torch.inf, device=labels.device)
@@ -122,7 +128,8 @@ def _together(parts: Sequence[tuple[torch.Tensor, Targets]], labels: torch.Tenso
         if label_logprobs is not None:
             known[rows] = label_logprobs.float()
     stored = any(label_logprobs is not None for *_, label_logprobs in tensors)
-    return Targets(labels, SparseLogprobs(all_ids, all_logprobs), label_logprobs=known if stored else None)
+    together = SparseLogprobs(all_ids, all_logprobs, draws[0] if all(draws) else None)
+    return Targets(labels, together, label_logprobs=known if stored else None)
 
 
 class JoinedDocuments:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -442,10 +443,9 @@ def _check_temperatures(opened: Sequence[Opened]) -> None:
     Raises:
         ConfigError: names two of them, and both temperatures.
     """
-    first, *others = opened
-    wanted = _drawn_at(first)
-    for other in others:
-        if (found := _drawn_at(other)) != wanted:
+    for first, other in itertools.pairwise(opened):
+        wanted, found = _drawn_at(first), _drawn_at(other)
+        if found != wanted:
             raise ConfigError(
                 f"{other.entry.key}: its distributions are at temperature {found:g}, but those of {first.entry.key} at "
                 f"{wanted:g}: draws cannot be softened (format sampled); use datasets of one temperature in a list"

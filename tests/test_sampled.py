@@ -27,7 +27,6 @@ from distillkit.reports.inspection import inspect_dataset
 from distillkit.shards import Dataset, Header, ShardWriter, convert, load_prior, verify_dataset
 from distillkit.shards.convert import target_codec
 from distillkit.shards.repack import pack_dataset
-from distillkit.training.data.mixture import _together
 from distillkit.training.run import train
 from distillkit.types import Draws, SparseLogprobs
 from support.capturing import files
@@ -36,13 +35,9 @@ from support.compact_reference import decode_sampled
 from support.refusals import refused
 from support.teachers import HEAD
 from support.training import (
-    exact_codec,
-    header_for,
     losses_of,
-    random_documents,
     run_config,
     save_student,
-    teacher_rows,
     tiny_model,
 )
 
@@ -421,6 +416,14 @@ def test_an_inspection_says_how_noisy_the_draws_are(captured: Path) -> None:
     assert not found.doubts
 
 
+def student_for(teacher: Path, folder: Path) -> str:
+    """A student with the teacher's tokenizer."""
+    student = save_student(folder, vocabulary=HEAD)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((teacher / file).read_bytes())
+    return student
+
+
 def test_a_student_is_trained_with_draws(captured: Path, teacher: Path, tmp_path: Path) -> None:
     student = student_for(teacher, tmp_path / "student")
     kl = [{"function": "kl", "weight": 1.0}]
@@ -440,42 +443,3 @@ def test_a_student_is_trained_with_draws(captured: Path, teacher: Path, tmp_path
     pack_dataset(Dataset.open(captured), packed, 128)
     assert Dataset.open(packed).codec == Dataset.open(captured).codec
     assert files(packed)["prior.bin"] == files(captured)["prior.bin"]
-
-
-def student_for(teacher: Path, folder: Path) -> str:
-    """A student with the teacher's tokenizer."""
-    student = save_student(folder, vocabulary=HEAD)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / file).write_bytes((teacher / file).read_bytes())
-    return student
-
-
-def test_draws_among_other_datasets(captured: Path, teacher: Path, tmp_path: Path) -> None:
-    """At temperature 1, draws beside other rows have the loss that they have alone; other temperatures are refused."""
-    rows, labels = drawn(6), torch.arange(6)
-    shares = SparseLogprobs(torch.as_tensor(rows.ids), torch.as_tensor(rows.logprobs), rows.draws)
-    known = torch.full((6,), -3.0)
-    logits = torch.randn(6, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    parts = [shares.ids[:2], shares.ids[2:]], [shares.logprobs[:2], shares.logprobs[2:]]
-    alone = loss("kl")(Positions(logits, Targets(labels, shares)))
-    for mark in (None, rows.draws):
-        first = SparseLogprobs(parts[0][0], parts[1][0] - (0.5 if mark is None else 0), mark)
-        second = SparseLogprobs(parts[0][1], parts[1][1], rows.draws)
-        both = [
-            (torch.arange(2), Targets(labels[:2], first, label_logprobs=known[:2])),
-            (torch.arange(2, 6), Targets(labels[2:], second, label_logprobs=known[2:])),
-        ]
-        for handling in ("zero", "uniform", "label"):
-            found = loss("kl", missing_probability_handling=handling)(Positions(logits, _together(both, labels)))
-            assert torch.allclose(found[2:], alone[2:], rtol=1e-4)
-            assert mark is None or torch.allclose(found, alone, rtol=1e-5)
-    codec = exact_codec(HEAD)
-    with ShardWriter(tmp_path / "exact", header_for(codec)) as writer:
-        for ids in random_documents(3):
-            writer.write(ids, teacher_rows(tiny_model(7, HEAD), ids))
-    datasets = [{"disk_path": str(captured)}, {"disk_path": str(tmp_path / "exact")}]
-    student = student_for(teacher, tmp_path / "student")
-    kl = [{"function": "kl", "weight": 1.0}]
-    config = run_config(student, tmp_path / "out", "", loss_functions=kl, dataset={"train_dataset": datasets})
-    with refused(ConfigError, "train_dataset.1", "1.5"):
-        train(config)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import time
@@ -40,7 +39,7 @@ from distillkit.training.config.schema import PARTS, LiveTeacherConfig, ServedTe
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.documents import check_positions, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
-from distillkit.training.data.mixture import JoinedDocuments, Mixture, rows_taken
+from distillkit.training.data.mixture import JoinedDocuments, Mixture, check_same_kind, rows_taken
 from distillkit.training.data.prepared import Part
 from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
@@ -196,6 +195,7 @@ class Run:
             _check_counted(dataset, entry.key)
         if not listed:
             return parts[0]
+        check_same_kind(entries, parts)
         return Mixture(parts, [entry.name for entry in entries], rows_taken(entries, parts))
 
     def other_examples(
@@ -215,8 +215,7 @@ class Run:
     @cached_property
     def objective(self) -> Objective:
         """The losses."""
-        if all(_drawn_at(opened) == 1.0 for opened in self.sources["train"]):
-            _tell_temperature(self.config)
+        _tell_temperature(self.config, self.sources["train"])
         return Objective.training(self.config.loss_functions)
 
     @cached_property
@@ -385,9 +384,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     return run.finish(trainer, result.global_step, time.perf_counter() - started)
 
 
-def _tell_temperature(config: RunConfig) -> None:
+def _tell_temperature(config: RunConfig, opened: Sequence[Opened]) -> None:
     """Log losses that are computed with another arithmetic than the published one, unless that was asked for."""
     if isinstance(config.teacher, LiveTeacherConfig) and config.teacher.top_k is None:
+        return
+    if all(isinstance(each.documents, StoredDataset) and each.documents.codec.draws is not None for each in opened):
         return
     for loss in config.loss_functions:
         if loss.temperature not in (None, 1.0) and loss.published_temperature is None:
@@ -431,32 +432,7 @@ def _opened(
     """Open the datasets to train or evaluate on."""
     entries = config.dataset.entries(part)
     pairs = zip(entries, given or [None] * len(entries), strict=True)
-    opened = [Opened(entry, open_documents(config, entry, tokenizer, arguments, known)) for entry, known in pairs]
-    if config.teacher.kind == "dataset":
-        _check_temperatures(opened)
-    return opened
-
-
-def _check_temperatures(opened: Sequence[Opened]) -> None:
-    """Refuse a list of datasets that were drawn from at different temperatures: a loss has one.
-
-    Raises:
-        ConfigError: names two of them, and both temperatures.
-    """
-    for first, other in itertools.pairwise(opened):
-        wanted, found = _drawn_at(first), _drawn_at(other)
-        if found != wanted:
-            raise ConfigError(
-                f"{other.entry.key}: its distributions are at temperature {found:g}, but those of {first.entry.key} at "
-                f"{wanted:g}: draws cannot be softened (format sampled); use datasets of one temperature in a list"
-            )
-
-
-def _drawn_at(opened: Opened) -> float:
-    """The temperature of a dataset's draws; 1 for other datasets."""
-    source = opened.documents
-    draws = source.codec.draws if isinstance(source, StoredDataset) else None
-    return 1.0 if draws is None else draws.temperature
+    return [Opened(entry, open_documents(config, entry, tokenizer, arguments, known)) for entry, known in pairs]
 
 
 def _live_teacher(

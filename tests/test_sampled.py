@@ -34,12 +34,7 @@ from support.capturing import run as run_capture
 from support.compact_reference import decode_sampled
 from support.refusals import refused
 from support.teachers import HEAD
-from support.training import (
-    losses_of,
-    run_config,
-    save_student,
-    tiny_model,
-)
+from support.training import losses_of, run_config, save_student, tiny_model
 
 VOCABULARY = 300
 NUMBER = 20
@@ -416,16 +411,10 @@ def test_an_inspection_says_how_noisy_the_draws_are(captured: Path) -> None:
     assert not found.doubts
 
 
-def student_for(teacher: Path, folder: Path) -> str:
-    """A student with the teacher's tokenizer."""
-    student = save_student(folder, vocabulary=HEAD)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / file).write_bytes((teacher / file).read_bytes())
-    return student
-
-
 def test_a_student_is_trained_with_draws(captured: Path, teacher: Path, tmp_path: Path) -> None:
-    student = student_for(teacher, tmp_path / "student")
+    student = save_student(tmp_path / "student", vocabulary=HEAD)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (Path(student) / file).write_bytes((teacher / file).read_bytes())
     kl = [{"function": "kl", "weight": 1.0}]
     arguments = {"max_steps": 25}
     config = run_config(student, tmp_path / "out", str(captured), loss_functions=kl, training_args=arguments)

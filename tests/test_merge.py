@@ -15,7 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distillkit.cli.main import cli
-from distillkit.codec import Codec, CompactConfig, DistributionQuantizationConfig
+from distillkit.codec import (
+    Codec,
+    CompactConfig,
+    DistributionQuantizationConfig,
+    SampledConfig,
+    draws_from_logits,
+    uniforms,
+)
 from distillkit.errors import ConfigError, InputError, MismatchError
 from distillkit.shards import Dataset, Header, ShardWriter, merge
 from distillkit.shards.merge import average_rows
@@ -217,6 +224,13 @@ def test_what_cannot_be_averaged_is_refused_by_name(tmp_path: Path) -> None:
             merge([one, source], tmp_path / "out")
     with refused(MismatchError, "others"):
         merge([one, others], tmp_path / "out", common=True)
+    draws = Codec(SampledConfig(vocab_size=V, draws=9))
+    with ShardWriter(tmp_path / "drawn", Header(codec=draws.to_dict(), vocab_size=V, head_size=V)) as writer:
+        for ids in TOKENS[:2]:
+            logits = np.log(dense(5, len(ids) - 1)).astype(np.float32)
+            writer.write(ids, draws_from_logits(logits, uniforms(ids, len(logits), 9)))
+    with refused(MismatchError, "drawn", "sampled"):
+        merge([one, Dataset.open(tmp_path / "drawn")], tmp_path / "out")
     for weights, fact in (([1, 0], "0"), ([-1, 1], "-1"), ([1, math.nan], "nan"), ([1, math.inf], "inf"), ([1], "1")):
         with refused(ConfigError, fact):
             merge([one, same], tmp_path / "out", weights=weights)

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from distillkit.cli.main import cli
-from distillkit.codec import Codec, CompactConfig
+from distillkit.codec import Codec, CompactConfig, SampledConfig, draws_from_logits, uniforms
 from distillkit.errors import ConfigError, InputError, MismatchError
+from distillkit.shards import ShardWriter
 from distillkit.training.config.file import parse_config
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.data.examples import BLANK
@@ -24,11 +26,14 @@ from distillkit.training.run import train
 from support.processes import Processes
 from support.refusals import refused
 from support.training import (
+    VOCABULARY,
     exact_codec,
+    header_for,
     losses_of,
     metrics_of,
     random_documents,
     run_config,
+    tiny_model,
     tiny_tokenizer,
     write_dataset,
 )
@@ -56,6 +61,17 @@ def mixed(student: str, output: Path, train_dataset: list[dict[str, Any]], **set
     """A run on a list of datasets."""
     dataset = {"train_dataset": train_dataset, **settings.pop("dataset", {})}
     return run_config(student, output, "", dataset=dataset, **settings)
+
+
+@torch.no_grad()
+def drawn_dataset(folder: Path, documents: list[np.ndarray]) -> str:
+    """A capture in the format sampled."""
+    codec, teacher = Codec(SampledConfig(vocab_size=VOCABULARY, draws=20)), tiny_model(7)
+    with ShardWriter(folder, header_for(codec, tiny_tokenizer())) as writer:
+        for ids in documents:
+            logits = teacher(torch.from_numpy(ids).long()[None]).logits[0, :-1].numpy()
+            writer.write(ids, draws_from_logits(logits, uniforms(ids, len(logits), 20)))
+    return str(folder)
 
 
 # -- how often, and in which order -------------------------------------------------------------------------------------
@@ -259,6 +275,11 @@ def test_what_does_not_fit_is_named_by_its_place_in_the_list(
     other = write_dataset(tmp_path / "other", random_documents(3), tokenizer=tiny_tokenizer(prefix="x"))
     with refused(MismatchError, "dataset.train_dataset.1", "tokenizer"):
         train(mixed(parts["student"], tmp_path / "out", [first, {"disk_path": other}]))
+    drawn = drawn_dataset(tmp_path / "drawn", random_documents(3))
+    kl = [{"function": "kl", "weight": 1}]
+    train(mixed(parts["student"], tmp_path / "draws", [{"disk_path": drawn}] * 2, loss_functions=kl))
+    with refused(ConfigError, "dataset.train_dataset.1", "dataset.train_dataset.0", "draws"):
+        train(mixed(parts["student"], tmp_path / "out", [first, {"disk_path": drawn}], loss_functions=kl))
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "t1 t2 t3"}\n')
     with refused(InputError, "dataset.train_dataset.1", "teacher.kind"):

@@ -78,8 +78,8 @@ def draws_from_logits(logits: Array, numbers: npt.NDArray[np.float64], *, temper
         >>> import numpy as np
         >>> from distillkit.codec import draws_from_logits, uniforms
         >>> rows = draws_from_logits(np.log(np.array([[0.9, 0.1, 0.0]], np.float32) + 1e-30), uniforms([5, 7], 1, 50))
-        >>> rows.ids.tolist(), np.exp(rows.logprobs).round(2).tolist(), rows.draws
-        ([[0, 1, 0]], [[0.88, 0.12, 0.0]], Draws(number=50, temperature=1.0))
+        >>> rows.ids.tolist(), (50 * np.exp(rows.logprobs)).round().tolist(), rows.draws
+        ([[0, 1, 0]], [[44.0, 6.0, 0.0]], Draws(number=50, temperature=1.0))
     """
     if logits.ndim != 2 or numbers.ndim != 2 or logits.shape[0] != numbers.shape[0] or 0 in logits.shape[1:]:
         raise InputError(f"expected logits (R, V) and numbers (R, N), got {tuple(logits.shape)} and {numbers.shape}")

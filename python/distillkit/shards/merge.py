@@ -545,6 +545,12 @@ def _check_same_vocabulary(sources: Sequence[Dataset]) -> None:
         MismatchError: names both datasets and what differs.
     """
     first = sources[0]
+    for source in sources:
+        if source.codec.draws is not None:
+            raise MismatchError(
+                f"{source.path}: its rows are draws from the teacher's distributions (format {source.codec.format}), "
+                "which are no probabilities to average; capture the teacher again in another format"
+            )
     for source in sources[1:]:
         ours, theirs = (each.header.tokenizer for each in (first, source))
         if ours is None or theirs is None:

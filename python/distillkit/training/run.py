@@ -39,7 +39,7 @@ from distillkit.training.config.schema import PARTS, LiveTeacherConfig, ServedTe
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.documents import check_positions, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
-from distillkit.training.data.mixture import JoinedDocuments, Mixture, rows_taken
+from distillkit.training.data.mixture import JoinedDocuments, Mixture, check_same_kind, rows_taken
 from distillkit.training.data.prepared import Part
 from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
@@ -195,6 +195,7 @@ class Run:
             _check_counted(dataset, entry.key)
         if not listed:
             return parts[0]
+        check_same_kind(entries, parts)
         return Mixture(parts, [entry.name for entry in entries], rows_taken(entries, parts))
 
     def other_examples(
@@ -383,11 +384,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     return run.finish(trainer, result.global_step, time.perf_counter() - started)
 
 
-def _tell_temperature(config: RunConfig, source: DocumentSource) -> None:
+def _tell_temperature(config: RunConfig, opened: Sequence[Opened]) -> None:
     """Log losses that are computed with another arithmetic than the published one, unless that was asked for."""
     if isinstance(config.teacher, LiveTeacherConfig) and config.teacher.top_k is None:
         return
-    if isinstance(source, StoredDataset) and source.codec.draws is not None:
+    if all(isinstance(each.documents, StoredDataset) and each.documents.codec.draws is not None for each in opened):
         return
     for loss in config.loss_functions:
         if loss.temperature not in (None, 1.0) and loss.published_temperature is None:

@@ -17,12 +17,13 @@ import torch
 from distillkit.errors import ConfigError
 from distillkit.losses.positions import Targets
 from distillkit.training.data.examples import BLANK, DistillationDataset, DocumentSource, Example
+from distillkit.training.signals.stored import OfflineSignal
 from distillkit.types import Document, SparseLogprobs
 
 if TYPE_CHECKING:
     from distillkit.training.config.schema import DatasetEntry
 
-__all__ = ["JoinedDocuments", "Mixture", "MixtureOrder", "rows_taken"]
+__all__ = ["JoinedDocuments", "Mixture", "MixtureOrder", "check_same_kind", "rows_taken"]
 
 
 class Mixture(torch.utils.data.Dataset[Example]):
@@ -122,7 +123,9 @@ def _together(parts: Sequence[tuple[torch.Tensor, Targets]], labels: torch.Tenso
         if label_logprobs is not None:
             known[rows] = label_logprobs.float()
     stored = any(label_logprobs is not None for *_, label_logprobs in tensors)
-    return Targets(labels, SparseLogprobs(all_ids, all_logprobs), label_logprobs=known if stored else None)
+    # See `check_same_kind`.
+    draws = next(targets.teacher.draws for _, targets in parts if isinstance(targets.teacher, SparseLogprobs))
+    return Targets(labels, SparseLogprobs(all_ids, all_logprobs, draws), label_logprobs=known if stored else None)
 
 
 class JoinedDocuments:
@@ -199,6 +202,27 @@ class MixtureOrder(torch.utils.data.Sampler[int]):
         if self.seed is None:
             return np.arange(self.sizes[number])
         return np.random.default_rng([self.seed, count, number]).permutation(self.sizes[number])
+
+
+def check_same_kind(entries: Sequence[DatasetEntry], parts: Sequence[DistillationDataset]) -> None:
+    """Refuse datasets whose rows are compared with the student in different ways: probabilities, and draws at one or
+    another temperature.
+
+    Args:
+        entries: their settings.
+        parts: the datasets.
+
+    Raises:
+        ConfigError: names two of them.
+    """
+    kinds = [part.signal.codec.draws if isinstance(part.signal, OfflineSignal) else None for part in parts]
+    found = ["probabilities" if kind is None else f"draws at temperature {kind.temperature:g}" for kind in kinds]
+    for entry, kind in zip(entries, found, strict=True):
+        if kind != found[0]:
+            raise ConfigError(
+                f"{entry.key}: has {kind} (its codec), but {entries[0].key} has {found[0]}; the losses compare a run's "
+                "rows in one way, so train on one kind, or capture again in a codec of the other"
+            )
 
 
 def rows_taken(entries: Sequence[DatasetEntry], parts: Sequence[DistillationDataset]) -> list[int]:

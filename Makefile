@@ -33,9 +33,12 @@ demo: setup ## Capture a real teacher, inspect the capture, train a student from
 docs: setup ## Write docs/settings.md from the settings' own descriptions
 	$(BIN)/python -m distillkit.cli.schema > docs/settings.md
 
+# Each file is run by one of WORKERS processes: logical is as many as there are cores, 0 runs all in this one, for pdb.
+WORKERS ?= logical
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
 test: setup ## Run all tests
 	cargo test --package distillkit-codec --quiet
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # vLLM pins its own torch and transformers, so it gets its own environment, with its build for CPUs. That build asks for
 # torch wheels that only torch's own index has; the ordinary ones work. It also asks for torchvision and torchaudio,
@@ -70,7 +73,7 @@ test-lowest: setup .venv-lowest/.packages ## Run the quick tests with the lowest
 
 test-fast: setup ## Run the quick part of the tests
 	cargo test --package distillkit-codec --quiet
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 attack: setup ## Run the long form of the tests with hostile inputs, faults and kills (hours)
 	DISTILLKIT_ATTACK=long $(BIN)/python -m pytest $$(grep -l support.attacks tests/test_*.py)

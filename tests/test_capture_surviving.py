@@ -30,6 +30,7 @@ from distillkit.shards.storage import Folder
 from distillkit.types import SparseLogprobs, TokenDocument
 from support.capturing import everything, files, run
 from support.disks import fill, mounted
+from support.processes import Processes
 from support.refusals import check_names, refused
 from support.shards import HEADER
 
@@ -48,11 +49,13 @@ KILLS, RACES = (200, 50) if attacks.LONG else (40, 4)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("codec", "kills"), [("fixed", KILLS), ("compact", KILLS // 2)])
-def test_killed_again_and_again(codec: str, kills: int, teacher: Path, text: Path, tmp_path: Path) -> None:
+def test_killed_again_and_again(
+    codec: str, kills: int, teacher: Path, text: Path, tmp_path: Path, processes: Processes
+) -> None:
     """And started twice at once: one of the two is refused, or finds the dataset complete."""
     arguments = [str(teacher), str(text), str(tmp_path), str(kills), str(RACES), codec]
-    command = [sys.executable, "-m", "support.kill_capture", *arguments]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    script = Path(__file__).parent / "support" / "kill_capture.py"
+    result = processes.run(["python", script, *arguments], tmp_path, seconds=20 * kills)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures["killed"] == kills

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from distillkit.cli.commands import CODEC, DISTILLKIT, Commands
 from distillkit.cli.main import cli, main
 from distillkit.cli.train import summary_table
+from support.processes import Processes
 from support.refusals import check_names
 from support.training import random_documents, run_config, save_student, write_dataset
 
@@ -44,13 +45,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "distillkit", *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
-
-
 def status_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """The exit status of the command, run here."""
     monkeypatch.setattr(sys, "argv", ["distillkit", *arguments])
@@ -64,8 +58,8 @@ def status_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 @pytest.mark.slow
-def test_a_configuration_alone_trains_and_ends_with_a_table(config: Path) -> None:
-    result = run(str(config))
+def test_a_configuration_alone_trains_and_ends_with_a_table(config: Path, processes: Processes) -> None:
+    result = processes.run(["distillkit", config], config.parent)
     assert result.returncode == 0, result.stderr
     assert "KL(teacher ‖ student)" in result.stdout
     assert "(step 0) →" in result.stdout

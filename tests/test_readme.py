@@ -19,6 +19,7 @@ import yaml
 
 from distillkit.capture.settings_file import load_captures
 from distillkit.cli.main import cli
+from distillkit.shards.published import load_codec_config
 from distillkit.training.config.file import parse_config
 from support.processes import Processes
 from support.training import random_documents, save_student
@@ -100,11 +101,14 @@ def test_options_of_commands_that_are_not_run_exist(page: str, least: int) -> No
     "path", [page for page in sorted(DOCS.glob("*.md")) if blocks(page, "yaml")], ids=lambda path: path.name
 )
 def test_settings_in_the_documents_are_valid(path: Path, tmp_path: Path) -> None:
-    """Each YAML block, put into a small configuration, or read as a file of captures."""
+    """Each YAML block, put into a small configuration, or read as a file of captures or of a codec."""
     for block in (yaml.safe_load(text) for _, text in blocks(path, "yaml")):
         if "captures" in block:
             (tmp_path / "captures.yaml").write_text(yaml.safe_dump(block), encoding="utf-8")
             assert len(load_captures(tmp_path / "captures.yaml")) == len(block["captures"])
+            continue
+        if "sampled" in block:
+            load_codec_config(block)
             continue
         if "deepspeed" in block.get("training_args", {}) and importlib.util.find_spec("deepspeed") is None:
             continue

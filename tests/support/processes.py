@@ -62,12 +62,14 @@ class Processes:
         self._server.wait(SECONDS)
         self._server.stdout.close()
 
-    def run(self, command: Sequence[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, command: Sequence[str | Path], folder: Path, *, seconds: float = SECONDS
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command in a folder: `python` with a script or -c, or one of the installed programs."""
         words = [str(word) for word in command]
         with tempfile.TemporaryDirectory() as logs:
             output = [Path(logs) / name for name in ("stdout", "stderr")]
-            [status] = self._start(words, folder, output, [{}])
+            [status] = self._start(words, folder, output, [{}], seconds=seconds)
             return subprocess.CompletedProcess(words, status, *(path.read_text(encoding="utf-8") for path in output))
 
     def train(self, config: Any, folder: Path, script: str | None = None, *, count: int = 2) -> None:
@@ -94,12 +96,12 @@ class Processes:
         folder: Path,
         output: list[Path],
         environments: list[dict[str, str]],
-        *,
-        plots: bool = True,
+        **options: Any,
     ) -> list[int]:
         """Run a command once for each of the environments, all at the same time; returns their exit statuses."""
-        job = {"command": command, "folder": str(folder), "output": [str(path) for path in output], "plots": plots}
-        self._server.stdin.write(json.dumps({**job, "environments": environments}) + "\n")
+        job = {"command": command, "folder": str(folder), "output": [str(path) for path in output]}
+        job |= {"environments": environments, "plots": True, "seconds": SECONDS, **options}
+        self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
         statuses: list[int] = json.loads(self._server.stdout.readline())
         return statuses
@@ -111,7 +113,8 @@ def serve() -> None:
         importlib.import_module(module)
     for line in sys.stdin:
         job = json.loads(line)
-        print(json.dumps(statuses_of([start(job, environment) for environment in job["environments"]])), flush=True)
+        children = [start(job, environment) for environment in job["environments"]]
+        print(json.dumps(statuses_of(children, job["seconds"])), flush=True)
 
 
 def start(job: dict[str, Any], environment: dict[str, str]) -> int:
@@ -159,10 +162,10 @@ def call(command: list[str]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def statuses_of(children: list[int]) -> list[int]:
+def statuses_of(children: list[int], seconds: float) -> list[int]:
     """Wait for all; once one has failed, the others, which may wait for it, have a few seconds left."""
     statuses: dict[int, int] = {}
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + seconds
     while len(statuses) < len(children):
         for child in set(children) - set(statuses):
             ended, status = os.waitpid(child, os.WNOHANG)

@@ -137,6 +137,8 @@ def config_with(path: str, value: Any) -> dict[str, Any]:
     if parents and parents[0] == "teachers":
         del section["teacher"]
         section["teachers"] = [{"kind": "hf", "path": "x"}]
+    if parents and parents[0] == "rollouts":
+        section["rollouts"] = {"prompts": {"disk_path": "prompts"}}
     if "0" in parents and parents[0] == "dataset":
         section["dataset"][parents[1]] = [{"disk_path": "data"}]
     for parent in parents:

@@ -178,7 +178,7 @@ def test_processes_share_a_cache(parts: dict[str, str], tmp_path: Path, processe
         train(served(parts, url, tmp_path / "one", **settings))
         asked(requests)
         settings["training_args"]["per_device_train_batch_size"] = 2
-        settings["teacher"] = {"cache": str(tmp_path / "answers")}
+        settings["teacher"] = {"cache": str(tmp_path / "answers"), "concurrency": 4}
         processes.train(served(parts, url, tmp_path / "two", **settings), tmp_path)
         assert asked(requests) == documents_of(parts["train"])
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)

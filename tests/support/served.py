@@ -42,7 +42,10 @@ def server(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[tuple[str, list
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # connections of several processes at once; more would be reset
+
+    running = Server(("127.0.0.1", 0), Handler)
     thread = Thread(target=running.serve_forever)
     thread.start()
     try:

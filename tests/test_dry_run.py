@@ -250,12 +250,17 @@ def test_a_new_configuration_needs_only_its_paths(kind: str, parts: dict[str, st
     file = tmp_path / f"{kind}.yaml"
     text = tmp_path / "my text.jsonl"
     text.write_text("".join(json.dumps({"input_ids": ids.tolist()}) + "\n" for ids in random_documents(40)))
+    prompts = tmp_path / "prompts.jsonl"
+    words = [f"t{number}" for number in (*range(3, 10), *range(30, 63))]  # t1 and t2 are special
+    prompts.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in words))
     data, held_out = (str(text), str(text)) if kind in ("live", "server") else (parts["train"], parts["eval"])
+    data = str(prompts) if kind == "on-policy" else data
     output = str(tmp_path / "trained: #1")
     options = ["--teacher", parts["tied"], "--student", parts["student"], "--data", data, "--eval-data", held_out]
     arguments = ["init", str(file), "--kind", kind, *options, "--output", output]
     assert CliRunner().invoke(cli, arguments, catch_exceptions=False).exit_code == 0
     overrides: dict[str, Any] = {"sequence_length": 64, "training_args.bf16": False}
+    overrides |= {"rollouts.max_new_tokens": 8} if kind == "on-policy" else {}
     with answering(tiny_model(7)) as (url, _):
         if kind == "server":
             overrides |= {"teacher.top_k": 8, "teacher.base_url": url}
@@ -264,6 +269,11 @@ def test_a_new_configuration_needs_only_its_paths(kind: str, parts: dict[str, st
     assert "sequence_length" in result.checks[0].detail
     steps = next(check for check in result.checks if check.name == "steps")
     assert (steps.status, steps.figures["steps"] < 10) == ("warning", True), "40 short documents fill a few rows"
+    if kind == "on-policy":
+        assert figures(result, "rollouts")["prompts"] == 40
+        assert 1 <= figures(result, "rollouts")["completion_tokens"] <= 8
+        # 2 layers of keys and values, 32 wide, for 16 completions of 1 + 8 tokens.
+        assert figures(result, "memory")["cache_bytes"] == pytest.approx(2 * 2 * 32 * 4 * 16 * 9, rel=0.1)
     assert "#" in file.read_text()
     assert yaml.safe_load(file.read_text())["output_path"] == output
     with refused(FileExistsError, str(file), "another name"):

@@ -241,7 +241,9 @@ def test_sizes_only(teacher: Path, text: Path, tmp_path: Path, monkeypatch: pyte
     assert "recommended" in result.output
     assert "tokens/s" not in result.output
     monkeypatch.chdir(tmp_path)
-    without_output = command("--model", teacher, "--dataset", text, "--seconds", "0")
+    arguments = options(teacher, text, tmp_path / "out")
+    at = arguments.index("--output")
+    without_output = command(*arguments[:at], *arguments[at + 2 :], "--seconds", "0")
     assert without_output.exit_code == 0, without_output.output
     check_names(without_output.output, "captured")
     memory = options(teacher, text, f"memory://{tmp_path}")  # type: ignore[arg-type]

@@ -247,9 +247,9 @@ def test_two_processes_have_the_losses_and_the_metrics_of_one(
 
 def test_packed_and_live(parts: dict[str, str], captures: dict[str, str], tmp_path: Path) -> None:
     """A live teacher reads text and captures alike; packed rows are of one dataset each."""
-    words = [" ".join(f"t{token}" for token in document) for document in random_documents(6, seed=5)]
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": each}) + "\n" for each in words))
+    rows = [{"input_ids": document.tolist()} for document in random_documents(6, seed=5)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = train(
         mixed(
             parts["student"],

@@ -41,14 +41,12 @@ DOCUMENTS = random_documents(9, seed=11, longest=20)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two teachers, text with a column, and the same documents captured with it."""
+    """Two teachers, rows with a column, and the same documents captured with it."""
     folder = tmp_path_factory.mktemp("several")
     save_student(folder / "first", seed=7)
     save_student(folder / "second", seed=8, hidden_size=48, num_hidden_layers=3)
-    rows = [
-        {"text": " ".join(f"t{token}" for token in ids), "lang": LANGUAGES[n % 3]} for n, ids in enumerate(DOCUMENTS)
-    ]
-    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"input_ids": ids.tolist(), "lang": LANGUAGES[n % 3]} for n, ids in enumerate(DOCUMENTS)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     codec = exact_codec()
     kept = pa.schema([("lang", pa.string())])
     with ShardWriter(folder / "captured", header_for(codec, tiny_tokenizer()), kept=kept) as writer:
@@ -68,7 +66,7 @@ def taught(parts: dict[str, str], folder: Path, output: Path, teachers: list[dic
         "per_device_eval_batch_size": 4,
         **more.pop("training_args", {}),
     }
-    data = more.pop("data", str(folder / "text.jsonl"))
+    data = more.pop("data", str(folder / "rows.jsonl"))
     return run_config(
         parts["student"], output, data, data, dataset=dataset, teachers=listed, training_args=arguments, **more
     )
@@ -81,7 +79,7 @@ def distributions(path: Path | str, ids: np.ndarray) -> np.ndarray:
     return np.asarray(model(torch.from_numpy(ids).long()[None]).logits[0, :-1].softmax(-1).numpy())
 
 
-@pytest.mark.parametrize(("data", "packing"), [("text.jsonl", True), ("captured", False)])
+@pytest.mark.parametrize(("data", "packing"), [("rows.jsonl", True), ("captured", False)])
 def test_rows_are_taught_by_those_that_match_them(
     parts: dict[str, str], folder: Path, tmp_path: Path, data: str, packing: bool
 ) -> None:
@@ -127,7 +125,7 @@ def test_the_first_ids_of_the_average(parts: dict[str, str], folder: Path, tmp_p
 
 def test_what_does_not_fit_is_refused_by_name(parts: dict[str, str], folder: Path, tmp_path: Path) -> None:
     german = {"path": "first", "where": {"lang": "de"}}
-    for data in ("text.jsonl", "captured"):
+    for data in ("rows.jsonl", "captured"):
         with refused(MismatchError, "dataset.train_dataset", "lang", "en"):
             train(taught(parts, folder, tmp_path / "out", [german], data=str(folder / data)))
         lacking = {"path": "first", "where": {"topic": 1}}

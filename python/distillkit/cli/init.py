@@ -16,7 +16,7 @@ from distillkit.text.file_names import is_read
 
 __all__ = ["KINDS", "init", "template"]
 
-KINDS = ("offline", "live", "server", "lora")
+KINDS = ("offline", "live", "server", "lora", "on-policy")
 
 # Parts of the templates, with their names in braces. Names with _word are for comments, quoted as for a shell.
 _HEAD = """\
@@ -43,6 +43,10 @@ _SERVED = f"""\
 # Start it first, with as many log-probabilities as top_k:
 #   vllm serve {{teacher_word}} --max-logprobs 128
 # If it asks for a key: export DISTILLKIT_API_KEY=…
+{_HEAD}"""
+_ON_POLICY = f"""\
+# Train a student on what it writes itself (on-policy), next to the teacher that scores it: both models are in memory.
+# For a student that has learned from text or a capture before.
 {_HEAD}"""
 _OUTPUT = """\
 model: {student}
@@ -74,6 +78,22 @@ _CAPTURED = f"""\
 _TEXT = f"""\
   # Text, chats or token ids: files, folders of them, or hub datasets (repo_id in place of disk_path).
 {_DATA}"""
+_PROMPTS = """\
+  # Never trained on: text, or a captured dataset. The report shows the student's divergence from the teacher on these.
+  eval_dataset: {held_out}
+
+rollouts:
+  # Rows with `prompt` (text or messages), chats, or text; what the student continues.
+  prompts: {data}
+  # Below 1, the other rows are those of dataset.train_dataset.
+  fraction: 1.0
+  # Optimiser steps between rounds. At the beginning of each, the student writes the completions of its steps.
+  every: 16
+  # Prompts have at most sequence_length − max_new_tokens.
+  max_new_tokens: 256
+  temperature: 1.0
+
+"""
 _STORED_TEACHER = """\
 # The distributions are in the dataset: the teacher itself is not needed.
 teacher: {{kind: dataset}}
@@ -113,6 +133,12 @@ _LIVE_LOSSES = """\
 loss_functions:
   - {{function: cross_entropy, weight: 0.1}}
   - {{function: kl, weight: 0.9}}
+
+"""
+_OWN_LOSSES = """\
+# A weighted sum (docs/losses.md). Usual here: reverse_kl keeps to what the teacher finds likely, jsd is milder.
+loss_functions:
+  - {{function: reverse_kl, weight: 1.0}}
 
 """
 _PEFT = """\
@@ -157,7 +183,15 @@ training_args:
 _RATES = (
     ("1.0e-4", "For a student that is trained already; some ten times as much for one made of layers."),
     ("2.0e-4", "Adapters take higher rates than whole weights."),
+    ("2.0e-5", "Low: the student should still be close to what wrote the completions, at the end of a round."),
 )
+
+
+# Where the data usually are, to train on and held out, unless they are captured.
+_USUAL = {
+    **dict.fromkeys(("live", "server"), ("./documents.jsonl", "./held_out.jsonl")),
+    "on-policy": ("./prompts.jsonl", "./held_out.jsonl"),
+}
 
 
 @click.command(short_help="Write a commented configuration to begin with.")
@@ -168,18 +202,19 @@ _RATES = (
     default="offline",
     show_default=True,
     help="offline: from captured distributions; live: with the teacher in memory; server: with a teacher behind a "
-    "server; lora: adapters, from captured distributions.",
+    "server; lora: adapters, from captured distributions; on-policy: on completions that the student writes, with the "
+    "teacher in memory.",
 )
 @click.option("--teacher", default="./teacher", show_default=True, help="Teacher: a folder or hub id.")
 @click.option("--student", default="./student", show_default=True, help="Student: a folder or hub id.")
 @click.option(
     "--data",
-    help="Data to train on: a captured dataset, or text for --kind live and server.  [default: ./captured; for text "
-    "./documents.jsonl]",
+    help="Data to train on: a captured dataset, text for --kind live and server, or prompts for on-policy.  [default: "
+    "./captured; for text ./documents.jsonl, for prompts ./prompts.jsonl]",
 )
 @click.option(
     "--eval-data",
-    help="Held-out data.  [default: ./captured_held_out; for text ./held_out.jsonl]",
+    help="Held-out data.  [default: ./captured_held_out; for text and prompts ./held_out.jsonl]",
 )
 @click.option(
     "--base-url",
@@ -196,12 +231,12 @@ def init(file: Path, kind: str, data: str | None, eval_data: str | None, **names
       distillkit init train.yaml
       distillkit init lora.yaml --kind lora --student Qwen/Qwen3-0.6B --data ./captured
     """
-    text = kind in ("live", "server")
+    usual, held_out = _USUAL.get(kind, ("./captured", "./captured_held_out"))
     content = template(
         kind,
         file=str(file),
-        data=data or ("./documents.jsonl" if text else "./captured"),
-        held_out=eval_data or ("./held_out.jsonl" if text else "./captured_held_out"),
+        data=data or usual,
+        held_out=eval_data or held_out,
         **names,
     )
     # "x": fails if the file exists, even if it appeared just now.
@@ -227,8 +262,9 @@ def template(kind: str, **names: str) -> str:
         "live": (_LIVE, _STUDENT, _TEXT, _LIVE_TEACHER, _LIVE_LOSSES, _ARGUMENTS),
         "server": (_SERVED, _STUDENT, _TEXT, _SERVED_TEACHER, _LOSSES, _ARGUMENTS),
         "lora": (_LORA, _BASE, _CAPTURED, _STORED_TEACHER, _LOSSES, _PEFT, _ARGUMENTS),
+        "on-policy": (_ON_POLICY, _STUDENT, _PROMPTS, _LIVE_TEACHER, _OWN_LOSSES, _ARGUMENTS),
     }[kind]
-    rate, note = _RATES[kind == "lora"]
+    rate, note = _RATES[{"lora": 1, "on-policy": 2}.get(kind, 0)]
     values = {
         **{f"{name}_word": word for name, word in words.items()},
         **{name: _scalar(names[name]) for name in ("student", "teacher", "base_url", "output")},

@@ -100,6 +100,10 @@ def quality_panels(run: RunRecord) -> list[Panel]:
     if mass:
         title = f"Probability of the teacher's top tokens, {where}"
         panels.append(Panel(title, lambda axes: _draw_shares(axes, run, mass, zero=False), "{:.2%}"))
+    own = {"before": run.series("rollout_kl"), "after training on them": run.series("rollout_kl_after")}
+    if all(values for _, values in own.values()):
+        title = "KL(student ‖ teacher) on completions by the student (nats)"
+        panels.append(Panel(title, lambda axes: _draw_rounds(axes, own)))
     return panels
 
 
@@ -180,6 +184,13 @@ def _draw_divergences(axes: Any, run: RunRecord, lines: Series) -> None:
         if held_out and number < 2:
             # KL is the lower of the two.
             _label_last(axes, steps, values, "{:.3g}", above=number > 0)
+    _wide_axis(axes, [value for _, values in lines.values() for value in values])
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+
+
+def _draw_rounds(axes: Any, lines: Series) -> None:
+    for number, (label, (steps, values)) in enumerate(lines.items()):
+        _line(axes, steps, values, number, label, marked=True)
     _wide_axis(axes, [value for _, values in lines.values() for value in values])
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
 

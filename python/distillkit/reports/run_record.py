@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ __all__ = [
     "HOW",
     "MEASURES",
     "METRICS",
+    "OWN_WORDS",
     "REPORT",
     "SUMMARY",
     "Measure",
@@ -72,13 +73,23 @@ MEASURES = (
     Measure("eval_teacher_mass", "teacher's probability of its top tokens", "{:.1%}", share=True),
 )
 
+OWN_WORDS = (
+    Measure("rollout_length", "length, tokens", "{:,.0f}"),
+    Measure("rollout_ended", "ended by the student", "{:.1%}", share=True),
+    Measure("rollout_repeated", "sequences of four tokens that repeat earlier ones", "{:.1%}", share=True),
+    Measure("rollout_kl", "KL(student ‖ teacher) before training on them, nats", "{:.4f}"),
+    Measure("rollout_kl_after", "KL(student ‖ teacher) after that, nats", "{:.4f}"),
+)
+"""What is measured on the student's own completions."""
+
 HOW = {"dataset": "stored", "hf": "live", "server": "served"}
 """How a teacher's distributions came to training, by its kind."""
 
 # Keys of a training log entry that are not losses, for runs whose description does not list their losses.
 _NO_LOSSES = (
     *("step", "loss", "epoch", "grad_norm", "learning_rate", "tokens_per_second", "data_wait", "peak_memory_gb"),
-    *("teacher_wait", "teacher_mass", "student_mass", "top1_agreement", "topk_overlap"),
+    *("teacher_wait", "scoring_tokens_per_second"),
+    *("teacher_mass", "student_mass", "top1_agreement", "topk_overlap"),
 )
 
 
@@ -92,6 +103,7 @@ class RunRecord:
         training, evaluations: log entries in order, each with its `step`.
         summary: the summary of a finished run; otherwise None.
         differences: where student and teacher differ most, as of the last evaluation; None if there was none.
+        rollouts: log entries of the rounds of completions by the student, at their beginning and at their end.
     """
 
     folder: Path
@@ -100,6 +112,7 @@ class RunRecord:
     evaluations: list[dict[str, Any]]
     summary: dict[str, Any] | None
     differences: dict[str, Any] | None = None
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -125,7 +138,8 @@ class RunRecord:
 
     def series(self, name: str, *, held_out: bool = False) -> tuple[list[int], list[float]]:
         """Return the steps and values of a metric, skipping values that are not finite."""
-        entries = self.evaluations if held_out else self.training
+        own = any(name == measure.name for measure in OWN_WORDS)
+        entries = self.rollouts if own else self.evaluations if held_out else self.training
         found = [(e["step"], float(e[name])) for e in entries if isinstance(e.get(name), (int, float))]
         finite = [(step, value) for step, value in found if abs(value) < float("inf")]
         return [step for step, _ in finite], [value for _, value in finite]
@@ -227,6 +241,7 @@ def record_of(folder: Path, entries: Sequence[dict[str, Any]], summary: dict[str
         training=[entry for entry in entries if "loss" in entry],
         evaluations=[entry for entry in entries if "eval_loss" in entry],
         summary=summary,
+        rollouts=[entry for entry in entries if any(measure.name in entry for measure in OWN_WORDS)],
     )
 
 

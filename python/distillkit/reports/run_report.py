@@ -21,6 +21,7 @@ from distillkit.reports.run_record import (
     HOW,
     MEASURES,
     METRICS,
+    OWN_WORDS,
     REPORT,
     SUMMARY,
     Measure,
@@ -154,6 +155,8 @@ def markdown(run: RunRecord, pictures: list[tuple[str, str]] | None) -> str:
     sections = [f"# {_text(run.name)}", opening(run, MARKDOWN)]
     if run.evaluations:
         sections += ["## On held-out documents", table(*evaluation_rows(run)), *evaluation_notes(run)]
+    if run.rollouts:
+        sections += ["## On the student's own completions", table(*rollout_rows(run))]
     for held_out, heading in ((True, "## Held-out datasets"), (False, "## Training datasets")):
         header, rows = source_rows(run, held_out=held_out)
         if rows:
@@ -216,6 +219,17 @@ def evaluation_rows(run: RunRecord) -> tuple[list[str], list[list[str]]]:
         header[1:1] = [f"step {first['step']:,}"]
         header.append("change")
     return header, rows
+
+
+def rollout_rows(run: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """The first and the last round of completions by the student as a table: its header, and a row for each measure."""
+    rows = []
+    for measure in OWN_WORDS:
+        _, values = run.series(measure.name)
+        if values:
+            change = measure.change(values[0], values[-1])
+            rows.append([measure.label, measure.text(values[0]), measure.text(values[-1]), change])
+    return ["", "first round", "last round", "change"], rows
 
 
 _OF_SOURCES = (
@@ -296,6 +310,7 @@ def _facts(run: RunRecord, quoting: Quoting) -> dict[str, str]:
         f"parameters{trained}{adapters}, {fact(student['dtype'])}, {fact(student['attention'])} attention",
         "teacher": _teacher(d["teacher"], quoting),
         "losses": " + ".join(_loss(loss, fact) for loss in d["losses"]),
+        "the student's own completions": _rollouts(d.get("rollouts")),
         "set on the command line": ", ".join(
             f"{fact(path)} = {fact(json.dumps(value))}" for path, value in d.get("overrides", {}).items()
         ),
@@ -328,6 +343,16 @@ def _teacher(teacher: dict[str, Any], quoting: Quoting) -> str:
 def _loss(loss: dict[str, Any], fact: Callable[[object], str]) -> str:
     settings = [f"{fact(key)} {fact(value)}" for key, value in loss.items() if key not in ("name", "weight")]
     return f"{loss['weight']:.4g} {fact(loss['name'])}" + (f" ({', '.join(settings)})" if settings else "")
+
+
+def _rollouts(rollouts: dict[str, Any] | None) -> str:
+    if rollouts is None:
+        return ""
+    return (
+        f"{rollouts['fraction']:.0%} of the rows, in rounds of {number_of(rollouts['every'], 'step')}, of at most "
+        f"{number_of(rollouts['max_new_tokens'], 'token')}, temperature {rollouts['temperature']:g}, top-p "
+        f"{rollouts['top_p']:g}"
+    )
 
 
 def _data(data: dict[str, Any], quoting: Quoting) -> str:

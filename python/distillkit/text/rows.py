@@ -34,13 +34,13 @@ from distillkit.text.sources import Row
 from distillkit.text.turns import Turns, overlapping
 from distillkit.types import TokenDocument
 
-__all__ = ["RowReader"]
+__all__ = ["Layout", "RowReader", "Text"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """A row, and the columns it is read by.
 
     Attributes:
@@ -59,7 +59,7 @@ class _Layout:
 
 
 @dataclass(frozen=True)
-class _Text:
+class Text:
     """A row's text, not tokenised yet.
 
     Attributes:
@@ -87,6 +87,9 @@ class RowReader:
         id_limit: ids in rows that are already tokenised must be below this.
     """
 
+    shortest = 2
+    """Fewest tokens of a document: in one of a single token there is nothing to predict."""
+
     def __init__(self, tokenizer: Any, policy: ReadingPolicy, id_limit: int) -> None:
         self.tokenizer = tokenizer
         self.policy = policy
@@ -104,7 +107,7 @@ class RowReader:
             ConfigError: the policy does not fit the rows.
         """
         found: list[list[TokenDocument]] = [[] for _ in rows]
-        texts: list[tuple[int, _Text]] = []
+        texts: list[tuple[int, Text]] = []
         for index, (where, row) in enumerate(rows):
             if isinstance(row, InputError):
                 raise row
@@ -112,7 +115,7 @@ class RowReader:
             if not layouts:
                 continue
             columns = layouts[0]
-            layout = _Layout(where, row, columns)
+            layout = Layout(where, row, columns)
             self._tell_choice(layout, layouts)
             if columns == ("input_ids",):
                 found[index] = self._given(layout)
@@ -129,7 +132,7 @@ class RowReader:
 
     # -- token ids -----------------------------------------------------------------------------------------------------
 
-    def _given(self, layout: _Layout) -> list[TokenDocument]:
+    def _given(self, layout: Layout) -> list[TokenDocument]:
         """Read a tokenised row, with its mask if it has one."""
         row, where = layout.row, layout.where
         parts = given_ids(row, where, self.id_limit)
@@ -158,7 +161,7 @@ class RowReader:
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def _check_policy(self, layout: _Layout) -> None:
+    def _check_policy(self, layout: Layout) -> None:
         policy, names, where = self.policy, self.policy.names, layout.where
         if policy.tokenised_only:
             raise ConfigError(
@@ -184,7 +187,7 @@ class RowReader:
                 f"{self.policy.names.everything}"
             )
 
-    def _tell_choice(self, layout: _Layout, layouts: Sequence[tuple[str, ...]]) -> None:
+    def _tell_choice(self, layout: Layout, layouts: Sequence[tuple[str, ...]]) -> None:
         """Say once how rows are read that can be read in several ways."""
         if len(layouts) > 1 and not self._told:
             self._told = True
@@ -194,19 +197,19 @@ class RowReader:
                 *(layout.where, layout.name, others, layout.name, self.policy.names.columns),
             )
 
-    def _is_chat(self, layout: _Layout) -> bool:
+    def _is_chat(self, layout: Layout) -> bool:
         if layout.columns in PROMPTS:
             return not isinstance(layout.row["prompt"], str)
         return layout.columns in CHATS and layout.columns != (self.policy.text_column,)
 
-    def _text(self, layout: _Layout) -> _Text | None:
+    def _text(self, layout: Layout) -> Text | None:
         """Return a row's text and which parts of it count; None if the row has no content."""
         text = self._rendered(layout)
         for part in () if text is None else (text.text, text.prompt or ""):
             _check_unicode(part, layout.where)
         return text
 
-    def _rendered(self, layout: _Layout) -> _Text | None:
+    def _rendered(self, layout: Layout) -> Text | None:
         row, columns, where = layout.row, layout.columns, layout.where
         if not self._is_chat(layout):
             return self._response(layout) if columns in PROMPTS else self._plain(layout)
@@ -220,14 +223,14 @@ class RowReader:
         prompt = before_messages(row, where, prompt)
         return self._chat(layout, [*prompt, *response], tools, prompt=len(prompt))
 
-    def _plain(self, layout: _Layout) -> _Text | None:
+    def _plain(self, layout: Layout) -> Text | None:
         [column] = layout.columns
         text = read_text(layout.row[column], layout.where, column)
         if not text.strip():
             return None
-        return _Text(layout.where, self._ended(text) if self.policy.end_text else text, special_tokens=True)
+        return Text(layout.where, self._ended(text) if self.policy.end_text else text, special_tokens=True)
 
-    def _response(self, layout: _Layout) -> _Text | None:
+    def _response(self, layout: Layout) -> Text | None:
         """Concatenate a prompt and a response, both plain text."""
         row, where = layout.row, layout.where
         prompt, response = (read_text(row[column], where, column) for column in layout.columns)
@@ -241,10 +244,10 @@ class RowReader:
             return None
         text = prompt + self._ended(response)
         if self.policy.completion is False:
-            return _Text(where, text, special_tokens=True)
+            return Text(where, text, special_tokens=True)
         if self.policy.prefix_is_prompt:
-            return _Text(where, text, special_tokens=True, prompt=prompt)
-        return _Text(where, text, special_tokens=True, counted=([(len(prompt), len(text))],))
+            return Text(where, text, special_tokens=True, prompt=prompt)
+        return Text(where, text, special_tokens=True, counted=([(len(prompt), len(text))],))
 
     def _ended(self, text: str) -> str:
         """Append the end-of-sequence token to a text that does not end with it."""
@@ -256,8 +259,8 @@ class RowReader:
         return text if eos is None or text.endswith(eos) else text + str(eos)
 
     def _chat(
-        self, layout: _Layout, messages: Messages, tools: list[Any] | None, *, prompt: int | None = None
-    ) -> _Text | None:
+        self, layout: Layout, messages: Messages, tools: list[Any] | None, *, prompt: int | None = None
+    ) -> Text | None:
         """Render a chat, of which `prompt` messages come before the response."""
         if not messages:
             return None
@@ -283,7 +286,7 @@ class RowReader:
                     start = Turns(chat, messages, text, self._special_tokens).start(prompt)
                 counted.append([(start, len(text))])
                 opening = None
-        return _Text(where, text, special_tokens=False, counted=tuple(counted), prompt=opening)
+        return Text(where, text, special_tokens=False, counted=tuple(counted), prompt=opening)
 
     def _turns(self, chat: Chat, messages: Messages, text: str, weights: Sequence[bool] | None) -> list[Span]:
         """Find the assistant's turns in a rendered chat; those without weight are left out."""
@@ -319,7 +322,7 @@ class RowReader:
         fixed = {each.name for each in named if each.kind is not each.VAR_KEYWORD}
         return (fixed | {"messages"}) - {"documents"}
 
-    def _check_template(self, layout: _Layout, tools: list[Any] | None) -> None:
+    def _check_template(self, layout: Layout, tools: list[Any] | None) -> None:
         if not self.policy.render_chats:
             raise ConfigError(
                 f"{layout.where}: a row of {layout.name} needs the chat template, which is switched off "
@@ -341,7 +344,7 @@ class RowReader:
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
-    def _tokenized(self, texts: Sequence[_Text]) -> Iterable[TokenDocument]:
+    def _tokenized(self, texts: Sequence[Text]) -> Iterable[TokenDocument]:
         """Tokenise texts that all have the same `special_tokens`."""
         if not texts:
             return
@@ -360,13 +363,13 @@ class RowReader:
                 masks.append(np.arange(len(ids)) >= _common_prefix(next(prompts)[begin:], ids))
             yield TokenDocument(ids, text.where, np.all(masks, axis=0) if masks else None)
 
-    def _doubled(self, text: _Text, ids: Sequence[int]) -> int:
+    def _doubled(self, text: Text, ids: Sequence[int]) -> int:
         """Return 1 if a text begins with the token for the beginning, and the tokenizer has put another before it."""
         begin = self.tokenizer.bos_token
         doubled = text.special_tokens and begin is not None and text.text.startswith(begin)
         return int(doubled and list(ids[:2]) == [self.tokenizer.bos_token_id] * 2)
 
-    def _encode(self, texts: Sequence[_Text], written: list[str], *, offsets: bool = False) -> Mapping[str, Any]:
+    def _encode(self, texts: Sequence[Text], written: list[str], *, offsets: bool = False) -> Mapping[str, Any]:
         if not texts:
             return {"input_ids": []}
         options = {"add_special_tokens": texts[0].special_tokens, "verbose": False}

@@ -18,8 +18,10 @@ from distillkit.reports.run_record import METRICS, read_metrics
 
 __all__ = ["ConsoleProgress", "MetricsFile"]
 
+_Shown = tuple[tuple[str, str, str], ...]
+
 # Metrics on a console line, in this order: name, label, format.
-_SHOWN = (
+_SHOWN: _Shown = (
     ("kl", "KL", "{:.4f}"),
     ("cross_entropy", "CE", "{:.4f}"),
     ("perplexity", "perplexity", "{:,.2f}"),
@@ -30,6 +32,15 @@ _SHOWN = (
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("data_wait", "data wait", "{:.0%}"),
     ("teacher_wait", "teacher wait", "{:.0%}"),
+)
+# The same of a round of completions.
+_ROLLOUTS: _Shown = (
+    ("rollout_length", "length", "{:,.0f}"),
+    ("rollout_ended", "ended", "{:.0%}"),
+    ("rollout_repeated", "repeated", "{:.1%}"),
+    ("rollout_kl", "KL(student ‖ teacher)", "{:.4f}"),
+    ("rollout_kl_after", "KL(student ‖ teacher) after", "{:.4f}"),
+    ("generating_tokens_per_second", "tokens/s", "{:,.0f}"),
 )
 _LABELS = {name: label for name, label, _ in _SHOWN}
 
@@ -63,6 +74,9 @@ class MetricsFile(transformers.TrainerCallback):  # type: ignore[misc]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         earlier = read_metrics(self.path) if state.global_step and self.path.exists() else []
         self.entries = [entry for entry in earlier if entry["step"] <= state.global_step]
+        # A round of completions that begins where training goes on is written again, and logged.
+        again = ("rollout_length", state.global_step)
+        self.entries = [entry for entry in self.entries if again[0] not in entry or entry["step"] != again[1]]
         run = {**self.description, "max_steps": state.max_steps, "epochs": state.num_train_epochs}
         self.entries.append({"step": state.global_step, "run": run})
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
@@ -106,6 +120,7 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
         self.progress: Progress | None = None
         self.training: TaskID | None = None
         self.evaluation: TaskID | None = None
+        self.writing: TaskID | None = None
         self._began = (0, time.monotonic())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -138,6 +153,17 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
             self.evaluation = self.progress.add_task("evaluating", total=len(eval_dataloader), left="")
         self.progress.advance(self.evaluation)
 
+    def generating(self, written: int, total: int) -> None:
+        """Show how many completions of a round the student has written."""
+        if self.progress is None or not total:
+            return
+        if self.writing is None:
+            self.writing = self.progress.add_task("generating", total=total, left="")
+        self.progress.update(self.writing, completed=written)
+        if written == total:
+            self.progress.remove_task(self.writing)
+            self.writing = None
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress is not None and self.evaluation is not None:
             self.progress.remove_task(self.evaluation)
@@ -146,17 +172,22 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or not state.is_world_process_zero:
             return
-        prefix = "eval_" if "eval_loss" in logs else ""
-        if f"{prefix}loss" not in logs:
+        prefix, shown = "eval_" if "eval_loss" in logs else "", _SHOWN
+        if any(name in logs for name, _, _ in _ROLLOUTS):
+            kind, shown = "rollouts", _ROLLOUTS
+        elif f"{prefix}loss" in logs:
+            kind = "held out" if prefix else "step"
+        else:
             return
-        kind, width = "held out" if prefix else "step", len(str(state.max_steps))
+        width = len(str(state.max_steps))
         # evaluate() before train(): how many steps there will be is not known yet.
         of_all = f"/{state.max_steps}" if state.max_steps > 0 else ""
-        fields = [f"{kind:>8} {state.global_step:>{width}}{of_all}", self._loss(logs, prefix)]
+        fields = [f"{kind:>8} {state.global_step:>{width}}{of_all}"]
+        fields += [self._loss(logs, prefix)] if f"{prefix}loss" in logs else []
         in_parts = () if prefix else self.parts
         fields += [
             f"{label} {figure(logs[prefix + name], form)}"
-            for name, label, form in _SHOWN
+            for name, label, form in shown
             if prefix + name in logs and name not in in_parts
         ]
         left = self._left(state)

@@ -46,7 +46,8 @@ def describe(
 
     Returns:
         JSON objects by name: `student`, `teacher` (with `names` if they are several), `data`, `losses` (weights summing
-        to 1), `overrides` (what the command line set, by dotted path), `settings`, `versions`; and `project`, `began`.
+        to 1), `rollouts` (None without), `overrides` (what the command line set, by dotted path), `settings`,
+        `versions`; and `project`, `began`.
     """
     description = {
         "project": config.project_name,
@@ -55,6 +56,7 @@ def describe(
         "teacher": _teacher(config, datasets["train"]),
         "data": {part: _data(config.dataset.entries(part), dataset) for part, dataset in datasets.items()},
         "losses": _losses(config.loss_functions),
+        "rollouts": None if config.rollouts is None else config.rollouts.model_dump(mode="json", exclude={"prompts"}),
         "overrides": config.overrides,
         "settings": _settings(config, arguments),
         "versions": {"distillkit": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},

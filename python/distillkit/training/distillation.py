@@ -45,6 +45,7 @@ class DistillationTrainer(SignalTrainer):
         train_dataset: what to train on: a captured or published dataset as a path, a URL (`hf://datasets/…`), a hub id
             or an opened `distillkit.Dataset`; with a live teacher also text. A mapping is a section `train_dataset`, a
             list several datasets, which are mixed.
+            None if the student is trained on what it writes itself (`rollouts`).
         eval_dataset: what to evaluate on, likewise.
         processing_class: the student's tokenizer; by default the one beside the model.
         callbacks: transformers callbacks, besides those that write metrics and report.
@@ -74,7 +75,7 @@ class DistillationTrainer(SignalTrainer):
         model: str | os.PathLike[str] | transformers.PreTrainedModel | Any,
         args: transformers.TrainingArguments | Mapping[str, Any] | None = None,
         *,
-        train_dataset: Data | Sequence[Data],
+        train_dataset: Data | Sequence[Data] | None = None,
         eval_dataset: Data | Sequence[Data] | None = None,
         processing_class: Any = None,
         callbacks: list[transformers.TrainerCallback] | None = None,

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,14 +98,14 @@ def dry_run(path: str | Path, overrides: Overrides | None = None) -> DryRun:
     try:
         check_surroundings(config)
     except ConfigError as error:
-        rest = [Check(step.name, "not checked", f"needs: {_SURROUNDINGS}") for step in _STEPS]
+        rest = [Check(step.name, "not checked", f"needs: {_SURROUNDINGS}") for step in _steps(config)]
         return DryRun([known, Check(_SURROUNDINGS, "failed", str(error)), *rest], [])
     quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="distillkit-dry-run-") as folder:
         state = _State(config, _harmless(config, folder))
         checks = [known, Check(_SURROUNDINGS, "passed", "all that the configuration names is there")]
         failed: set[str] = set()
-        for step in _STEPS:
+        for step in _steps(config):
             lacking = [name for name in step.needs if name in failed]
             check = (
                 Check(step.name, "not checked", f"needs: {', '.join(lacking)}") if lacking else _outcome(step, state)
@@ -253,6 +253,7 @@ def _data(state: _State) -> Check:
     overflow = state.config.dataset.overflow
     status: Status = "passed"
     _ = state.run.eos_labels  # raises here if they are wrong, since they belong to the data
+    _ = state.run.prompts  # likewise
     for entry, source in itertools.chain.from_iterable(state.run.sources.values()):
         tokens, size = tokens_of(source), bytes_of(source)
         kept = f" (prepared, and cached for training in {source.folder})" if isinstance(source, PreparedDataset) else ""
@@ -260,7 +261,8 @@ def _data(state: _State) -> Check:
         outcome = f"; {long.outcome(overflow)}" if long.long else ""
         status = "warning" if long.long and overflow != "split" else status
         listed = isinstance(getattr(state.config.dataset, f"{entry.part}_dataset"), list)
-        what = f"{entry.part} {entry.name}" if listed else entry.part
+        part = "prompts" if entry.part == "train" and state.config.only_rollouts else entry.part
+        what = f"{part} {entry.name}" if listed else part
         counts = f"{number_of(len(source), 'document')}, {number_of(tokens, 'token')}, {human_bytes(size)}"
         lines.append(f"{what}: {counts}{kept}{outcome}")
         found = {"documents": len(source), "tokens": tokens, "bytes": size}
@@ -268,7 +270,7 @@ def _data(state: _State) -> Check:
         if listed:
             figures.setdefault(entry.part, {})[entry.name] = found
         else:
-            figures[entry.part] = found
+            figures[part] = found
     # Of one dataset to train on and one to evaluate on, a line says it all.
     return Check("data", status, ("\n" if len(lines) > 2 else "; ").join(lines), figures)
 
@@ -369,12 +371,12 @@ def _resume(state: _State) -> tuple[str, dict[str, Any]]:
 
 def _memory(state: _State) -> Check:
     from distillkit.training.batching import trained_models
-    from distillkit.training.memory_estimate import estimate_memory
+    from distillkit.training.memory_estimate import cache_bytes, estimate_memory
 
     arguments, config = state.run.arguments, state.config
     live, _ = state.run.teacher
     models = trained_models(state.run.model, None if live is None else live.models)
-    state.memory = found = estimate_memory(
+    found = estimate_memory(
         state.run.trainer.model,
         arguments,
         state.run.objective,
@@ -382,6 +384,11 @@ def _memory(state: _State) -> Check:
         teachers=[model for key, model in models.items() if key != "model"],
         sharded=state.sharded,
     )
+    rollouts = state.run.rollouts
+    if rollouts is not None:
+        tokens = rollouts.prompts.longest + rollouts.settings.max_new_tokens
+        found = replace(found, cache=cache_bytes(state.run.trainer.model, arguments, rollouts.batch_size, tokens))
+    state.memory = found
     # On CPUs, processes share the machine's memory; each GPU belongs to one process.
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if arguments.device.type == "cpu" else 1
     at_hand = found.at_hand // sharing
@@ -392,6 +399,7 @@ def _memory(state: _State) -> Check:
         f"optimiser ({to_plain_value(arguments.optim)})": found.optimizer,
         "activations of the longest batch": found.activations,
         "logits and losses": found.losses,
+        "or, while completions are written, the key-value cache": found.cache,
     }
     written = [
         f"{name} {'unknown' if size is None else human_bytes(size)}" for name, size in parts.items() if size != 0
@@ -404,6 +412,7 @@ def _memory(state: _State) -> Check:
         "optimizer_bytes": found.optimizer,
         "activations_bytes": found.activations,
         "losses_bytes": found.losses,
+        **({"cache_bytes": found.cache} if rollouts is not None else {}),
         "total_bytes": found.total,
         "at_hand_bytes": at_hand,
     }
@@ -414,6 +423,29 @@ def _memory(state: _State) -> Check:
         return Check("memory", "failed", f"{detail}. Weights, gradients and optimiser alone do not fit", figures)
     tight = found.total > at_hand or found.optimizer is None
     return Check("memory", "warning" if tight else "passed", detail, figures)
+
+
+def _rollouts(state: _State) -> tuple[str, dict[str, Any]]:
+    """Write one completion and score it."""
+    rollouts, prompts = state.run.rollouts, state.run.prompts
+    if rollouts is None or prompts is None:
+        raise TypeError("the configuration has no rollouts")
+    current, seconds = rollouts.rehearse()
+    completion, divergence = current.completions[0], rollouts.divergence(current)
+    tokens = len(completion.written)
+    left_out = f" ({prompts.left_out:,} left out, which are too long)" if prompts.left_out else ""
+    detail = (
+        f"{number_of(len(prompts), 'prompt')} of up to {number_of(prompts.longest, 'token')}{left_out}; the first is "
+        f"continued by {number_of(tokens, 'token')} in {seconds:.1f} s, KL(student ‖ teacher) {divergence:.4f}"
+    )
+    return detail, {
+        "prompts": len(prompts),
+        "left_out": prompts.left_out,
+        "longest_prompt": prompts.longest,
+        "completion_tokens": tokens,
+        "completion_seconds": seconds,
+        "rollout_kl": divergence,
+    }
 
 
 def _batch(state: _State) -> Check | tuple[str, dict[str, Any]]:
@@ -505,9 +537,15 @@ _STEPS = (
     _Step("steps", ("head and losses",), _plan),
     _Step("resume", ("output folder", "steps"), _resume),
     _Step("memory", ("head and losses",), _memory),
-    _Step("first batch", ("memory", "steps"), _batch),
+    _Step("rollouts", ("memory", "steps"), _rollouts),
+    _Step("first batch", ("memory", "steps", "rollouts"), _batch),
     _Step("disk", ("output folder", "steps"), _disk),
 )
+
+
+def _steps(config: RunConfig) -> list[_Step]:
+    """Return the checks of a configuration, in order."""
+    return [step for step in _STEPS if step.check is not _rollouts or config.rollouts is not None]
 
 
 # -- what would be written ---------------------------------------------------------------------------------------------

@@ -53,7 +53,9 @@ LAST = "training_args.max_steps or num_train_epochs: the last step"
 _ROWS = "training_args.per_device_train_batch_size × gradient_accumulation_steps × processes"
 
 # Sections that are compared by what they stand for, and settings that change nothing.
-_SECTIONS = ("model", "dataset", "teacher", "teachers", "training_args", "model_kwargs", "loss_functions", "peft")
+_SECTIONS = (
+    *("model", "dataset", "teacher", "teachers", "training_args", "model_kwargs", "loss_functions", "peft", "rollouts"),
+)
 _FREE_SETTINGS = ("project_name", "output_path", "trust_remote_code", "functionary_packing", "use_flash_attention")
 _FREE_DATASET = (
     "train_dataset",
@@ -71,6 +73,7 @@ _FREE_TEACHER = (
 )
 _FREE_LOSS = ("sparse_chunk_length",)
 _FREE_PEFT = ("merge_on_save",)
+_FREE_ROLLOUTS = ("prompts", "batch_size")
 # Where and how weights are loaded, not which.
 _FREE_LOADING = (
     "attn_implementation",
@@ -103,6 +106,7 @@ def identity_of(
     datasets: Mapping[Part, DistillationDataset | Mixture],
     models: Mapping[str, Any],
     tokenizer: Any,
+    prompts: DocumentSource | None = None,
 ) -> dict[str, Any]:
     """Describe what decides a run's student.
 
@@ -112,6 +116,7 @@ def identity_of(
         datasets: `train`, and `eval` if there is one.
         models: `model`, the student as it was loaded, and live teachers by their keys, such as `teacher.path`.
         tokenizer: the student's tokenizer.
+        prompts: what the student continues, with rollouts.
 
     Returns:
         JSON values by dotted path. `LAST` is among them if the learning rate depends on when the run ends; the step,
@@ -124,6 +129,8 @@ def identity_of(
         **_all_data("dataset.train_dataset", datasets["train"]),
         "tokenizer": tokenizers.fingerprint(tokenizer),
     }
+    if prompts is not None:
+        found["rollouts.prompts: content"] = _content(prompts)
     if by_evaluation and "eval" in datasets:
         found |= _all_data("dataset.eval_dataset", datasets["eval"])
     for key, model in models.items():
@@ -187,6 +194,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     found |= _without("model_kwargs", content["model_kwargs"], _FREE_LOADING)
     found |= _without("teacher.kwargs", content["teacher"].get("kwargs") or {}, _FREE_LOADING)
     found |= _without("peft", content["peft"] or {}, _FREE_PEFT)
+    found |= _without("rollouts", content["rollouts"] or {}, _FREE_ROLLOUTS)
     found["loss_functions"] = [
         {
             name: HARMLESS.get(name) if value is None else value

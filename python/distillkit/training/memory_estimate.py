@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from distillkit.losses.fused import Objective
 
-__all__ = ["MemoryEstimate", "checkpoint_bytes", "checkpointing", "estimate_memory", "optimizer_bytes"]
+__all__ = ["MemoryEstimate", "cache_bytes", "checkpoint_bytes", "checkpointing", "estimate_memory", "optimizer_bytes"]
 
 # Values that an optimiser keeps for each trained parameter, in the parameter's own dtype.
 _LIKE_PARAMETERS = {
@@ -62,6 +62,8 @@ class MemoryEstimate:
             sharded, since only all processes together can run it.
         losses: a chunk of logits with its gradient, and float32 gradients of hidden states and head.
         at_hand: available memory for all of these.
+        cache: the key-value cache of the student while it writes completions, when there are no activations; 0 if it
+            writes none.
     """
 
     weights: int
@@ -71,6 +73,7 @@ class MemoryEstimate:
     activations: int | None
     losses: int
     at_hand: int
+    cache: int = 0
 
     @property
     def certain(self) -> int:
@@ -79,8 +82,8 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Sum of all parts that are known."""
-        return self.certain + (self.activations or 0) + self.losses
+        """Sum of all parts that are known, where they are largest: while training, or while writing completions."""
+        return self.certain + max((self.activations or 0) + self.losses, self.cache)
 
 
 def estimate_memory(
@@ -119,6 +122,38 @@ def estimate_memory(
         # Models that are already loaded are no longer part of the free memory.
         at_hand=available_memory(arguments.device) + weights + taught,
     )
+
+
+@torch.no_grad()
+def cache_bytes(model: Any, arguments: SFTConfig, rows: int, tokens: int) -> int:
+    """Estimate the bytes of a key-value cache, extrapolated from two short ones.
+
+    Args:
+        model: the student.
+        arguments: the trainer's arguments.
+        rows: sequences that are written at the same time.
+        tokens: length of the longest of them, with its prompt.
+    """
+    short, long = (_cached(model, arguments, length) for length in _PROBES)
+    slope = (long - short) / (_PROBES[1] - _PROBES[0])
+    return round(rows * (max(short - slope * _PROBES[0], 0.0) + slope * tokens))
+
+
+def _cached(model: Any, arguments: SFTConfig, length: int) -> int:
+    """Count the bytes that a forward of one row caches."""
+    bare, training = bare_model(model), model.training
+    ids = torch.zeros(1, length, dtype=torch.int64, device=bare.device)
+    model.eval()
+    with _mixed(bare.device, arguments):
+        cache = bare(input_ids=ids, use_cache=True).past_key_values
+    model.train(training)
+    layers = getattr(cache, "layers", None) or []
+    return sum(_size(part) for layer in layers for part in vars(layer).values() if isinstance(part, torch.Tensor))
+
+
+def _mixed(device: torch.device, arguments: SFTConfig) -> torch.autocast:
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16
+    return torch.autocast(device.type, dtype=dtype, enabled=bool(arguments.bf16 or arguments.fp16))
 
 
 def optimizer_bytes(parameters: list[torch.nn.Parameter], name: str) -> int | None:
@@ -225,10 +260,8 @@ def _kept(model: Any, arguments: SFTConfig, length: int) -> int:
 
     unchanged: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor  # noqa: E731
     device = bare_model(model).device
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float16
     ids = torch.zeros(1, length, dtype=torch.int64, device=device)
-    mixed = torch.autocast(device.type, dtype=dtype, enabled=bool(arguments.bf16 or arguments.fp16))
-    with torch.enable_grad(), mixed, torch.autograd.graph.saved_tensors_hooks(note, unchanged):
+    with torch.enable_grad(), _mixed(device, arguments), torch.autograd.graph.saved_tensors_hooks(note, unchanged):
         # Kept alive until the count is done: reused memory would be counted once for several tensors.
         hidden = backbone_hidden(model, input_ids=ids)
         total = sum(kept.values())

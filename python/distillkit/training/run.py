@@ -37,13 +37,15 @@ from distillkit.training.checkpoints import Checkpoint, checkpoint_of
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.schema import PARTS, LiveTeacherConfig, ServedTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
-from distillkit.training.data.documents import check_positions, open_documents, training_dataset
+from distillkit.training.data.documents import check_positions, check_row_lengths, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
 from distillkit.training.data.mixture import JoinedDocuments, Mixture, check_same_kind, rows_taken
 from distillkit.training.data.prepared import Part
 from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
 from distillkit.training.identity import check_same_run, identity_of
+from distillkit.training.rollouts.prompts import KEY, Prompts, open_prompts
+from distillkit.training.rollouts.rounds import Rollouts
 from distillkit.training.saving import reaching_hub, save_student
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.served import ServedSignal
@@ -146,7 +148,25 @@ class Run:
     def sources(self) -> dict[Part, list[Opened]]:
         """The opened training and evaluation data."""
         with self.arguments.main_process_first(desc="opening the datasets"):
-            return _open_sources(self.config, self.tokenizer, self.arguments, self.given.datasets)
+            sources = _open_sources(self.config, self.tokenizer, self.arguments, self.given.datasets)
+        if self.prompts is not None and self.config.only_rollouts:
+            return {"train": [Opened(self.config.dataset.entries("train")[0], self.prompts.documents)], **sources}
+        return sources
+
+    @cached_property
+    def prompts(self) -> Prompts | None:
+        """The prompts that the student continues, if it trains on its own completions."""
+        if self.config.rollouts is None:
+            return None
+        with self.arguments.main_process_first(desc="opening the prompts"):
+            return open_prompts(self.config, self.tokenizer, self.arguments)
+
+    @cached_property
+    def rollouts(self) -> Rollouts | None:
+        """What writes completions of the prompts, if the student trains on them."""
+        if self.config.rollouts is None or self.prompts is None:
+            return None
+        return Rollouts(self.config.rollouts, self.prompts, self.config.sequence_length, self.progress.generating)
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
@@ -179,6 +199,8 @@ class Run:
         live, _ = self.teacher
         if self.config.dataset.packing == "auto":
             choose_packing(self.arguments, trained_models(self.model, None if live is None else live.models))
+        if self.prompts is not None:
+            _check_prompts(self.config, self.prompts, self.model, {} if live is None else live.models)
         return {part: self._examples(self.config, opened) for part, opened in self.sources.items()}
 
     def _examples(self, config: RunConfig, opened: Sequence[Opened]) -> DistillationDataset | Mixture:
@@ -189,7 +211,11 @@ class Run:
         if self.server is not None:
             documents = JoinedDocuments([each.documents for each in opened]) if listed else opened[0].documents
             head_size = rows_of(self.model.get_output_embeddings().weight)
-            signal = ServedSignal(self.server, head_size, documents, f"dataset.{setting}")
+            # Completions are not among the documents that an error about a row could name.
+            known = None if self.prompts is not None and opened[0].entry.part == "train" else documents
+            signal = ServedSignal(self.server, head_size, known, f"dataset.{setting}")
+        if self.prompts is not None and signal is not None and opened[0].documents is self.prompts.documents:
+            return DistillationDataset(opened[0].documents, signal, config.sequence_length, self.prompts.chosen)
         parts = [_dataset(config, each, self.model, self.arguments, signal) for each in opened]
         for dataset, entry in zip(parts, entries, strict=True):
             _check_counted(dataset, entry.key)
@@ -216,6 +242,7 @@ class Run:
     def objective(self) -> Objective:
         """The losses."""
         _tell_temperature(self.config, self.sources["train"])
+        _tell_own_words(self.config)
         return Objective.training(self.config.loss_functions)
 
     @cached_property
@@ -230,7 +257,8 @@ class Run:
         models = {"model": self.model}
         if live is not None:
             models = trained_models(self.model, live.models)
-        found = identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer)
+        prompts = None if self.prompts is None else self.prompts.documents
+        found = identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer, prompts)
         return found if self.server is None else {**found, "teacher: served model": self.server.name}
 
     @cached_property
@@ -269,6 +297,7 @@ class Run:
             "processing_class": self.tokenizer,
             "eos_labels": eos_labels,
             "identity": identity,
+            "rollouts": self.rollouts,
             "callbacks": callbacks,
         }
 
@@ -401,6 +430,15 @@ def _tell_temperature(config: RunConfig, opened: Sequence[Opened]) -> None:
             )
 
 
+def _tell_own_words(config: RunConfig) -> None:
+    """Warn of a loss that teaches the student what it has written itself."""
+    if config.only_rollouts and any(loss.function == "cross_entropy" and loss.weight for loss in config.loss_functions):
+        logger.warning(
+            "loss_functions: cross_entropy takes the tokens of the completions for the right ones, but the student has "
+            "written them itself; leave it out, or mix in other documents (rollouts.fraction)"
+        )
+
+
 def _tell_dropped_mass(config: RunConfig, source: StoredDataset) -> None:
     """Warn of losses that drop the missing probability of rows whose number of ids varies with it."""
     codec = source.codec.config
@@ -422,7 +460,8 @@ def _open_sources(
     """Open training and evaluation data; a mismatched tokenizer raises before any model is loaded."""
     for key in ("teacher",) if config.teacher.kind == "server" else config.live_teachers:
         check_teacher_tokenizer(config, tokenizer, key)
-    opened = {part: _opened(config, part, tokenizer, arguments, given.get(part, ())) for part in PARTS}
+    parts = [part for part in PARTS if part == "eval" or not config.only_rollouts]
+    opened = {part: _opened(config, part, tokenizer, arguments, given.get(part, ())) for part in parts}
     return {part: sources for part, sources in opened.items() if sources}
 
 
@@ -483,6 +522,15 @@ def _dataset(
         label_logprobs=bool((source.header.capture or {}).get("label_logprobs")),
     )
     return training_dataset(config, entry, source, stored, arguments)
+
+
+def _check_prompts(config: RunConfig, prompts: Prompts, model: Any, teachers: Mapping[str, Any]) -> None:
+    """Refuse prompts with token ids beyond the head, or that lead beyond a model's table of positions."""
+    check_ids(prompts.documents, rows_of(model.get_output_embeddings().weight), KEY)
+    new = 0 if config.rollouts is None else config.rollouts.max_new_tokens
+    check_row_lengths(
+        {"model": model, **teachers}, prompts.longest + new, prompts.longest + new, f"{KEY}, with completions,"
+    )
 
 
 def _check_counted(dataset: DistillationDataset, key: str) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from distillkit.training.data.examples import MODEL_INPUTS, Collator, Distillati
 from distillkit.training.data.mixture import Mixture, MixtureOrder
 from distillkit.training.differences import Differences
 from distillkit.training.identity import LAST
+from distillkit.training.rollouts.order import WithSlots
 from distillkit.training.saving import saving
 from distillkit.training.signals.live import OnlineSignal
 from distillkit.training.signals.served import ServedSignal, asked_ahead
@@ -36,6 +37,8 @@ from distillkit.training.signals.several import SeveralTeachers
 
 if TYPE_CHECKING:
     from trl import SFTConfig
+
+    from distillkit.training.rollouts.rounds import Rollouts
 
 
 __all__ = ["ReportWriter", "SignalTrainer"]
@@ -61,6 +64,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         processing_class: the tokenizer, saved with each checkpoint.
         eos_labels: token ids that become the tokenizer's end-of-sequence id in the labels.
         identity: what decides the student, kept in the checkpoints; see `identity_of`.
+        rollouts: the student's own completions, which then are some or all of the training rows.
         callbacks: transformers callbacks.
 
     Attributes:
@@ -72,6 +76,8 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
     """
 
     control: transformers.TrainerControl
+    train_dataset: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -85,6 +91,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         processing_class: Any = None,
         eos_labels: Sequence[int] = (),
         identity: Mapping[str, Any] | None = None,
+        rollouts: Rollouts | None = None,
         callbacks: list[transformers.TrainerCallback] | None = None,
     ) -> None:
         if args.n_gpu > 1:
@@ -142,6 +149,9 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         self.card: Callable[[], str] | None = None
         self._check_batch()
         self.add_callback(_Epochs(self))
+        self.rollouts = rollouts
+        if rollouts is not None:
+            rollouts.attach(self)
 
     def create_optimizer(self, *arguments: Any, **named: Any) -> Any:
         """As the Trainer's; arguments that do not fit the optimiser are named as settings."""
@@ -155,11 +165,30 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
 
     # -- data: an epoch has each document once, or as often as weights say, in a new order, whatever the processes -----
 
+    def order_seed(self) -> int | None:
+        """Return the seed of the order of training; None for the stored order."""
+        if self.args.train_sampling_strategy == "sequential":
+            return None
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; with rollouts, its batches are lists of rows, which `get_batch_samples` collates: it has
+        the completions."""
+        if self.rollouts is None:
+            return super().get_train_dataloader()
+        dataset, collator = self.train_dataset, self.data_collator
+        self.train_dataset, self.data_collator = WithSlots(dataset), list
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = dataset, collator
+
     def _get_train_sampler(self, train_dataset: Any = None) -> DocumentOrder | MixtureOrder:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        seed = None
-        if self.args.train_sampling_strategy != "sequential":
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.rollouts is not None:
+            self._order = self.rollouts.rows(len(dataset))
+            return self._order
+        seed = self.order_seed()
         # A single process may end with a smaller batch. Several must have the same number of batches, for which
         # accelerate would repeat documents.
         fill = self.args.world_size > 1 and not self.args.dataloader_drop_last
@@ -204,6 +233,10 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         Only waiting for batches is measured: reading, decoding and collating that was not done ahead, and the copy to
         the device; not the token count, which waits for the other processes.
         """
+        if self.rollouts is not None:
+            self.rollouts.begin()
+            batches = self.rollouts.filled(self._window.waiting(epoch_iterator))
+            return super().get_batch_samples(batches, num_batches, device)
         if self._batches is None or self._batches[0] is not epoch_iterator:
             self._batches = (epoch_iterator, asked_ahead(self.train_dataset.signal, epoch_iterator))
         return super().get_batch_samples(self._window.waiting(self._batches[1]), num_batches, device)
@@ -236,7 +269,8 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
     def _forward(self, model: Any, inputs: Mapping[str, Any], objective: Objective, dataset: Any) -> DistillationOutput:
         rows = inputs["rows"]
         labels = inputs["labels"].flatten()[rows + 1]
-        targets = dataset.targets(inputs, labels)
+        with nullcontext() if self.rollouts is None else self.rollouts.scoring(inputs):
+            targets = dataset.targets(inputs, labels)
         model_inputs = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         output = model(**model_inputs, distill=DistillationInputs(rows, targets, objective))
         return output  # type: ignore[no-any-return]
@@ -314,6 +348,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         """
         if "loss" in logs:
             logs |= self._finish_window() | {"peak_memory_gb": _peak_memory_gb()}
+            logs |= {} if self.rollouts is None else self.rollouts.speed()
             if not math.isfinite(logs["loss"]):
                 raise self._diverged(f"the training loss is {logs['loss']}")
         elif "train_loss" in logs:
@@ -395,6 +430,8 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
                 self.args.save_total_limit, self.args.push_to_hub = kept, pushed
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                if self.rollouts is not None:
+                    self.rollouts.save(folder)
                 resumable = not self.args.save_only_model
                 identity = self.full_identity(self.state.max_steps)
                 checkpoints.write_receipt(folder, self.state.global_step, identity, resumable=resumable)
@@ -466,6 +503,8 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
             (folder / CARD).write_text(self.card(), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.rollouts is not None:
+            self.rollouts.load(Path(resume_from_checkpoint))
         if self.is_fsdp_enabled:
             # Sharded checkpoints contain the projections.
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -246,7 +246,8 @@ def evaluation_metrics(content: Mapping[Any, Any]) -> tuple[str, ...]:
         content: the configuration as read, of which the losses need not be valid.
     """
     losses = content.get("loss_functions")
-    entries = losses if isinstance(losses, list) else [{"function": "cross_entropy"}, {"function": "kl"}]
+    usual = ("cross_entropy", "kl") if content.get("rollouts") is None else ("reverse_kl",)
+    entries = losses if isinstance(losses, list) else [{"function": name} for name in usual]
     seen: dict[str, int] = {}
     for entry in entries:
         function = entry.get("function") if isinstance(entry, Mapping) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from distillkit.configuration.problems import Problem, find_problems, report
 from distillkit.configuration.yaml_file import read_yaml
 from distillkit.errors import ConfigError
 from distillkit.losses.config import HIDDEN_LOSSES
-from distillkit.training.config.schema import RunConfig
+from distillkit.training.config.schema import RunConfig, alone_problem
 
 __all__ = ["load_config", "parse_config", "training_schema"]
 
@@ -113,7 +113,43 @@ def _disagreements(config: RunConfig) -> list[str]:
         found.append(
             f"force_hidden_state_projection: only {' and '.join(HIDDEN_LOSSES)} use it, and loss_functions has neither"
         )
-    return found
+    return [*found, *_rollout_problems(config)]
+
+
+def _rollout_problems(config: RunConfig) -> Iterator[str]:
+    """Describe what rollouts lack, and what they leave no use for."""
+    rollouts = config.rollouts
+    if rollouts is None:
+        return
+    if config.teacher.kind == "dataset":
+        yield (
+            "rollouts: the teacher scores what the student writes, and a dataset of stored distributions cannot; use a "
+            "live or a served teacher (teacher.kind: hf or server)"
+        )
+    if isinstance(config.dataset.train_dataset, list):
+        yield "rollouts: are mixed with one dataset, but dataset.train_dataset is a list; train on one of them"
+    alone = alone_problem(rollouts.prompts)
+    if alone is not None:
+        yield f"rollouts.prompts.{alone}"
+    for key, teacher in config.live_teachers.items():
+        if getattr(teacher, "where", None):
+            yield f"{key}.where: what the student writes has no columns; with rollouts, leave it out"
+    if rollouts.max_new_tokens >= config.sequence_length:
+        yield (
+            f"rollouts.max_new_tokens: {rollouts.max_new_tokens:,} leaves no room for a prompt within sequence_length: "
+            f"{config.sequence_length:,}"
+        )
+    if config.only_rollouts and config.dataset.train_dataset != rollouts.prompts:
+        yield (
+            "dataset.train_dataset: not trained on with rollouts.fraction: 1, where all rows are completions; lower "
+            "rollouts.fraction, or remove it"
+        )
+    sharding = [name for name in ("fsdp", "deepspeed") if config.training_args.get(name)]
+    if sharding:
+        yield (
+            f"rollouts: a student that training_args.{sharding[0]} divides among processes cannot write completions "
+            "yet; remove it (several processes then use DDP), or train LoRA adapters"
+        )
 
 
 def _student_problems(config: RunConfig) -> list[str]:

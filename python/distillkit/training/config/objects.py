@@ -41,6 +41,7 @@ class TrainerSettings(TypedDict, total=False):
     layer_mapping: list[tuple[int, int]] | Literal["all"] | None
     force_hidden_state_projection: bool
     peft: Mapping[str, Any] | None
+    rollouts: Mapping[str, Any] | None
     frozen_modules: list[str]
     frozen_res: list[str]
     resize_embeddings_to_multiple_of: int | None
@@ -93,10 +94,12 @@ def configuration(
         "output_path": arguments.pop("output_dir", OUTPUT),
         "sequence_length": arguments.pop("max_length", None) or 1024,
         **taught,
-        "dataset": {**inner, "train_dataset": dataset_section(train_dataset, "train_dataset")},
+        "dataset": inner,
         "training_args": arguments,
         **top,
     }
+    if train_dataset is not None:
+        content["dataset"]["train_dataset"] = dataset_section(train_dataset, "train_dataset")
     if eval_dataset is not None:
         content["dataset"]["eval_dataset"] = dataset_section(eval_dataset, "eval_dataset")
     return parse_config(content, source=SOURCE)

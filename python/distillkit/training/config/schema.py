@@ -43,9 +43,11 @@ __all__ = [
     "DatasetSource",
     "ListedTeacherConfig",
     "LiveTeacherConfig",
+    "RolloutsConfig",
     "RunConfig",
     "ServedTeacherConfig",
     "StoredTeacherConfig",
+    "alone_problem",
     "source_names",
 ]
 
@@ -215,7 +217,7 @@ class DatasetSection(Section):
     def _shares(self) -> DatasetSection:
         for part in PARTS:
             found = getattr(self, f"{part}_dataset")
-            problem = _alone_problem(found) if isinstance(found, DatasetSource) else _list_problem(found or [], part)
+            problem = alone_problem(found) if isinstance(found, DatasetSource) else _list_problem(found or [], part)
             if problem is not None:
                 raise ValueError(f"{part}_dataset.{problem}")
         for part, setting in (("train", "num_samples"), ("eval", "num_eval_samples")):
@@ -254,7 +256,7 @@ def source_names(sources: Sequence[Any]) -> list[str]:
     return found
 
 
-def _alone_problem(source: DatasetSource) -> str | None:
+def alone_problem(source: DatasetSource) -> str | None:
     """Describe a setting that only a dataset of a list can have."""
     given = [name for name in _IN_LISTS if getattr(source, name) is not None]
     if not given:
@@ -412,6 +414,64 @@ class StoredTeacherConfig(Section):
         return None
 
 
+_OTHER_ENGINES = {
+    "vllm": "up to 0.33 it needs transformers before 5.21, and training 5.23, so they cannot be installed together",
+    "server": "a server keeps the weights that it has loaded, and the completions must come from those being trained",
+}
+
+
+class RolloutsConfig(Section):
+    """Training on what the student itself writes (on-policy)."""
+
+    prompts: DatasetSource = Field(
+        description="What the student continues: rows with `prompt` (text or messages), with chats, whose last "
+        "assistant turn is left out, or with `text`. Files, folders and hub datasets, as for text.",
+    )
+    fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the training rows that are completions by the student. The others are documents of "
+        "`dataset.train_dataset`; with 1, leave that out.",
+    )
+    every: int = Field(
+        default=64,
+        ge=1,
+        description="Optimiser steps in a round, at whose beginning the student writes the completions of all of them.",
+    )
+    max_new_tokens: int = Field(default=512, ge=1, description="Longest completion in tokens.")
+    temperature: float = Field(
+        default=1.0,
+        ge=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="Softens the distribution that the student's tokens are drawn from; 0 takes the most probable.",
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Draw from the most probable tokens up to this total probability only."
+    )
+    engine: Annotated[Literal["hf"], WithJsonSchema({"enum": ["hf"], "type": "string"})] = Field(
+        default="hf", description="What generates: hf, transformers with the very weights that are being trained."
+    )
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Completions that a process writes at the same time; by default as many as it has rows in an "
+        "optimiser step.",
+    )
+
+    _numbers = field_validator(
+        "fraction", "every", "max_new_tokens", "temperature", "top_p", "batch_size", mode="before"
+    )(refuse_flag)
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _in_this_process(cls, value: object) -> object:
+        if isinstance(value, str) and value in _OTHER_ENGINES:
+            raise ValueError(f"{value!r} is not supported: {_OTHER_ENGINES[value]}; allowed: 'hf'")
+        return value
+
+
 _SERVER = OpenAISettings()  # the defaults of captures
 
 
@@ -513,6 +573,9 @@ def _default_losses() -> list[LossConfig]:
     ]
 
 
+_ROLLOUT_LOSS = {"function": "reverse_kl", "weight": 1.0, "missing_probability_handling": "uniform"}
+
+
 class RunConfig(Section):
     """A training run."""
 
@@ -539,7 +602,11 @@ class RunConfig(Section):
     loss_functions: list[LossConfig] = Field(
         default_factory=_default_losses,
         min_length=1,
-        description="Losses in the weighted sum; 0.1 cross_entropy + 0.9 kl (missing probability: uniform) by default.",
+        description="Losses in the weighted sum; 0.1 cross_entropy + 0.9 kl (missing probability: uniform) by default, "
+        "with `rollouts` reverse_kl alone (uniform).",
+    )
+    rollouts: RolloutsConfig | None = Field(
+        default=None, description="Train on completions that the student writes, scored by a live or a served teacher."
     )
     layer_mapping: LayerMapping = Field(
         default=None,
@@ -591,6 +658,20 @@ class RunConfig(Section):
     _overrides: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     _numbers = field_validator("sequence_length", "resize_embeddings_to_multiple_of", mode="before")(refuse_flag)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_rollouts_imply(cls, content: Any) -> Any:
+        """Without other documents, the prompts are the training data; and completions have losses of their own."""
+        rollouts = content.get("rollouts") if isinstance(content, dict) else None
+        if not isinstance(rollouts, dict):
+            return content
+        content = {"loss_functions": [dict(_ROLLOUT_LOSS)], **content}
+        dataset = content.get("dataset") or {}
+        alone = rollouts.get("fraction", 1.0) == 1.0 and isinstance(rollouts.get("prompts"), dict)
+        if alone and isinstance(dataset, dict) and "train_dataset" not in dataset:
+            content["dataset"] = {**dataset, "train_dataset": rollouts["prompts"]}
+        return content
 
     @field_validator("model_kwargs")
     @classmethod
@@ -682,6 +763,11 @@ class RunConfig(Section):
         if self.teachers is not None:
             return {f"teachers.{number}": teacher for number, teacher in enumerate(self.teachers)}
         return {"teacher": self.teacher} if isinstance(self.teacher, LiveTeacherConfig) else {}
+
+    @property
+    def only_rollouts(self) -> bool:
+        """Whether all training rows are completions by the student."""
+        return self.rollouts is not None and self.rollouts.fraction == 1.0
 
     @property
     def quantised(self) -> str | None:

@@ -60,10 +60,16 @@ def _model_problems(config: RunConfig, *, loaded: bool) -> Iterator[str]:
 
 
 def _dataset_problems(config: RunConfig) -> Iterator[str]:
-    for entry in (*config.dataset.entries("train"), *config.dataset.entries("eval")):
-        problem = _dataset_problem(entry.source)
+    entries = [*config.dataset.entries("train"), *config.dataset.entries("eval")]
+    keys = {entry.key: entry.source for entry in entries}
+    if config.rollouts is not None:
+        if config.only_rollouts:
+            keys.pop("dataset.train_dataset", None)  # the prompts themselves
+        keys["rollouts.prompts"] = config.rollouts.prompts
+    for key, source in keys.items():
+        problem = _dataset_problem(source)
         if problem is not None:
-            yield f"{entry.key}.{problem}"
+            yield f"{key}.{problem}"
 
 
 def _dataset_problem(source: DatasetSource) -> str | None:

@@ -36,11 +36,14 @@ if TYPE_CHECKING:
     from distillkit.training.signals.base import TeacherSignal
 
 __all__ = [
+    "cache_folder",
     "check_positions",
+    "check_row_lengths",
     "document_lengths",
     "is_packed",
     "long_documents",
     "open_documents",
+    "open_rows",
     "streamed",
     "training_dataset",
 ]
@@ -85,7 +88,7 @@ def open_documents(
         documents = stored
     else:
         documents = prepare(
-            _open_rows(source, entry.part, key),
+            open_rows(source, entry.part, key),
             RowReader(tokenizer, training_policy(tokenizer, _text_options(config, arguments)), vocab_size(tokenizer)),
             cache,
             key=key,
@@ -128,11 +131,26 @@ def check_positions(
     # The positions of padding continue those of a row's last document.
     multiple = arguments.pad_to_multiple_of or 1
     row = -(-(config.sequence_length if is_packed(config, arguments, entry.part) else longest) // multiple) * multiple
+    check_row_lengths(models, row, longest, entry.key)
+
+
+def check_row_lengths(models: Mapping[str, Any], row: int, longest: int, key: str) -> None:
+    """Refuse rows beyond a model's table of positions, and warn of documents beyond what it was made for.
+
+    Args:
+        models: the student, and a live teacher, by the setting that names them.
+        row: the longest row in tokens, with padding.
+        longest: the longest document in tokens.
+        key: the setting whose rows these are, for messages.
+
+    Raises:
+        ConfigError: the model has no embedding for a position.
+    """
     for name, model in models.items():
         limit = getattr(bare_model(model).config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(limit, int) or row <= limit:
             continue
-        made = f"{name} was made for {limit:,} positions (max_position_embeddings), and {entry.key} has"
+        made = f"{name} was made for {limit:,} positions (max_position_embeddings), and {key} has"
         if _position_table(model, limit):
             raise ConfigError(
                 f"{made} rows of up to {row:,} tokens, for which it has no embeddings. Set sequence_length to at most "
@@ -273,7 +291,7 @@ def streamed(source: DatasetSource) -> DatasetSource:
     return source.model_copy(update={"repo_id": None, "revision": None, "config_name": None, "disk_path": url})
 
 
-def _open_rows(source: DatasetSource, part: Part, key: str) -> Source:
+def open_rows(source: DatasetSource, part: Part, key: str) -> Source:
     """Open rows of text; without a split, use the only one, or for training "train"."""
     try:
         if source.disk_path is not None:

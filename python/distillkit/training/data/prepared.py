@@ -76,7 +76,8 @@ def prepare(
 ) -> PreparedDataset:
     """Tokenise rows into documents, or reuse those prepared earlier from the same rows with the same settings.
 
-    Rows without content, documents of one token and documents without a token to predict are left out.
+    Rows without content, documents that the reader takes for too short (of one token) and documents without a token to
+    predict are left out.
 
     Args:
         rows: the rows to read.
@@ -106,7 +107,8 @@ def prepare(
         read = rows.rows() if chosen is None else chosen_rows(rows, chosen)
         with progress_bar(f"preparing {key}") as progress:
             reading = _Keeping(reader, tuple(columns)) if columns else reader
-            counts = _make(folder, identity, _documents(read, reading, processes), progress, rows.num_rows)
+            read_batches = _documents(read, reading, processes)
+            counts = _make(folder, identity, read_batches, progress, rows.num_rows, reader.shortest)
         if not counts["documents"]:
             raise ConfigError(
                 f"{key}: none of its {rows.num_rows:,} rows yields a document ({counts['empty']:,} empty, "
@@ -150,7 +152,7 @@ Batches = Iterator[list[list[TokenDocument]]]
 """Batches of rows: the documents of each row."""
 
 
-def _make(folder: Path, identity: Any, batches: Batches, progress: Any, total: int) -> dict[str, int]:
+def _make(folder: Path, identity: Any, batches: Batches, progress: Any, total: int, shortest: int) -> dict[str, int]:
     """Write the documents of rows, and count them and what was left out; without documents, no folder is left.
 
     The folder is only renamed to its final name once it is complete. An interrupted run's leftovers can be removed
@@ -159,7 +161,7 @@ def _make(folder: Path, identity: Any, batches: Batches, progress: Any, total: i
     temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        counts = _write(temporary, batches, progress, total)
+        counts = _write(temporary, batches, progress, total, shortest)
         if counts["documents"]:
             Folder(temporary).write(_DESCRIPTION, canonical_json({"identity": identity, **counts}).encode())
             os.replace(temporary, folder)
@@ -168,7 +170,7 @@ def _make(folder: Path, identity: Any, batches: Batches, progress: Any, total: i
     return counts
 
 
-def _write(folder: Path, batches: Batches, progress: Any, total: int) -> dict[str, int]:
+def _write(folder: Path, batches: Batches, progress: Any, total: int, shortest: int) -> dict[str, int]:
     folder.mkdir(parents=True)
     counts = dict.fromkeys(("rows", "documents", "tokens", "empty", "short", "masked"), 0)
     with _Writer(folder) as writer:
@@ -176,15 +178,15 @@ def _write(folder: Path, batches: Batches, progress: Any, total: int) -> dict[st
             for documents in batch:
                 counts["empty"] += not documents
                 for document in documents:
-                    _add(document, writer, counts)
+                    _add(document, writer, counts, shortest)
             counts["rows"] += len(batch)
             progress(counts["rows"], total)
     return counts
 
 
-def _add(document: TokenDocument, writer: _Writer, counts: dict[str, int]) -> None:
+def _add(document: TokenDocument, writer: _Writer, counts: dict[str, int], shortest: int) -> None:
     """Count a document, and write it unless it has no token to predict."""
-    if len(document.input_ids) < 2:
+    if len(document.input_ids) < shortest:
         counts["short"] += 1
     elif document.loss_mask is not None and not document.loss_mask[1:].any():
         counts["masked"] += 1

@@ -24,6 +24,8 @@ from distillkit.losses.positions import Positions, Targets, TeacherLogits
 from distillkit.losses.registry import LOSSES, loss
 from distillkit.models.head import check_lm_head
 from distillkit.reports.inspection import inspect_dataset
+from distillkit.reports.inspection_page import inspection_page
+from distillkit.reports.inspection_plots import plot_inspection
 from distillkit.shards import Dataset, Header, ShardWriter, convert, load_prior, verify_dataset
 from distillkit.shards.convert import target_codec
 from distillkit.shards.repack import pack_dataset
@@ -31,6 +33,7 @@ from distillkit.training.run import train
 from distillkit.types import Draws, SparseLogprobs
 from support.capturing import files
 from support.capturing import run as run_capture
+from support.cli import run_here
 from support.compact_reference import decode_sampled
 from support.refusals import refused
 from support.teachers import HEAD
@@ -394,7 +397,7 @@ def _exact(folder: Path) -> Path:
     return folder
 
 
-def test_an_inspection_says_how_noisy_the_draws_are(captured: Path) -> None:
+def test_an_inspection_says_how_noisy_the_draws_are(captured: Path, tmp_path: Path) -> None:
     dataset = Dataset.open(captured)
     found = inspect_dataset(dataset)
     counts = np.concatenate([counts_of(rows, HEAD) for _, rows in dataset.decoded()])
@@ -409,6 +412,11 @@ def test_an_inspection_says_how_noisy_the_draws_are(captured: Path) -> None:
     assert found.draws.variance <= found.draws.variance_bound == pytest.approx(1 / 12)
     assert found.plausible
     assert not found.doubts
+    assert found.fidelity is None
+    assert "effective ids" in inspection_page(found)
+    plot_inspection(found, tmp_path / "plot.png")
+    result = run_here("inspect", captured)
+    assert f"{found.draws.effective_ids:.1f}" in result.stdout
 
 
 def test_a_student_is_trained_with_draws(captured: Path, teacher: Path, tmp_path: Path) -> None:

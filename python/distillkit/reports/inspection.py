@@ -335,7 +335,8 @@ def inspect_dataset(
     overhead = (file_bytes - dataset.teacher_bytes) / max(rows, 1)
     parts = seen.part_bytes(0 if codec.prior is None else len(codec.prior.data) / max(rows, 1))
     total = sum(parts.values()) + overhead
-    recorded = header.fidelity
+    # Draws are stored as they are.
+    recorded = header.fidelity if codec.draws is None else None
     return Inspection(
         path=dataset.path,
         kind=dataset.kind,

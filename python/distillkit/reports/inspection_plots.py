@@ -132,7 +132,8 @@ def _distribution(axes: Any, inspection: Inspection) -> None:
         about, band, line = "", "original, ± 1 standard deviation", "original, mean"
     else:
         low, middle, high = inspection.logprob_quantiles
-        about, band, line = " (the codec's error is not recorded)", "stored, 10% to 90%", "stored, median"
+        about = " (the codec's error is not recorded)" if inspection.draws is None else " (shares of the draws)"
+        band, line = "stored, 10% to 90%", "stored, median"
     axes.fill_between(ranks, low, high, color=BLUE, alpha=0.15, lw=0, label=band)
     if curves:
         axes.fill_between(ranks, middle - error, middle + error, color=ORANGE, lw=0, label="codec, ± rms error")
@@ -149,7 +150,7 @@ def _error(axes: Any, inspection: Inspection) -> None:
     axes.fill_between(ranks, error, color=ORANGE, alpha=0.35, lw=0)
     axes.plot(ranks, error, color=ORANGE, lw=1.4, label="rms error")
     # Values stored in float32 have no error at all, but the axis still needs a range.
-    axes.set_ylim(0, 1.15 * max(float(error.max()), 1e-6))
+    axes.set_ylim(0, 1.15 * max(float(np.nanmax(error)), 1e-6))
     axes.set_ylabel("nats", color=INK)
     style_axes(axes, "The codec's rms error by rank")
     _mark_exact(axes, inspection, label=False)

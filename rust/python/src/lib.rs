@@ -586,6 +586,7 @@ fn uniforms(
 /// Draws from softmax(logits / temperature) with uniform numbers (rows, draws), each row ascending:
 /// ids and logprobs (rows, k) with k the lesser of draws and the width of the logits.
 #[pyfunction]
+#[expect(clippy::type_complexity, reason = "two arrays")]
 fn draw<'py>(
     py: Python<'py>,
     logits: Logits<'py>,

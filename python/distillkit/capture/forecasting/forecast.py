@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 COMPARED_K = (32, 64, 128, 256)
 _COMPARED_DRAWS = (12, 25, 50, 100)
+_DRAWS = "draws are stored as they are"
 _PLAN_BYTES = 4
 """Bytes per token that the plan takes until the dataset is complete, since it also stores the ids."""
 _DUPLICATE_BYTES = 120
@@ -353,10 +354,10 @@ def _with_figures(
         return codec, 0.0
     if scored[0].draws is None and scored[0].k < config.k:
         return replace(codec, note=f"this engine was started for {scored[0].k} ids per row"), 0.0
-    drawn = scored[0].draws
-    if drawn != Codec(config).draws:
-        given, needed = ("most probable ids", "draws") if drawn is None else ("draws", "most probable ids")
-        return replace(codec, note=f"not measured: this run has the teacher's {given}, not {needed}"), 0.0
+    drawn, wanted = scored[0].draws, Codec(config).draws
+    if drawn != wanted:
+        other = "this run draws from the teacher, and has no most probable ids"
+        return replace(codec, note=_DRAWS if wanted else other), 0.0
     # Of the compact format, the built-in prior tells how faithful values are, though not how many bytes they take.
     encoder, mass, took = Codec(config), 0.0, 0.0
     stats = []
@@ -370,7 +371,7 @@ def _with_figures(
         stats.append(fidelity)
         mass += float(np.exp(np.asarray(stored.logprobs, dtype=np.float64)).sum())
     if drawn is not None:
-        return replace(codec, note="draws are stored as they are"), took
+        return replace(codec, note=_DRAWS), took
     whole = stats[0]
     for part in stats[1:]:
         whole.merge(part)

@@ -186,7 +186,7 @@ def test_codecs_are_compared(teacher: Path, text: Path, tmp_path: Path) -> None:
         *(f"budget, k = {k}" for k in (32, 64, 128)),
     ]
     assert [codec.name for codec in found.codecs if codec.chosen] == ["budget"]
-    assert list(found.left_out) == ["budget, k = 256"]
+    assert list(found.left_out) == ["sampled-50", "budget, k = 256"]
     for codec in found.codecs:
         assert codec.left_bytes.value == found.text.tokens.value * (codec.bytes_per_token + 8)
         assert codec.kl_mean is not None
@@ -241,7 +241,9 @@ def test_sizes_only(teacher: Path, text: Path, tmp_path: Path, monkeypatch: pyte
     assert "recommended" in result.output
     assert "tokens/s" not in result.output
     monkeypatch.chdir(tmp_path)
-    without_output = command("--model", teacher, "--dataset", text, "--seconds", "0")
+    arguments = options(teacher, text, tmp_path / "out")
+    at = arguments.index("--output")
+    without_output = command(*arguments[:at], *arguments[at + 2 :], "--seconds", "0")
     assert without_output.exit_code == 0, without_output.output
     check_names(without_output.output, "captured")
     memory = options(teacher, text, f"memory://{tmp_path}")  # type: ignore[arg-type]

@@ -123,7 +123,7 @@ def test_json_keys_are_stable() -> None:
     keys = (
         "path kind documents tokens rows files file_bytes documents_read rows_read bytes_per_token rate_by_entropy "
         "ids_per_row compression codec teacher tokenizer capture temperature rows_per_document vocab_size head_size "
-        "mass plausibility counted next_token alignment worst_documents fidelity"
+        "mass plausibility counted next_token alignment worst_documents fidelity draws"
     )
     found = inspect_dataset(Dataset.open(GOLDEN / "upstream_v1")).to_dict()
     assert list(found) == keys.split()

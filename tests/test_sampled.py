@@ -114,6 +114,7 @@ def test_a_device_draws_as_the_cpu_does(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_draws_as_the_cpu_does() -> None:
     logits = torch.randn(200, 151_936, generator=torch.Generator().manual_seed(0)).mul(3)
     numbers = uniforms([7], 200, 50)

@@ -45,9 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
     save_student(folder / "first", seed=7)
     save_student(folder / "second", seed=8, hidden_size=48, num_hidden_layers=3)
-    rows = [
-        {"text": " ".join(f"t{token}" for token in ids), "lang": LANGUAGES[n % 3]} for n, ids in enumerate(DOCUMENTS)
-    ]
+    rows = [{"input_ids": ids.tolist(), "lang": LANGUAGES[n % 3]} for n, ids in enumerate(DOCUMENTS)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     codec = exact_codec()
     kept = pa.schema([("lang", pa.string())])

@@ -145,7 +145,7 @@ def _named(facts: dict[str, Any] | None, *details: str) -> str:
 
 
 _PART_NOTES = {
-    "head": ", what each row begins with: its cluster, shape and missing mass",
+    "head": ", what each row begins with: its cluster and what says how it goes on",
     "framing": ", what each document takes besides its rows",
     "prior": ", prior.bin divided by all rows",
     "overhead": ", everything else in the files",
@@ -154,7 +154,8 @@ _PART_NOTES = {
 
 def _size(inspection: Inspection) -> _Section:
     section = _Section("size", "bytes per token")
-    total, k = inspection.total_bytes, inspection.k
+    total = inspection.total_bytes
+    k = inspection.k if inspection.draws is None else round(inspection.ids_mean) if inspection.rows_read else 0
     parts = {**inspection.part_bytes, "overhead": inspection.overhead_bytes}
     for label, size in parts.items():
         section.add(label, f"{size:,.1f}", f"{size / total:.1%}{_PART_NOTES.get(label, '')}" if total else "")
@@ -189,9 +190,10 @@ def _content(inspection: Inspection) -> _Section:
         return section
     # Decoded with the wrong codec, it can have any magnitude.
     mean = f"{inspection.mass_mean:.2%}" if inspection.mass_mean < 10 else f"{inspection.mass_mean:.1e}"
-    section.add("mass, mean", mean)
-    section.add("mass, median", f"{inspection.mass_p50:.2%}")
-    section.add("mass, p1", f"{inspection.mass_p1:.2%}", "1% of the positions have less")
+    if inspection.draws is None:
+        section.add("mass, mean", mean)
+        section.add("mass, median", f"{inspection.mass_p50:.2%}")
+        section.add("mass, p1", f"{inspection.mass_p1:.2%}", "1% of the positions have less")
     for label, style, findings in (
         ("IMPOSSIBLE", "bold white on red", inspection.impossible),
         ("doubtful", "yellow", inspection.doubts),

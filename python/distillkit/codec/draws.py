@@ -104,7 +104,7 @@ def _on_device(logits: torch.Tensor, numbers: npt.NDArray[np.float64], drawn: Dr
         raise InputError("a row has logits that are NaN or infinite, or none that is finite")
     weights_RV = ((logits.float() - highest_R1) / drawn.temperature).exp()
     width = weights_RV.shape[-1]
-    weights_RBb = torch.nn.functional.pad(weights_RV, (0, -width % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    weights_RBb = torch.nn.functional.pad(weights_RV, (0, -width % _BLOCK)).reshape(len(weights_RV), -1, _BLOCK)
     sums_RB = weights_RBb.sum(-1, dtype=torch.float64).cumsum(-1)
     targets_RN = torch.from_numpy(numbers).to(logits.device) * sums_RB[:, -1:]
     blocks_RN = torch.searchsorted(sums_RB, targets_RN, right=True).clamp_max(sums_RB.shape[-1] - 1)

@@ -151,8 +151,8 @@ def preset_of(config: CodecConfig) -> str | None:
         'budget'
     """
     if isinstance(config, SampledConfig):
-        size, plain = config.vocab_size, config.without_prior()
-        return next((name for name in SAMPLED_PRESETS if _made(name, size) == plain), None)
+        drawn = config.without_prior()
+        return next((name for name in SAMPLED_PRESETS if _made(name, drawn.vocab_size) == drawn), None)
     names, plain, size = {**FIXED_PRESETS, **FORMER_PRESETS}, config, getattr(config, "d", 0)
     if isinstance(config, CompactConfig):
         names, plain, size = COMPACT_PRESETS, config.without_prior(), config.vocab_size
@@ -172,7 +172,7 @@ def expected_bytes(config: CompactConfig | SampledConfig) -> float:
     """
     if isinstance(config, SampledConfig):
         # Fitted to 12 and 50 draws of the same model.
-        ids = min(float(config.k), _DISTINCT * config.draws**_DISTINCT_GROWTH)
+        ids = min(float(config.k), _DISTINCT * math.pow(config.draws, _DISTINCT_GROWTH))
         return 1.4 + ids * (_DRAWN_BITS + math.log2(config.vocab_size / 49_152) / 2) / 8
     ids = float(config.k)
     if config.threshold is not None:

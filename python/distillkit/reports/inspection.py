@@ -78,7 +78,8 @@ class Inspection(Shown):
             in steps of half a nat up to 6; else empty.
         ids_per_row: (k + 1,) number of rows by how many ids they have.
         dense_ratio: how many times larger dense bfloat16 logits are: 2 · head_size bytes per row against total bytes.
-        topk_ratio: the same for plain top-k: k · (4 bytes per id + 2 per bfloat16 value).
+        topk_ratio: the same for plain top-k: k · (4 bytes per id + 2 per bfloat16 value); of draws, for as many ids as
+            rows have on average.
         published_ratio: the same for the published layout with as many ids as rows have on average
             (`distillkit.codec.presets.published_bytes`).
         codec: format, version and config.
@@ -348,7 +349,7 @@ def inspect_dataset(
         overhead_bytes=overhead,
         rate_by_entropy=seen.rate_by_entropy(),
         dense_ratio=2 * header.head_size / total,
-        topk_ratio=6 * codec.k / total,
+        topk_ratio=6 * (codec.k if codec.draws is None else seen.ids_mean()) / total,
         published_ratio=(published_bytes(math.ceil(seen.ids_mean()), codec.vocab_size) + overhead) / total,
         codec=codec.to_dict(),
         codec_warnings=tuple(codec.warnings),

@@ -89,8 +89,9 @@ class Header:
     def prior(self) -> str | None:
         """The hash of the prior that the rows were encoded with (`Prior.hash`), if the codec has one."""
         config = self.codec.get("config")
-        learned = isinstance(config, Mapping) and self.codec.get("format") in ("compact", "sampled")
-        named = config.get("prior") if learned else None
+        if not isinstance(config, Mapping) or self.codec.get("format") not in ("compact", "sampled"):
+            return None
+        named = config.get("prior")
         return named if isinstance(named, str) else None
 
     def make_codec(self, prior: Prior | None = None) -> Codec:

@@ -238,15 +238,15 @@ fn within(
 
 /// Ids and log-probabilities of ascending draws.
 fn rank(drawn: &[u32], keys: &mut Vec<u64>, ids: &mut [i64], logprobs: &mut [f32]) {
-    let draws = drawn.len() as u32;
+    let number = drawn.len() as u32;
     keys.clear();
     for same in drawn.chunk_by(|a, b| a == b) {
-        keys.push(u64::from(draws - same.len() as u32) << 32 | u64::from(same[0]));
+        keys.push(u64::from(number - same.len() as u32) << 32 | u64::from(same[0]));
     }
     keys.sort_unstable();
     for ((&key, id), logprob) in keys.iter().zip(&mut *ids).zip(&mut *logprobs) {
         *id = i64::from(key as u32);
-        *logprob = log_share(draws - (key >> 32) as u32, draws);
+        *logprob = log_share(number - (key >> 32) as u32, number);
     }
     let first = ids[0];
     ids[keys.len()..].fill(first);

@@ -355,9 +355,8 @@ def _with_figures(
         return replace(codec, note=f"this engine was started for {scored[0].k} ids per row"), 0.0
     drawn = scored[0].draws
     if drawn != Codec(config).draws:
-        kinds = ("most probable ids", "draws")
-        found, needed = kinds if drawn is None else reversed(kinds)
-        return replace(codec, note=f"not measured: this run has the teacher's {found}, not {needed}"), 0.0
+        given, needed = ("most probable ids", "draws") if drawn is None else ("draws", "most probable ids")
+        return replace(codec, note=f"not measured: this run has the teacher's {given}, not {needed}"), 0.0
     # Of the compact format, the built-in prior tells how faithful values are, though not how many bytes they take.
     encoder, mass, took = Codec(config), 0.0, 0.0
     stats = []

@@ -149,7 +149,7 @@ class ServedSignal:
         if self._teacher_head_size > self.head_size and len(labels):
             pair = list(within(pair[0], pair[1], self.head_size))
         return Targets(
-            labels, SparseLogprobs(*pair), label_logprobs=self._label_logprobs(asked, answers, batch, labels)
+            labels, SparseLogprobs(pair[0], pair[1]), label_logprobs=self._label_logprobs(asked, answers, batch, labels)
         )
 
     def _label_logprobs(

@@ -107,7 +107,7 @@ impl Side {
     fn encode(&self, backend: Backend, rows: Rows, builtin: bool) -> Result<Vec<u8>> {
         let (encoder, writer) = self.writer()?;
         let rows = encoder.rows(backend, &self.model, rows)?;
-        Ok(writer.write(&self.model, &rows, builtin))
+        Ok(writer.write(backend, &self.model, &rows, builtin))
     }
 }
 
@@ -320,6 +320,6 @@ impl Compact {
             rows[part.start..part.stop].iter().for_each(|row| joined.append(row));
         }
         let side = self.side(builtin)?;
-        Ok(side.writer()?.1.write(&side.model, &joined, builtin))
+        Ok(side.writer()?.1.write(self.backend, &side.model, &joined, builtin))
     }
 }

@@ -9,6 +9,9 @@ pub const ESCAPE_BITS: u32 = 24;
 /// Numbers below this are a symbol each.
 const DIRECT: u32 = 16;
 
+static GAP_SYMBOLS: [u8; 1024] = Kind::Gap.symbols();
+static OTHER_SYMBOLS: [u8; 1024] = Kind::Other.symbols();
+
 /// What a number counts: decides how many symbols an octave has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -30,7 +33,12 @@ impl Kind {
     /// The symbol of a number below 2²⁴.
     #[must_use]
     #[inline(always)]
-    pub const fn symbol(self, number: u32) -> usize {
+    pub fn symbol(self, number: u32) -> usize {
+        let known = if self == Self::Gap { &GAP_SYMBOLS } else { &OTHER_SYMBOLS };
+        known.get(number as usize).map_or_else(|| self.find(number), |&symbol| symbol.into())
+    }
+
+    const fn find(self, number: u32) -> usize {
         if number < DIRECT {
             return number as usize;
         }
@@ -39,6 +47,18 @@ impl Kind {
         let part = (number >> (octave - sub)) & ((1 << sub) - 1);
         let symbol = (DIRECT + ((octave - 4) << sub) + part) as usize;
         if symbol < ESCAPE { symbol } else { ESCAPE }
+    }
+
+    /// The symbols of small numbers: a table knows them sooner than a comparison that is guessed
+    /// wrong.
+    const fn symbols(self) -> [u8; 1024] {
+        let mut symbols = [0; 1024];
+        let mut number = 0;
+        while number < symbols.len() {
+            symbols[number] = self.find(number as u32) as u8;
+            number += 1;
+        }
+        symbols
     }
 
     /// The extra bits after a symbol.
@@ -72,7 +92,7 @@ impl Kind {
 
     /// Whether a number below 2²⁴ has the symbol.
     pub(super) const fn is_used(self, symbol: usize) -> bool {
-        symbol <= self.symbol((1 << ESCAPE_BITS) - 1) || symbol == ESCAPE
+        symbol <= self.find((1 << ESCAPE_BITS) - 1) || symbol == ESCAPE
     }
 }
 

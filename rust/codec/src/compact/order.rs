@@ -141,20 +141,45 @@ impl ClusterOrder {
     }
 
     /// The position of the id with this rank.
-    #[inline(always)]
     pub(super) fn position(&self, rank: u32) -> u32 {
-        let (listed, before) = if let Some(block) = self.blocks.get(rank as usize / 64) {
+        self.position_by(rank, self.before(rank))
+    }
+
+    /// The positions of ids by their ranks.
+    #[inline(always)]
+    pub(super) fn positions(&self, ranks: &[u32], positions: &mut Vec<u32>) {
+        positions.clear();
+        positions.extend_from_slice(ranks);
+        // In two loops, each of which waits for many ids at once.
+        for position in &mut *positions {
+            *position = self.before(*position);
+        }
+        for (position, &rank) in positions.iter_mut().zip(ranks) {
+            *position = self.position_by(rank, *position);
+        }
+    }
+
+    /// How many of the list's ids have a lower rank, and in the lowest bit, whether this one is in
+    /// the list.
+    #[inline(always)]
+    fn before(&self, rank: u32) -> u32 {
+        if let Some(block) = self.blocks.get(rank as usize / 64) {
             let rest = block.listed >> (rank % 64);
             let before = block.before + (block.listed ^ rest << (rank % 64)).count_ones();
-            (rest & 1 > 0, before as usize)
+            before << 1 | rest as u32 & 1
         } else {
             let before = self.ranks.partition_point(|&each| each < rank);
-            (self.ranks.get(before) == Some(&rank), before)
-        };
+            (before as u32) << 1 | u32::from(self.ranks.get(before) == Some(&rank))
+        }
+    }
+
+    #[inline(always)]
+    fn position_by(&self, rank: u32, before: u32) -> u32 {
+        let (before, listed) = (before >> 1, before & 1 > 0);
         if listed {
-            u32::from(self.places[before])
+            u32::from(self.places[before as usize])
         } else {
-            self.listed as u32 + rank - before as u32
+            self.listed as u32 + rank - before
         }
     }
 

@@ -441,7 +441,7 @@ impl<'a> Input<'a> {
     /// The configuration, after the first bytes.
     pub(super) fn config<T>(
         &mut self,
-        magic: &[u8; 8],
+        magic: &[u8],
         parse: impl FnOnce(&str) -> Result<T>,
     ) -> Result<T> {
         if self.take(magic.len(), "its first bytes")? != magic {

@@ -9,6 +9,7 @@ use super::numbers::{Kind, bucket};
 use super::prior::Prior;
 use super::tables::{SLOTS, SLOTS_LOG, Table, Writer};
 use crate::error::Result;
+use crate::simd::{Backend, multiversion};
 
 /// The rows of a document as they are stored: what decoding starts from, and encoding ends with.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -57,16 +58,13 @@ pub(super) struct DocumentWriter {
     writers: Vec<Writer>,
 }
 
-/// A number to be written with a table; raw bits have none.
+/// A number to be written with a table, by the place of its first entry in a decoder.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Step {
-    Number { table: u32, number: u32, kind: Kind },
-    Raw { bits: u32, number: u32 },
+pub(super) struct Step {
+    pub(super) table: u32,
+    pub(super) number: u32,
+    pub(super) kind: Kind,
 }
-
-/// Bits to write: how many they are is above [`COUNT_AT`].
-type Part = u64;
-const COUNT_AT: u32 = 48;
 
 impl DocumentWriter {
     pub(super) fn new(prior: &Prior) -> Result<Self> {
@@ -84,124 +82,232 @@ impl DocumentWriter {
     }
 
     /// The bytes of a document.
-    pub(super) fn write(&self, model: &Model, rows: &StoredRows, builtin: bool) -> Vec<u8> {
+    pub(super) fn write(
+        &self,
+        backend: Backend,
+        model: &Model,
+        rows: &StoredRows,
+        builtin: bool,
+    ) -> Vec<u8> {
         let count = rows.heads.len();
         if count == 0 {
             return document::write(Content::Compact, builtin, 0, &[]);
         }
-        let mut heads = Vec::new();
-        for &head in &rows.heads {
-            head_steps(model, head, &mut heads);
-        }
-        let starts = rows.starts();
-        let order = dealt(&rows.heads);
-        let lane = |lane: usize| {
-            let mut steps = Vec::with_capacity(2 * rows.levels.len() / lanes(count) + count);
-            for &row in order.iter().skip(lane).step_by(lanes(count)) {
-                let row = row as usize;
-                let ids = starts[row]..starts[row] + usize::from(rows.heads[row].count);
-                let (positions, levels) = (&rows.positions[ids.clone()], &rows.levels[ids]);
-                row_steps(model, rows.heads[row], positions, levels, &mut steps);
-                top_step(levels, rows.tops[row], &mut steps);
-            }
-            steps
-        };
-        let mut streams = self.streams(&[heads]);
-        if lanes(count) == LANES {
-            streams.extend(self.streams(&array::from_fn::<_, LANES, _>(lane)));
-        } else {
-            streams.extend((0..lanes(count)).flat_map(|number| self.streams(&[lane(number)])));
-        }
+        let mut streams = vec![self.heads(model, &rows.heads)];
+        streams.extend(write_rows(backend, &self.writers, model, rows));
         document::write(Content::Compact, builtin, count, &streams)
     }
 
-    /// Streams: each the first state, then the bits of every step. They are found from the last to
-    /// the first, side by side: while one waits for its table, the others go on.
-    pub(super) fn streams<const N: usize>(&self, steps: &[Vec<Step>; N]) -> Vec<Vec<u8>> {
-        let mut states = [0; N];
-        let mut parts = steps.each_ref().map(|steps| Vec::with_capacity(steps.len() + 1));
-        let together = steps.iter().map(Vec::len).min().unwrap_or(0);
-        let mut steps = steps.each_ref().map(|steps| steps.iter().rev());
-        for _ in 0..together {
-            for ((parts, steps), state) in parts.iter_mut().zip(&mut steps).zip(&mut states) {
-                if let Some(step) = steps.next() {
-                    parts.push(self.part(state, step));
-                }
+    /// A stream of numbers.
+    pub(super) fn stream(&self, steps: &[Step]) -> Vec<u8> {
+        let mut stream = Stream::default();
+        for part in steps.rchunks(64) {
+            stream.bits.reserve(part.len());
+            for step in part.iter().rev() {
+                stream.number(&self.writers, (step.table, step.number), step.kind);
             }
         }
-        for ((parts, steps), state) in parts.iter_mut().zip(steps).zip(&mut states) {
-            parts.extend(steps.map(|step| self.part(state, step)));
-            parts.push(u64::from(*state) | u64::from(SLOTS_LOG) << COUNT_AT);
+        stream.finish()
+    }
+
+    fn heads(&self, model: &Model, heads: &[Head]) -> Vec<u8> {
+        let mut stream = Stream::default();
+        for head in heads.iter().rev() {
+            let class = model.clusters[usize::from(head.cluster)].shape_class;
+            let shape = usize::from(head.shape);
+            let numbers = [
+                (model.cluster, u32::from(head.cluster)),
+                (model.shape[class], u32::from(head.shape)),
+                (model.count[shape], model.count_number(usize::from(head.count))),
+                (model.mass[shape], u32::from(head.mass)),
+            ];
+            stream.bits.reserve(numbers.len());
+            for number in numbers.into_iter().rev() {
+                stream.number(&self.writers, number, Kind::Other);
+            }
         }
-        parts.iter().map(|parts| bytes(parts)).collect()
+        stream.finish()
+    }
+}
+
+multiversion! {
+    /// The streams of all rows.
+    fn write_rows(writers: &[Writer], model: &Model, rows: &StoredRows) -> Vec<Vec<u8>> =
+        write_rows_body;
+}
+
+/// Writes from the last number to the first, a number of each lane in turn: while one waits for its
+/// table, the others go on.
+#[inline(always)]
+fn write_rows_body<I>(
+    _isa: I,
+    writers: &[Writer],
+    model: &Model,
+    rows: &StoredRows,
+) -> Vec<Vec<u8>> {
+    let starts = rows.starts();
+    let order = dealt(&rows.heads);
+    let count = lanes(rows.heads.len());
+    let mut lanes: [Lane; LANES] = array::from_fn(|_| Lane::default());
+    for group in order.chunks(count).rev() {
+        for (lane, &row) in lanes.iter_mut().zip(group) {
+            lane.begin(model, rows, row as usize, starts[row as usize]);
+        }
+        let used = group.len();
+        let least = lanes.iter().map(|lane| lane.levels.len()).min().unwrap_or(0);
+        let together = if used == LANES { least } else { 0 };
+        for lane in &mut lanes[..used] {
+            (together..lane.levels.len()).rev().for_each(|i| lane.level(writers, i));
+        }
+        let [a, b, c, d] = &mut lanes;
+        for i in (0..together).rev() {
+            a.level(writers, i);
+            b.level(writers, i);
+            c.level(writers, i);
+            d.level(writers, i);
+        }
+        for lane in &mut lanes[..used] {
+            (together..lane.gaps.len()).rev().for_each(|i| lane.gap(writers, i));
+        }
+        let [a, b, c, d] = &mut lanes;
+        for i in (0..together).rev() {
+            a.gap(writers, i);
+            b.gap(writers, i);
+            c.gap(writers, i);
+            d.gap(writers, i);
+        }
+    }
+    lanes.into_iter().take(count).map(|lane| lane.stream.finish()).collect()
+}
+
+/// A table, as the place of its first entry in a decoder, and a number.
+type Number = (u32, u32);
+
+/// A stream, and the row that is written to it.
+#[derive(Debug, Default)]
+struct Lane {
+    stream: Stream,
+    gaps: Vec<Number>,
+    levels: Vec<Number>,
+}
+
+impl Lane {
+    /// Begins a row: finds its numbers, and writes which id is the most probable one.
+    #[inline(always)]
+    fn begin(&mut self, model: &Model, rows: &StoredRows, row: usize, start: usize) {
+        let head = rows.heads[row];
+        let ids = start..start + usize::from(head.count);
+        let (positions, levels) = (&rows.positions[ids.clone()], &rows.levels[ids]);
+        let contexts = model.gap(model.clusters[usize::from(head.cluster)].gap_class);
+        let mut previous = 0;
+        self.gaps.clear();
+        self.gaps.extend(positions.iter().zip((1..=positions.len()).rev()).map(
+            |(&position, left)| {
+                let table = contexts[model.lefts[left] as usize + bucket(previous)];
+                let gap = position - previous;
+                previous = position + 1;
+                (table, gap)
+            },
+        ));
+        let contexts = model.level(usize::from(head.shape));
+        let mut state = 0u8;
+        self.levels.clear();
+        self.levels.extend(positions.iter().zip(levels).map(|(&position, &level)| {
+            let quantiser = usize::from(state >> 1);
+            let number = u32::from(level) >> 1;
+            state = NEXT[usize::from(state)][number as usize & 1];
+            (contexts[2 * bucket(position + 1) + quantiser], number)
+        }));
+        let bits = &mut self.stream.bits;
+        bits.reserve(2 * levels.len() + 1);
+        let near = near_top(levels, highest(levels));
+        if near > 1 {
+            bits.push(u64::from(rows.tops[row]), top_bits(near));
+        }
     }
 
     #[inline(always)]
-    fn part(&self, state: &mut u32, step: &Step) -> Part {
-        let (bits, count) = match *step {
-            Step::Number { table, number, kind } => {
-                self.writers[table as usize / SLOTS].write(state, number, kind)
-            }
-            Step::Raw { bits, number } => (u64::from(number), bits),
-        };
-        bits | u64::from(count) << COUNT_AT
+    fn gap(&mut self, writers: &[Writer], i: usize) {
+        self.stream.number(writers, self.gaps[i], Kind::Gap);
+    }
+
+    #[inline(always)]
+    fn level(&mut self, writers: &[Writer], i: usize) {
+        self.stream.number(writers, self.levels[i], Kind::Other);
     }
 }
 
-/// The bytes of parts, the last one first.
-fn bytes(parts: &[Part]) -> Vec<u8> {
-    let total: u64 = parts.iter().map(|part| part >> COUNT_AT).sum();
-    let length = total.div_ceil(8) as usize;
-    let mut out = vec![0; length + 8];
-    let (mut word, mut used, mut at) = (0u64, 0, 0);
-    for part in parts.iter().rev() {
-        word |= (part & ((1 << COUNT_AT) - 1)) << used;
-        used += (part >> COUNT_AT) as u32;
-        out[at..at + 8].copy_from_slice(&word.to_le_bytes());
-        at += used as usize / 8;
-        word >>= used & !7;
-        used &= 7;
-    }
-    out.truncate(length);
-    out
+/// A stream that is written from its last number to its first.
+#[derive(Debug, Default)]
+struct Stream {
+    state: u32,
+    bits: Bits,
 }
 
-fn head_steps(model: &Model, head: Head, steps: &mut Vec<Step>) {
-    let class = model.clusters[usize::from(head.cluster)].shape_class;
-    let shape = usize::from(head.shape);
-    let numbers = [
-        (model.cluster, u32::from(head.cluster)),
-        (model.shape[class], u32::from(head.shape)),
-        (model.count[shape], model.count_number(usize::from(head.count))),
-        (model.mass[shape], u32::from(head.mass)),
-    ];
-    let step = |(table, number)| Step::Number { table, number, kind: Kind::Other };
-    steps.extend(numbers.map(step));
-}
-
-fn row_steps(model: &Model, head: Head, positions: &[u32], levels: &[u16], steps: &mut Vec<Step>) {
-    let contexts = model.gap(model.clusters[usize::from(head.cluster)].gap_class);
-    let mut previous = 0;
-    for (i, &position) in positions.iter().enumerate() {
-        let left = model.lefts[positions.len() - i] as usize;
-        let table = contexts[left + bucket(previous)];
-        steps.push(Step::Number { table, number: position - previous, kind: Kind::Gap });
-        previous = position + 1;
+impl Stream {
+    #[inline(always)]
+    fn number(&mut self, writers: &[Writer], (table, number): Number, kind: Kind) {
+        let writer = &writers[table as usize / SLOTS];
+        let (bits, count) = writer.write(&mut self.state, number, kind);
+        self.bits.push(bits, count);
     }
-    let contexts = model.level(usize::from(head.shape));
-    let mut state = 0u8;
-    for (&position, &level) in positions.iter().zip(levels) {
-        let quantiser = usize::from(state >> 1);
-        let table = contexts[2 * bucket(position + 1) + quantiser];
-        let number = u32::from(level) >> 1;
-        steps.push(Step::Number { table, number, kind: Kind::Other });
-        state = NEXT[usize::from(state)][number as usize & 1];
+
+    /// The first state, and then everything that was written.
+    fn finish(mut self) -> Vec<u8> {
+        self.bits.reserve(1);
+        self.bits.push(u64::from(self.state), SLOTS_LOG);
+        self.bits.finish()
     }
 }
 
-fn top_step(levels: &[u16], top: u16, steps: &mut Vec<Step>) {
-    let near = near_top(levels, highest(levels));
-    if near > 1 {
-        steps.push(Step::Raw { bits: top_bits(near), number: u32::from(top) });
+/// Bits, the last ones of which are written first.
+#[derive(Debug, Default)]
+struct Bits {
+    /// Whole bytes are at the end.
+    bytes: Vec<u8>,
+    /// Where they begin.
+    start: usize,
+    /// Bits before them, fewer than 8.
+    rest: u64,
+    count: u32,
+}
+
+impl Bits {
+    /// Makes room for so many numbers.
+    fn reserve(&mut self, numbers: usize) {
+        let needed = 5 * numbers + 8;
+        if self.start < needed {
+            let length = self.bytes.len();
+            let more = needed.max(length);
+            self.bytes.resize(length + more, 0);
+            self.bytes.copy_within(self.start..length, self.start + more);
+            self.start += more;
+        }
+    }
+
+    /// Puts at most 40 bits before what is there.
+    #[inline(always)]
+    fn push(&mut self, bits: u64, count: u32) {
+        let rest = self.rest << count | bits;
+        let count = self.count + count;
+        let word = rest << 1 << (63 - count);
+        self.bytes[self.start - 8..self.start].copy_from_slice(&word.to_le_bytes());
+        self.start -= count as usize / 8;
+        self.count = count % 8;
+        self.rest = rest & ((1 << self.count) - 1);
+    }
+
+    /// The bytes, the first bit at the bottom of the first one.
+    fn finish(mut self) -> Vec<u8> {
+        if self.count == 0 {
+            return self.bytes.split_off(self.start);
+        }
+        let bytes = &self.bytes[self.start - 1..];
+        let next = bytes[1..].iter().chain(&[0]);
+        let shifted = bytes
+            .iter()
+            .zip(next)
+            .map(|(&byte, &next)| (u16::from_le_bytes([byte, next]) >> (8 - self.count)) as u8);
+        shifted.collect()
     }
 }

@@ -140,7 +140,9 @@ fn sample(config: &SampledConfig, rows: Rows) -> Result<Sample> {
     let order = by_frequency(&ids, config.vocab_size as usize);
     let mut ranks = vec![0; order.len()];
     order.iter().zip(0..).for_each(|(&id, rank)| ranks[id as usize] = rank);
-    ids.iter_mut().for_each(|id| *id = ranks[*id as usize]);
+    for id in &mut ids {
+        *id = ranks[*id as usize];
+    }
     Ok(Sample { order, ranks: ids, starts })
 }
 

@@ -110,7 +110,7 @@ impl Side {
         let (encoder, writer) = self.writer()?;
         let mut steps = Vec::new();
         encode_rows(backend, self, encoder, rows, &mut steps)?;
-        Ok(document::write(Content::Sampled, builtin, count, &writer.streams(&[steps])))
+        Ok(document::write(Content::Sampled, builtin, count, &[writer.stream(&steps)]))
     }
 }
 

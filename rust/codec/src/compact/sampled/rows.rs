@@ -360,15 +360,14 @@ pub(super) fn steps(prior: &SampledPrior, row: &Draws, out: &mut Vec<Step>) {
     let (gap, shape) = (usize::from(cluster.gap_class), usize::from(cluster.shape_class));
     let sizes = prior.dimensions();
     let start = |table: u16| u32::from(table) * SLOTS as u32;
-    let other =
-        |table: u16, number| Step::Number { table: start(table), number, kind: Kind::Other };
+    let other = |table: u16, number| Step { table: start(table), number, kind: Kind::Other };
     let count = row.positions.len() as u32;
     out.push(other(contexts.cluster, row.cluster as u32));
     out.push(other(contexts.count[shape], count - 1));
     let mut previous = 0;
     for (&position, left) in row.positions.iter().zip((1..=count).rev()) {
         let table = start(contexts.gap[sizes.gap(gap, previous, left)]);
-        out.push(Step::Number { table, number: position - previous, kind: Kind::Gap });
+        out.push(Step { table, number: position - previous, kind: Kind::Gap });
         previous = position + 1;
     }
     let excess = Excess::new(&prior.config);

@@ -85,7 +85,7 @@ class Budget(transformers.TrainerCallback):  # type: ignore[misc]
         self.began = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = time.process_time() - self.began >= self.seconds
+        control.should_training_stop |= time.process_time() - self.began >= self.seconds
 
 
 def beginnings(path: Path) -> list[str]:

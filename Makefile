@@ -80,7 +80,7 @@ attack: setup ## Run the long form of the tests with hostile inputs, faults and 
 # address sanitizer behind a switch.
 FUZZ_SECONDS ?= 300
 FUZZ_TARGETS ?= bits compact_prior config_json decode_compact decode_legacy decode_quantized \
-	encode encode_compact logits many_rows
+	decode_sampled encode encode_compact logits many_rows
 PYTHON_FUZZ_TARGETS ?= shard published
 FUZZ_FLAGS := --cfg fuzzing -Zsanitizer=address -Cpasses=sancov-module \
 	$(addprefix -Cllvm-args=-sanitizer-coverage-,level=3 inline-8bit-counters pc-table)

@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 WIDTH = 100
 # What is known of the machine's load during a run, by kind and date; the CSV files do not record it.
 QUIET = ", on a quiet machine"
-LOAD = {("capture", "2026-11-25"): QUIET, ("decode", "2026-11-29"): QUIET}
+LOAD = {("capture-recommended", "2026-11-25"): QUIET, ("decode", "2026-11-29"): QUIET}
 
 Row = Mapping[str, str]
 
@@ -372,7 +372,7 @@ def packer_section() -> list[str]:
 
 
 def capture_section() -> list[str]:
-    found = newest("capture")
+    found = newest("capture-recommended")
     lines = []
     for row in found.rows:
         tokens = int(row["tokens"])

@@ -129,11 +129,14 @@ class Bench:
                 path = self.output / f"{folder.name}.yaml"
                 path.write_text(yaml.safe_dump({"logprob_compressor": {"d": self.width(), **way.config}}))
                 codec = ["--compression-config", str(path)]
-            # The held-out text is stored with the prior of the training text.
-            own = self.output / f"train-{way.name.replace(' ', '')}"
-            prior = ["--prior", str(own)] if name != "train" and (own / "prior.bin").exists() else []
+            prior = self._prior(name, f"train-{way.name.replace(' ', '')}")
             run("distillkit-codec", "convert", exact, folder, *codec, *prior)
         return folder
+
+    def _prior(self, name: str, train: str) -> list[str]:
+        """Options by which the held-out text is stored with the prior of the training text."""
+        own = self.output / train
+        return ["--prior", str(own)] if name != "train" and (own / "prior.bin").exists() else []
 
     def _captured(self, name: str, how: str, config: dict[str, Any], dtype: str | None = None) -> Path:
         folder, path = self.output / f"{name}-{how}", self.output / f"{how}.yaml"
@@ -143,6 +146,7 @@ class Bench:
             path.write_text(yaml.safe_dump(config))
             text = self.demo / "text" / f"{name}.jsonl"
             options = ["--model", self.teacher, "--dataset", text, "--output", folder]
+            options += self._prior(name, f"train-{how}")
             run("distillkit", "capture", *options, "--compression-config", path, "--max-seq-len", str(TOKENS))
         return folder
 
@@ -264,7 +268,8 @@ def proxies(bench: Bench, ways: list[Way]) -> Iterator[tuple[Way, Proxy]]:
         full = gradient(hidden, Targets(ids[0, 1:], TeacherLogits(dense)))
         for way, dataset in sources.items():
             stored = dataset.codec.decode_document(dataset[number].teacher, document.num_rows)
-            sparse = SparseLogprobs(*(torch.from_numpy(np.asarray(part)) for part in (stored.ids, stored.logprobs)))
+            parts = (torch.from_numpy(np.asarray(part)) for part in (stored.ids, stored.logprobs))
+            sparse = SparseLogprobs(*parts, stored.draws)
             found = gradient(hidden, Targets(ids[0, 1:], sparse))
             cosine = torch.nn.functional.cosine_similarity(found, full, dim=-1)
             error = (found - full).square().sum(-1) / full.square().sum(-1)

@@ -55,7 +55,7 @@ def main() -> None:
     make_text(output / "text", arguments.characters)
 
     heading(
-        "2", "Capture: the teacher reads the text once; its distributions are stored in a few hundred bytes per token"
+        "2", "Capture: the teacher reads the text once; its distributions are stored in some hundred bytes per token"
     )
     captured = {name: run_capture(output, name) for name in ("train", "held-out")}
 
@@ -190,19 +190,25 @@ def run_capture(output: Path, name: str) -> dict[str, Any]:
         "output": output / "captured" / name,
     }
     arguments = [part for key, value in options.items() for part in (f"--{key}", value)]
-    printed = run(
-        "distillkit", "capture", *arguments, "--preset", "recommended", "--max-seq-len", str(MAX_TOKENS), "--json"
-    )
+    if name != "train":
+        # What was learned about this teacher's distributions.
+        arguments += ["--prior", output / "captured" / "train"]
+    printed = run("distillkit", "capture", *arguments, "--max-seq-len", str(MAX_TOKENS), "--json")
     report: dict[str, Any] = json.loads(printed)
     if report["already_complete"] and report_path.exists():
         report = json.loads(report_path.read_text())
     else:
         report_path.write_text(printed)
     console.print(
-        f"{report['documents']} documents, {report['tokens']:,} tokens, {report['bytes_per_token']} bytes per token; "
+        f"{report['documents']} documents, {report['tokens']:,} tokens, {stored_bytes(report)}; "
         f"{report['tokens_per_second']:,.0f} tokens/s, peak memory {human_bytes(report['peak_rss_bytes'])}"
     )
     return report
+
+
+def stored_bytes(report: dict[str, Any]) -> str:
+    """Bytes per token, beside the published layout's."""
+    return f"{report['bytes_per_token']:.0f} bytes per token (published layout: {report['published_bytes_per_token']})"
 
 
 def make_student(teacher: Path, student: Path) -> None:
@@ -302,8 +308,8 @@ def show_results(
     console.print(cost)
 
     ratio = before["eval_kl"] / distilled["eval_last"]["eval_kl"]
-    fidelity = f"{both['kl_mean']:.1e} nats mean KL at {both['bytes_per_token']} bytes per token"
-    console.print(f"Stored distributions: {fidelity}. Held-out KL fell by a factor of {ratio:.1f}.")
+    console.print(f"Stored distributions: {both['kl_mean']:.1e} nats mean KL at {stored_bytes(both)}.")
+    console.print(f"Held-out KL fell by a factor of {ratio:.1f}.")
     console.print(f"The demo took {seconds / 60:.1f} minutes. It made:")
     for path, what in (
         ("captured/train", "the teacher's distributions, as a dataset"),

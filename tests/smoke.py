@@ -1,7 +1,8 @@
 """Check an installed distillkit, with what it needs and nothing else: `python tests/smoke.py`.
 
 The release workflow runs it on every wheel, on the system that the wheel is for. It encodes, decodes and verifies the
-recorded vectors and datasets of `tests/golden/`, the last two with the installed commands.
+recorded vectors and datasets of `tests/golden/`, of the published formats and of the compact one; datasets are
+converted and verified with the installed commands.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import distillkit
-from distillkit.codec import Codec
-from distillkit.shards import Dataset
+from distillkit.codec import Codec, CompactConfig, Prior
+from distillkit.shards import Dataset, Header, ShardWriter
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
@@ -30,6 +31,7 @@ def main() -> None:
     check_codec()
     with tempfile.TemporaryDirectory() as folder:
         check_shards(Path(folder) / "shards")
+        check_compact(Path(folder) / "compact")
     print("all is well")
 
 
@@ -58,6 +60,36 @@ def check_shards(folder: Path) -> None:
     ids = np.concatenate([rows.ids for _, rows in dataset.decoded()])
     with np.load(GOLDEN / "upstream_v1_expected.npz") as recorded:
         check(np.array_equal(ids, recorded["ids"]), "the ids of upstream_v1")
+    check_verified(folder)
+
+
+def check_compact(folder: Path) -> None:
+    """Recorded documents decode to the recorded bits; one is encoded to the recorded bytes, stored and verified."""
+    cases = json.loads((GOLDEN / "compact.json").read_text(encoding="utf-8"))["cases"]
+    # The first case with a prior has its bytes.
+    priors = {case["config"]["prior"]: Prior(bytes.fromhex(case["prior"])) for case in cases if case["prior"]}
+    for case in cases:
+        codec = Codec(CompactConfig(**case["config"]), prior=priors.get(case["config"]["prior"]))
+        rows = codec.decode_document(bytes.fromhex(case["document"]), case["rows"])
+        check(rows.ids.ravel().tolist() == case["ids"], f"{case['name']}: the recorded ids")
+        bits = rows.logprobs.view(np.uint32).ravel().tolist()
+        check(bits == case["logprob_bits"], f"{case['name']}: the recorded log-probabilities")
+    print(f"{len(cases)} recorded documents of the compact format decode to the recorded bits")
+    [case] = [case for case in cases if case["name"] == "fixed_learned_40"]
+    prior, document = priors[case["config"]["prior"]], bytes.fromhex(case["document"])
+    codec = Codec(CompactConfig(**case["config"]), prior=prior)
+    rows = codec.decode_document(document, case["rows"])
+    check(codec.encode_document(rows) == document, "its rows are encoded to the recorded document")
+    header = Header(codec=codec.to_dict(), vocab_size=codec.vocab_size, head_size=codec.vocab_size)
+    with ShardWriter(folder, header, prior=prior) as writer:
+        # The teacher is always right: row t is the distribution over token t + 1.
+        writer.write(np.append(0, rows.ids[:, 0]), rows)
+    check(Dataset.open(folder)[0].teacher == document, "a shard keeps the document")
+    check_verified(folder)
+
+
+def check_verified(folder: Path) -> None:
+    """A dataset verifies, and with one damaged bit it does not."""
     print(run("verify", str(folder)).strip())
     shard = next(folder.glob("data-*.parquet"))
     data = bytearray(shard.read_bytes())

@@ -14,6 +14,7 @@ MOST = {
     "shard_bytes": 400,
     "compact_bytes": 400,
     "compact_codes": 2000,
+    "sampled_codes": 1000,
     "shard_metadata": 400,
     "manifest_bits": 1000,
     "manifests": 400,

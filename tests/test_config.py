@@ -44,7 +44,7 @@ from distillkit.training.config.argument_table import ARGUMENTS as TABLE
 from distillkit.training.config.argument_table import ROWS
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.file import load_config, parse_config
-from distillkit.training.config.schema import AUTO_CLASSES, RunConfig
+from distillkit.training.config.schema import AUTO_CLASSES, LiveTeacherConfig, RunConfig, StoredTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.run import Run
 from support.refusals import check_names, refused
@@ -134,6 +134,11 @@ def config_with(path: str, value: Any) -> dict[str, Any]:
     section: Any = content
     if parents and parents[0] == "loss_functions":
         section["loss_functions"] = [{"function": "kl", "weight": 1}]
+    if parents and parents[0] == "teachers":
+        del section["teacher"]
+        section["teachers"] = [{"kind": "hf", "path": "x"}]
+    if "0" in parents and parents[0] == "dataset":
+        section["dataset"][parents[1]] = [{"disk_path": "data"}]
     for parent in parents:
         section = section[int(parent)] if parent.isdigit() else section.setdefault(parent, {})
     if value is MISSING:
@@ -445,8 +450,11 @@ def test_true_and_false_are_no_numbers() -> None:
     assert {"sequence_length", "dataset.num_samples", "teacher.top_k", "peft.r", "loss_functions.0.weight"} <= {*plain}
     for path in plain:
         content = config_with(path, True)
-        if path == "teacher.top_k":
-            content["teacher"] = {"kind": "hf", "path": "x", "top_k": True}
+        name = path.removeprefix("teacher.")
+        if path != name and name not in StoredTeacherConfig.model_fields:
+            live = {"kind": "hf", "path": "x"}
+            served = {"kind": "server", "base_url": "http://localhost:1", "model": "x", "top_k": 1}
+            content["teacher"] = {**(live if name in LiveTeacherConfig.model_fields else served), name: True}
         with refused(ConfigError, f"config: {path}", "True"):
             parse_config(content)
 

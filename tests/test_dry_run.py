@@ -23,6 +23,7 @@ from distillkit.training.dry_run import DryRun, dry_run
 from distillkit.training.memory_estimate import optimizer_bytes
 from distillkit.training.run import Run, train
 from support.refusals import check_names, refused
+from support.served import answering
 from support.training import random_documents, run_config, save_student, tiny_model
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -249,12 +250,16 @@ def test_a_new_configuration_needs_only_its_paths(kind: str, parts: dict[str, st
     file = tmp_path / f"{kind}.yaml"
     text = tmp_path / "my text.jsonl"
     text.write_text("".join(json.dumps({"input_ids": ids.tolist()}) + "\n" for ids in random_documents(40)))
-    data, held_out = (str(text), str(text)) if kind == "live" else (parts["train"], parts["eval"])
+    data, held_out = (str(text), str(text)) if kind in ("live", "server") else (parts["train"], parts["eval"])
     output = str(tmp_path / "trained: #1")
     options = ["--teacher", parts["tied"], "--student", parts["student"], "--data", data, "--eval-data", held_out]
     arguments = ["init", str(file), "--kind", kind, *options, "--output", output]
     assert CliRunner().invoke(cli, arguments, catch_exceptions=False).exit_code == 0
-    result = dry_run(file, {"sequence_length": 64, "training_args.bf16": False})
+    overrides: dict[str, Any] = {"sequence_length": 64, "training_args.bf16": False}
+    with answering(tiny_model(7)) as (url, _):
+        if kind == "server":
+            overrides |= {"teacher.top_k": 8, "teacher.base_url": url}
+        result = dry_run(file, overrides)
     assert result.ok, [check for check in result.checks if check.status == "failed"]
     assert "sequence_length" in result.checks[0].detail
     steps = next(check for check in result.checks if check.name == "steps")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +24,7 @@ from distillkit.errors import CaptureError, ConfigError
 from distillkit.shards import Dataset
 from distillkit.types import TokenDocument
 from support.refusals import check_names, refused
+from support.served import Reply, ok, server
 from support.teachers import EXACT, HEAD, write_text
 
 K = 8
@@ -278,46 +276,6 @@ def test_published_options_are_understood(teacher: Path, tmp_path: Path, monkeyp
 
 # -- a server ----------------------------------------------------------------------------------------------------------
 
-Reply = tuple[int, dict[str, Any]]
-
-
-@contextmanager
-def server(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """An HTTP server with one model: its URL, and the requests for completions, with their headers."""
-    requests: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._send(200, {"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": 65}]})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            requests.append({**body, "key": self.headers["Authorization"]})
-            self._send(*reply(body))
-
-        def _send(self, status: int, body: dict[str, Any]) -> None:
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            if status >= 500:
-                self.send_header("Retry-After-Ms", "1")
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=running.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{running.server_port}/v1", requests
-    finally:
-        running.shutdown()
-        running.server_close()
-        thread.join()
-
 
 def completion(body: dict[str, Any], *, ids_in_echo: bool = False) -> dict[str, Any]:
     """A choice: prompt log-probabilities as vLLM gives them or, where a server only knows echo, those of OpenAI."""
@@ -337,10 +295,6 @@ def completion(body: dict[str, Any], *, ids_in_echo: bool = False) -> dict[str, 
     top = [p and {name.format(i): entry["logprob"] for i, entry in p.items()} for p in positions]
     tokens = [name.format(i) for i in ids]
     return {"text": "", "logprobs": {"tokens": [*tokens, "…"], "top_logprobs": [*top, {}]}}
-
-
-def ok(choice: dict[str, Any]) -> Reply:
-    return 200, {"id": "1", "object": "text_completion", "model": "tiny", "created": 0, "choices": [choice]}
 
 
 def ask(url: str, **options: Any) -> OpenAITeacher:

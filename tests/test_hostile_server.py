@@ -155,12 +155,12 @@ def test_redirects_stay_on_their_host() -> None:
         for target in (other, other.replace("127.0.0.1", "localhost")):
             for status in ("301 There", "302 There", "303 There", "307 There", "308 There"):
                 place = target.removesuffix("/v1")
-                with hostile_server(moved(status, place)) as (url, _), refused(ConfigError, "base_url", place):
+                with hostile_server(moved(status, place)) as (url, _), refused(ConfigError, "--base-url", place):
                     ask(url)
         assert elsewhere == []
     # A completion that becomes a GET, and a circle.
     for status, target in (("303 There", "/moved"), ("307 There", "/v1")):
-        with hostile_server(moved(status, target)) as (url, asked), refused(DistillKitError, "base_url"):
+        with hostile_server(moved(status, target)) as (url, asked), refused(DistillKitError, "--base-url"):
             ask(url, served_model="tiny")
         assert len(asked) < 8
 

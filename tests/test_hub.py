@@ -28,6 +28,7 @@ from distillkit.types import SparseLogprobs
 from support.hub import TOKEN, Hub, running_hub, using
 from support.refusals import refused
 from support.shards import files, make_documents, write
+from support.training import run_config
 
 NAME = "datasets/me/captured"
 # huggingface_hub's own way to send a file, with its HTTP client.
@@ -240,6 +241,22 @@ def test_the_command_pushes_and_reports(hub: Hub, captured: Path) -> None:
     again = CliRunner().invoke(cli, ["push", str(captured), "me/captured", "--public"])
     assert "public" in again.stdout
     assert "hf://datasets/me/captured" in again.stdout
+
+
+def test_a_dry_run_reads_a_capture_on_the_hub_without_downloading_it(
+    hub: Hub, parts: dict[str, str], tmp_path: Path
+) -> None:
+    from distillkit.training.dry_run import dry_run
+
+    push(parts["train"], "me/train")
+    config = run_config(parts["student"], tmp_path / "trained", parts["train"])
+    content = config.model_dump(mode="json", exclude_unset=True)
+    content["dataset"]["train_dataset"] = {"repo_id": "me/train", "revision": "main"}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    checked = dry_run(tmp_path / "train.yaml")
+    assert checked.ok, [check for check in checked.checks if check.status == "failed"]
+    assert hub.read("data-") > 0
+    assert not list((tmp_path / "cache").rglob("data-*"))
 
 
 @pytest.mark.usefixtures("without_plots")

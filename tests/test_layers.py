@@ -46,9 +46,13 @@ def test_nothing_imports_to_its_right() -> None:
     assert wrong == []
 
 
-def test_capture_and_training_are_independent() -> None:
-    between = ({"capture", "training"},)
-    assert [(a, b) for a, b in ARROWS if {room(a), room(b)} in between] == []
+# Captures and training with a served teacher ask the same engine.
+ENGINE = {f"capture.{name}" for name in ("engine_settings", "teachers.base", "teachers.hf", "teachers.openai")}
+
+
+def test_capture_and_training_only_share_the_engine_for_servers() -> None:
+    between = [(a, b) for a, b in ARROWS if {room(a), room(b)} == {"capture", "training"}]
+    assert {b for _, b in between} == ENGINE
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:

@@ -21,7 +21,7 @@ from distillkit.errors import ConfigError
 from distillkit.losses.config import LOSS_NAMES, LossConfig
 from distillkit.losses.fused import Objective
 from distillkit.losses.positions import Positions, Targets, TeacherLogits
-from distillkit.losses.registry import HIDDEN, LOSSES, kl_with_rest, loss
+from distillkit.losses.registry import HIDDEN, LOSSES, kl_with_rest_of, loss
 from distillkit.models.head import LMHead, lm_head_of
 from distillkit.types import SparseLogprobs
 from support import reference
@@ -48,7 +48,7 @@ def some_labels(positions: int, vocabulary: int) -> torch.Tensor:
 
 
 def value_of(name: str, logits: torch.Tensor, targets: Targets, **settings: Any) -> torch.Tensor:
-    return loss(name, **settings)(Positions(logits, targets))
+    return loss(name, **settings)(Positions(logits, targets)).sum()
 
 
 def value_and_gradient(
@@ -383,7 +383,7 @@ def test_divergences_are_never_negative(data: st.DataObject) -> None:
     positions = Positions(student_logits(3, vocabulary, seed + 1, student_spread), Targets(labels, teacher))
     for name in DIVERGENCES:
         for missing in MISSING:
-            value = loss(name, temperature=temperature, missing_probability_handling=missing)(positions).item()
+            value = loss(name, temperature=temperature, missing_probability_handling=missing)(positions).sum().item()
             # Rounding of logits of this size, in float32.
             assert value >= -2e-6 * (1 + student_spread + spread) * max(temperature, 1.0) ** 2, (name, missing)
 
@@ -454,9 +454,9 @@ def plain_loss(head: LMHead, hidden: torch.Tensor, targets: Targets) -> torch.Te
     """The same total from whole logits, by autograd."""
     positions = Positions(head(hidden), targets)
     parts = (
-        loss("cross_entropy")(positions),
-        2 * loss("kl", temperature=2.0, missing_probability_handling="uniform")(positions),
-        loss("kl")(positions),
+        loss("cross_entropy")(positions).sum(),
+        2 * loss("kl", temperature=2.0, missing_probability_handling="uniform")(positions).sum(),
+        loss("kl")(positions).sum(),
     )
     return torch.stack(parts).sum() / 4
 
@@ -486,7 +486,7 @@ def test_the_fused_pass_equals_losses_of_whole_logits(
 def test_the_fused_pass_counts_what_it_says() -> None:
     head, targets, hidden = tiny_head(), problem(9), torch.randn(9, 16, generator=torch.Generator().manual_seed(4))
     goal = objective().evaluation()
-    statistics = dict(zip(goal.names, goal(head, hidden, targets).statistics.tolist(), strict=True))
+    statistics = dict(zip(goal.names, goal(head, hidden, targets).statistics[0].tolist(), strict=True))
     probabilities = head(hidden).softmax(-1)
     ids = targets.teacher.ids
     own = probabilities.topk(7).indices
@@ -516,12 +516,16 @@ def test_kl_with_rest_is_over_the_stored_ids_and_the_rest_and_0_for_the_teacher(
     outcomes = [reference.outcomes_at(z, *row, 0, 1.0, "uniform") for z, row in zip(student.numpy(), rows, strict=True)]
     expected = sum(reference.measure_of("kl", *each) for each in outcomes)
     for goal in (targets, plain):
-        assert kl_with_rest(Positions(student, goal)).item() == pytest.approx(expected, rel=1e-5)
-        assert kl_with_rest(Positions(logits, goal)).item() == pytest.approx(0, abs=1e-5)
+        assert kl_with_rest_of(Positions(student, goal)).sum().item() == pytest.approx(expected, rel=1e-5)
+        assert kl_with_rest_of(Positions(logits, goal)).sum().item() == pytest.approx(0, abs=1e-5)
     dense = Targets(targets.labels, TeacherLogits(logits))
-    assert kl_with_rest(Positions(student, dense)).item() == pytest.approx(value_of("kl", student, dense).item())
+    assert kl_with_rest_of(Positions(student, dense)).sum().item() == pytest.approx(
+        value_of("kl", student, dense).item()
+    )
     nothing = SparseLogprobs(targets.teacher.ids, torch.full_like(targets.teacher.logprobs, -torch.inf))
-    assert kl_with_rest(Positions(student, Targets(targets.labels, nothing))).item() == pytest.approx(0, abs=1e-5)
+    assert kl_with_rest_of(Positions(student, Targets(targets.labels, nothing))).sum().item() == pytest.approx(
+        0, abs=1e-5
+    )
 
 
 def test_an_id_without_probability_is_in_no_count() -> None:
@@ -530,7 +534,7 @@ def test_an_id_without_probability_is_in_no_count() -> None:
     statistics = dict(
         zip(
             objective().names,
-            objective()(head, hidden, Targets(targets.labels, masked)).statistics.tolist(),
+            objective()(head, hidden, Targets(targets.labels, masked)).statistics[0].tolist(),
             strict=True,
         )
     )

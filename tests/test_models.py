@@ -51,7 +51,7 @@ def test_the_losses_are_those_of_the_models_own_logits(tied: bool) -> None:
     output = model(input_ids=ids, position_ids=torch.arange(6).expand(2, -1), distill=distill)
     output.loss.backward()
     targets = Targets(ids.flatten()[rows + 1], teacher)
-    expected = loss("kl")(Positions(plain(ids).logits.flatten(0, 1)[rows], targets))
+    expected = loss("kl")(Positions(plain(ids).logits.flatten(0, 1)[rows], targets)).sum()
     expected.backward()
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):

@@ -28,7 +28,7 @@ from distillkit.text.sources import open_local
 from distillkit.text.tokenizer import fingerprint, vocab_size
 from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.file import parse_config
-from distillkit.training.config.schema import RunConfig
+from distillkit.training.config.schema import DatasetEntry, RunConfig
 from distillkit.training.data.documents import cache_folder, open_documents, training_dataset
 from distillkit.training.data.prepared import PreparedDataset, prepare
 from distillkit.training.data.stored import Sample
@@ -312,6 +312,12 @@ def test_tokenizers_that_lack_something(tmp_path: Path, tokenizer: Any) -> None:
 # -- from a configuration ----------------------------------------------------------------------------------------------
 
 
+def trained(config: RunConfig) -> DatasetEntry:
+    """The dataset that a run is trained on."""
+    [entry] = config.dataset.entries("train")
+    return entry
+
+
 def live_config(tmp_path: Path, train: Path | str, **settings: Any) -> RunConfig:
     """A configuration with a live teacher."""
     dataset = {"train_dataset": {"disk_path": str(train)}, "prepared_dataset_path": str(tmp_path / "cache")}
@@ -351,16 +357,16 @@ def test_a_configuration_finds_prepares_and_packs_text(tmp_path: Path, tokenizer
             tmp_path, path, dataset={"num_samples": 15}, training_args={"packing": True, "dataset_num_proc": 1}
         )
         arguments = training_arguments(config)
-        documents = open_documents(config, "train", tokenizer, arguments)
+        documents = open_documents(config, trained(config), tokenizer, arguments)
         assert isinstance(documents, PreparedDataset)
         assert len(documents) == 15
-        data = training_dataset(config, "train", documents, NoTeacher(), arguments)
+        data = training_dataset(config, trained(config), documents, NoTeacher(), arguments)
         assert len(data) < 15
         found = [data[row] for row in range(len(data))]
         lengths = sorted(int(n) for example in found for n in example.segment_lengths)
         assert lengths == sorted(documents.lengths().tolist())
         assert all(len(example.input_ids) <= 8 for example in found)
-        assert open_documents(config, "eval", tokenizer, arguments) is None
+        assert config.dataset.entries("eval") == []
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -369,18 +375,18 @@ def test_long_text_is_cut_split_or_left_out_as_asked(tmp_path: Path, tokenizer: 
     words = ["a b c d e f g h a b c d", "a b", "h g f e d c b a h g f"]
     path = write_rows(tmp_path / "data.jsonl", [{"text": text} for text in words])
 
-    def trained(overflow: str | None) -> list[list[int]]:
+    def read(overflow: str | None) -> list[list[int]]:
         config = live_config(tmp_path, path, dataset={"overflow": overflow}, training_args={"packing": packing})
         arguments = training_arguments(config)
-        documents = open_documents(config, "train", tokenizer, arguments)
+        documents = open_documents(config, trained(config), tokenizer, arguments)
         assert documents is not None
-        data = training_dataset(config, "train", documents, NoTeacher(), arguments)
+        data = training_dataset(config, trained(config), documents, NoTeacher(), arguments)
         found = [data[row] for row in range(len(data))]
         assert all(len(example.input_ids) <= 8 for example in found)
         return sorted(example.input_ids[example.positions + 1].tolist() for example in found)
 
     config = live_config(tmp_path, path, dataset={"overflow": "cut"})
-    documents = open_documents(config, "train", tokenizer, training_arguments(config))
+    documents = open_documents(config, trained(config), tokenizer, training_arguments(config))
     assert documents is not None
     whole = [documents[number].input_ids.tolist() for number in range(3)]
     assert [len(tokens) for tokens in whole] == [14, 4, 13]
@@ -390,22 +396,22 @@ def test_long_text_is_cut_split_or_left_out_as_asked(tmp_path: Path, tokenizer: 
         ("drop", [whole[1][1:]]),
     ):
         flat = sorted(token for part in parts for token in part)
-        assert sorted(token for row in trained(overflow) for token in row) == flat
+        assert sorted(token for row in read(overflow) for token in row) == flat
         if not packing:
-            assert trained(overflow) == sorted(parts)
+            assert read(overflow) == sorted(parts)
     with refused(ConfigError, "dataset.train_dataset", "2 of 3", f"{11 / 31:.1%}", "dataset.overflow", "8"):
-        trained(None)
+        read(None)
 
 
 def test_captured_data_serve_a_live_teacher(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "captured", random_documents(5))
     config = live_config(tmp_path, path, dataset={"overflow": "cut"})
     arguments = training_arguments(config)
-    documents = open_documents(config, "train", tiny_tokenizer(), arguments)
+    documents = open_documents(config, trained(config), tiny_tokenizer(), arguments)
     assert isinstance(documents, Dataset)
-    assert training_dataset(config, "train", documents, NoTeacher(), arguments)[0].teacher == {}
+    assert training_dataset(config, trained(config), documents, NoTeacher(), arguments)[0].teacher == {}
     with refused(MismatchError, "dataset.train_dataset", fingerprint(tiny_tokenizer(prefix="other"))):
-        open_documents(config, "train", tiny_tokenizer(prefix="other"), arguments)
+        open_documents(config, trained(config), tiny_tokenizer(prefix="other"), arguments)
 
 
 def test_published_data_serve_a_live_teacher_without_their_distributions(
@@ -414,7 +420,7 @@ def test_published_data_serve_a_live_teacher_without_their_distributions(
     golden = Path(__file__).parent / "golden" / "upstream_v1"
     monkeypatch.setattr("distillkit.training.data.documents.vocab_size", lambda tokenizer: 49152)
     config = live_config(tmp_path, golden, dataset={"overflow": "cut"})
-    documents = open_documents(config, "train", tiny_tokenizer(), training_arguments(config))
+    documents = open_documents(config, trained(config), tiny_tokenizer(), training_arguments(config))
     assert isinstance(documents, PreparedDataset)
     assert documents.lengths().tolist() == [len(document.input_ids) for document in Dataset.open(str(golden))]
 
@@ -431,7 +437,7 @@ def test_data_that_are_not_there(tmp_path: Path, tokenizer: Any, monkeypatch: py
     ):
         config = live_config(tmp_path, "unused", dataset={"train_dataset": source, "eval_dataset": source})
         with refused(ConfigError, f"dataset.{section}_dataset", *facts):
-            open_documents(config, section, tokenizer, training_arguments(config))
+            open_documents(config, *config.dataset.entries(section), tokenizer, training_arguments(config))
 
 
 @pytest.mark.slow

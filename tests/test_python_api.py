@@ -128,8 +128,8 @@ def test_what_does_not_fit_is_refused_as_in_a_yaml_file(parts: dict[str, str], t
         DistillationTrainer(parts["student"], args, train_dataset=data)
     with refused(ConfigError, "overflwo", "overflow"):
         DistillationTrainer(parts["student"], args, train_dataset=data, overflwo="cut")  # type: ignore[call-arg]
-    with refused(ConfigError, "train_dataset", "list"):
-        DistillationTrainer(parts["student"], {}, train_dataset=[1])  # type: ignore[arg-type]
+    with refused(ConfigError, "train_dataset[1]", "int"):
+        DistillationTrainer(parts["student"], {}, train_dataset=[data, 1])  # type: ignore[arg-type]
     with refused(ConfigError, "args", "int"):
         DistillationTrainer(parts["student"], 3, train_dataset=data)  # type: ignore[arg-type]
     with refused(ConfigError, "capturd"):
@@ -190,7 +190,7 @@ heavy = {"torch", "numpy", "pyarrow", "transformers", "pydantic", "rich"} & {*sy
 assert not heavy, heavy
 assert {*distillkit.__all__} <= {*dir(distillkit)}
 import distillkit.capture
-assert callable(distillkit.capture) and callable(distillkit.plan) and distillkit.capture.capture
+assert callable(distillkit.capture) and callable(distillkit.forecast) and distillkit.capture.capture
 assert distillkit.inspect and distillkit.train and distillkit.push and distillkit.verify
 assert distillkit.Codec(distillkit.preset("budget", vocab_size=100)) and distillkit.Dataset.open
 assert not {"torch", "transformers"} & {*sys.modules}

@@ -30,6 +30,15 @@ def test_the_version_is_the_same_everywhere() -> None:
         assert set(ours) == {version}, lock
 
 
+def test_actions_are_pinned_to_commits() -> None:
+    """A tag can be moved to other code, which would be run with the right to publish."""
+    workflows = [path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    used = [line for text in workflows for line in text.splitlines() if "uses:" in line]
+    assert len(used) > 5
+    for line in used:
+        assert re.search(r"uses: [\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
+
+
 def test_links_are_absolute_on_a_package_index() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)]+)\)", readme)

@@ -24,6 +24,7 @@ from distillkit.capture.settings_file import load_captures
 from distillkit.cli import capture as capture_cli
 from distillkit.cli.capture import capture as capture_command
 from distillkit.cli.compat.sample_logits_vllm import main as published_command
+from distillkit.cli.convert import convert as convert_command
 from distillkit.cli.forecast import forecast as forecast_command
 from distillkit.cli.main import cli
 from distillkit.cli.schema import SCHEMAS, settings_page
@@ -32,6 +33,7 @@ from distillkit.codec.presets import FORMER_PRESETS, PresetName
 from distillkit.errors import ConfigError
 from distillkit.training.config.file import parse_config
 from distillkit.training.config.schema import RunConfig
+from support.refusals import check_names
 
 ROOT = Path(__file__).parent.parent
 GIVEN = {"model": "m", "dataset": "d", "output": "o"}
@@ -76,7 +78,7 @@ def test_all_problems_come_at_once_each_by_its_path() -> None:
     found = problems(
         **{"engine": "openai", "dtype": "float16", "samples": 0, "seed": "3", "where": "x", "keep_ids": 3},
         **{"min_tokens": 5, "max_tokens": 3, "max_seq_len": 64, "overlap": 33, "tensr_parallel_size": 4, "vllm": 3},
-        **{"keep_columns": ["a", 3], "shard_range": "1", "shuffle": 1, "overflow": "windows", "preset": "budgt"},
+        **{"keep_columns": ["a", 3], "shard_range": "1", "shuffle": 1, "overflow": "windows", "preset": "compct-50"},
     )
     assert found.keys() == {
         *("dtype", "samples", "seed", "where", "keep_ids", "max_tokens", "overlap", "tensr_parallel_size", "vllm"),
@@ -87,7 +89,7 @@ def test_all_problems_come_at_once_each_by_its_path() -> None:
         "overlap": "between 1 and 32",
         "max_tokens": "min_tokens, which is 5, found 3",
         "overflow": "found 'windows'; did you mean 'window'?",
-        "preset": "found 'budgt'; did you mean 'budget'?",
+        "preset": "found 'compct-50'; did you mean 'compact-50'?",
         "tensr_parallel_size": "unknown capture setting; did you mean 'tensor_parallel_size'?",
         "dtype": "is for engine hf or vllm, but this capture uses openai (found 'float16')",
     }.items():
@@ -260,6 +262,13 @@ def test_help_needs_no_torch() -> None:
     code += "assert not {'torch', 'transformers'} & set(sys.modules), 'imported'"
     for command in ("capture", "forecast", "schema"):
         subprocess.run([sys.executable, "-c", code, command], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", [capture_command, convert_command])
+def test_a_mistyped_choice_is_answered_with_the_closest(command: click.Command) -> None:
+    result = CliRunner().invoke(command, ["--preset", "compct-50"])
+    assert result.exit_code == 2
+    check_names(result.output, "--preset", "'compct-50'", "'compact-50'?")
 
 
 def test_plan_is_an_earlier_name_of_forecast() -> None:

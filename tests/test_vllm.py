@@ -21,6 +21,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from distillkit.capture import CaptureSettings, capture
 from distillkit.capture.teachers.base import RowRequest, ScoredDocument, Teacher
@@ -30,9 +31,14 @@ from distillkit.capture.teachers.vllm import VLLMTeacher
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.shards import Dataset, verify_dataset
 from distillkit.text.tokenizer import load_tokenizer
+from distillkit.training.data.examples import Collator, Example, counted_positions
+from distillkit.training.signals.live import OnlineSignal
+from distillkit.training.signals.served import ServedSignal
+from distillkit.training.signals.server import connect
 from distillkit.types import TokenDocument
 from support.refusals import check_names, refused
 from support.teachers import EXACT, HEAD, write_llama, write_text
+from support.training import run_config
 
 pytest.importorskip("vllm")
 pytestmark = [
@@ -250,6 +256,43 @@ def test_a_server_and_transformers_agree(
     for path in (tmp_path / "out").iterdir():
         assert b"secret" not in path.read_bytes()
         assert b"127.0.0.1" not in path.read_bytes()
+
+
+def test_what_training_asks_a_server_is_what_the_live_teacher_gives(
+    server: tuple[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a batch of packed and masked documents; from the cache, too."""
+    url, _ = server
+    monkeypatch.setenv("DISTILLKIT_API_KEY", "secret")
+    lengths = np.array([64, 100, 30, 17, 2], np.int64)
+    ids = np.concatenate([document.input_ids for document in documents(*lengths.tolist())])
+    mask = np.random.default_rng(1).random(len(ids)) < 0.7
+    positions = counted_positions(lengths, mask)
+    packed = Example(ids, lengths, positions, {}, places=np.stack([positions, positions], -1))
+    ids = documents(120)[0].input_ids
+    alone = Example(ids, np.array([120]), np.arange(119), {}, places=np.zeros((119, 2), np.int64))
+    batch = Collator()([packed, alone])
+    labels = batch["labels"].flatten()[batch["rows"] + 1]
+    expected = OnlineSignal(AutoModelForCausalLM.from_pretrained(folder), top_k=8).targets(batch, labels)
+
+    teacher = {"kind": "server", "base_url": url, "model": str(folder), "top_k": 8, "cache": str(tmp_path / "kept")}
+    config = run_config("student", tmp_path, "data", teacher={**teacher, "label_logprobs": True}, sequence_length=256)
+    for stopped in (False, True):
+        asking = connect(config, load_tokenizer(str(folder)))
+        if stopped:  # answers of the cache alone
+            monkeypatch.setattr(asking.engine, "score_one", lambda *_: pytest.fail("asked again"))
+        (given,) = ServedSignal(asking, HEAD).ahead(iter([batch]))
+        found = ServedSignal(asking, HEAD).targets(given, labels)
+        np.testing.assert_allclose(found.teacher.logprobs, expected.teacher.logprobs, atol=TOLERANCE)
+        clear = (expected.teacher.logprobs[:, 0] - expected.teacher.logprobs[:, 1]).numpy() > TOLERANCE
+        np.testing.assert_array_equal(found.teacher.ids[clear, 0], expected.teacher.ids[clear, 0])
+        inside = expected.teacher.ids == labels[:, None]
+        own = (expected.teacher.logprobs * inside).sum(-1)[inside.any(-1)]
+        np.testing.assert_allclose(found.label_logprobs[inside.any(-1)], own, atol=TOLERANCE)
+        asking.stop()
+    (kept,) = (path for path in (tmp_path / "kept").iterdir() if path.is_dir())
+    assert verify_dataset(kept).ok
+    assert len(Dataset.open(kept)) == 6
 
 
 def test_what_a_server_does_not_give(

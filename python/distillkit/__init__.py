@@ -2,7 +2,7 @@
 
     import distillkit
 
-    distillkit.plan(model="teacher", dataset="documents.jsonl")
+    distillkit.forecast(model="teacher", dataset="documents.jsonl")
     distillkit.capture(model="teacher", dataset="documents.jsonl", output="captured")
     distillkit.inspect("captured")
     distillkit.train("train.yaml")
@@ -20,7 +20,7 @@ from distillkit._native import __version__
 from distillkit.configuration.installation import warn_of_another
 
 if TYPE_CHECKING:
-    from distillkit.capture import capture, plan
+    from distillkit.capture import capture, forecast
     from distillkit.codec import Codec, preset
     from distillkit.hub import push
     from distillkit.reports import inspect
@@ -35,8 +35,8 @@ __all__ = [
     "DistillationTrainer",
     "__version__",
     "capture",
+    "forecast",
     "inspect",
-    "plan",
     "preset",
     "push",
     "train",
@@ -47,8 +47,8 @@ _PLACES = {
     "Codec": ("codec", "Codec"),
     "Dataset": ("shards", "Dataset"),
     "DistillationTrainer": ("training.distillation", "DistillationTrainer"),
+    "forecast": ("capture", "forecast"),
     "inspect": ("reports", "inspect"),
-    "plan": ("capture", "plan"),
     "preset": ("codec", "preset"),
     "push": ("hub", "push"),
     "train": ("training", "train"),

@@ -18,7 +18,7 @@ from distillkit.errors import InputError, printable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Document", "Facts", "Overflow", "Shown", "SparseLogprobs", "TokenDocument"]
+__all__ = ["Document", "Draws", "Facts", "Overflow", "Shown", "SparseLogprobs", "TokenDocument"]
 
 Array = Union[npt.NDArray[Any], "torch.Tensor"]
 
@@ -57,12 +57,27 @@ def _escaped(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """How distributions were drawn from.
+
+    Attributes:
+        number: draws per distribution, with replacement.
+        temperature: the draws are from softmax(logits / temperature).
+    """
+
+    number: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
 class SparseLogprobs:
     """The k most probable ids of one or more distributions, with their log-probabilities under the *full* softmax.
 
     Attributes:
         ids: (..., k) int64 token ids, most probable first.
         logprobs: (..., k) float32 natural log-probabilities. They do not sum to one: see `missing_mass`.
+        draws: if set, the ids are those that were drawn, and the log-probabilities those of their shares of the draws,
+            which sum to one: an unbiased estimate of the distribution, but of nothing that is not linear in it.
 
     Both are numpy arrays, or both are torch tensors on one device.
 
@@ -78,6 +93,7 @@ class SparseLogprobs:
 
     ids: Array
     logprobs: Array
+    draws: Draws | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.ids, np.ndarray) != isinstance(self.logprobs, np.ndarray):

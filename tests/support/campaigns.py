@@ -29,7 +29,7 @@ from distillkit.capture.settings_file import load_captures
 from distillkit.capture.shard_plan import ShardReceipt, make_plan, read_plan
 from distillkit.capture.summary import ShardSummary
 from distillkit.capture.teachers.base import RejectedDocument, ScoredDocument
-from distillkit.codec import Codec, CompactConfig, Prior
+from distillkit.codec import Codec, CompactConfig, LearnedConfig, Prior, SampledConfig, draws_from_logits, uniforms
 from distillkit.errors import ConfigError, CorruptDataError
 from distillkit.reports.inspection import inspect_dataset
 from distillkit.reports.run_record import read_run
@@ -221,7 +221,10 @@ class CompactCodes:
     seeds = 40_000
 
     def __init__(self, folder: Path) -> None:
-        self._codec, rows = learned_codec(), make_documents(4)[3][1]
+        self._prepare(learned_codec(), make_documents(4)[3][1])
+
+    def _prepare(self, codec: Codec, rows: SparseLogprobs) -> None:
+        self._codec = codec
         self._rows = len(rows.ids)
         self._data = self._codec.encode_document(rows)
         self._expected = self._codec.decode_document(self._data, self._rows)
@@ -234,7 +237,9 @@ class CompactCodes:
             return
         prior = self._codec.prior
         assert prior is not None
-        codec = Codec(learned_config(), prior=Prior(edited(prior.data, seed)))
+        config = self._codec.config
+        assert isinstance(config, LearnedConfig)
+        codec = Codec(config.without_prior(), prior=Prior(edited(prior.data, seed)))
         found = codec.decode_document(self._data, self._rows)
         # The prior's hash comes before; without it, other data are possible, though only sound ones.
         ids, logprobs = np.asarray(found.ids), np.asarray(found.logprobs)
@@ -243,6 +248,17 @@ class CompactCodes:
         assert all(len({*ids[row][there[row]]}) == there[row].sum() > 0 for row in range(len(ids))), "a repeated id"
         assert (np.exp(logprobs.astype(np.float64)).sum(-1) < 1 + 1e-4).all(), "a row of more than 1"
         assert (np.diff(np.where(there, logprobs, -np.float32(100))) <= 0).all(), "values that are not in order"
+
+
+class SampledCodes(CompactCodes):
+    """The same with a document of draws."""
+
+    def __init__(self, folder: Path) -> None:
+        config = SampledConfig(vocab_size=VOCAB, draws=9)
+        logits = np.random.default_rng(0).normal(size=(300, VOCAB)).astype(np.float32) * 2
+        rows = draws_from_logits(logits, uniforms([1], 300, 9))
+        few = SparseLogprobs(rows.ids[:40], rows.logprobs[:40], rows.draws)
+        self._prepare(Codec(config, prior=Prior.learn(config, rows)), few)
 
 
 class ShardMetadata:
@@ -704,6 +720,7 @@ CAMPAIGNS: dict[str, Callable[[Path], Campaign]] = {
     "shard_bytes": ShardBytes,
     "compact_bytes": CompactBytes,
     "compact_codes": CompactCodes,
+    "sampled_codes": SampledCodes,
     "shard_metadata": ShardMetadata,
     "manifest_bits": ManifestBits,
     "manifests": Manifests,

@@ -1,4 +1,5 @@
-"""A decoder of the compact format, from FORMAT.md §4 alone: slow, and trusting that its bytes are valid."""
+"""Decoders of the formats compact and sampled, from FORMAT.md §4 and §5 alone: slow, and trusting that the bytes are
+valid."""
 
 from __future__ import annotations
 
@@ -99,7 +100,7 @@ class _Bytes:
             if byte < 128:
                 return value
 
-    def list(self, length: int) -> list[int]:
+    def entries(self, length: int) -> list[int]:
         entries: list[int] = []
         while len(entries) < length:
             start = len(entries)
@@ -116,6 +117,29 @@ class _Bytes:
             self.take(-(-bits.read // 8))
         return entries
 
+    def clusters(self, vocab: int) -> list[tuple[int, int, list[int]]]:
+        """Of each cluster its two classes, and all ids by position."""
+        order = self.entries(self.number(4))
+        order += sorted(set(range(vocab)) - set(order))
+        clusters = []
+        for _ in range(self.number(2)):
+            classes = self.number(1), self.number(1)
+            ids = [order[place] for place in self.entries(self.number(2))]
+            listed = set(ids)
+            clusters.append((*classes, ids + [id for id in order if id not in listed]))
+        return clusters
+
+    def maps(self, count: int) -> list[list[int]]:
+        return [[self.number(2) for _ in range(self.number(4))] for _ in range(count)]
+
+    def tables(self) -> list[Table]:
+        tables = []
+        for _ in range(self.number(2)):
+            frequencies = [self.number(2) for _ in range(self.number(1))]
+            frequencies += [0] * (ESCAPE - len(frequencies))
+            tables.append(Table([*frequencies, 1024 - sum(frequencies)]))
+        return tables
+
 
 class Prior:
     """A prior, read."""
@@ -125,26 +149,11 @@ class Prior:
         if read.take(8) != b"DKPRIOR1":
             raise ValueError("not a prior")
         self.config: dict[str, Any] = json.loads(read.take(read.number(4)))
-        vocab = self.config["vocab_size"]
-        order = read.list(read.number(4))
-        order += sorted(set(range(vocab)) - set(order))
-        self.clusters = []
-        for _ in range(read.number(2)):
-            classes = read.number(1), read.number(1)
-            ids = [order[place] for place in read.list(read.number(2))]
-            listed = set(ids)
-            self.clusters.append((*classes, ids + [id for id in order if id not in listed]))
+        self.clusters = read.clusters(self.config["vocab_size"])
         count = read.number(2)
         self.levels = np.frombuffer(read.take(4 * count), "<f4")
-        self.maps = []
-        for _ in range(6):
-            size = read.number(4)
-            self.maps.append([read.number(2) for _ in range(size)])
-        self.tables = []
-        for _ in range(read.number(2)):
-            frequencies = [read.number(2) for _ in range(read.number(1))]
-            frequencies += [0] * (ESCAPE - len(frequencies))
-            self.tables.append(Table([*frequencies, 1024 - sum(frequencies)]))
+        self.maps = read.maps(6)
+        self.tables = read.tables()
 
 
 def decode_compact(
@@ -211,3 +220,59 @@ def decode_compact(
     if any(stream.state for stream in [head, *streams]):
         raise ValueError("a stream does not end in state 0")
     return ids, logprobs
+
+
+class SampledPrior:
+    """A prior of the format sampled, read."""
+
+    def __init__(self, data: bytes) -> None:
+        read = _Bytes(data)
+        if read.take(8) != b"DKDRAWS1":
+            raise ValueError("not a prior of draws")
+        self.config: dict[str, Any] = json.loads(read.take(read.number(4)))
+        self.clusters = read.clusters(self.config["vocab_size"])
+        self.maps = read.maps(4)
+        self.tables = read.tables()
+
+
+def decode_sampled(
+    prior_bytes: bytes, document: bytes, rows: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ids and counts of draws, (rows, k), of a document that was written with a prior (FORMAT.md §5)."""
+    prior = SampledPrior(prior_bytes)
+    draws, vocab = prior.config["draws"], prior.config["vocab_size"]
+    k = min(draws, vocab)
+    cluster_map, count_map, gap_map, excess_map = prior.maps
+    positions_size, left_size = _bucket(vocab) + 1, _bucket(k) + 1
+    if int.from_bytes(document[:4], "little") != xxhash.xxh3_64_intdigest(document[4:]) % 2**32:
+        raise ValueError("not the checksum of the document")
+    frame = _Bytes(document)
+    frame.take(4)
+    if frame.number(1) != 2 or frame.varint() != rows:
+        raise ValueError("not a document of so many rows")
+    stream = Stream(document[frame.read :])
+    ids, counts = np.zeros((rows, k), np.int64), np.zeros((rows, k), np.int64)
+    for row in range(rows):
+        cluster = stream.number(prior.tables[cluster_map[0]])
+        gap_class, count_class, order = prior.clusters[cluster]
+        count = 1 + stream.number(prior.tables[count_map[count_class]])
+        after, positions = 0, []
+        for left in range(count, 0, -1):
+            context = (gap_class * positions_size + _bucket(after)) * left_size + _bucket(left)
+            positions.append(after + stream.number(prior.tables[gap_map[context]], 1))
+            after = positions[-1] + 1
+        beyond, drawn = draws - count, []
+        for left, position in zip(range(count, 0, -1), positions, strict=True):
+            more = beyond
+            if beyond and left > 1:
+                place = (_bucket(beyond) * left_size + _bucket(left)) * 16 + min(_bucket(position + 1), 15)
+                more = stream.number(prior.tables[excess_map[place]])
+            drawn.append(1 + more)
+            beyond -= more
+        ranked = sorted(range(count), key=lambda i: (-drawn[i], order[positions[i]]))
+        ids[row] = order[positions[ranked[0]]]
+        ids[row, :count] = [order[positions[i]] for i in ranked]
+        counts[row, :count] = [drawn[i] for i in ranked]
+    if stream.state:
+        raise ValueError("the stream does not end in state 0")
+    return ids, counts

@@ -158,7 +158,7 @@ def run_config(student: str, output: Path, train: str, evaluate: str | None = No
             "output_path": str(output),
             "sequence_length": 64,
             "dataset": dataset,
-            "teacher": {"kind": "dataset"},
+            **({} if "teachers" in settings else {"teacher": {"kind": "dataset"}}),
             "loss_functions": [{"function": "cross_entropy", "weight": 0.25}, {"function": "kl", "weight": 0.75}],
             "training_args": arguments,
             **settings,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.codec import CodecConfig, CompactConfig, DistributionQuantizationConfig
+from distillkit.codec import CodecConfig, DistributionQuantizationConfig
 from distillkit.errors import InputError
 from distillkit.shards import Dataset
 
@@ -142,7 +142,7 @@ def _load_dataset(name: str) -> Sample:
     dataset = Dataset.open(name)
     if not len(dataset) or not dataset.num_rows:
         raise InputError(f"{name}: the dataset contains no distributions")
-    if isinstance(dataset.codec.config, CompactConfig) and dataset.codec.config.adaptive:
+    if dataset.codec.varies:
         raise InputError(
             f"{name}: its rows have different numbers of ids, but codecs are compared on rows with k of them: take a "
             "dataset with a fixed k"

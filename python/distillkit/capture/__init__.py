@@ -19,10 +19,10 @@ from distillkit.codec import CodecConfig
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from distillkit.capture.forecast.forecast import Forecast
+    from distillkit.capture.forecasting.forecast import Forecast
     from distillkit.capture.options import CaptureOptions
 
-__all__ = ["CaptureReport", "CaptureSettings", "capture", "plan"]
+__all__ = ["CaptureReport", "CaptureSettings", "capture", "forecast"]
 
 
 def capture(
@@ -44,7 +44,7 @@ def capture(
         model: folder or hub id of the teacher.
         dataset: text, chats or token ids: a file, a folder of files, a `save_to_disk` folder, a URL or a hub id.
         output: folder for the captured dataset.
-        preset: name of a codec configuration; "recommended" if neither this nor `compression_config` is given.
+        preset: name of a codec configuration; "compact-128" if neither this nor `compression_config` is given.
         compression_config: a codec configuration: YAML file, mapping or config object.
         progress: show a progress bar, on stderr or in the notebook.
         **options: the other fields of `CaptureSettings`; engine settings either nested or flat.
@@ -72,7 +72,7 @@ def capture(
     return run_capture(settings, progress=progress)
 
 
-def plan(
+def forecast(
     *,
     model: str,
     dataset: str,
@@ -110,10 +110,12 @@ def plan(
         **options,
     )
     check_inputs(settings)
-    from distillkit.capture.forecast.forecast import forecast
+    from distillkit.capture.forecasting.forecast import forecast_captures
 
     with progress_bar("running the teacher", shown=progress) as advance:
-        (found,) = forecast([settings], seconds=seconds, progress=lambda done, total: advance(int(done), int(total)))
+        (found,) = forecast_captures(
+            [settings], seconds=seconds, progress=lambda done, total: advance(int(done), int(total))
+        )
     return found
 
 

@@ -11,10 +11,26 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from distillkit.configuration.problems import InvalidSettingsError, Problem
 from distillkit.configuration.secrets import redacted
 
-__all__ = ["ENGINES", "HFSettings", "OpenAISettings", "VLLMSettings", "engines_with", "nest_settings"]
+__all__ = ["ENGINES", "HFSettings", "OpenAISettings", "VLLMSettings", "engines_with", "nest_settings", "web_address"]
 
 
 DEFAULT_BATCH_TOKENS = 4096
+
+
+def web_address(value: str) -> str:
+    """Return the URL of a server.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        url = urlsplit(value)
+        usable = url.scheme in ("http", "https") and url.hostname and (url.port is None or url.port > 0)
+    except ValueError:
+        usable = False
+    if not usable or not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError(f"must be a URL such as http://localhost:8000/v1, found {redacted(value)!r}")
+    return value
 
 
 class _EngineSettings(BaseModel):
@@ -105,16 +121,7 @@ class OpenAISettings(_EngineSettings):
     @field_validator("base_url")
     @classmethod
     def _a_web_address(cls, value: str | None) -> str | None:
-        if value is None:
-            return value
-        try:
-            url = urlsplit(value)
-            usable = url.scheme in ("http", "https") and url.hostname and (url.port is None or url.port > 0)
-        except ValueError:
-            usable = False
-        if not usable or not value.isascii() or not value.isprintable() or " " in value:
-            raise ValueError(f"must be a URL such as http://localhost:8000/v1, found {redacted(value)!r}")
-        return value
+        return value if value is None else web_address(value)
 
 
 ENGINES: dict[str, type[_EngineSettings]] = {"hf": HFSettings, "vllm": VLLMSettings, "openai": OpenAISettings}

@@ -15,13 +15,13 @@ from distillkit.capture.shard_plan import PRIOR_RECEIPT, ShardPlan, ShardReceipt
 from distillkit.capture.teachers.base import RowRequest, Teacher
 from distillkit.capture.teachers.hf import load_config, resolve_device, resolve_dtype
 from distillkit.capture.teachers.make import make_teacher
-from distillkit.codec import Codec, CompactConfig, Prior
+from distillkit.codec import Codec, LearnedConfig, Prior, SampledConfig
 from distillkit.configuration.places import folder_name
 from distillkit.configuration.urls import locate, without_trailing_slash
 from distillkit.console import human_bytes, number_of
 from distillkit.errors import CaptureError, ConfigError, InputError, MismatchError
 from distillkit.shards import Header, Manifest, load_prior, read_manifest
-from distillkit.shards.header import alignment
+from distillkit.shards.header import DRAWN, alignment
 from distillkit.shards.storage import Folder
 from distillkit.text.documents import DocumentReader
 from distillkit.text.sources import Source, open_source
@@ -51,7 +51,7 @@ class CaptureInputs:
         tokenizer: the tokenizer whose ids are stored.
         head_size: width of the teacher's logits.
         device, dtype: what the teacher runs on and in.
-        prior: the given prior of a compact codec; None if it is learned, or the built-in one.
+        prior: the given prior of the codec; None if it is learned, or the built-in one.
     """
 
     settings: CaptureSettings
@@ -98,20 +98,28 @@ class CaptureInputs:
     @property
     def sampled_rows(self) -> int:
         """From how many rows the codec's prior is learned; 0 if none is."""
-        learns = self.prior is None and isinstance(self.codec.config, CompactConfig)
+        learns = self.prior is None and isinstance(self.codec.config, LearnedConfig)
         return self.settings.prior_rows if learns else 0
 
     @property
     def request(self) -> RowRequest:
         """What is kept of the teacher's distributions."""
-        settings, k = self.settings, self.codec.k
-        return RowRequest(k, settings.token_ids(self.tokenizer, k), settings.label_logprobs, settings.last_row)
+        settings, codec = self.settings, self.codec
+        return RowRequest(
+            codec.k,
+            settings.token_ids(self.tokenizer, codec.k),
+            settings.label_logprobs,
+            settings.last_row,
+            codec.draws,
+            codec.config.seed if isinstance(codec.config, SampledConfig) else 0,
+        )
 
     def sample_k(self, k: int) -> int:
         """Number of ids per row that the prior of a codec with so many is learned from.
 
         Rows are told apart by their first ids, whatever number of them is stored: with 128, `compact-50` takes 1% fewer
-        bytes than with 50. Other engines are started for as many ids as are stored.
+        bytes than with 50. (`sampled-50`, too, whose rows are kept with these ids besides their draws.) Other engines
+        are started for as many ids as are stored.
         """
         if self.settings.engine != "hf" or self.settings.keep_ids:
             return k
@@ -147,6 +155,7 @@ class CaptureInputs:
             vocab_size=known,
             head_size=self.head_size,
             tokenizer={"name": folder_name(name), "fingerprint": fingerprint(self.tokenizer)},
+            **self._distributions(),
             alignment=alignment("L" if self.request.last_row else "L-1"),
             capture={
                 **self.settings.identity(),
@@ -156,6 +165,11 @@ class CaptureInputs:
                 "device": self.device.partition(":")[0],
             },
         )
+
+    def _distributions(self) -> dict[str, Any]:
+        """The header's fields that say what the teacher's logits were turned into."""
+        draws = self.codec.draws
+        return {} if draws is None else {"temperature": draws.temperature, "logprobs": DRAWN}
 
     def plan(self, folder: Folder) -> ShardPlan:
         """The plan in the folder, or a new one.
@@ -292,10 +306,10 @@ def _given_prior(settings: CaptureSettings, codec: Codec, tokenizer: Any) -> Pri
         )
     if name is None:
         return None
-    if not isinstance(codec.config, CompactConfig):
+    if not isinstance(codec.config, LearnedConfig):
         raise ConfigError(
-            f"prior: only the compact format has a prior, but this capture's is {codec.format}: choose --preset "
-            f"compact-50, for example, or leave it out (found {name!r})"
+            f"prior: only the formats compact and sampled have a prior, but this capture's is {codec.format}: choose "
+            f"--preset compact-50, for example, or leave it out (found {name!r})"
         )
     try:
         prior = load_prior(name)
@@ -303,8 +317,9 @@ def _given_prior(settings: CaptureSettings, codec: Codec, tokenizer: Any) -> Pri
         raise ConfigError(f"prior: {error}") from error
     if named not in (None, prior.hash):
         raise MismatchError(f"prior: the hash of {name} is {prior.hash}, but compression_config names {named}")
-    ours, theirs = codec.config.model_dump(), prior.config.model_dump()
-    different = [f"{key} {theirs[key]!r} (here: {ours[key]!r})" for key in ours if ours[key] != theirs[key]]
+    config = codec.config.for_prior()
+    ours, theirs = ({"format": each.format, **each.model_dump()} for each in (config, prior.config))
+    different = [f"{key} {theirs.get(key)!r} (here: {ours[key]!r})" for key in ours if ours[key] != theirs.get(key)]
     if different:
         raise MismatchError(
             f"prior: {name} was learned for {', '.join(different)}: choose the codec that it was learned for, or leave "
@@ -330,7 +345,7 @@ def _tokenizer_beside(name: str, prior: Prior) -> Mapping[str, Any] | None:
 
 
 def stored_bytes_per_token(codec: Codec, settings: CaptureSettings) -> int:
-    """Bytes on disk per token: its row (in the compact format, about), its id and its label's log-probability."""
+    """Bytes on disk per token: its row (about, if rows differ in size), its id and its label's log-probability."""
     # Ids take up to 4 bytes. Everything else adds some tens of bytes per document: less than 1% of its rows.
     return codec.expected_bytes_per_token + 4 + (4 if settings.label_logprobs else 0)
 

@@ -1,4 +1,4 @@
-"""The prior of a capture in the compact format, which is learned before the first shard is written.
+"""The prior of a capture in the format compact or sampled, which is learned before the first shard is written.
 
 It is learned once, from rows of documents that the plan names, by whoever plans the capture; all others find it. The
 rows are kept in `.capture` (`kept_rows.py`), so that the teacher scores each document once, and a run that was killed
@@ -149,7 +149,7 @@ def score_sample(
         OSError: the rows cannot be written.
     """
     documents, times = plan.read(number)[: plan.sample[number]], StageTimes()
-    request = replace(request, k=plan.sample_k)
+    request = replace(request, k=plan.sample_k, likely=0 if request.draws is None else plan.sample_k)
     codec, found = header.make_codec(), dict[int, ScoredOrRejected]()
     clock = time.perf_counter()
     for result in teacher.score(documents, request):
@@ -195,7 +195,9 @@ def _learn(inputs: CaptureInputs, plan: ShardPlan, kept: Mapping[int, KeptRows])
     with explaining_mismatch(plan.folder):
         for header in headers.values():
             first.check_same(header, where=str(plan.inside))
-    rows = [result.rows for each in kept.values() for result in each.results if isinstance(result, ScoredDocument)]
+    scored = [result for each in kept.values() for result in each.results if isinstance(result, ScoredDocument)]
+    rows = [result.rows for result in scored]
+    likely = [result.likely for result in scored if result.likely is not None]
     count = sum(len(part.ids) for part in rows)
     if not count:
         raise CaptureError(
@@ -205,11 +207,16 @@ def _learn(inputs: CaptureInputs, plan: ShardPlan, kept: Mapping[int, KeptRows])
     sources = number_of(len(kept), "shard")
     logger.info("%s: learning the prior from %s distributions of %s", plan.folder, f"{count:,}", sources)
     together = SparseLogprobs(
-        np.concatenate([part.ids for part in rows]), np.concatenate([part.logprobs for part in rows])
+        np.concatenate([part.ids for part in rows]), np.concatenate([part.logprobs for part in rows]), rows[0].draws
     )
     clock = time.perf_counter()
     config = inputs.codec.config
-    prior = Prior.learn(config, together, source=f"the prior learned for {plan.folder}")
+    prior = Prior.learn(
+        config,
+        together,
+        likely=np.concatenate(likely) if likely else None,
+        source=f"the prior learned for {plan.folder}",
+    )
     logger.info(
         "%s: learned the prior in %s: %s, once per dataset",
         plan.folder.of(PRIOR),

@@ -49,7 +49,7 @@ def check_before_loading(settings: CaptureSettings) -> None:
 
 
 def check_inputs(settings: CaptureSettings) -> None:
-    """Refuse a model, tokenizer, dataset or prior that is not there, and a codec that is not valid.
+    """Refuse a model, tokenizer, dataset or prior that is not there, and a codec that is not valid or not possible.
 
     Raises:
         ConfigError: names the setting.
@@ -61,8 +61,8 @@ def check_inputs(settings: CaptureSettings) -> None:
         if problem is not None:
             raise ConfigError(f"{setting}: {problem}")
     _check_dataset(settings.dataset)
-    if settings.compression_config is not None:
-        settings.read_compression_config()
+    if settings.draws:
+        settings.check_draws()
     if settings.prior is not None:
         _check_prior(settings.prior)
 

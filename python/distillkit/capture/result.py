@@ -48,9 +48,10 @@ class CaptureReport(Shown):
         bytes_per_token: the codec's bytes per row, ids and values; in the compact format, their mean and the row's
             share of the prior; 0 without rows.
         prior_bytes: size of the prior, which the dataset stores once; 0 without one.
-        published_bytes_per_token: bytes per row of the published layout with as many ids.
+        published_bytes_per_token: bytes per row of the published layout with as many ids; None for draws.
         disk_bytes: size of the shards and of the prior.
-        kl_mean, kl_p99: KL(teacher ‖ decoded) over K ∪ {R} in nats per row, measured while writing; None without rows.
+        kl_mean, kl_p99: KL(teacher ‖ decoded) over K ∪ {R} in nats per row, measured while writing; None without rows,
+            and for draws, which are stored as they are.
         mass_mean: mean total probability of the stored ids of a row; None if unknown.
         mass_quantiles: quantiles of that probability, by the share of rows that do not exceed them.
         next_token_rates: how often the teacher's first id is the next token, with the rows in place ("0") and shifted
@@ -78,7 +79,7 @@ class CaptureReport(Shown):
     unfinished_shards: int
     bytes_per_token: float
     prior_bytes: int
-    published_bytes_per_token: int
+    published_bytes_per_token: int | None
     disk_bytes: int
     kl_mean: float | None
     kl_p99: float | None

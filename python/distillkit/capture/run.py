@@ -17,7 +17,7 @@ from distillkit.capture.shard_plan import ShardPlan, ShardReceipt, remove_plan
 from distillkit.capture.summary import QUANTILES, ShardSummary
 from distillkit.capture.teachers.base import Teacher
 from distillkit.capture.teachers.hf import HFTeacher
-from distillkit.codec import Codec, CompactConfig
+from distillkit.codec import Codec
 from distillkit.codec.presets import published_bytes
 from distillkit.console import human_bytes
 from distillkit.errors import CaptureError
@@ -276,7 +276,7 @@ def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> No
 
 def _bytes_per_token(folder: Folder, manifest: Manifest, prior_bytes: int) -> float:
     """The codec's bytes per row; where rows differ in size, their mean with their prior, or 0 without rows."""
-    if manifest.header.codec.get("format") != CompactConfig.format:
+    if manifest.header.codec.get("format") not in ("compact", "sampled"):
         return manifest.header.make_codec().bytes_per_token
     rows = sum(shard.rows for shard in manifest.shards)
     size = sum(ShardFile(folder.of(shard.file)).teacher_bytes() for shard in manifest.shards)
@@ -290,6 +290,10 @@ def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int,
     capture = manifest.capture or {}
     summary = ShardSummary.from_dict(capture["summary"]) if "summary" in capture else ShardSummary()
     prior_bytes = 0 if header.prior is None else folder.size(PRIOR) or 0
+    k = header.codec["config"].get("k")
+    if k is None:
+        # Draws are stored as they are, and no published layout has any.
+        fidelity = {}
     return CaptureReport(
         output=str(folder),
         documents=sum(shard.documents for shard in shards),
@@ -299,7 +303,7 @@ def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int,
         unfinished_shards=unfinished,
         bytes_per_token=_bytes_per_token(folder, manifest, prior_bytes),
         prior_bytes=prior_bytes,
-        published_bytes_per_token=published_bytes(header.codec["config"]["k"], header.head_size),
+        published_bytes_per_token=None if k is None else published_bytes(k, header.head_size),
         disk_bytes=sum(shard.bytes for shard in shards) + prior_bytes,
         kl_mean=fidelity.get("kl_mean"),
         kl_p99=fidelity.get("kl_p99"),

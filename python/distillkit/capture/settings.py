@@ -29,14 +29,14 @@ from distillkit.capture.engine_settings import (
     engines_with,
     nest_settings,
 )
-from distillkit.codec import Codec, CodecConfig, CompactConfig, codec_config, preset
-from distillkit.codec.presets import PresetName
+from distillkit.codec import Codec, CodecConfig, CompactConfig, LearnedConfig, SampledConfig, codec_config, preset
+from distillkit.codec.presets import SAMPLED_PRESETS, PresetName
 from distillkit.configuration.problems import InvalidSettingsError, Problem, find_problems, refusals
 from distillkit.errors import ConfigError, MismatchError, nearest
 
 __all__ = ["CaptureSettings"]
 
-DEFAULT_PRESET = "recommended"
+DEFAULT_PRESET = "compact-128"
 
 _Part = TypeVar("_Part", bound=BaseModel)
 
@@ -114,24 +114,26 @@ class CaptureSettings(BaseModel):
     output: Text = Field(min_length=1, description="Folder or storage URL for the captured dataset.")
     preset: PresetName | None = Field(
         default=None,
-        description="Codec configuration by name; recommended if no codec is chosen. compact is a layout of earlier "
+        description="Codec configuration by name; compact-128 if no codec is chosen. sampled-50 draws ids instead of "
+        "keeping the most probable ones, which needs the engine hf. compact is a layout of earlier "
         "releases, to resume their captures; compact-50 replaces it.",
     )
     compression_config: CodecSource = Field(
         default=None,
-        description="Codec configuration from a YAML file, such as the compression_config.yaml of a published dataset.",
+        description="Codec configuration from a YAML file, such as the compression_config.yaml of a published dataset, "
+        "or one with the number of draws under `sampled`.",
     )
     prior: Text | None = Field(
         default=None,
-        description="Of the compact format: the prior of another capture of the same teacher, as its prior.bin, its "
-        "folder or one of its shards. By default it is learned from this capture's own text.",
+        description="Of a preset compact-… or sampled-…: the prior of another capture of the same teacher, as its "
+        "prior.bin, its folder or one of its shards. By default it is learned from this capture's own text.",
     )
     prior_rows: int = Field(
         default=131_072,
         ge=0,
-        description="Of the compact format: from about how many distributions the prior is learned, evenly spread over "
-        "the text. They are scored first and kept on disk, 8 bytes per id, until their shards are complete; 0 learns "
-        "none, and takes the built-in one.",
+        description="Of a preset compact-… or sampled-…: from about how many distributions the prior is learned, "
+        "evenly spread over the text. They are scored first and kept on disk, 8 bytes per id, until their shards are "
+        "complete; 0 learns none, and takes the built-in one.",
     )
     dataset_configuration: str | None = Field(default=None, description="Configuration of a hub dataset.")
     split: str = Field(
@@ -391,7 +393,7 @@ class CaptureSettings(BaseModel):
     def prior_hash(self) -> str | None:
         """The hash of the prior that `compression_config` names, if it names one."""
         config = None if self.compression_config is None else self.read_compression_config()
-        return config.prior if isinstance(config, CompactConfig) else None
+        return config.prior if isinstance(config, LearnedConfig) else None
 
     def codec(self, head_size: int) -> Codec:
         """Make the codec for a teacher whose logits are `head_size` wide.
@@ -407,13 +409,43 @@ class CaptureSettings(BaseModel):
                 "keep_ids: rows of this codec end where probabilities are small (threshold or mass), whatever ids are "
                 "to be kept: choose a codec with a fixed k, such as compact-128, or leave keep_ids out"
             )
+        if codec.draws is not None:
+            self.check_draws()
         return codec
+
+    @property
+    def draws(self) -> bool:
+        """Whether the codec stores draws.
+
+        Raises:
+            ConfigError: as for `read_compression_config`.
+        """
+        if self.compression_config is None:
+            return self.preset in SAMPLED_PRESETS
+        return isinstance(self.read_compression_config(), SampledConfig)
+
+    def check_draws(self) -> None:
+        """Refuse settings that do not go with draws.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        if self.engine != "hf":
+            raise ConfigError(
+                f"engine: the format sampled draws from all logits of a position, of which the engine {self.engine} "
+                "only returns the most probable: use the engine hf, or another format, such as --preset compact-50"
+            )
+        if self.keep_ids:
+            raise ConfigError(
+                "keep_ids: rows of the format sampled have the ids that were drawn, and none besides: leave keep_ids "
+                "out, or choose a codec with a fixed k, such as compact-128"
+            )
 
     def _codec(self, head_size: int) -> Codec:
         if self.compression_config is None:
             return Codec(preset(self.preset or DEFAULT_PRESET, vocab_size=head_size))
         config = self.read_compression_config()
-        if isinstance(config, CompactConfig):
+        if isinstance(config, LearnedConfig):
             # The prior itself is given by `prior`.
             config = config.without_prior()
         codec = Codec(config)

@@ -77,8 +77,16 @@ def show_reports(captures: Sequence[CaptureSettings], *, as_json: bool = False, 
         click.echo(json.dumps(found[0] if len(found) == 1 else found, indent=1))
 
 
-def chosen_captures(context: click.Context, config: Path | None, options: dict[str, Any]) -> list[CaptureSettings]:
+def chosen_captures(
+    context: click.Context, config: Path | None, options: dict[str, Any], output: str | None = None
+) -> list[CaptureSettings]:
     """Return the captures that the options and the file specify.
+
+    Args:
+        context: the command's.
+        config: the file, if any.
+        options: the values of the command's options.
+        output: the output of a capture without a file that names none.
 
     Raises:
         ConfigError: settings are unknown, missing or not allowed.
@@ -94,6 +102,8 @@ def chosen_captures(context: click.Context, config: Path | None, options: dict[s
         return load_captures(config, given, changes)
     if changes:
         raise click.UsageError("--set changes the values of a file; without one, use the options", ctx=context)
+    if output is not None:
+        given.setdefault("output", output)
     for name in ("model", "dataset", "output"):
         if name not in given:
             raise click.UsageError(f"Missing option '--{name}', or a file with settings.", ctx=context)
@@ -145,9 +155,12 @@ def _bytes_per_token(report: CaptureReport) -> str:
     if not report.prior_bytes:
         return f"{report.bytes_per_token:g}  ({disk})"
     published, share = report.published_bytes_per_token, report.prior_bytes / report.rows
+    compared = (
+        f", {report.bytes_per_token / published:.0%} of the {published} of the published layout" if published else ""
+    )
     return (
-        f"{report.bytes_per_token:,.1f}, {report.bytes_per_token / published:.0%} of the {published} of the published "
-        f"layout  ({share:,.1f} of them for the prior of {human_bytes(report.prior_bytes)}; {disk})"
+        f"{report.bytes_per_token:,.1f}{compared}  ({share:,.1f} of them for the prior of "
+        f"{human_bytes(report.prior_bytes)}; {disk})"
     )
 
 

@@ -13,13 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from distillkit.cli.entry import was_interrupted
 from distillkit.configuration.secrets import redacted
-from distillkit.errors import DistillKitError, printable
+from distillkit.errors import DistillKitError, nearest, printable
+
+if TYPE_CHECKING:
+    _Choice = click.Choice[str]
+else:
+    _Choice = click.Choice  # Not generic before click 8.4.
 
 __all__ = [
     "CONFIG",
@@ -28,11 +33,24 @@ __all__ = [
     "LARGEST",
     "SET",
     "SPLIT",
+    "Choice",
     "LogHandler",
     "check_writable",
     "run_cli",
     "stopping_on_sigterm",
 ]
+
+
+class Choice(_Choice):
+    """One of several names; a mistyped one is answered with the closest."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            names = ", ".join(map(repr, self.choices))
+            self.fail(f"must be one of {names}, found {value!r}{nearest(value, self.choices)}", param, ctx)
+
 
 # Options of the commands that read published datasets.
 CONFIG = click.option(

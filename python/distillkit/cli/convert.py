@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import click
 
-from distillkit.cli.common import CONFIG, LARGEST, SPLIT
+from distillkit.cli.common import CONFIG, LARGEST, SPLIT, Choice
 from distillkit.codec import Codec, CodecConfig, preset
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.codec.presets import PresetName
@@ -17,7 +18,48 @@ from distillkit.shards.convert import PRIOR_ROWS, target_codec
 from distillkit.shards.convert import convert as convert_dataset
 from distillkit.shards.published import load_codec_config
 
-__all__ = ["convert"]
+__all__ = ["convert", "output_codec", "wanted_codec"]
+
+
+Command = Callable[..., Any]
+
+
+def output_codec(command: Command) -> Command:
+    """Add the options that say in which codec distributions are written."""
+    for option in reversed(_OUTPUT_CODEC):
+        command = option(command)
+    return command
+
+
+_OUTPUT_CODEC = (
+    click.option("--preset", "preset_name", type=Choice(get_args(PresetName)), help="Write this codec."),
+    click.option(
+        "--compression-config",
+        type=click.Path(dir_okay=False),
+        help="Write the codec in this YAML file, instead of a preset.",
+    ),
+    click.option(
+        "--prior",
+        help="A prior for the compact format: a prior.bin, or a dataset of the same teacher. If it was learned for "
+        "another configuration, it is adapted to this one. By default, a prior is learned from the distributions that "
+        "are written.",
+    ),
+    click.option(
+        "--prior-rows",
+        type=click.IntRange(1, LARGEST),
+        default=PRIOR_ROWS,
+        show_default=True,
+        help="Learn the prior from this many distributions, evenly spread. Each takes 12 bytes of memory per id.",
+    ),
+    click.option(
+        "--standalone",
+        is_flag=True,
+        help="Put the prior into each shard as well, so that a shard can be read without the folder; about 1 MB each.",
+    ),
+    click.option(
+        "--shard-tokens", type=click.IntRange(1, LARGEST), default=262_144, show_default=True, help="Tokens per shard."
+    ),
+)
 
 
 @click.command(short_help="Convert a dataset to shards, without loss or to another codec.")
@@ -25,32 +67,7 @@ __all__ = ["convert"]
 @click.argument("destination", type=click.Path(file_okay=False))
 @CONFIG
 @SPLIT
-@click.option("--preset", "preset_name", type=click.Choice(get_args(PresetName)), help="Convert to this codec.")
-@click.option(
-    "--compression-config",
-    type=click.Path(dir_okay=False),
-    help="Convert to the codec in this YAML file, instead of a preset.",
-)
-@click.option(
-    "--prior",
-    help="A prior for the compact format: a prior.bin, or a dataset of the same teacher. If it was learned for another "
-    "configuration, it is adapted to this one. By default, a prior is learned from SOURCE.",
-)
-@click.option(
-    "--prior-rows",
-    type=click.IntRange(1, LARGEST),
-    default=PRIOR_ROWS,
-    show_default=True,
-    help="Learn the prior from this many rows of SOURCE, evenly spread. Each takes 12 bytes of memory per id.",
-)
-@click.option(
-    "--standalone",
-    is_flag=True,
-    help="Put the prior into each shard as well, so that a shard can be read without the folder; about 1 MB each.",
-)
-@click.option(
-    "--shard-tokens", type=click.IntRange(1, LARGEST), default=262_144, show_default=True, help="Tokens per shard."
-)
+@output_codec
 @click.option(
     "--tokenizer", help="The teacher's tokenizer (folder or hub id), which training compares with the student's."
 )
@@ -83,7 +100,7 @@ def convert(
       distillkit-codec convert captured/ smaller/ --preset compact-128 --prior another-dataset/
     """
     dataset = Dataset.open(source, config=config, split=split)
-    wanted = _wanted(dataset, preset_name, compression_config)
+    wanted = wanted_codec(dataset.codec.vocab_size, preset_name, compression_config)
     if wanted is None and prior is not None:
         raise click.UsageError("--prior is for the compact format: choose it with --preset or --compression-config")
     facts, vocab_size = _tokenizer_facts(tokenizer)
@@ -116,12 +133,12 @@ def convert(
     _tell(dataset, destination, manifest, codec)
 
 
-def _wanted(dataset: Dataset, preset_name: str | None, compression_config: str | None) -> CodecConfig | None:
-    """The codec configuration to convert to; None keeps the dataset's bytes."""
+def wanted_codec(vocab_size: int, preset_name: str | None, compression_config: str | None) -> CodecConfig | None:
+    """The codec configuration that the options of `output_codec` name; None if they name none."""
     if preset_name is not None and compression_config is not None:
         raise click.UsageError("set --preset or --compression-config, not both")
     if preset_name is not None:
-        return preset(preset_name, vocab_size=dataset.codec.vocab_size)
+        return preset(preset_name, vocab_size=vocab_size)
     return None if compression_config is None else load_codec_config(compression_config)
 
 

@@ -20,14 +20,14 @@ from distillkit.console import human_bytes, progress_bar, quiet_libraries, say, 
 from distillkit.errors import CaptureError
 
 if TYPE_CHECKING:
-    from distillkit.capture.forecast.forecast import (
+    from distillkit.capture.forecasting.forecast import (
         CodecForecast,
         Forecast,
         LearningForecast,
         MemoryForecast,
         SpeedForecast,
     )
-    from distillkit.capture.forecast.totals import Amount, TextForecast
+    from distillkit.capture.forecasting.totals import Amount, TextForecast
 
 __all__ = ["forecast"]
 
@@ -57,20 +57,20 @@ def forecast(
     context: click.Context, /, config: Path | None, as_json: bool, progress: bool, seconds: float, **options: Any
 ) -> None:
     """Estimate what a capture with these options will cost (tokens, time, memory and disk), and the fidelity of each
-    codec on this text. Nothing is written.
+    codec on this text. Nothing is written; --output, by default captured, says whose disk has to have room.
 
     If the capture does not fit, the exit status is 1 and the message says what would fit.
 
     \b
     Examples:
-      distillkit forecast --model teacher/ --dataset text.jsonl --output captured/
+      distillkit forecast --model teacher/ --dataset text.jsonl
       distillkit forecast teachers.yaml --seconds 0
     """
-    captures = chosen_captures(context, config, options)
+    captures = chosen_captures(context, config, options, output="captured")
     for settings in captures:
         check_inputs(settings)
     quiet_libraries()
-    from distillkit.capture.forecast.forecast import forecast as forecast_captures
+    from distillkit.capture.forecasting.forecast import forecast_captures
 
     if progress:
         with progress_bar("running the teacher") as advance:

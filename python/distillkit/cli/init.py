@@ -9,13 +9,14 @@ from pathlib import Path
 import click
 import yaml
 
+from distillkit.cli.common import Choice
 from distillkit.configuration.places import is_path
 from distillkit.console import say
 from distillkit.text.file_names import is_read
 
 __all__ = ["KINDS", "init", "template"]
 
-KINDS = ("offline", "live", "lora")
+KINDS = ("offline", "live", "server", "lora")
 
 # Parts of the templates, with their names in braces. Names with _word are for comments, quoted as for a shell.
 _HEAD = """\
@@ -36,6 +37,12 @@ _LORA = f"""\
 {_CAPTURE_FIRST}{_HEAD}"""
 _LIVE = f"""\
 # Train a student next to its teacher, without a capture: both models are in memory, and the teacher runs at every step.
+{_HEAD}"""
+_SERVED = f"""\
+# Train a student with a teacher behind a server, which is asked for distributions while the student trains.
+# Start it first, with as many log-probabilities as top_k:
+#   vllm serve {{teacher_word}} --max-logprobs 128
+# If it asks for a key: export DISTILLKIT_API_KEY=…
 {_HEAD}"""
 _OUTPUT = """\
 model: {student}
@@ -79,6 +86,18 @@ teacher:
   path: {teacher}
   # How its weights are loaded; as they are stored by default.
   # kwargs: {{dtype: bfloat16}}
+
+"""
+_SERVED_TEACHER = """\
+teacher:
+  kind: server
+  base_url: {base_url}
+  # The teacher's folder or hub id, with the student's tokenizer. Its weights are not read.
+  model: {teacher}
+  # Train on its most probable tokens, so many of them.
+  top_k: 128
+  # Keeps what was asked, so that a later epoch or run does not ask again; about 6 bytes per token and top_k.
+  # cache: ./answers
 
 """
 _LOSSES = """\
@@ -145,27 +164,31 @@ _RATES = (
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--kind",
-    type=click.Choice(KINDS),
+    type=Choice(KINDS),
     default="offline",
     show_default=True,
-    help="offline: from captured distributions; live: with the teacher in memory; lora: adapters, from captured "
-    "distributions.",
+    help="offline: from captured distributions; live: with the teacher in memory; server: with a teacher behind a "
+    "server; lora: adapters, from captured distributions.",
 )
 @click.option("--teacher", default="./teacher", show_default=True, help="Teacher: a folder or hub id.")
 @click.option("--student", default="./student", show_default=True, help="Student: a folder or hub id.")
 @click.option(
     "--data",
-    help="Data to train on: a captured dataset, or text for --kind live.  [default: ./captured; for live "
+    help="Data to train on: a captured dataset, or text for --kind live and server.  [default: ./captured; for text "
     "./documents.jsonl]",
 )
 @click.option(
     "--eval-data",
-    help="Held-out data.  [default: ./captured_held_out; for live ./held_out.jsonl]",
+    help="Held-out data.  [default: ./captured_held_out; for text ./held_out.jsonl]",
+)
+@click.option(
+    "--base-url",
+    default="http://localhost:8000/v1",
+    show_default=True,
+    help="URL of the teacher's server, for --kind server.",
 )
 @click.option("--output", default="./trained", show_default=True, help="Folder for the trained student.")
-def init(
-    file: Path, kind: str, teacher: str, student: str, data: str | None, eval_data: str | None, output: str
-) -> None:
+def init(file: Path, kind: str, data: str | None, eval_data: str | None, **names: str) -> None:
     """Write a commented YAML configuration of a training run to FILE, which must not exist.
 
     \b
@@ -173,15 +196,13 @@ def init(
       distillkit init train.yaml
       distillkit init lora.yaml --kind lora --student Qwen/Qwen3-0.6B --data ./captured
     """
-    live = kind == "live"
+    text = kind in ("live", "server")
     content = template(
         kind,
         file=str(file),
-        teacher=teacher,
-        student=student,
-        data=data or ("./documents.jsonl" if live else "./captured"),
-        held_out=eval_data or ("./held_out.jsonl" if live else "./captured_held_out"),
-        output=output,
+        data=data or ("./documents.jsonl" if text else "./captured"),
+        held_out=eval_data or ("./held_out.jsonl" if text else "./captured_held_out"),
+        **names,
     )
     # "x": fails if the file exists, even if it appeared just now.
     try:
@@ -190,7 +211,7 @@ def init(
     except FileExistsError as error:
         raise FileExistsError(errno.EEXIST, "exists already; choose another name", str(file)) from error
     say(f"written: {file}")
-    say(f"next: fill in its paths, then check it with: distillkit {file} --dry-run")
+    say(f"next: adapt it, then check it with: distillkit {file} --dry-run")
 
 
 def template(kind: str, **names: str) -> str:
@@ -198,18 +219,19 @@ def template(kind: str, **names: str) -> str:
 
     Args:
         kind: one of `KINDS`.
-        names: `file`, `teacher`, `student`, `data`, `held_out`, `output`.
+        names: `file`, `teacher`, `student`, `data`, `held_out`, `base_url`, `output`.
     """
     words = {name: shlex.quote(value).replace("\n", " ") for name, value in names.items()}
     parts = {
         "offline": (_STORED, _STUDENT, _CAPTURED, _STORED_TEACHER, _LOSSES, _ARGUMENTS),
         "live": (_LIVE, _STUDENT, _TEXT, _LIVE_TEACHER, _LIVE_LOSSES, _ARGUMENTS),
+        "server": (_SERVED, _STUDENT, _TEXT, _SERVED_TEACHER, _LOSSES, _ARGUMENTS),
         "lora": (_LORA, _BASE, _CAPTURED, _STORED_TEACHER, _LOSSES, _PEFT, _ARGUMENTS),
     }[kind]
     rate, note = _RATES[kind == "lora"]
     values = {
         **{f"{name}_word": word for name, word in words.items()},
-        **{name: _scalar(names[name]) for name in ("student", "teacher", "output")},
+        **{name: _scalar(names[name]) for name in ("student", "teacher", "base_url", "output")},
         **{name: _place(names[name]) for name in ("data", "held_out")},
     }
     return "".join(parts).format(**values, rate=rate, rate_note=note)

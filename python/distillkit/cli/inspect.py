@@ -14,7 +14,7 @@ from rich.text import Text
 
 from distillkit.cli.common import CONFIG, HTML, JSON, LARGEST, SPLIT, check_writable
 from distillkit.console import human_bytes, number_of, progress_bar, quiet_libraries, say, show
-from distillkit.reports.inspection import Inspection, inspect_dataset, recompute_fidelity
+from distillkit.reports.inspection import DrawnRows, Inspection, inspect_dataset, recompute_fidelity
 from distillkit.shards import Dataset
 from distillkit.shards.alignment import SHIFTS
 
@@ -48,8 +48,8 @@ def inspect(
 
     Bytes per token are the ids and values of a stored distribution and, as overhead, everything else in the files
     (token ids, checksums, the container). They are compared with dense bfloat16 logits (2 bytes per vocabulary entry),
-    with plain top-k (4 bytes per id, 2 per value) and with the published layout. In the compact format, the head of
-    each row, the framing of each document and the prior are counted, too.
+    with plain top-k (4 bytes per id, 2 per value) and with the published layout. In the formats compact and sampled,
+    the head of each row, the framing of each document and the prior are counted, too.
 
     The alignment check counts how often the true next token is the first stored id, with the rows as they are and
     shifted by one. The rate must peak at 0; otherwise the rows belong to other tokens, and the exit status is 1. It is
@@ -154,7 +154,7 @@ _PART_NOTES = {
 
 def _size(inspection: Inspection) -> _Section:
     section = _Section("size", "bytes per token")
-    total, k = inspection.total_bytes, inspection.codec["config"]["k"]
+    total, k = inspection.total_bytes, inspection.k
     parts = {**inspection.part_bytes, "overhead": inspection.overhead_bytes}
     for label, size in parts.items():
         section.add(label, f"{size:,.1f}", f"{size / total:.1%}{_PART_NOTES.get(label, '')}" if total else "")
@@ -220,7 +220,19 @@ def _alignment(inspection: Inspection) -> _Section:
     return section
 
 
+def _draws(inspection: Inspection, draws: DrawnRows) -> _Section:
+    at = "" if draws.temperature == 1 else f" at temperature {draws.temperature:g}"
+    section = _Section("draws", f"{draws.number} per distribution{at}, stored as they are")
+    section.add("ids, mean", f"{inspection.ids_mean:,.1f}", "distinct ids among the draws of a row")
+    section.add("effective ids", f"{draws.effective_ids:,.1f}", "1 / Σ w², w the shares of the draws")
+    section.add("variance", f"{draws.variance:.2e}", "Σ Var(w), the expected squared error of a row, estimated")
+    section.add("its bound", f"{draws.variance_bound:.2e}", "1 / draws; it averages out over rows")
+    return section
+
+
 def _fidelity(inspection: Inspection) -> _Section:
+    if inspection.draws is not None:
+        return _draws(inspection, inspection.draws)
     stats = inspection.fidelity
     if stats is None or not stats.rows:
         section = _Section("fidelity", "not recorded; measure it with --teacher MODEL")

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import click
 from rich.table import Table
 
-from distillkit.cli.common import CONFIG, LARGEST, SPLIT
+from distillkit.cli.common import CONFIG, LARGEST, SPLIT, Choice
 from distillkit.console import number_of, progress_bar, show
 from distillkit.shards.reader import Dataset
 from distillkit.shards.repack import PackReport, pack_dataset
@@ -41,7 +41,7 @@ def window_option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 @CONFIG
 @click.option(
     "--overflow",
-    type=click.Choice(get_args(Overflow)),
+    type=Choice(get_args(Overflow)),
     help="What to do with longer documents: cut them, split them into pieces that repeat an eighth of a row as "
     "context, or drop them. By default they are cut, if that takes at most 5% of all tokens; otherwise nothing is "
     "packed.",

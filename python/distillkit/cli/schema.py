@@ -10,6 +10,7 @@ import click
 
 from distillkit.capture.settings import CaptureSettings
 from distillkit.capture.settings_file import captures_schema
+from distillkit.cli.common import Choice
 from distillkit.configuration.describe import json_schema, section_tables
 from distillkit.training.config.file import training_schema
 from distillkit.training.config.schema import RunConfig
@@ -20,7 +21,7 @@ SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {"train": training_schema, "c
 
 
 @click.command(short_help="Print the JSON schema of a configuration file.")
-@click.argument("kind", type=click.Choice(list(SCHEMAS)))
+@click.argument("kind", type=Choice(list(SCHEMAS)))
 def schema(kind: str) -> None:
     """Print the JSON schema of a configuration file: that of `distillkit config.yaml` (train) or of `distillkit
     capture FILE.yaml` (capture).

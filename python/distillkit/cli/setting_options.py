@@ -11,6 +11,7 @@ import click
 
 from distillkit.capture.engine_settings import ENGINES, engines_with
 from distillkit.capture.settings import CaptureSettings
+from distillkit.cli.common import Choice
 from distillkit.configuration.describe import Setting, json_schema, settings_of
 
 __all__ = ["GroupedCommand", "setting_option", "setting_options"]
@@ -110,7 +111,7 @@ def setting_option(name: str, **attributes: Any) -> Decorator:
     if default is not None:
         own |= {"default": default, "show_default": True}
     if setting.choices:
-        own["type"] = click.Choice(setting.choices)
+        own["type"] = Choice(setting.choices)
     elif setting.type in _TYPES:
         own["type"] = _TYPES[setting.type]
     flag = _SWITCHES.get(name, f"{_flag(name)}/--no-{_flag(name)[2:]}") if setting.type == "boolean" else _flag(name)

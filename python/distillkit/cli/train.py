@@ -157,6 +157,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         )
     table.add_row("time", f"{summary['seconds']:,.1f} s")
     table.add_row("waiting for data", f"{summary['data_wait']:.1%} of the training time")
+    if "teacher_wait" in summary:
+        table.add_row("waiting for the teacher", f"{summary['teacher_wait']:.1%} of the training time")
     table.add_row("peak memory", f"{human_bytes(summary['peak_rss_bytes'])}{cuda}")
     first, last = summary["eval_first"], summary["eval_last"]
     for name, label, form in _MEASURES if last is not None else ():

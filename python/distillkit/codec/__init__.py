@@ -7,10 +7,13 @@ from distillkit.codec.config import (
     CodecConfig,
     CompactConfig,
     DistributionQuantizationConfig,
+    LearnedConfig,
     LegacyLogitCompressionConfig,
     ResidualBin,
+    SampledConfig,
     codec_config,
 )
+from distillkit.codec.draws import draws_from_logits, uniforms
 from distillkit.codec.presets import PRESETS, preset
 from distillkit.codec.prior import Prior
 from distillkit.codec.topk import sparse_from_logits
@@ -21,10 +24,14 @@ __all__ = [
     "CodecConfig",
     "CompactConfig",
     "DistributionQuantizationConfig",
+    "LearnedConfig",
     "LegacyLogitCompressionConfig",
     "Prior",
     "ResidualBin",
+    "SampledConfig",
     "codec_config",
+    "draws_from_logits",
     "preset",
     "sparse_from_logits",
+    "uniforms",
 ]

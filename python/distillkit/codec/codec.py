@@ -20,7 +20,9 @@ from distillkit.codec.config import (
     CompactConfig,
     DistributionQuantizationConfig,
     FixedConfig,
+    LearnedConfig,
     LegacyLogitCompressionConfig,
+    SampledConfig,
     codec_config,
 )
 from distillkit.codec.presets import expected_bytes
@@ -28,21 +30,22 @@ from distillkit.codec.prior import Prior
 from distillkit.codec.published_columns import columns_of_rows, rows_of_columns
 from distillkit.codec.topk import is_tensor, native_logits, sparse_from_logits
 from distillkit.errors import ConfigError, CorruptDataError, InputError, TruncatedDataError, UnsupportedVersionError
-from distillkit.types import Array, SparseLogprobs
+from distillkit.types import Array, Draws, SparseLogprobs
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Codec"]
 
-_VERSIONS = {"quantized": 2, "legacy": 1, "compact": 1}
+_VERSIONS = {"quantized": 2, "legacy": 1, "compact": 1, "sampled": 1}
 """The latest version of each format that this release reads (rust/codec/FORMAT.md)."""
 _PUBLISHED_ROUNDING = 2
 """The version of "quantized" whose bytes are decoded with the roundings of the published decoder."""
-_CONFIGS: dict[str, type[DistributionQuantizationConfig | LegacyLogitCompressionConfig | CompactConfig]] = {
+_CONFIGS: dict[str, type[CodecConfig]] = {
     "quantized": DistributionQuantizationConfig,
     "legacy": LegacyLogitCompressionConfig,
     "compact": CompactConfig,
+    "sampled": SampledConfig,
 }
 
 
@@ -52,23 +55,23 @@ class Codec:
     Every format encodes a document at a time: `encode_document`, `decode_document`, `join_documents` and `sizes`. In
     the fixed formats each row also has the same number of bytes, so rows can be encoded, decoded and selected by
     themselves: numpy in, numpy out; torch in, torch out on the same device. Such a row has the published layout: the
-    bytes of the values, then the bytes of the ids. With the compact format, everything about single rows raises an
-    InputError that says what to use instead.
+    bytes of the values, then the bytes of the ids. With the formats compact and sampled, everything about single rows
+    raises an InputError that says what to use instead.
 
     Args:
         config: a configuration, or a mapping that `codec_config` accepts.
         version: version of the format. Version 2 of "quantized" has the bytes of version 1, but they are decoded with
             every rounding of the published decoder; see `for_published`.
-        prior: what the compact format learned from other rows of the teacher; None for the built-in prior. If the
-            configuration names a prior, it must be this one.
+        prior: what was learned from other rows of the teacher, for the formats compact and sampled; None for the
+            built-in prior. If the configuration names a prior, it must be this one.
 
     Attributes:
         config: the configuration.
-        format: "quantized", "legacy" or "compact".
+        format: "quantized", "legacy", "compact" or "sampled".
         version: version of that format.
-        k: stored ids per row. With an adaptive compact configuration (`threshold` or `mass`), a row may have fewer: the
-            other places of decoded rows repeat its first id, with a log-probability of −inf.
-        prior: the prior, if the format is compact and it has been learned.
+        k: stored ids per row. With the format sampled, and an adaptive compact configuration (`threshold` or `mass`), a
+            row may have fewer: the other places of decoded rows repeat its first id, with a log-probability of −inf.
+        prior: the prior, if the format has one and it has been learned.
         simd: the instruction set in use: "portable", "avx2", "avx512" or "neon" (`DISTILLKIT_SIMD` forces one).
         vocab_size: ids must be less than this.
         warnings: settings that are valid but probably not intended.
@@ -104,11 +107,11 @@ class Codec:
         self.version: int = version
         self.prior: Prior | None = prior
         self._config_json = self.config.model_dump_json()
-        native: _native.Codec | _native.CompactCodec
-        if isinstance(self.config, CompactConfig):
+        native: _native.Codec | _native.CompactCodec | _native.SampledCodec
+        if isinstance(self.config, (CompactConfig, SampledConfig)):
             self.config = _with_prior(self.config, prior)
             self._config_json = self.config.model_dump_json()
-            native = self._compact = _compact_codec(self._config_json, prior)
+            native = self._by_document = _learned_codec(type(self.config), self._config_json, prior)
         elif prior is not None:
             raise ConfigError(f"the format {self.format} has no prior, but {prior.source} was passed")
         else:
@@ -122,7 +125,18 @@ class Codec:
     @property
     def is_fixed(self) -> bool:
         """Whether each row has the same number of bytes."""
-        return not isinstance(self.config, CompactConfig)
+        return not isinstance(self.config, LearnedConfig)
+
+    @property
+    def draws(self) -> Draws | None:
+        """How the teacher was drawn from, if the format is sampled."""
+        config = self.config
+        return Draws(config.draws, config.temperature) if isinstance(config, SampledConfig) else None
+
+    @property
+    def varies(self) -> bool:
+        """Whether rows may have fewer than k ids."""
+        return self.draws is not None or (isinstance(self.config, CompactConfig) and self.config.adaptive)
 
     @property
     def fixed_config(self) -> FixedConfig:
@@ -137,8 +151,8 @@ class Codec:
 
     @property
     def expected_bytes_per_token(self) -> int:
-        """Bytes of a row in the fixed formats; in the compact format, about how many it takes (`expected_bytes`)."""
-        if isinstance(self.config, CompactConfig):
+        """Bytes of a row in the fixed formats; in the others, about how many it takes (`expected_bytes`)."""
+        if isinstance(self.config, (CompactConfig, SampledConfig)):
             return math.ceil(expected_bytes(self.config))
         return self.bytes_per_token
 
@@ -161,10 +175,10 @@ class Codec:
         """The native codec of a fixed format.
 
         Raises:
-            InputError: the format is compact; says what to do instead of using `name`.
+            InputError: the format is not a fixed one; says what to do instead of using `name`.
         """
-        if isinstance(self.config, CompactConfig):
-            raise InputError(f"Codec.{name}: rows of the format compact have no fixed number of bytes: {instead}")
+        if not self.is_fixed:
+            raise InputError(f"Codec.{name}: rows of the format {self.format} have no fixed number of bytes: {instead}")
         return self._native
 
     def __repr__(self) -> str:
@@ -397,18 +411,22 @@ class Codec:
         Args:
             rows: (R, k) ids and log-probabilities under the full softmax, most probable first. In the compact format,
                 they may have more ids than the codec's k, of which the first k are stored, and may end in places
-                without an id, whose log-probability is −inf.
+                without an id, whose log-probability is −inf. In the format sampled, they are shares of the draws, as
+                `draws_from_logits` returns them.
 
         Raises:
-            InputError: wrong shapes, values that are not log-probabilities, or ids that are repeated or out of range.
+            InputError: wrong shapes, values that are not log-probabilities, or ids that are repeated or out of range;
+                in the format sampled, rows that were not drawn as the configuration says.
         """
+        if rows.draws != self.draws:
+            raise InputError(_not_drawn(rows.draws, self.draws))
         if self.is_fixed:
             data = self.encode(rows.ids, rows.logprobs)
             return bytes((data.cpu().numpy() if is_tensor(data) else data).tobytes())
         ids, logprobs = (part.detach().cpu().numpy() if is_tensor(part) else part for part in (rows.ids, rows.logprobs))
         if ids.ndim != 2 or rows.k < self.k:
             raise InputError(f"a document's rows must have the shape (R, at least k = {self.k}), got {ids.shape}")
-        return self._compact.encode_document(
+        return self._by_document.encode_document(
             np.require(ids, np.int64, ["C", "A"]), np.require(logprobs, np.float32, ["C", "A"])
         )
 
@@ -433,8 +451,8 @@ class Codec:
         self.check_document(data, rows)
         ids = _output("out[0]", None if out is None else out[0], (rows, self.k), np.int64)
         logprobs = _output("out[1]", None if out is None else out[1], (rows, self.k), np.float32)
-        self._compact.decode_document(np.frombuffer(data, np.uint8), ids, logprobs)
-        return SparseLogprobs(ids, logprobs)
+        self._by_document.decode_document(np.frombuffer(data, np.uint8), ids, logprobs)
+        return SparseLogprobs(ids, logprobs, self.draws)
 
     def check_document(self, data: bytes | memoryview, rows: int) -> None:
         """Refuses bytes that cannot be a document of so many rows. Nothing is decoded, and no memory taken.
@@ -443,7 +461,7 @@ class Codec:
             CorruptDataError: says what was expected.
         """
         if not self.is_fixed:
-            self._compact.check(np.frombuffer(data, np.uint8), rows)
+            self._by_document.check(np.frombuffer(data, np.uint8), rows)
         elif len(data) != rows * self.bytes_per_token:
             raise TruncatedDataError(
                 f"{rows} rows of {self.bytes_per_token} bytes need {rows * self.bytes_per_token} bytes, "
@@ -480,13 +498,13 @@ class Codec:
         """
         if self.is_fixed:
             return b"".join(self.document_rows(data, rows)[part].tobytes() for data, rows, part in parts)
-        return self._compact.join(
+        return self._by_document.join(
             [(np.frombuffer(data, np.uint8), rows, *part.indices(rows)[:2]) for data, rows, part in parts]
         )
 
     def sizes(self, data: bytes | memoryview, rows: int) -> dict[str, float]:
-        """What takes how many bytes of a document: `ids` and `values`; in the compact format also `head` (what each row
-        begins with) and `framing` (checksums and lengths).
+        """What takes how many bytes of a document: `ids` and `values` (in the format sampled, the counts of draws); in
+        the formats compact and sampled also `head` (what each row begins with) and `framing` (checksums and lengths).
 
         Raises:
             TruncatedDataError, CorruptDataError: as for `decode_document`.
@@ -494,7 +512,7 @@ class Codec:
         if self.is_fixed:
             self.check_document(data, rows)
             return {"ids": float(rows * self.id_bytes), "values": float(rows * self.value_bytes)}
-        return self._compact.sizes(np.frombuffer(data, np.uint8), rows)
+        return self._by_document.sizes(np.frombuffer(data, np.uint8), rows)
 
     def row_bits(self, data: bytes | memoryview, rows: int) -> npt.NDArray[np.float32]:
         """(R,) how many bits each row of a document takes, without the framing of the document.
@@ -505,7 +523,7 @@ class Codec:
         if self.is_fixed:
             self.check_document(data, rows)
             return np.full(rows, 8 * self.bytes_per_token, np.float32)
-        return self._compact.row_bits(np.frombuffer(data, np.uint8), rows)
+        return self._by_document.row_bits(np.frombuffer(data, np.uint8), rows)
 
     # -- published columns ---------------------------------------------------------------------------------------------
 
@@ -557,7 +575,21 @@ _CONVERT_FIRST = (
 )
 
 
-def _with_prior(config: CompactConfig, prior: Prior | None) -> CompactConfig:
+def _not_drawn(found: Draws | None, expected: Draws | None) -> str:
+    """Why rows do not fit a codec."""
+
+    def named(draws: Draws | None) -> str:
+        if draws is None:
+            return "log-probabilities of a distribution"
+        return f"shares of {draws.number} draws at temperature {draws.temperature:g}"
+
+    return (
+        f"found {named(found)}, expected {named(expected)}: draws are made from the teacher's logits "
+        "(draws_from_logits), and are not distributions themselves"
+    )
+
+
+def _with_prior(config: LearnedConfig, prior: Prior | None) -> Any:
     """The configuration with the hash of its prior.
 
     Raises:
@@ -574,16 +606,19 @@ def _with_prior(config: CompactConfig, prior: Prior | None) -> CompactConfig:
 
 
 @lru_cache(maxsize=16)
-def _compact_codec(config_json: str, prior: Prior | None) -> _native.CompactCodec:
+def _learned_codec(
+    config: type[LearnedConfig], config_json: str, prior: Prior | None
+) -> _native.CompactCodec | _native.SampledCodec:
     """The native codec, made once: preparing a prior's tables takes some milliseconds.
 
     Raises:
         CorruptDataError: the prior is damaged; names it.
     """
+    native = _native.CompactCodec if config is CompactConfig else _native.SampledCodec
     if prior is None:
-        return _native.CompactCodec(config_json, None)
+        return native(config_json, None)
     try:
-        return _native.CompactCodec(config_json, prior.data)
+        return native(config_json, prior.data)
     except CorruptDataError as error:
         raise CorruptDataError(f"{prior.source}: {error}") from error
 

@@ -6,7 +6,7 @@ The native code validates configurations and computes row sizes; the classes her
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Self, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
@@ -20,8 +20,10 @@ __all__ = [
     "CompactConfig",
     "DistributionQuantizationConfig",
     "FixedConfig",
+    "LearnedConfig",
     "LegacyLogitCompressionConfig",
     "ResidualBin",
+    "SampledConfig",
     "codec_config",
 ]
 
@@ -130,7 +132,28 @@ def _number(value: object) -> object:
 Number = Annotated[float, BeforeValidator(_number)]
 
 
-class CompactConfig(_CodecModel):
+class LearnedConfig(_CodecModel):
+    """A format that is coded with what a *prior* knows of the teacher, a document at a time.
+
+    Attributes:
+        vocab_size: ids are 0 … vocab_size − 1.
+        prior: hash of the prior (`Prior.hash`), which is stored apart; None for the built-in one, which knows nothing
+            of the teacher.
+    """
+
+    vocab_size: int
+    prior: str | None = None
+
+    def without_prior(self) -> Self:
+        """The same configuration with the built-in prior."""
+        return self.model_copy(update={"prior": None})
+
+    def for_prior(self) -> Self:
+        """What a prior is learned for: everything that it depends on."""
+        return self.without_prior()
+
+
+class CompactConfig(LearnedConfig):
     """The compact format (`compact` in a YAML): rows of varying length, coded with what a *prior* knows of the teacher.
 
     Attributes:
@@ -159,25 +182,57 @@ class CompactConfig(_CodecModel):
         # The prior's bytes are checked where they are at hand.
         _native.CompactCodec(self.without_prior().model_dump_json(), None)
 
-    def without_prior(self) -> CompactConfig:
-        """The same configuration with the built-in prior."""
-        return self.model_copy(update={"prior": None})
-
     @property
     def adaptive(self) -> bool:
         """Whether rows may have fewer than k ids."""
         return self.threshold is not None or self.mass is not None
 
 
+class SampledConfig(LearnedConfig):
+    """The sampled format (`sampled` in a YAML): ids drawn from the teacher's distribution, and how often each was
+    drawn. Only a teacher with all logits can be drawn from (`distillkit capture` with the transformers engine).
+
+    Attributes:
+        vocab_size: ids are 0 … vocab_size − 1.
+        draws: draws per row, with replacement.
+        temperature: the draws are from softmax(logits / temperature).
+        seed: another seed makes other draws.
+        prior: as for `CompactConfig`.
+
+    Raises:
+        ConfigError: fields are unknown, missing, of the wrong type or invalid; the message names all of them.
+    """
+
+    format: ClassVar[str] = "sampled"
+
+    vocab_size: int
+    draws: int
+    temperature: Number = 1.0
+    seed: int = 0
+    prior: str | None = None
+
+    def _check_natively(self) -> None:
+        _native.SampledCodec(self.without_prior().model_dump_json(), None)
+
+    def for_prior(self) -> SampledConfig:
+        return SampledConfig(vocab_size=self.vocab_size, draws=self.draws)
+
+    @property
+    def k(self) -> int:
+        """Most ids per row."""
+        return min(self.draws, self.vocab_size)
+
+
 FixedConfig = Union[DistributionQuantizationConfig, LegacyLogitCompressionConfig]
 """Formats in which each row has the same number of bytes."""
 
-CodecConfig = Union[FixedConfig, CompactConfig]
+CodecConfig = Union[FixedConfig, CompactConfig, SampledConfig]
 
-_YAML_KEYS: dict[str, type[DistributionQuantizationConfig | LegacyLogitCompressionConfig | CompactConfig]] = {
+_YAML_KEYS: dict[str, type[CodecConfig]] = {
     "logprob_compressor": DistributionQuantizationConfig,
     "legacy_logit_compression": LegacyLogitCompressionConfig,
     "compact": CompactConfig,
+    "sampled": SampledConfig,
 }
 
 CODEC_KEYS = tuple(_YAML_KEYS)
@@ -189,8 +244,8 @@ def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
 
     Args:
         config: a configuration (returned unchanged), a mapping with the key `logprob_compressor`,
-            `legacy_logit_compression` (as under `teacher` in a training configuration) or `compact`, or the fields
-            themselves (as in a published `compression_config.yaml`).
+            `legacy_logit_compression` (as under `teacher` in a training configuration), `compact` or `sampled`, or the
+            fields themselves (as in a published `compression_config.yaml`).
 
     Raises:
         ConfigError: `config` is none of these, or a field is invalid.
@@ -200,7 +255,7 @@ def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
         >>> codec_config({**config, "delta_encoding": False}).format
         'quantized'
     """
-    if isinstance(config, (DistributionQuantizationConfig, LegacyLogitCompressionConfig, CompactConfig)):
+    if isinstance(config, (DistributionQuantizationConfig, LegacyLogitCompressionConfig, CompactConfig, SampledConfig)):
         return config
     if not isinstance(config, Mapping):
         raise ConfigError(f"a codec configuration must be a mapping, found {type(config).__name__}: {config!r:.200}")
@@ -218,6 +273,8 @@ def codec_config(config: CodecConfig | Mapping[str, Any]) -> CodecConfig:
         return DistributionQuantizationConfig(**_named(config))
     if "vocab_size" in config and "step" in config:
         return CompactConfig(**_named(config))
+    if "vocab_size" in config and "draws" in config:
+        return SampledConfig(**_named(config))
     if "vocab_size" in config:
         return LegacyLogitCompressionConfig(**_named(config))
     keys = ", ".join(sorted(map(str, config))) or "(none)"

@@ -69,6 +69,10 @@ def values_of(rows: SparseLogprobs, stored: SparseLogprobs) -> tuple[npt.NDArray
     # A table from ids to places, for some rows at a time: sorting takes three times as long. What an id that is not
     # among a row's finds there has another id.
     width = 1 + max(int(ids.max(initial=0)), int(wanted.max(initial=0)))
+    empty = np.isneginf(logprobs)
+    if empty.any():
+        # Places without an id repeat the row's first one.
+        ids, width = np.where(empty, width, ids), width + 1
     step = max(1, _TABLE // width)
     table, places_n = np.zeros(step * width, np.int32), np.arange(ids.shape[-1], dtype=np.int32)
     at_Rk = np.empty(wanted.shape, np.int64)

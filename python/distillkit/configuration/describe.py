@@ -81,7 +81,7 @@ def section_tables(schema: Schema) -> Iterator[str]:
     yield _table(schema)
     for name, paths in sections.items():
         section = schema["$defs"][name]
-        heading = " · ".join(f"`{path}`" for path in paths)
+        heading = " · ".join(f"`{path}`" for path in dict.fromkeys(paths))
         yield f"### {heading}{_tag(section)}\n\n{section['description']}\n\n{_table(section)}"
 
 

@@ -284,5 +284,5 @@ def _without_value(message: str) -> bool:
 
 def _must_be(what: str, found: object) -> str:
     """Compose a message: what a value must be, what was found, and the closest of the choices, if any."""
-    choices = re.findall(r"'(\w+)'", what)
+    choices = re.findall(r"'([^']+)'", what)
     return f"must be {what}, found {shown(found)}{nearest(cut(found), choices) if isinstance(found, str) else ''}"

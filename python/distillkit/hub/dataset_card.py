@@ -103,7 +103,7 @@ def _facts(manifest: Manifest, codec: Codec) -> list[tuple[str, str]]:
     if counted := _COUNTED.get(header.capture.get("loss_on", "auto")):
         facts.append(("counted in a loss", counted))
     fidelity = header.fidelity
-    if fidelity is not None and fidelity.get("rows"):
+    if fidelity is not None and fidelity.get("rows") and codec.draws is None:
         # A conversion has only the decoded rows to compare with.
         original = "converted from" if "converted" in header.capture else "teacher"
         facts += [
@@ -123,6 +123,8 @@ def _facts(manifest: Manifest, codec: Codec) -> list[tuple[str, str]]:
 def _stored_ids(codec: Codec) -> str:
     if isinstance(codec.config, CompactConfig) and codec.config.threshold is not None:
         return f"the ids of a probability of at least {codec.config.threshold:g}, at most {codec.k:,}"
+    if codec.draws is not None:
+        return f"{codec.draws.number:,} draws"
     return f"the {codec.k:,} most probable ids"
 
 

@@ -11,8 +11,9 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, mo
 
 from distillkit.configuration.section import Section, refuse_flag
 from distillkit.errors import ConfigError
+from distillkit.types import Draws
 
-__all__ = ["HARMLESS", "HIDDEN_LOSSES", "LOSS_NAMES", "LossConfig", "named_losses"]
+__all__ = ["HARMLESS", "HIDDEN_LOSSES", "LINEAR_LOSSES", "LOSS_NAMES", "LossConfig", "named_losses", "refuse_draws"]
 
 Function = Literal[
     "cross_entropy",
@@ -31,6 +32,8 @@ Function = Literal[
 
 LOSS_NAMES: tuple[str, ...] = get_args(Function)
 HIDDEN_LOSSES = ("hs_mse", "hs_cosine")
+LINEAR_LOSSES = ("cross_entropy", "kl")
+"""Losses whose gradient is linear in the teacher's probabilities: only of these, draws give an unbiased gradient."""
 
 _SKEWED = ("skewed_kl", "skewed_reverse_kl")
 _RANKING = ("hinge", "logistic_ranking")
@@ -73,7 +76,8 @@ class LossConfig(Section):
         le=1000,
         allow_inf_nan=False,
         description="Temperature T: both distributions, over the stored tokens and all others as one outcome, are "
-        "softened to p^(1/T) and renormalised, and the loss is multiplied by T²; 1 by default.",
+        "softened to p^(1/T) and renormalised, and the loss is multiplied by T²; 1 by default. Of a dataset in the "
+        "format sampled, it is that of the draws, and need not be set.",
     )
     published_temperature: bool | None = Field(
         default=None,
@@ -127,6 +131,32 @@ class LossConfig(Section):
     def drops_missing(self) -> bool:
         """Whether it drops the teacher's probability outside the stored tokens."""
         return self.function in _OF_DISTRIBUTIONS and self.missing_probability_handling in (None, "zero")
+
+
+def refuse_draws(configs: Sequence[LossConfig], draws: Draws, source: str) -> None:
+    """Refuse losses that cannot be computed from draws of the teacher.
+
+    Args:
+        configs: the losses of a run.
+        draws: how the teacher was drawn from.
+        source: where the draws are, for messages.
+
+    Raises:
+        ConfigError: a loss is not linear in the teacher's probabilities, or has another temperature than the draws.
+    """
+    for config in configs:
+        if config.function not in LINEAR_LOSSES:
+            raise ConfigError(
+                f"loss_functions: {config.function} is not linear in the teacher's probabilities, and {source} has "
+                f"{draws.number} draws of them per row (format sampled), whose {config.function} is another one on "
+                f"average: use {' or '.join(LINEAR_LOSSES)}, or a dataset of another format, such as compact-50"
+            )
+        if config.function == "kl" and config.temperature not in (None, draws.temperature):
+            raise ConfigError(
+                f"loss_functions: kl has temperature {config.temperature:g}, but {source} was drawn at temperature "
+                f"{draws.temperature:g}, and draws cannot be softened: leave temperature out, or capture with "
+                f"`temperature: {config.temperature:g}` under `sampled`"
+            )
 
 
 def named_losses(configs: Sequence[LossConfig]) -> list[tuple[str, float, LossConfig]]:

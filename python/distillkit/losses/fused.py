@@ -11,12 +11,13 @@ is efficient with few positions, which stay in the cache. So each chunk is proce
 overwritten with their gradient. This needs a single [chunk, V] array, and the gradient of the weight is accumulated in
 place.
 
-Shape legend: N counted positions, H hidden size, V width of the head, k stored ids per position, M statistics.
+Shape legend: N counted positions, H hidden size, V width of the head, k stored ids per position, S sources,
+M statistics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,7 +29,6 @@ from distillkit.losses.registry import (
     HiddenTerm,
     Term,
     hidden_terms_of,
-    kl_with_rest,
     kl_with_rest_of,
     loss,
     terms_of,
@@ -80,7 +80,8 @@ class LossResult:
 
     Attributes:
         loss: float32 scalar, Σ over positions of the weighted losses; differentiable.
-        statistics: (M,) float32 sums over positions, in the order of `Objective.names`; not differentiable.
+        statistics: (S, M) float32 sums over the positions of each source, in the order of `Objective.names`; not
+            differentiable.
         details: what an evaluation keeps of each position; None in training, and if there are no positions.
     """
 
@@ -99,6 +100,7 @@ class Objective:
         extra: losses that are only measured, not part of the objective; they come before the others in `names`.
         chunk_length: maximum positions per chunk of logits; if None, chosen from the head's width and device memory.
         detailed: also return the details of each position, which needs a pass without gradients.
+        sources: number of datasets S that the positions come from, as `Targets.sources` says.
         names: names of the statistics.
     """
 
@@ -107,6 +109,7 @@ class Objective:
     extra: tuple[Term, ...] = ()
     chunk_length: int | None = None
     detailed: bool = False
+    sources: int = 1
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,6 +120,15 @@ class Objective:
     def losses(self) -> tuple[str, ...]:
         """Names of the losses in the objective."""
         return tuple(term.name for terms in (self.terms, self.hidden_terms) for term in terms)
+
+    def total(self, values: Mapping[str, float]) -> float:
+        """Return the weighted sum of the losses.
+
+        Args:
+            values: each loss by its name.
+        """
+        weights = [(term.name, term.weight) for terms in (self.terms, self.hidden_terms) for term in terms]
+        return sum(weight * values[name] for name, weight in weights if weight)
 
     @classmethod
     def training(cls, configs: Sequence[LossConfig]) -> Objective:
@@ -134,7 +146,7 @@ class Objective:
         yardsticks = (
             Term("eval:cross_entropy", 0.0, loss("cross_entropy")),
             Term("eval:kl", 0.0, loss("kl")),
-            Term("eval:kl_with_rest", 0.0, kl_with_rest),
+            Term("eval:kl_with_rest", 0.0, kl_with_rest_of),
         )
         return Objective(self.terms, self.hidden_terms, yardsticks, self.chunk_length, detailed=True)
 
@@ -152,12 +164,12 @@ class Objective:
             # Every process must produce a gradient for every parameter, or the others would wait for it forever.
             parts = [hidden, weight, bias, *(student for student, _ in layers)]
             zero = torch.stack([(part.sum() * 0.0).float() for part in parts if part is not None]).sum()
-            return LossResult(zero, torch.zeros(len(self.names), device=hidden.device))
+            return LossResult(zero, torch.zeros(self.sources, len(self.names), device=hidden.device))
         if torch.is_grad_enabled():
             result = LossResult(*_ChunkedLoss.apply(self, head, targets, hidden, weight, bias))
         else:
             result = self._measured(head, hidden, (weight, bias), targets)
-        return self._with_hidden(result, layers)
+        return self._with_hidden(result, layers, targets)
 
     def _measured(
         self, head: LMHead, hidden: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor | None], targets: Targets
@@ -173,14 +185,22 @@ class Objective:
             details.append(part.details)
         return LossResult(total, statistics, _joined(details))
 
-    def _with_hidden(self, result: LossResult, layers: Layers) -> LossResult:
+    def _with_hidden(self, result: LossResult, layers: Layers, targets: Targets) -> LossResult:
         """Add the losses of hidden states."""
         total, statistics = result.loss, [result.statistics]
         for term in self.hidden_terms:
-            value = term.total(layers).to(total.device)
-            total = total + term.weight * value
-            statistics.append(value.detach().unsqueeze(0))
-        return LossResult(total, torch.cat(statistics), result.details)
+            value = term.each(layers).to(total.device)
+            total = total + term.weight * value.sum()
+            statistics.append(self._by_source([value.detach()], targets))
+        return LossResult(total, torch.cat(statistics, -1), result.details)
+
+    def _by_source(self, values: Sequence[torch.Tensor], targets: Targets) -> torch.Tensor:
+        """Sum statistics (N,) over the positions of each source, (S, M)."""
+        columns = torch.stack(list(values), -1).float()
+        if targets.sources is None:
+            return columns.sum(0, keepdim=True)
+        sums = torch.zeros(self.sources, columns.shape[-1], device=columns.device)
+        return sums.index_add_(0, targets.sources.to(columns.device), columns)
 
     def _in_blocks(self, head: LMHead, raw: torch.Tensor, targets: Targets, *, replace: bool = False) -> LossResult:
         """Compute losses and statistics from a chunk's raw logits (n, V).
@@ -206,20 +226,20 @@ class Objective:
     def _totals(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Float32 zeros for accumulating the loss and the statistics of logits."""
         count = len(self.names) - len(self.hidden_terms)
-        return torch.zeros((), device=hidden.device), torch.zeros(count, device=hidden.device)
+        return torch.zeros((), device=hidden.device), torch.zeros(self.sources, count, device=hidden.device)
 
     def _losses(self, logits: torch.Tensor, targets: Targets) -> LossResult:
         """Compute all losses and statistics from the logits of some positions."""
         positions = Positions(logits, targets)
         terms = (*self.extra, *self.terms)
         values = [term.function(positions) for term in terms]
-        weighted = [term.weight * value for term, value in zip(terms, values, strict=True) if term.weight]
+        weighted = [term.weight * value.sum() for term, value in zip(terms, values, strict=True) if term.weight]
         total = torch.stack(weighted).sum() if weighted else logits.sum() * 0.0
         with torch.no_grad():
             first = positions.first()
             top = positions.student.logits.topk(first.ids.shape[-1], dim=-1)
             common = _common_statistics(positions, first, top)
-            statistics = torch.stack([*common, *(value.detach() for value in values)])
+            statistics = self._by_source([*common, *(value.detach() for value in values)], targets)
             details = _details(positions, first, top) if self.detailed else None
         return LossResult(total, statistics, details)
 
@@ -250,28 +270,30 @@ def _details(positions: Positions, first: SparseLogprobs, top: Any) -> PositionD
 
 
 def _common_statistics(positions: Positions, first: SparseLogprobs, top: Any) -> list[torch.Tensor]:
-    """Sums over positions, in the order of `_COMMON_STATISTICS`.
+    """(N,) statistics of each position, in the order of `_COMMON_STATISTICS`.
 
     Args:
         positions: student and teacher.
         first: the teacher's first k ids.
         top: the student's k largest logits, as `torch.topk` returns them.
 
-    The overlap is the fraction of the teacher's first k ids (the stored ones) that are among the student's k most
-    probable ones.
+    The overlap is the fraction of the teacher's first k ids (those that are stored of this position) that are among the
+    student's k most probable ones.
     """
     student = positions.student
     ids, logprobs = first.tensors()
     # An id with probability 0 may be a placeholder for one outside the student's head, so it is never counted.
     stored = torch.isfinite(logprobs)
     at_ids = student.logits.gather(-1, ids)
-    overlap = torch.logical_and(at_ids >= top.values[:, -1:], stored).float().mean(-1).sum()
-    count = torch.full((), len(positions.targets), dtype=torch.float32, device=at_ids.device)
-    agreement = torch.eq(top.indices[:, 0], ids[:, 0]).float().sum()
+    count = stored.sum(-1, keepdim=True)
+    least = top.values.gather(-1, (count - 1).clamp_min(0))
+    overlap = torch.logical_and(at_ids >= least, stored).sum(-1) / count.squeeze(-1).clamp_min(1)
+    one = torch.ones_like(overlap)
+    agreement = torch.eq(top.indices[:, 0], ids[:, 0]).float()
     if isinstance(positions.targets.teacher, TeacherLogits):
-        return [count, count, count, agreement, overlap]
-    student_mass = ((at_ids - student.normaliser().unsqueeze(-1)).exp() * stored).sum()
-    return [count, logprobs.exp().sum(), student_mass, agreement, overlap]
+        return [one, one, one, agreement, overlap]
+    student_mass = ((at_ids - student.normaliser().unsqueeze(-1)).exp() * stored).sum(-1)
+    return [one, logprobs.exp().sum(-1), student_mass, agreement, overlap]
 
 
 class _ChunkedLoss(torch.autograd.Function):

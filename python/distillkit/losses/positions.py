@@ -21,6 +21,11 @@ than their sum: compared with it, a student would have to give them far less pro
 The published toolkit does that. With `published`, p is softened as above, but q is softmax(z / T) over the entire
 vocabulary, and q_R its total probability outside.
 
+If the teacher's ids were drawn (`SparseLogprobs.draws`), p are their shares of the draws, which sum to one and are only
+compared as they are: against softmax(z / T) over the entire vocabulary, with T the temperature of the draws. The
+gradient of Σ p (log p − log q) is then, on average over the draws, that of the KL divergence of the teacher's entire
+distribution, softmax(z / T). Nothing is missing, and the handling of missing mass has no effect.
+
 If the teacher's probability of y was stored separately and y is not in K, `uniform` and `label` use K ∪ {y} instead of
 K, also in m: y becomes an outcome of its own, excluded from the rest. (With `label`, y is still assigned all of the
 mass outside K, or its own probability if rounding of the others left less than that.) `zero` ignores it.
@@ -31,6 +36,7 @@ Shape legend: N positions, V width of the student's head, k stored ids per posit
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,9 +48,18 @@ from distillkit.codec.topk import sparse_from_logits
 from distillkit.errors import InputError
 from distillkit.losses.logits import StudentLogits
 from distillkit.models.head import LMHead
-from distillkit.types import SparseLogprobs
+from distillkit.types import Draws, SparseLogprobs
 
-__all__ = ["Comparison", "DenseTeacher", "Missing", "Positions", "Targets", "TeacherDistribution", "TeacherLogits"]
+__all__ = [
+    "Comparison",
+    "DenseTeacher",
+    "DenseTeachers",
+    "Missing",
+    "Positions",
+    "Targets",
+    "TeacherDistribution",
+    "TeacherLogits",
+]
 
 Missing = Literal["zero", "uniform", "label"]
 
@@ -86,7 +101,39 @@ class DenseTeacher:
         return TeacherLogits(self.head(self.hidden[start:stop], self.weights))
 
 
-TeacherDistribution = SparseLogprobs | TeacherLogits | DenseTeacher
+@dataclass(frozen=True)
+class DenseTeachers:
+    """The distributions of several teachers, each at some of the positions; averaged where several have one.
+
+    Attributes:
+        size: number of positions N.
+        width: number of ids of the widest teacher.
+        parts: for each teacher its positions (n,) int64, ascending, its distributions there, and its weight.
+    """
+
+    size: int
+    width: int
+    parts: tuple[tuple[torch.Tensor, DenseTeacher, float], ...]
+
+    @torch.no_grad()
+    def logits(self, start: int, stop: int) -> TeacherLogits:
+        """Compute the log-probabilities of positions start … stop − 1: log Σ w p / Σ w over the teachers of each."""
+        stop = min(stop, self.size)
+        device = self.parts[0][0].device
+        total = torch.full((stop - start, self.width), -torch.inf, device=device)
+        weights = torch.zeros(stop - start, 1, device=device)
+        for rows, teacher, weight in self.parts:
+            first, last = torch.searchsorted(rows, torch.tensor([start, stop], device=rows.device)).tolist()
+            if first == last:
+                continue
+            at = rows[first:last] - start
+            own = teacher.logits(first, last).logits.float().log_softmax(-1).to(device) + math.log(weight)
+            total[at, : own.shape[-1]] = torch.logaddexp(total[at, : own.shape[-1]], own)
+            weights[at] += weight
+        return TeacherLogits(total - weights.log())
+
+
+TeacherDistribution = SparseLogprobs | TeacherLogits | DenseTeacher | DenseTeachers
 
 
 @dataclass(frozen=True)
@@ -99,12 +146,14 @@ class Targets:
         hidden: (N, H) teacher hidden states for each layer matched with a student layer; empty if none are.
         label_logprobs: (N,) float32, the teacher's log-probability of each label, whether or not it is among a sparse
             teacher's ids; NaN where unknown; None if unknown everywhere.
+        sources: (N,) int64, the number of the dataset that each position comes from; None if there is only one.
     """
 
     labels: torch.Tensor
     teacher: TeacherDistribution
     hidden: tuple[torch.Tensor, ...] = ()
     label_logprobs: torch.Tensor | None = None
+    sources: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -113,13 +162,13 @@ class Targets:
         """Return positions start … stop − 1, with a dense teacher's logits computed, and without hidden states."""
         teacher = self.teacher
         if isinstance(teacher, SparseLogprobs):
-            teacher = SparseLogprobs(teacher.ids[start:stop], teacher.logprobs[start:stop])
+            teacher = SparseLogprobs(teacher.ids[start:stop], teacher.logprobs[start:stop], teacher.draws)
         elif isinstance(teacher, TeacherLogits):
             teacher = TeacherLogits(teacher.logits[start:stop])
         else:
             teacher = teacher.logits(start, stop)
-        known = self.label_logprobs
-        return Targets(self.labels[start:stop], teacher, label_logprobs=None if known is None else known[start:stop])
+        known, sources = (None if each is None else each[start:stop] for each in (self.label_logprobs, self.sources))
+        return Targets(self.labels[start:stop], teacher, label_logprobs=known, sources=sources)
 
 
 @dataclass(frozen=True)
@@ -168,6 +217,13 @@ class Positions:
             labels = torch.cat([ids, labels], -1)
         self.student = StudentLogits(logits, labels)
         self._comparisons: dict[tuple[float, Missing, bool], Comparison] = {}
+        self._of_draws: Comparison | None = None
+
+    @property
+    def draws(self) -> Draws | None:
+        """How the teacher's ids were drawn, if they were."""
+        teacher = self.targets.teacher
+        return teacher.draws if isinstance(teacher, SparseLogprobs) else None
 
     @cached_property
     def teacher_logits(self) -> torch.Tensor | None:
@@ -178,7 +234,7 @@ class Positions:
         teacher = self.targets.teacher
         if isinstance(teacher, SparseLogprobs):
             return None
-        if isinstance(teacher, DenseTeacher):
+        if isinstance(teacher, (DenseTeacher, DenseTeachers)):
             raise InputError("a dense teacher's logits are not computed yet: select positions with Targets.rows first")
         return teacher.logits[:, : self.student.size].to(self.student.logits.device)
 
@@ -208,8 +264,17 @@ class Positions:
                 self._comparisons[key] = _softened(between, temperature)
         return self._comparisons[key]
 
+    def comparison_of_draws(self) -> Comparison:
+        """Compare the shares of a teacher's draws with the student at their temperature."""
+        if self._of_draws is None:
+            temperature = 1.0 if self.draws is None else self.draws.temperature
+            self._of_draws = self._sparse("zero", None, temperature)
+        return self._of_draws
+
     def comparison_with_rest(self) -> Comparison:
         """Compare over the stored ids and the rest, whether or not the teacher's probability of the label is known."""
+        if self.draws is not None:
+            return self.comparison_of_draws()
         if self.teacher_logits is not None or self.targets.label_logprobs is None:
             return self.comparison(missing="uniform")
         return self._sparse("uniform", None)
@@ -239,14 +304,14 @@ class Positions:
     ) -> Comparison:
         """Compare p with softmax(z / student_temperature), neither of them softened any further."""
         ids, logprobs = self._stored.tensors()
-        everything = ids.shape[-1] >= self.student.size
+        # Not by the width alone: rows may be filled up with ids of probability 0.
+        everything = ids.shape[-1] >= self.student.size and bool(torch.isfinite(logprobs).all())
         # If every id is stored, nothing is missing, and 1 − Σ p is only rounding error.
         missing = "zero" if everything else missing
         log_p, log_p_rest = _target(ids, logprobs, self.targets.labels, missing, label_logprobs)
         outcomes = torch.isfinite(log_p)
         log_p = log_p.clamp_min(NEVER)
         log_q = self.student.logprobs(student_temperature).clamp_min(NEVER).where(outcomes, NEVER)
-        everything = everything and bool(outcomes[:, :-1].all())
         student = self.student  # capturing `self` would create a cycle that keeps the logits until garbage collection
         rest = None if everything else lambda: student.logprob_outside(outcomes, student_temperature)
         log_p_rest = None if log_p_rest is None else log_p_rest.clamp_min(NEVER)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distillkit.losses import divergences, hidden, ranking
-from distillkit.losses.config import LossConfig, named_losses
+from distillkit.losses.config import LossConfig, named_losses, refuse_draws
 from distillkit.losses.positions import Comparison, Positions
 
 __all__ = [
@@ -18,22 +18,21 @@ __all__ = [
     "HiddenTerm",
     "Term",
     "hidden_terms_of",
-    "kl_with_rest",
     "kl_with_rest_of",
     "loss",
     "terms_of",
 ]
 
 LossFunction = Callable[[Positions], torch.Tensor]
-"""Sum of a loss over N positions, float32, differentiable in the student's logits."""
+"""A loss of each of N positions, (N,) float32, differentiable in the student's logits."""
 
 _ALPHA = 0.1
 _RANKED = 128
 
 
 def _cross_entropy(positions: Positions) -> torch.Tensor:
-    """Negative log-likelihood of the true next tokens: −Σ_n log softmax(z_n)[label_n]."""
-    return -positions.label_logprobs().sum()
+    """Negative log-likelihood of the true next tokens: −log softmax(z_n)[label_n]."""
+    return -positions.label_logprobs()
 
 
 def kl_with_rest_of(positions: Positions) -> torch.Tensor:
@@ -43,29 +42,41 @@ def kl_with_rest_of(positions: Positions) -> torch.Tensor:
     return divergences.kl(between).where(between.known(), 0.0)
 
 
-def kl_with_rest(positions: Positions) -> torch.Tensor:
-    """Σ_n of `kl_with_rest_of`: a metric."""
-    return kl_with_rest_of(positions).sum()
+def _kl(config: LossConfig) -> LossFunction:
+    """The KL divergence; of a teacher's draws, which have a temperature of their own, T² · KL(shares ‖ q)."""
+    compared = _compared(config, divergences.kl)
+
+    def each(positions: Positions) -> torch.Tensor:
+        draws = positions.draws
+        if draws is None:
+            return compared(positions)
+        refuse_draws([config], draws, "the teacher")
+        between = positions.comparison_of_draws()
+        return divergences.kl(between).where(between.known(), 0.0) * draws.temperature**2
+
+    return each
 
 
 def _compared(
     config: LossConfig, measure: Callable[[Comparison], torch.Tensor], first: int | None = None
 ) -> LossFunction:
-    """Make a loss from a per-position measure (N,) of a comparison: T² · Σ_n measure_n at the configured temperature.
+    """Make a loss from a measure (N,) of a comparison: T² · measure at the configured temperature.
 
-    The sum is over the positions for which the teacher has a distribution. If `first` is set, only the teacher's first
+    It is 0 at positions for which the teacher has no distribution. If `first` is set, only the teacher's first
     ids are compared: the stored ones, or the `first` most probable ones of a teacher with all ids.
     """
     temperature, missing = config.temperature or 1.0, config.missing_probability_handling or "zero"
     published = bool(config.published_temperature)
 
-    def total(positions: Positions) -> torch.Tensor:
+    def each(positions: Positions) -> torch.Tensor:
+        if positions.draws is not None:
+            refuse_draws([config], positions.draws, "the teacher")
         between = positions.comparison(temperature, missing, published=published)
         if first is not None:
             between = positions.comparison_of_first(between, first)
-        return measure(between).where(between.known(), 0.0).sum() * temperature**2
+        return measure(between).where(between.known(), 0.0) * temperature**2
 
-    return total
+    return each
 
 
 def _ranking(config: LossConfig, measure: Callable[[Comparison], torch.Tensor]) -> LossFunction:
@@ -78,7 +89,7 @@ def _alpha(config: LossConfig) -> float:
 
 LOSSES: dict[str, Callable[[LossConfig], LossFunction]] = {
     "cross_entropy": lambda config: _cross_entropy,
-    "kl": lambda config: _compared(config, divergences.kl),
+    "kl": _kl,
     "reverse_kl": lambda config: _compared(config, divergences.reverse_kl),
     "jsd": lambda config: _compared(config, divergences.jsd),
     "tvd": lambda config: _compared(config, divergences.tvd),
@@ -126,9 +137,9 @@ class HiddenTerm:
     weight: float
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-    def total(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """Sum over positions, averaged over the pairs of layers."""
-        return torch.stack([self.function(student, teacher).sum() for student, teacher in pairs]).mean()
+    def each(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """(N,) the loss of each position, averaged over the pairs of layers."""
+        return torch.stack([self.function(student, teacher) for student, teacher in pairs]).mean(0)
 
 
 def terms_of(configs: Sequence[LossConfig]) -> tuple[Term, ...]:

@@ -10,7 +10,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -28,7 +28,7 @@ from distillkit.types import Document, Facts, Shown, SparseLogprobs
 if TYPE_CHECKING:
     from distillkit.capture.teachers.hf import HFTeacher
 
-__all__ = ["Inspection", "inspect_dataset", "recompute_fidelity"]
+__all__ = ["DrawnRows", "Inspection", "inspect_dataset", "recompute_fidelity"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,25 @@ _ENTROPY_STEP, _ENTROPY_STEPS = 0.5, 13
 _WORST = 10
 
 
+@dataclass(frozen=True)
+class DrawnRows:
+    """How noisy draws are, with w the shares of a row's ids among its N draws, and p the teacher's probabilities.
+
+    Attributes:
+        number, temperature: N, and the temperature of the draws.
+        effective_ids: mean of 1 / Σ w²: as many ids of equal shares would be as concentrated.
+        variance: estimate of the mean of Σ Var(w) = (1 − Σ p²) / N, the expected squared error of a row: (1 − Σ w²) /
+            (N − 1), which is right on average; NaN if N is 1 or without rows.
+        variance_bound: 1 / N, which it never exceeds.
+    """
+
+    number: int
+    temperature: float
+    effective_ids: float
+    variance: float
+    variance_bound: float
+
+
 @dataclass(frozen=True, repr=False)
 class Inspection(Shown):
     """Statistics of a dataset. Rates and masses are over the documents that were read.
@@ -51,8 +70,9 @@ class Inspection(Shown):
         documents, tokens, rows: totals for the dataset.
         documents_read, rows_read: number of documents and rows over which rates and masses are computed.
         files, file_bytes: totals for the dataset.
-        part_bytes: the codec's bytes per row, by part: `ids` and `values`; in the compact format also `head`, `framing`
-            and `prior`, whose bytes are divided by all rows. Those of rows of varying size are of the documents read.
+        part_bytes: the codec's bytes per row, by part: `ids` and `values` (of draws, their counts); in the formats
+            compact and sampled also `head`, `framing` and `prior`, whose bytes are divided by all rows. Those of rows
+            of varying size are of the documents read.
         overhead_bytes: everything else in the files (the documents' token ids, checksums, Parquet), per row.
         rate_by_entropy: for rows of varying size, (mean entropy over K ∪ {R} in nats, mean bytes) of rows by entropy,
             in steps of half a nat up to 6; else empty.
@@ -80,6 +100,7 @@ class Inspection(Shown):
         logprob_quantiles: (3, k) 10%, 50% and 90% quantiles of the decoded log-probabilities, by rank.
         fidelity: as recorded by the writer, or recomputed; None if neither is available.
         fidelity_source: "recorded by the writer", what a conversion compared it with, the teacher's name, or None.
+        draws: how noisy the draws of the format sampled are (`DrawnRows`); None for other formats.
     """
 
     path: str
@@ -124,6 +145,12 @@ class Inspection(Shown):
     logprob_quantiles: npt.NDArray[np.float64]
     fidelity: FidelityStats | None
     fidelity_source: str | None
+    draws: DrawnRows | None = None
+
+    @property
+    def k(self) -> int:
+        """Most ids per row."""
+        return len(self.logprob_mean)
 
     @property
     def total_bytes(self) -> float:
@@ -158,7 +185,9 @@ class Inspection(Shown):
                 ("next token", f"{self.first_rate:.1%} the teacher's first, {self.stored_rate:.1%} stored"),
             ]
         rows.append(("alignment", self.alignment))
-        if self.fidelity is not None and self.fidelity.rows:
+        if self.draws is not None:
+            rows.append(("draws", f"{self.draws.number}, {self.ids_mean:.1f} ids, variance {self.draws.variance:.2g}"))
+        elif self.fidelity is not None and self.fidelity.rows:
             rows.append(("fidelity", f"KL mean {self.fidelity.kl_mean:.2e}, p99 {self.fidelity.kl_p99:.2e} nats"))
         rows += [("IMPOSSIBLE", finding) for finding in self.impossible]
         rows += [("doubtful", finding) for finding in self.doubts]
@@ -204,9 +233,9 @@ class Inspection(Shown):
         | `path`, `kind` | the path that was opened; "distillkit" or "published" |
         | `documents`, `tokens`, `rows`, `files`, `file_bytes` | totals for the dataset |
         | `documents_read`, `rows_read` | sample size for the rates, masses and alignment |
-        | `bytes_per_token` | `ids`, `values` (compact: also `head`, `framing`, `prior`), `codec` (all of these),
-        `overhead`, `total`, per stored distribution |
-        | `rate_by_entropy` | compact: pairs of mean entropy (nats) and bytes per distribution, of rows by entropy |
+        | `bytes_per_token` | `ids`, `values` (compact, sampled: also `head`, `framing`, `prior`), `codec` (all of
+        these), `overhead`, `total`, per stored distribution |
+        | `rate_by_entropy` | compact, sampled: pairs of mean entropy (nats) and bytes per distribution, by entropy |
         | `ids_per_row` | `mean`, `p10`, `p50`, `p90` of the stored ids of a distribution, or null |
         | `compression` | `dense_bf16`, `topk_bf16`, `published`: how many times larger these are |
         | `codec` | `format`, `version`, `config`, `preset` (or null), `warnings` |
@@ -225,6 +254,8 @@ class Inspection(Shown):
         |
         | `fidelity` | null, or `rows`, `kl_mean`, `kl_p99`, `kl_max`, `worst_error` (nats), `top1_agreement`,
         `mass_error`, `source` |
+        | `draws` | null, or of the format sampled `number` N, `temperature`, `effective_ids` (mean of 1 / Σ w², w the
+        shares of the draws), `variance` (estimate of the mean Σ Var(w), or null) and `variance_bound`, 1 / N |
         """
         fidelity = None
         if self.fidelity is not None:
@@ -273,6 +304,7 @@ class Inspection(Shown):
             },
             "worst_documents": list(self.worst_documents),
             "fidelity": fidelity,
+            "draws": None if self.draws is None else _finite(asdict(self.draws)),
         }
 
 
@@ -334,6 +366,11 @@ def inspect_dataset(
     )
 
 
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures for JSON, which has no NaN."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in figures.items()}
+
+
 def _entropies(logprobs_Rk: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """(R,) entropy of each row over K ∪ {R}, nats."""
     p = np.exp(np.minimum(logprobs_Rk, 0.0))
@@ -383,6 +420,7 @@ class _Seen:
         self._first = self._stored = self._predictions = self._counted = 0
         self._plausibility = Plausibility(codec.exact_k)
         self._worst: list[dict[str, Any]] = []
+        self._draws = np.zeros(2)
 
     def add(self, number: int, document: Document, rows: SparseLogprobs) -> None:
         ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs, dtype=np.float64)
@@ -411,6 +449,9 @@ class _Seen:
         self._mass_sum += float(mass_R.sum())
         bins = np.floor(np.minimum(mass_R, 1.0) * _MASS_BINS + 1e-9).astype(int)
         self._masses += np.bincount(bins, minlength=_MASS_BINS + 1)
+        if self._codec.draws is not None:
+            squares_R = np.exp(2 * logprobs_Rk).sum(-1)
+            self._draws += (1 / squares_R).sum(), (1 - squares_R).sum()
         there_Rk = logprobs_Rk > -np.inf
         self._ids += np.bincount(there_Rk.sum(-1), minlength=k + 1)
         self._logprob_sum += np.where(there_Rk, logprobs_Rk, 0.0).sum(0)
@@ -462,9 +503,18 @@ class _Seen:
             "doubts": tuple(self._plausibility.doubts()),
             "ids_per_row": self._ids,
             "worst_documents": tuple(self._worst),
+            "draws": self._drawn(),
             "logprob_mean": np.divide(self._logprob_sum, there_k, out=np.full(len(there_k), np.nan), where=there_k > 0),
             "logprob_quantiles": np.stack([self._logprob_quantile(share) for share in _QUANTILES]),
         }
+
+    def _drawn(self) -> DrawnRows | None:
+        draws, rows = self._codec.draws, self._rows or float("nan")
+        if draws is None:
+            return None
+        effective, spread = self._draws / rows
+        variance = spread / (draws.number - 1) if draws.number > 1 else float("nan")
+        return DrawnRows(draws.number, draws.temperature, float(effective), float(variance), 1 / draws.number)
 
     def _rows_with_rank(self) -> npt.NDArray[np.int64]:
         """(k,) number of rows that have an id at each rank."""
@@ -500,10 +550,15 @@ def recompute_fidelity(
     Raises:
         MismatchError: this is not the dataset's teacher: its head has a different size, most of its first ids differ,
             or most rows have ids that are not among its most probable ones.
-        InputError: documents are packed, or the logits were divided by a temperature.
+        InputError: documents are packed, the logits were divided by a temperature, or rows were drawn.
         ConfigError: the model cannot be loaded.
         CaptureError: the teacher rejects a document.
     """
+    if dataset.codec.draws is not None:
+        raise InputError(
+            f"{dataset.path}: contains draws of the teacher's distributions (format sampled), stored as they are: "
+            "there is no fidelity to compute; `inspect` without --teacher shows their variance"
+        )
     if dataset.header.temperature != 1:
         raise InputError(
             f"{dataset.path}: contains distributions at temperature {dataset.header.temperature}; only those at "

@@ -4,7 +4,7 @@ this page does not know are shown as they are."""
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +130,22 @@ def _size(figures: _Figures) -> Html:
     return joined(element("div", table(caption, header, rows), class_="numbers bars"), compared)
 
 
+def _draws(draws: Mapping[str, Any], ids: Mapping[str, float] | None) -> Html:
+    variance = draws["variance"]
+    rows = [
+        ("distinct ids, mean", "–" if ids is None else f"{ids['mean']:,.1f}"),
+        ("effective ids (1 / Σ w², w the shares of the draws)", f"{draws['effective_ids']:,.1f}"),
+        ("variance (Σ Var(w), estimated)", "–" if variance is None else f"{variance:.2e}"),
+        ("its bound (1 / draws)", f"{draws['variance_bound']:.2e}"),
+    ]
+    caption = f"{draws['number']:,} draws per distribution at temperature {draws['temperature']:g}, stored as they are"
+    return element("div", table(caption, (), rows), class_="numbers")
+
+
 def _fidelity(figures: _Figures) -> Html:
-    fidelity = figures["fidelity"]
+    fidelity, draws = figures["fidelity"], figures["draws"]
+    if draws is not None:
+        return _draws(draws, figures["ids_per_row"])
     if not fidelity or not fidelity["rows"]:
         return paragraph(
             "Not recorded. Measure it with ", element("code", "distillkit-codec inspect --teacher MODEL"), "."

@@ -70,7 +70,7 @@ def inspection_panels(inspection: Inspection) -> list[Panel]:
 
         return panel
 
-    exact, k = inspection.codec["config"].get("exact_k", 0), inspection.codec["config"]["k"]
+    exact, k = inspection.codec["config"].get("exact_k", 0), inspection.k
     note = f"Ranks up to {exact} (dashed line) are stored as values, the others as a curve." if 0 < exact < k else ""
     panels = [Panel("Average distribution by rank", by_rank(_distribution), "{:.3f}", "rank", note=note)]
     if _curves(inspection):
@@ -156,8 +156,8 @@ def _error(axes: Any, inspection: Inspection) -> None:
 
 
 def _mark_exact(axes: Any, inspection: Inspection, *, label: bool) -> None:
-    config = inspection.codec["config"]
-    exact, k = int(config.get("exact_k", config["k"])), int(config["k"])
+    k = inspection.k
+    exact = int(inspection.codec["config"].get("exact_k", k))
     if not 0 < exact < k:
         return
     axes.axvline(exact + 0.5, color=GREY, ls="--", lw=1)
@@ -217,7 +217,7 @@ def _mass(axes: Any, inspection: Inspection) -> None:
 
 
 def _bytes(axes: Any, inspection: Inspection) -> None:
-    k, stored = inspection.codec["config"]["k"], inspection.part_bytes
+    k, stored = inspection.k, inspection.part_bytes
     ids, values = stored.get("ids", 0.0), stored.get("values", 0.0)
     ours = (ids, values, inspection.total_bytes - ids - values)
     plain = (4.0 * k, 2.0 * k, 0.0)

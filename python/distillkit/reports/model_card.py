@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from distillkit.configuration.cards import CARD, front_matter, hub_id, public_name
-from distillkit.reports.run_record import RunRecord
+from distillkit.reports.run_record import HOW, RunRecord
 from distillkit.reports.run_report import MARKDOWN, described, evaluation_rows, table
 
 __all__ = ["CARD", "CARD_MARK", "model_card"]
@@ -33,13 +33,13 @@ def model_card(run: RunRecord, name: str | None = None) -> str:
         "library_name": "peft" if student.get("adapters") else "transformers",
         "pipeline_tag": "text-generation",
         "base_model": hub_id(student["path"]),
-        "datasets": sorted({found for part in data.values() if (found := hub_id(part["path"])) is not None}),
+        "datasets": sorted({found for part in _datasets(data) if (found := hub_id(part["path"])) is not None}),
         "tags": ["distillkit", "knowledge-distillation"],
     }
     named = replace(run, description=_without_paths(description))
     facts = [row for row in described(named, MARKDOWN) if row[0] not in _LEFT_OUT]
-    whose = MARKDOWN.name(public_name(teacher["name"])) if teacher["name"] else "a teacher that the data do not name"
-    how = "stored" if teacher["kind"] == "dataset" else "live"
+    whose = MARKDOWN.name(_teacher_name(teacher)) if teacher["name"] else "a teacher that the data do not name"
+    how = HOW[teacher["kind"]]
     sections = [
         front_matter(header),
         CARD_MARK,
@@ -64,10 +64,27 @@ def _without_paths(description: dict[str, Any]) -> dict[str, Any]:
         "student": {**description["student"], "path": public_name(description["student"]["path"])},
         "teacher": {
             **description["teacher"],
-            "name": description["teacher"]["name"] and public_name(description["teacher"]["name"]),
+            "name": _teacher_name(description["teacher"]),
         },
-        "data": {part: {**data, "path": public_name(data["path"])} for part, data in description["data"].items()},
+        "data": {part: _published(data) for part, data in description["data"].items()},
     }
+
+
+def _teacher_name(teacher: dict[str, Any]) -> str | None:
+    """The name of the teacher, or of several, that may be published."""
+    names = teacher.get("names") or ([teacher["name"]] if teacher["name"] else [])
+    return ", ".join(map(public_name, names)) or None
+
+
+def _datasets(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The descriptions of all datasets, also those of lists."""
+    return [each for part in data.values() for each in part.get("sources", [part])]
+
+
+def _published(data: dict[str, Any]) -> dict[str, Any]:
+    if "sources" in data:
+        return {**data, "sources": [_published(each) for each in data["sources"]]}
+    return {**data, "path": public_name(data["path"])}
 
 
 def _use(kind: str, name: str) -> str:

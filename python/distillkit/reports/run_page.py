@@ -22,6 +22,7 @@ from distillkit.reports.run_report import (
     evaluation_rows,
     names_of,
     opening,
+    source_rows,
     understanding,
 )
 
@@ -67,6 +68,12 @@ def _single(run: RunRecord) -> list[Section]:
             element("div", table("First and last evaluation", header, rows, hidden=True), class_="numbers"),
             [_note(note) for note in evaluation_notes(run)],
         )
+    for held_out in (True, False):
+        with understanding(run):
+            header, rows = source_rows(run, held_out=held_out)
+        if rows:
+            heading = table("Held-out datasets" if held_out else "Training datasets", header, rows)
+            results = joined(results, element("div", heading, class_="numbers"))
     quality, speed = _panels(run)
     positions, documents = _differences(run)
     return [
@@ -135,7 +142,9 @@ def _differences(run: RunRecord) -> tuple[Html, Html]:
     if run.differences is None:
         return Html(""), Html("")
     try:
-        return _positions(run.differences), _documents(run.differences["documents"], _captured(run))
+        names = [source["name"] for source in run.sources(held_out=True)]
+        documents = _documents(run.differences["documents"], _captured(run), names)
+        return _positions(run.differences, names), documents
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CorruptDataError(
             f"{run.folder / DIFFERENCES}: not the differences as this release writes them: {error!r}"
@@ -143,13 +152,16 @@ def _differences(run: RunRecord) -> tuple[Html, Html]:
 
 
 def _captured(run: RunRecord) -> str | None:
-    """The path of the held-out documents, if they have the teacher's distributions."""
-    stored = run.description.get("teacher", {}).get("kind") == "dataset"
-    return str(run.description["data"]["eval"]["path"]) if stored and "eval" in run.description["data"] else None
+    """The path of the dataset of the worst held-out document, if it has the teacher's distributions."""
+    if run.description.get("teacher", {}).get("kind") != "dataset" or "eval" not in run.description["data"]:
+        return None
+    data, worst = run.description["data"]["eval"], (run.differences or {})["documents"]
+    sources = data.get("sources")
+    return str(data["path"] if sources is None else sources[worst[0]["dataset"] if worst else 0]["path"])
 
 
-def _positions(differences: dict[str, Any]) -> Html:
-    positions = [_position(each) for each in differences["positions"]]
+def _positions(differences: dict[str, Any], names: Sequence[str]) -> Html:
+    positions = [_position(each, names) for each in differences["positions"]]
     if not positions:
         return Html("")
     about = paragraph(
@@ -165,13 +177,13 @@ def _positions(differences: dict[str, Any]) -> Html:
     return joined(content)
 
 
-def _documents(documents: list[dict[str, Any]], path: str | None) -> Html:
+def _documents(documents: list[dict[str, Any]], path: str | None, names: Sequence[str]) -> Html:
     """The documents, with the command that shows one if they are of the captured dataset at a path."""
     if not documents:
         return Html("")
     rows = [
         (
-            f"{each['document']:,}",
+            _document(each, names),
             f"{each['kl']:.3f}",
             f"{each['top1_agreement']:.1%}",
             f"{each['positions']:,}",
@@ -189,9 +201,14 @@ def _documents(documents: list[dict[str, Any]], path: str | None) -> Html:
     return joined(shown, look)
 
 
-def _position(each: dict[str, Any]) -> Html:
+def _document(each: dict[str, Any], names: Sequence[str]) -> str:
+    """The number of a document, with the name of its dataset if there are several."""
+    return f"{names[each['dataset']]} {each['document']:,}" if "dataset" in each else f"{each['document']:,}"
+
+
+def _position(each: dict[str, Any], names: Sequence[str]) -> Html:
     heading = element("h3", f"KL {each['kl']:.2f} nats")
-    place = paragraph(f"document {each['document']:,}, position {each['position']:,}", class_="soft")
+    place = paragraph(f"document {_document(each, names)}, position {each['position']:,}", class_="soft")
     before = "" if each["before"] is None else each["before"]
     text = paragraph(
         "…" if each["position"] >= 32 else "",

@@ -110,6 +110,7 @@ def speed_panels(run: RunRecord) -> list[Panel]:
         for name, title, form in (
             ("tokens_per_second", "Tokens per second", "{:,.0f}"),
             ("data_wait", "Fraction of time spent waiting for data", "{:.1%}"),
+            ("teacher_wait", "Fraction of time spent waiting for the teacher", "{:.1%}"),
             ("learning_rate", "Learning rate", "{:.3g}"),
             ("grad_norm", "Gradient norm", "{:.3g}"),
         )
@@ -196,7 +197,7 @@ def _draw_speed(axes: Any, *, run: RunRecord, name: str, title: str, form: str) 
     axes.yaxis.set_major_formatter(_formatter(form))
     if name == "grad_norm":
         _wide_axis(axes, values)
-    elif name == "data_wait":
+    elif name in ("data_wait", "teacher_wait"):
         _share_axis(axes, values, zero=True)
     else:
         axes.set_ylim(0, 1.08 * max(values) or 1.0)

@@ -14,6 +14,7 @@ from distillkit.errors import CorruptDataError, InputError
 
 __all__ = [
     "DIFFERENCES",
+    "HOW",
     "MEASURES",
     "METRICS",
     "REPORT",
@@ -71,10 +72,13 @@ MEASURES = (
     Measure("eval_teacher_mass", "teacher's probability of its top tokens", "{:.1%}", share=True),
 )
 
+HOW = {"dataset": "stored", "hf": "live", "server": "served"}
+"""How a teacher's distributions came to training, by its kind."""
+
 # Keys of a training log entry that are not losses, for runs whose description does not list their losses.
 _NO_LOSSES = (
     *("step", "loss", "epoch", "grad_norm", "learning_rate", "tokens_per_second", "data_wait", "peak_memory_gb"),
-    *("teacher_mass", "student_mass", "top1_agreement", "topk_overlap"),
+    *("teacher_wait", "teacher_mass", "student_mass", "top1_agreement", "topk_overlap"),
 )
 
 
@@ -114,6 +118,11 @@ class RunRecord:
             return {loss["name"]: loss["weight"] for loss in self.description["losses"]}
         return {name: None for entry in self.training[:1] for name in entry if name not in _NO_LOSSES}
 
+    def sources(self, *, held_out: bool) -> list[dict[str, Any]]:
+        """The datasets that are evaluated or trained on, if they are a list."""
+        data = self.description.get("data", {}).get("eval" if held_out else "train", {})
+        return list(data.get("sources", ()))
+
     def series(self, name: str, *, held_out: bool = False) -> tuple[list[int], list[float]]:
         """Return the steps and values of a metric, skipping values that are not finite."""
         entries = self.evaluations if held_out else self.training
@@ -140,6 +149,11 @@ class RunRecord:
         return self._overall("data_wait")
 
     @property
+    def teacher_wait(self) -> float | None:
+        """The fraction of time spent waiting for a served teacher; None with other teachers."""
+        return self._overall("teacher_wait")
+
+    @property
     def peak_memory(self) -> float | None:
         """Peak memory in bytes: GPU memory if a GPU was used, otherwise resident memory."""
         if self.summary is not None:
@@ -148,13 +162,14 @@ class RunRecord:
         return max(values) * 1e9 if values else None
 
     def figures(self) -> dict[str, Any]:
-        """Return results and costs: the last step, first and last evaluation, throughput, data wait, peak memory."""
+        """Return results and costs: the last step, first and last evaluation, throughput, waiting, peak memory."""
         return {
             "step": self.step,
             "eval_first": self.evaluations[0] if self.evaluations else None,
             "eval_last": self.evaluations[-1] if self.evaluations else None,
             "tokens_per_second": self.tokens_per_second,
             "data_wait": self.data_wait,
+            **({} if self.teacher_wait is None else {"teacher_wait": self.teacher_wait}),
             "peak_memory_bytes": self.peak_memory,
         }
 

@@ -9,14 +9,24 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from distillkit.console import number_of
 from distillkit.errors import CorruptDataError, printable
-from distillkit.reports.run_record import DIFFERENCES, MEASURES, METRICS, REPORT, SUMMARY, Measure, RunRecord, read_run
+from distillkit.reports.run_record import (
+    DIFFERENCES,
+    HOW,
+    MEASURES,
+    METRICS,
+    REPORT,
+    SUMMARY,
+    Measure,
+    RunRecord,
+    read_run,
+)
 
 __all__ = [
     "MARKDOWN",
@@ -30,6 +40,7 @@ __all__ = [
     "evaluation_rows",
     "names_of",
     "opening",
+    "source_rows",
     "table",
     "understanding",
     "write_comparison",
@@ -143,6 +154,10 @@ def markdown(run: RunRecord, pictures: list[tuple[str, str]] | None) -> str:
     sections = [f"# {_text(run.name)}", opening(run, MARKDOWN)]
     if run.evaluations:
         sections += ["## On held-out documents", table(*evaluation_rows(run)), *evaluation_notes(run)]
+    for held_out, heading in ((True, "## Held-out datasets"), (False, "## Training datasets")):
+        header, rows = source_rows(run, held_out=held_out)
+        if rows:
+            sections += [heading, table(header, rows)]
     sections += [f"![{title}]({name})" for name, title in pictures or ()]
     if pictures is None:
         sections.append(
@@ -177,7 +192,7 @@ def opening(run: RunRecord, quoting: Quoting) -> str:
     sentence = f"{state}: {steps}"
     student, teacher = run.description.get("student"), run.description.get("teacher")
     if student is not None and teacher is not None:
-        how = "stored distributions" if teacher["kind"] == "dataset" else "live distributions"
+        how = f"{HOW[teacher['kind']]} distributions"
         whose = f"{how} of {quoting.name(teacher['name'])}" if teacher["name"] else f"{how} of an unnamed teacher"
         sentence += f", {quoting.name(student['path'])} learning from {whose}"
     return sentence + "."
@@ -201,6 +216,41 @@ def evaluation_rows(run: RunRecord) -> tuple[list[str], list[list[str]]]:
         header[1:1] = [f"step {first['step']:,}"]
         header.append("change")
     return header, rows
+
+
+_OF_SOURCES = (
+    Measure("loss", "loss", "{:.4f}"),
+    Measure("kl", "KL", "{:.4f}"),
+    Measure("top1_agreement", "top-1", "{:.1%}", share=True),
+)
+
+
+def source_rows(run: RunRecord, *, held_out: bool) -> tuple[list[str], list[list[str]]]:
+    """Each of several datasets with its first and last metrics, as a table: its header, and a row for each dataset.
+
+    Args:
+        run: the run.
+        held_out: whether those that it is evaluated on, or those that it is trained on.
+    """
+    sources = run.sources(held_out=held_out)
+    columns = {
+        measure.label: [
+            _ends(run, _of_source(measure, source["name"], held_out), held_out=held_out) for source in sources
+        ]
+        for measure in _OF_SOURCES
+    }
+    columns = {label: values for label, values in columns.items() if any(values)}
+    header = ["dataset", "documents", "tokens", *([] if held_out else ["passes an epoch", "share of its tokens"])]
+    rows = []
+    for number, source in enumerate(sources):
+        row = [_fact(source["name"]), f"{source['documents']:,}", _written("{:,}", source["tokens"])]
+        row += [] if held_out else [f"{source['passes']:.3g}", f"{source['share']:.1%}"]
+        rows.append([*row, *(values[number] for values in columns.values())])
+    return [*header, *columns], rows
+
+
+def _of_source(measure: Measure, name: str, held_out: bool) -> Measure:
+    return replace(measure, name=f"{'eval_' if held_out else ''}{measure.name}/{name}")
 
 
 def measures_of(runs: Sequence[RunRecord]) -> list[Measure]:
@@ -272,7 +322,7 @@ def _teacher(teacher: dict[str, Any], quoting: Quoting) -> str:
     name = quoting.name(teacher["name"]) if teacher["name"] else "not recorded in the data"
     if teacher["kind"] == "dataset":
         return f"{name}, stored" + (f" top {teacher['k']:,}" if teacher["k"] else "")
-    return f"{name}, live, " + (f"top {teacher['k']:,}" if teacher["k"] else "all ids")
+    return f"{name}, {HOW[teacher['kind']]}, " + (f"top {teacher['k']:,}" if teacher["k"] else "all ids")
 
 
 def _loss(loss: dict[str, Any], fact: Callable[[object], str]) -> str:
@@ -283,7 +333,15 @@ def _loss(loss: dict[str, Any], fact: Callable[[object], str]) -> str:
 def _data(data: dict[str, Any], quoting: Quoting) -> str:
     tokens = "" if data["tokens"] is None else f", {number_of(data['tokens'], 'token')}"
     rows = f", packed in {number_of(data['rows'], 'row')}" if data.get("rows") else ""
+    if "sources" in data:
+        return "; ".join(
+            f"{quoting.fact(source['name'])} = {_data(_alone(source), quoting)}" for source in data["sources"]
+        )
     return f"{quoting.name(data['path'])}: {number_of(data['documents'], 'document')}{tokens}{rows}"
+
+
+def _alone(source: dict[str, Any]) -> dict[str, Any]:
+    return {name: source[name] for name in ("path", "documents", "tokens", "rows")}
 
 
 def cost(run: RunRecord) -> list[tuple[str, str]]:
@@ -301,20 +359,28 @@ def cost(run: RunRecord) -> list[tuple[str, str]]:
         rows.append(("tokens per second", f"{run.tokens_per_second:,.0f}"))
     if run.data_wait is not None:
         rows.append(("time spent waiting for data", f"{run.data_wait:.1%}"))
+    if run.teacher_wait is not None:
+        rows.append(("time spent waiting for the teacher", f"{run.teacher_wait:.1%}"))
     if run.peak_memory is not None:
         rows.append(("peak memory", human_bytes(run.peak_memory)))
     return rows
 
 
 def advice(run: RunRecord, quoting: Quoting) -> list[str]:
-    if run.data_wait is None or run.data_wait < _MUCH_WAITING:
-        return []
-    workers = run.description.get("settings", {}).get("workers")
-    now = "" if workers is None else f" (now {quoting.fact(workers)})"
-    return [
-        f"The device spent {run.data_wait:.0%} of the time waiting for data: raise "
-        f"`training_args.dataloader_num_workers`{now}."
-    ]
+    found = []
+    if run.data_wait is not None and run.data_wait >= _MUCH_WAITING:
+        workers = run.description.get("settings", {}).get("workers")
+        now = "" if workers is None else f" (now {quoting.fact(workers)})"
+        found.append(
+            f"The device spent {run.data_wait:.0%} of the time waiting for data: raise "
+            f"`training_args.dataloader_num_workers`{now}."
+        )
+    if run.teacher_wait is not None and run.teacher_wait >= _MUCH_WAITING:
+        found.append(
+            f"The device spent {run.teacher_wait:.0%} of the time waiting for the teacher's server: raise "
+            "`teacher.concurrency` if the server can take more, or capture the distributions first."
+        )
+    return found
 
 
 def _files(folder: Path) -> str:
@@ -420,6 +486,7 @@ def comparison(runs: Sequence[RunRecord], quoting: Quoting = PLAIN) -> list[tupl
         ("tokens", ["" if run.summary is None else f"{run.summary['train_tokens']:,}" for run in runs]),
         ("tokens per second", [_written("{:,.0f}", run.tokens_per_second) for run in runs]),
         ("time spent waiting for data", [_written("{:.1%}", run.data_wait) for run in runs]),
+        ("time spent waiting for the teacher", [_written("{:.1%}", run.teacher_wait) for run in runs]),
         ("peak memory", ["" if run.peak_memory is None else human_bytes(run.peak_memory) for run in runs]),
     ):
         if any(values):
@@ -431,8 +498,8 @@ def _written(form: str, value: float | None) -> str:
     return "" if value is None else form.format(value)
 
 
-def _ends(run: RunRecord, measure: Measure) -> str:
-    _, values = run.series(measure.name, held_out=True)
+def _ends(run: RunRecord, measure: Measure, *, held_out: bool = True) -> str:
+    _, values = run.series(measure.name, held_out=held_out)
     if len(values) < 2:
         return measure.text(values[0]) if values else ""
     return f"{measure.text(values[0])} → {measure.text(values[-1])}"

@@ -20,6 +20,11 @@ class RunSummary(dict[str, Any], Shown):
             ("tokens", f"{self['train_tokens']:,} ({self['tokens_per_second']:,.0f} per second)"),
             ("time", f"{self['seconds']:,.1f} s"),
             ("waiting for data", f"{self['data_wait']:.1%} of the training time"),
+            *(
+                [("waiting for the teacher", f"{self['teacher_wait']:.1%} of the training time")]
+                if "teacher_wait" in self
+                else []
+            ),
             ("peak memory", human_bytes(self["peak_cuda_bytes"] or self["peak_rss_bytes"])),
         ]
         if self["cut_documents"]:

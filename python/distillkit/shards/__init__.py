@@ -5,6 +5,7 @@ from __future__ import annotations
 from distillkit.shards.convert import convert, target_codec
 from distillkit.shards.header import Header
 from distillkit.shards.manifest import Manifest, ShardInfo, read_manifest
+from distillkit.shards.merge import merge
 from distillkit.shards.prior import load_prior
 from distillkit.shards.reader import Dataset
 from distillkit.shards.verify import VerifyReport, verify_dataset
@@ -19,6 +20,7 @@ __all__ = [
     "VerifyReport",
     "convert",
     "load_prior",
+    "merge",
     "read_manifest",
     "target_codec",
     "verify_dataset",

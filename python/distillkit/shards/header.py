@@ -10,7 +10,7 @@ from typing import Any, Literal
 import xxhash
 
 from distillkit import __version__
-from distillkit.codec import Codec, CodecConfig, CompactConfig, Prior
+from distillkit.codec import Codec, CodecConfig, CompactConfig, Prior, SampledConfig
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import ConfigError, CorruptDataError, InputError, MismatchError, UnsupportedVersionError
 from distillkit.shards.json_text import canonical_json, parse_json
@@ -22,6 +22,7 @@ VERSION = 1
 HEADER_KEY = b"distillkit.header"
 
 LOGPROBS = "log_softmax of the raw logits over head_size, float32"
+DRAWN = "shares of draws from the softmax of the raw logits / temperature over head_size"
 
 
 def alignment(rows: Literal["L-1", "L"]) -> dict[str, str]:
@@ -39,7 +40,7 @@ class Header:
         head_size: number of logits per position; at least `vocab_size`.
         tokenizer: `name` and `fingerprint`, or None if unknown (published datasets).
         teacher: `name`, `revision`, `dtype`, or None if unknown.
-        temperature: the temperature by which the logits were divided.
+        temperature: the temperature by which the logits were divided; 1, except for draws.
         logprobs: how the log-probabilities were computed.
         alignment: `row` "t predicts t+1"; `rows` "L-1" or "L", the number of rows of a document of L tokens.
         capture: the settings that determine the bytes; empty for converted datasets.
@@ -88,7 +89,8 @@ class Header:
     def prior(self) -> str | None:
         """The hash of the prior that the rows were encoded with (`Prior.hash`), if the codec has one."""
         config = self.codec.get("config")
-        named = config.get("prior") if isinstance(config, Mapping) and self.codec.get("format") == "compact" else None
+        learned = isinstance(config, Mapping) and self.codec.get("format") in ("compact", "sampled")
+        named = config.get("prior") if learned else None
         return named if isinstance(named, str) else None
 
     def make_codec(self, prior: Prior | None = None) -> Codec:
@@ -236,7 +238,7 @@ def check_codec(given: CodecConfig, own: Codec, name: str, what: str) -> None:
             "dataset has its own"
         )
     theirs = own.to_dict()["config"]
-    if isinstance(given, CompactConfig):
+    if isinstance(given, (CompactConfig, SampledConfig)):
         ours = {**Codec(given.without_prior()).to_dict()["config"], "prior": given.prior or theirs["prior"]}
     else:
         ours = Codec(given).to_dict()["config"]

@@ -107,6 +107,9 @@ class Plausibility:
                 self.first = _highest(logprobs_Rk, found_R, document.place)
         self._steps += _steps_of(logprobs_Rk, self.exact_k)
         self.shifts += document_shifts(document, rows)
+        if rows.draws is not None:
+            # The largest share of few draws is more than the probability that it estimates.
+            return
         t = counted_positions(document.segments())
         self._predictions += len(t)
         self._first_hits += int((ids_Rk[t, 0] == document.input_ids[t + 1]).sum())

@@ -16,7 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from distillkit.codec import Codec, CodecConfig, CompactConfig, DistributionQuantizationConfig, codec_config
+from distillkit.codec import (
+    Codec,
+    CodecConfig,
+    CompactConfig,
+    DistributionQuantizationConfig,
+    SampledConfig,
+    codec_config,
+)
 from distillkit.codec.config import CODEC_KEYS
 from distillkit.configuration.urls import locate
 from distillkit.configuration.yaml_file import read_yaml
@@ -202,8 +209,10 @@ def _published_codec(layout: str, config: ConfigSource, beside: str | None, name
             "it; pass its codec configuration"
         )
     parsed = load_codec_config(beside if config is None else config)
-    if isinstance(parsed, CompactConfig):
-        raise ConfigError(f"{name}: published datasets are in a fixed format, but the configuration is for compact")
+    if isinstance(parsed, (CompactConfig, SampledConfig)):
+        raise ConfigError(
+            f"{name}: published datasets are in a fixed format, but the configuration is for {parsed.format}"
+        )
     codec = Codec.for_published(parsed)
     if config is not None and beside is not None:
         check_codec(codec.config, Codec(load_codec_config(beside)), name, f"the codec in {CONFIG_FILE}")

@@ -450,7 +450,7 @@ class Dataset(Documents, Shown):
             rows = block.decode()
             for document, end in zip(block.documents, block.ends.tolist(), strict=True):
                 part = slice(end - document.num_rows, end)
-                yield document, SparseLogprobs(rows.ids[part], rows.logprobs[part])
+                yield document, SparseLogprobs(rows.ids[part], rows.logprobs[part], rows.draws)
 
     @property
     def files(self) -> Sequence[DocumentFile]:

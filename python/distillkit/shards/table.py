@@ -195,7 +195,7 @@ class Block:
             CorruptDataError: as for `Codec.decode_document`.
         """
         shape = (int(self.ends[-1]) if len(self.ends) else 0, self.codec.k)
-        rows = SparseLogprobs(np.empty(shape, np.int64), np.empty(shape, np.float32))
+        rows = SparseLogprobs(np.empty(shape, np.int64), np.empty(shape, np.float32), self.codec.draws)
         # Documents of a fixed format can be decoded together, on all cores.
         parts = [(self.data, shape[0])] if self.codec.is_fixed else [(d.teacher, d.num_rows) for d in self.documents]
         end = 0

@@ -113,13 +113,13 @@ def encode_rows(codec: Codec, rows: SparseLogprobs) -> tuple[bytes, SparseLogpro
         # The codec sorts rows that are not in descending order; the comparison needs the same order.
         order = np.argsort(-logprobs, axis=-1, kind="stable")
         ids, logprobs = np.take_along_axis(ids, order, -1), np.take_along_axis(logprobs, order, -1)
-    original = SparseLogprobs(ids, logprobs)
+    original = SparseLogprobs(ids, logprobs, rows.draws)
     if not codec.is_fixed:
         # Some of the ids, and ids of one level in another order.
         values, found = values_of(original, decoded)
         if not found.all():
             raise DistillKitError(f"row {int(found.argmin())} decodes to ids that it did not have; this is a bug")
-        original = SparseLogprobs(np.asarray(decoded.ids), values)
+        original = SparseLogprobs(np.asarray(decoded.ids), values, rows.draws)
     stats = FidelityStats()
     stats.update(original, decoded)
     return data, original, stats

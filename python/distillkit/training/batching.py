@@ -27,9 +27,15 @@ __all__ = ["batch_layout", "check_batches", "choose_packing", "packing_problem",
 logger = logging.getLogger(__name__)
 
 
-def trained_models(student: Any, teacher: Any = None) -> dict[str, Any]:
-    """Return the models that run on a batch, by their keys in the configuration; a student may be its own teacher."""
-    return {"model": student} if teacher is None or teacher is student else {"model": student, "teacher.path": teacher}
+def trained_models(student: Any, teachers: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the models that run on a batch, by their keys in the configuration; a student may be its own teacher.
+
+    Args:
+        student: the student.
+        teachers: live teachers, by their keys.
+    """
+    others = {key: teacher for key, teacher in (teachers or {}).items() if teacher is not student}
+    return {"model": student, **others}
 
 
 def batch_layout(models: Mapping[str, Any]) -> dict[str, Any]:

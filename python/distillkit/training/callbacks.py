@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ _SHOWN = (
     ("grad_norm", "grad", "{:.2f}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("data_wait", "data wait", "{:.0%}"),
+    ("teacher_wait", "teacher wait", "{:.0%}"),
 )
 _LABELS = {name: label for name, label, _ in _SHOWN}
 
@@ -91,10 +93,15 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
     Args:
         parts: names of the losses; if there are several, training lines show the value of each.
         console: where to print; stderr if None.
+
+    Attributes:
+        sources: names of the datasets of which a line shows the loss and the KL, if there are several: those that are
+            trained on, `train`, and held out, `eval`.
     """
 
     def __init__(self, parts: tuple[str, ...] = (), console: Console | None = None) -> None:
         self.parts = parts
+        self.sources: Mapping[str, Sequence[str]] = {}
         self.console = console or Console(stderr=True)
         self.progress: Progress | None = None
         self.training: TaskID | None = None
@@ -153,7 +160,8 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
             if prefix + name in logs and name not in in_parts
         ]
         left = self._left(state)
-        for line in self._lines([*fields, left] if left else fields):
+        lines = self._lines([*fields, left] if left else fields)
+        for line in [*lines, *self._by_source(logs, prefix, len(kind) + width)]:
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def _lines(self, fields: list[str]) -> list[str]:
@@ -165,6 +173,16 @@ class ConsoleProgress(transformers.TrainerCallback):  # type: ignore[misc]
             else:
                 lines[-1] += f"  {field}"
         return lines
+
+    def _by_source(self, logs: dict[str, Any], prefix: str, indent: int) -> list[str]:
+        """Format the loss and the KL of each of several datasets."""
+        fields = [" " * indent]
+        for name in self.sources.get("eval" if prefix else "train", ()):
+            if f"{prefix}loss/{name}" in logs:
+                kl = logs.get(f"{prefix}kl/{name}")
+                shown = f"{name}: loss {logs[f'{prefix}loss/{name}']:.4f}"
+                fields.append(shown if kl is None else f"{shown} KL {kl:.4f}")
+        return self._lines(fields) if len(fields) > 1 else []
 
     def _loss(self, logs: dict[str, Any], prefix: str) -> str:
         """Format the loss and, for training lines, its parts: means, not multiplied by their weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distillkit import __version__
@@ -12,6 +12,8 @@ from distillkit.configuration.secrets import without_secrets
 from distillkit.losses.config import LossConfig, named_losses
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.training.config.arguments import to_plain_value
+from distillkit.training.data.examples import DistillationDataset
+from distillkit.training.data.prepared import Part, PreparedDataset
 from distillkit.training.student import describe_student
 
 if TYPE_CHECKING:
@@ -19,11 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from trl import SFTConfig
 
-    from distillkit.training.config.schema import DatasetSource, RunConfig
-    from distillkit.training.data.examples import DistillationDataset, DocumentSource
-    from distillkit.training.data.prepared import Part
+    from distillkit.training.config.schema import DatasetEntry, DatasetSource, RunConfig
+    from distillkit.training.data.examples import DocumentSource
+    from distillkit.training.data.mixture import Mixture
 
-__all__ = ["describe", "tokens_of"]
+__all__ = ["bytes_of", "describe", "sources_of", "tokens_of"]
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate")
 
@@ -32,7 +34,7 @@ def describe(
     config: RunConfig,
     arguments: SFTConfig,
     model: PreTrainedModel | PeftModel,
-    datasets: Mapping[Part, DistillationDataset],
+    datasets: Mapping[Part, DistillationDataset | Mixture],
 ) -> dict[str, Any]:
     """Describe a run after its parts are loaded.
 
@@ -43,15 +45,15 @@ def describe(
         datasets: `train`, and `eval` if there is one.
 
     Returns:
-        JSON objects by name: `student`, `teacher`, `data`, `losses` (weights summing to 1), `overrides` (what the
-        command line set, by dotted path), `settings`, `versions`; and `project`, `began`.
+        JSON objects by name: `student`, `teacher` (with `names` if they are several), `data`, `losses` (weights summing
+        to 1), `overrides` (what the command line set, by dotted path), `settings`, `versions`; and `project`, `began`.
     """
     description = {
         "project": config.project_name,
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "student": describe_student(config, model),
         "teacher": _teacher(config, datasets["train"]),
-        "data": {key: _data(getattr(config.dataset, f"{key}_dataset"), dataset) for key, dataset in datasets.items()},
+        "data": {part: _data(config.dataset.entries(part), dataset) for part, dataset in datasets.items()},
         "losses": _losses(config.loss_functions),
         "overrides": config.overrides,
         "settings": _settings(config, arguments),
@@ -62,16 +64,44 @@ def describe(
     return found
 
 
-def _teacher(config: RunConfig, dataset: DistillationDataset) -> dict[str, Any]:
+def _teacher(config: RunConfig, dataset: DistillationDataset | Mixture) -> dict[str, Any]:
+    if config.teachers is not None:
+        paths = [teacher.path for teacher in config.teachers]
+        return {"kind": "hf", "name": ", ".join(paths), "names": paths, "k": config.teachers[0].top_k}
     if config.teacher.kind == "hf":
         return {"kind": "hf", "name": config.teacher.path, "k": config.teacher.top_k}
-    if not isinstance(dataset.source, StoredDataset):
-        raise TypeError(f"expected stored distributions, found {type(dataset.source).__name__}")
-    recorded = dataset.source.header.teacher or {}
-    return {"kind": "dataset", "name": recorded.get("name"), "k": dataset.source.codec.k}
+    if config.teacher.kind == "server":
+        return {
+            "kind": "server",
+            "name": config.teacher.served_model or config.teacher.model,
+            "k": config.teacher.top_k,
+        }
+    names, widths = dict[str, None](), set[int]()
+    for part in dataset.parts:
+        if not isinstance(part.source, StoredDataset):
+            raise TypeError(f"expected stored distributions, found {type(part.source).__name__}")
+        names |= dict.fromkeys([name] if (name := (part.source.header.teacher or {}).get("name")) else [])
+        widths.add(part.source.codec.k)
+    k = widths.pop() if len(widths) == 1 else None
+    several = {"names": list(names)} if len(names) > 1 else {}
+    return {"kind": "dataset", "name": ", ".join(names) or None, **several, "k": k}
 
 
-def _data(where: DatasetSource, dataset: DistillationDataset) -> dict[str, Any]:
+def _data(entries: Sequence[DatasetEntry], dataset: DistillationDataset | Mixture) -> dict[str, Any]:
+    found = [_one(entry.source, part) for entry, part in zip(entries, dataset.parts, strict=True)]
+    if isinstance(dataset, DistillationDataset):
+        return found[0]
+    shares = sources_of(dataset)
+    return {
+        "path": None,
+        "documents": sum(each["documents"] for each in found),
+        "tokens": None if any(each["tokens"] is None for each in found) else sum(each["tokens"] for each in found),
+        "rows": len(dataset) if dataset.packed else None,
+        "sources": [{**each, **share} for each, share in zip(found, shares, strict=True)],
+    }
+
+
+def _one(where: DatasetSource, dataset: DistillationDataset) -> dict[str, Any]:
     whole = dataset.documents == len(dataset.source)
     return {
         "path": where.repo_id or where.disk_path,
@@ -82,9 +112,28 @@ def _data(where: DatasetSource, dataset: DistillationDataset) -> dict[str, Any]:
     }
 
 
+def sources_of(dataset: Mixture) -> list[dict[str, Any]]:
+    """Return what an epoch uses of each dataset: `name`, `passes` over it, and its `share` of all tokens."""
+    passes = [taken / len(part) for taken, part in zip(dataset.taken, dataset.parts, strict=True)]
+    tokens = [each * part.tokens for each, part in zip(passes, dataset.parts, strict=True)]
+    return [
+        {"name": name, "passes": each, "share": part / sum(tokens)}
+        for name, each, part in zip(dataset.names, passes, tokens, strict=True)
+    ]
+
+
 def tokens_of(source: DocumentSource) -> int:
     """Return the total number of tokens."""
     return source.num_tokens if isinstance(source, StoredDataset) else int(source.lengths().sum())
+
+
+def bytes_of(source: DocumentSource) -> int:
+    """Return the size of a dataset's files."""
+    if isinstance(source, StoredDataset):
+        return sum(shard.bytes for shard in source.shards)
+    if isinstance(source, PreparedDataset):
+        return sum(file.stat().st_size for file in source.folder.iterdir())
+    raise TypeError(f"unknown documents: {type(source).__name__}")
 
 
 def _losses(configs: list[LossConfig]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 
 from distillkit.losses.fused import PositionDetails
 from distillkit.training.data.examples import DocumentSource
+from distillkit.training.data.mixture import JoinedDocuments
 
 __all__ = ["Differences"]
 
@@ -117,16 +118,23 @@ class Differences:
                 first; tokens are `id`, `text` and `p`, those of the teacher with `student_p`).
             documents: the 10 documents with the largest mean KL: `document`, `positions`, `kl`, `top1_agreement`, and
                 `text`, their beginning.
+            Of several datasets, both have `dataset`, the number of one, and `document` is the number there.
         """
 
         def text(ids: list[int]) -> str | None:
             return None if tokenizer is None else str(tokenizer.decode(ids))
 
+        def place(document: int) -> dict[str, Any]:
+            if not isinstance(source, JoinedDocuments):
+                return {"document": document}
+            number, inside = source.place(document)
+            return {"dataset": number, "document": inside}
+
         means = sorted(self._totals.items(), key=lambda item: (-item[1].kl / item[1].positions, item[0]))
         return {
             "positions": [
                 {
-                    "document": each.document,
+                    **place(each.document),
                     "position": each.position,
                     "kl": each.kl,
                     "before": text(each.before),
@@ -143,7 +151,7 @@ class Differences:
             ],
             "documents": [
                 {
-                    "document": document,
+                    **place(document),
                     "positions": total.positions,
                     "kl": total.kl / total.positions,
                     "top1_agreement": total.agreeing / total.positions,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import transformers
 
 from distillkit.reports.run_summary import RunSummary
 from distillkit.shards import Dataset
-from distillkit.training.config.objects import configuration, dataset_section
-from distillkit.training.config.schema import DatasetSource
+from distillkit.training.config.objects import configuration, evaluated_section
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.prepared import Part
 from distillkit.training.run import Given, Run, resumed_checkpoint
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from distillkit.training.config.objects import TrainerSettings
 
 __all__ = ["DistillationTrainer"]
+
+Data: TypeAlias = str | os.PathLike[str] | Dataset | Mapping[str, Any]
 
 
 class DistillationTrainer(SignalTrainer):
@@ -42,7 +43,8 @@ class DistillationTrainer(SignalTrainer):
         args: `transformers.TrainingArguments` or `trl.SFTConfig`, all of whose values count; or a mapping as in
             `training_args` of a YAML file, with the defaults described there, and `output_dir` ("trained").
         train_dataset: what to train on: a captured or published dataset as a path, a URL (`hf://datasets/…`), a hub id
-            or an opened `distillkit.Dataset`; with a live teacher also text. A mapping is a section `train_dataset`.
+            or an opened `distillkit.Dataset`; with a live teacher also text. A mapping is a section `train_dataset`, a
+            list several datasets, which are mixed.
         eval_dataset: what to evaluate on, likewise.
         processing_class: the student's tokenizer; by default the one beside the model.
         callbacks: transformers callbacks, besides those that write metrics and report.
@@ -72,8 +74,8 @@ class DistillationTrainer(SignalTrainer):
         model: str | os.PathLike[str] | transformers.PreTrainedModel | Any,
         args: transformers.TrainingArguments | Mapping[str, Any] | None = None,
         *,
-        train_dataset: str | os.PathLike[str] | Dataset | Mapping[str, Any],
-        eval_dataset: str | os.PathLike[str] | Dataset | Mapping[str, Any] | None = None,
+        train_dataset: Data | Sequence[Data],
+        eval_dataset: Data | Sequence[Data] | None = None,
         processing_class: Any = None,
         callbacks: list[transformers.TrainerCallback] | None = None,
         **settings: Unpack[TrainerSettings],
@@ -84,7 +86,7 @@ class DistillationTrainer(SignalTrainer):
         config = configuration(name, train_dataset, eval_dataset, args, settings)
         check_surroundings(config, loaded=not by_name)
         parts: tuple[tuple[Part, Any], ...] = (("train", train_dataset), ("eval", eval_dataset))
-        opened = {part: dataset for part, dataset in parts if isinstance(dataset, Dataset)}
+        opened = {part: _opened(dataset) for part, dataset in parts}
         self._run = Run(config, Given(None if by_name else model, processing_class, opened))
         trainer_parts = self._run.trainer_parts()
         with self._run.reaching_hub():
@@ -141,12 +143,19 @@ class DistillationTrainer(SignalTrainer):
         Raises:
             ConfigError, MismatchError: the documents cannot be opened, or do not fit the student.
         """
-        if not isinstance(eval_dataset, (str, os.PathLike, Dataset, Mapping)):
+        several = isinstance(eval_dataset, Sequence) and not isinstance(eval_dataset, (str, Dataset))
+        if not several and not isinstance(eval_dataset, (str, os.PathLike, Dataset, Mapping)):
             recorded: dict[str, float] = super().evaluate(eval_dataset, *arguments, **named)
             return recorded
-        where = DatasetSource(**dataset_section(eval_dataset, "eval_dataset"))
-        opened = eval_dataset if isinstance(eval_dataset, Dataset) else None
-        examples = self._run.other_examples(where, opened)
+        examples = self._run.other_examples(evaluated_section(eval_dataset), _opened(eval_dataset))
         with self._run.unrecorded():
             found: dict[str, float] = super().evaluate(examples, *arguments, **named)
         return found
+
+
+def _opened(dataset: Any) -> list[Dataset | None]:
+    """Return those of one or several datasets that are open."""
+    if dataset is None:
+        return []
+    several = dataset if isinstance(dataset, Sequence) and not isinstance(dataset, (str, Dataset)) else [dataset]
+    return [each if isinstance(each, Dataset) else None for each in several]

@@ -3,6 +3,7 @@ backward, and discards the results."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from distillkit.reports.run_record import DIFFERENCES
 from distillkit.training.config.arguments import to_plain_value
 
 if TYPE_CHECKING:
-    from distillkit.training.config.schema import RunConfig
+    from distillkit.training.config.schema import ListedTeacherConfig, RunConfig
     from distillkit.training.memory_estimate import MemoryEstimate
     from distillkit.training.run import Run
 
@@ -112,6 +113,7 @@ def dry_run(path: str | Path, overrides: Overrides | None = None) -> DryRun:
             if check.status in ("failed", "not checked"):
                 failed.add(step.name)
             checks.append(check)
+        state.end()
     return DryRun(checks, _would_write(state))
 
 
@@ -123,9 +125,20 @@ def _overridden(config: RunConfig) -> str:
 
 
 def _harmless(config: RunConfig, folder: str) -> RunConfig:
-    """Return the same run, but writing into a separate folder and reporting to no tracker."""
+    """Return the same run, but writing into a separate folder, reporting to no tracker, and reading captures on the hub
+    without downloading them."""
+    from distillkit.training.data.documents import streamed
+
     arguments = {name: value for name, value in config.training_args.items() if name not in _QUIET}
-    harmless = {"output_path": folder, "training_args": {**arguments, "report_to": "none"}}
+    sources = {name: getattr(config.dataset, name) for name in ("train_dataset", "eval_dataset")}
+    dataset = config.dataset.model_copy(
+        update={
+            name: [streamed(each) for each in source] if isinstance(source, list) else streamed(source)
+            for name, source in sources.items()
+            if source is not None
+        }
+    )
+    harmless = {"output_path": folder, "training_args": {**arguments, "report_to": "none"}, "dataset": dataset}
     return config.model_copy(update=harmless)
 
 
@@ -151,6 +164,12 @@ class _State:
         self.steps, self.steps_an_epoch = 0, 1
         self.checkpoints: tuple[int, int] | None = None
         self.saved: int | None = None
+
+    def end(self) -> None:
+        """Cancel what a served teacher was asked ahead."""
+        server = self.run.__dict__.get("server")
+        if server is not None:
+            server.stop()
 
     @property
     def sharded(self) -> bool:
@@ -227,22 +246,31 @@ def _tokenizer(state: _State) -> tuple[str, dict[str, Any]]:
 def _data(state: _State) -> Check:
     from distillkit.training.data.documents import long_documents
     from distillkit.training.data.prepared import PreparedDataset
-    from distillkit.training.description import tokens_of
+    from distillkit.training.description import bytes_of, tokens_of
 
     lines: list[str] = []
     figures: dict[str, Any] = {}
     overflow = state.config.dataset.overflow
     status: Status = "passed"
     _ = state.run.eos_labels  # raises here if they are wrong, since they belong to the data
-    for key, source in state.run.sources.items():
-        tokens = tokens_of(source)
+    for entry, source in itertools.chain.from_iterable(state.run.sources.values()):
+        tokens, size = tokens_of(source), bytes_of(source)
         kept = f" (prepared, and cached for training in {source.folder})" if isinstance(source, PreparedDataset) else ""
-        long = long_documents(state.config, key, source)
+        long = long_documents(state.config, entry, source)
         outcome = f"; {long.outcome(overflow)}" if long.long else ""
         status = "warning" if long.long and overflow != "split" else status
-        lines.append(f"{key}: {number_of(len(source), 'document')}, {number_of(tokens, 'token')}{kept}{outcome}")
-        figures[key] = {"documents": len(source), "tokens": tokens, "long": long.long, "beyond_tokens": long.beyond}
-    return Check("data", status, "; ".join(lines), figures)
+        listed = isinstance(getattr(state.config.dataset, f"{entry.part}_dataset"), list)
+        what = f"{entry.part} {entry.name}" if listed else entry.part
+        counts = f"{number_of(len(source), 'document')}, {number_of(tokens, 'token')}, {human_bytes(size)}"
+        lines.append(f"{what}: {counts}{kept}{outcome}")
+        found = {"documents": len(source), "tokens": tokens, "bytes": size}
+        found |= {"long": long.long, "beyond_tokens": long.beyond}
+        if listed:
+            figures.setdefault(entry.part, {})[entry.name] = found
+        else:
+            figures[entry.part] = found
+    # Of one dataset to train on and one to evaluate on, a line says it all.
+    return Check("data", status, ("\n" if len(lines) > 2 else "; ").join(lines), figures)
 
 
 def _student(state: _State) -> tuple[str, dict[str, Any]]:
@@ -256,11 +284,25 @@ def _student(state: _State) -> tuple[str, dict[str, Any]]:
 
 def _teacher(state: _State) -> tuple[str, dict[str, Any]]:
     live, matching = state.run.teacher
+    server = state.run.server
+    if server is not None:
+        kept = "" if server.cache is None else f"; answers are kept in {server.cache.folder}"
+        found = f"served: {server.name}, top {server.request.k:,} of {server.head_size:,} ids"
+        return f"{found}; the server answers with as many{kept}", {"kind": "server", "name": server.name}
     if live is None:
         return "stored distributions", {"kind": "dataset"}
     kept = "all ids" if live.top_k is None else f"top {live.top_k:,}"
+    if state.config.teachers is not None:
+        listed = [_listed(teacher) for teacher in state.config.teachers]
+        return "\n".join([f"live, {kept}:", *listed]), {"kind": "hf", "teachers": listed}
     layers = "" if matching is None else f"; {len(matching.teacher_layers)} pairs of layers matched"
     return f"live: {state.config.teacher.path}, {kept}{layers}", {"kind": "hf"}  # type: ignore[union-attr]
+
+
+def _listed(teacher: ListedTeacherConfig) -> str:
+    """One of several teachers: its path, its weight and the rows that it teaches."""
+    which = ", ".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in teacher.where.items())
+    return f"{teacher.path}, weight {teacher.weight:g}, {which or 'all rows'}"
 
 
 def _fits(state: _State) -> tuple[str, dict[str, Any]]:
@@ -279,6 +321,9 @@ def _head(state: _State) -> tuple[str, dict[str, Any]]:
 
 
 def _plan(state: _State) -> Check | tuple[str, dict[str, Any]]:
+    from distillkit.training.data.mixture import Mixture
+    from distillkit.training.description import sources_of
+
     trainer, arguments = state.run.trainer, state.run.arguments
     epochs, per_epoch, _, _, batch, _, steps = trainer.set_initial_training_values(
         arguments, trainer.get_train_dataloader()
@@ -290,11 +335,25 @@ def _plan(state: _State) -> Check | tuple[str, dict[str, Any]]:
     state.steps, state.steps_an_epoch = steps, per_epoch
     one_pass = f"one pass over the data takes {number_of(per_epoch, 'step')}"
     detail = f"{number_of(steps, 'step')} of {number_of(batch, 'row')}; {one_pass}"
-    figures = {"steps": steps, "rows_a_step": batch, "steps_an_epoch": per_epoch, "epochs_begun": epochs}
+    figures: dict[str, Any] = {
+        "steps": steps,
+        "rows_a_step": batch,
+        "steps_an_epoch": per_epoch,
+        "epochs_begun": epochs,
+    }
+    dataset = state.run.datasets["train"]
+    if isinstance(dataset, Mixture):
+        figures["sources"] = sources_of(dataset)
+        shares = (f"{each['name']} {each['share']:.1%} ({_times(each['passes'])})" for each in figures["sources"])
+        detail = f"{detail}, of whose tokens are: {', '.join(shares)}"
     if steps < _FEW_STEPS and arguments.max_steps <= 0:
         advice = "A student learns little in so few: raise num_train_epochs, or lower gradient_accumulation_steps"
         return Check("steps", "warning", f"{detail}. {advice}", figures)
     return detail, figures
+
+
+def _times(passes: float) -> str:
+    return "once" if passes == 1 else f"{passes:.3g} times"
 
 
 def _resume(state: _State) -> tuple[str, dict[str, Any]]:
@@ -309,16 +368,18 @@ def _resume(state: _State) -> tuple[str, dict[str, Any]]:
 
 
 def _memory(state: _State) -> Check:
+    from distillkit.training.batching import trained_models
     from distillkit.training.memory_estimate import estimate_memory
 
     arguments, config = state.run.arguments, state.config
     live, _ = state.run.teacher
+    models = trained_models(state.run.model, None if live is None else live.models)
     state.memory = found = estimate_memory(
         state.run.trainer.model,
         arguments,
         state.run.objective,
         config.sequence_length,
-        teacher=None if live is None or config.teaches_itself else live.model,
+        teachers=[model for key, model in models.items() if key != "model"],
         sharded=state.sharded,
     )
     # On CPUs, processes share the machine's memory; each GPU belongs to one process.

@@ -36,13 +36,15 @@ from distillkit.training.config.argument_table import (
     SCHEDULES_WITHOUT_END,
 )
 from distillkit.training.config.arguments import to_plain_value
+from distillkit.training.data.examples import DistillationDataset
 from distillkit.training.data.prepared import PreparedDataset
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
     from distillkit.training.config.schema import RunConfig
-    from distillkit.training.data.examples import DistillationDataset, DocumentSource
+    from distillkit.training.data.examples import DocumentSource
+    from distillkit.training.data.mixture import Mixture
     from distillkit.training.data.prepared import Part
 
 __all__ = ["LAST", "check_same_run", "identity_of"]
@@ -51,7 +53,7 @@ LAST = "training_args.max_steps or num_train_epochs: the last step"
 _ROWS = "training_args.per_device_train_batch_size × gradient_accumulation_steps × processes"
 
 # Sections that are compared by what they stand for, and settings that change nothing.
-_SECTIONS = ("model", "dataset", "teacher", "training_args", "model_kwargs", "loss_functions", "peft")
+_SECTIONS = ("model", "dataset", "teacher", "teachers", "training_args", "model_kwargs", "loss_functions", "peft")
 _FREE_SETTINGS = ("project_name", "output_path", "trust_remote_code", "functionary_packing", "use_flash_attention")
 _FREE_DATASET = (
     "train_dataset",
@@ -62,7 +64,11 @@ _FREE_DATASET = (
     "packing",  # what these two come to is compared
     "overflow",
 )
-_FREE_TEACHER = ("path", "kwargs", "logprob_compressor", "legacy_logit_compression", "vocab_size")
+_FREE_TEACHER = (
+    *("path", "kwargs", "logprob_compressor", "legacy_logit_compression", "vocab_size"),
+    # Of a served teacher; the name of the served model is compared.
+    *("base_url", "model", "served_model", "concurrency", "max_retries", "request_timeout", "cache"),
+)
 _FREE_LOSS = ("sparse_chunk_length",)
 _FREE_PEFT = ("merge_on_save",)
 # Where and how weights are loaded, not which.
@@ -94,7 +100,7 @@ _SAMPLED = 4096
 def identity_of(
     config: RunConfig,
     arguments: SFTConfig,
-    datasets: Mapping[Part, DistillationDataset],
+    datasets: Mapping[Part, DistillationDataset | Mixture],
     models: Mapping[str, Any],
     tokenizer: Any,
 ) -> dict[str, Any]:
@@ -104,7 +110,7 @@ def identity_of(
         config: the run's configuration.
         arguments: the trainer's arguments.
         datasets: `train`, and `eval` if there is one.
-        models: `model`, the student as it was loaded, and `teacher.path`, a live teacher, if there is one.
+        models: `model`, the student as it was loaded, and live teachers by their keys, such as `teacher.path`.
         tokenizer: the student's tokenizer.
 
     Returns:
@@ -115,11 +121,11 @@ def identity_of(
     found: dict[str, Any] = {
         **_settings(config),
         **_arguments(arguments, datasets["train"], by_evaluation=by_evaluation),
-        **_data("dataset.train_dataset", datasets["train"]),
+        **_all_data("dataset.train_dataset", datasets["train"]),
         "tokenizer": tokenizers.fingerprint(tokenizer),
     }
     if by_evaluation and "eval" in datasets:
-        found |= _data("dataset.eval_dataset", datasets["eval"])
+        found |= _all_data("dataset.eval_dataset", datasets["eval"])
     for key, model in models.items():
         found |= _model(key, model, resized=key == "model" and config.resize_embeddings_to_multiple_of is not None)
     if _depends_on_end(arguments):
@@ -174,6 +180,9 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     found = {name: value for name, value in content.items() if name not in (*_SECTIONS, *_FREE_SETTINGS)}
     found |= _without("dataset", content["dataset"], _FREE_DATASET)
+    for number, teacher in enumerate(content.pop("teachers") or ()):
+        found |= _without(f"teachers.{number}", teacher, _FREE_TEACHER)
+        found |= _without(f"teachers.{number}.kwargs", teacher.get("kwargs") or {}, _FREE_LOADING)
     found |= _without("teacher", content["teacher"], _FREE_TEACHER)
     found |= _without("model_kwargs", content["model_kwargs"], _FREE_LOADING)
     found |= _without("teacher.kwargs", content["teacher"].get("kwargs") or {}, _FREE_LOADING)
@@ -193,7 +202,7 @@ def _without(path: str, section: Mapping[str, Any], free: tuple[str, ...]) -> di
     return {f"{path}.{name}": value for name, value in section.items() if name not in free}
 
 
-def _arguments(arguments: SFTConfig, train: DistillationDataset, *, by_evaluation: bool) -> dict[str, Any]:
+def _arguments(arguments: SFTConfig, train: DistillationDataset | Mixture, *, by_evaluation: bool) -> dict[str, Any]:
     """Return the arguments that decide the student, by path, and the rows of a step."""
     free = {*FREE, *ROWS, *LAST_STEP, *_ELSEWHERE} | (set() if by_evaluation else DEPENDS_ON_EVALUATION)
     # Also those that this release does not know, should transformers have new ones.
@@ -209,7 +218,7 @@ def _arguments(arguments: SFTConfig, train: DistillationDataset, *, by_evaluatio
     if arguments.dataloader_drop_last:
         # Which rows are left out at the end of an epoch depends on how a step is divided.
         found[f"{_ROWS}, one by one"] = list(sizes)
-    found["packing"] = train.packing is not None
+    found["packing"] = train.packed
     return found
 
 
@@ -247,6 +256,16 @@ def _depends_on_end(arguments: SFTConfig) -> bool:
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
+
+
+def _all_data(key: str, dataset: DistillationDataset | Mixture) -> dict[str, Any]:
+    """Return what identifies the examples of one or several datasets."""
+    if isinstance(dataset, DistillationDataset):
+        return _data(key, dataset)
+    found: dict[str, Any] = {f"{key}: examples of each in an epoch": list(dataset.taken)}
+    for number, part in enumerate(dataset.parts):
+        found |= _data(f"{key}.{number}", part)
+    return found
 
 
 def _data(key: str, dataset: DistillationDataset) -> dict[str, Any]:

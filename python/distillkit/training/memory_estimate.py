@@ -3,7 +3,7 @@ before anything is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ class MemoryEstimate:
 
     Attributes:
         weights: the student's weights.
-        teacher: the weights of a live teacher that is a separate model.
+        teacher: the weights of live teachers that are separate models.
         gradients: gradients of the trained parameters.
         optimizer: optimiser state; None if unknown for this optimiser.
         activations: activations of the longest micro-batch, extrapolated from a few tokens; None if the model is
@@ -89,7 +89,7 @@ def estimate_memory(
     objective: Objective,
     sequence_length: int,
     *,
-    teacher: Any = None,
+    teachers: Sequence[Any] = (),
     sharded: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory of a training step.
@@ -99,7 +99,7 @@ def estimate_memory(
         arguments: the trainer's arguments.
         objective: the losses.
         sequence_length: longest row in tokens.
-        teacher: the live teacher's model, if it is not the student's.
+        teachers: the models of live teachers, other than the student's.
         sharded: whether FSDP or DeepSpeed will shard weights, gradients and optimiser state across processes.
     """
     tokens = arguments.per_device_train_batch_size * sequence_length
@@ -108,7 +108,7 @@ def estimate_memory(
     chunk = chunk_length(tokens, vocabulary, head.device, objective.chunk_length)
     head_gradient = vocabulary * hidden if head.requires_grad else 0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights, taught = _bytes(model), 0 if teacher is None else _bytes(teacher)
+    weights, taught = _bytes(model), sum(map(_bytes, teachers))
     return MemoryEstimate(
         weights=weights,
         teacher=taught,

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 import transformers
@@ -35,16 +35,20 @@ from distillkit.training.batching import choose_packing, trained_models
 from distillkit.training.callbacks import ConsoleProgress, MetricsFile
 from distillkit.training.checkpoints import Checkpoint, checkpoint_of
 from distillkit.training.config.arguments import training_arguments
-from distillkit.training.config.schema import LiveTeacherConfig
+from distillkit.training.config.schema import PARTS, LiveTeacherConfig, ServedTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.documents import check_positions, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
+from distillkit.training.data.mixture import JoinedDocuments, Mixture, check_same_kind, rows_taken
 from distillkit.training.data.prepared import Part
 from distillkit.training.data.stored import check_dataset, check_ids
 from distillkit.training.description import describe
 from distillkit.training.identity import check_same_run, identity_of
 from distillkit.training.saving import reaching_hub, save_student
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
+from distillkit.training.signals.served import ServedSignal
+from distillkit.training.signals.server import TeacherServer, connect
+from distillkit.training.signals.several import SeveralTeachers, check_routes
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
 from distillkit.training.student import check_student, load_student, prepare_student
@@ -54,13 +58,15 @@ from distillkit.training.trainer import ReportWriter, SignalTrainer
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from distillkit.training.config.schema import DatasetSource, RunConfig
+    from distillkit.training.config.schema import DatasetEntry, DatasetSource, RunConfig
 
 __all__ = ["Given", "Run", "resumed_checkpoint", "train"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LiveSignal = OnlineSignal | SeveralTeachers
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,19 @@ class Given:
     Attributes:
         model: the student; it may have adapters.
         tokenizer: the student's tokenizer.
-        datasets: opened datasets with stored distributions.
+        datasets: opened datasets with stored distributions; None for one of a list that is not open.
     """
 
     model: Any = None
     tokenizer: Any = None
-    datasets: Mapping[Part, StoredDataset] = field(default_factory=dict)
+    datasets: Mapping[Part, Sequence[StoredDataset | None]] = field(default_factory=dict)
+
+
+class Opened(NamedTuple):
+    """A dataset of the configuration, and its documents."""
+
+    entry: DatasetEntry
+    documents: DocumentSource
 
 
 class Run:
@@ -130,7 +143,7 @@ class Run:
         return check_eos_labels(self.config, self.tokenizer)
 
     @cached_property
-    def sources(self) -> dict[Part, DocumentSource]:
+    def sources(self) -> dict[Part, list[Opened]]:
         """The opened training and evaluation data."""
         with self.arguments.main_process_first(desc="opening the datasets"):
             return _open_sources(self.config, self.tokenizer, self.arguments, self.given.datasets)
@@ -149,44 +162,60 @@ class Run:
         return model
 
     @cached_property
-    def teacher(self) -> tuple[OnlineSignal | None, LayerMatching | None]:
+    def teacher(self) -> tuple[LiveSignal | None, LayerMatching | None]:
         """The live teacher and the layers matched with it, if the configuration has them."""
         return _live_teacher(self.config, self.model, self.arguments.device)
 
     @cached_property
-    def datasets(self) -> dict[Part, DistillationDataset]:
+    def server(self) -> TeacherServer | None:
+        """The served teacher, if the configuration has one."""
+        if not isinstance(self.config.teacher, ServedTeacherConfig):
+            return None
+        return connect(self.config, self.tokenizer)
+
+    @cached_property
+    def datasets(self) -> dict[Part, DistillationDataset | Mixture]:
         """Training and evaluation examples, checked against the student."""
         live, _ = self.teacher
         if self.config.dataset.packing == "auto":
-            choose_packing(self.arguments, trained_models(self.model, None if live is None else live.model))
-        datasets = {
-            part: _dataset(self.config, part, source, self.model, self.arguments, live)
-            for part, source in self.sources.items()
-        }
-        for part, dataset in datasets.items():
-            _check_counted(dataset, f"dataset.{part}_dataset")
-        return datasets
+            choose_packing(self.arguments, trained_models(self.model, None if live is None else live.models))
+        return {part: self._examples(self.config, opened) for part, opened in self.sources.items()}
 
-    def other_examples(self, where: DatasetSource, opened: StoredDataset | None) -> DistillationDataset:
-        """Examples of another dataset to evaluate on, checked like the configured one.
+    def _examples(self, config: RunConfig, opened: Sequence[Opened]) -> DistillationDataset | Mixture:
+        """Examples of one or several datasets, checked against the student."""
+        entries, setting = [each.entry for each in opened], f"{opened[0].entry.part}_dataset"
+        listed = isinstance(getattr(config.dataset, setting), list)
+        signal: LiveSignal | ServedSignal | None = self.teacher[0]
+        if self.server is not None:
+            documents = JoinedDocuments([each.documents for each in opened]) if listed else opened[0].documents
+            head_size = rows_of(self.model.get_output_embeddings().weight)
+            signal = ServedSignal(self.server, head_size, documents, f"dataset.{setting}")
+        parts = [_dataset(config, each, self.model, self.arguments, signal) for each in opened]
+        for dataset, entry in zip(parts, entries, strict=True):
+            _check_counted(dataset, entry.key)
+        if not listed:
+            return parts[0]
+        check_same_kind(entries, parts)
+        return Mixture(parts, [entry.name for entry in entries], rows_taken(entries, parts))
+
+    def other_examples(
+        self, where: DatasetSource | list[DatasetSource], given: Sequence[StoredDataset | None]
+    ) -> DistillationDataset | Mixture:
+        """Examples of other datasets to evaluate on, checked like the configured ones.
 
         Args:
-            where: the dataset.
-            opened: the same, if it is open already.
+            where: the dataset, or several.
+            given: the same, those that are open already.
         """
         section = self.config.dataset.model_copy(update={"eval_dataset": where})
         config = self.config.model_copy(update={"dataset": section})
-        source = open_documents(config, "eval", self.tokenizer, self.arguments, opened)
-        if source is None:
-            raise TypeError("a dataset that is set was not opened")
-        dataset = _dataset(config, "eval", source, self.model, self.arguments, self.teacher[0])
-        _check_counted(dataset, "eval_dataset")
-        return dataset
+        opened = _opened(config, "eval", self.tokenizer, self.arguments, given)
+        return self._examples(config, opened)
 
     @cached_property
     def objective(self) -> Objective:
         """The losses."""
-        _tell_temperature(self.config)
+        _tell_temperature(self.config, self.sources["train"])
         return Objective.training(self.config.loss_functions)
 
     @cached_property
@@ -199,9 +228,10 @@ class Run:
         """What decides the student that training ends with; see `identity_of`."""
         live, _ = self.teacher
         models = {"model": self.model}
-        if live is not None and not self.config.teaches_itself:
-            models["teacher.path"] = live.model
-        return identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer)
+        if live is not None:
+            models = trained_models(self.model, live.models)
+        found = identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer)
+        return found if self.server is None else {**found, "teacher: served model": self.server.name}
 
     @cached_property
     def metrics(self) -> MetricsFile:
@@ -222,6 +252,7 @@ class Run:
         # First, so that data for another student raises before anything large is loaded.
         eos_labels, _ = self.eos_labels, self.sources
         self.progress.parts = self.objective.losses
+        self.progress.sources = {part: dataset.names for part, dataset in self.datasets.items()}
         identity = self.identity  # of the models as they were loaded
         callbacks = [
             TrackedDescription(self.description),
@@ -286,6 +317,8 @@ class Run:
                 result = training(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
             finally:
                 self.progress.close()
+                if self.server is not None:
+                    self.server.stop()
         trainer.check_finite()
         return result
 
@@ -298,6 +331,7 @@ class Run:
             "train_tokens": trainer.counts["tokens"],
             "tokens_per_second": trainer.counts["tokens"] / max(trainer.training_seconds, 1e-9),
             "data_wait": trainer.waiting_seconds / max(trainer.training_seconds, 1e-9),
+            **trainer.teacher_wait(),
             "cut_documents": trainer.counts["cut_documents"],
             "cut_tokens": trainer.counts["cut_tokens"],
             **peak_memory(),
@@ -350,9 +384,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     return run.finish(trainer, result.global_step, time.perf_counter() - started)
 
 
-def _tell_temperature(config: RunConfig) -> None:
+def _tell_temperature(config: RunConfig, opened: Sequence[Opened]) -> None:
     """Log losses that are computed with another arithmetic than the published one, unless that was asked for."""
     if isinstance(config.teacher, LiveTeacherConfig) and config.teacher.top_k is None:
+        return
+    if all(isinstance(each.documents, StoredDataset) and each.documents.codec.draws is not None for each in opened):
         return
     for loss in config.loss_functions:
         if loss.temperature not in (None, 1.0) and loss.published_temperature is None:
@@ -381,20 +417,31 @@ def _tell_dropped_mass(config: RunConfig, source: StoredDataset) -> None:
 
 
 def _open_sources(
-    config: RunConfig, tokenizer: Any, arguments: SFTConfig, given: Mapping[Part, StoredDataset]
-) -> dict[Part, DocumentSource]:
+    config: RunConfig, tokenizer: Any, arguments: SFTConfig, given: Mapping[Part, Sequence[StoredDataset | None]]
+) -> dict[Part, list[Opened]]:
     """Open training and evaluation data; a mismatched tokenizer raises before any model is loaded."""
-    if config.teacher.kind == "hf":
-        check_teacher_tokenizer(config, tokenizer)
-    parts: tuple[Part, ...] = ("train", "eval")
-    opened = {part: open_documents(config, part, tokenizer, arguments, given.get(part)) for part in parts}
-    return {part: source for part, source in opened.items() if source is not None}
+    for key in ("teacher",) if config.teacher.kind == "server" else config.live_teachers:
+        check_teacher_tokenizer(config, tokenizer, key)
+    opened = {part: _opened(config, part, tokenizer, arguments, given.get(part, ())) for part in PARTS}
+    return {part: sources for part, sources in opened.items() if sources}
+
+
+def _opened(
+    config: RunConfig, part: Part, tokenizer: Any, arguments: SFTConfig, given: Sequence[StoredDataset | None]
+) -> list[Opened]:
+    """Open the datasets to train or evaluate on."""
+    entries = config.dataset.entries(part)
+    pairs = zip(entries, given or [None] * len(entries), strict=True)
+    return [Opened(entry, open_documents(config, entry, tokenizer, arguments, known)) for entry, known in pairs]
 
 
 def _live_teacher(
     config: RunConfig, model: transformers.PreTrainedModel, device: torch.device
-) -> tuple[OnlineSignal | None, LayerMatching | None]:
-    """Load the live teacher, if the configuration has one, and match its layers with the student's."""
+) -> tuple[LiveSignal | None, LayerMatching | None]:
+    """Load the live teachers, if the configuration has some, and match the layers of one with the student's."""
+    if config.teachers is not None:
+        models = [load_teacher(config, device, key) for key in config.live_teachers]
+        return SeveralTeachers(config.teachers, models, rows_of(model.get_output_embeddings().weight)), None
     if not isinstance(config.teacher, LiveTeacherConfig):
         return None, None
     # A student with adapters is its own teacher if the teacher is its unchanged base model.
@@ -410,30 +457,32 @@ def _live_teacher(
 
 def _dataset(
     config: RunConfig,
-    part: Part,
-    source: DocumentSource,
+    opened: Opened,
     model: transformers.PreTrainedModel,
     arguments: SFTConfig,
-    teacher: OnlineSignal | None,
+    teacher: LiveSignal | ServedSignal | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and return its training examples."""
-    head_size, key = rows_of(model.get_output_embeddings().weight), f"dataset.{part}_dataset"
-    live = {} if teacher is None else {"teacher.path": teacher.model}
-    check_positions(config, part, source, arguments, {"model": model, **live})
+    entry, source = opened
+    head_size, key = rows_of(model.get_output_embeddings().weight), entry.key
+    live = teacher.models if isinstance(teacher, LiveSignal) else {}
+    check_positions(config, entry, source, arguments, {"model": model, **live})
     if teacher is not None:
         check_ids(source, head_size, key)
-        return training_dataset(config, part, source, teacher, arguments)
+        if isinstance(teacher, SeveralTeachers):
+            check_routes(source, teacher, key)
+        return training_dataset(config, entry, source, teacher, arguments)
     if not isinstance(source, StoredDataset):
         raise TypeError(f"{key}: expected stored distributions, found {type(source).__name__}")
     check_dataset(source, head_size, key)
     _tell_dropped_mass(config, source)
-    signal = OfflineSignal(
+    stored = OfflineSignal(
         source.codec,
         head_size,
         on_device=arguments.device.type == "cuda",
         label_logprobs=bool((source.header.capture or {}).get("label_logprobs")),
     )
-    return training_dataset(config, part, source, signal, arguments)
+    return training_dataset(config, entry, source, stored, arguments)
 
 
 def _check_counted(dataset: DistillationDataset, key: str) -> None:

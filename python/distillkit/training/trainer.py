@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,13 @@ from distillkit.training import checkpoints
 from distillkit.training.attach import DistillationInputs, DistillationOutput, attach_losses
 from distillkit.training.batching import batch_layout, check_batches, trained_models
 from distillkit.training.data.examples import MODEL_INPUTS, Collator, DistillationDataset, DocumentOrder
+from distillkit.training.data.mixture import Mixture, MixtureOrder
 from distillkit.training.differences import Differences
 from distillkit.training.identity import LAST
 from distillkit.training.saving import saving
 from distillkit.training.signals.live import OnlineSignal
+from distillkit.training.signals.served import ServedSignal, asked_ahead
+from distillkit.training.signals.several import SeveralTeachers
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -51,7 +55,8 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         model: the student, not yet wrapped for distributed training; its forward is extended (`attach_losses`).
         args: see `training_arguments`.
         objective: the losses.
-        train_dataset, eval_dataset: documents with their teacher's signal.
+        train_dataset, eval_dataset: documents with their teacher's signal. Of a `Mixture`, metrics are also logged by
+            source: `kl/<name>`, and in evaluations `<prefix>_kl/<name>`.
         matching: which of the student's hidden states are compared with the teacher's, if any.
         processing_class: the tokenizer, saved with each checkpoint.
         eos_labels: token ids that become the tokenizer's end-of-sequence id in the labels.
@@ -74,8 +79,8 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         args: SFTConfig,
         *,
         objective: Objective,
-        train_dataset: DistillationDataset,
-        eval_dataset: DistillationDataset | None = None,
+        train_dataset: DistillationDataset | Mixture,
+        eval_dataset: DistillationDataset | Mixture | None = None,
         matching: LayerMatching | None = None,
         processing_class: Any = None,
         eos_labels: Sequence[int] = (),
@@ -89,7 +94,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
                 "with CUDA_VISIBLE_DEVICES"
             )
         signal = train_dataset.signal
-        models = trained_models(model, signal.model if isinstance(signal, OnlineSignal) else None)
+        models = trained_models(model, signal.models if isinstance(signal, (OnlineSignal, SeveralTeachers)) else None)
         pad_id = getattr(processing_class, "pad_token_id", None)
         collator = Collator(
             pad_id=0 if pad_id is None else pad_id,
@@ -98,7 +103,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
             eos_labels=eos_labels,
             eos_id=getattr(processing_class, "eos_token_id", None),
         )
-        packed = any(each is not None and each.packing is not None for each in (train_dataset, eval_dataset))
+        packed = any(each is not None and each.packed for each in (train_dataset, eval_dataset))
         attach_losses(model, matching, lambda: check_batches(models, collator, packed=packed))
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
@@ -119,14 +124,17 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         # Progress and metrics have their own callbacks.
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another one in notebooks
-        self.objective = objective
+        self.objective = _by_source(objective, train_dataset)
         # compute_loss already divides by the count of the entire step.
         self.loss_is_scaled_for_ga = True
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.training_seconds = 0.0
         self.waiting_seconds = 0.0
-        self._window = _Window(objective, args.device)
-        self._order: DocumentOrder | None = None
+        self.teacher_seconds = 0.0
+        self._window = _Window(self.objective, train_dataset.names, args.device)
+        self._order: DocumentOrder | MixtureOrder | None = None
+        # The batches of an epoch as the Trainer has them, and as they are used.
+        self._batches: tuple[Iterator[Any], Iterator[Any]] | None = None
         self.identity = dict(identity or {})
         self.last_checkpoint: Path | None = None
         self.differences: dict[str, Any] | None = None
@@ -145,9 +153,9 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         with _naming("lr_scheduler_type and lr_scheduler_kwargs"):
             return super().create_scheduler(*arguments, **named)
 
-    # -- data: in each epoch, the processes together see every document exactly once, in a new order -------------------
+    # -- data: an epoch has each document once, or as often as weights say, in a new order, whatever the processes -----
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> DocumentOrder:
+    def _get_train_sampler(self, train_dataset: Any = None) -> DocumentOrder | MixtureOrder:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = None
         if self.args.train_sampling_strategy != "sequential":
@@ -156,7 +164,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         # accelerate would repeat documents.
         fill = self.args.world_size > 1 and not self.args.dataloader_drop_last
         multiple = self._train_batch_size * self.args.world_size if fill else 1
-        self._order = DocumentOrder(len(dataset), seed=seed, multiple=multiple)
+        self._order = dataset.order(seed=seed, multiple=multiple)
         return self._order
 
     def _get_eval_sampler(self, eval_dataset: Any) -> DocumentOrder:
@@ -167,10 +175,11 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _check_batch(self) -> None:
         """Refuse a training set of which `dataloader_drop_last` would leave nothing."""
-        rows, batch = len(self.train_dataset), self._train_batch_size * self.args.world_size
+        rows = len(self.train_dataset.order(seed=None))
+        batch = self._train_batch_size * self.args.world_size
         if self.args.dataloader_drop_last and rows < batch:
             each = f"per_device_train_batch_size {self._train_batch_size} × processes: {self.args.world_size}"
-            what = "documents" if self.train_dataset.packing is None else "packed rows"
+            what = "packed rows" if self.train_dataset.packed else "documents"
             raise ConfigError(
                 f"training_args.dataloader_drop_last: true leaves out incomplete batches, and the training set is one: "
                 f"{rows:,} {what}, but a batch has {batch:,} ({each}). Use a smaller batch, or dataloader_drop_last: "
@@ -185,13 +194,19 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         if self._order is not None:
             self._order.set_epoch(epoch)
 
+    def end_epoch(self) -> None:
+        """Forget the batches of an epoch."""
+        self._batches = None
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetch the micro-batches of a step, and measure how long that takes.
 
         Only waiting for batches is measured: reading, decoding and collating that was not done ahead, and the copy to
         the device; not the token count, which waits for the other processes.
         """
-        return super().get_batch_samples(self._window.waiting(epoch_iterator), num_batches, device)
+        if self._batches is None or self._batches[0] is not epoch_iterator:
+            self._batches = (epoch_iterator, asked_ahead(self.train_dataset.signal, epoch_iterator))
+        return super().get_batch_samples(self._window.waiting(self._batches[1]), num_batches, device)
 
     # -- loss ----------------------------------------------------------------------------------------------------------
 
@@ -221,7 +236,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
     def _forward(self, model: Any, inputs: Mapping[str, Any], objective: Objective, dataset: Any) -> DistillationOutput:
         rows = inputs["rows"]
         labels = inputs["labels"].flatten()[rows + 1]
-        targets = dataset.signal.targets(inputs, labels)
+        targets = dataset.targets(inputs, labels)
         model_inputs = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         output = model(**model_inputs, distill=DistillationInputs(rows, targets, objective))
         return output  # type: ignore[no-any-return]
@@ -244,7 +259,8 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
             Metrics `<prefix>_loss` (as trained), `_kl` (KL(teacher ‖ student) at temperature 1, stored ids
             renormalised), `_kl_with_rest` (the same with all other ids as one more outcome), `_cross_entropy` and
             `_perplexity` (of the true tokens), `_top1_agreement`, `_topk_overlap`, `_teacher_mass`, `_student_mass` (of
-            the stored ids), `_positions`, and every other loss by its name.
+            the stored ids), `_positions`, and every other loss by its name. Of a `Mixture`, also those of each source,
+            such as `<prefix>_kl/<name>`.
         """
         with self._window.paused():
             model = self._evaluated_model()
@@ -252,41 +268,31 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
             if hasattr(self.optimizer, "eval"):
                 # Schedule-free optimisers evaluate with other weights than they train; training_step switches back.
                 self.optimizer.eval()
-            objective = self.objective.evaluation()
-            sums = _sums(len(objective.names), self.args.device)
-            loss = _sums(1, self.args.device)
+            dataset = dataloader.dataset
+            objective = _by_source(self.objective.evaluation(), dataset)
+            sums = _sums((objective.sources, len(objective.names)), self.args.device)
             differences = Differences()
             self.callback_handler.eval_dataloader = dataloader
-            for inputs in dataloader:
+            for inputs in asked_ahead(dataloader.dataset.signal, iter(dataloader)):
                 inputs = self._prepare_inputs(inputs)
                 with self.compute_loss_context_manager():
-                    output = self._forward(model, inputs, objective, dataloader.dataset)
+                    output = self._forward(model, inputs, objective, dataset)
                 sums += output.statistics
-                loss += output.loss
                 differences.add(inputs, output.details)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            totals = self.accelerator.reduce(torch.cat([sums, loss]), reduction="sum").tolist()
+            sums = self.accelerator.reduce(sums, reduction="sum")
             differences.gather()
             if self.is_world_process_zero():
-                self.differences = differences.to_dict(dataloader.dataset.source, self.processing_class)
-        named = dict(zip(objective.names, totals[:-1], strict=True))
-        positions = named.pop("positions")
-        if not positions:
+                self.differences = differences.to_dict(dataset.source, self.processing_class)
+        metrics = _evaluated(objective, sums.sum(0))
+        if not metrics:
             raise DistillKitError(
                 "the evaluation set has no position to predict: all its documents are empty, single tokens or masked"
             )
-        # These yardsticks replace the losses of the same names.
-        yardsticks = [name.removeprefix("eval:") for name in named if name.startswith("eval:")]
-        metrics = {name: value / positions for name, value in named.items() if name not in yardsticks}
-        for name in yardsticks:
-            metrics[name] = metrics.pop(f"eval:{name}")
-        metrics |= {
-            "loss": totals[-1] / positions,
-            "perplexity": math.exp(min(metrics["cross_entropy"], 700.0)),
-            "positions": int(positions),
-        }
+        for name, found in zip(dataset.names, sums, strict=False):
+            metrics |= {f"{metric}/{name}": value for metric, value in _evaluated(objective, found).items()}
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=prefixed, num_samples=len(dataloader.dataset))
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=prefixed, num_samples=len(dataset))
 
     def _evaluated_model(self) -> Any:
         """Return the model to evaluate, prepared for device and precision if training has not done so."""
@@ -319,9 +325,22 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         averages, counts, seconds = self._window.finish(self.accelerator)
         self.training_seconds += seconds
         self.waiting_seconds += averages["data_wait"] * seconds
+        signal = self.train_dataset.signal
+        if isinstance(signal, ServedSignal):
+            share = torch.tensor([signal.waited / max(seconds, 1e-9)], device=self.args.device)
+            averages["teacher_wait"] = self.accelerator.reduce(share, reduction="mean").item()
+            self.teacher_seconds += averages["teacher_wait"] * seconds
+            signal.waited = 0.0
         for name in _COUNTS:
             self.counts[name] += counts[name]
         return averages
+
+    def teacher_wait(self) -> dict[str, float]:
+        """Return the share of the training time that was spent waiting for a served teacher, `teacher_wait`; nothing
+        with other teachers."""
+        if not isinstance(self.train_dataset.signal, ServedSignal):
+            return {}
+        return {"teacher_wait": self.teacher_seconds / max(self.training_seconds, 1e-9)}
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
@@ -471,6 +490,16 @@ class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # state.epoch counts finished epochs, with a fraction in the middle of one that is resumed.
         self.trainer.start_epoch(int(state.epoch or 0))
+        signal = self.trainer.train_dataset.signal
+        if isinstance(signal, ServedSignal):
+            # Whatever a process has asked, the others find from here on.
+            signal.server.flush()
+            self.trainer.accelerator.wait_for_everyone()
+            signal.server.flush()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Reading processes end with the batches that they read.
+        self.trainer.end_epoch()
 
 
 class ReportWriter(transformers.TrainerCallback):  # type: ignore[misc]
@@ -504,16 +533,43 @@ class ReportWriter(transformers.TrainerCallback):  # type: ignore[misc]
                 self.files.update()
 
 
-class _Window:
-    """Sums since the last log entry, kept on the device: reading their values in every step would stall it."""
+def _by_source(objective: Objective, dataset: DistillationDataset | Mixture) -> Objective:
+    """Return the objective that measures each source of a dataset by itself."""
+    return replace(objective, sources=max(1, len(dataset.names)))
 
-    def __init__(self, objective: Objective, device: torch.device) -> None:
+
+def _evaluated(objective: Objective, sums: torch.Tensor) -> dict[str, float]:
+    """Return the metrics of an evaluation from sums over positions (M,); empty if there are no positions."""
+    named = dict(zip(objective.names, sums.tolist(), strict=True))
+    positions = named.pop("positions")
+    if not positions:
+        return {}
+    means = {name: value / positions for name, value in named.items()}
+    loss = objective.total(means)
+    # These yardsticks replace the losses of the same names.
+    for name in [name for name in means if name.startswith("eval:")]:
+        means[name.removeprefix("eval:")] = means.pop(name)
+    perplexity = math.exp(min(means["cross_entropy"], 700.0))
+    return {**means, "loss": loss, "perplexity": perplexity, "positions": int(positions)}
+
+
+class _Window:
+    """Sums since the last log entry, kept on the device: reading their values in every step would stall it.
+
+    Args:
+        objective: the losses.
+        names: of several sources, their names.
+        device: where to keep the sums.
+    """
+
+    def __init__(self, objective: Objective, names: Sequence[str], device: torch.device) -> None:
         self.objective = objective
+        self.names = names
         self.device = device
         self._restart()
 
     def _restart(self) -> None:
-        self.statistics = _sums(len(self.objective.names), self.device)
+        self.statistics = _sums((self.objective.sources, len(self.objective.names)), self.device)
         self.counts = torch.zeros(len(_COUNTS), dtype=torch.int64, device=self.device)
         self.began = time.perf_counter()
         self.waited = 0.0
@@ -546,21 +602,35 @@ class _Window:
 
         Returns:
             averages: means over counted positions by name, tokens_per_second, and data_wait, the share of the time
-                spent waiting for batches, averaged over processes.
+                spent waiting for batches, averaged over processes. Of several sources, also `loss/<name>`, the mean of
+                each loss, and the number of `positions/<name>`; nothing of a source without positions.
             counts: sums over processes, by name.
             seconds: length of the window.
         """
-        statistics = accelerator.reduce(self.statistics, reduction="sum").tolist()
+        statistics = accelerator.reduce(self.statistics, reduction="sum")
         counts = dict(zip(_COUNTS, accelerator.reduce(self.counts, reduction="sum").tolist(), strict=True))
         seconds = time.perf_counter() - self.began
         share = torch.tensor([self.waited / max(seconds, 1e-9)], device=self.device)
-        sums = dict(zip(self.objective.names, statistics, strict=True))
-        positions = max(sums.pop("positions"), 1.0)
-        averages = {name: value / positions for name, value in sums.items()}
+        averages = self._means(statistics.sum(0))
+        averages.pop("positions")
+        for name, sums in zip(self.names, statistics, strict=False):
+            means = self._means(sums)
+            if means["positions"]:
+                shown = {"loss": self.objective.total(means), **{each: means[each] for each in self.objective.losses}}
+                averages |= {f"{each}/{name}": value for each, value in shown.items()}
+                averages[f"positions/{name}"] = int(means["positions"])
         averages["tokens_per_second"] = counts["tokens"] / max(seconds, 1e-9)
         averages["data_wait"] = accelerator.reduce(share, reduction="mean").item()
         self._restart()
         return averages, counts, seconds
+
+    def _means(self, sums: torch.Tensor) -> dict[str, float]:
+        """Return the means of sums over positions (M,), and the number of positions."""
+        named = dict(zip(self.objective.names, sums.tolist(), strict=True))
+        return {
+            name: value if name == "positions" else value / max(named["positions"], 1.0)
+            for name, value in named.items()
+        }
 
 
 @contextmanager
@@ -579,6 +649,6 @@ def _peak_memory_gb() -> float:
     return round((peak["peak_cuda_bytes"] or peak["peak_rss_bytes"]) / 1e9, 3)
 
 
-def _sums(count: int, device: torch.device) -> torch.Tensor:
+def _sums(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
     """Zeros to sum into, float64 if the device supports it."""
-    return torch.zeros(count, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    return torch.zeros(shape, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)

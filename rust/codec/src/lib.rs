@@ -5,6 +5,7 @@ pub mod bits; // packs integers of 1–64 bits
 mod codec; // encodes and decodes many rows of one configuration
 pub mod compact; // the compact format: documents of variable length
 pub mod config; // configurations, what makes them valid, sizes
+pub mod draws; // draws from dense logits
 mod encoder; // chooses the bytes of a row's values
 mod error; // the one error type
 mod float; // stored float types

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Modules at the top, from the bottom up. Modules of one line do not know each other.
-const LAYERS: [&[&str]; 10] = [
+const LAYERS: [&[&str]; 11] = [
     &["error"],
     &["simd"],
     &["bits", "float"],
@@ -15,6 +15,7 @@ const LAYERS: [&[&str]; 10] = [
     &["rows"],
     &["tasks"],
     &["compact", "topk"],
+    &["draws"],
     &["codec"],
 ];
 

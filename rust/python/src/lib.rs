@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::ThreadId;
 
-use distillkit_codec::compact::{Compact, CompactConfig};
+use distillkit_codec::compact::{Compact, CompactConfig, Part, Sampled, SampledConfig, Sizes};
 use distillkit_codec::{self as core, CodecError, Config, HalfBitsSliceExt, bf16, f16};
 use numpy::ndarray::Dimension;
 use numpy::{
@@ -323,137 +323,153 @@ impl Codec {
     }
 }
 
-/// A codec of the compact format: a configuration and its prior. Arrays are C-contiguous.
-#[pyclass(frozen, module = "distillkit._native")]
-struct CompactCodec {
-    inner: Compact,
-}
-
 /// Bytes of a document, its rows, and which of them are meant: `start` … `stop` − 1.
 type DocumentPart<'py> = (Bound<'py, PyArray1<u8>>, usize, usize, usize);
 
-#[pymethods]
-impl CompactCodec {
-    #[new]
-    #[pyo3(signature = (config_json, prior = None))]
-    fn new(py: Python<'_>, config_json: &str, prior: Option<&[u8]>) -> PyResult<Self> {
-        let config = CompactConfig::from_json(config_json).map_err(raise)?;
-        Ok(Self { inner: detached(py, || Compact::new(config, prior))? })
-    }
+/// A codec of a format with a prior, compact or sampled: a configuration and its prior. Arrays are
+/// C-contiguous.
+macro_rules! document_codec {
+    ($(#[$attribute:meta])* $name:ident: $codec:ty, $config:ty, $k:expr) => {
+        $(#[$attribute])*
+        #[pyclass(frozen, module = "distillkit._native")]
+        struct $name {
+            inner: $codec,
+        }
 
-    #[getter]
-    fn k(&self) -> usize {
-        self.inner.config().k
-    }
+        #[pymethods]
+        impl $name {
+            #[new]
+            #[pyo3(signature = (config_json, prior = None))]
+            fn new(py: Python<'_>, config_json: &str, prior: Option<&[u8]>) -> PyResult<Self> {
+                let config = <$config>::from_json(config_json).map_err(raise)?;
+                Ok(Self { inner: detached(py, || <$codec>::new(config, prior))? })
+            }
 
-    #[getter]
-    fn vocab_size(&self) -> u32 {
-        self.inner.config().vocab_size
-    }
+            #[getter]
+            fn k(&self) -> usize {
+                ($k)(self.inner.config())
+            }
 
-    /// The configuration with every default and the prior's hash filled in, as JSON.
-    #[getter]
-    fn config_json(&self) -> PyResult<String> {
-        json(serde_json::to_string(self.inner.config()))
-    }
+            #[getter]
+            fn vocab_size(&self) -> u32 {
+                self.inner.config().vocab_size
+            }
 
-    /// What is valid but probably not wanted.
-    #[getter]
-    fn warnings(&self) -> Vec<String> {
-        self.inner.config().warnings()
-    }
+            /// The configuration with every default and the prior's hash filled in, as JSON.
+            #[getter]
+            fn config_json(&self) -> PyResult<String> {
+                json(serde_json::to_string(self.inner.config()))
+            }
 
-    /// Name of the instruction set in use.
-    #[getter]
-    fn backend(&self) -> &'static str {
-        self.inner.backend().name()
-    }
+            /// What is valid but probably not wanted.
+            #[getter]
+            fn warnings(&self) -> Vec<String> {
+                self.inner.config().warnings()
+            }
 
-    /// Encodes the rows of a document, ids and logprobs (rows, at least k).
-    fn encode_document<'py>(
-        &self,
-        py: Python<'py>,
-        ids: Bound<'_, PyArray2<i64>>,
-        logprobs: Bound<'_, PyArray2<f32>>,
-    ) -> PyResult<Bound<'py, PyBytes>> {
-        let width = ids.shape()[1];
-        let (ids, logprobs) = same_shape(&ids, &logprobs)?;
-        let (ids, logprobs) = (ids.slice()?, logprobs.slice()?);
-        let data = detached(py, || self.inner.encode_document(ids, logprobs, width))?;
-        Ok(PyBytes::new(py, &data))
-    }
+            /// Name of the instruction set in use.
+            #[getter]
+            fn backend(&self) -> &'static str {
+                self.inner.backend().name()
+            }
 
-    /// Decodes a document into `ids` and `logprobs`, both (rows, k).
-    fn decode_document(
-        &self,
-        py: Python<'_>,
-        data: Bound<'_, PyArray1<u8>>,
-        ids: Bound<'_, PyArray2<i64>>,
-        logprobs: Bound<'_, PyArray2<f32>>,
-    ) -> PyResult<()> {
-        for (name, shape) in [("out[0]", ids.shape()), ("out[1]", logprobs.shape())] {
-            if shape[1] != self.k() || shape != ids.shape() {
-                let (rows, k) = (ids.shape()[0], self.k());
-                return Err(refused(
-                    name,
-                    &format!("found shape {shape:?}, expected ({rows}, {k})"),
-                ));
+            /// Encodes the rows of a document, ids and logprobs (rows, at least k).
+            fn encode_document<'py>(
+                &self,
+                py: Python<'py>,
+                ids: Bound<'_, PyArray2<i64>>,
+                logprobs: Bound<'_, PyArray2<f32>>,
+            ) -> PyResult<Bound<'py, PyBytes>> {
+                let width = ids.shape()[1];
+                let (ids, logprobs) = same_shape(&ids, &logprobs)?;
+                let (ids, logprobs) = (ids.slice()?, logprobs.slice()?);
+                let data = detached(py, || self.inner.encode_document(ids, logprobs, width))?;
+                Ok(PyBytes::new(py, &data))
+            }
+
+            /// Decodes a document into `ids` and `logprobs`, both (rows, k).
+            fn decode_document(
+                &self,
+                py: Python<'_>,
+                data: Bound<'_, PyArray1<u8>>,
+                ids: Bound<'_, PyArray2<i64>>,
+                logprobs: Bound<'_, PyArray2<f32>>,
+            ) -> PyResult<()> {
+                for (name, shape) in [("out[0]", ids.shape()), ("out[1]", logprobs.shape())] {
+                    if shape[1] != self.k() || shape != ids.shape() {
+                        let (rows, k) = (ids.shape()[0], self.k());
+                        return Err(refused(
+                            name,
+                            &format!("found shape {shape:?}, expected ({rows}, {k})"),
+                        ));
+                    }
+                }
+                let data = Input::new("data", &data)?;
+                let mut ids = Output::new("out[0]", &ids)?;
+                let mut logprobs = Output::new("out[1]", &logprobs)?;
+                let (data, ids, logprobs) = (data.slice()?, ids.slice()?, logprobs.slice()?);
+                detached(py, || self.inner.decode_document(data, ids, logprobs))
+            }
+
+            /// Checks that a document may hold so many rows, without decoding it.
+            fn check(&self, data: Bound<'_, PyArray1<u8>>, rows: usize) -> PyResult<()> {
+                let data = Input::new("data", &data)?;
+                self.inner.check(data.slice()?, rows).map_err(raise)
+            }
+
+            /// Bytes of a document by part.
+            fn sizes(
+                &self,
+                py: Python<'_>,
+                data: Bound<'_, PyArray1<u8>>,
+                rows: usize,
+            ) -> PyResult<BTreeMap<&'static str, f64>> {
+                let data = Input::new("data", &data)?;
+                let data = data.slice()?;
+                let sizes = detached(py, || self.inner.sizes(data, rows))?;
+                let Sizes { head, ids, values, framing } = sizes;
+                Ok([("head", head), ("ids", ids), ("values", values), ("framing", framing)].into())
+            }
+
+            /// Bits of each row, (rows,), without the framing of the document.
+            fn row_bits<'py>(
+                &self,
+                py: Python<'py>,
+                data: Bound<'_, PyArray1<u8>>,
+                rows: usize,
+            ) -> PyResult<Bound<'py, PyArray1<f32>>> {
+                let data = Input::new("data", &data)?;
+                let data = data.slice()?;
+                Ok(detached(py, || self.inner.row_bits(data, rows))?.into_pyarray(py))
+            }
+
+            /// Puts rows of documents together to one document that decodes to the same.
+            fn join<'py>(
+                &self,
+                py: Python<'py>,
+                parts: Vec<DocumentPart<'_>>,
+            ) -> PyResult<Bound<'py, PyBytes>> {
+                let inputs = parts.iter().map(|part| Input::new("data", &part.0));
+                let inputs = inputs.collect::<PyResult<Vec<_>>>()?;
+                let described = inputs.iter().zip(&parts).map(|(input, &(_, rows, start, stop))| {
+                    Ok(Part { data: input.slice()?, rows, start, stop })
+                });
+                let described = described.collect::<PyResult<Vec<_>>>()?;
+                let data = detached(py, || self.inner.join(&described))?;
+                Ok(PyBytes::new(py, &data))
             }
         }
-        let data = Input::new("data", &data)?;
-        let mut ids = Output::new("out[0]", &ids)?;
-        let mut logprobs = Output::new("out[1]", &logprobs)?;
-        let (data, ids, logprobs) = (data.slice()?, ids.slice()?, logprobs.slice()?);
-        detached(py, || self.inner.decode_document(data, ids, logprobs))
-    }
+    };
+}
 
-    /// Checks that a document may hold so many rows, without decoding it.
-    fn check(&self, data: Bound<'_, PyArray1<u8>>, rows: usize) -> PyResult<()> {
-        let data = Input::new("data", &data)?;
-        self.inner.check(data.slice()?, rows).map_err(raise)
-    }
+document_codec! {
+    /// A codec of the compact format.
+    CompactCodec: Compact, CompactConfig, |config: &CompactConfig| config.k
+}
 
-    /// Bytes of a document by part.
-    fn sizes(
-        &self,
-        py: Python<'_>,
-        data: Bound<'_, PyArray1<u8>>,
-        rows: usize,
-    ) -> PyResult<BTreeMap<&'static str, f64>> {
-        let data = Input::new("data", &data)?;
-        let data = data.slice()?;
-        let sizes = detached(py, || self.inner.sizes(data, rows))?;
-        let core::compact::Sizes { head, ids, values, framing } = sizes;
-        Ok([("head", head), ("ids", ids), ("values", values), ("framing", framing)].into())
-    }
-
-    /// Bits of each row, (rows,), without the framing of the document.
-    fn row_bits<'py>(
-        &self,
-        py: Python<'py>,
-        data: Bound<'_, PyArray1<u8>>,
-        rows: usize,
-    ) -> PyResult<Bound<'py, PyArray1<f32>>> {
-        let data = Input::new("data", &data)?;
-        let data = data.slice()?;
-        Ok(detached(py, || self.inner.row_bits(data, rows))?.into_pyarray(py))
-    }
-
-    /// Puts rows of documents together to one document that decodes to the same.
-    fn join<'py>(
-        &self,
-        py: Python<'py>,
-        parts: Vec<DocumentPart<'_>>,
-    ) -> PyResult<Bound<'py, PyBytes>> {
-        let inputs = parts.iter().map(|part| Input::new("data", &part.0));
-        let inputs = inputs.collect::<PyResult<Vec<_>>>()?;
-        let described = inputs.iter().zip(&parts).map(|(input, &(_, rows, start, stop))| {
-            Ok(core::compact::Part { data: input.slice()?, rows, start, stop })
-        });
-        let described = described.collect::<PyResult<Vec<_>>>()?;
-        let data = detached(py, || self.inner.join(&described))?;
-        Ok(PyBytes::new(py, &data))
-    }
+document_codec! {
+    /// A codec of the sampled format, whose log-probabilities are those of shares of the draws.
+    SampledCodec: Sampled, SampledConfig, SampledConfig::k
 }
 
 /// The ids and log-probabilities of rows with any number of ids.
@@ -476,6 +492,36 @@ fn json(config: serde_json::Result<String>) -> PyResult<String> {
 #[pyfunction]
 fn prior_config(py: Python<'_>, prior: &[u8]) -> PyResult<String> {
     json(serde_json::to_string(&detached(py, || Compact::prior_config(prior))?))
+}
+
+/// The configuration that a prior of the sampled format was learned for, as JSON.
+#[pyfunction]
+fn sampled_prior_config(py: Python<'_>, prior: &[u8]) -> PyResult<String> {
+    json(serde_json::to_string(&detached(py, || Sampled::prior_config(prior))?))
+}
+
+/// Learns the prior of a configuration of the sampled format from rows, ids and logprobs (rows,
+/// any number) and, if they are known, the most probable ids of each, `likely` (rows, any number);
+/// with another prior as `base`, its clusters are taken over.
+#[pyfunction]
+fn learn_sampled_prior<'py>(
+    py: Python<'py>,
+    config_json: &str,
+    ids: Bound<'_, PyArray2<i64>>,
+    logprobs: Bound<'_, PyArray2<f32>>,
+    likely: Option<Bound<'_, PyArray2<i64>>>,
+    base: Option<&[u8]>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let config = SampledConfig::from_json(config_json).map_err(raise)?;
+    let width = ids.shape()[1];
+    let (ids, logprobs) = same_shape(&ids, &logprobs)?;
+    let (ids, logprobs) = (ids.slice()?, logprobs.slice()?);
+    let likely_width = likely.as_ref().map(|likely| likely.shape()[1]);
+    let likely = likely.as_ref().map(|likely| Input::new("likely", likely)).transpose()?;
+    let likely = likely.as_ref().map(Input::slice).transpose()?.zip(likely_width);
+    let learn = || core::compact::learn_sampled(&config, ids, logprobs, width, likely, base);
+    let prior = detached(py, || Ok(learn()?.to_bytes()))?;
+    Ok(PyBytes::new(py, &prior))
 }
 
 /// Learns the prior of a configuration from rows, ids and logprobs (rows, at least k); with another
@@ -520,6 +566,44 @@ fn topk<'py>(
             two_dimensional(py, logprobs, rows, k)?,
             logsumexp.into_pyarray(py),
         ))
+    })
+}
+
+/// Uniform numbers (positions, draws) of consecutive positions of a document, each row ascending.
+#[pyfunction]
+fn uniforms(
+    py: Python<'_>,
+    seed: u64,
+    document: u64,
+    first: u64,
+    positions: usize,
+    draws: usize,
+) -> PyResult<Bound<'_, PyArray2<f64>>> {
+    let make = || Ok(core::draws::uniforms(seed, document, first, positions, draws));
+    two_dimensional(py, detached(py, make)?, positions, draws)
+}
+
+/// Draws from softmax(logits / temperature) with uniform numbers (rows, draws), each row ascending:
+/// ids and logprobs (rows, k) with k the lesser of draws and the width of the logits.
+#[pyfunction]
+fn draw<'py>(
+    py: Python<'py>,
+    logits: Logits<'py>,
+    temperature: f64,
+    uniforms: Bound<'py, PyArray2<f64>>,
+    bfloat16: bool,
+) -> PyResult<(Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<f32>>)> {
+    let draws = uniforms.shape()[1];
+    let uniforms = Input::new("uniforms", &uniforms)?;
+    let uniforms = uniforms.slice()?;
+    with_logits!(logits, bfloat16, |slice, width| {
+        let (rows, k) = (slice.len() / width.max(1), draws.min(width));
+        let (ids, logprobs) = detached(py, || {
+            let (mut ids, mut logprobs) = (vec![0; rows * k], vec![0.0; rows * k]);
+            core::draws::draw(slice, width, temperature, uniforms, &mut ids, &mut logprobs)?;
+            Ok((ids, logprobs))
+        })?;
+        Ok((two_dimensional(py, ids, rows, k)?, two_dimensional(py, logprobs, rows, k)?))
     })
 }
 
@@ -576,7 +660,10 @@ fn unpack_bits<'py>(
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use super::{Codec, CompactCodec, learn_prior, pack_bits, prior_config, topk, unpack_bits};
+    use super::{
+        Codec, CompactCodec, SampledCodec, draw, learn_prior, learn_sampled_prior, pack_bits,
+        prior_config, sampled_prior_config, topk, uniforms, unpack_bits,
+    };
     use super::{IMPORTED_BY, core, goes_on};
     use pyo3::prelude::*;
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Union
 import numpy as np
 import numpy.typing as npt
 
-from distillkit.types import SparseLogprobs, TokenDocument
+from distillkit.types import Draws, SparseLogprobs, TokenDocument
 
 __all__ = ["RejectedDocument", "RowRequest", "ScoredDocument", "Teacher", "keep_ids", "refusal"]
 
@@ -23,12 +23,18 @@ class RowRequest:
         keep_ids: ids that every row contains whatever their rank; fewer than `k`.
         label_logprobs: also keep the log-probability of each next token, whatever its rank.
         last_row: also keep the distribution after a document's last token: L rows instead of L − 1.
+        draws: draw ids instead of keeping the most probable ones; only engines that have all logits can.
+        seed: which draws.
+        likely: with draws, also keep so many of the most probable ids, to learn from.
     """
 
     k: int
     keep_ids: tuple[int, ...] = ()
     label_logprobs: bool = False
     last_row: bool = False
+    draws: Draws | None = None
+    seed: int = 0
+    likely: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,13 @@ class ScoredDocument:
         index: index of the document.
         rows: numpy (L − 1, k), or (L, k) with the last row: row t is the distribution after tokens 0…t.
         label_logprobs: (L − 1,) float32, log-probability of token t + 1 after tokens 0…t; None unless requested.
+        likely: (rows, n) int64, the most probable ids of each row; None unless requested.
     """
 
     index: int
     rows: SparseLogprobs
     label_logprobs: npt.NDArray[np.float32] | None = None
+    likely: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,8 @@ def refusal(document: TokenDocument, rows: SparseLogprobs) -> str | None:
 
     The codec rejects repeated ids, ids out of range and positive log-probabilities.
     """
-    bad = ~np.isfinite(rows.logprobs).all(-1)
+    # Of draws, a row has at least one id.
+    bad = ~np.isfinite(rows.logprobs if rows.draws is None else rows.logprobs[:, :1]).all(-1)
     if not bad.any():
         return None
     row = int(bad.argmax())

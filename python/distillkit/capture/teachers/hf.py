@@ -1,7 +1,7 @@
 """A transformers model as the teacher.
 
 Shape legend: B documents per batch, S length of the longest, N scored positions of a batch, H hidden size, V width of
-the head, k kept ids per position.
+the head, k kept ids per position, D draws per position.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import xxhash
 
 from distillkit.capture.engine_settings import HFSettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument, keep_ids, refusal
-from distillkit.codec.topk import sparse_from_logits
+from distillkit.codec import draws_from_logits, sparse_from_logits, uniforms
 from distillkit.configuration.places import folder_name
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.models.head import backbone_hidden, check_lm_head
@@ -175,18 +175,24 @@ class HFTeacher:
         counts = [len(document.input_ids) - (not request.last_row) for document in documents]
         hidden_NH = self._hidden(documents, counts)
         labels_N = torch.from_numpy(np.concatenate([_labels(document, request) for document in documents]))
+        numbers_ND = np.concatenate(
+            [_numbers(document, count, request) for document, count in zip(documents, counts, strict=True)]
+        )
         slices = [
-            self._slice(hidden_NH[start:stop], labels_N[start:stop], weights, request)
+            self._slice(hidden_NH[start:stop], labels_N[start:stop], numbers_ND[start:stop], weights, request)
             for start, stop in _slices(hidden_NH.shape[0], self._head_rows)
         ]
-        ids, logprobs, label_logprobs = (np.concatenate(parts) for parts in zip(*slices, strict=True))
+        ids, logprobs, label_logprobs, likely = (np.concatenate(parts) for parts in zip(*slices, strict=True))
         scored: list[ScoredDocument | RejectedDocument] = []
         for index, (document, stop) in enumerate(zip(documents, np.cumsum(counts).tolist(), strict=True)):
             start = stop - counts[index]
-            rows = SparseLogprobs(ids[start:stop], logprobs[start:stop])
+            rows = SparseLogprobs(ids[start:stop], logprobs[start:stop], request.draws)
             labels = label_logprobs[start : start + len(document.input_ids) - 1] if request.label_logprobs else None
             reason = refusal(document, rows)
-            scored.append(ScoredDocument(index, rows, labels) if reason is None else RejectedDocument(index, reason))
+            most = likely[start:stop] if request.likely else None
+            scored.append(
+                ScoredDocument(index, rows, labels, most) if reason is None else RejectedDocument(index, reason)
+            )
         return scored
 
     def _hidden(self, documents: Sequence[TokenDocument], counts: Sequence[int]) -> torch.Tensor:
@@ -215,20 +221,22 @@ class HFTeacher:
         self,
         hidden_nH: torch.Tensor,
         labels_n: torch.Tensor,
+        numbers_nD: npt.NDArray[np.float64],
         weights: tuple[torch.Tensor, torch.Tensor | None],
         request: RowRequest,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Apply the head to some positions: ids (n, k), log-probs (n, k) and log-probs of the labels (n,), as numpy.
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Apply the head to some positions: ids (n, k), log-probs (n, k), log-probs of the labels (n,), and with draws
+        the most probable ids (n, any number), as numpy.
 
-        Log-probs are NaN at positions with NaN or +∞ logits, or fewer than k finite ones.
+        Log-probs are NaN at positions with NaN or +∞ logits, or fewer than k finite ones; of draws, one is enough.
         """
+        needed = request.k if request.draws is None else max(1, request.likely)
         logits_nV = self._head(hidden_nH, weights, float32_product=self._float32_head)
         finite_nV = torch.isfinite(logits_nV)
-        bad_n = (torch.isnan(logits_nV) | torch.isposinf(logits_nV)).any(-1) | (finite_nV.sum(-1) < request.k)
+        bad_n = (torch.isnan(logits_nV) | torch.isposinf(logits_nV)).any(-1) | (finite_nV.sum(-1) < needed)
         if bad_n.any():
             logits_nV = torch.where(bad_n[:, None], torch.zeros_like(logits_nV), logits_nV)
-        rows = sparse_from_logits(logits_nV, request.k)
-        ids_nk, logprobs_nk = torch.as_tensor(rows.ids), torch.as_tensor(rows.logprobs)
+        ids_nk, logprobs_nk = sparse_from_logits(logits_nV, needed).tensors()
         # log p(id) = logit − logsumexp, where logsumexp is the most probable id's logit minus its log-prob.
         first_n1 = logits_nV.gather(1, ids_nk[:, :1]).float() - logprobs_nk[:, :1]
 
@@ -238,6 +246,10 @@ class HFTeacher:
             )
             return values
 
+        likely = ids_nk.cpu().numpy()
+        if request.draws is not None:
+            drawn = draws_from_logits(logits_nV, numbers_nD, temperature=request.draws.temperature)
+            ids_nk, logprobs_nk = drawn.tensors()
         sparse = SparseLogprobs(ids_nk.cpu().numpy(), logprobs_nk.cpu().numpy())
         if request.keep_ids:
             kept = np.asarray(request.keep_ids, dtype=np.int64)
@@ -245,13 +257,19 @@ class HFTeacher:
         bad = bad_n.cpu().numpy()
         logprobs = np.where(bad[:, None], np.float32(np.nan), sparse.logprobs)
         label_logprobs = np.where(bad, np.float32(np.nan), np.minimum(logprobs_of(labels_n[:, None])[:, 0], 0))
-        return np.asarray(sparse.ids), logprobs, label_logprobs
+        return np.asarray(sparse.ids), logprobs, label_logprobs, likely
 
 
 def _labels(document: TokenDocument, request: RowRequest) -> npt.NDArray[np.int64]:
     """The next token of each scored position; an arbitrary one after the last token, which has none."""
     labels = document.input_ids[1:].astype(np.int64)
     return np.append(labels, labels[-1]) if request.last_row else labels
+
+
+def _numbers(document: TokenDocument, count: int, request: RowRequest) -> npt.NDArray[np.float64]:
+    """The uniform numbers of the draws of a document's scored positions, (count, draws); none without draws."""
+    number = 0 if request.draws is None else request.draws.number
+    return uniforms(document.input_ids, count, number, seed=request.seed)
 
 
 def _slices(length: int, size: int) -> Iterator[tuple[int, int]]:

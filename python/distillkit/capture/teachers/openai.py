@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -22,7 +22,7 @@ from distillkit.configuration.secrets import redacted
 from distillkit.errors import CaptureError, ConfigError, printable
 from distillkit.types import TokenDocument
 
-__all__ = ["OpenAITeacher", "echoed_entries", "prompt_entries"]
+__all__ = ["CAPTURE", "OpenAITeacher", "Use", "echoed_entries", "prompt_entries"]
 
 _KEY_VARIABLES = ("DISTILLKIT_API_KEY", "OPENAI_API_KEY")
 # With return_tokens_as_token_ids, servers write a token as "token_id:17".
@@ -39,6 +39,37 @@ _LONGEST_QUOTE = 500
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
+@dataclass(frozen=True)
+class Use:
+    """What a server is asked for, in the words of its user: how messages name the settings, and how to go on.
+
+    Attributes:
+        base_url, served_model, request_timeout, max_seq_len: the settings; the last limits the tokens of a document.
+        k: what needs that many log-probabilities of each position.
+        fewer: how to need fewer, before the number.
+        again: what to do once a server that failed is back.
+    """
+
+    base_url: str
+    served_model: str
+    request_timeout: str
+    max_seq_len: str
+    k: str
+    fewer: str
+    again: str
+
+
+CAPTURE = Use(
+    base_url="--base-url",
+    served_model="--served-model",
+    request_timeout="--request-timeout",
+    max_seq_len="--max-seq-len",
+    k="the codec",
+    fewer="choose a codec with k ≤",
+    again="Run the capture again once the server is back: it resumes after the last complete shard",
+)
+
+
 class OpenAITeacher:
     """A served model that returns the log-probabilities of prompts given as token ids.
 
@@ -49,6 +80,8 @@ class OpenAITeacher:
         head_size: V, from the model's config, since servers do not report it.
         k: maximum number of ids per row that will be requested; checked at once with a small probe.
         max_seq_len: length of the longest document, in tokens.
+        use: how messages name the settings.
+        model: the teacher's own name, by which it is served unless `served_model` is set; by default the only model.
 
     Raises:
         ConfigError: the package is not installed; or the server does not serve the model, returns fewer
@@ -56,8 +89,18 @@ class OpenAITeacher:
         CaptureError: the server does not answer.
     """
 
-    def __init__(self, settings: OpenAISettings, *, head_size: int, k: int, max_seq_len: int) -> None:
+    def __init__(
+        self,
+        settings: OpenAISettings,
+        *,
+        head_size: int,
+        k: int,
+        max_seq_len: int,
+        use: Use = CAPTURE,
+        model: str | None = None,
+    ) -> None:
         try:
+            import jiter
             import openai
 
             from distillkit.capture.teachers.http import BoundedClient
@@ -82,13 +125,16 @@ class OpenAITeacher:
         # Its connections are kept open between requests.
         weakref.finalize(self, self._client.close)
         self._errors = openai
+        # The package's own parser takes half the time of Python's, during which no other thread runs.
+        self._parse = jiter.from_json
         # Without the user and password that a URL may contain.
         self._server = url.netloc.rpartition("@")[2]
         self._timeout = settings.request_timeout
+        self._use = use
         self._head_size = head_size
         self._k = k
         self._concurrency = settings.concurrency
-        self._model = self._find_model(settings.served_model, max_seq_len)
+        self._model = self._find_model(settings.served_model, model, max_seq_len)
         self._echoes = self._probe()
 
     @property
@@ -112,7 +158,7 @@ class OpenAITeacher:
 
         def score_one(index: int, document: TokenDocument) -> None:
             try:
-                results.put(self._score_one(index, document, request))
+                results.put(self.score_one(index, document, request))
             except BaseException as error:  # noqa: BLE001 - raised below, in the thread that waits
                 results.put(error)
 
@@ -131,7 +177,12 @@ class OpenAITeacher:
                 raise result
             yield result
 
-    def _score_one(self, index: int, document: TokenDocument, request: RowRequest) -> ScoredDocument | RejectedDocument:
+    def score_one(self, index: int, document: TokenDocument, request: RowRequest) -> ScoredDocument | RejectedDocument:
+        """Return one document's distributions; may be called in several threads at once.
+
+        Raises:
+            CaptureError, ConfigError: the server fails, or refuses access, whatever the document.
+        """
         prompt = document.input_ids.tolist()
         try:
             choice = self._complete(prompt, request.k, echo=self._echoes, last_row=request.last_row)
@@ -169,38 +220,41 @@ class OpenAITeacher:
             model=self._model, prompt=prompt, max_tokens=1, temperature=0.0, echo=echo, extra_body=extra, **arguments
         )
         try:
-            choice: Mapping[str, Any] = json.loads(response.http_response.content)["choices"][0]
+            choice: Mapping[str, Any] = self._parse(response.http_response.content)["choices"][0]
             return choice
         except _MALFORMED as error:
             raise CaptureError(
                 f"{self._server} did not answer with completions: {self._quoted(repr(error))}"
             ) from error
 
-    def _find_model(self, name: str | None, max_seq_len: int) -> str:
+    def _find_model(self, name: str | None, own_name: str | None, max_seq_len: int) -> str:
         """Find the served model, and check its context length if the server reports it."""
+        use = self._use
         try:
             served = self._served_models()
         except self._errors.NotFoundError as error:
             if name is None:
                 raise ConfigError(
-                    f"{self._server} does not report which models it serves ({self._message(error)}): pass "
-                    "--served-model, and check that --base-url ends in /v1"
+                    f"{self._server} does not report which models it serves ({self._message(error)}): set "
+                    f"{use.served_model}, and check that {use.base_url} ends in /v1"
                 ) from error
             return name
         except self._errors.APIError as error:
             raise self._failed(error) from error
         names = self._quoted(", ".join(served) or "nothing")
+        if name is None and own_name in served:
+            name = own_name
         if name is None and len(served) != 1:
-            raise ConfigError(f"{self._server} serves {names}: pass --served-model")
+            raise ConfigError(f"{self._server} serves {names}: set {use.served_model}")
         name = name or next(iter(served))
         if name not in served:
-            raise ConfigError(f"served_model: {self._server} serves {names}, not {name!r}")
+            raise ConfigError(f"{use.served_model}: {self._server} serves {names}, not {name!r}")
         longest = served[name].get("max_model_len")
         if isinstance(longest, int) and longest < max_seq_len + 1:
             raise ConfigError(
-                f"max_seq_len: documents of {max_seq_len} tokens and the one that must be generated exceed the "
-                f"{longest} that {self._server} accepts: use --max-seq-len {longest - 1}, or start the "
-                f"server with --max-model-len {max_seq_len + 1}"
+                f"documents of {max_seq_len} tokens and the one that must be generated exceed the {longest} that "
+                f"{self._server} accepts: use {use.max_seq_len} {longest - 1}, or start the server with "
+                f"--max-model-len {max_seq_len + 1}"
             )
         return name
 
@@ -213,14 +267,14 @@ class OpenAITeacher:
         """
         content = self._client.models.with_raw_response.list().http_response.content
         try:
-            served = {model["id"]: model for model in json.loads(content)["data"]}
+            served = {model["id"]: model for model in self._parse(content)["data"]}
             unusable = [name for name in served if not isinstance(name, str) or self._quoted(name) != name]
             if unusable:
                 raise ValueError(f"{unusable[0]!r} is not the name of a model")
         except _MALFORMED as error:
             raise ConfigError(
                 f"{self._server} did not answer with a list of models ({self._quoted(repr(error))}): check that "
-                "--base-url is the URL of an OpenAI-compatible API, which ends in /v1"
+                f"{self._use.base_url} is the URL of an OpenAI-compatible API, which ends in /v1"
             ) from error
         return served
 
@@ -247,14 +301,14 @@ class OpenAITeacher:
                     f"{self._server} refuses {self._k} log-probabilities per position: {message}"
                 ) from error
             raise ConfigError(
-                f"{self._server} returns at most {cap[1]} log-probabilities per position, but the codec needs "
-                f"{self._k}: start it with --max-logprobs {self._k}, or choose a codec with k ≤ {cap[1]}. Its "
-                f"answer: {message}"
+                f"{self._server} returns at most {cap[1]} log-probabilities per position, but {self._use.k} needs "
+                f"{self._k}: start it with --max-logprobs {self._k}, or {self._use.fewer} {cap[1]}. Its answer: "
+                f"{message}"
             ) from error
         except _MALFORMED as error:
             raise ConfigError(
                 f"{self._server} returns no log-probabilities of a prompt with token ids, neither for "
-                "prompt_logprobs (as vLLM does) nor for echo with logprobs, so it cannot be captured"
+                "prompt_logprobs (as vLLM does) nor for echo with logprobs, so it cannot be a teacher"
             ) from error
         return True
 
@@ -270,19 +324,18 @@ class OpenAITeacher:
         if 300 <= getattr(error, "status_code", 0) < 400:
             target = self._quoted(error.response.headers.get("location", "an unknown place"))
             return ConfigError(
-                f"base_url: {self._server} redirects to {target}, which is not followed: prompts and key only go "
-                "to the server that was given. Pass the URL of the API itself"
+                f"{self._use.base_url}: {self._server} redirects to {target}, which is not followed: prompts and key "
+                "only go to the server that was given. Pass the URL of the API itself"
             )
         return CaptureError(
             f"{self._server} failed even after {self._client.max_retries} retries: "
-            f"{self._message(error).rstrip('.')}. Run the capture again once the server is back: it resumes after the "
-            "last complete shard"
+            f"{self._message(error).rstrip('.')}. {self._use.again}"
         )
 
     def _message(self, error: Any) -> str:
         """The server's error message, or why there is no answer."""
         if isinstance(error, self._errors.APITimeoutError):
-            return f"no complete answer within {self._timeout:g} s (--request-timeout)"
+            return f"no complete answer within {self._timeout:g} s ({self._use.request_timeout})"
         body = getattr(error, "body", None)
         said = body.get("message") if isinstance(body, Mapping) else None
         cause = f" {error.__cause__}" if isinstance(error, self._errors.APIConnectionError) else ""

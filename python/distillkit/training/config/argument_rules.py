@@ -133,7 +133,7 @@ def argument_problems(content: Mapping[Any, Any]) -> list[str]:
 
 def _has_live_teacher(content: Mapping[Any, Any]) -> bool:
     teacher = content.get("teacher")
-    return isinstance(teacher, Mapping) and teacher.get("kind") == "hf"
+    return content.get("teachers") is not None or (isinstance(teacher, Mapping) and teacher.get("kind") == "hf")
 
 
 def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callable[[Any], bool], str]]) -> str | None:
@@ -253,7 +253,17 @@ def evaluation_metrics(content: Mapping[Any, Any]) -> tuple[str, ...]:
         if function in LOSS_NAMES:
             seen[function] = seen.get(function, 0) + 1
     repeated = [name if nth == 1 else f"{name}@{nth}" for name, count in seen.items() for nth in range(1, count + 1)]
-    return tuple(dict.fromkeys((*_LESS_IS_BETTER, *GREATER_IS_BETTER, *repeated)))
+    found = tuple(dict.fromkeys((*_LESS_IS_BETTER, *GREATER_IS_BETTER, *repeated)))
+    return found + tuple(f"{metric}/{source}" for source in _sources(content) for metric in found)
+
+
+def _sources(content: Mapping[Any, Any]) -> list[str]:
+    """Return the names of several datasets to evaluate on."""
+    from distillkit.training.config.schema import source_names
+
+    dataset = content.get("dataset")
+    found = dataset.get("eval_dataset") if isinstance(dataset, Mapping) else None
+    return source_names(found) if isinstance(found, list) else []
 
 
 @cache

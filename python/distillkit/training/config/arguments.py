@@ -73,7 +73,7 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     metric = arguments.get("metric_for_best_model")
     if metric is not None:
         # Otherwise transformers takes more to be better for everything that does not end in "loss".
-        arguments.setdefault("greater_is_better", metric.removeprefix("eval_") in GREATER_IS_BETTER)
+        arguments.setdefault("greater_is_better", metric.removeprefix("eval_").partition("/")[0] in GREATER_IS_BETTER)
     arguments |= {
         "output_dir": config.output_path,
         "max_length": config.sequence_length,

@@ -96,10 +96,16 @@ def _disagreements(config: RunConfig) -> list[str]:
         found.append(
             f"layer_mapping: missing, but {hidden[0]} needs it: 'all', or pairs of [student layer, teacher layer]"
         )
-    if hidden and config.teacher.kind != "hf":
+    if config.layer_mapping is not None and config.teachers is not None:
         found.append(
-            f"loss_functions: {hidden[0]} compares hidden states, which a dataset of stored distributions does not "
-            "have; use a live teacher (teacher.kind: hf)"
+            "layer_mapping: compares hidden states with those of one teacher, but there are several (teachers); leave "
+            "it out, or set teacher"
+        )
+    if hidden and config.teacher.kind != "hf":
+        lacking = "a server" if config.teacher.kind == "server" else "a dataset of stored distributions"
+        found.append(
+            f"loss_functions: {hidden[0]} compares hidden states, which {lacking} does not have; use a live teacher "
+            "(teacher.kind: hf)"
         )
     if not hidden and config.layer_mapping is not None:
         found.append(f"layer_mapping: only {' and '.join(HIDDEN_LOSSES)} use it, and loss_functions has neither")

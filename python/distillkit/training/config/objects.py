@@ -6,19 +6,21 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
+
+from pydantic import ValidationError
 
 from distillkit.configuration.places import is_path
-from distillkit.configuration.problems import report
+from distillkit.configuration.problems import find_problems, report
 from distillkit.configuration.urls import is_url
 from distillkit.errors import ConfigError, nearest
 from distillkit.shards import Dataset
 from distillkit.training.config.argument_rules import RENAMED
 from distillkit.training.config.arguments import to_plain_value
 from distillkit.training.config.file import parse_config
-from distillkit.training.config.schema import DatasetSection, RunConfig
+from distillkit.training.config.schema import DatasetSection, DatasetSource, RunConfig
 
-__all__ = ["OUTPUT", "TrainerSettings", "configuration", "dataset_section"]
+__all__ = ["OUTPUT", "TrainerSettings", "configuration", "dataset_section", "evaluated_section"]
 
 OUTPUT = "trained"
 """The output folder if none is given."""
@@ -33,6 +35,7 @@ class TrainerSettings(TypedDict, total=False):
     """The settings that `DistillationTrainer` takes by name: those of `RunConfig` and its section `dataset`."""
 
     teacher: str | os.PathLike[str] | Mapping[str, Any] | None
+    teachers: list[dict[str, Any]] | None
     loss_functions: list[dict[str, Any]]
     sequence_length: int
     layer_mapping: list[tuple[int, int]] | Literal["all"] | None
@@ -68,7 +71,8 @@ def configuration(
 
     Args:
         model: name of the student.
-        train_dataset, eval_dataset: paths, URLs, hub ids, opened datasets, or sections of the configuration; or None.
+        train_dataset, eval_dataset: paths, URLs, hub ids, opened datasets, sections of the configuration, or lists of
+            these; or None.
         args: `TrainingArguments`, `SFTConfig`, a mapping like `training_args`, or None.
         settings: other settings, at the top level or in the section `dataset`; `teacher` may be a model's name.
 
@@ -83,11 +87,12 @@ def configuration(
     inner = {name: top.pop(name) for name in DatasetSection.model_fields if name in top}
     arguments = _arguments(args)
     teacher = top.pop("teacher", None) or {"kind": "dataset"}
+    taught = {} if top.get("teachers") is not None else {"teacher": _teacher_section(teacher)}
     content: dict[str, Any] = {
         "model": model,
         "output_path": arguments.pop("output_dir", OUTPUT),
         "sequence_length": arguments.pop("max_length", None) or 1024,
-        "teacher": {"kind": "hf", "path": os.fspath(teacher)} if isinstance(teacher, (str, Path)) else teacher,
+        **taught,
         "dataset": {**inner, "train_dataset": dataset_section(train_dataset, "train_dataset")},
         "training_args": arguments,
         **top,
@@ -97,16 +102,39 @@ def configuration(
     return parse_config(content, source=SOURCE)
 
 
-def dataset_section(dataset: object, name: str) -> dict[str, Any]:
-    """Return the section of the configuration that stands for a dataset.
+def _teacher_section(teacher: Any) -> Any:
+    return {"kind": "hf", "path": os.fspath(teacher)} if isinstance(teacher, (str, Path)) else teacher
+
+
+def evaluated_section(dataset: object) -> DatasetSource | list[DatasetSource]:
+    """Return the checked setting that stands for one or several datasets to evaluate on.
 
     Args:
-        dataset: a path, a URL, a hub id, an opened dataset, or the section itself.
+        dataset: as for `dataset_section`.
+
+    Raises:
+        ConfigError: it is something else, or a setting in it is wrong.
+    """
+    section = dataset_section(dataset, "eval_dataset")
+    try:
+        checked = DatasetSection.model_validate({"train_dataset": {"disk_path": "."}, "eval_dataset": section})
+    except ValidationError as error:
+        raise ConfigError(report(SOURCE, find_problems(error, DatasetSection))) from None
+    return cast("DatasetSource | list[DatasetSource]", checked.eval_dataset)
+
+
+def dataset_section(dataset: object, name: str) -> dict[str, Any] | list[Any]:
+    """Return the setting that stands for one or several datasets.
+
+    Args:
+        dataset: a path, a URL, a hub id, an opened dataset, the section itself, or a list of these.
         name: the argument, for messages.
 
     Raises:
         ConfigError: it is something else.
     """
+    if isinstance(dataset, (list, tuple)):
+        return [dataset_section(each, f"{name}[{number}]") for number, each in enumerate(dataset)]
     if isinstance(dataset, Mapping):
         return dict(dataset)
     if isinstance(dataset, Dataset):

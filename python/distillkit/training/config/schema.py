@@ -9,29 +9,45 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    Discriminator,
     Field,
     PrivateAttr,
+    Tag,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 
+from distillkit.capture.engine_settings import OpenAISettings, web_address
 from distillkit.codec import CodecConfig, codec_config
 from distillkit.codec.config import CODEC_KEYS
 from distillkit.configuration.places import is_path
-from distillkit.configuration.problems import cut, shown
+from distillkit.configuration.problems import cut, refusals, shown
 from distillkit.configuration.section import Section, refuse_flag
 from distillkit.errors import ConfigError, nearest
 from distillkit.losses.config import LossConfig, named_losses
 from distillkit.models.adapters import LoraSection
 from distillkit.types import Overflow
 
-__all__ = ["DatasetSource", "LiveTeacherConfig", "RunConfig", "StoredTeacherConfig"]
+__all__ = [
+    "PARTS",
+    "DatasetEntry",
+    "DatasetSource",
+    "ListedTeacherConfig",
+    "LiveTeacherConfig",
+    "RunConfig",
+    "ServedTeacherConfig",
+    "StoredTeacherConfig",
+    "source_names",
+]
 
 
 # A key without a value means an empty mapping or list.
@@ -58,10 +74,37 @@ class DatasetSource(Section):
     disk_path: Place | None = Field(
         default=None,
         description="Folder of captured shards, or a published dataset (Parquet files or a save_to_disk folder). With "
-        "a live teacher also text, chat or token ids: .jsonl, .json, .csv, .tsv, .txt or .parquet files, or a "
-        "save_to_disk folder.",
+        "a live or served teacher also text, chat or token ids: .jsonl, .json, .csv, .tsv, .txt or .parquet files, or "
+        "a save_to_disk folder.",
     )
     split: str | None = Field(default=None, min_length=1, description="Split, if the dataset has splits.")
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[\w.\-]+$",
+        description="In a list: the name under which its metrics are logged; by default the last part of its path.",
+    )
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="In a list: its share of the tokens of an epoch, relative to the weights of the others; 1 if "
+        "another dataset has one. The epoch is then as long as one pass over all datasets.",
+    )
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="In a list: how often an epoch passes over this dataset, 1 by default; 0.5 is another half of it "
+        "in every epoch.",
+    )
+    num_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="In a list: number of its documents to use; all of them by default.",
+    )
+
+    _numbers = field_validator("weight", "epochs", "num_samples", mode="before")(refuse_flag)
 
     @model_validator(mode="after")
     def _one_place(self) -> DatasetSource:
@@ -79,11 +122,44 @@ class DatasetSource(Section):
         return self
 
 
+# The tags are the names that pydantic gives plain members of unions, so that they are left out of dotted paths.
+DatasetSources = Annotated[
+    Union[
+        Annotated[DatasetSource, Tag("dict")],
+        Annotated[list[DatasetSource], Field(min_length=1), Tag("list")],
+    ],
+    Discriminator(lambda value: "list" if isinstance(value, list) else "dict"),
+]
+
+_IN_LISTS = ("name", "weight", "epochs", "num_samples")
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """One of the datasets of a configuration.
+
+    Attributes:
+        part: what it is used for.
+        key: its dotted path.
+        name: what its metrics are named by.
+        source: the dataset.
+    """
+
+    part: Literal["train", "eval"]
+    key: str
+    name: str
+    source: DatasetSource
+
+
 class DatasetSection(Section):
     """The documents to use."""
 
-    train_dataset: DatasetSource = Field(description="Documents to train on.")
-    eval_dataset: DatasetSource | None = Field(default=None, description="Documents to evaluate on.")
+    train_dataset: DatasetSources = Field(
+        description="Documents to train on: a dataset, or a list of several, which are mixed."
+    )
+    eval_dataset: DatasetSources | None = Field(
+        default=None, description="Documents to evaluate on: a dataset, or a list, with metrics of each."
+    )
     seed: int | None = Field(
         default=42,
         ge=0,
@@ -128,10 +204,83 @@ class DatasetSection(Section):
     @field_validator("train_dataset", "eval_dataset", mode="before")
     @classmethod
     def _a_section(cls, value: object) -> object:
-        if isinstance(value, str):
-            key = "disk_path" if is_path(value) else "repo_id"
-            raise ValueError(f"must be a section such as {{{key}: {cut(value)}}}, found {shown(value)}")
+        several = isinstance(value, list)
+        for number, each in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(each, str):
+                key, place = "disk_path" if is_path(each) else "repo_id", f"{number}: " if several else ""
+                raise ValueError(f"{place}must be a section such as {{{key}: {cut(each)}}}, found {shown(each)}")
         return value
+
+    @model_validator(mode="after")
+    def _shares(self) -> DatasetSection:
+        for part in PARTS:
+            found = getattr(self, f"{part}_dataset")
+            problem = _alone_problem(found) if isinstance(found, DatasetSource) else _list_problem(found or [], part)
+            if problem is not None:
+                raise ValueError(f"{part}_dataset.{problem}")
+        for part, setting in (("train", "num_samples"), ("eval", "num_eval_samples")):
+            if isinstance(getattr(self, f"{part}_dataset"), list) and getattr(self, setting) is not None:
+                raise ValueError(
+                    f"{setting}: does not say of which dataset of {part}_dataset; set num_samples in its entries"
+                )
+        return self
+
+    def entries(self, part: Literal["train", "eval"]) -> list[DatasetEntry]:
+        """Return the datasets that are used for training or evaluation, each with its key and name."""
+        found, key = getattr(self, f"{part}_dataset"), f"dataset.{part}_dataset"
+        if isinstance(found, DatasetSource):
+            return [DatasetEntry(part, key, source_names([dict(found)])[0], found)]
+        names = source_names([dict(source) for source in found or []])
+        return [
+            DatasetEntry(part, f"{key}.{number}", name, source)
+            for number, (name, source) in enumerate(zip(names, found or [], strict=True))
+        ]
+
+
+PARTS: tuple[Literal["train"], Literal["eval"]] = ("train", "eval")
+
+
+def source_names(sources: Sequence[Any]) -> list[str]:
+    """Return the names of datasets as they are written in a list, which need not be valid: those that they are given,
+    or the last parts of their paths; repeated ones are numbered (`chat`, `chat@2`)."""
+    found: list[str] = []
+    for source in sources:
+        section = source if isinstance(source, Mapping) else {}
+        path = str(section.get("disk_path") or section.get("repo_id") or "").rstrip("/\\")
+        last = re.sub(r"[^\w.\-]+", "-", re.split(r"[/\\]", path)[-1])
+        name = str(section.get("name") or last or "data")
+        same = sum(each.partition("@")[0] == name for each in found)
+        found.append(f"{name}@{same + 1}" if same else name)
+    return found
+
+
+def _alone_problem(source: DatasetSource) -> str | None:
+    """Describe a setting that only a dataset of a list can have."""
+    given = [name for name in _IN_LISTS if getattr(source, name) is not None]
+    if not given:
+        return None
+    instead = "set dataset.num_samples" if given[0] == "num_samples" else "with one dataset, remove it"
+    return f"{given[0]}: is for the datasets of a list; {instead}"
+
+
+def _list_problem(sources: list[DatasetSource], part: str) -> str | None:
+    """Describe the first contradiction between the datasets of a list."""
+    names = [source.name for source in sources]
+    for number, source in enumerate(sources):
+        if part == "eval":
+            given = [name for name in ("weight", "epochs") if getattr(source, name) is not None]
+            if given:
+                return f"{number}.{given[0]}: is for training; an evaluation reads every document once"
+        if source.name is not None and names.index(source.name) < number:
+            return f"{number}.name: {source.name!r} is also the name of entry {names.index(source.name)}"
+    weighted = [number for number, source in enumerate(sources) if source.weight is not None]
+    counted = [number for number, source in enumerate(sources) if source.epochs is not None]
+    if weighted and counted:
+        return (
+            f"{counted[0]}.epochs: entry {weighted[0]} has a weight, which decides how often all others are used; set "
+            "only weights or only epochs"
+        )
+    return None
 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -181,6 +330,41 @@ class LiveTeacherConfig(Section):
         return _one_dtype(value)
 
 
+Scalar = Union[bool, int, float, str]
+
+
+class ListedTeacherConfig(LiveTeacherConfig):
+    """One of several live teachers."""
+
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Its share where several teachers match a row, relative to the weights of the others: their "
+        "probabilities are averaged.",
+    )
+    where: dict[str, Scalar | list[Scalar]] = Field(
+        default_factory=dict,
+        description="Which rows it teaches: those that have this value, or one of a list of values, in each of these "
+        "columns; all rows by default. Captured datasets have the columns that they were captured with (keep_columns).",
+    )
+
+    _weights = field_validator("weight", mode="before")(refuse_flag)
+
+    def matches(self, columns: Mapping[str, Any]) -> bool:
+        """Whether it teaches a row with these values. Text equals a number or true and false that is written so."""
+        return all(
+            any(_same_value(columns.get(name), each) for each in (value if isinstance(value, list) else [value]))
+            for name, value in self.where.items()
+        )
+
+
+def _same_value(found: Any, wanted: Scalar) -> bool:
+    if isinstance(found, bool) or isinstance(wanted, bool):
+        return str(found).lower() == str(wanted).lower()
+    return bool(found == wanted) or (isinstance(found, str) and found == str(wanted))
+
+
 class StoredTeacherConfig(Section):
     """A teacher whose distributions are stored in the dataset (`kind: dataset`)."""
 
@@ -196,6 +380,10 @@ class StoredTeacherConfig(Section):
     compact: dict[str, Any] | None = Field(
         default=None,
         description="Codec of captured shards in the compact format, which specify their own; it must match if set.",
+    )
+    sampled: dict[str, Any] | None = Field(
+        default=None,
+        description="Codec of captured shards in the format sampled, which specify their own; it must match if set.",
     )
     vocab_size: int | None = Field(
         default=None, ge=1, description="Vocabulary size; checked against the dataset's if set."
@@ -224,7 +412,72 @@ class StoredTeacherConfig(Section):
         return None
 
 
-TeacherConfig = Annotated[Union[LiveTeacherConfig, StoredTeacherConfig], Field(discriminator="kind")]
+_SERVER = OpenAISettings()  # the defaults of captures
+
+
+class ServedTeacherConfig(Section):
+    """A teacher behind an OpenAI-compatible server, asked while the student trains (`kind: server`)."""
+
+    kind: Literal["server"] = Field(description="A running server.")
+    base_url: str = Field(
+        description="URL of the server, such as http://localhost:8000/v1; its key is read from DISTILLKIT_API_KEY or "
+        "OPENAI_API_KEY.",
+    )
+    model: Place = Field(
+        description="Folder or hub id of the teacher: its config and tokenizer are read, not its weights.",
+    )
+    served_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The server's name for the teacher; only needed if it serves several models, none of them under "
+        "the name in `model`.",
+    )
+    top_k: int = Field(
+        ge=1,
+        description="Number of the teacher's most probable tokens to train on. The server must allow as many: vLLM "
+        "does up to its --max-logprobs, which is 20 unless it is set.",
+    )
+    label_logprobs: bool = Field(
+        default=False, description="Also use the teacher's log-probability of each next token, whatever its rank."
+    )
+    concurrency: int = Field(
+        default=_SERVER.concurrency,
+        ge=1,
+        le=4096,
+        description="Maximum number of concurrent requests of each process. Twice as many documents are asked about "
+        "ahead.",
+    )
+    max_retries: int = Field(
+        default=_SERVER.max_retries, ge=0, description="How often a failed request is retried, with growing pauses."
+    )
+    request_timeout: float = Field(
+        default=_SERVER.request_timeout,
+        gt=0,
+        le=604_800,
+        description="Seconds that a whole answer may take; after that, the request counts as failed.",
+    )
+    cache: Place | None = Field(
+        default=None,
+        description="Folder that keeps the answers, as datasets, so that a later epoch or run does not ask for them "
+        "again; by default nothing is kept.",
+    )
+
+    _numbers = field_validator("top_k", "concurrency", "max_retries", "request_timeout", mode="before")(refuse_flag)
+
+    @field_validator("base_url")
+    @classmethod
+    def _without_secrets(cls, value: str) -> str:
+        if "@" in urlsplit(web_address(value)).netloc:
+            raise ValueError(
+                "must not contain a user or password, since configurations are copied to the output folder; set "
+                "DISTILLKIT_API_KEY"
+            )
+        return value
+
+
+TeacherConfig = Annotated[
+    Union[LiveTeacherConfig, StoredTeacherConfig, ServedTeacherConfig], Field(discriminator="kind")
+]
 
 # Transformers' classes for models with a language-model head, named here so that transformers need not be imported.
 # Code that comes with a model may give it to AutoModel.
@@ -272,7 +525,17 @@ class RunConfig(Section):
         "documents.",
     )
     dataset: DatasetSection = Field(description="What the student is trained and evaluated on.")
-    teacher: TeacherConfig = Field(description="Where the teacher's distributions come from.")
+    # Set to the first of `teachers` if these are several.
+    teacher: TeacherConfig = Field(
+        default=None,  # type: ignore[assignment]
+        description="Where the teacher's distributions come from; required unless there are `teachers`.",
+    )
+    teachers: list[ListedTeacherConfig] | None = Field(
+        default=None,
+        min_length=1,
+        description="Several live teachers in place of one: each teaches the rows that it matches; where several match "
+        "a row, their probabilities are averaged.",
+    )
     loss_functions: list[LossConfig] = Field(
         default_factory=_default_losses,
         min_length=1,
@@ -360,6 +623,24 @@ class RunConfig(Section):
             raise ValueError(f"must be a section such as {known}, found {shown(value)}")
         return value
 
+    @model_validator(mode="after")
+    def _taught(self) -> RunConfig:
+        if self.teachers is None:
+            if self.teacher is None:
+                raise refusals(self, {"teacher": "is required and missing"})
+            return self
+        if "teacher" in self.model_fields_set:
+            raise ValueError("teachers: teacher is set, too; list all teachers in teachers")
+        first = self.teachers[0]
+        for number, teacher in enumerate(self.teachers):
+            if teacher.top_k != first.top_k:
+                raise ValueError(
+                    f"teachers.{number}.top_k: {teacher.top_k}, but teachers.0 has {first.top_k}; the rows of all "
+                    "teachers have the same number of ids"
+                )
+        self.__dict__["teacher"] = first
+        return self
+
     @field_validator("loss_functions")
     @classmethod
     def _some_weight(cls, value: list[LossConfig]) -> list[LossConfig]:
@@ -389,10 +670,18 @@ class RunConfig(Section):
         teacher = self.teacher
         return (
             self.peft is not None
+            and self.teachers is None
             and isinstance(teacher, LiveTeacherConfig)
             and teacher.path == self.model
             and not teacher.kwargs
         )
+
+    @property
+    def live_teachers(self) -> dict[str, LiveTeacherConfig]:
+        """The live teachers by their keys; empty with stored distributions."""
+        if self.teachers is not None:
+            return {f"teachers.{number}": teacher for number, teacher in enumerate(self.teachers)}
+        return {"teacher": self.teacher} if isinstance(self.teacher, LiveTeacherConfig) else {}
 
     @property
     def quantised(self) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ def check_surroundings(config: RunConfig, *, loaded: bool = False) -> None:
         *_dataset_problems(config),
         *_file_problems(config),
         *_package_problems(),
+        *_server_problems(config),
         *_hub_problems(config),
     ]
     if problems:
@@ -50,8 +52,7 @@ def check_surroundings(config: RunConfig, *, loaded: bool = False) -> None:
 
 def _model_problems(config: RunConfig, *, loaded: bool) -> Iterator[str]:
     models = {} if loaded else {"model": config.model}
-    if config.teacher.kind == "hf":
-        models["teacher.path"] = config.teacher.path
+    models |= {f"{key}.path": teacher.path for key, teacher in config.live_teachers.items()}
     for key, name in models.items():
         problem = model_problem(name)
         if problem is not None:
@@ -59,11 +60,10 @@ def _model_problems(config: RunConfig, *, loaded: bool) -> Iterator[str]:
 
 
 def _dataset_problems(config: RunConfig) -> Iterator[str]:
-    sources = {"train": config.dataset.train_dataset, "eval": config.dataset.eval_dataset}
-    for part, source in sources.items():
-        problem = None if source is None else _dataset_problem(source)
+    for entry in (*config.dataset.entries("train"), *config.dataset.entries("eval")):
+        problem = _dataset_problem(entry.source)
         if problem is not None:
-            yield f"dataset.{part}_dataset.{problem}"
+            yield f"{entry.key}.{problem}"
 
 
 def _dataset_problem(source: DatasetSource) -> str | None:
@@ -114,6 +114,20 @@ def _package_problems() -> Iterator[str]:
             continue
         if name in lowest and not lowest[name].contains(found, prereleases=True):
             yield (f"training needs {name} {lowest[name]}, found {found}: pip install --upgrade 'distillkit[train]'")
+
+
+def _server_problems(config: RunConfig) -> Iterator[str]:
+    """Describe what a served teacher lacks on this machine. The server itself is asked later."""
+    teacher = config.teacher
+    if teacher.kind != "server":
+        return
+    if find_spec("openai") is None:
+        yield "teacher.kind: server needs openai, which is not installed: pip install 'distillkit[openai]'"
+    problem = missing_place(teacher.model)
+    if problem is not None:
+        yield f"teacher.model: {problem}"
+    if teacher.cache is not None and is_url(teacher.cache):
+        yield f"teacher.cache: {teacher.cache!r} is a URL; answers are kept in a folder on this machine"
 
 
 def _lowest_versions() -> dict[str, Any]:

@@ -8,11 +8,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 
 from distillkit.errors import ConfigError
+from distillkit.losses.config import refuse_draws
 from distillkit.models.head import bare_model
 from distillkit.shards import Dataset as StoredDataset
 from distillkit.shards.overflow import LongDocuments, Pieces
@@ -30,10 +32,18 @@ from distillkit.training.data.stored import Sample, check_tokenizer, open_datase
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from distillkit.training.config.schema import DatasetSource, RunConfig
+    from distillkit.training.config.schema import DatasetEntry, DatasetSource, RunConfig
     from distillkit.training.signals.base import TeacherSignal
 
-__all__ = ["check_positions", "document_lengths", "is_packed", "long_documents", "open_documents", "training_dataset"]
+__all__ = [
+    "check_positions",
+    "document_lengths",
+    "is_packed",
+    "long_documents",
+    "open_documents",
+    "streamed",
+    "training_dataset",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -42,48 +52,48 @@ SLOW_SECONDS = 1.0
 
 
 def open_documents(
-    config: RunConfig, part: Part, tokenizer: Any, arguments: SFTConfig, opened: StoredDataset | None = None
-) -> DocumentSource | None:
-    """Open the documents to train or evaluate on; None if the configuration has no such dataset.
+    config: RunConfig, entry: DatasetEntry, tokenizer: Any, arguments: SFTConfig, opened: StoredDataset | None = None
+) -> DocumentSource:
+    """Open the documents of a dataset to train or evaluate on.
 
     With stored distributions, this is a captured or published dataset. With a live teacher it may also be one (whose
     distributions are ignored), or text, which is prepared here. Must run in one process before the others.
 
     Args:
         config: the run's configuration.
-        part: which of its datasets to open.
+        entry: which of its datasets to open.
         tokenizer: the student's tokenizer; see `configure_tokenizer`.
         arguments: the trainer's arguments.
         opened: the dataset, if it is open already.
 
     Raises:
-        ConfigError: there is no such data, a setting does not fit it, or much of it would be cut off unasked.
+        ConfigError: there is no such data, a setting or a loss does not fit it, or much of it would be cut off unasked.
         InputError: a row has an unknown format.
         MismatchError: the data were captured with another tokenizer or codec.
     """
     from distillkit.training.config.schema import StoredTeacherConfig
 
-    source = config.dataset.train_dataset if part == "train" else config.dataset.eval_dataset
-    if source is None:
-        return None
-    key = f"dataset.{part}_dataset"
+    source, key = entry.source, entry.key
     cache = cache_folder(config)
     documents: DocumentSource
     if opened is not None or config.teacher.kind == "dataset" or _is_captured(source):
         teacher = config.teacher if config.teacher.kind == "dataset" else StoredTeacherConfig(kind="dataset")
         stored = open_dataset(source, teacher, key) if opened is None else opened
         check_tokenizer(stored, tokenizer, config.model, key)
+        if stored.codec.draws is not None and config.teacher.kind == "dataset":
+            refuse_draws(config.loss_functions, stored.codec.draws, f"{key} ({stored.path})")
         documents = stored
     else:
         documents = prepare(
-            _open_rows(source, part, key),
+            _open_rows(source, entry.part, key),
             RowReader(tokenizer, training_policy(tokenizer, _text_options(config, arguments)), vocab_size(tokenizer)),
             cache,
             key=key,
-            sample=_sample(config, part),
+            sample=_sample(config, entry),
+            columns=tuple(dict.fromkeys(name for teacher in config.teachers or () for name in teacher.where)),
             processes=arguments.dataset_num_proc or 1,
         )
-    long = long_documents(config, part, documents)
+    long = long_documents(config, entry, documents)
     overflow = config.dataset.overflow
     long.check(overflow, key=key, row=f"sequence_length: {long.limit:,}", setting="dataset.overflow")
     if long.long:
@@ -91,19 +101,19 @@ def open_documents(
     return documents
 
 
-def long_documents(config: RunConfig, part: Part, documents: DocumentSource) -> LongDocuments:
+def long_documents(config: RunConfig, entry: DatasetEntry, documents: DocumentSource) -> LongDocuments:
     """Count the documents, among those that a run uses, that are longer than the sequence length."""
-    return LongDocuments.of(_chosen(config, part, documents)[1], config.sequence_length)
+    return LongDocuments.of(_chosen(config, entry, documents)[1], config.sequence_length)
 
 
 def check_positions(
-    config: RunConfig, part: Part, documents: DocumentSource, arguments: SFTConfig, models: Mapping[str, Any]
+    config: RunConfig, entry: DatasetEntry, documents: DocumentSource, arguments: SFTConfig, models: Mapping[str, Any]
 ) -> None:
     """Refuse rows beyond a model's table of positions, and warn of documents beyond what it was made for.
 
     Args:
         config: the run's configuration.
-        part: whose documents these are.
+        entry: whose documents these are.
         documents: the documents.
         arguments: the trainer's arguments.
         models: the student, and a live teacher, by the setting that names them.
@@ -114,15 +124,15 @@ def check_positions(
     header = documents.header.capture or {} if isinstance(documents, StoredDataset) else {}
     if config.dataset.prepacked or "packed" in header:
         return  # positions restart in rows that are packed already
-    longest = min(long_documents(config, part, documents).longest, config.sequence_length)
+    longest = min(long_documents(config, entry, documents).longest, config.sequence_length)
     # The positions of padding continue those of a row's last document.
     multiple = arguments.pad_to_multiple_of or 1
-    row = -(-(config.sequence_length if is_packed(config, arguments, part) else longest) // multiple) * multiple
+    row = -(-(config.sequence_length if is_packed(config, arguments, entry.part) else longest) // multiple) * multiple
     for name, model in models.items():
         limit = getattr(bare_model(model).config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(limit, int) or row <= limit:
             continue
-        made = f"{name} was made for {limit:,} positions (max_position_embeddings), and dataset.{part}_dataset has"
+        made = f"{name} was made for {limit:,} positions (max_position_embeddings), and {entry.key} has"
         if _position_table(model, limit):
             raise ConfigError(
                 f"{made} rows of up to {row:,} tokens, for which it has no embeddings. Set sequence_length to at most "
@@ -146,49 +156,54 @@ def _position_table(model: Any, size: int) -> bool:
 
 
 def _chosen(
-    config: RunConfig, part: Part, documents: DocumentSource
+    config: RunConfig, entry: DatasetEntry, documents: DocumentSource
 ) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.int64]]:
     """Return which documents a run uses, None for all, and their lengths."""
     lengths = document_lengths(documents, cache_folder(config))
     # Rows of text were already sampled when they were prepared.
-    chosen = None if isinstance(documents, PreparedDataset) else _sample(config, part).choose(len(documents))
+    chosen = None if isinstance(documents, PreparedDataset) else _sample(config, entry).choose(len(documents))
     return chosen, lengths if chosen is None else lengths[chosen]
 
 
 def training_dataset(
-    config: RunConfig, part: Part, documents: DocumentSource, signal: TeacherSignal, arguments: SFTConfig
+    config: RunConfig, entry: DatasetEntry, documents: DocumentSource, signal: TeacherSignal, arguments: SFTConfig
 ) -> DistillationDataset:
     """Make training examples of documents: sample them, split or drop long ones, and pack them as configured.
 
     Raises:
         ConfigError: the dataset has fewer documents than requested, or all of them are dropped.
     """
-    chosen, lengths = _chosen(config, part, documents)
+    chosen, lengths = _chosen(config, entry, documents)
     pieces = None
     if config.dataset.overflow in ("split", "drop") and lengths.max(initial=0) > config.sequence_length:
         pieces = Pieces.of(lengths, config.sequence_length, config.dataset.overflow)
         lengths = pieces.lengths
         if not len(pieces):
             raise ConfigError(
-                f"dataset.overflow: drop leaves nothing of dataset.{part}_dataset: all its documents are longer than "
+                f"dataset.overflow: drop leaves nothing of {entry.key}: all its documents are longer than "
                 f"sequence_length: {config.sequence_length:,}"
             )
     packing = None
-    if is_packed(config, arguments, part):
+    if is_packed(config, arguments, entry.part):
         packing = pack(lengths, config.sequence_length, seed=config.dataset.seed)
         logger.info(
-            "dataset.%s_dataset: %s documents packed in %s rows of %s tokens, %.1f%% full",
-            part,
+            "%s: %s documents packed in %s rows of %s tokens, %.1f%% full",
+            entry.key,
             f"{len(packing.documents):,}",
             f"{len(packing):,}",
             f"{config.sequence_length:,}",
             100 * packing.fill,
         )
-    return DistillationDataset(documents, signal, config.sequence_length, chosen, pieces=pieces, packing=packing)
+    tokens = int(np.minimum(lengths, config.sequence_length).sum())
+    return DistillationDataset(
+        documents, signal, config.sequence_length, chosen, pieces=pieces, packing=packing, tokens=tokens
+    )
 
 
-def _sample(config: RunConfig, part: Part) -> Sample:
-    setting = {"train": "num_samples", "eval": "num_eval_samples"}[part]
+def _sample(config: RunConfig, entry: DatasetEntry) -> Sample:
+    if entry.source.num_samples is not None:
+        return Sample(entry.source.num_samples, config.dataset.seed, f"{entry.key}.num_samples")
+    setting = {"train": "num_samples", "eval": "num_eval_samples"}[entry.part]
     return Sample(getattr(config.dataset, setting), config.dataset.seed, f"dataset.{setting}")
 
 
@@ -229,13 +244,33 @@ def _is_captured(source: DatasetSource) -> bool:
     if source.repo_id is None:
         return source.disk_path is not None and Path(source.disk_path).exists() and is_captured(source.disk_path)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    manifest = f"{_folder_on_hub(source)}manifest.json"
     try:
-        hf_hub_download(source.repo_id, "manifest.json", repo_type="dataset", revision=source.revision)
-    except (HfHubHTTPError, LocalEntryNotFoundError):
-        return False  # if the repository cannot be read at all, loading it as text raises
+        hf_hub_download(source.repo_id, manifest, repo_type="dataset", revision=source.revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+        return False  # if the repository cannot be read at all, loading it raises
     return True
+
+
+def _folder_on_hub(source: DatasetSource) -> str:
+    """Return the folder of a hub dataset's configuration, with a slash at its end, or nothing."""
+    return "" if source.config_name is None else f"{source.config_name}/"
+
+
+def streamed(source: DatasetSource) -> DatasetSource:
+    """Return a source that reads a capture on the hub by row group and downloads nothing; any other one as it is.
+
+    Offline, captures are those in the hub's cache.
+    """
+    from huggingface_hub import constants
+
+    if source.repo_id is None or constants.HF_HUB_OFFLINE or not _is_captured(source):
+        return source
+    revision = "" if source.revision is None else f"@{quote(source.revision, safe='')}"
+    url = f"hf://datasets/{source.repo_id}{revision}/{_folder_on_hub(source)}"
+    return source.model_copy(update={"repo_id": None, "revision": None, "config_name": None, "disk_path": url})
 
 
 def _open_rows(source: DatasetSource, part: Part, key: str) -> Source:

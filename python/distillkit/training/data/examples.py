@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from distillkit.errors import ConfigError, CorruptDataError
+from distillkit.losses.positions import Targets
 from distillkit.shards.alignment import counted_positions
 from distillkit.shards.overflow import Pieces
 from distillkit.shards.packing import Packing
@@ -90,7 +91,11 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
         indices: which documents of the source to use; all if None.
         pieces: which parts of these to use; each one's beginning if None.
         packing: which of these pieces share a row, by whose number examples are then indexed; None: no packing.
+        tokens: number of tokens of all examples, where it is known.
     """
+
+    names: tuple[str, ...] = ()
+    """Of several datasets as one (`Mixture`), their names."""
 
     def __init__(
         self,
@@ -101,6 +106,7 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
         *,
         pieces: Pieces | None = None,
         packing: Packing | None = None,
+        tokens: int = 0,
     ) -> None:
         self.source = source
         self.signal = signal
@@ -108,6 +114,25 @@ class DistillationDataset(torch.utils.data.Dataset[Example]):
         self.indices = np.arange(len(source), dtype=np.int64) if indices is None else indices
         self.pieces = pieces
         self.packing = packing
+        self.tokens = tokens
+
+    @property
+    def parts(self) -> tuple[DistillationDataset, ...]:
+        """The datasets that this one is made of: itself."""
+        return (self,)
+
+    @property
+    def packed(self) -> bool:
+        """Whether examples are rows of several documents."""
+        return self.packing is not None
+
+    def order(self, *, seed: int | None, multiple: int = 1) -> DocumentOrder:
+        """Return the order in which training reads examples; see `DocumentOrder`."""
+        return DocumentOrder(len(self), seed=seed, multiple=multiple)
+
+    def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
+        """Make the targets of a batch; see `TeacherSignal.targets`."""
+        return self.signal.targets(batch, labels)
 
     def __len__(self) -> int:
         if self.packing is not None:

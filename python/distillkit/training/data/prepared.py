@@ -19,9 +19,9 @@ import multiprocessing
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ import numpy.typing as npt
 import xxhash
 
 from distillkit.console import progress_bar
-from distillkit.errors import ConfigError, CorruptDataError
+from distillkit.errors import ConfigError, CorruptDataError, InputError
 from distillkit.shards.json_text import canonical_json
 from distillkit.shards.storage import TEMPORARY_PREFIX, Folder
 from distillkit.shards.table import document_id
@@ -59,7 +59,9 @@ _ARRAYS: dict[str, str] = {
     "loss_mask": "|b1",  # absent if all tokens count
     "segment_offsets": "<i8",  # (D + 1,) where each document begins in segment_lengths; absent without packed rows
     "segment_lengths": "<i4",
+    "columns": "<i4",  # (D,) which of the values in columns.json a document has; absent if no columns are kept
 }
+_COLUMNS = "columns.json"
 
 
 def prepare(
@@ -69,6 +71,7 @@ def prepare(
     *,
     key: str,
     sample: Sample | None = None,
+    columns: Sequence[str] = (),
     processes: int = 1,
 ) -> PreparedDataset:
     """Tokenise rows into documents, or reuse those prepared earlier from the same rows with the same settings.
@@ -81,6 +84,7 @@ def prepare(
         cache: folder for prepared data, which get a subfolder each.
         key: dotted path of the dataset in the configuration, for messages.
         sample: how many rows to use, and which; all if None.
+        columns: columns of which each document keeps the value of its row: text, a number, or true or false.
         processes: number of processes that tokenise.
 
     Raises:
@@ -90,7 +94,7 @@ def prepare(
     from filelock import FileLock
 
     sample = sample or Sample()
-    identity = _identity(rows, reader, sample)
+    identity = _identity(rows, reader, sample) | ({"columns": list(columns)} if columns else {})
     folder = cache / f"prepared-{content_hash(identity)}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
@@ -101,7 +105,8 @@ def prepare(
         chosen = sample.choose(rows.num_rows)
         read = rows.rows() if chosen is None else chosen_rows(rows, chosen)
         with progress_bar(f"preparing {key}") as progress:
-            counts = _make(folder, identity, _documents(read, reader, processes), progress, rows.num_rows)
+            reading = _Keeping(reader, tuple(columns)) if columns else reader
+            counts = _make(folder, identity, _documents(read, reading, processes), progress, rows.num_rows)
         if not counts["documents"]:
             raise ConfigError(
                 f"{key}: none of its {rows.num_rows:,} rows yields a document ({counts['empty']:,} empty, "
@@ -189,7 +194,36 @@ def _add(document: TokenDocument, writer: _Writer, counts: dict[str, int]) -> No
         counts["tokens"] += len(document.input_ids)
 
 
-def _documents(rows: Iterator[Row], reader: RowReader, processes: int) -> Batches:
+Reading = Callable[[Sequence[Row]], list[list[TokenDocument]]]
+"""From rows to the documents of each."""
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """Reads rows, and keeps columns of them."""
+
+    reader: RowReader
+    columns: tuple[str, ...]
+
+    def __call__(self, rows: Sequence[Row]) -> list[list[TokenDocument]]:
+        found = self.reader(rows)
+        return [
+            [replace(document, columns=self._kept(where, row)) for document in documents] if documents else []
+            for (where, row), documents in zip(rows, found, strict=True)
+        ]
+
+    def _kept(self, where: str, row: Any) -> dict[str, Any]:
+        kept = {name: row[name] for name in self.columns if name in row}
+        for name, value in kept.items():
+            if value is not None and not isinstance(value, (str, bool, int, float)):
+                raise InputError(
+                    f"{where}: the column {name} has a {type(value).__name__}, but it decides who teaches the row, and "
+                    "must be text, a number, or true or false"
+                )
+        return kept
+
+
+def _documents(rows: Iterator[Row], reader: Reading, processes: int) -> Batches:
     """Yield the documents of rows, in order."""
     batches = iter(lambda: list(itertools.islice(rows, _ROWS_AT_A_TIME)), [])
     if processes == 1:
@@ -208,10 +242,10 @@ def _documents(rows: Iterator[Row], reader: RowReader, processes: int) -> Batche
             yield pending.popleft().result()
 
 
-_worker_reader: RowReader
+_worker_reader: Reading
 
 
-def _start_worker(reader: RowReader) -> None:
+def _start_worker(reader: Reading) -> None:
     global _worker_reader
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_reader = reader
@@ -229,6 +263,7 @@ class _Writer:
         self._files = {name: (folder / name).open("wb") for name in _ARRAYS}
         self._ends = {"offsets": 0, "segment_offsets": 0}
         self._optional: dict[str, bool] = {"loss_mask": False, "segment_lengths": False}
+        self._columns: dict[str, int] = {}
 
     def __enter__(self) -> _Writer:
         for name in self._ends:
@@ -243,6 +278,9 @@ class _Writer:
         self._append("input_ids", document.input_ids)
         self._append("loss_mask", np.ones(length, bool) if mask is None else mask)
         self._append("segment_lengths", [length] if segments is None else segments)
+        if document.columns is not None:
+            values = canonical_json(dict(document.columns))
+            self._append("columns", [self._columns.setdefault(values, len(self._columns))])
         for name, count in (("offsets", length), ("segment_offsets", 1 if segments is None else len(segments))):
             self._ends[name] += count
             self._append(name, [self._ends[name]])
@@ -256,6 +294,11 @@ class _Writer:
                 file.flush()
                 os.fsync(file.fileno())
             file.close()
+        if self._columns:
+            listed = [json.loads(values) for values in self._columns]
+            (self._folder / _COLUMNS).write_text(json.dumps(listed), encoding="utf-8")
+        else:
+            (self._folder / "columns").unlink()
         if not self._optional["loss_mask"]:
             (self._folder / "loss_mask").unlink()
         if not self._optional["segment_lengths"]:
@@ -270,6 +313,9 @@ class PreparedDataset:
 
     Args:
         folder: a folder written by `prepare`.
+
+    Attributes:
+        columns: all different values of the columns that were kept of the rows; empty if none were.
 
     Raises:
         CorruptDataError: its files are inconsistent.
@@ -293,6 +339,8 @@ class PreparedDataset:
             for name, dtype in _ARRAYS.items()
             if (self.folder / name).exists()
         }
+        kept = self.folder / _COLUMNS
+        self.columns: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else []
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "description": self.description}
@@ -318,7 +366,9 @@ class PreparedDataset:
             lengths = np.array(self._part("segment_lengths", "segment_offsets", index), dtype=np.int32)
             lengths = lengths if len(lengths) > 1 else None
         place = f"{self.folder}, document {index}"
-        return Document(document_id(ids, mask, lengths), ids, b"", max(len(ids) - 1, 0), mask, lengths, place=place)
+        columns = self.columns[int(self._arrays["columns"][index])] if self.columns else None
+        doc_id, rows = document_id(ids, mask, lengths), max(len(ids) - 1, 0)
+        return Document(doc_id, ids, b"", rows, mask, lengths, place=place, columns=columns)
 
     def _part(self, name: str, bounds: str, index: int) -> npt.NDArray[Any]:
         offsets = self._arrays[bounds]

@@ -161,7 +161,13 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
     if len(dataset) == 0:
         raise ConfigError(f"{key}: the dataset has no documents")
     header = dataset.header
-    if header.temperature != 1.0:
+    draws = dataset.codec.draws
+    if draws is not None and header.temperature != draws.temperature:
+        raise MismatchError(
+            f"{key} was captured at temperature {header.temperature:g}, but its codec says that it was drawn at "
+            f"{draws.temperature:g}: the header is damaged"
+        )
+    if draws is None and header.temperature != 1.0:
         raise MismatchError(
             f"{key} was captured at temperature {header.temperature:g}; the losses apply their own temperature and "
             "need 1"

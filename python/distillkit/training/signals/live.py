@@ -20,7 +20,7 @@ from distillkit.codec.topk import sparse_from_logits
 from distillkit.configuration.places import neighbour
 from distillkit.configuration.secrets import redacted
 from distillkit.errors import ConfigError, MismatchError
-from distillkit.losses.positions import DenseTeacher, Targets
+from distillkit.losses.positions import DenseTeacher, DenseTeachers, Targets
 from distillkit.models.head import backbone_layers, bare_model, check_lm_head, logit_chunks
 from distillkit.models.rope import choose_frequencies_by_document
 from distillkit.models.weights import loading_errors, loading_reason, model_problem
@@ -33,9 +33,9 @@ from distillkit.types import Document, SparseLogprobs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from distillkit.training.config.schema import LiveTeacherConfig, RunConfig
+    from distillkit.training.config.schema import LiveTeacherConfig, RunConfig, ServedTeacherConfig
 
-__all__ = ["OnlineSignal", "check_teacher_tokenizer", "load_teacher"]
+__all__ = ["OnlineSignal", "as_teacher", "check_teacher_tokenizer", "load_teacher", "most_probable"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class OnlineSignal:
     @torch.no_grad()
     def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
         """Run the teacher on a batch: see `TeacherSignal.targets`."""
-        with _as_teacher(self.model) as bare:
+        with as_teacher(self.model) as bare:
             inputs = {name: _moved(value, bare.device) for name, value in batch.items() if name in MODEL_INPUTS}
             last, layers = backbone_layers(bare, self.layers, **inputs)
             weights = self.head.weights()
@@ -94,16 +94,30 @@ class OnlineSignal:
         dense = DenseTeacher(counted, self.head, weights)
         if self.top_k is None:
             return Targets(labels, dense, hidden)
-        first = _first(dense, self.top_k, labels.device)
+        first = most_probable(dense, len(counted), self.head.size, self.top_k, labels.device)
         if self.head.size > self.head_size and len(labels):
             first = SparseLogprobs(*within(*first.tensors(), self.head_size))
         return Targets(labels, first, hidden)
 
+    @property
+    def models(self) -> dict[str, Any]:
+        """The teacher's model by the key of the configuration that names it."""
+        return {"teacher.path": self.model}
 
-def _first(dense: DenseTeacher, k: int, device: torch.device) -> SparseLogprobs:
-    """Keep the k most probable ids of each position."""
+
+def most_probable(
+    dense: DenseTeacher | DenseTeachers, count: int, width: int, k: int, device: torch.device
+) -> SparseLogprobs:
+    """Keep the k most probable ids of each position.
+
+    Args:
+        dense: the distributions.
+        count, width: number of positions, and of ids.
+        k: number of ids to keep.
+        device: where to return them.
+    """
     parts: list[SparseLogprobs] = []
-    for start, stop in logit_chunks(len(dense.hidden), dense.head.size, dense.hidden.device):
+    for start, stop in logit_chunks(count, width, device):
         parts.append(sparse_from_logits(dense.logits(start, stop).logits, k))
     if not parts:
         empty = torch.empty(0, k, device=device)
@@ -117,7 +131,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def _as_teacher(model: Any) -> Iterator[PreTrainedModel]:
+def as_teacher(model: Any) -> Iterator[PreTrainedModel]:
     """Temporarily disable dropout and adapters, and yield the bare model."""
     bare, training = bare_model(model), model.training
     model.eval()
@@ -131,18 +145,23 @@ def _as_teacher(model: Any) -> Iterator[PreTrainedModel]:
         model.train(training)
 
 
-def load_teacher(config: RunConfig, device: torch.device) -> PreTrainedModel:
-    """Load the live teacher of a configuration.
+def load_teacher(config: RunConfig, device: torch.device, key: str = "teacher") -> PreTrainedModel:
+    """Load a live teacher of a configuration.
 
-    Its weights have the checkpoint's dtype unless `teacher.kwargs.dtype` is set, and are on `device` unless
-    `teacher.kwargs.device_map` places them.
+    Its weights have the checkpoint's dtype unless `kwargs.dtype` is set, and are on `device` unless `kwargs.device_map`
+    places them.
+
+    Args:
+        config: the configuration.
+        device: where to load it.
+        key: its key in `RunConfig.live_teachers`.
 
     Raises:
         ConfigError: the teacher cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    teacher: LiveTeacherConfig = config.teacher  # type: ignore[assignment]
+    teacher = config.live_teachers[key]
     arguments = {"dtype": "auto", "trust_remote_code": config.trust_remote_code, **teacher.kwargs}
     try:
         model = AutoModelForCausalLM.from_pretrained(teacher.path, **arguments)
@@ -151,7 +170,7 @@ def load_teacher(config: RunConfig, device: torch.device) -> PreTrainedModel:
             f"{teacher.path!r} cannot be loaded with {redacted(str(arguments))}: {redacted(loading_reason(error))}"
             f"{neighbour(teacher.path)}"
         )
-        raise ConfigError(f"{config.source}: teacher.path: {problem}") from error
+        raise ConfigError(f"{config.source}: {key}.path: {problem}") from error
     choose_frequencies_by_document(model)
     if "device_map" not in arguments:
         model.to(device)
@@ -167,24 +186,26 @@ def load_teacher(config: RunConfig, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def check_teacher_tokenizer(config: RunConfig, tokenizer: Any) -> None:
+def check_teacher_tokenizer(config: RunConfig, tokenizer: Any, key: str = "teacher") -> None:
     """Refuse a teacher whose token ids mean other tokens than the student's.
 
     Args:
-        config: a configuration with a live teacher.
+        config: a configuration with a live or a served teacher.
         tokenizer: the student's tokenizer.
+        key: the teacher's key in `RunConfig.live_teachers`.
 
     Raises:
         MismatchError: the tokenizers differ; the message has both fingerprints.
         ConfigError: the teacher's tokenizer cannot be loaded.
     """
-    teacher: LiveTeacherConfig = config.teacher  # type: ignore[assignment]
-    theirs = tokenizers.load_tokenizer(teacher.path, trust_remote_code=config.trust_remote_code)
+    teacher: LiveTeacherConfig | ServedTeacherConfig = config.live_teachers.get(key) or config.teacher  # type: ignore[assignment]
+    name, path = (f"{key}.path", teacher.path) if teacher.kind == "hf" else (f"{key}.model", teacher.model)
+    theirs = tokenizers.load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     fingerprints = [tokenizers.fingerprint(each) for each in (theirs, tokenizer)]
     if fingerprints[0] != fingerprints[1]:
         sizes = [tokenizers.vocab_size(each) for each in (theirs, tokenizer)]
         raise MismatchError(
-            f"teacher.path: {teacher.path} has another tokenizer than the student: {fingerprints[0]}, {sizes[0]:,} "
+            f"{name}: {path} has another tokenizer than the student: {fingerprints[0]}, {sizes[0]:,} "
             f"ids, against {config.model} ({fingerprints[1]}, {sizes[1]:,} ids). Token ids would mean different "
             "tokens; use a student with the teacher's tokenizer"
         )

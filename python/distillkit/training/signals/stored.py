@@ -26,8 +26,8 @@ class OfflineSignal:
         codec: the dataset's codec.
         head_size: width of the student's head. Larger ids (padding of a wider teacher's head) count as missing mass.
         on_device: send the encoded bytes to the training device and decode there instead of on the CPU, which
-            transfers a fifth of the bytes or less. Documents in the compact format are always decoded where they are
-            read: rows can only be selected from a document's bytes if they have a fixed size.
+            transfers a fifth of the bytes or less. Documents in the formats compact and sampled are always decoded
+            where they are read: rows can only be selected from a document's bytes if they have a fixed size.
         label_logprobs: also use the teacher's log-probability of each next token, in documents that have it.
     """
 
@@ -89,7 +89,7 @@ class OfflineSignal:
             # A label may differ from the token whose log-prob the teacher stored (eos_label_token_ids).
             tokens = batch["input_ids"].flatten()[batch["rows"] + 1].to(labels.device)
             known = known.masked_fill(tokens != labels, torch.nan)
-        return Targets(labels, SparseLogprobs(ids, logprobs), label_logprobs=known)
+        return Targets(labels, SparseLogprobs(ids, logprobs, self.codec.draws), label_logprobs=known)
 
 
 def _check_decoded(logprobs: torch.Tensor) -> None:

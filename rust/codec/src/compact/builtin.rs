@@ -55,7 +55,7 @@ pub(super) fn builtin(config: &CompactConfig) -> Prior {
 }
 
 /// The table for probabilities of ranges of numbers: `beyond(x)` is that of x and more.
-fn table(kind: Kind, beyond: impl Fn(u32) -> f64) -> Table {
+pub(super) fn table(kind: Kind, beyond: impl Fn(u32) -> f64) -> Table {
     let weight = |symbol: usize| {
         if symbol == ESCAPE || !kind.is_used(symbol) {
             return 0;
@@ -72,7 +72,7 @@ fn table(kind: Kind, beyond: impl Fn(u32) -> f64) -> Table {
 }
 
 /// All numbers below `count` alike.
-fn uniform(count: u32) -> Table {
+pub(super) fn uniform(count: u32) -> Table {
     table(Kind::Other, |number| 1.0 - f64::from(number.min(count)) / f64::from(count))
 }
 
@@ -86,7 +86,7 @@ fn counts(config: &CompactConfig) -> Table {
 }
 
 /// Gaps with a mean of 2^(half / 2), and a long tail.
-fn gap_table(half: i32) -> Table {
+pub(super) fn gap_table(half: i32) -> Table {
     let mean = libm::exp2(f64::from(half) / 2.0);
     table(Kind::Gap, |number| {
         let far = 1.0 + f64::from(number) / (2.0 * mean);
@@ -95,7 +95,7 @@ fn gap_table(half: i32) -> Table {
 }
 
 /// Which of the tables of gaps fits after a position, with some ids left.
-fn gap_context(previous: usize, left: usize, vocab: u32) -> u16 {
+pub(super) fn gap_context(previous: usize, left: usize, vocab: u32) -> u16 {
     let position = middle(previous) + COMMON;
     let end = f64::from(vocab) + COMMON;
     let span = position * libm::log((end / position).max(1.001));

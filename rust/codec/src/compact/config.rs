@@ -96,18 +96,7 @@ impl CompactConfig {
                 format!("found {}, expected {} … {}", self.step, STEPS[0], STEPS[1]),
             );
         }
-        if let Some(hash) = &self.prior
-            && !(hash.len() == 32
-                && hash
-                    .bytes()
-                    .all(|digit| digit.is_ascii_digit() || (b'a'..=b'f').contains(&digit)))
-        {
-            return config_error(
-                "prior",
-                format!("found {hash:?}, expected 32 hexadecimal digits in lower case, or null"),
-            );
-        }
-        Ok(())
+        check_hash(self.prior.as_deref())
     }
 
     /// Whether rows may differ in how many ids they store.
@@ -134,6 +123,18 @@ impl CompactConfig {
             ));
         }
         warnings
+    }
+}
+
+/// Checks the hash of a prior.
+pub(super) fn check_hash(hash: Option<&str>) -> Result<()> {
+    let is_digit = |digit: u8| digit.is_ascii_digit() || (b'a'..=b'f').contains(&digit);
+    match hash {
+        Some(hash) if !(hash.len() == 32 && hash.bytes().all(is_digit)) => config_error(
+            "prior",
+            format!("found {hash:?}, expected 32 hexadecimal digits in lower case, or null"),
+        ),
+        _ => Ok(()),
     }
 }
 

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::simd::{Backend, multiversion};
 
 /// A stream is read in words of this many bytes; so many zeros follow a document.
-const WORD: usize = 8;
+pub(super) const WORD: usize = 8;
 
 /// What precedes a row's ids.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -37,13 +37,13 @@ pub(super) struct StoredRow<'a> {
 
 /// A stream that is being read, of a document with zeros after it.
 #[derive(Debug, Clone, Copy, Default)]
-struct Stream {
-    bit: usize,
+pub(super) struct Stream {
+    pub(super) bit: usize,
     state: u32,
 }
 
 impl Stream {
-    fn new(data: &[u8], byte: usize) -> Self {
+    pub(super) fn new(data: &[u8], byte: usize) -> Self {
         let mut stream = Self { bit: 8 * byte, state: 0 };
         stream.state = stream.raw(data, SLOTS_LOG);
         stream
@@ -66,7 +66,7 @@ impl Stream {
 
     /// The next number of a table.
     #[inline(always)]
-    fn number(&mut self, data: &[u8], entries: &[Entry], table: u32) -> u32 {
+    pub(super) fn number(&mut self, data: &[u8], entries: &[Entry], table: u32) -> u32 {
         let entry = entries[(table + self.state) as usize];
         let (bits, extra) = (entry.bits(), entry.extra());
         let window = self.window(data);
@@ -77,7 +77,13 @@ impl Stream {
 
     /// Checks that the stream was used up: the state is back where it began, and only zero bits
     /// are left.
-    fn finish(&self, what: &str, first: usize, stream: &[u8], padding: usize) -> Result<()> {
+    pub(super) fn finish(
+        &self,
+        what: &str,
+        first: usize,
+        stream: &[u8],
+        padding: usize,
+    ) -> Result<()> {
         let used = self.bit - 8 * first;
         let bytes = used.div_ceil(8).max(padding.min(stream.len()));
         if bytes != stream.len() {

@@ -18,6 +18,33 @@ pub fn checksum(rest: &[u8]) -> u32 {
     xxhash_rust::xxh3::xxh3_64(rest) as u32
 }
 
+/// What a document holds, which its first byte after the checksum says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Content {
+    /// Rows with log-probabilities: a stream of heads, then the lanes.
+    Compact,
+    /// Rows of draws, in one stream.
+    Sampled,
+}
+
+impl Content {
+    /// The first byte of documents with the configuration's prior; one more with the built-in one.
+    const fn flag(self) -> u8 {
+        match self {
+            Self::Compact => 0,
+            Self::Sampled => 2,
+        }
+    }
+
+    /// Streams after the first one.
+    const fn lanes(self, rows: usize) -> usize {
+        match self {
+            Self::Compact => lanes(rows),
+            Self::Sampled => 0,
+        }
+    }
+}
+
 /// A document's streams.
 #[derive(Debug)]
 pub(super) struct Frame<'a> {
@@ -45,7 +72,7 @@ pub(super) const fn lanes(rows: usize) -> usize {
 
 impl<'a> Frame<'a> {
     /// Reads the frame of a document of `rows` rows.
-    pub(super) fn read(data: &'a [u8], rows: usize) -> Result<Self> {
+    pub(super) fn read(data: &'a [u8], rows: usize, content: Content) -> Result<Self> {
         let Some((stored, mut rest)) = data.split_first_chunk() else {
             return truncated("its checksum", data.len(), CHECKSUM);
         };
@@ -53,10 +80,12 @@ impl<'a> Frame<'a> {
         if stored != found {
             return corrupt(format!("document: has checksum {found:08x}, expected {stored:08x}"));
         }
-        let builtin = match take_byte(&mut rest, data)? {
-            flag @ (0 | 1) => flag == 1,
-            flag => return corrupt(format!("document: begins with {flag}, expected 0 or 1")),
-        };
+        let (flag, first) = (take_byte(&mut rest, data)?, content.flag());
+        if flag != first && flag != first + 1 {
+            let last = first + 1;
+            return corrupt(format!("document: begins with {flag}, expected {first} or {last}"));
+        }
+        let builtin = flag != first;
         let stored = take_varint(&mut rest, data)?;
         if stored != rows {
             return corrupt(format!("document: has {stored} rows, expected {rows}"));
@@ -70,8 +99,9 @@ impl<'a> Frame<'a> {
             }
             return Ok(Self { builtin, rows, head: rest, lanes: Vec::new(), bytes: data.len() });
         }
-        let lengths =
-            (0..lanes(rows)).map(|_| take_varint(&mut rest, data)).collect::<Result<Vec<_>>>()?;
+        let lengths = (0..content.lanes(rows))
+            .map(|_| take_varint(&mut rest, data))
+            .collect::<Result<Vec<_>>>()?;
         let bytes = data.len() - rest.len();
         let total = lengths.iter().fold(bytes, |sum, &length| sum.saturating_add(length));
         if total > data.len() {
@@ -89,10 +119,10 @@ impl<'a> Frame<'a> {
 }
 
 /// Puts a document together; the first stream is that of the heads.
-pub(super) fn write(builtin: bool, rows: usize, streams: &[Vec<u8>]) -> Vec<u8> {
+pub(super) fn write(content: Content, builtin: bool, rows: usize, streams: &[Vec<u8>]) -> Vec<u8> {
     let mut out = Vec::with_capacity(streams.iter().map(Vec::len).sum::<usize>() + 32);
     out.extend_from_slice(&[0; CHECKSUM]);
-    out.push(u8::from(builtin));
+    out.push(content.flag() + u8::from(builtin));
     put_varint(&mut out, rows);
     for stream in &streams[..streams.len().saturating_sub(1)] {
         put_varint(&mut out, stream.len());

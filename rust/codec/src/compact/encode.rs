@@ -7,7 +7,7 @@ use super::config::CompactConfig;
 use super::decode::{Head, StoredRow};
 use super::model::{MASSES, Model, STATES};
 use super::numbers::{Kind, SYMBOLS, bucket, bucket_start};
-use super::prior::{Dimensions, Prior};
+use super::prior::{Dimensions, IdCodes, Prior};
 use super::scale::Scale;
 use super::write::StoredRows;
 use crate::error::{CodecError, Result};
@@ -134,7 +134,7 @@ impl Encoder {
         Ok(Self {
             scale: Scale::new(prior.config.step),
             levels: LevelCosts::new(prior, &dimensions, &costs),
-            clusters: ClusterCosts::new(prior, &dimensions, &costs, &ranks),
+            clusters: ClusterCosts::new(&prior.ids(), &dimensions, &costs, &ranks),
             shapes: ShapeCosts::new(prior, &dimensions, &costs),
             per_bit: (0.5 / (BIT_WORTH * prior.config.step * prior.config.step)) as f32,
             ranks,
@@ -465,7 +465,7 @@ fn mass_number(missing: f64) -> usize {
 
 /// What each id costs in each cluster, about.
 #[derive(Debug)]
-struct ClusterCosts {
+pub(super) struct ClusterCosts {
     clusters: usize,
     /// For the rank of an id, its column, which is 0 if it is in no list.
     columns: Vec<u32>,
@@ -476,8 +476,8 @@ struct ClusterCosts {
 }
 
 impl ClusterCosts {
-    fn new(
-        prior: &Prior,
+    pub(super) fn new(
+        prior: &IdCodes,
         dimensions: &Dimensions,
         costs: &[[f32; SYMBOLS]],
         ranks: &[u32],
@@ -507,28 +507,28 @@ impl ClusterCosts {
                     profiles[usize::from(cluster.gap_class)].cost(position);
             }
         }
-        let own = &costs[usize::from(prior.contexts.cluster)];
+        let own = &costs[usize::from(prior.cluster)];
         let base = |(number, cluster): (u32, &super::prior::Cluster)| {
             let bits =
                 own[Kind::Other.symbol(number)] + profiles[usize::from(cluster.gap_class)].base;
             (bits * UNITS).clamp(0.0, 2000.0 * UNITS) as u16
         };
-        let base = (0..).zip(&prior.clusters).map(base).collect();
+        let base = (0..).zip(prior.clusters).map(base).collect();
         Self { clusters, columns, costs: table, base }
     }
 
     /// The cluster in which some of the ids cost least, which are spread over all of them: to read
     /// the costs of every id would take a third of the time, and save 0.2% of the bytes.
     #[inline(always)]
-    fn best(&self, ranks: &[u32], sums: &mut Vec<u16>) -> usize {
-        if self.clusters == 1 {
-            return 0;
-        }
+    pub(super) fn best(&self, ranks: &[u32], sums: &mut Vec<u16>) -> usize {
         let judging = (ranks.len() * 5 / 8).max(JUDGING).min(ranks.len()).min(DECIDING);
         // Both as fractions of 2¹⁶: there are thousands of them, and divisions are slow.
         let (share, step) = ((judging << 16) / ranks.len(), (ranks.len() << 16) / judging);
         sums.clear();
         sums.extend(self.base.iter().map(|&base| ((u32::from(base) * share as u32) >> 16) as u16));
+        if self.clusters == 1 {
+            return 0;
+        }
         let judge = |i: usize| {
             let rank = ranks[(i * step) >> 16];
             let column = self.columns[rank as usize] as usize * self.clusters;
@@ -544,6 +544,26 @@ impl ClusterCosts {
             add_columns(sums, [judge(i)]);
         }
         least(sums)
+    }
+}
+
+impl ClusterCosts {
+    /// The clusters in which the ids cost least, about: at most `most`, the cheapest first.
+    #[inline(always)]
+    pub(super) fn candidates(
+        &self,
+        ranks: &[u32],
+        sums: &mut Vec<u16>,
+        most: usize,
+        out: &mut Vec<u16>,
+    ) {
+        out.clear();
+        self.best(ranks, sums);
+        for _ in 0..most.min(sums.len()) {
+            let cluster = least(sums);
+            sums[cluster] = u16::MAX;
+            out.push(cluster as u16);
+        }
     }
 }
 
@@ -576,15 +596,15 @@ struct Profile {
 }
 
 impl Profile {
-    fn new(prior: &Prior, dimensions: &Dimensions, class: usize) -> Self {
-        let vocab = prior.config.vocab_size;
-        let mut left = prior.config.k as f64;
+    fn new(prior: &IdCodes, dimensions: &Dimensions, class: usize) -> Self {
+        let vocab = prior.vocab_size;
+        let mut left = prior.expected;
         let mut costs = Vec::new();
         let mut base = 0.0;
         for number in 0..dimensions.positions {
             let first = bucket_start(number);
             let count = bucket_start(number + 1).min(vocab + 1) - first;
-            let table = prior.contexts.gap[dimensions.gap(class, first, left.max(1.0) as u32)];
+            let table = prior.gap[dimensions.gap(class, first, left.max(1.0) as u32)];
             let slots = &prior.tables[usize::from(table)].0;
             let mut mean = 0.0;
             let mut total = 0.0;

@@ -13,6 +13,7 @@ pub mod numbers;
 mod order;
 mod prior;
 mod rank;
+mod sampled;
 mod scale;
 mod tables;
 mod write;
@@ -21,15 +22,16 @@ use std::sync::OnceLock;
 
 pub use config::CompactConfig;
 pub use document::checksum;
-pub use learn::learn;
+pub use learn::{learn, learn_sampled};
 pub use prior::{Cluster, Contexts, Dimensions, MAX_CLASSES, Prior};
+pub use sampled::{MAX_DRAWS, Sampled, SampledConfig, SampledContexts, SampledPrior, log_share};
 pub use scale::Scale;
 pub use tables::{SLOTS, SLOTS_LOG, Table};
 
 use crate::error::{CodecError, Result, config_error};
 use crate::simd::Backend;
 use decode::{OnRow, StoredRow};
-use document::{Frame, corrupt};
+use document::{Content, Frame, corrupt};
 use encode::{Encoder, Rows};
 use model::Model;
 use rank::Ranking;
@@ -225,7 +227,7 @@ impl Compact {
     }
 
     fn open<'a>(&self, data: &'a [u8], rows: usize) -> Result<(Frame<'a>, &Side)> {
-        let frame = Frame::read(data, rows)?;
+        let frame = Frame::read(data, rows, Content::Compact)?;
         let side = self.side(frame.builtin)?;
         Ok((frame, side))
     }

@@ -189,6 +189,16 @@ impl ClusterOrder {
         self.listed
     }
 
+    /// The id at a position; `order` has the id of every rank.
+    #[inline(always)]
+    pub(super) fn id(&self, position: u32, order: &[u32]) -> u32 {
+        let first = match &self.first {
+            Ids::Narrow(first) => first.get(position as usize).map(|&id| u32::from(id)),
+            Ids::Wide(first) => first.get(position as usize).copied(),
+        };
+        first.unwrap_or_else(|| self.outside(position, order))
+    }
+
     /// The ids at ascending positions; `order` has the id of every rank.
     #[inline(always)]
     pub(super) fn ids(&self, positions: &[u32], order: &[u32], ids: &mut [u32]) {

@@ -87,12 +87,18 @@ impl Dimensions {
         shape_classes: usize,
         shapes: usize,
     ) -> Self {
+        let ids = Self::of_ids(config.vocab_size, config.k, gap_classes);
+        Self { shape_classes, shapes, ..ids }
+    }
+
+    /// The sizes of the maps of gaps, where rows have up to k ids.
+    pub(super) fn of_ids(vocab_size: u32, k: usize, gap_classes: usize) -> Self {
         Self {
             gap_classes,
-            shape_classes,
-            shapes,
-            positions: bucket(config.vocab_size) + 1,
-            left: bucket(config.k as u32) + 1,
+            shape_classes: 0,
+            shapes: 0,
+            positions: bucket(vocab_size) + 1,
+            left: bucket(k as u32) + 1,
         }
     }
 
@@ -111,39 +117,43 @@ impl Dimensions {
     }
 }
 
-fn corrupt<T>(message: impl Into<String>) -> Result<T> {
+pub(super) fn corrupt<T>(message: impl Into<String>) -> Result<T> {
     Err(CodecError::Corrupt(format!("prior: {}", message.into())))
 }
 
-impl Prior {
-    /// The sizes of the maps, from the maps.
-    #[must_use]
-    pub fn dimensions(&self) -> Dimensions {
-        let Contexts { shape, count, gap, .. } = &self.contexts;
-        let mut dimensions = Dimensions::new(&self.config, 1, shape.len(), count.len());
-        dimensions.gap_classes = gap.len() / (dimensions.positions * dimensions.left);
-        dimensions
+/// What every prior codes the ids of a row with: a cluster, and gaps between its positions.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct IdCodes<'a> {
+    pub(super) vocab_size: u32,
+    /// About how many ids rows have.
+    pub(super) expected: f64,
+    pub(super) order: &'a [u32],
+    pub(super) clusters: &'a [Cluster],
+    /// The table of clusters.
+    pub(super) cluster: u16,
+    /// Tables of gaps, as [`Contexts::gap`] has them.
+    pub(super) gap: &'a [u16],
+    pub(super) tables: &'a [Table],
+}
+
+impl IdCodes<'_> {
+    /// The place of each id in the order.
+    pub(super) fn ranks(&self) -> Vec<u32> {
+        let mut ranks = vec![0; self.order.len()];
+        self.order.iter().zip(0..).for_each(|(&id, rank)| ranks[id as usize] = rank);
+        ranks
     }
 
-    /// Checks everything that decoding relies on.
-    ///
-    /// Fails with [`CodecError::Corrupt`].
-    pub fn validate(&self) -> Result<()> {
-        self.config.validate()?;
-        self.check_ids()?;
-        self.check_levels()?;
-        self.check_contexts()
-    }
-
-    fn check_ids(&self) -> Result<()> {
-        let vocab = self.config.vocab_size as usize;
+    /// Checks the order and the clusters' lists.
+    pub(super) fn check(&self) -> Result<()> {
+        let vocab = self.vocab_size as usize;
         if self.order.len() != vocab {
             return corrupt(format!("{} ids in order, expected {vocab}", self.order.len()));
         }
         let mut seen = vec![u32::MAX; vocab];
-        check_distinct(&self.order, 0, &mut seen)
+        check_distinct(self.order, 0, &mut seen)
             .or_else(|fault| corrupt(format!("order: {fault}")))?;
-        if !is_arranged(&self.order, |id| id) {
+        if !is_arranged(self.order, |id| id) {
             return corrupt("the ids of a bucket of its order do not ascend");
         }
         let ranks = self.ranks();
@@ -187,11 +197,91 @@ impl Prior {
         Ok(())
     }
 
+    /// Appends order and clusters.
+    pub(super) fn put(&self, out: &mut Vec<u8>) {
+        // The ascending rest is not stored.
+        let rest = self.order.windows(2).rev().take_while(|pair| pair[0] < pair[1]).count() + 1;
+        let first = self.order.len().saturating_sub(rest);
+        put(out, 4, first);
+        pack(&self.order[..first], |id| id, out);
+        let ranks = self.ranks();
+        put(out, 2, self.clusters.len());
+        for cluster in self.clusters {
+            put(out, 1, usize::from(cluster.gap_class));
+            put(out, 1, usize::from(cluster.shape_class));
+            put(out, 2, cluster.list.len());
+            pack(&cluster.list, |id| ranks[id as usize], out);
+        }
+    }
+}
+
+/// Checks tables, and that maps of [`Kind::Other`] and [`Kind::Gap`] use those that there are, each
+/// for one kind. Returns the kinds, none for a table that is not used.
+pub(super) fn table_kinds<'a>(
+    tables: &[Table],
+    others: impl Iterator<Item = &'a u16>,
+    gaps: &'a [u16],
+) -> Result<Vec<Option<Kind>>> {
+    let mut kinds = vec![None; tables.len()];
+    let others = others.map(|&table| (table, Kind::Other));
+    for (table, kind) in others.chain(gaps.iter().map(|&table| (table, Kind::Gap))) {
+        match kinds.get_mut(usize::from(table)) {
+            None => return corrupt(format!("table {table} of {} is used", tables.len())),
+            Some(known) if known.is_some_and(|known| known != kind) => {
+                return corrupt(format!("table {table} is used for gaps and for other numbers"));
+            }
+            Some(known) => *known = Some(kind),
+        }
+    }
+    Ok(kinds)
+}
+
+/// Checks the tables themselves.
+pub(super) fn check_tables(tables: &[Table], kinds: &[Option<Kind>]) -> Result<()> {
+    for (number, (table, kind)) in tables.iter().zip(kinds).enumerate() {
+        if let Some(fault) = table.fault(*kind) {
+            return corrupt(format!("table {number}: {fault}"));
+        }
+    }
+    Ok(())
+}
+
+impl Prior {
+    /// The sizes of the maps, from the maps.
+    #[must_use]
+    pub fn dimensions(&self) -> Dimensions {
+        let Contexts { shape, count, gap, .. } = &self.contexts;
+        let mut dimensions = Dimensions::new(&self.config, 1, shape.len(), count.len());
+        dimensions.gap_classes = gap.len() / (dimensions.positions * dimensions.left);
+        dimensions
+    }
+
+    /// Checks everything that decoding relies on.
+    ///
+    /// Fails with [`CodecError::Corrupt`].
+    pub fn validate(&self) -> Result<()> {
+        self.config.validate()?;
+        self.ids().check()?;
+        self.check_levels()?;
+        self.check_contexts()
+    }
+
+    /// What codes ids.
+    pub(super) fn ids(&self) -> IdCodes<'_> {
+        IdCodes {
+            vocab_size: self.config.vocab_size,
+            expected: self.config.k as f64,
+            order: &self.order,
+            clusters: &self.clusters,
+            cluster: self.contexts.cluster,
+            gap: &self.contexts.gap,
+            tables: &self.tables,
+        }
+    }
+
     /// The place of each id in the order.
     pub(super) fn ranks(&self) -> Vec<u32> {
-        let mut ranks = vec![0; self.order.len()];
-        self.order.iter().zip(0..).for_each(|(&id, rank)| ranks[id as usize] = rank);
-        ranks
+        self.ids().ranks()
     }
 
     fn check_levels(&self) -> Result<()> {
@@ -231,34 +321,14 @@ impl Prior {
                 return corrupt(format!("cluster {number} is of a class without tables"));
             }
         }
-        let kinds = self.kinds()?;
-        for (number, (table, kind)) in self.tables.iter().zip(kinds).enumerate() {
-            if let Some(fault) = table.fault(kind) {
-                return corrupt(format!("table {number}: {fault}"));
-            }
-        }
-        Ok(())
+        check_tables(&self.tables, &self.kinds()?)
     }
 
     /// What each table codes; none for a table that is not used.
     pub(super) fn kinds(&self) -> Result<Vec<Option<Kind>>> {
         let Contexts { cluster, shape, count, mass, gap, level } = &self.contexts;
-        let mut kinds = vec![None; self.tables.len()];
-        let others = [shape, count, mass, level];
-        let others =
-            others.into_iter().flatten().chain([cluster]).map(|&table| (table, Kind::Other));
-        for (table, kind) in others.chain(gap.iter().map(|&table| (table, Kind::Gap))) {
-            match kinds.get_mut(usize::from(table)) {
-                None => return corrupt(format!("table {table} of {} is used", self.tables.len())),
-                Some(known) if known.is_some_and(|known| known != kind) => {
-                    return corrupt(format!(
-                        "table {table} is used for gaps and for other numbers"
-                    ));
-                }
-                Some(known) => *known = Some(kind),
-            }
-        }
-        Ok(kinds)
+        let others = [shape, count, mass, level].into_iter().flatten().chain([cluster]);
+        table_kinds(&self.tables, others, gap)
     }
 }
 
@@ -298,38 +368,12 @@ impl Prior {
         let config = serde_json::to_vec(&self.config.without_prior()).unwrap_or_default();
         put(&mut out, 4, config.len());
         out.extend_from_slice(&config);
-        // The ascending rest is not stored.
-        let rest = self.order.windows(2).rev().take_while(|pair| pair[0] < pair[1]).count() + 1;
-        let first = self.order.len().saturating_sub(rest);
-        put(&mut out, 4, first);
-        pack(&self.order[..first], |id| id, &mut out);
-        let ranks = self.ranks();
-        put(&mut out, 2, self.clusters.len());
-        for cluster in &self.clusters {
-            put(&mut out, 1, usize::from(cluster.gap_class));
-            put(&mut out, 1, usize::from(cluster.shape_class));
-            put(&mut out, 2, cluster.list.len());
-            pack(&cluster.list, |id| ranks[id as usize], &mut out);
-        }
+        self.ids().put(&mut out);
         put(&mut out, 2, self.levels.len());
         self.levels.iter().for_each(|level| out.extend_from_slice(&level.to_le_bytes()));
         let Contexts { cluster, shape, count, mass, gap, level } = &self.contexts;
-        for map in [&vec![*cluster], shape, count, mass, gap, level] {
-            put(&mut out, 4, map.len());
-            for &table in map {
-                put(&mut out, 2, usize::from(table));
-            }
-        }
-        put(&mut out, 2, self.tables.len());
-        for Table(slots) in &self.tables {
-            // The escape is what is left of the sum.
-            let used = slots[..SYMBOLS - 1]
-                .iter()
-                .rposition(|&slots| slots > 0)
-                .map_or(0, |last| last + 1);
-            put(&mut out, 1, used);
-            slots[..used].iter().for_each(|&slots| put(&mut out, 2, usize::from(slots)));
-        }
+        put_maps(&mut out, &[&[*cluster], shape, count, mass, gap, level]);
+        put_tables(&mut out, &self.tables);
         out
     }
 
@@ -337,77 +381,129 @@ impl Prior {
     ///
     /// Fails with [`CodecError::Corrupt`] or [`CodecError::Truncated`].
     pub fn from_bytes(data: &[u8]) -> Result<Self> {
-        let mut input = Input { data, read: 0 };
-        if input.take(MAGIC.len(), "its first bytes")? != MAGIC {
-            return corrupt(format!("does not begin with {:?}", MAGIC.escape_ascii().to_string()));
-        }
-        let length = input.number(4, "the length of its configuration")?;
-        if length > 4096 {
-            return corrupt(format!("a configuration of {length} bytes"));
-        }
-        let config = input.take(length, "its configuration")?;
-        let config = std::str::from_utf8(config)
-            .map_err(|error| CodecError::Corrupt(format!("prior: its configuration: {error}")))?;
-        let config = CompactConfig::from_json(config)
-            .map_err(|error| CodecError::Corrupt(format!("prior: its configuration: {error}")))?;
+        let mut input = Input::new(data);
+        let config = input.config(MAGIC, CompactConfig::from_json)?;
         if config.prior.is_some() {
             return corrupt("its configuration names a prior");
         }
-        let vocab = config.vocab_size;
-        let first = input.counted(4, vocab as usize, "ids in order")?;
-        let first = input.list(first, |id| (id < vocab).then_some(id))?;
-        let order = completed(first, vocab);
-        let count = input.counted(2, MAX_CLUSTERS, "clusters")?;
-        let mut clusters = Vec::new();
-        for _ in 0..count {
-            let gap_class = input.number(1, "a cluster")? as u8;
-            let shape_class = input.number(1, "a cluster")? as u8;
-            let length = input.counted(2, MAX_LIST, "ids of a cluster")?;
-            let list = input.list(length, |rank| order.get(rank as usize).copied())?;
-            clusters.push(Cluster { list, gap_class, shape_class });
-        }
+        let (order, clusters) = input.ids(config.vocab_size)?;
         let count = input.counted(2, MAX_LEVELS, "levels")?;
         let levels = input.numbers(count, 4, "levels")?.into_iter().map(f32::from_bits).collect();
-        let mut map = |what| -> Result<Vec<u16>> {
-            let most = MAX_CLASSES * 64 * 64;
-            let count = input.counted(4, most, what)?;
-            Ok(input.numbers(count, 2, what)?.into_iter().map(|table| table as u16).collect())
-        };
-        let cluster = map("the table of clusters")?;
-        let [cluster] = cluster[..] else {
-            return corrupt(format!("{} tables of clusters, expected 1", cluster.len()));
-        };
         let contexts = Contexts {
-            cluster,
-            shape: map("tables of shapes")?,
-            count: map("tables of counts")?,
-            mass: map("tables of masses")?,
-            gap: map("tables of gaps")?,
-            level: map("tables of levels")?,
+            cluster: input.single("clusters")?,
+            shape: input.map("tables of shapes")?,
+            count: input.map("tables of counts")?,
+            mass: input.map("tables of masses")?,
+            gap: input.map("tables of gaps")?,
+            level: input.map("tables of levels")?,
         };
-        let count = input.counted(2, MAX_TABLES, "tables")?;
-        let tables = (0..count).map(|_| input.table()).collect::<Result<_>>()?;
-        if input.read != data.len() {
-            let (expected, found) = (input.read, data.len());
-            return Err(CodecError::Truncated { what: "prior".to_owned(), found, expected });
-        }
+        let tables = input.tables()?;
+        input.end()?;
         let prior = Self { config, order, clusters, levels, contexts, tables };
         prior.validate()?;
         Ok(prior)
     }
 }
 
-fn put(out: &mut Vec<u8>, size: usize, number: usize) {
+pub(super) fn put(out: &mut Vec<u8>, size: usize, number: usize) {
     out.extend_from_slice(&(number as u64).to_le_bytes()[..size]);
 }
 
+pub(super) fn put_maps(out: &mut Vec<u8>, maps: &[&[u16]]) {
+    for map in maps {
+        put(out, 4, map.len());
+        map.iter().for_each(|&table| put(out, 2, usize::from(table)));
+    }
+}
+
+pub(super) fn put_tables(out: &mut Vec<u8>, tables: &[Table]) {
+    put(out, 2, tables.len());
+    for Table(slots) in tables {
+        // The escape is what is left of the sum.
+        let used =
+            slots[..SYMBOLS - 1].iter().rposition(|&slots| slots > 0).map_or(0, |last| last + 1);
+        put(out, 1, used);
+        slots[..used].iter().for_each(|&slots| put(out, 2, usize::from(slots)));
+    }
+}
+
 /// Bytes that are being read.
-struct Input<'a> {
+pub(super) struct Input<'a> {
     data: &'a [u8],
     read: usize,
 }
 
 impl<'a> Input<'a> {
+    pub(super) const fn new(data: &'a [u8]) -> Self {
+        Self { data, read: 0 }
+    }
+
+    /// The configuration, after the first bytes.
+    pub(super) fn config<T>(
+        &mut self,
+        magic: &[u8; 8],
+        parse: impl FnOnce(&str) -> Result<T>,
+    ) -> Result<T> {
+        if self.take(magic.len(), "its first bytes")? != magic {
+            return corrupt(format!("does not begin with {:?}", magic.escape_ascii().to_string()));
+        }
+        let length = self.number(4, "the length of its configuration")?;
+        if length > 4096 {
+            return corrupt(format!("a configuration of {length} bytes"));
+        }
+        let refused = |error: &dyn std::fmt::Display| {
+            CodecError::Corrupt(format!("prior: its configuration: {error}"))
+        };
+        let config = std::str::from_utf8(self.take(length, "its configuration")?)
+            .map_err(|error| refused(&error))?;
+        parse(config).map_err(|error| refused(&error))
+    }
+
+    /// Order and clusters.
+    pub(super) fn ids(&mut self, vocab: u32) -> Result<(Vec<u32>, Vec<Cluster>)> {
+        let first = self.counted(4, vocab as usize, "ids in order")?;
+        let first = self.list(first, |id| (id < vocab).then_some(id))?;
+        let order = completed(first, vocab);
+        let count = self.counted(2, MAX_CLUSTERS, "clusters")?;
+        let mut clusters = Vec::new();
+        for _ in 0..count {
+            let gap_class = self.number(1, "a cluster")? as u8;
+            let shape_class = self.number(1, "a cluster")? as u8;
+            let length = self.counted(2, MAX_LIST, "ids of a cluster")?;
+            let list = self.list(length, |rank| order.get(rank as usize).copied())?;
+            clusters.push(Cluster { list, gap_class, shape_class });
+        }
+        Ok((order, clusters))
+    }
+
+    pub(super) fn map(&mut self, what: &str) -> Result<Vec<u16>> {
+        let count = self.counted(4, MAX_CLASSES * 64 * 64, what)?;
+        Ok(self.numbers(count, 2, what)?.into_iter().map(|table| table as u16).collect())
+    }
+
+    /// A map of one table.
+    pub(super) fn single(&mut self, what: &str) -> Result<u16> {
+        let map = self.map(what)?;
+        let [table] = map[..] else {
+            return corrupt(format!("{} tables of {what}, expected 1", map.len()));
+        };
+        Ok(table)
+    }
+
+    pub(super) fn tables(&mut self) -> Result<Vec<Table>> {
+        let count = self.counted(2, MAX_TABLES, "tables")?;
+        (0..count).map(|_| self.table()).collect()
+    }
+
+    /// Checks that everything was read.
+    pub(super) fn end(&self) -> Result<()> {
+        if self.read == self.data.len() {
+            return Ok(());
+        }
+        let (expected, found) = (self.read, self.data.len());
+        Err(CodecError::Truncated { what: "prior".to_owned(), found, expected })
+    }
+
     fn take(&mut self, count: usize, what: &str) -> Result<&'a [u8]> {
         let Some(bytes) = self.data[self.read..].get(..count) else {
             return Err(CodecError::Truncated {

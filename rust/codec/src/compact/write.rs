@@ -3,11 +3,11 @@
 use std::array;
 
 use super::decode::{Head, StoredRow, dealt, highest, near_top, top_bits};
-use super::document::{self, LANES, lanes};
+use super::document::{self, Content, LANES, lanes};
 use super::model::{Model, NEXT};
 use super::numbers::{Kind, bucket};
 use super::prior::Prior;
-use super::tables::{SLOTS, SLOTS_LOG, Writer};
+use super::tables::{SLOTS, SLOTS_LOG, Table, Writer};
 use crate::error::Result;
 use crate::simd::{Backend, multiversion};
 
@@ -58,14 +58,27 @@ pub(super) struct DocumentWriter {
     writers: Vec<Writer>,
 }
 
+/// A number, and the table it is written with, as the place of the table's first entry in a decoder.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Step {
+    pub(super) table: u32,
+    pub(super) number: u32,
+    pub(super) kind: Kind,
+}
+
 impl DocumentWriter {
     pub(super) fn new(prior: &Prior) -> Result<Self> {
-        let tables = prior.tables.iter().zip(prior.kinds()?);
-        Ok(Self {
+        Ok(Self::of(&prior.tables, &prior.kinds()?))
+    }
+
+    /// A writer with these tables, which code numbers of these kinds.
+    pub(super) fn of(tables: &[Table], kinds: &[Option<Kind>]) -> Self {
+        let tables = tables.iter().zip(kinds);
+        Self {
             writers: tables
                 .map(|(table, kind)| table.writer(kind.unwrap_or(Kind::Other)))
                 .collect(),
-        })
+        }
     }
 
     /// The bytes of a document.
@@ -78,11 +91,21 @@ impl DocumentWriter {
     ) -> Vec<u8> {
         let count = rows.heads.len();
         if count == 0 {
-            return document::write(builtin, 0, &[]);
+            return document::write(Content::Compact, builtin, 0, &[]);
         }
         let mut streams = vec![self.heads(model, &rows.heads)];
         streams.extend(write_rows(backend, &self.writers, model, rows));
-        document::write(builtin, count, &streams)
+        document::write(Content::Compact, builtin, count, &streams)
+    }
+
+    /// A stream of numbers.
+    pub(super) fn stream(&self, steps: &[Step]) -> Vec<u8> {
+        let mut stream = Stream::default();
+        stream.bits.reserve(steps.len());
+        for &Step { table, number, kind } in steps.iter().rev() {
+            stream.number(&self.writers, (table, number), kind);
+        }
+        stream.finish()
     }
 
     fn heads(&self, model: &Model, heads: &[Head]) -> Vec<u8> {

@@ -6,6 +6,7 @@
 //! of, ids lie closer together than they will in others.
 
 mod clusters;
+mod draws;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,7 @@ use super::write::StoredRows;
 use crate::error::{CodecError, Result};
 use crate::tasks::{TASK_ROWS, run_tasks};
 use clusters::Clusters;
+pub use draws::learn_sampled;
 use tables::{Counts, Shared};
 
 /// Rows that stay together: those of a document are alike.

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from distillkit.capture.forecast.totals import Amount, TextForecast, read_totals
-from distillkit.capture.forecast.trial import Trial, try_teacher
+from distillkit.capture.forecasting.totals import Amount, TextForecast, read_totals
+from distillkit.capture.forecasting.trial import Trial, try_teacher
 from distillkit.capture.inputs import CaptureInputs, stored_bytes_per_token
 from distillkit.capture.kept_rows import BYTES_A_VALUE as KEPT_BYTES_A_VALUE
 from distillkit.capture.pipeline import BYTES_A_VALUE, queue_bytes
 from distillkit.capture.settings import DEFAULT_PRESET, CaptureSettings
 from distillkit.capture.shard_plan import PRIOR_RECEIPT
 from distillkit.capture.teachers.hf import load_config
-from distillkit.codec import PRESETS, Codec, CodecConfig, Prior, preset
+from distillkit.codec import PRESETS, Codec, CodecConfig, Prior, SampledConfig, preset
 from distillkit.console import duration, human_bytes, number_of
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.memory import available_memory, peak_memory
@@ -35,11 +35,12 @@ from distillkit.shards.storage import Folder
 from distillkit.shards.writer import encode_rows
 from distillkit.types import Facts, Shown, SparseLogprobs, TokenDocument
 
-__all__ = ["CodecForecast", "Forecast", "MemoryForecast", "SpeedForecast", "compared_codecs", "forecast"]
+__all__ = ["CodecForecast", "Forecast", "MemoryForecast", "SpeedForecast", "compared_codecs", "forecast_captures"]
 
 logger = logging.getLogger(__name__)
 
 COMPARED_K = (32, 64, 128, 256)
+_COMPARED_DRAWS = (12, 25, 50, 100)
 _PLAN_BYTES = 4
 """Bytes per token that the plan takes until the dataset is complete, since it also stores the ids."""
 _DUPLICATE_BYTES = 120
@@ -211,7 +212,7 @@ class Forecast(Shown):
         return {**asdict(self), "fits": not self.problems}
 
 
-def forecast(
+def forecast_captures(
     captures: Sequence[CaptureSettings],
     *,
     seconds: float = 10.0,
@@ -296,7 +297,10 @@ def compared_codecs(inputs: CaptureInputs) -> tuple[dict[str, CodecConfig], dict
         for other in PRESETS
     }
     fields = chosen.config.model_dump()
-    for k in COMPARED_K:
+    if isinstance(chosen.config, SampledConfig):
+        for draws in _COMPARED_DRAWS:
+            makers[f"{name}, {draws} draws"] = lambda draws=draws: SampledConfig(**{**fields, "draws": draws})  # type: ignore[misc]
+    for k in COMPARED_K if chosen.draws is None else ():
         makers[f"{name}, k = {k}"] = lambda k=k: type(chosen.config)(**{**fields, "k": k})  # type: ignore[misc]
     configs: dict[str, CodecConfig] = {name: chosen.config}
     left_out: dict[str, str] = {}
@@ -304,6 +308,8 @@ def compared_codecs(inputs: CaptureInputs) -> tuple[dict[str, CodecConfig], dict
         try:
             config = make()
             settings.token_ids(inputs.tokenizer, config.k)
+            if isinstance(config, SampledConfig):
+                settings.check_draws()
         except ConfigError as error:
             left_out[other] = str(error)
             continue
@@ -345,20 +351,27 @@ def _with_figures(
     """Add the fidelity measured on some distributions to a codec; also return the seconds that encoding them took."""
     if not scored:
         return codec, 0.0
-    if scored[0].k < config.k:
+    if scored[0].draws is None and scored[0].k < config.k:
         return replace(codec, note=f"this engine was started for {scored[0].k} ids per row"), 0.0
+    drawn = scored[0].draws
+    if drawn != Codec(config).draws:
+        kinds = ("most probable ids", "draws")
+        found, needed = kinds if drawn is None else reversed(kinds)
+        return replace(codec, note=f"not measured: this run has the teacher's {found}, not {needed}"), 0.0
     # Of the compact format, the built-in prior tells how faithful values are, though not how many bytes they take.
     encoder, mass, took = Codec(config), 0.0, 0.0
     stats = []
     for rows in scored:
         kept = SparseLogprobs(
-            np.ascontiguousarray(rows.ids[:, : config.k]), np.ascontiguousarray(rows.logprobs[:, : config.k])
+            np.ascontiguousarray(rows.ids[:, : config.k]), np.ascontiguousarray(rows.logprobs[:, : config.k]), drawn
         )
         clock = time.perf_counter()
         _, stored, fidelity = encode_rows(encoder, kept)
         took += time.perf_counter() - clock
         stats.append(fidelity)
         mass += float(np.exp(np.asarray(stored.logprobs, dtype=np.float64)).sum())
+    if drawn is not None:
+        return replace(codec, note="draws are stored as they are"), took
     whole = stats[0]
     for part in stats[1:]:
         whole.merge(part)
@@ -415,7 +428,7 @@ def _timed_learning(
     k = inputs.sample_k(inputs.codec.k)
     ids, logprobs = (np.concatenate([getattr(rows, name)[:, :k] for rows in scored]) for name in ("ids", "logprobs"))
     clock = time.perf_counter()
-    Prior.learn(inputs.codec.config, SparseLogprobs(ids, logprobs))
+    Prior.learn(inputs.codec.config, SparseLogprobs(ids, logprobs, scored[0].draws))
     return replace(learning, seconds=(time.perf_counter() - clock) * learning.rows / len(ids))
 
 

@@ -58,7 +58,7 @@ pub(super) struct DocumentWriter {
     writers: Vec<Writer>,
 }
 
-/// A number to be written with a table, by the place of its first entry in a decoder.
+/// A number, and the table it is written with, as the place of the table's first entry in a decoder.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Step {
     pub(super) table: u32,
@@ -101,11 +101,9 @@ impl DocumentWriter {
     /// A stream of numbers.
     pub(super) fn stream(&self, steps: &[Step]) -> Vec<u8> {
         let mut stream = Stream::default();
-        for part in steps.rchunks(64) {
-            stream.bits.reserve(part.len());
-            for step in part.iter().rev() {
-                stream.number(&self.writers, (step.table, step.number), step.kind);
-            }
+        stream.bits.reserve(steps.len());
+        for &Step { table, number, kind } in steps.iter().rev() {
+            stream.number(&self.writers, (table, number), kind);
         }
         stream.finish()
     }

@@ -161,9 +161,11 @@ def test_documents_beyond_a_students_positions_are_refused_or_told(
     assert not told(parts["student"], 100_000)
 
 
-def test_arithmetic_other_than_the_published_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_arithmetic_other_than_the_published_one_is_told(
+    parts: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     told = []
-    stored, whole = {"kind": "dataset"}, {"kind": "hf", "path": "teacher"}
+    stored, whole = {"kind": "dataset"}, {"kind": "hf", "path": parts["teacher"]}
     for teacher, temperature, published in (
         (stored, 2.0, None),
         (whole | {"top_k": 8}, 2.0, None),
@@ -175,7 +177,8 @@ def test_arithmetic_other_than_the_published_one_is_told(tmp_path: Path, caplog:
         loss = {"function": "kl", "weight": 1, "temperature": temperature, "published_temperature": published}
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="distillkit"):
-            _ = Run(run_config("student", tmp_path, "data", teacher=teacher, loss_functions=[loss])).objective
+            config = run_config(parts["student"], tmp_path, parts["train"], teacher=teacher, loss_functions=[loss])
+            _ = Run(config).objective
         told.append("published_temperature" in caplog.text)
     assert told == [True, True, False, False, False, False]
 

@@ -268,6 +268,8 @@ def using(hub: Hub, cache: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setenv("HF_HUB_DISABLE_XET", "1")
+    # Made once in a process, with the address of then.
+    patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
     huggingface_hub.HfFileSystem.clear_instance_cache()
     yield
     huggingface_hub.HfFileSystem.clear_instance_cache()

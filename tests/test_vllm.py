@@ -356,6 +356,9 @@ def kill_engine() -> None:
     import psutil
 
     for process in psutil.Process().children(recursive=True):
+        # Engines of earlier tests may have ended without being waited for.
+        if process.status() == psutil.STATUS_ZOMBIE:
+            continue
         if "EngineCore" in process.name() + " ".join(process.cmdline()):
             process.kill()
             return

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any, final
 
 import numpy as np
@@ -56,6 +57,29 @@ class CompactCodec:
     def sizes(self, data: _U8, rows: int) -> dict[str, float]: ...
     def row_bits(self, data: _U8, rows: int) -> _F32: ...
     def join(self, parts: list[tuple[_U8, int, int, int]]) -> bytes: ...
+
+_Tokens = tuple[_I64, _I64, _I64]
+
+@final
+class TokenMap:
+    def __new__(
+        cls,
+        teacher: tuple[bytes, _I64],
+        student: tuple[bytes, _I64],
+        pieces: tuple[_I64, _I64],
+        varying: _I64,
+        merges: _I64 | None,
+    ) -> TokenMap: ...
+    def map(
+        self,
+        teacher: _Tokens,
+        student: _Tokens,
+        ids: _I64,
+        logprobs: _F32,
+        labels: _F32 | None,
+        places: tuple[int, bool],
+        tokenize: Callable[[list[bytes]], tuple[_I64, _I64]],
+    ) -> tuple[_I64, _F32, _F32, _U8, list[float]]: ...
 
 @final
 class SampledCodec:

@@ -10,6 +10,7 @@ mod encoder; // chooses the bytes of a row's values
 mod error; // the one error type
 mod float; // stored float types
 mod format; // the two published formats: ids, and what their configurations say of values
+pub mod retokenize; // rows over one vocabulary as rows over another
 mod rows; // a run of rows on one thread: checks, sorting, groups
 mod simd; // instruction sets, chosen at run time; sixteen rows at a time
 mod tasks; // runs of rows on all cores

@@ -8,10 +8,11 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::ThreadId;
 
 use distillkit_codec::compact::{Compact, CompactConfig, Part, Sampled, SampledConfig, Sizes};
+use distillkit_codec::retokenize;
 use distillkit_codec::{self as core, CodecError, Config, HalfBitsSliceExt, bf16, f16};
 use numpy::ndarray::Dimension;
 use numpy::{
-    IntoPyArray, Ix2, PyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray,
+    IntoPyArray, Ix1, Ix2, PyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray,
     PyReadwriteArray2, PyUntypedArrayMethods,
 };
 use pyo3::exceptions::PyKeyboardInterrupt;
@@ -543,6 +544,160 @@ fn learn_prior<'py>(
     Ok(PyBytes::new(py, &prior))
 }
 
+/// The tokens of a document and the bytes that each covers: ids, starts and ends, all (tokens,).
+type TokenArrays<'py> =
+    (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<i64>>);
+
+/// A teacher's and a student's vocabulary, and what has been found out of the borders of tokens.
+#[pyclass(module = "distillkit._native")]
+struct TokenMap {
+    inner: retokenize::TokenMap,
+}
+
+#[pymethods]
+impl TokenMap {
+    /// The bytes of all ids and where those of each end; the student's tokens of each teacher token
+    /// and where they end; the teacher tokens for which they depend on the text before; the
+    /// student's merges (n, 3).
+    #[new]
+    fn new(
+        teacher: (Bound<'_, PyBytes>, Bound<'_, PyArray1<i64>>),
+        student: (Bound<'_, PyBytes>, Bound<'_, PyArray1<i64>>),
+        pieces: (Bound<'_, PyArray1<i64>>, Bound<'_, PyArray1<i64>>),
+        varying: Bound<'_, PyArray1<i64>>,
+        merges: Option<Bound<'_, PyArray2<i64>>>,
+    ) -> PyResult<Self> {
+        let strings = |(bytes, ends): (Bound<'_, PyBytes>, Bound<'_, PyArray1<i64>>)| {
+            retokenize::Strings::new(bytes.as_bytes().to_vec(), Input::new("ends", &ends)?.slice()?)
+                .map_err(raise)
+        };
+        let merges = merges.map(|merges| {
+            let merges = Input::new("merges", &merges)?;
+            let (triples, _) = merges.slice()?.as_chunks::<3>();
+            PyResult::Ok(
+                triples.iter().map(|&[l, r, m]| (l as u32, r as u32, m as u32)).collect::<Vec<_>>(),
+            )
+        });
+        let merges = merges.transpose()?;
+        let pieces = divided(&pieces.0, &pieces.1)?;
+        let inner = retokenize::TokenMap::new(
+            strings(teacher)?,
+            strings(student)?,
+            pieces,
+            Input::new("varying", &varying)?.slice()?,
+            merges.as_deref(),
+        );
+        Ok(Self { inner: inner.map_err(raise)? })
+    }
+
+    /// The student's rows of a document: ids and logprobs (rows, keep), the log-probability of each
+    /// next token (rows,), where each position lies (rows,), and sums. `places` are keep, and whether
+    /// places without an id get one. `tokenize` takes a list of
+    /// bytes and returns their tokens, all together, and where those of each end.
+    #[expect(clippy::type_complexity, reason = "five arrays")]
+    #[expect(clippy::too_many_arguments, reason = "the parts of a document")]
+    fn map<'py>(
+        &mut self,
+        py: Python<'py>,
+        teacher: TokenArrays<'_>,
+        student: TokenArrays<'_>,
+        ids: Bound<'_, PyArray2<i64>>,
+        logprobs: Bound<'_, PyArray2<f32>>,
+        labels: Option<Bound<'_, PyArray1<f32>>>,
+        places: (usize, bool),
+        tokenize: Bound<'_, PyAny>,
+    ) -> PyResult<(
+        Bound<'py, PyArray2<i64>>,
+        Bound<'py, PyArray2<f32>>,
+        Bound<'py, PyArray1<f32>>,
+        Bound<'py, PyArray1<u8>>,
+        Vec<f64>,
+    )> {
+        let width = ids.shape()[1];
+        let (ids, logprobs) = same_shape(&ids, &logprobs)?;
+        let labels = labels.map(|labels| Input::new("labels", &labels)).transpose()?;
+        let sides = [("teacher", &teacher), ("student", &student)].map(|(name, side)| {
+            PyResult::Ok([
+                Input::new(name, &side.0)?,
+                Input::new(name, &side.1)?,
+                Input::new(name, &side.2)?,
+            ])
+        });
+        let [teacher, student] = sides;
+        let (teacher, student) = (teacher?, student?);
+        let document = retokenize::Document {
+            teacher: tokens_of(&teacher)?,
+            student: tokens_of(&student)?,
+            ids: ids.slice()?,
+            logprobs: logprobs.slice()?,
+            width,
+            labels: labels.as_ref().map(Input::slice).transpose()?,
+        };
+        // What Python raises ends the mapping, and is raised again.
+        let mut raised = None;
+        let mut ask = |texts: &[Vec<u8>]| {
+            let answer = (|| {
+                let texts: Vec<_> = texts.iter().map(|text| PyBytes::new(py, text)).collect();
+                let answer = tokenize.call1((texts,))?;
+                let (ids, ends) =
+                    answer.extract::<(Bound<'_, PyArray1<i64>>, Bound<'_, PyArray1<i64>>)>()?;
+                divided(&ids, &ends)
+            })();
+            answer.map_err(|error| {
+                raised = Some(error);
+                CodecError::Interrupted
+            })
+        };
+        let mapped = self.inner.map(&document, places, &mut ask);
+        if let Some(error) = raised {
+            return Err(error);
+        }
+        let mapped = mapped.map_err(raise)?;
+        let rows = mapped.kinds.len();
+        let sums = mapped.sums;
+        Ok((
+            two_dimensional(py, mapped.ids, rows, places.0)?,
+            two_dimensional(py, mapped.logprobs, rows, places.0)?,
+            mapped.labels.into_pyarray(py),
+            mapped.kinds.iter().map(|&kind| kind as u8).collect::<Vec<_>>().into_pyarray(py),
+            vec![
+                sums.teacher_mass,
+                sums.teacher_rows,
+                sums.teacher_bits,
+                sums.teacher_bytes,
+                sums.student_mass,
+                sums.student_rows,
+                sums.student_bits,
+                sums.student_bytes,
+            ],
+        ))
+    }
+}
+
+fn tokens_of<'a>(side: &'a [Input<'_, i64, Ix1>; 3]) -> PyResult<retokenize::Tokens<'a>> {
+    let [ids, starts, ends] = side;
+    Ok(retokenize::Tokens { ids: ids.slice()?, starts: starts.slice()?, ends: ends.slice()? })
+}
+
+/// Lists of ids from all of them and where those of each list end.
+fn divided(
+    ids: &Bound<'_, PyArray1<i64>>,
+    ends: &Bound<'_, PyArray1<i64>>,
+) -> PyResult<Vec<Vec<u32>>> {
+    let (ids, ends) = (Input::new("ids", ids)?, Input::new("ends", ends)?);
+    let (ids, ends) = (ids.slice()?, ends.slice()?);
+    let mut start = 0;
+    let mut lists = Vec::with_capacity(ends.len());
+    for &end in ends {
+        let part = ids
+            .get(start..end as usize)
+            .ok_or_else(|| refused("ends", &"do not divide the ids"))?;
+        lists.push(part.iter().map(|&id| id as u32).collect());
+        start = end as usize;
+    }
+    Ok(lists)
+}
+
 /// ids (rows, k), logprobs (rows, k) and logsumexp (rows,) of dense logits.
 #[pyfunction]
 #[expect(clippy::type_complexity, reason = "three arrays")]
@@ -662,8 +817,8 @@ fn unpack_bits<'py>(
 mod _native {
     #[pymodule_export]
     use super::{
-        Codec, CompactCodec, SampledCodec, draw, learn_prior, learn_sampled_prior, pack_bits,
-        prior_config, sampled_prior_config, topk, uniforms, unpack_bits,
+        Codec, CompactCodec, SampledCodec, TokenMap, draw, learn_prior, learn_sampled_prior,
+        pack_bits, prior_config, sampled_prior_config, topk, uniforms, unpack_bits,
     };
     use super::{IMPORTED_BY, core, goes_on};
     use pyo3::prelude::*;

@@ -1,0 +1,100 @@
+//! Rows over one vocabulary as rows over another, along a text that both have tokenised.
+//! docs/retokenize.md derives what is computed here and says what is exact.
+
+mod border;
+mod document;
+mod vocabulary;
+
+pub use document::{Document, Kind, Mapped, Sums, Tokens};
+pub use vocabulary::{Merges, Strings};
+
+use crate::error::{CodecError, Result};
+use border::Borders;
+use document::Mapping;
+
+/// Tokenises strings by the student's tokenizer, each as if in the middle of a text.
+pub type Tokenize<'a> = dyn FnMut(&[Vec<u8>]) -> Result<Vec<Vec<u32>>> + 'a;
+
+/// Stands for a token that is not known.
+const NONE: u32 = u32::MAX;
+
+/// How a teacher's token begins.
+#[derive(Debug, Clone, Copy)]
+struct Head {
+    /// Its first piece; `NONE` if that is not known.
+    piece: u32,
+    /// Its first byte, if it has one.
+    byte: Option<u8>,
+    /// Whether its pieces may be others behind some texts, although no token crosses the border: a
+    /// pre-tokenizer that divides `'s` from a word divides it otherwise behind a comma.
+    varies: bool,
+}
+
+/// A teacher's and a student's vocabulary, and what has been found out of the borders of their
+/// tokens so far. What it computes does not depend on what it was asked before.
+#[derive(Debug)]
+pub struct TokenMap {
+    teacher: Strings,
+    student: Strings,
+    /// Of each teacher token, its pieces: the student's tokens of its bytes.
+    pieces: Vec<Vec<u32>>,
+    /// Of each teacher token, what most questions are about.
+    heads: Vec<Head>,
+    /// The teacher's ids in the order of their bytes.
+    by_bytes: Vec<u32>,
+    borders: Borders,
+    mapping: Mapping,
+}
+
+impl TokenMap {
+    /// # Arguments
+    ///
+    /// - `teacher`, `student`: the bytes of each id; empty for ids that never stand for text.
+    /// - `pieces`: of each teacher token; shorter where its end is not known, empty if nothing is.
+    /// - `varying`: the teacher tokens whose pieces may depend on the text before them.
+    /// - `merges`: those of the student's tokenizer if it is a BPE.
+    pub fn new(
+        teacher: Strings,
+        student: Strings,
+        pieces: Vec<Vec<u32>>,
+        varying: &[i64],
+        merges: Option<&[(u32, u32, u32)]>,
+    ) -> Result<Self> {
+        if pieces.len() != teacher.len() {
+            let (found, expected) = (pieces.len(), teacher.len());
+            return Err(CodecError::Input(format!(
+                "pieces of {found} tokens, expected {expected}"
+            )));
+        }
+        let known = student.len();
+        let ids = pieces
+            .iter()
+            .flatten()
+            .chain(merges.into_iter().flatten().flat_map(|(l, r, m)| [l, r, m]));
+        if let Some(id) = ids.copied().find(|&id| id as usize >= known) {
+            return Err(CodecError::Input(format!("id {id} of a student with {known} ids")));
+        }
+        let mut by_bytes: Vec<u32> = (0..teacher.len() as u32).collect();
+        by_bytes.sort_by(|&a, &b| teacher.get(a).cmp(teacher.get(b)));
+        let borders = Borders::new(&student, merges.map(|merges| Merges::new(known, merges)));
+        let mapping = Mapping::new(known);
+        let head = |(id, pieces): (usize, &Vec<u32>)| Head {
+            piece: pieces.first().copied().unwrap_or(NONE),
+            byte: teacher.get(id as u32).first().copied(),
+            varies: false,
+        };
+        let mut heads: Vec<Head> = pieces.iter().enumerate().map(head).collect();
+        for &id in varying {
+            let known = usize::try_from(id).ok().and_then(|id| heads.get_mut(id));
+            let message = || format!("id {id} of a teacher with {} ids", pieces.len());
+            known.ok_or_else(|| CodecError::Input(message()))?.varies = true;
+        }
+        Ok(Self { teacher, student, pieces, heads, by_bytes, borders, mapping })
+    }
+
+    /// Number of the teacher's ids whose bytes begin so.
+    fn begun_by(&self, bytes: &[u8]) -> usize {
+        let before = self.by_bytes.partition_point(|&id| self.teacher.get(id) < bytes);
+        self.by_bytes[before..].partition_point(|&id| self.teacher.get(id).starts_with(bytes))
+    }
+}

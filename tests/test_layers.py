@@ -14,7 +14,7 @@ LAYERS: tuple[set[str], ...] = (
     {"codec"},
     {"shards", "models"},
     {"text", "losses"},
-    {"capture"},
+    {"capture", "retokenize"},
     {"reports"},
     {"training"},
     {"bench", "hub"},

@@ -87,7 +87,7 @@ def test_commands_and_snippets_run(place: Path, processes: Processes) -> None:
     assert (place / "captured.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("page", "least"), [("capture.md", 6), ("students.md", 3)])
+@pytest.mark.parametrize(("page", "least"), [("capture.md", 6), ("students.md", 3), ("retokenize.md", 1)])
 def test_options_of_commands_that_are_not_run_exist(page: str, least: int) -> None:
     found = [command for _, text in blocks(DOCS / page, "bash") for command in commands(text)]
     assert len(found) >= least

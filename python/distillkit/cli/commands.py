@@ -28,6 +28,7 @@ DISTILLKIT = {
     "init": _Command("init", "init", "Write a commented configuration to begin with."),
     "forecast": _Command("forecast", "forecast", "Estimate what a capture will cost, and whether it fits."),
     "capture": _Command("capture", "capture", "Run a teacher over text and store its distributions."),
+    "retokenize": _Command("retokenize", "retokenize", "Rewrite a capture for a student with another tokenizer."),
     "merge": _Command("merge", "merge", "Average the distributions of several captures."),
     "pack": _Command("pack", "pack", "Write a dataset's documents packed in full rows."),
     "push": _Command("push", "push", "Push a capture to the Hugging Face hub, with a card."),

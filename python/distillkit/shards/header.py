@@ -21,6 +21,9 @@ FORMAT = "distillkit-shard"
 VERSION = 1
 HEADER_KEY = b"distillkit.header"
 
+MEASURED = "measured"
+"""The part of `capture` with figures of the shard's own documents; the manifest has those of all."""
+
 LOGPROBS = "log_softmax of the raw logits over head_size, float32"
 DRAWN = "shares of draws from the softmax of the raw logits / temperature over head_size"
 
@@ -122,8 +125,11 @@ class Header:
         return asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that all shards of a dataset share: everything except `fidelity` and `distillkit_version`."""
-        return {key: value for key, value in self.to_dict().items() if key not in ("fidelity", "distillkit_version")}
+        """The fields that all shards of a dataset share: everything except `fidelity`, `distillkit_version` and what
+        was measured while writing."""
+        shared = {key: value for key, value in self.to_dict().items() if key not in ("fidelity", "distillkit_version")}
+        shared["capture"] = {key: value for key, value in shared["capture"].items() if key != MEASURED}
+        return shared
 
     def check_same(self, other: Header, *, where: str) -> None:
         """Checks that a header belongs to the same dataset.

@@ -138,8 +138,8 @@ def check_tokenizer(dataset: StoredDataset, tokenizer: Any, student: str, key: s
         raise MismatchError(
             f"{key} was captured with another tokenizer than the student's: {recorded['name']} "
             f"({recorded['fingerprint']}, {dataset.header.vocab_size:,} ids) against {student} ({ours}, "
-            f"{tokenizers.vocab_size(tokenizer):,} ids). Token ids would mean different tokens; use a student with "
-            "the teacher's tokenizer, or capture again"
+            f"{tokenizers.vocab_size(tokenizer):,} ids). Token ids would mean different tokens: rewrite the "
+            "dataset in the student's (distillkit retokenize), or use a student with the teacher's tokenizer"
         )
 
 

@@ -15,7 +15,7 @@ const LAYERS: [&[&str]; 11] = [
     &["rows"],
     &["tasks"],
     &["compact", "topk"],
-    &["draws"],
+    &["draws", "retokenize"],
     &["codec"],
 ];
 

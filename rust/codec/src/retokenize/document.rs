@@ -378,14 +378,7 @@ impl TokenMap {
                 ((left - truth).max(0.0), (others - 1.0).max(0.0))
             };
             let crossing = start..rows.crossing.len();
-            rows.borders.push(Border {
-                before,
-                crossing,
-                truth,
-                missing,
-                others,
-                keeping,
-            });
+            rows.borders.push(Border { before, crossing, truth, missing, others, keeping });
         }
         self.borders.learn_pairs(&pairs, &self.teacher, tokenize)?;
         Ok(rows)

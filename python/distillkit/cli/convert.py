@@ -100,7 +100,7 @@ def convert(
       distillkit-codec convert captured/ smaller/ --preset compact-128 --prior another-dataset/
     """
     dataset = Dataset.open(source, config=config, split=split)
-    wanted = wanted_codec(dataset.codec.vocab_size, preset_name, compression_config)
+    wanted = wanted_codec(lambda: dataset.codec.vocab_size, preset_name, compression_config)
     if wanted is None and prior is not None:
         raise click.UsageError("--prior is for the compact format: choose it with --preset or --compression-config")
     facts, vocab_size = _tokenizer_facts(tokenizer)
@@ -133,12 +133,17 @@ def convert(
     _tell(dataset, destination, manifest, codec)
 
 
-def wanted_codec(vocab_size: int, preset_name: str | None, compression_config: str | None) -> CodecConfig | None:
-    """The codec configuration that the options of `output_codec` name; None if they name none."""
+def wanted_codec(
+    vocab_size: Callable[[], int], preset_name: str | None, compression_config: str | None
+) -> CodecConfig | None:
+    """The codec configuration that the options of `output_codec` name; None if they name none.
+
+    Only a preset needs the size of the vocabulary.
+    """
     if preset_name is not None and compression_config is not None:
         raise click.UsageError("set --preset or --compression-config, not both")
     if preset_name is not None:
-        return preset(preset_name, vocab_size=vocab_size)
+        return preset(preset_name, vocab_size=vocab_size())
     return None if compression_config is None else load_codec_config(compression_config)
 
 

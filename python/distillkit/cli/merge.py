@@ -79,7 +79,7 @@ def merge(
             destination,
             weights=None if weights is None else _parsed(weights),
             average=average,
-            config=wanted_codec(size, preset_name, compression_config),
+            config=wanted_codec(lambda: size, preset_name, compression_config),
             prior=None if prior is None else load_prior(prior),
             prior_rows=prior_rows,
             common=common,

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, get_args
+from typing import Any
 
 import click
 from rich.table import Table
 from rich.text import Text
 
-from distillkit.cli.common import CONFIG, JSON, LARGEST, SPLIT
-from distillkit.codec import CodecConfig, preset
+from distillkit.cli.common import CONFIG, JSON, SPLIT
+from distillkit.cli.convert import output_codec, wanted_codec
 from distillkit.codec.fidelity import FidelityStats
-from distillkit.codec.presets import PresetName
 from distillkit.console import human_bytes, number_of, progress_bar, quiet_libraries, say, show
 from distillkit.retokenize import Retokenization, Settings
 from distillkit.retokenize import retokenize as retokenize_dataset
-from distillkit.retokenize.run import PRIOR_ROWS
-from distillkit.shards.published import load_codec_config
 
 __all__ = ["retokenize"]
 
@@ -30,32 +27,7 @@ __all__ = ["retokenize"]
 @click.option("--tokenizer", help="The teacher's tokenizer: a folder or hub id. By default the one that SOURCE names.")
 @CONFIG
 @SPLIT
-@click.option("--preset", "preset_name", type=click.Choice(get_args(PresetName)), help="Store the rows in this codec.")
-@click.option(
-    "--compression-config",
-    type=click.Path(dir_okay=False),
-    help="Store the rows in the codec of this YAML file. By default, the codec is that of SOURCE, over the student's "
-    "ids.",
-)
-@click.option(
-    "--prior",
-    help="A prior for the compact format: a prior.bin, or a dataset of the student's ids. By default, one is learned.",
-)
-@click.option(
-    "--prior-rows",
-    type=click.IntRange(1, LARGEST),
-    default=PRIOR_ROWS,
-    show_default=True,
-    help="Learn the prior from about this many rows, evenly spread. Each takes 12 bytes of memory per id.",
-)
-@click.option("--standalone", is_flag=True, help="Put the prior into each shard as well; about 1 MB each.")
-@click.option(
-    "--shard-tokens",
-    type=click.IntRange(1, LARGEST),
-    default=262_144,
-    show_default=True,
-    help="SOURCE's tokens per shard.",
-)
+@output_codec
 @click.option(
     "--processes",
     type=click.IntRange(1, 1024),
@@ -87,7 +59,8 @@ def retokenize(
     student's tokens of its bytes. What cannot be told counts as missing mass. Training then uses DESTINATION like any
     other capture.
 
-    The same command resumes an interrupted run after its last complete shard.
+    The codec is that of SOURCE unless an option names another; a --prior is one over the student's ids. The same
+    command resumes an interrupted run after its last complete shard.
 
     \b
     Examples:
@@ -95,14 +68,12 @@ def retokenize(
       distillkit retokenize captured/ for-student/ --student ./student --preset compact-50
     """
     quiet_libraries()
-    if preset_name is not None and compression_config is not None:
-        raise click.UsageError("set --preset or --compression-config, not both")
     settings = Settings(
         source,
         destination,
         student,
         tokenizer=tokenizer,
-        codec=_codec(student, preset_name, compression_config, trust_remote_code),
+        codec=wanted_codec(lambda: _vocab_size(student, trust_remote_code), preset_name, compression_config),
         config=config,
         split=split,
         prior=prior,
@@ -122,17 +93,12 @@ def retokenize(
         _tell(written, destination)
 
 
-def _codec(student: str, preset_name: str | None, file: str | None, trust: bool) -> CodecConfig | None:
-    """The codec that is asked for, over the student's ids; None: that of the source."""
-    if file is not None:
-        return load_codec_config(file)
-    if preset_name is None:
-        return None
+def _vocab_size(student: str, trust: bool) -> int:
+    """The width of the student's logits."""
     from distillkit.retokenize.sources import head_size
     from distillkit.text.tokenizer import load_tokenizer, vocab_size
 
-    known = vocab_size(load_tokenizer(student, trust_remote_code=trust))
-    return preset(preset_name, vocab_size=head_size(student, known))
+    return head_size(student, vocab_size(load_tokenizer(student, trust_remote_code=trust)))
 
 
 def _facts(written: Retokenization, destination: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from distillkit.retokenize.sources import head_size, teacher_tokenizer
 from distillkit.retokenize.token_map import TokenMap
 from distillkit.retokenize.vocabulary import read_vocabulary
 from distillkit.shards import Dataset, Header, Manifest, ShardInfo, load_prior, read_manifest
+from distillkit.shards.convert import PRIOR_ROWS
 from distillkit.shards.header import MEASURED, alignment
 from distillkit.shards.lock import FolderLock
 from distillkit.shards.manifest import is_shard_name, merged_fidelity, shard_name
@@ -34,12 +35,9 @@ from distillkit.shards.writer import NewShard, encode_rows, is_dataset_file, mak
 from distillkit.text.tokenizer import fingerprint, load_tokenizer, vocab_size
 from distillkit.types import Document, SparseLogprobs
 
-__all__ = ["PRIOR_ROWS", "Retokenization", "Settings", "retokenize"]
+__all__ = ["Retokenization", "Settings", "retokenize"]
 
 logger = logging.getLogger(__name__)
-
-PRIOR_ROWS = 131_072
-"""Rows from which a prior is learned, as for conversions."""
 
 _TOGETHER = 32
 """Documents that are tokenised at a time."""

@@ -28,6 +28,8 @@ pub use sampled::{MAX_DRAWS, Sampled, SampledConfig, SampledContexts, SampledPri
 pub use scale::Scale;
 pub use tables::{SLOTS, SLOTS_LOG, Table};
 
+use serde::Serialize;
+
 use crate::error::{CodecError, Result, config_error};
 use crate::simd::Backend;
 use decode::{OnRow, StoredRow};
@@ -45,9 +47,7 @@ use write::{DocumentWriter, StoredRows};
 #[derive(Debug)]
 pub struct Compact {
     config: CompactConfig,
-    /// The prior of the configuration, if it has one.
-    learned: Option<Side>,
-    builtin: OnceLock<Side>,
+    priors: Priors<Side>,
     backend: Backend,
 }
 
@@ -85,6 +85,100 @@ pub struct Part<'a> {
     pub stop: usize,
 }
 
+impl Sizes {
+    /// Those of a document of so many bytes, from the bits of head, ids and values.
+    fn of(bits: [u64; 3], bytes: usize) -> Self {
+        let [head, ids, values] = bits.map(|bits| bits as f64 / 8.0);
+        Self { head, ids, values, framing: bytes as f64 - head - ids - values }
+    }
+}
+
+impl Part<'_> {
+    /// Fails where the part has rows that do not exist.
+    fn check(&self, number: usize) -> Result<()> {
+        let Self { rows, start, stop, .. } = *self;
+        if start > stop || stop > rows {
+            let message = format!("part {number}: rows {start} … {stop} of {rows}");
+            return Err(CodecError::Input(message));
+        }
+        Ok(())
+    }
+}
+
+/// Two priors of a codec, prepared: that of the configuration, if it has one, and the built-in one,
+/// which is made when it is needed.
+#[derive(Debug)]
+struct Priors<S> {
+    learned: Option<S>,
+    builtin: OnceLock<S>,
+}
+
+impl<S> Priors<S> {
+    const fn new(learned: Option<S>) -> Self {
+        Self { learned, builtin: OnceLock::new() }
+    }
+
+    fn builtin(&self, make: impl FnOnce() -> Result<S>) -> Result<&S> {
+        get_or_make(&self.builtin, make)
+    }
+
+    /// The prior that a document was written with.
+    fn of(&self, builtin: bool, make: impl FnOnce() -> Result<S>) -> Result<&S> {
+        match &self.learned {
+            Some(learned) if !builtin => Ok(learned),
+            None if !builtin => corrupt("document: needs a prior, but the configuration has none"),
+            _ => self.builtin(make),
+        }
+    }
+}
+
+fn get_or_make<T>(cell: &OnceLock<T>, make: impl FnOnce() -> Result<T>) -> Result<&T> {
+    if let Some(made) = cell.get() {
+        return Ok(made);
+    }
+    let fresh = make()?;
+    Ok(cell.get_or_init(|| fresh))
+}
+
+/// The hash of a prior's bytes, which must be the one that a configuration names, if it names one;
+/// None where neither is given.
+fn prior_hash(named: Option<&str>, prior: Option<&[u8]>) -> Result<Option<String>> {
+    let Some(data) = prior else {
+        return match named {
+            Some(hash) => {
+                config_error("prior", format!("found {hash}, but no bytes of that prior"))
+            }
+            None => Ok(None),
+        };
+    };
+    let found = hash(data);
+    match named {
+        Some(expected) if expected != found => {
+            corrupt(format!("prior: its bytes have the hash {found}, expected {expected}"))
+        }
+        _ => Ok(Some(found)),
+    }
+}
+
+/// Fails where a prior was learned for another configuration than the given one.
+fn check_learned_for<C: PartialEq + Serialize>(known: &C, given: &C) -> Result<()> {
+    if known == given {
+        return Ok(());
+    }
+    let json = |config| serde_json::to_string(config).unwrap_or_default();
+    config_error("prior", format!("was learned for {}, expected {}", json(known), json(given)))
+}
+
+/// Fails where decoded rows have no room in the arrays, which must be whole rows of k.
+fn check_room(ids: usize, logprobs: usize, k: usize) -> Result<()> {
+    if ids != logprobs || !ids.is_multiple_of(k) {
+        return Err(CodecError::Input(format!(
+            "found room for {ids} ids and {logprobs} log-probabilities, expected whole rows of {k}"
+        )));
+    }
+    Ok(())
+}
+
 /// XXH3-128 in hexadecimal.
 fn hash(data: &[u8]) -> String {
     format!("{:032x}", xxhash_rust::xxh3::xxh3_128(data))
@@ -97,11 +191,9 @@ impl Side {
     }
 
     fn writer(&self) -> Result<&(Encoder, DocumentWriter)> {
-        if let Some(writer) = self.writer.get() {
-            return Ok(writer);
-        }
-        let made = (Encoder::new(&self.prior, &self.model)?, DocumentWriter::new(&self.prior)?);
-        Ok(self.writer.get_or_init(|| made))
+        get_or_make(&self.writer, || {
+            Ok((Encoder::new(&self.prior, &self.model)?, DocumentWriter::new(&self.prior)?))
+        })
     }
 
     fn encode(&self, backend: Backend, rows: Rows, builtin: bool) -> Result<Vec<u8>> {
@@ -126,7 +218,7 @@ impl Compact {
     ///
     /// Fails with [`CodecError::Config`] where this CPU lacks it, too.
     pub fn with_backend(
-        config: CompactConfig,
+        mut config: CompactConfig,
         prior: Option<&[u8]>,
         backend: Backend,
     ) -> Result<Self> {
@@ -134,26 +226,15 @@ impl Compact {
             return config_error("simd backend", format!("this CPU has no {}", backend.name()));
         }
         config.validate()?;
-        let Some(data) = prior else {
-            if let Some(hash) = &config.prior {
-                return config_error("prior", format!("found {hash}, but no bytes of that prior"));
-            }
-            return Ok(Self { config, learned: None, builtin: OnceLock::new(), backend });
-        };
-        let found = hash(data);
-        if let Some(expected) = &config.prior
-            && *expected != found
-        {
-            return corrupt(format!("prior: its bytes have the hash {found}, expected {expected}"));
-        }
-        let prior = Prior::from_bytes(data)?;
-        if prior.config != config.without_prior() {
-            let json = |config| serde_json::to_string(config).unwrap_or_default();
-            let (known, given) = (json(&prior.config), json(&config.without_prior()));
-            return config_error("prior", format!("was learned for {known}, expected {given}"));
-        }
-        let config = CompactConfig { prior: Some(found), ..config };
-        Ok(Self { config, learned: Some(Side::new(prior)?), builtin: OnceLock::new(), backend })
+        let hash = prior_hash(config.prior.as_deref(), prior)?;
+        let learned = prior.map(|data| {
+            let prior = Prior::from_bytes(data)?;
+            check_learned_for(&prior.config, &config.without_prior())?;
+            Side::new(prior)
+        });
+        let priors = Priors::new(learned.transpose()?);
+        config.prior = hash;
+        Ok(Self { config, priors, backend })
     }
 
     /// The configuration that a prior was learned for; its `prior` is empty.
@@ -176,20 +257,12 @@ impl Compact {
     }
 
     fn builtin(&self) -> Result<&Side> {
-        if let Some(side) = self.builtin.get() {
-            return Ok(side);
-        }
-        let made = Side::new(builtin::builtin(&self.config))?;
-        Ok(self.builtin.get_or_init(|| made))
+        self.priors.builtin(|| Side::new(builtin::builtin(&self.config)))
     }
 
     /// The prior that a document was written with.
     fn side(&self, builtin: bool) -> Result<&Side> {
-        match &self.learned {
-            Some(learned) if !builtin => Ok(learned),
-            None if !builtin => corrupt("document: needs a prior, but the configuration has none"),
-            _ => self.builtin(),
-        }
+        self.priors.of(builtin, || Side::new(builtin::builtin(&self.config)))
     }
 
     /// Encodes the rows of a document: `width` ids and log-probabilities each, at least k. The k
@@ -207,7 +280,7 @@ impl Compact {
             )));
         }
         let rows = Rows { ids, logprobs, width };
-        let Some(learned) = &self.learned else {
+        let Some(learned) = &self.priors.learned else {
             return self.builtin()?.encode(self.backend, rows, true);
         };
         let data = learned.encode(self.backend, rows, false)?;
@@ -252,13 +325,7 @@ impl Compact {
         logprobs: &mut [f32],
     ) -> Result<()> {
         let k = self.config.k;
-        if ids.len() != logprobs.len() || !ids.len().is_multiple_of(k) {
-            return Err(CodecError::Input(format!(
-                "found room for {} ids and {} log-probabilities, expected whole rows of {k}",
-                ids.len(),
-                logprobs.len()
-            )));
-        }
+        check_room(ids.len(), logprobs.len(), k)?;
         let (frame, side) = self.open(data, ids.len() / k)?;
         let mut ranking = Ranking::new(&side.model, ids, logprobs);
         side.model.read(self.backend, data, &frame, &mut ranking)
@@ -279,8 +346,7 @@ impl Compact {
         self.stored(data, rows, &mut |row| {
             total.iter_mut().zip(row.bits).for_each(|(total, bits)| *total += u64::from(bits));
         })?;
-        let [head, ids, values] = total.map(|bits| bits as f64 / 8.0);
-        Ok(Sizes { head, ids, values, framing: data.len() as f64 - head - ids - values })
+        Ok(Sizes::of(total, data.len()))
     }
 
     /// Bits of each row, without the framing of the document.
@@ -300,14 +366,9 @@ impl Compact {
     /// with the prior and others without, or as [`Compact::decode_document`] does.
     pub fn join(&self, parts: &[Part]) -> Result<Vec<u8>> {
         let mut joined = StoredRows::default();
-        let mut builtin = self.learned.is_none();
+        let mut builtin = self.priors.learned.is_none();
         for (number, part) in parts.iter().enumerate() {
-            if part.start > part.stop || part.stop > part.rows {
-                let Part { rows, start, stop, .. } = part;
-                return Err(CodecError::Input(format!(
-                    "part {number}: rows {start} … {stop} of {rows}"
-                )));
-            }
+            part.check(number)?;
             self.check(part.data, part.rows)?;
             let mut rows = vec![StoredRows::default(); part.rows];
             let own = self.stored(part.data, part.rows, &mut |row| rows[row.row].push(row))?;

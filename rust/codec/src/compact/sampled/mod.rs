@@ -17,8 +17,8 @@ pub(super) use rows::{Draws, EncodeScratch, Encoder, Model, counted, excesses};
 use super::decode::{Stream, WORD};
 use super::document::{self, Content, Frame, ROWS_PER_BYTE, corrupt};
 use super::write::{DocumentWriter, Step};
-use super::{Part, Sizes, hash};
-use crate::error::{CodecError, Result, config_error};
+use super::{Part, Priors, Sizes, check_learned_for, check_room, get_or_make, prior_hash};
+use crate::error::{CodecError, Result};
 use crate::simd::{Backend, multiversion};
 
 /// Encodes and decodes documents of draws, of one configuration and with one prior.
@@ -40,9 +40,7 @@ use crate::simd::{Backend, multiversion};
 #[derive(Debug)]
 pub struct Sampled {
     config: SampledConfig,
-    /// The prior of the configuration, if it has one.
-    learned: Option<Side>,
-    builtin: OnceLock<Side>,
+    priors: Priors<Side>,
     backend: Backend,
 }
 
@@ -94,12 +92,10 @@ impl Side {
     }
 
     fn writer(&self) -> Result<&(Encoder, DocumentWriter)> {
-        if let Some(writer) = self.writer.get() {
-            return Ok(writer);
-        }
-        let tables = DocumentWriter::of(&self.prior.tables, &self.prior.kinds()?);
-        let made = (Encoder::new(&self.prior)?, tables);
-        Ok(self.writer.get_or_init(|| made))
+        get_or_make(&self.writer, || {
+            let tables = DocumentWriter::of(&self.prior.tables, &self.prior.kinds()?);
+            Ok((Encoder::new(&self.prior)?, tables))
+        })
     }
 
     fn encode(&self, backend: Backend, rows: Rows, builtin: bool) -> Result<Vec<u8>> {
@@ -121,29 +117,18 @@ impl Sampled {
     /// [`CodecError::Config`] where the configuration is not valid, names a prior that is not given,
     /// or is not the one that the prior was learned for, with [`CodecError::Corrupt`] where the
     /// prior is not the named one or is not valid, or with [`CodecError::Truncated`].
-    pub fn new(config: SampledConfig, prior: Option<&[u8]>) -> Result<Self> {
+    pub fn new(mut config: SampledConfig, prior: Option<&[u8]>) -> Result<Self> {
         config.validate()?;
         let backend = Backend::from_env()?;
-        let Some(data) = prior else {
-            if let Some(hash) = &config.prior {
-                return config_error("prior", format!("found {hash}, but no bytes of that prior"));
-            }
-            return Ok(Self { config, learned: None, builtin: OnceLock::new(), backend });
-        };
-        let found = hash(data);
-        if let Some(expected) = &config.prior
-            && *expected != found
-        {
-            return corrupt(format!("prior: its bytes have the hash {found}, expected {expected}"));
-        }
-        let prior = SampledPrior::from_bytes(data)?;
-        if prior.config != config.for_prior() {
-            let json = |config| serde_json::to_string(config).unwrap_or_default();
-            let (known, given) = (json(&prior.config), json(&config.for_prior()));
-            return config_error("prior", format!("was learned for {known}, expected {given}"));
-        }
-        let config = SampledConfig { prior: Some(found), ..config };
-        Ok(Self { config, learned: Some(Side::new(prior)?), builtin: OnceLock::new(), backend })
+        let hash = prior_hash(config.prior.as_deref(), prior)?;
+        let learned = prior.map(|data| {
+            let prior = SampledPrior::from_bytes(data)?;
+            check_learned_for(&prior.config, &config.for_prior())?;
+            Side::new(prior)
+        });
+        let priors = Priors::new(learned.transpose()?);
+        config.prior = hash;
+        Ok(Self { config, priors, backend })
     }
 
     /// The configuration that a prior was learned for; its `prior` is empty.
@@ -166,20 +151,12 @@ impl Sampled {
     }
 
     fn builtin(&self) -> Result<&Side> {
-        if let Some(side) = self.builtin.get() {
-            return Ok(side);
-        }
-        let made = Side::new(SampledPrior::builtin(&self.config))?;
-        Ok(self.builtin.get_or_init(|| made))
+        self.priors.builtin(|| Side::new(SampledPrior::builtin(&self.config)))
     }
 
     /// The prior that a document was written with.
     fn side(&self, builtin: bool) -> Result<&Side> {
-        match &self.learned {
-            Some(learned) if !builtin => Ok(learned),
-            None if !builtin => corrupt("document: needs a prior, but the configuration has none"),
-            _ => self.builtin(),
-        }
+        self.priors.of(builtin, || Side::new(SampledPrior::builtin(&self.config)))
     }
 
     /// Encodes the rows of a document: `width` ids and log-probabilities each, which are the
@@ -195,7 +172,7 @@ impl Sampled {
             )));
         }
         let rows = Rows { ids, logprobs, width };
-        let Some(learned) = &self.learned else {
+        let Some(learned) = &self.priors.learned else {
             return self.builtin()?.encode(self.backend, rows, true);
         };
         let data = learned.encode(self.backend, rows, false)?;
@@ -261,13 +238,7 @@ impl Sampled {
         logprobs: &mut [f32],
     ) -> Result<()> {
         let k = self.config.k();
-        if ids.len() != logprobs.len() || !ids.len().is_multiple_of(k) {
-            return Err(CodecError::Input(format!(
-                "found room for {} ids and {} log-probabilities, expected whole rows of {k}",
-                ids.len(),
-                logprobs.len()
-            )));
-        }
+        check_room(ids.len(), logprobs.len(), k)?;
         let mut keys = Vec::new();
         self.read(data, ids.len() / k, |side, row, draws, _| {
             let at = row * k..(row + 1) * k;
@@ -283,8 +254,7 @@ impl Sampled {
         self.read(data, rows, |_, _, _, bits| {
             total.iter_mut().zip(bits).for_each(|(total, bits)| *total += u64::from(bits));
         })?;
-        let [head, ids, values] = total.map(|bits| bits as f64 / 8.0);
-        Ok(Sizes { head, ids, values, framing: data.len() as f64 - head - ids - values })
+        Ok(Sizes::of(total, data.len()))
     }
 
     /// Bits of each row, without the framing of the document.
@@ -305,11 +275,8 @@ impl Sampled {
         let k = self.config.k();
         let (mut all_ids, mut all_logprobs) = (Vec::new(), Vec::new());
         for (number, part) in parts.iter().enumerate() {
+            part.check(number)?;
             let Part { data, rows, start, stop } = *part;
-            if start > stop || stop > rows {
-                let message = format!("part {number}: rows {start} … {stop} of {rows}");
-                return Err(CodecError::Input(message));
-            }
             self.check(data, rows)?;
             let (mut ids, mut logprobs) = (vec![0; rows * k], vec![0.0; rows * k]);
             self.decode_document(data, &mut ids, &mut logprobs)?;

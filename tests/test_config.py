@@ -577,15 +577,14 @@ def config_with_losses(losses: list[dict[str, Any]], metric: str) -> dict[str, A
 
 
 IMPORTED = """
-import sys, time
+import sys
 from distillkit.cli.main import cli
-began = time.process_time()
 try:
     cli(sys.argv[1:], standalone_mode=False)
 except Exception as error:
     print(error)
 heavy = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"} & set(sys.modules)
-print("imported:", *sorted(heavy), f"in {time.process_time() - began:.3f} s")
+print("imported:", *sorted(heavy))
 """
 
 
@@ -607,10 +606,7 @@ def test_a_wrong_key_or_path_is_told_before_anything_large_is_imported(tmp_path:
             env={**os.environ, "COLUMNS": "300"},
         )
         check_names(result.stdout, *facts)
-        last = result.stdout.splitlines()[-1]
-        assert last.startswith("imported: in "), last
-        # Of this process, whatever else the machine does; torch alone takes longer.
-        assert float(last.split()[-2]) < 1, last
+        assert result.stdout.splitlines()[-1] == "imported:"
 
 
 def test_all_that_is_not_there_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

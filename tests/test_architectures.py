@@ -88,7 +88,7 @@ def test_packing_is_refused_where_documents_leak(model_type: str) -> None:
     assert furthest(model, [[first], [third], [second]]) < 1e-5, "padding changes nothing"
     assert (furthest(model, [[first, second], [third]]) < 1e-5) == PACKS[model_type] == (problem is None)
     if problem is not None:
-        check_names(problem, "model", type(model).__name__, f"'{model_type}'")
+        check_names(problem, "model", type(model).__name__, f"'{model.config.model_type}'")
 
 
 def test_ways_out_are_those_of_the_family() -> None:

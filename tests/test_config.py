@@ -454,6 +454,8 @@ def test_true_and_false_are_no_numbers() -> None:
             live = {"kind": "hf", "path": "x"}
             served = {"kind": "server", "base_url": "http://localhost:1", "model": "x", "top_k": 1}
             content["teacher"] = {**(live if name in LiveTeacherConfig.model_fields else served), name: True}
+        if path.startswith("rollouts.server."):
+            content["rollouts"]["server"]["base_url"] = "http://localhost:1"
         with refused(ConfigError, f"config: {path}", "True"):
             parse_config(content)
 

@@ -18,7 +18,7 @@ from distillkit.configuration.secrets import without_secrets
 from distillkit.console import human_bytes, number_of, quiet_libraries
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.reports.run_record import DIFFERENCES
-from distillkit.training.config.arguments import to_plain_value
+from distillkit.training.config.arguments import recomputing, to_plain_value
 
 if TYPE_CHECKING:
     from distillkit.training.config.schema import ListedTeacherConfig, RunConfig
@@ -431,6 +431,7 @@ def _rollouts(state: _State) -> tuple[str, dict[str, Any]]:
     if rollouts is None or prompts is None:
         raise TypeError("the configuration has no rollouts")
     current, seconds = rollouts.rehearse()
+    rollouts.engine.close()
     completion, divergence = current.completions[0], rollouts.divergence(current)
     tokens = len(completion.written)
     left_out = f" ({prompts.left_out:,} left out, which are too long)" if prompts.left_out else ""
@@ -468,7 +469,7 @@ def _batch(state: _State) -> Check | tuple[str, dict[str, Any]]:
             "length": length,
         }
     model = trainer.model
-    with checkpointing(model, arguments, wanted=arguments.activation_checkpointing):
+    with checkpointing(model, arguments, wanted=recomputing(arguments)[0]):
         # As accelerate does in the wrapped model's forward.
         with trainer.accelerator.autocast():
             loss = trainer.compute_loss(model, trainer._prepare_inputs(first), num_items_in_batch=count)

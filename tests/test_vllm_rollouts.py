@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 from distillkit.errors import DistillKitError
 from distillkit.models.adapters import LoraSection, add_adapters
 from distillkit.text.tokenizer import load_tokenizer
+from distillkit.training.config.schema import RunConfig
 from distillkit.training.rollouts.engine import HfEngine, Prompt, Sampling, Student
 from distillkit.training.run import train
+from support.processes import Processes
 from support.refusals import refused
 from support.rollouts import on_policy, recorded, written
 from support.teachers import HEAD, write_llama, write_text
@@ -131,16 +133,25 @@ def test_it_writes_what_the_student_does_as_its_weights_change(folders: dict[str
     engine.close()
 
 
-def test_training_with_it_learns_the_same(
-    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def config(folders: dict[str, str], output: Path, engine: str, **arguments: Any) -> RunConfig:
+    rollouts = {"engine": engine, "temperature": 0.0, "every": 2, "max_new_tokens": 12}
+    return on_policy(
+        folders, output, rollouts=rollouts, training_args={"max_steps": 4, "learning_rate": 2e-3, **arguments}
+    )
+
+
+def test_training_with_it_learns_the_same(folders: dict[str, str], tmp_path: Path) -> None:
     rounds: dict[str, Any] = {}
     for engine in ("hf", "vllm"):
-        rollouts = {"engine": engine, "temperature": 0.0, "every": 2, "max_new_tokens": 12, "batch_size": 4}
-        arguments = {"max_steps": 4, "learning_rate": 2e-3}
         with pytest.MonkeyPatch.context() as patch:
             found = recorded(patch)
-            train(on_policy(folders, tmp_path / engine, rollouts=rollouts, training_args=arguments))
+            train(config(folders, tmp_path / engine, engine))
             rounds[engine] = written(found)
     assert rounds["vllm"] == rounds["hf"]
     assert losses_of(tmp_path / "vllm") == pytest.approx(losses_of(tmp_path / "hf"), rel=1e-5)
+
+
+def test_two_processes_have_an_engine_each(folders: dict[str, str], tmp_path: Path, processes: Processes) -> None:
+    train(config(folders, tmp_path / "one", "hf"))
+    processes.train(config(folders, tmp_path / "two", "vllm", per_device_train_batch_size=2), tmp_path, count=2)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)

@@ -56,7 +56,9 @@ def describe(
         "teacher": _teacher(config, datasets["train"]),
         "data": {part: _data(config.dataset.entries(part), dataset) for part, dataset in datasets.items()},
         "losses": _losses(config.loss_functions),
-        "rollouts": None if config.rollouts is None else config.rollouts.model_dump(mode="json", exclude={"prompts"}),
+        "rollouts": None
+        if config.rollouts is None
+        else config.rollouts.model_dump(mode="json", exclude={"prompts", "server"}),
         "overrides": config.overrides,
         "settings": _settings(config, arguments),
         "versions": {"distillkit": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},

@@ -385,7 +385,9 @@ def _memory(state: _State) -> Check:
         sharded=state.sharded,
     )
     rollouts = state.run.rollouts
-    if rollouts is not None:
+    if rollouts is not None and rollouts.settings.engine == "vllm":
+        found = replace(found, engine=rollouts.engine.held_bytes())
+    elif rollouts is not None and rollouts.settings.engine == "hf":
         tokens = rollouts.prompts.longest + rollouts.settings.max_new_tokens
         found = replace(found, cache=cache_bytes(state.run.trainer.model, arguments, rollouts.batch_size, tokens))
     state.memory = found
@@ -399,6 +401,7 @@ def _memory(state: _State) -> Check:
         f"optimiser ({to_plain_value(arguments.optim)})": found.optimizer,
         "activations of the longest batch": found.activations,
         "logits and losses": found.losses,
+        "vLLM": found.engine,
         "or, while completions are written, the key-value cache": found.cache,
     }
     written = [
@@ -412,7 +415,7 @@ def _memory(state: _State) -> Check:
         "optimizer_bytes": found.optimizer,
         "activations_bytes": found.activations,
         "losses_bytes": found.losses,
-        **({"cache_bytes": found.cache} if rollouts is not None else {}),
+        **({"engine_bytes": found.engine, "cache_bytes": found.cache} if rollouts is not None else {}),
         "total_bytes": found.total,
         "at_hand_bytes": at_hand,
     }

@@ -62,6 +62,7 @@ class MemoryEstimate:
             sharded, since only all processes together can run it.
         losses: a chunk of logits with its gradient, and float32 gradients of hidden states and head.
         at_hand: available memory for all of these.
+        engine: what an engine with a copy of the student holds on to, also while training; 0 without.
         cache: the key-value cache of the student while it writes completions, when there are no activations; 0 if it
             writes none.
     """
@@ -73,12 +74,13 @@ class MemoryEstimate:
     activations: int | None
     losses: int
     at_hand: int
+    engine: int = 0
     cache: int = 0
 
     @property
     def certain(self) -> int:
-        """What is known without measuring: weights, gradients and optimiser state."""
-        return self.weights + self.teacher + self.gradients + (self.optimizer or 0)
+        """What is known without measuring: weights, gradients, optimiser state, and what an engine holds on to."""
+        return self.weights + self.teacher + self.gradients + (self.optimizer or 0) + self.engine
 
     @property
     def total(self) -> int:

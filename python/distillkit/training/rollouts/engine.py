@@ -97,6 +97,10 @@ class Engine(Protocol):
         """Return the new tokens of each prompt, with the token that ended it, if one did."""
         ...
 
+    def held_bytes(self) -> int:
+        """Return how much memory it keeps on the student's device from the first round on, besides the student."""
+        ...
+
     def close(self) -> None:
         """Give back what is only needed to write; `synchronise` gets it again."""
         ...
@@ -147,6 +151,10 @@ class HfEngine:
                     found[index] = completion
             progress(len(order), len(order))
         return found
+
+    def held_bytes(self) -> int:
+        """See `Engine`."""
+        return 0
 
     def close(self) -> None:
         """See `Engine`. There is nothing to give back."""

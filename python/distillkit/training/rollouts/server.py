@@ -186,6 +186,10 @@ class ServerEngine(ServerConnection):
             threads.shutdown(wait=False, cancel_futures=True)
         return found
 
+    def held_bytes(self) -> int:
+        """See `Engine`. The server has its own memory."""
+        return 0
+
     def close(self) -> None:
         """See `Engine`. Removes the weights' folder."""
         if self.leads:

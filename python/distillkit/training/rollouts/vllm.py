@@ -19,6 +19,8 @@ import torch
 
 from distillkit.capture.teachers.vllm import check_installed, cpu_kv_bytes, quiet
 from distillkit.errors import ConfigError
+from distillkit.memory import total_memory
+from distillkit.models.head import bare_model, elements_of
 from distillkit.training.rollouts.engine import Progress, Prompt, Sampling, Student
 from distillkit.training.rollouts.weights import PROBE_TOKENS, check_weights, checkpoint_weights, write_folder
 
@@ -88,6 +90,14 @@ class VLLMEngine:
         with _apart_from_training():
             outputs = self._run(requests, progress)
         return [np.array(output.token_ids, dtype=np.int32) for output in outputs]
+
+    def held_bytes(self) -> int:
+        """See `Engine`. On a GPU, all of its share, since vLLM fills it with room for keys and values."""
+        device = self.student.model.device
+        if device.type == "cuda":
+            return int(self.gpu_memory_utilization * total_memory(device))
+        model = bare_model(self.student.model)
+        return sum(map(elements_of, model.parameters())) * self.student.dtype.itemsize + cpu_kv_bytes()
 
     def close(self) -> None:
         """See `Engine`. Stops vLLM."""

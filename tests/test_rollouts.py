@@ -499,6 +499,26 @@ def test_a_server_that_stops_or_serves_something_else_is_named(tmp_path: Path) -
         connect(url)
 
 
+def test_only_its_own_folder_is_overwritten_and_removed(tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    from distillkit.training.rollouts.server import ServerEngine
+
+    (tmp_path / "model.safetensors").write_text("the user's")
+    with serving(Writer(tiny_model(3))) as (url, _):
+
+        def engine(folder: Path) -> ServerEngine:
+            settings = RolloutServerConfig(base_url=url, max_retries=0)
+            return ServerEngine(student_of(tiny_model(1)), Sampling(8), settings, folder, batch_size=2, leads=True)
+
+        with refused(ConfigError, "rollouts.server.folder", str(tmp_path), "model.safetensors"):
+            engine(tmp_path).synchronise()
+        engine(tmp_path / "new").synchronise()  # of a run that was killed
+        again = engine(tmp_path / "new")
+        again.synchronise()
+        again.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_vllm_that_is_not_installed_is_named(
     words: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

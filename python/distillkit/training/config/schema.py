@@ -440,8 +440,8 @@ class RolloutServerConfig(Section):
     )
     folder: Place | None = Field(
         default=None,
-        description="Where the student's weights are written for the server, which must see the folder under the same "
-        "path; by default `rollouts_student` in the output folder. Removed when training ends.",
+        description="Empty or new folder where the student's weights are written for the server, which must see it "
+        "under the same path; by default `rollouts_student` in the output folder. Removed when training ends.",
     )
     max_retries: int = Field(
         default=_SERVER.max_retries, ge=0, description="How often a failed request is retried, with growing pauses."

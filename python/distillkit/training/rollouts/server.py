@@ -34,6 +34,8 @@ _USE = Use(
 # JSON takes up to 100 bytes for a token with its log-probability and text.
 _BYTES_PER_TOKEN = 512
 _OTHER_BYTES = 1 << 20
+# Marks a folder that this writes and removes.
+_OURS = ".distillkit_rollouts"
 _NOT_FOUND = 404
 _REFUSED = (401, 403)
 
@@ -140,19 +142,30 @@ class ServerEngine(ServerConnection):
         """See `Engine`. Writes the weights, has the server load them, and checks that it has.
 
         Raises:
-            ConfigError: the server cannot load them.
+            ConfigError: the server cannot load them, or the folder has other files.
             CaptureError: the server does not answer.
             DistillKitError: afterwards, its log-probabilities are not the student's.
         """
         if not self.leads:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take_folder()
         write_folder(self.student, self.folder)
         write_weights(self.student, self.folder)
         for path, body in self._protocol.loading(self.folder):
             self._load(path, body)
         ids, logprobs = self._complete(self.student.probe, temperature=0.0, top_p=1.0, max_tokens=PROBE_TOKENS, seed=0)
         check_weights(self.student, ids, logprobs, engine=f"server ({self._protocol.name} at {self._server})")
+
+    def _take_folder(self) -> None:
+        """Make the folder, unless an earlier round or run has: its files are overwritten, and removed in the end."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = next((path.name for path in self.folder.iterdir()), None)
+        if found is not None and not (self.folder / _OURS).exists():
+            raise ConfigError(
+                f"rollouts.server.folder: {self.folder} has other files ({found}), which would be overwritten and "
+                "removed; choose an empty or new folder"
+            )
+        (self.folder / _OURS).touch()
 
     def _load(self, path: str, body: Mapping[str, Any]) -> None:
         try:

@@ -95,7 +95,7 @@ def write_weights(student: Student, folder: Path) -> None:
         OSError: the disk is full.
     """
     weights = {
-        name: (tensor.to(student.dtype) if tensor.is_floating_point() else tensor).contiguous()
+        name: tensor.to("cpu", student.dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in checkpoint_weights(student.model).items()
     }
     partial = folder / f"{SAFE_WEIGHTS_NAME}.partial"

@@ -325,10 +325,6 @@ def test_a_server_writes_what_the_student_does_as_its_weights_change(
     engine.sampling = Sampling(40, 0.9, 0.95, seed=3)
     drawn = [[ids.tolist() for ids in engine.write(order, lambda *_: None)] for order in (prompts, prompts[::-1])]
     assert drawn[0] == drawn[1][::-1] != found[0]
-    engine.folder = tmp_path / "elsewhere"
-    monkeypatch.setattr("distillkit.training.rollouts.server.write_weights", lambda student, folder: None)
-    with refused(ConfigError, "rollouts.server.folder", "elsewhere"):
-        engine.synchronise()
 
 
 def test_what_a_server_does_not_give(

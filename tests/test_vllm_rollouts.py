@@ -49,12 +49,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A student whose heads are wide enough for vLLM's kernels, its teacher, and prompts."""
     folder = tmp_path_factory.mktemp("models")
     write_llama(folder / "student", hidden_size=128)
+    write_llama(folder / "tied", hidden_size=128, tie_word_embeddings=True)
     write_llama(folder / "teacher", hidden_size=64)
     write_text(folder / "all.jsonl", 12)
     rows = [json.loads(line) for line in (folder / "all.jsonl").read_text().splitlines()]
     prompts = [{"prompt": " ".join(row["text"].split()[:4])} for row in rows]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    return {name: str(folder / name) for name in ("student", "teacher", "prompts.jsonl")}
+    return {name: str(folder / name) for name in ("student", "tied", "teacher", "prompts.jsonl")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,11 +76,11 @@ def seed() -> None:
 
 
 def test_it_writes_what_the_student_does_as_its_weights_change(folders: dict[str, str]) -> None:
-    """One engine throughout: started, given other weights, and adapters."""
+    """One engine throughout: started, given other weights, and adapters. Its head is the embedding, too."""
     from distillkit.training.rollouts.vllm import VLLMEngine
 
-    model = AutoModelForCausalLM.from_pretrained(folders["student"])
-    tokenizer = load_tokenizer(folders["student"])
+    model = AutoModelForCausalLM.from_pretrained(folders["tied"])
+    tokenizer = load_tokenizer(folders["tied"])
     engine = VLLMEngine(
         Student(model, tokenizer, torch.float32, STOP, PROMPTS[2].ids, 260),
         Sampling(40, 0.0),

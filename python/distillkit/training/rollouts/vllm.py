@@ -65,7 +65,12 @@ class VLLMEngine:
             weights = checkpoint_weights(student.model)
             # It says of each module without parameters, such as rotary embeddings, that loading has failed.
             logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+            converted = (
+                (name, tensor.to(student.dtype) if tensor.is_floating_point() else tensor)
+                for name, tensor in weights.items()
+            )
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": converted})
+            self._engine.apply_model(_pack_heads)
             greedy = self._parameters(temperature=0.0, max_tokens=PROBE_TOKENS, logprobs=0)
             [output] = self._run([(student.probe, greedy)], lambda done, total: None)
         written = np.array(output.token_ids, dtype=np.int32)
@@ -164,6 +169,16 @@ class VLLMEngine:
                     f"rollouts.engine: vllm does not start with this student: {error} (its log above may say more). If "
                     "memory ran out, lower rollouts.gpu_memory_utilization; engine: hf runs every student"
                 ) from error
+
+
+def _pack_heads(model: torch.nn.Module) -> None:
+    """On a CPU, vLLM computes with a packed copy of the head's weight. Reloading leaves that as it was if the weight is the
+    embedding's, too."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 @contextmanager

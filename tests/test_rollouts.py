@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from distillkit.errors import CaptureError, ConfigError, DistillKitError, MismatchError
 from distillkit.models.adapters import LoraSection, add_adapters
 from distillkit.training.config.schema import RolloutServerConfig, RunConfig
+from distillkit.training.dry_run import dry_run
 from distillkit.training.rollouts.engine import HfEngine, Prompt, Sampling, Student, draw
 from distillkit.training.rollouts.order import MixedOrder, Slot, WithSlots
 from distillkit.training.rollouts.rounds import COMPLETIONS, Completion, Round, repeated
@@ -404,6 +406,22 @@ def test_a_server_with_the_students_weights_writes_what_it_would(
     assert losses_of(tmp_path / "out") == pytest.approx(alone, rel=1e-6)
     assert not (tmp_path / "out" / "rollouts_student").exists()
     assert ("/generate" in {request["path"] for request in requests}) == (kind == "sglang")
+
+
+def test_the_dry_run_has_the_server_write(words: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    writer = Writer(tiny_model(3))
+    with serving(writer) as (url, requests):
+        config = greedy(words, tmp_path / "out", url)
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+        result = dry_run(path)
+    assert result.ok, [check for check in result.checks if check.status == "failed"]
+    assert writer.loaded == 1
+    memory = next(check for check in result.checks if check.name == "memory")
+    assert (memory.figures["engine_bytes"], memory.figures["cache_bytes"]) == (0, 0), "the server's"
+    [folder] = {r["kwargs"]["weights_path"] for r in requests if r["path"] == "/collective_rpc"}
+    assert not Path(folder).exists()
 
 
 @pytest.mark.slow

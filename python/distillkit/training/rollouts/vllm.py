@@ -172,8 +172,8 @@ class VLLMEngine:
 
 
 def _pack_heads(model: torch.nn.Module) -> None:
-    """On a CPU, vLLM computes with a packed copy of the head's weight. Reloading leaves that as it was if the weight is the
-    embedding's, too."""
+    """On a CPU, vLLM computes with a packed copy of the head's weight, which reloading leaves as it was if the weight
+    is also the embedding's."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():

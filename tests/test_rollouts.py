@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from distillkit.errors import CaptureError, ConfigError, DistillKitError, MismatchError
 from distillkit.models.adapters import LoraSection, add_adapters
 from distillkit.training.config.schema import RolloutServerConfig, RunConfig
+from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.dry_run import dry_run
 from distillkit.training.rollouts.engine import HfEngine, Prompt, Sampling, Student, draw
 from distillkit.training.rollouts.order import MixedOrder, Slot, WithSlots
@@ -537,12 +538,14 @@ def test_only_its_own_folder_is_overwritten_and_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_vllm_that_is_not_installed_is_named(
+def test_what_an_engine_needs_is_named_if_it_is_missing(
     words: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distillkit.capture.teachers.vllm.find_spec", lambda name: None)
-    with refused(ConfigError, "vllm", "pip install"):
-        _ = Run(on_policy(words, tmp_path / "out", rollouts={"engine": "vllm"})).trainer
+    monkeypatch.setattr("distillkit.training.config.surroundings.find_spec", lambda name: None)
+    server = {"engine": "server", "server": {"base_url": "http://localhost:1/v1"}}
+    for engine, package in (({"engine": "vllm"}, "distillkit[train,vllm]"), (server, "distillkit[openai]")):
+        with refused(ConfigError, "rollouts.engine", f"pip install '{package}'"):
+            check_surroundings(on_policy(words, tmp_path / "out", rollouts=engine))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

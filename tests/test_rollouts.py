@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -423,6 +424,14 @@ def test_the_dry_run_has_the_server_write(words: dict[str, str], tmp_path: Path)
     assert (memory.figures["engine_bytes"], memory.figures["cache_bytes"]) == (0, 0), "the server's"
     [folder] = {r["kwargs"]["weights_path"] for r in requests if r["path"] == "/collective_rpc"}
     assert not Path(folder).exists()
+
+
+def test_vllm_is_for_one_process(words: dict[str, str], tmp_path: Path) -> None:
+    rollouts = Run(on_policy(words, tmp_path / "out", rollouts={"engine": "vllm"})).rollouts
+    assert rollouts is not None
+    rollouts._trainer = SimpleNamespace(args=SimpleNamespace(world_size=2))
+    with refused(ConfigError, "rollouts.engine", "vllm", "2", "engine: server"):
+        rollouts._engine(Sampling(8))
 
 
 @pytest.mark.slow

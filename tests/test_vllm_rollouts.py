@@ -19,7 +19,6 @@ from distillkit.text.tokenizer import load_tokenizer
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.rollouts.engine import HfEngine, Prompt, Sampling, Student
 from distillkit.training.run import train
-from support.processes import Processes
 from support.refusals import refused
 from support.rollouts import on_policy, recorded, written
 from support.teachers import HEAD, write_llama, write_text
@@ -150,9 +149,3 @@ def test_training_with_it_learns_the_same(folders: dict[str, str], tmp_path: Pat
             rounds[engine] = written(found)
     assert rounds["vllm"] == rounds["hf"]
     assert losses_of(tmp_path / "vllm") == pytest.approx(losses_of(tmp_path / "hf"), rel=1e-5)
-
-
-def test_two_processes_have_an_engine_each(folders: dict[str, str], tmp_path: Path, processes: Processes) -> None:
-    train(config(folders, tmp_path / "one", "hf"))
-    processes.train(config(folders, tmp_path / "two", "vllm", per_device_train_batch_size=2), tmp_path, count=2)
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)

@@ -177,6 +177,12 @@ class Rollouts:
                 pad_id=trainer.data_collator.pad_id,
                 batch_size=self.batch_size,
             )
+        if settings.engine == "vllm" and trainer.args.world_size > 1:
+            raise ConfigError(
+                f"rollouts.engine: vllm writes in the only process that trains, but there are "
+                f"{trainer.args.world_size}; several processes can ask a server together (engine: server), or each "
+                "write its share (engine: hf)"
+            )
         student = self._student()
         if settings.engine == "vllm":
             from distillkit.training.rollouts.vllm import VLLMEngine

@@ -141,7 +141,6 @@ class VLLMEngine:
         """Start vLLM with the student's config; its weights come later."""
         student = self.student
         quiet()
-        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
         with _environment(_IN_THIS_PROCESS), TemporaryDirectory(prefix="distillkit-") as folder:
             from vllm import EngineArgs, LLMEngine
 
@@ -157,8 +156,6 @@ class VLLMEngine:
                 # Prompts differ, and what was computed with other weights must not be used.
                 "enable_prefix_caching": False,
                 "disable_log_stats": True,
-                # Each process has an engine of its own, on its own GPU.
-                "distributed_executor_backend": "external_launcher" if several else None,
             }
             if not torch.cuda.is_available():
                 arguments |= {"kv_cache_memory_bytes": cpu_kv_bytes(), "enforce_eager": True}

@@ -179,7 +179,7 @@ class Rollouts:
             )
         if settings.engine == "vllm" and trainer.args.world_size > 1:
             raise ConfigError(
-                f"rollouts.engine: vllm writes in the only process that trains, but there are "
+                "rollouts.engine: vllm writes in the only process that trains, but there are "
                 f"{trainer.args.world_size}; several processes can ask a server together (engine: server), or each "
                 "write its share (engine: hf)"
             )

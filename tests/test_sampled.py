@@ -428,7 +428,8 @@ def test_an_inspection_says_how_noisy_the_draws_are(captured: Path, tmp_path: Pa
     check_names(card, "12 draws")
     size = re.search(r"([\d.]+) bytes with all else", card)
     assert size is not None
-    assert float(size[1]) == pytest.approx(found.total_bytes, abs=0.06)
+    # Of nine small shards, in which Parquet's page headers are not told from what they head.
+    assert float(size[1]) == pytest.approx(found.total_bytes, abs=0.1)
     assert "most probable" not in card
     assert "probability of the stored ids" not in card
 

@@ -200,6 +200,7 @@ impl Encoder {
             row: 0,
             head,
             positions: &scratch.positions,
+            ids: &[],
             levels: &scratch.levels,
             top,
             bits: [0; 3],

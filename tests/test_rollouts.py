@@ -13,13 +13,15 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from distillkit.errors import ConfigError, DistillKitError, MismatchError
+from distillkit.reports.run_page import run_page
+from distillkit.reports.run_record import read_run
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.rollouts.engine import HfEngine, Prompt, Sampling, draw
 from distillkit.training.rollouts.order import MixedOrder, Slot, WithSlots
 from distillkit.training.rollouts.rounds import COMPLETIONS, Completion, Rollouts, Round, repeated
 from distillkit.training.run import Run, train
 from support.processes import Processes
-from support.refusals import refused
+from support.refusals import check_names, refused
 from support.served import answering
 from support.training import VOCABULARY, losses_of, metrics_of, run_config, tiny_model, tiny_tokenizer
 
@@ -290,7 +292,8 @@ def test_rounds_are_measured_before_and_after(words: dict[str, str], whole: tupl
     training = [entry for entry in metrics_of(output) if "loss" in entry]
     assert len(training) == 5
     assert all(entry["scoring_tokens_per_second"] > 0 for entry in training)
-    assert "KL(student" in (output / "report.md").read_text()
+    for page in ((output / "report.md").read_text(), (output / "README.md").read_text(), run_page([read_run(output)])):
+        check_names(page, "KL(student ‖ teacher)", "ended by the student", f"{first['rollout_kl']:.4f}")
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["in a round", "between rounds"])

@@ -134,8 +134,10 @@ class OpenAITeacher:
         self._head_size = head_size
         self._k = k
         self._concurrency = settings.concurrency
+        self._answered = False
         self._model = self._find_model(settings.served_model, model, max_seq_len)
         self._echoes = self._probe()
+        self._answered = True
 
     @property
     def head_size(self) -> int:
@@ -327,9 +329,10 @@ class OpenAITeacher:
                 f"{self._use.base_url}: {self._server} redirects to {target}, which is not followed: prompts and key "
                 "only go to the server that was given. Pass the URL of the API itself"
             )
+        again = self._use.again if self._answered else f"Start the server first, or correct {self._use.base_url}"
         return CaptureError(
             f"{self._server} failed even after {self._client.max_retries} retries: "
-            f"{self._message(error).rstrip('.')}. {self._use.again}"
+            f"{self._message(error).rstrip('.')}. {again}"
         )
 
     def _message(self, error: Any) -> str:

@@ -265,7 +265,12 @@ def compared(bench: Bench, name: str, rates: list[float], seeds: list[int]) -> l
     student = transplanted(bench, write_tokenizer(name, bench.output / "tokenizers"))
     data = bench.rewritten("train", student)
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    start = {"student": name, "layers": bench.layers, "documents": bench.documents, "steps": bench.steps}
+    start: dict[str, Any] = {
+        "student": name,
+        "layers": bench.layers,
+        "documents": bench.documents,
+        "steps": bench.steps,
+    }
     start["untrained"] = bits_per_byte(bench, model, student)
     rows = []
     for seed, rate in itertools.product(seeds, rates):

@@ -87,8 +87,8 @@ impl ClusterCosts {
                 let cluster = &prior.clusters[number as usize];
                 own[number as usize] = profile(cluster).cost(position);
             }
-            let least = own.iter().copied().fold(f32::INFINITY, f32::min);
-            let units = |&cost: &f32| (((cost - least) / ID_COST + 0.5) as u8).min(MOST);
+            let cheapest = own.iter().copied().fold(f32::INFINITY, f32::min);
+            let units = |&cost: &f32| (((cost - cheapest) / ID_COST + 0.5) as u8).min(MOST);
             let units: Vec<u8> = own.iter().map(units).collect();
             table.extend(units.chunks(LINE).map(Nibbles::new));
         }

@@ -11,19 +11,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from distillkit.cli.main import cli
 from distillkit.codec import Codec, preset
 from distillkit.codec.config import DistributionQuantizationConfig
 from distillkit.errors import ConfigError, InputError, MismatchError
+from distillkit.hub.dataset_card import dataset_card
+from distillkit.reports.inspection import inspect_dataset
 from distillkit.retokenize import Settings, retokenize
 from distillkit.retokenize.token_map import TokenMap
 from distillkit.retokenize.vocabulary import read_vocabulary
 from distillkit.shards import Dataset, Header, ShardWriter, verify_dataset
 from distillkit.text.tokenizer import fingerprint, vocab_size
 from distillkit.types import SparseLogprobs
-from support.refusals import refused
+from support.refusals import check_names, refused
 from support.scripts import load_script
 
 TEXT = (
@@ -323,6 +327,28 @@ def test_a_dataset_of_the_students_tokens_comes_of_it(
     measured = written.manifest.header.capture["measured"]
     assert measured["aligned"] + measured["inside"] + measured["without_row"] == out.num_rows
     assert written.manifest.header.capture["retokenized"]["map"].startswith("xxh3-128:")
+    # Who looks at it, or finds its card on the hub, sees what it is, and what its fidelity is to.
+    inspection = inspect_dataset(out)
+    check_names(inspection.origin, "retokenized", capture.name, teacher.name)
+    check_names(str(inspection.fidelity_source), "retokenized")
+    check_names(
+        dataset_card(written.manifest, out.codec, "me/out"), inspection.origin.partition(", ")[2], "KL(retokenized"
+    )
+
+
+def test_the_command_reports_what_it_wrote(capture: Path, teacher: Path, tmp_path: Path) -> None:
+    student = save(STUDENTS["shorter tokens"](), tmp_path / "student")
+
+    def run(name: str, *more: str) -> str:
+        options = ["--student", str(student), "--tokenizer", str(teacher), "--processes", "1", *more]
+        command = ["retokenize", str(capture), str(tmp_path / name), *options]
+        return CliRunner().invoke(cli, command, catch_exceptions=False).stdout
+
+    report = json.loads(run("one", "--json"))
+    written = Dataset.open(tmp_path / "one")
+    assert report["measured"] == written.header.capture["measured"]
+    assert (report["documents"], report["tokens"]) == (len(TEXTS), written.num_tokens)
+    assert f"{report['measured']['student']['bits_per_byte']:.4f}" in run("two")
 
 
 def test_the_same_tokenizer_gives_the_same_bytes(capture: Path, teacher: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from distillkit.errors import CaptureError, ConfigError, DistillKitError, MismatchError
 from distillkit.models.adapters import LoraSection, add_adapters
+from distillkit.reports.run_page import run_page
+from distillkit.reports.run_record import read_run
 from distillkit.training.config.schema import RolloutServerConfig, RunConfig
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.dry_run import dry_run
@@ -28,7 +30,7 @@ from distillkit.training.rollouts.rounds import COMPLETIONS, Completion, Round, 
 from distillkit.training.rollouts.weights import check_weights, checkpoint_weights
 from distillkit.training.run import Run, train
 from support.processes import Processes
-from support.refusals import refused
+from support.refusals import check_names, refused
 from support.rollouts import SAVING, on_policy, recorded, written
 from support.served import Reply, Writer, answering, ok, serving
 from support.training import VOCABULARY, losses_of, metrics_of, tiny_model, tiny_tokenizer
@@ -267,7 +269,8 @@ def test_rounds_are_measured_before_and_after(words: dict[str, str], whole: tupl
     training = [entry for entry in metrics_of(output) if "loss" in entry]
     assert len(training) == 5
     assert all(entry["scoring_tokens_per_second"] > 0 for entry in training)
-    assert "KL(student" in (output / "report.md").read_text()
+    for page in ((output / "report.md").read_text(), (output / "README.md").read_text(), run_page([read_run(output)])):
+        check_names(page, "KL(student ‖ teacher)", "ended by the student", f"{first['rollout_kl']:.4f}")
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["in a round", "between rounds"])

@@ -45,9 +45,9 @@ def describe(
         datasets: `train`, and `eval` if there is one.
 
     Returns:
-        JSON objects by name: `student`, `teacher` (with `names` if they are several), `data`, `losses` (weights summing
-        to 1), `rollouts` (None without), `overrides` (what the command line set, by dotted path), `settings`,
-        `versions`; and `project`, `began`.
+        JSON objects by name: `student`, `teacher` (with `names` if they are several, and `draws`, the number of draws
+        of a distribution, if these are stored), `data`, `losses` (weights summing to 1), `rollouts` (None without),
+        `overrides` (what the command line set, by dotted path), `settings`, `versions`; and `project`, `began`.
     """
     description = {
         "project": config.project_name,
@@ -80,15 +80,18 @@ def _teacher(config: RunConfig, dataset: DistillationDataset | Mixture) -> dict[
             "name": config.teacher.served_model or config.teacher.model,
             "k": config.teacher.top_k,
         }
-    names, widths = dict[str, None](), set[int]()
+    names, widths, draws = dict[str, None](), set[int](), set[int]()
     for part in dataset.parts:
         if not isinstance(part.source, StoredDataset):
             raise TypeError(f"expected stored distributions, found {type(part.source).__name__}")
         names |= dict.fromkeys([name] if (name := (part.source.header.teacher or {}).get("name")) else [])
         widths.add(part.source.codec.k)
+        if part.source.codec.draws is not None:
+            draws.add(part.source.codec.draws.number)
     k = widths.pop() if len(widths) == 1 else None
     several = {"names": list(names)} if len(names) > 1 else {}
-    return {"kind": "dataset", "name": ", ".join(names) or None, **several, "k": k}
+    drawn = {"draws": k} if draws == {k} else {}
+    return {"kind": "dataset", "name": ", ".join(names) or None, **several, "k": k, **drawn}
 
 
 def _data(entries: Sequence[DatasetEntry], dataset: DistillationDataset | Mixture) -> dict[str, Any]:

@@ -497,7 +497,13 @@ def _disk(state: _State) -> tuple[str, dict[str, Any]]:
 
     arguments = state.run.arguments
     optimizer = None if state.memory is None else state.memory.optimizer
-    saved, each = checkpoint_bytes(state.run.model, optimizer, optimizer_too=not arguments.save_only_model)
+    peft = state.config.peft
+    saved, each = checkpoint_bytes(
+        state.run.model,
+        optimizer,
+        optimizer_too=not arguments.save_only_model,
+        merged=peft is not None and peft.merge_on_save,
+    )
     number = _checkpoints(state)
     if number and arguments.save_total_limit:
         # The oldest is only deleted once the newest is complete.

@@ -147,7 +147,9 @@ def _cached(model: Any, arguments: SFTConfig, length: int) -> int:
     ids = torch.zeros(1, length, dtype=torch.int64, device=bare.device)
     model.eval()
     with _mixed(bare.device, arguments):
-        cache = bare(input_ids=ids, use_cache=True).past_key_values
+        found = bare(input_ids=ids, use_cache=True)
+    # transformers 5.24 gave it another name, and warns of the old one.
+    cache = found.cache if hasattr(found, "cache") else found.past_key_values
     model.train(training)
     layers = getattr(cache, "layers", None) or []
     return sum(_size(part) for layer in layers for part in vars(layer).values() if isinstance(part, torch.Tensor))
@@ -179,17 +181,22 @@ def optimizer_bytes(parameters: list[torch.nn.Parameter], name: str) -> int | No
     return None
 
 
-def checkpoint_bytes(model: Any, optimizer: int | None, *, optimizer_too: bool) -> tuple[int, int]:
+def checkpoint_bytes(model: Any, optimizer: int | None, *, optimizer_too: bool, merged: bool) -> tuple[int, int]:
     """Return the size in bytes of the saved student, and of one checkpoint.
 
     Args:
-        model: the student; with PEFT adapters, only the adapters are saved.
+        model: the student; with PEFT adapters, only the adapters are saved in checkpoints.
         optimizer: bytes of the optimiser state, if known.
         optimizer_too: whether checkpoints include the optimiser state.
+        merged: whether the saved student is the whole model, into which its adapters are merged.
     """
     adapters = hasattr(model, "peft_config")
-    saved = sum(_size(part) for part in model.parameters() if part.requires_grad or not adapters)
-    return saved, saved + ((optimizer or 0) if optimizer_too else 0)
+    trained, frozen = (
+        sum(_size(part) for part in model.parameters() if part.requires_grad is asked) for asked in (True, False)
+    )
+    each = trained if adapters else trained + frozen
+    # Adapters stand beside frozen weights of the model that they become part of.
+    return frozen if adapters and merged else each, each + ((optimizer or 0) if optimizer_too else 0)
 
 
 def _bytes(model: Any) -> int:

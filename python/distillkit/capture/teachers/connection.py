@@ -100,6 +100,8 @@ class ServerConnection:
         self._server = url.netloc.rpartition("@")[2]
         self._timeout = settings.request_timeout
         self._use = use
+        # Until it has, what fails is to start it.
+        self._answered = False
 
     def _find_model(self, name: str | None, own_name: str | None, max_seq_len: int) -> str:
         """Find the served model, and check its context length if the server reports it."""
@@ -167,9 +169,10 @@ class ServerConnection:
                 f"{self._use.base_url}: {self._server} redirects to {target}, which is not followed: prompts and key "
                 "only go to the server that was given. Pass the URL of the API itself"
             )
+        again = self._use.again if self._answered else f"Start the server first, or correct {self._use.base_url}"
         return CaptureError(
             f"{self._server} failed even after {self._client.max_retries} retries: "
-            f"{self._message(error).rstrip('.')}. {self._use.again}"
+            f"{self._message(error).rstrip('.')}. {again}"
         )
 
     def _message(self, error: Any) -> str:

@@ -74,6 +74,7 @@ class OpenAITeacher(ServerConnection):
         self._concurrency = settings.concurrency
         self._model = self._find_model(settings.served_model, model, max_seq_len)
         self._echoes = self._probe()
+        self._answered = True
 
     @property
     def head_size(self) -> int:

@@ -137,6 +137,7 @@ class ServerEngine(ServerConnection):
         self._head_size = lm_head_of(student.model).size
         self._model = self._find_model(settings.served_model, None, student.longest - 1)
         self._protocol = self._find_protocol()
+        self._answered = True
 
     def synchronise(self) -> None:
         """See `Engine`. Writes the weights, has the server load them, and checks that it has.

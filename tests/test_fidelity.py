@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from distillkit.codec.fidelity import FidelityStats, kl_rows
+from distillkit.codec.fidelity import FidelityStats, kl_rows, values_of
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.types import SparseLogprobs
 from support import reference
@@ -66,6 +66,18 @@ def test_the_missing_outcome_counts_by_hand() -> None:
     found = kl_rows(np.log([[0.5, 0.25]]), np.log([[0.25, 0.25]]))
     np.testing.assert_allclose(found, [0.25 * np.log(2)], rtol=1e-12)
     assert kl_rows(np.log([[0.5, 0.25]]), np.log([[0.5, 0.25]]))[0] < 1e-15
+
+
+def test_values_are_looked_up_by_id() -> None:
+    """Places without an id repeat the row's first one, and say nothing of it."""
+    none = -np.inf
+    logprobs = np.log(np.array([[0.5, 0.2, 0.1], [0.6, 0.3, 1.0]], np.float32))
+    logprobs[1, 2] = none
+    given = SparseLogprobs(np.array([[7, 0, 3], [2, 9, 2]]), logprobs)
+    stored = SparseLogprobs(np.array([[3, 7, 3], [9, 5, 2]]), np.array([[-1, -1, none], [-1, -1, -1]], np.float32))
+    values, known = values_of(given, stored)
+    np.testing.assert_allclose(np.exp(values), [[0.1, 0.5, 0], [0.3, 0, 0.6]], rtol=1e-6)
+    assert known.tolist() == [True, False]
 
 
 def test_refusals() -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from distillkit.cli.main import cli
 from distillkit.codec import Codec, preset
 from distillkit.codec.config import DistributionQuantizationConfig
 from distillkit.errors import ConfigError, InputError, MismatchError
@@ -332,6 +334,21 @@ def test_a_dataset_of_the_students_tokens_comes_of_it(
     check_names(
         dataset_card(written.manifest, out.codec, "me/out"), inspection.origin.partition(", ")[2], "KL(retokenized"
     )
+
+
+def test_the_command_reports_what_it_wrote(capture: Path, teacher: Path, tmp_path: Path) -> None:
+    student = save(STUDENTS["shorter tokens"](), tmp_path / "student")
+
+    def run(name: str, *more: str) -> str:
+        options = ["--student", str(student), "--tokenizer", str(teacher), "--processes", "1", *more]
+        command = ["retokenize", str(capture), str(tmp_path / name), *options]
+        return CliRunner().invoke(cli, command, catch_exceptions=False).stdout
+
+    report = json.loads(run("one", "--json"))
+    written = Dataset.open(tmp_path / "one")
+    assert report["measured"] == written.header.capture["measured"]
+    assert (report["documents"], report["tokens"]) == (len(TEXTS), written.num_tokens)
+    assert f"{report['measured']['student']['bits_per_byte']:.4f}" in run("two")
 
 
 def test_the_same_tokenizer_gives_the_same_bytes(capture: Path, teacher: Path, tmp_path: Path) -> None:

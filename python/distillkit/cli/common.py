@@ -20,8 +20,11 @@ import click
 from distillkit.cli.entry import was_interrupted
 from distillkit.configuration.secrets import redacted
 from distillkit.errors import DistillKitError, nearest, printable
+from distillkit.types import Shown
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     _Choice = click.Choice[str]
 else:
     _Choice = click.Choice  # Not generic before click 8.4.
@@ -36,6 +39,7 @@ __all__ = [
     "Choice",
     "LogHandler",
     "check_writable",
+    "facts_table",
     "run_cli",
     "stopping_on_sigterm",
 ]
@@ -50,6 +54,18 @@ class Choice(_Choice):
         except click.BadParameter:
             names = ", ".join(map(repr, self.choices))
             self.fail(f"must be one of {names}, found {value!r}{nearest(value, self.choices)}", param, ctx)
+
+
+def facts_table(report: Shown) -> Table:
+    """Formats a report as the table of its facts."""
+    from rich.table import Table
+    from rich.text import Text
+
+    title, facts = report.facts()
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    for label, value in facts:
+        table.add_row(label, Text(value))
+    return table
 
 
 # Options of the commands that read published datasets.

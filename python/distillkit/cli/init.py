@@ -95,6 +95,8 @@ rollouts:
   # Prompts have at most sequence_length − max_new_tokens.
   max_new_tokens: 256
   temperature: 1.0
+  # What generates: hf (transformers), vllm (in the same process), or server (with server: {{base_url: …}}).
+  engine: hf
 
 """
 _STORED_TEACHER = """\

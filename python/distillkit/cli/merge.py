@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from typing import get_args
 
 import click
-from rich.table import Table
 
-from distillkit.cli.common import Choice
+from distillkit.cli.common import Choice, facts_table
 from distillkit.cli.convert import output_codec, wanted_codec
-from distillkit.console import human_bytes, number_of, progress_bar, show
+from distillkit.console import progress_bar, show
 from distillkit.shards import Dataset, load_prior
-from distillkit.shards.merge import Average, MergeReport
+from distillkit.shards.merge import Average
 from distillkit.shards.merge import merge as merge_datasets
 
 __all__ = ["merge"]
@@ -90,7 +88,7 @@ def merge(
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:
-        show(_table(report))
+        show(facts_table(report))
 
 
 def _parsed(weights: str) -> list[float]:
@@ -121,24 +119,3 @@ _DOING = {
     "merging": "merging documents",
     "verifying": "reading back",
 }
-
-
-def _table(report: MergeReport) -> Table:
-    """Format the report."""
-    table = Table(title=f"merged: {report.output}", show_header=False, title_justify="left")
-    for source in report.sources:
-        table.add_row(f"{source['weight']:.1%} of {report.average}", f"{source['name']} ({source['teacher']})")
-    resumed = f"  ({report.resumed_documents:,} from an earlier run)" if report.resumed_documents else ""
-    table.add_row("documents", f"{report.documents:,}{resumed}")
-    table.add_row("tokens", f"{report.tokens:,}")
-    table.add_row("distributions", f"{report.rows:,}, of {report.ids:,.1f} ids on average before the codec's k")
-    table.add_row("missing mass", f"{report.missing_mass:.2%} on average, before the codec's k")
-    table.add_row(
-        "undecided", f"at most {report.uncertainty:.2%} of the probability, by ids that not all teachers stored"
-    )
-    size = f"{human_bytes(report.bytes)} in {number_of(report.shards, 'shard')}"
-    table.add_row("size", f"{size}, {report.bytes / max(report.rows, 1):,.1f} bytes per distribution")
-    if not math.isnan(report.kl_mean):
-        table.add_row("KL(average ‖ stored)", f"{report.kl_mean:.2e} on average, {report.kl_p99:.2e} at p99")
-    table.add_row("time", f"{report.seconds:,.1f} s, with everything read back and checked")
-    return table

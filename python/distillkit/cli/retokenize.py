@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
 import click
-from rich.table import Table
-from rich.text import Text
 
-from distillkit.cli.common import CONFIG, JSON, SPLIT
+from distillkit.cli.common import CONFIG, JSON, SPLIT, facts_table
 from distillkit.cli.convert import output_codec, wanted_codec
-from distillkit.codec.fidelity import FidelityStats
-from distillkit.console import human_bytes, number_of, progress_bar, quiet_libraries, say, show
-from distillkit.retokenize import Retokenization, Settings
+from distillkit.console import progress_bar, quiet_libraries, show
+from distillkit.retokenize import Settings
 from distillkit.retokenize import retokenize as retokenize_dataset
 
 __all__ = ["retokenize"]
@@ -88,9 +84,9 @@ def retokenize(
             settings, processes=processes or os.cpu_count() or 1, learning=progress, progress=progress
         )
     if as_json:
-        click.echo(json.dumps(_facts(written, destination), ensure_ascii=False))
+        click.echo(json.dumps(written.to_dict(), ensure_ascii=False))
     else:
-        _tell(written, destination)
+        show(facts_table(written))
 
 
 def _vocab_size(student: str, trust: bool) -> int:
@@ -99,45 +95,3 @@ def _vocab_size(student: str, trust: bool) -> int:
     from distillkit.text.tokenizer import load_tokenizer, vocab_size
 
     return head_size(student, vocab_size(load_tokenizer(student, trust_remote_code=trust)))
-
-
-def _facts(written: Retokenization, destination: str) -> dict[str, Any]:
-    header, shards = written.manifest.header, written.manifest.shards
-    return {
-        "path": destination,
-        "documents": sum(shard.documents for shard in shards),
-        "tokens": sum(shard.tokens for shard in shards),
-        "shards": len(shards),
-        "resumed_shards": written.resumed,
-        "bytes": sum(shard.bytes for shard in shards),
-        "codec": header.codec,
-        "tokenizer": header.tokenizer,
-        "retokenized": header.capture["retokenized"],
-        "measured": None if written.figures is None else written.figures.to_dict(),
-        "fidelity": header.fidelity,
-    }
-
-
-def _tell(written: Retokenization, destination: str) -> None:
-    """Say what was written, and what became of the teacher's distributions."""
-    header, shards = written.manifest.header, written.manifest.shards
-    documents, tokens, rows, size = (
-        sum(getattr(shard, name) for shard in shards) for name in ("documents", "tokens", "rows", "bytes")
-    )
-    content = f"{number_of(documents, 'document')}, {number_of(tokens, 'token')}"
-    again = f", {written.resumed} of them already there" if written.resumed else ""
-    say(f"{content} in {number_of(len(shards), 'shard')}{again}: {destination}")
-    if written.figures is None:
-        say("the tokenizers are the same: every document is copied, byte for byte")
-        return
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column()
-    _, facts = written.figures.facts()
-    if header.fidelity is not None:
-        stats = FidelityStats.from_dict(header.fidelity)
-        facts.append(("size", f"{human_bytes(size)}, {size / max(rows, 1):,.1f} bytes per distribution"))
-        facts.append(("codec", f"KL {stats.kl_mean:.2e} on average, {stats.kl_p99:.2e} at p99, by storing them"))
-    for label, value in facts:
-        table.add_row(Text(label, style="dim"), Text(value))
-    show(table)

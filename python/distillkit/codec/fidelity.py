@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distillkit import _native
 from distillkit.errors import CorruptDataError, InputError
 from distillkit.types import SparseLogprobs
 
@@ -18,10 +19,6 @@ __all__ = ["FidelityStats", "kl_rows", "values_of"]
 
 _BINS_PER_OCTAVE = 16
 """Resolution of the KL histogram: a quantile read from it is at most 2^(1/16) − 1 = 4.4% too high."""
-_LEAST_MISSING = 1e-12
-"""The least missing probability that is told from none."""
-_TABLE = 1 << 21
-"""Entries of a look-up table."""
 _LOWEST = 2.0**-40
 """Smaller KL values count as this one (1e-12 nats)."""
 
@@ -39,18 +36,8 @@ def kl_rows(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> npt.NDArra
         (R,) float64, at least 0.
     """
 
-    def outcomes(logprobs: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        logs = logprobs.astype(np.float64)
-        with np.errstate(over="ignore"):
-            missing = np.maximum(1 - np.exp(logs).sum(-1, keepdims=True), _LEAST_MISSING)
-        logs = np.concatenate([logs, np.log(missing)], axis=-1)
-        highest = logs.max(-1, keepdims=True)
-        return np.asarray(logs - highest - np.log(np.exp(logs - highest).sum(-1, keepdims=True)))
-
-    p, q = outcomes(original), outcomes(decoded)
-    with np.errstate(invalid="ignore"):
-        difference = np.where(p > -np.inf, p - q, 0.0)
-    return np.asarray(np.maximum((np.exp(p) * difference).sum(-1), 0.0))
+    kl_R, *_ = _native.compare(_doubles(original), _doubles(decoded))
+    return kl_R
 
 
 def values_of(rows: SparseLogprobs, stored: SparseLogprobs) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
@@ -61,28 +48,16 @@ def values_of(rows: SparseLogprobs, stored: SparseLogprobs) -> tuple[npt.NDArray
         stored: numpy (R, k), with a log-probability of −inf at places without an id.
 
     Returns:
-        (R, k) log-probabilities in `rows` of the stored ids, −inf at places without one; and (R,) whether each of a
-        row's stored ids is among its n ids.
+        (R, k) float32, log-probabilities in `rows` of the stored ids, −inf at places without one and of ids that the
+        row does not have; and (R,) whether each of a row's stored ids is among its n ids.
     """
-    ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs)
-    wanted, absent = np.asarray(stored.ids), np.isneginf(stored.logprobs)
-    # A table from ids to places, for some rows at a time: sorting takes three times as long. What an id that is not
-    # among a row's finds there has another id.
-    width = 1 + max(int(ids.max(initial=0)), int(wanted.max(initial=0)))
-    empty = np.isneginf(logprobs)
-    if empty.any():
-        # Places without an id repeat the row's first one.
-        ids, width = np.where(empty, width, ids), width + 1
-    step = max(1, _TABLE // width)
-    table, places_n = np.zeros(step * width, np.int32), np.arange(ids.shape[-1], dtype=np.int32)
-    at_Rk = np.empty(wanted.shape, np.int64)
-    for start in range(0, len(ids), step):
-        part = slice(start, start + step)
-        first = np.arange(len(ids[part]))[:, None] * width
-        table[first + ids[part]] = places_n
-        at_Rk[part] = table[first + wanted[part]]
-    found = (np.take_along_axis(ids, at_Rk, -1) == wanted) | absent
-    return np.where(absent, np.float32(-np.inf), np.take_along_axis(logprobs, at_Rk, -1)), found.all(-1)
+    ids, wanted = (np.ascontiguousarray(each.ids, np.int64) for each in (rows, stored))
+    values, logprobs = (np.ascontiguousarray(each.logprobs, np.float32) for each in (rows, stored))
+    return _native.values_of(ids, values, wanted, logprobs)
+
+
+def _doubles(logprobs: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    return np.ascontiguousarray(logprobs, dtype=np.float64)
 
 
 class FidelityStats:
@@ -114,23 +89,18 @@ class FidelityStats:
             raise InputError("original and decoded rows must hold the same ids in the same order")
         if len(original.ids) == 0:
             return
-        before = np.asarray(original.logprobs, dtype=np.float64)
-        after = np.asarray(decoded.logprobs, dtype=np.float64)
-        kl_R = kl_rows(before, after)
-        self._top1_sum += int((after.argmax(-1) == before.argmax(-1)).sum())
-        self._mass_error_sum += float(np.abs(np.exp(after).sum(-1) - np.exp(before).sum(-1)).sum())
-        there = before > -np.inf
-        before, after = np.where(there, before, 0.0), np.where(there, after, 0.0)
-        errors = np.abs(after - before)
+        before, after = _doubles(original.logprobs), _doubles(decoded.logprobs)
+        kl_R, top1, mass_error, worst_error, ranks_4k = _native.compare(before, after)
+        self._top1_sum += top1
+        self._mass_error_sum += mass_error
         self.rows += len(kl_R)
         self.kl_max = max(self.kl_max, float(kl_R.max()))
-        self.worst_error = max(self.worst_error, float(errors.max()))
+        self.worst_error = max(self.worst_error, worst_error)
         self._kl_sum += float(kl_R.sum())
         bins = np.ceil(np.log2(np.maximum(kl_R, _LOWEST)) * _BINS_PER_OCTAVE).astype(int)
         for index, count in zip(*np.unique(bins, return_counts=True), strict=True):
             self._histogram[int(index)] = self._histogram.get(int(index), 0) + int(count)
-        sums = [before.sum(0), (before**2).sum(0), ((after - before) ** 2).sum(0), there.sum(0)]
-        self._add_ranks(np.stack(sums).astype(np.float64))
+        self._add_ranks(ranks_4k)
 
     def _add_ranks(self, sums_4k: npt.NDArray[np.float64]) -> None:
         self._ranks = sums_4k if self._ranks is None else self._ranks + sums_4k

@@ -350,9 +350,11 @@ def _loss(loss: dict[str, Any], fact: Callable[[object], str]) -> str:
 def _rollouts(rollouts: dict[str, Any] | None) -> str:
     if rollouts is None:
         return ""
+    engine = rollouts.get("engine", "hf")
+    written = "" if engine == "hf" else f"written by {'vLLM' if engine == 'vllm' else 'a server'}, "
     return (
-        f"{rollouts['fraction']:.0%} of the rows, in rounds of {number_of(rollouts['every'], 'step')}, of at most "
-        f"{number_of(rollouts['max_new_tokens'], 'token')}, temperature {rollouts['temperature']:g}, top-p "
+        f"{written}{rollouts['fraction']:.0%} of the rows, in rounds of {number_of(rollouts['every'], 'step')}, of at "
+        f"most {number_of(rollouts['max_new_tokens'], 'token')}, temperature {rollouts['temperature']:g}, top-p "
         f"{rollouts['top_p']:g}"
     )
 

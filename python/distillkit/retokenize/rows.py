@@ -57,22 +57,13 @@ def rewrite(
         if sum(len(part.student.ids) for part in parts) < 2:
             figures.left_out += 1
             continue
-        rows = _distributions(decoded(document, codec))
+        rows = decoded(document, codec)
         mapped = [_mapped(document, part, rows, token_map, target) for part in parts]
         for each in mapped:
             figures.add(each)
         _count(document, parts, token_map, figures)
         found.append(_joined(document, parts, mapped, target))
     return found
-
-
-def _distributions(rows: SparseLogprobs) -> SparseLogprobs:
-    """Rows that sum to 1 at most. The coarser fixed formats decode some to more; these are divided by their sum."""
-    ids, logprobs = np.asarray(rows.ids), np.asarray(rows.logprobs)
-    total_R1 = np.exp(logprobs, dtype=np.float32).sum(-1, dtype=np.float64, keepdims=True)
-    if (total_R1 <= 1).all():
-        return rows
-    return SparseLogprobs(ids, logprobs - np.log(np.maximum(total_R1, 1.0)).astype(np.float32))
 
 
 def _mapped(document: Document, part: Aligned, rows: SparseLogprobs, token_map: TokenMap, target: Codec) -> MappedRows:
@@ -112,10 +103,15 @@ def _joined(document: Document, parts: Sequence[Aligned], mapped: Sequence[Mappe
     lengths = np.array([len(part.student.ids) for part, _ in full], dtype=np.int32)
     return Rewritten(
         np.concatenate([part.student.ids for part, _ in full]).astype(np.int32),
-        SparseLogprobs(np.concatenate(ids), np.concatenate(logprobs)),
+        SparseLogprobs(_concatenated(ids), _concatenated(logprobs)),
         # Nothing predicts the first token, so its mask does not matter.
         None if mask[1:].all() else mask,
         lengths if document.segment_lengths is not None else None,
         None if document.label_logprobs is None else np.concatenate(labels),
         document.columns,
     )
+
+
+def _concatenated(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    # Most documents are one: not a copy of all its rows.
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

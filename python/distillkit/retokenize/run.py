@@ -9,13 +9,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from distillkit import __version__
 from distillkit.codec import Codec, CodecConfig, CompactConfig, Prior, SampledConfig
+from distillkit.codec.fidelity import FidelityStats
 from distillkit.configuration.places import folder_name
+from distillkit.console import human_bytes, number_of
 from distillkit.errors import ConfigError, InputError, MismatchError
 from distillkit.retokenize.chats import ChatReader
 from distillkit.retokenize.figures import Figures
@@ -33,7 +36,7 @@ from distillkit.shards.prior import PRIOR, keep_prior
 from distillkit.shards.storage import Folder
 from distillkit.shards.writer import NewShard, encode_rows, is_dataset_file, make_document, shard_info
 from distillkit.text.tokenizer import fingerprint, load_tokenizer, vocab_size
-from distillkit.types import Document, SparseLogprobs
+from distillkit.types import Document, Facts, Shown, SparseLogprobs
 
 __all__ = ["Retokenization", "Settings", "retokenize"]
 
@@ -75,19 +78,57 @@ class Settings:
     trust_remote_code: bool = False
 
 
-@dataclass(frozen=True)
-class Retokenization:
+@dataclass(frozen=True, repr=False)
+class Retokenization(Shown):
     """What was written.
 
     Attributes:
+        output: the output folder.
         manifest: of the dataset.
         figures: what became of its positions and their probability; None if both tokenizers are the same.
         resumed: how many of its shards an interrupted run had written.
     """
 
+    output: str
     manifest: Manifest
     figures: Figures | None
     resumed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as a JSON-serialisable mapping."""
+        header = self.manifest.header
+        return {
+            "path": self.output,
+            **{name: self._total(name) for name in ("documents", "tokens", "bytes")},
+            "shards": len(self.manifest.shards),
+            "resumed_shards": self.resumed,
+            "codec": header.codec,
+            "tokenizer": header.tokenizer,
+            "retokenized": header.capture["retokenized"],
+            "measured": None if self.figures is None else self.figures.to_dict(),
+            "fidelity": header.fidelity,
+        }
+
+    def facts(self) -> Facts:
+        """What is shown."""
+        if self.figures is None:
+            rows = [
+                ("documents", f"{self._total('documents'):,}, copied byte for byte: the tokenizers are the same"),
+                ("tokens", f"{self._total('tokens'):,}"),
+            ]
+        else:
+            rows = list(self.figures.facts()[1])
+        shards, size = number_of(len(self.manifest.shards), "shard"), self._total("bytes")
+        resumed = f" ({self.resumed:,} from an earlier run)" if self.resumed else ""
+        each = size / max(self._total("rows"), 1)
+        rows.append(("size", f"{human_bytes(size)} in {shards}{resumed}, {each:,.1f} bytes per distribution"))
+        if self.manifest.header.fidelity is not None:
+            stats = FidelityStats.from_dict(self.manifest.header.fidelity)
+            rows.append(("KL(rows ‖ stored)", f"{stats.kl_mean:.2e} on average, {stats.kl_p99:.2e} at p99"))
+        return f"retokenised: {self.output}", rows
+
+    def _total(self, name: str) -> int:
+        return sum(getattr(shard, name) for shard in self.manifest.shards)
 
 
 def retokenize(
@@ -141,7 +182,7 @@ def retokenize(
         manifest.write(folder)
     finally:
         lock.release()
-    return Retokenization(manifest, Figures.from_header(manifest.header), resumed)
+    return Retokenization(settings.folder, manifest, Figures.from_header(manifest.header), resumed)
 
 
 def _whole(header: Header, headers: Sequence[Header]) -> Header:

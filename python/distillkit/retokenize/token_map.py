@@ -12,7 +12,7 @@ import xxhash
 
 from distillkit import _native
 from distillkit.codec import Codec
-from distillkit.retokenize.vocabulary import Vocabulary
+from distillkit.retokenize.vocabulary import Vocabulary, edited
 from distillkit.types import SparseLogprobs
 
 __all__ = ["MappedRows", "Side", "TokenMap"]
@@ -171,28 +171,32 @@ class TokenMap:
 
     def _all_pieces(self) -> tuple[I64, I64]:
         ids, ends = self.student.tokenize(self.teacher.strings)
-        lists = self._lists(ids, ends)
-        for number, own in self.special.items():
-            lists[number] = np.array([own], dtype=np.int64)
-        return np.concatenate(lists), np.cumsum([len(each) for each in lists])
+        special = np.isin(np.arange(len(ends)), list(self.special))
+        return edited(ids, ends, cleared=special, added=self.special)
 
     def _varying(self) -> I64:
         """The teacher's tokens that the student's tokenizer divides otherwise behind some text, although no token
         crosses the border: its pre-tokenizer sees a comma before `'s`."""
-        lists = self._lists(*self._pieces)
-        found: set[int] = set()
+        ids, ends = self._pieces
+        counts = np.diff(ends, prepend=0)
+        owners = np.repeat(np.arange(len(ends)), counts)
+        nth = np.arange(len(ids)) - (ends - counts)[owners]
+        varies = np.zeros(len(ends), bool)
         for before in _BEFORE:
-            own = self._lists(*self.student.tokenize([before]))[0].tolist()
-            after = self._lists(*self.student.tokenize([before + text for text in self.teacher.strings]))
-            for number, (pieces, together) in enumerate(zip(lists, after, strict=True)):
-                kept = together[: len(own)].tolist() == own and len(pieces)
-                if kept and together[len(own) :].tolist() != pieces.tolist():
-                    found.add(number)
-        return np.array(sorted(found - self.special.keys()), dtype=np.int64)
-
-    @staticmethod
-    def _lists(ids: I64, ends: I64) -> list[I64]:
-        return np.split(ids, ends[:-1])
+            own, _ = self.student.tokenize([before])
+            together, their_ends = self.student.tokenize([before + text for text in self.teacher.strings])
+            their_counts = np.diff(their_ends, prepend=0)
+            starts = their_ends - their_counts
+            # The border is kept if the pieces of what is before it are.
+            kept = (their_counts >= len(own)) & (counts > 0)
+            for place, piece in enumerate(own.tolist()):
+                kept &= together[np.minimum(starts + place, len(together) - 1)] == piece
+            other = their_counts != counts + len(own)
+            after = together[np.minimum(starts[owners] + len(own) + nth, len(together) - 1)]
+            other[owners[after != ids]] = True
+            varies |= kept & other
+        varies[list(self.special)] = False
+        return np.flatnonzero(varies)
 
 
 def _joined(strings: Sequence[bytes]) -> tuple[bytes, I64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from distillkit.errors import ConfigError, InputError
 from distillkit.text.tokenizer import fingerprint
 
-__all__ = ["Vocabulary", "read_vocabulary"]
+__all__ = ["Vocabulary", "edited", "read_vocabulary"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -175,30 +175,44 @@ class Vocabulary:
         lists = [each.ids for each in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
         ids = np.fromiter(itertools.chain.from_iterable(lists), np.int64)
         ends = np.cumsum([len(each) for each in lists], dtype=np.int64)
-        if any(rest is not None for rest in rests):
-            ids, ends = self._with_rests(ids, ends, rests)
+        added = {number: self.ids[rest] for number, rest in enumerate(rests) if rest is not None and rest in self.ids}
+        if added:
+            ids, ends = edited(ids, ends, added=added)
         return self._checked(ids, ends, strings)
-
-    def _with_rests(self, ids: I64, ends: I64, rests: Sequence[bytes | None]) -> tuple[I64, I64]:
-        """Adds a token of the bytes that end within a character."""
-        lists = np.split(ids, ends[:-1])
-        for number, rest in enumerate(rests):
-            if rest is not None and rest in self.ids:
-                lists[number] = np.append(lists[number], self.ids[rest])
-        return np.concatenate(lists), np.cumsum([len(each) for each in lists])
 
     def _checked(self, ids: I64, ends: I64, strings: Sequence[bytes]) -> tuple[I64, I64]:
         """Leaves out the tokens of strings that they do not write, such as that of unknown characters."""
         covered = np.diff(np.concatenate([[0], np.cumsum(self.lengths[ids])])[np.concatenate([[0], ends])])
         wrong = covered > np.array([len(string) for string in strings], dtype=np.int64)
-        unknown = np.isin(ids, list(self.special))
+        unknown = self._is_special[ids]
         if not wrong.any() and not unknown.any():
             return ids, ends
-        lists = np.split(ids, ends[:-1])
-        for number, each in enumerate(lists):
-            if wrong[number] or np.isin(each, list(self.special)).any():
-                lists[number] = each[:0]
-        return np.concatenate(lists), np.cumsum([len(each) for each in lists])
+        wrong[np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))[unknown]] = True
+        return edited(ids, ends, cleared=wrong)
+
+    @cached_property
+    def _is_special(self) -> npt.NDArray[np.bool_]:
+        return np.isin(np.arange(len(self.strings)), list(self.special))
+
+
+def edited(
+    ids: I64, ends: I64, *, cleared: npt.NDArray[np.bool_] | None = None, added: Mapping[int, int] | None = None
+) -> tuple[I64, I64]:
+    """Changes some of many lists of tokens.
+
+    Args:
+        ids, ends: the tokens of all lists, and where those of each end.
+        cleared: of each list, whether its tokens are left out.
+        added: tokens to add at the end of lists, by the number of the list.
+    """
+    counts = np.diff(ends, prepend=0)
+    if cleared is not None:
+        ids, counts = ids[~np.repeat(cleared, counts)], np.where(cleared, 0, counts)
+    if added:
+        numbers = np.array(sorted(added), dtype=np.int64)
+        ids = np.insert(ids, np.cumsum(counts)[numbers], [added[number] for number in numbers.tolist()])
+        counts[numbers] += 1
+    return ids, np.cumsum(counts)
 
 
 def read_vocabulary(tokenizer: Any, name: str) -> Vocabulary:

@@ -43,6 +43,7 @@ import numpy.typing as npt
 from distillkit.codec import Codec, CodecConfig, Prior
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.configuration.places import folder_name
+from distillkit.console import human_bytes, number_of
 from distillkit.errors import ConfigError, CorruptDataError, InputError, MismatchError
 from distillkit.shards.convert import (
     PRIOR_ROWS,
@@ -58,7 +59,7 @@ from distillkit.shards.plausibility import check_plausible, decoded, sampled
 from distillkit.shards.reader import Dataset
 from distillkit.shards.verify import verify_dataset
 from distillkit.shards.writer import ShardWriter
-from distillkit.types import Document, SparseLogprobs
+from distillkit.types import Document, Facts, Shown, SparseLogprobs
 
 __all__ = ["Average", "AveragedRows", "MergeReport", "Merged", "average_rows", "merge"]
 
@@ -73,8 +74,8 @@ Progress = Callable[[str, int, int], None]
 """Called with what is done (`comparing`, `learning`, `merging` or `verifying`), how much of it, and the total."""
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, repr=False)
+class MergeReport(Shown):
     """The result of a merge.
 
     Attributes:
@@ -110,6 +111,28 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-serialisable mapping."""
         return asdict(self)
+
+    def facts(self) -> Facts:
+        """Return what is shown."""
+        rows = [
+            (f"{source['weight']:.1%} of {self.average}", f"{source['name']} ({source['teacher']})")
+            for source in self.sources
+        ]
+        resumed = f"  ({self.resumed_documents:,} from an earlier run)" if self.resumed_documents else ""
+        undecided = f"at most {self.uncertainty:.2%} of the probability, by ids that not all teachers stored"
+        size = f"{human_bytes(self.bytes)} in {number_of(self.shards, 'shard')}"
+        rows += [
+            ("documents", f"{self.documents:,}{resumed}"),
+            ("tokens", f"{self.tokens:,}"),
+            ("distributions", f"{self.rows:,}, of {self.ids:,.1f} ids on average before the codec's k"),
+            ("missing mass", f"{self.missing_mass:.2%} on average, before the codec's k"),
+            ("undecided", undecided),
+            ("size", f"{size}, {self.bytes / max(self.rows, 1):,.1f} bytes per distribution"),
+        ]
+        if not math.isnan(self.kl_mean):
+            rows.append(("KL(average ‖ stored)", f"{self.kl_mean:.2e} on average, {self.kl_p99:.2e} at p99"))
+        rows.append(("time", f"{self.seconds:,.1f} s, with everything read back and checked"))
+        return f"merged: {self.output}", rows
 
 
 class AveragedRows(NamedTuple):

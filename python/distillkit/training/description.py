@@ -11,7 +11,7 @@ from distillkit import __version__
 from distillkit.configuration.secrets import without_secrets
 from distillkit.losses.config import LossConfig, named_losses
 from distillkit.shards import Dataset as StoredDataset
-from distillkit.training.config.arguments import to_plain_value
+from distillkit.training.config.arguments import recomputing, to_plain_value
 from distillkit.training.data.examples import DistillationDataset
 from distillkit.training.data.prepared import Part, PreparedDataset
 from distillkit.training.student import describe_student
@@ -56,7 +56,9 @@ def describe(
         "teacher": _teacher(config, datasets["train"]),
         "data": {part: _data(config.dataset.entries(part), dataset) for part, dataset in datasets.items()},
         "losses": _losses(config.loss_functions),
-        "rollouts": None if config.rollouts is None else config.rollouts.model_dump(mode="json", exclude={"prompts"}),
+        "rollouts": None
+        if config.rollouts is None
+        else config.rollouts.model_dump(mode="json", exclude={"prompts", "server"}),
         "overrides": config.overrides,
         "settings": _settings(config, arguments),
         "versions": {"distillkit": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
@@ -166,7 +168,7 @@ def _settings(config: RunConfig, arguments: SFTConfig) -> dict[str, Any]:
         "schedule": to_plain_value(arguments.lr_scheduler_type),
         "warmup_steps": arguments.warmup_steps,
         "weight_decay": arguments.weight_decay,
-        "activation_checkpointing": bool(arguments.activation_checkpointing),
+        "activation_checkpointing": recomputing(arguments)[0],
         "workers": arguments.dataloader_num_workers,
         "seed": arguments.seed,
     }

@@ -8,6 +8,7 @@ pub mod config; // configurations, what makes them valid, sizes
 pub mod draws; // draws from dense logits
 mod encoder; // chooses the bytes of a row's values
 mod error; // the one error type
+pub mod fidelity; // how close decoded rows are
 mod float; // stored float types
 mod format; // the two published formats: ids, and what their configurations say of values
 pub mod retokenize; // rows over one vocabulary as rows over another

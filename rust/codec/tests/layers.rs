@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&[&str]; 11] = [
     &["error"],
     &["simd"],
-    &["bits", "float"],
+    &["bits", "fidelity", "float"],
     &["config"],
     &["values"],
     &["encoder", "format"],

@@ -698,6 +698,57 @@ fn divided(
     Ok(lists)
 }
 
+/// Compares log-probabilities (rows, k) of the same ids: the divergence of each row (rows,), rows
+/// whose first id is still that, the sum of errors of the mass, the largest error of a value, and
+/// sums by rank (4, k).
+#[pyfunction]
+#[expect(clippy::type_complexity, reason = "five values")]
+fn compare<'py>(
+    py: Python<'py>,
+    before: Bound<'py, PyArray2<f64>>,
+    after: Bound<'py, PyArray2<f64>>,
+) -> PyResult<(Bound<'py, PyArray1<f64>>, usize, f64, f64, Bound<'py, PyArray2<f64>>)> {
+    if before.shape() != after.shape() {
+        let shapes = format!("found shape {:?}, expected {:?}", after.shape(), before.shape());
+        return Err(refused("after", &shapes));
+    }
+    let k = before.shape()[1];
+    let (before, after) = (Input::new("before", &before)?, Input::new("after", &after)?);
+    let (before, after) = (before.slice()?, after.slice()?);
+    let found = detached(py, || Ok(core::fidelity::compare(before, after, k)))?;
+    Ok((
+        found.kl.into_pyarray(py),
+        found.top1,
+        found.mass_error,
+        found.worst_error,
+        two_dimensional(py, found.ranks, 4, k)?,
+    ))
+}
+
+/// The logprobs (rows, k) that rows of n ids have for those of other rows, −inf where they have
+/// none; and of each row whether it has all (rows,).
+#[pyfunction]
+#[expect(clippy::type_complexity, reason = "two arrays")]
+fn values_of<'py>(
+    py: Python<'py>,
+    ids: Bound<'py, PyArray2<i64>>,
+    logprobs: Bound<'py, PyArray2<f32>>,
+    wanted: Bound<'py, PyArray2<i64>>,
+    stored: Bound<'py, PyArray2<f32>>,
+) -> PyResult<(Bound<'py, PyArray2<f32>>, Bound<'py, PyArray1<bool>>)> {
+    if ids.shape()[0] != wanted.shape()[0] {
+        let rows = format!("found {} rows, expected {}", wanted.shape()[0], ids.shape()[0]);
+        return Err(refused("wanted", &rows));
+    }
+    let (n, [rows, k]) = (ids.shape()[1], [wanted.shape()[0], wanted.shape()[1]]);
+    let (ids, logprobs) = same_shape(&ids, &logprobs)?;
+    let (wanted, stored) = same_shape(&wanted, &stored)?;
+    let own = (ids.slice()?, logprobs.slice()?, n);
+    let others = (wanted.slice()?, stored.slice()?, k);
+    let (values, found) = detached(py, || core::fidelity::values_of(own, others))?;
+    Ok((two_dimensional(py, values, rows, k)?, found.into_pyarray(py)))
+}
+
 /// ids (rows, k), logprobs (rows, k) and logsumexp (rows,) of dense logits.
 #[pyfunction]
 #[expect(clippy::type_complexity, reason = "three arrays")]
@@ -817,8 +868,9 @@ fn unpack_bits<'py>(
 mod _native {
     #[pymodule_export]
     use super::{
-        Codec, CompactCodec, SampledCodec, TokenMap, draw, learn_prior, learn_sampled_prior,
-        pack_bits, prior_config, sampled_prior_config, topk, uniforms, unpack_bits,
+        Codec, CompactCodec, SampledCodec, TokenMap, compare, draw, learn_prior,
+        learn_sampled_prior, pack_bits, prior_config, sampled_prior_config, topk, uniforms,
+        unpack_bits, values_of,
     };
     use super::{IMPORTED_BY, core, goes_on};
     use pyo3::prelude::*;

@@ -1,10 +1,12 @@
 //! Virtual positions: for a cluster, its list and then all other ids by frequency.
 
+use crate::simd::lanes::prefetch;
+
 /// The positions of a cluster's ids. Ids are named by their rank in the order of frequency.
 #[derive(Debug, Clone)]
 pub(super) struct ClusterOrder {
     list: Vec<u32>,
-    /// Ranks of the list's ids, ascending, and their places in the list.
+    /// Ranks of the list's ids, ascending, and their places in the list, with a 0 after them.
     ranks: Vec<u32>,
     places: Vec<u16>,
     /// Which of the first ranks, 64 a block, are in the list.
@@ -161,7 +163,7 @@ impl ClusterOrder {
         let before: Vec<u32> = ranks.iter().zip(0..).map(|(rank, i)| rank - i).collect();
         Self {
             list: list.to_vec(),
-            places: pairs.iter().map(|pair| pair.1).collect(),
+            places: pairs.iter().map(|pair| pair.1).chain([0]).collect(),
             blocks: blocks(&ranks),
             before_index: Index::new(&before),
             ranks,
@@ -174,14 +176,23 @@ impl ClusterOrder {
         self.position_by(rank, self.before(rank))
     }
 
+    /// Asks for what the positions of ids are found by.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, ranks: &[u32]) {
+        for &rank in ranks {
+            let block = rank as usize / 64;
+            prefetch(self.blocks.get(block..=block).unwrap_or(&[]));
+        }
+        prefetch(&self.places);
+    }
+
     /// The positions of ids by their ranks.
     #[inline(always)]
     pub(super) fn positions(&self, ranks: &[u32], positions: &mut Vec<u32>) {
-        positions.clear();
-        positions.extend_from_slice(ranks);
+        positions.resize(ranks.len(), 0);
         // In two loops, each of which waits for many ids at once.
-        for position in &mut *positions {
-            *position = self.before(*position);
+        for (position, &rank) in positions.iter_mut().zip(ranks) {
+            *position = self.before(rank);
         }
         for (position, &rank) in positions.iter_mut().zip(ranks) {
             *position = self.position_by(rank, *position);
@@ -205,11 +216,10 @@ impl ClusterOrder {
     #[inline(always)]
     fn position_by(&self, rank: u32, before: u32) -> u32 {
         let (before, listed) = (before >> 1, before & 1 > 0);
-        if listed {
-            u32::from(self.places[before as usize])
-        } else {
-            self.list.len() as u32 + rank - before
-        }
+        // Without a branch, which would often be guessed wrong: the last place is nobody's.
+        let length = self.list.len();
+        let place = u32::from(self.places[if listed { before as usize } else { length }]);
+        if listed { place } else { length as u32 + rank - before }
     }
 
     /// How many ids the list has.

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::border::Prefix;
-use super::{NONE, Strings, TokenMap, Tokenize};
+use super::{NONE, Start, Strings, TokenMap, Tokenize};
 use crate::error::{CodecError, Result};
 
 /// The byte that special tokens begin with.
@@ -122,24 +122,23 @@ impl Mapping {
         }
     }
 
-    /// Completes a row: the probabilities given something of this probability.
-    fn complete(&mut self, total: f64) {
+    /// Completes a row: the probabilities given something of this probability. Returns that of an
+    /// id.
+    fn complete(&mut self, total: f64, id: u32) -> f64 {
         self.row.clear();
+        let own = self.sums[id as usize];
         for id in self.touched.drain(..) {
             self.row.push((std::mem::take(&mut self.sums[id as usize]), id));
         }
         // What rounding adds must not make a row sum to more than 1.
         let total = total.max(self.row.iter().map(|&(p, _)| p).sum());
-        if total > 0.0 {
-            for (p, _) in &mut self.row {
-                *p /= total;
-            }
+        if total <= 0.0 {
+            return own;
         }
-    }
-
-    /// Probability of an id in the row.
-    fn of(&self, id: u32) -> f64 {
-        self.row.iter().find(|&&(_, each)| each == id).map_or(0.0, |&(p, _)| p)
+        for (p, _) in &mut self.row {
+            *p /= total;
+        }
+        own / total
     }
 
     /// Writes the row's most probable ids. Returns their probability and that of the id `next`, which
@@ -206,6 +205,8 @@ struct Border {
     before: Option<(usize, Prefix)>,
     /// Its entries whose tokens may cross the border, in `Rows::crossing`.
     crossing: Range<usize>,
+    /// Its entries whose tokens may begin with the true one, in `Rows::longer`.
+    longer: Range<usize>,
     /// Probability of the true token.
     truth: f64,
     /// Probability of the ids that are not stored, other than the true token.
@@ -216,11 +217,28 @@ struct Border {
     keeping: f64,
 }
 
+/// The teacher's rows of a document, by their entries.
 struct Rows {
     p: Vec<f64>,
+    /// The first piece of those that do not cross their border; `NONE` also for the true token.
+    pieces: Vec<u32>,
     crosses: Vec<bool>,
     crossing: Vec<usize>,
+    longer: Vec<usize>,
     borders: Vec<Border>,
+}
+
+/// The probabilities of rows. Coarse formats decode some rows to more than 1, which are divided by
+/// their sum.
+fn probabilities(logprobs: &[f32], width: usize) -> Vec<f64> {
+    let mut p: Vec<f64> = logprobs.iter().map(|&log| f64::from(log).exp()).collect();
+    for row in p.chunks_exact_mut(width.max(1)) {
+        let sum: f64 = row.iter().sum();
+        if sum > 1.0 {
+            row.iter_mut().for_each(|p| *p /= sum);
+        }
+    }
+    p
 }
 
 /// How many of the bytes that a token covers are text: none of a special token's, which begin with
@@ -256,8 +274,7 @@ impl TokenMap {
                 // Nothing is known: every id is as likely as any other.
                 self.mapping.add(next, 1.0 / self.student.len() as f64);
             }
-            self.mapping.complete(total);
-            let label = self.mapping.of(next).min(1.0);
+            let label = self.mapping.complete(total, next).min(1.0);
             let out = position * keep..(position + 1) * keep;
             let (mass, written) =
                 self.mapping.write(&mut mapped.ids[out.clone()], &mut mapped.logprobs[out], next);
@@ -322,39 +339,43 @@ impl TokenMap {
         let Document { teacher, student, width, .. } = *document;
         let count = teacher.ids.len().saturating_sub(1);
         let used = count * width;
-        let p: Vec<f64> =
-            document.logprobs[..used].iter().map(|&log| f64::from(log).exp()).collect();
         let mut rows = Rows {
-            p,
+            p: probabilities(&document.logprobs[..used], width),
+            pieces: vec![NONE; used],
             crosses: vec![false; used],
             crossing: Vec::new(),
+            longer: Vec::new(),
             borders: Vec::with_capacity(count),
         };
         let before = self.tokens_before(&teacher, &student, count);
         self.borders
             .learn_prefixes(before.iter().flatten().map(|&(_, prefix)| prefix), tokenize)?;
         let mut pairs = Vec::new();
+        let mut heads = Vec::with_capacity(width);
         for (row, before) in before.into_iter().enumerate() {
             let places = row * width..(row + 1) * width;
             let truth = teacher.ids[row + 1];
-            let start = rows.crossing.len();
+            let true_start = self.heads[truth as usize].start;
+            let true_mask = Start::mask(self.teacher.get(truth as u32).len());
+            let (crossing, longer) = (rows.crossing.len(), rows.longer.len());
             let (mut stored, mut keeping, mut total, mut entries) = (None, 0.0, 0.0, 0_usize);
-            for place in places {
+            // All at once, since they are all over the memory. An id of a padded head stands for
+            // nothing: its mass is missing.
+            let ids = &document.ids[places.clone()];
+            heads.clear();
+            heads.extend(ids.iter().map(|&id| self.heads.get(id as usize).copied()));
+            for (place, &head) in places.zip(&heads) {
                 let (id, p) = (document.ids[place], rows.p[place]);
-                if p == 0.0 {
-                    continue;
-                }
-                if !(0..self.teacher.len() as i64).contains(&id) {
-                    // An id of a padded head, which stands for nothing: its mass is missing.
-                    continue;
-                }
+                let (Some(head), true) = (head, p > 0.0) else { continue };
                 total += p;
                 entries += 1;
                 if id == truth {
                     stored = Some(p);
                     continue;
                 }
-                let head = self.heads[id as usize];
+                if head.start.may_begin_with(true_start, true_mask) {
+                    rows.longer.push(place);
+                }
                 if let Some((_, prefix)) = before
                     && self.borders.may_cross(prefix, head)
                 {
@@ -364,6 +385,7 @@ impl TokenMap {
                         pairs.push((prefix, id as u32));
                     }
                 } else {
+                    rows.pieces[place] = head.piece;
                     keeping += p;
                 }
             }
@@ -377,8 +399,9 @@ impl TokenMap {
             } else {
                 ((left - truth).max(0.0), (others - 1.0).max(0.0))
             };
-            let crossing = start..rows.crossing.len();
-            rows.borders.push(Border { before, crossing, truth, missing, others, keeping });
+            let crossing = crossing..rows.crossing.len();
+            let longer = longer..rows.longer.len();
+            rows.borders.push(Border { before, crossing, longer, truth, missing, others, keeping });
         }
         self.borders.learn_pairs(&pairs, &self.teacher, tokenize)?;
         Ok(rows)
@@ -445,8 +468,11 @@ impl TokenMap {
         // Entries of the row before may go on beyond this border. They share the probability with
         // its true token, after which this row comes.
         let (mut longer, mut weight) = (0.0, 1.0);
-        if let Some(row) = place.checked_sub(1) {
-            (longer, _) = self.add_begun(document, rows, row, (position, 1.0));
+        if let Some(row) = place.checked_sub(1)
+            && !rows.borders[row].longer.is_empty()
+        {
+            let places = rows.longer[rows.borders[row].longer.clone()].iter().copied();
+            (longer, _) = self.add_begun(document, rows, row, places, (position, 1.0));
             weight = if longer > 0.0 { rows.borders[row].truth } else { 1.0 };
         }
         let total = if kind == Kind::Aligned {
@@ -469,16 +495,10 @@ impl TokenMap {
         weight: f64,
     ) -> f64 {
         let border = &rows.borders[row];
-        let truth = document.teacher.ids[row + 1];
-        for place in row * document.width..(row + 1) * document.width {
-            let (id, p) = (document.ids[place], rows.p[place]);
-            if p == 0.0 || id == truth || rows.crosses[place] {
-                continue;
-            }
-            if let Some(token) = self.heads.get(id as usize)
-                && token.piece != NONE
-            {
-                self.mapping.add(token.piece, weight * p);
+        let places = row * document.width..(row + 1) * document.width;
+        for (&piece, &p) in rows.pieces[places.clone()].iter().zip(&rows.p[places]) {
+            if piece != NONE {
+                self.mapping.add(piece, weight * p);
             }
         }
         let mut total = 1.0;
@@ -506,7 +526,8 @@ impl TokenMap {
         (position, weight): (usize, f64),
     ) -> f64 {
         let border = &rows.borders[row];
-        let (total, beginning) = self.add_begun(document, rows, row, (position, weight));
+        let places = row * document.width..(row + 1) * document.width;
+        let (total, beginning) = self.add_begun(document, rows, row, places, (position, weight));
         let begun = self.begun_by(&self.read_since(document, row, position));
         let unstored = begun.saturating_sub(beginning + 1);
         border.truth + total + border.missing * unstored as f64 / border.others.max(1.0)
@@ -529,27 +550,36 @@ impl TokenMap {
         read
     }
 
-    /// Adds, of a row's entries but the true token that begin with the bytes read since its border
-    /// and go on, the pieces that come next. Returns the probability of all that begin so, and how
+    /// Adds, of these entries of a row but the true token that begin with the bytes read since its
+    /// border and go on, the pieces that come next. Returns the probability of all that begin so, and how
     /// many they are; none if the student's tokens there are not known.
     fn add_begun(
         &mut self,
         document: &Document<'_>,
         rows: &Rows,
         row: usize,
+        places: impl Iterator<Item = usize>,
         (position, weight): (usize, f64),
     ) -> (f64, usize) {
         let border = &rows.borders[row];
         let begun = self.read_since(document, row, position);
+        let (start, mask) = (Start::of(&begun), Start::mask(begun.len()));
         let (Some((own, _)), false) = (border.before, begun.is_empty()) else { return (0.0, 0) };
         let student = &document.student;
         let aligned = student.ends[own] == document.teacher.ends[row];
         let since: Vec<u32> = student.ids[own..=position].iter().map(|&id| id as u32).collect();
         let truth = document.teacher.ids[row + 1];
         let (mut total, mut beginning) = (0.0, 0);
-        for place in row * document.width..(row + 1) * document.width {
+        for place in places {
             let (id, p) = (document.ids[place], rows.p[place]);
-            if p == 0.0 || id == truth || !self.teacher_begins(id, &begun) {
+            if p == 0.0 || id == truth {
+                continue;
+            }
+            let begins = self.heads.get(id as usize).is_some_and(|head| {
+                head.start.may_begin_with(start, mask)
+                    && self.teacher.get(id as u32).starts_with(&begun)
+            });
+            if !begins {
                 continue;
             }
             beginning += 1;
@@ -573,10 +603,6 @@ impl TokenMap {
             }
         }
         (total, beginning)
-    }
-
-    fn teacher_begins(&self, id: i64, begun: &[u8]) -> bool {
-        (id as usize) < self.teacher.len() && self.teacher.get(id as u32).starts_with(begun)
     }
 
     /// Adds the true token of a row: to the student's next token if that ends within it. If not,

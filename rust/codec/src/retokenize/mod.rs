@@ -8,6 +8,8 @@ mod vocabulary;
 pub use document::{Document, Kind, Mapped, Sums, Tokens};
 pub use vocabulary::{Merges, Strings};
 
+use std::collections::HashMap;
+
 use crate::error::{CodecError, Result};
 use border::Borders;
 use document::Mapping;
@@ -25,9 +27,35 @@ struct Head {
     piece: u32,
     /// Its first byte, if it has one.
     byte: Option<u8>,
+    /// Its first bytes.
+    start: Start,
     /// Whether its pieces may be others behind some texts, although no token crosses the border: a
     /// pre-tokenizer that divides `'s` from a word divides it otherwise behind a comma.
     varies: bool,
+}
+
+/// The first bytes of a string, which tell most that do not begin with another without looking.
+#[derive(Debug, Clone, Copy)]
+struct Start([u8; 4]);
+
+impl Start {
+    fn of(bytes: &[u8]) -> Self {
+        let mut start = [0; 4];
+        let known = bytes.len().min(4);
+        start[..known].copy_from_slice(&bytes[..known]);
+        Self(start)
+    }
+
+    /// The bits that a string of this length determines.
+    fn mask(length: usize) -> u32 {
+        u32::MAX.checked_shr(8 * 4_usize.saturating_sub(length) as u32).unwrap_or(0)
+    }
+
+    /// Whether a string that begins so may begin with another, by the bits that that determines.
+    #[inline]
+    fn may_begin_with(self, other: Self, mask: u32) -> bool {
+        (u32::from_le_bytes(self.0) ^ u32::from_le_bytes(other.0)) & mask == 0
+    }
 }
 
 /// A teacher's and a student's vocabulary, and what has been found out of the borders of their
@@ -42,6 +70,8 @@ pub struct TokenMap {
     heads: Vec<Head>,
     /// The teacher's ids in the order of their bytes.
     by_bytes: Vec<u32>,
+    /// Of bytes that were asked for, the number of the teacher's ids that begin so.
+    begun: HashMap<Vec<u8>, usize>,
     borders: Borders,
     mapping: Mapping,
 }
@@ -81,6 +111,7 @@ impl TokenMap {
         let head = |(id, pieces): (usize, &Vec<u32>)| Head {
             piece: pieces.first().copied().unwrap_or(NONE),
             byte: teacher.get(id as u32).first().copied(),
+            start: Start::of(teacher.get(id as u32)),
             varies: false,
         };
         let mut heads: Vec<Head> = pieces.iter().enumerate().map(head).collect();
@@ -89,12 +120,19 @@ impl TokenMap {
             let message = || format!("id {id} of a teacher with {} ids", pieces.len());
             known.ok_or_else(|| CodecError::Input(message()))?.varies = true;
         }
-        Ok(Self { teacher, student, pieces, heads, by_bytes, borders, mapping })
+        let begun = HashMap::new();
+        Ok(Self { teacher, student, pieces, heads, by_bytes, begun, borders, mapping })
     }
 
     /// Number of the teacher's ids whose bytes begin so.
-    fn begun_by(&self, bytes: &[u8]) -> usize {
+    fn begun_by(&mut self, bytes: &[u8]) -> usize {
+        if let Some(&count) = self.begun.get(bytes) {
+            return count;
+        }
         let before = self.by_bytes.partition_point(|&id| self.teacher.get(id) < bytes);
-        self.by_bytes[before..].partition_point(|&id| self.teacher.get(id).starts_with(bytes))
+        let begun = |&id: &u32| self.teacher.get(id).starts_with(bytes);
+        let count = self.by_bytes[before..].partition_point(begun);
+        self.begun.insert(bytes.to_vec(), count);
+        count
     }
 }

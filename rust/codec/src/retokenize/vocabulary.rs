@@ -72,14 +72,19 @@ pub struct Merges {
     ranks: IntMap<u32>,
     /// Of which two tokens each token is merged, and the rank of that merge.
     made_of: Vec<Option<(u32, u32, u32)>>,
+    /// Of each token, whether it is the left, and whether it is the right one in some merge.
+    merging: Vec<(bool, bool)>,
 }
 
 impl Merges {
     /// Merges in the order of their ranks: left, right and merged token, of `ids` ids.
     pub(super) fn new(ids: usize, merges: &[(u32, u32, u32)]) -> Self {
-        let mut made = Self { ranks: IntMap::default(), made_of: vec![None; ids] };
+        let (made_of, merging) = (vec![None; ids], vec![(false, false); ids]);
+        let mut made = Self { ranks: IntMap::default(), made_of, merging };
         made.ranks.reserve(merges.len());
         for (rank, &(left, right, _)) in merges.iter().enumerate() {
+            made.merging[left as usize].0 = true;
+            made.merging[right as usize].1 = true;
             made.ranks.entry(pair(left, right)).or_insert(rank as u32);
         }
         for (rank, &(left, right, merged)) in merges.iter().enumerate() {
@@ -100,7 +105,11 @@ impl Merges {
     /// goes back in time: what was merged last is taken apart first.
     pub(super) fn apart(&self, mut left: u32, mut right: u32, mut limit: u32) -> bool {
         loop {
-            if self.ranks.get(&pair(left, right)).is_some_and(|&rank| rank < limit) {
+            // Most pairs need no look into the ranks, which are all over the memory.
+            if self.merging[left as usize].0
+                && self.merging[right as usize].1
+                && self.ranks.get(&pair(left, right)).is_some_and(|&rank| rank < limit)
+            {
                 return false;
             }
             match (self.made_of[left as usize], self.made_of[right as usize]) {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 import warnings
 from pathlib import Path
@@ -28,6 +30,12 @@ def test_the_version_is_the_same_everywhere() -> None:
             package["version"] for package in packages if re.fullmatch("distillkit-(codec|python)", package["name"])
         ]
         assert set(ours) == {version}, lock
+
+
+@pytest.mark.slow
+def test_what_every_wheel_is_tried_with_holds_here() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "smoke.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_actions_are_pinned_to_commits() -> None:

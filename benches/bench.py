@@ -1,13 +1,15 @@
 """Fidelity and speed of the codec on this machine: tables, and their figures in benches/results/.
 
-    python benches/bench.py [fidelity] [speed] [decode]
+    python benches/bench.py [fidelity] [speed] [decode] [learned]
 
 - `fidelity`: every preset and every configuration of tests/golden/cases.json, on more than 20,000 real positions of the
   demo's teacher (`benches/sample.py` makes them once); and the presets on the rows that come with distillkit.
 - `speed`: encoding, decoding and reading, as `distillkit-codec bench` times them.
-- `decode`: decoding of every preset in several runs, for their spread.
+- `decode`: decoding of every fixed preset in several runs, for their spread.
+- `learned`: the compact presets, with priors learned from three quarters of the positions: size and fidelity of the
+  others, and encoding and decoding on one core in several runs. Less than a minute.
 
-Without arguments all three are measured. `make bench-docs` makes docs/benchmarks.md of the newest figures.
+Without arguments all are measured. `make bench-docs` makes docs/benchmarks.md of the newest figures.
 """
 
 from __future__ import annotations
@@ -26,9 +28,17 @@ from sample import benchmark_sample
 
 from distillkit import __version__
 from distillkit.bench.fidelity import measure_fidelity
+from distillkit.bench.learned import learn_presets
 from distillkit.bench.machine import machine
 from distillkit.bench.sample import Sample, bundled_sample
-from distillkit.bench.speed import DENSE_VOCABULARY, PACKED_ROWS, SpeedRow, measure_decoding, measure_speed
+from distillkit.bench.speed import (
+    DENSE_VOCABULARY,
+    PACKED_ROWS,
+    SpeedRow,
+    measure_decoding,
+    measure_learned,
+    measure_speed,
+)
 from distillkit.bench.tables import csv_rows, fidelity_table, speed_table, write_csv
 from distillkit.codec import CodecConfig, codec_config, preset
 from distillkit.codec.presets import FIXED_PRESETS
@@ -47,7 +57,7 @@ RATIOS = {
 ONE_CORE = ("shard to decoded arrays, one core", 2e6)
 LEAST_OF_READING = 0.5
 MOST_OF_MEMORY = 1 / 8
-DECODE_RUNS = 7
+DECODE_RUNS, LEARNED_RUNS = 7, 5
 
 Writer = Callable[[str, Sequence[Mapping[str, Any]]], None]
 """Writes lines to the CSV of a kind."""
@@ -116,15 +126,34 @@ def bench_decode(sample: Sample, write: Writer) -> None:
         line: dict[str, Any] = {"work": same[0].work, "rows": same[0].rows, "bytes_per_token": same[0].bytes_per_token}
         line["runs"] = len(same)
         for side, name in (("tokens_per_second", "ours"), ("published", "published")):
-            speeds = [getattr(row, side) for row in same]
-            for what, value in (("median", median(speeds)), ("slowest", min(speeds)), ("fastest", max(speeds))):
-                line[f"{name}_{what}"] = float(f"{value:.6g}")
+            found = spread([getattr(row, side) for row in same])
+            line |= {f"{name}_{what}": value for what, value in found.items()}
         print(line)
         lines.append(line)
     write("decode", lines)
 
 
-PARTS = {"fidelity": bench_fidelity, "speed": bench_speed, "decode": bench_decode}
+def bench_learned(sample: Sample, write: Writer) -> None:
+    """The compact presets: size, fidelity, and speed in several runs."""
+    learned, _ = learn_presets(sample, sample.vocab_size)
+    lines = csv_rows([each.fidelity() for each in learned], {"sample": sample.about})
+    for each, line in zip(learned, lines, strict=True):
+        line |= {"ids": each.ids_mean, "learned_rows": each.learned_rows, "runs": LEARNED_RUNS}
+        runs = [list(measure_learned(each, seconds=0.4)) for _ in range(LEARNED_RUNS)]
+        for same in zip(*runs, strict=True):
+            work = same[0].work.partition(" ")[0]
+            line |= {f"{work}_{what}": value for what, value in spread([row.tokens_per_second for row in same]).items()}
+        print(line)
+    write("learned", lines)
+
+
+def spread(speeds: Sequence[float]) -> dict[str, float]:
+    """Median, slowest and fastest of some runs."""
+    found = {"median": median(speeds), "slowest": min(speeds), "fastest": max(speeds)}
+    return {what: float(f"{value:.6g}") for what, value in found.items()}
+
+
+PARTS = {"fidelity": bench_fidelity, "speed": bench_speed, "decode": bench_decode, "learned": bench_learned}
 
 
 def print_tables(*tables: Group) -> None:

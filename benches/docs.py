@@ -19,7 +19,7 @@ import numpy as np
 from distillkit.bench.published import term_matrix
 from distillkit.bench.tables import short_number
 from distillkit.codec import preset
-from distillkit.codec.presets import FIXED_PRESETS
+from distillkit.codec.presets import FIXED_PRESETS, FORMER_PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
@@ -27,7 +27,12 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 WIDTH = 100
 # What is known of the machine's load during a run, by kind and date; the CSV files do not record it.
 QUIET = ", on a quiet machine"
-LOAD = {("capture-recommended", "2026-11-25"): QUIET, ("decode", "2026-11-29"): QUIET}
+BUSY = ", on a machine with much other work"
+LOAD = {
+    ("capture-recommended", "2026-11-25"): QUIET,
+    ("decode", "2026-11-29"): QUIET,
+    ("learned", "2026-11-30"): BUSY,
+}
 
 Row = Mapping[str, str]
 
@@ -99,6 +104,11 @@ def span(row: Row, least: str, most: str) -> str:
     return f"{number(row, least)} to {number(row, most)}"
 
 
+def offered(rows: Iterable[Row]) -> list[Row]:
+    """The kinds of work, but for those with presets that are not offered any more."""
+    return [row for row in rows if row["work"].split()[-1] not in FORMER_PRESETS]
+
+
 def of_presets(found: Table) -> list[Row]:
     return [row for row in found.rows if row["config"] in FIXED_PRESETS]
 
@@ -112,8 +122,17 @@ def named(rows: Iterable[Row], **values: str) -> Row:
 
 
 def at_a_glance() -> list[str]:
-    fidelity, decode = newest("fidelity"), newest("decode")
-    lines = []
+    fidelity, decode, learned = newest("fidelity"), newest("decode"), newest("learned")
+    lines = [
+        [
+            f"`{row['config']}`",
+            number(row, "bytes_per_token"),
+            number(row, "ours_kl_mean"),
+            percent(row, "ours_top1_agreement"),
+            f"{number(row, 'decode_median')} a core",
+        ]
+        for row in learned.rows
+    ]
     for row in of_presets(fidelity):
         speed = named(decode.rows, work=f"decode {row['config']}")
         lines.append(
@@ -131,10 +150,14 @@ def at_a_glance() -> list[str]:
         table(["preset", "bytes per token", "mean KL, nats", "top-1 kept", "decoded tokens/s"], lines),
         prose(
             f"""KL and top-1 kept (the share of rows whose most probable id stays the most probable) are measured on
-            {rows:,} {fidelity.rows[0]["sample"]}; KL is over the stored ids and all others as one more outcome.
-            `recommended` and `faithful` store 128 ids per token, the others 50, and KL is comparable only for the same
-            number. Speed is the median of {decode.rows[0]["runs"]} runs on all cores, {decode.measured}{decode.load};
-            the spread is below. Bytes are those of a vocabulary of 32,769 to 65,536 ids."""
+            {rows:,} {fidelity.rows[0]["sample"]}, of compact presets on {int(learned.rows[0]["rows"]):,} of them; KL is
+            over the stored ids and all others as one more outcome.
+            `compact-128`, `recommended` and `faithful` store 128 ids per token, `compact-50`, `balanced` and `budget`
+            50, and KL is comparable only for the same number. Speed is the median of {decode.rows[0]["runs"]} runs on
+            all cores, {decode.measured}{decode.load}, and of compact presets, on one core, of
+            {learned.rows[0]["runs"]}, {learned.measured}{learned.load}; the spread is below. Bytes are those of a
+            vocabulary of 32,769 to 65,536 ids, and of compact presets those of the
+            [priors below](#compact-presets)."""
         ),
     ]
 
@@ -270,7 +293,7 @@ def speed_section() -> list[str]:
     found = newest("speed")
     lines = []
     memory = ""
-    for row in found.rows:
+    for row in offered(found.rows):
         lines.append(
             [
                 row["work"],
@@ -278,7 +301,7 @@ def speed_section() -> list[str]:
                 number(row, "tokens_per_second"),
                 number(row, "published"),
                 f"**{number(row, 'ratio')}×**" if row["ratio"] else "–",
-                row["bytes_per_token"],
+                number(row, "bytes_per_token"),
                 f"{float(row['mb_per_second']):,.0f}",
                 f"{number(row, 'limit')} ({row['limit_is']})",
             ]
@@ -324,7 +347,7 @@ def decode_section() -> list[str]:
             number(row, "published_median"),
             span(row, "published_slowest", "published_fastest"),
         ]
-        for row in found.rows
+        for row in offered(found.rows)
     ]
     headings = ["preset", "bytes per token", "tokens/s, median", "slowest to fastest run", "published, median"]
     first = found.rows[0]
@@ -335,6 +358,38 @@ def decode_section() -> list[str]:
             run's figure is its best call. Measured {found.measured}{found.load}."""
         ),
         table([*headings, "slowest to fastest run"], lines),
+    ]
+
+
+def learned_section() -> list[str]:
+    found = newest("learned")
+    first = found.rows[0]
+    lines = [
+        [
+            f"`{row['config']}`",
+            f"{float(row['ids']):.0f}",
+            number(row, "bytes_per_token"),
+            number(row, "ours_kl_mean"),
+            number(row, "ours_kl_p99"),
+            *(
+                f"{number(row, f'{work}_median')} ({span(row, f'{work}_slowest', f'{work}_fastest')})"
+                for work in ("encode", "decode")
+            ),
+        ]
+        for row in found.rows
+    ]
+    headings = ["preset", "ids per row", "bytes per token", "KL mean", "KL p99", "encode, tokens/s", "decode, tokens/s"]
+    return [
+        "## Compact presets",
+        prose(
+            f"""Each preset learns its prior from {int(first["learned_rows"]):,} positions of the sample, three quarters
+            of its documents, and is measured on {int(first["rows"]):,} of the others, a document at a time. Larger
+            captures learn from up to 131,072 positions, and take about 6% fewer bytes than here; the prior itself is
+            not counted ([bytes.md](bytes.md)). Speed is that of one core: a document is coded by one, several documents
+            by several at the same time. Median, and slowest to fastest of {first["runs"]} runs. Measured
+            {found.measured}{found.load}."""
+        ),
+        table(headings, lines),
     ]
 
 
@@ -483,10 +538,10 @@ def which_loss_section() -> list[str]:
 
 
 RERUN = [
-    "`make bench`: fidelity, speed, decoding and the bit packer, on an otherwise idle machine, written to "
-    "benches/results/ under today's date. Enter a known load in `LOAD` of `benches/docs.py`.",
-    "`python benches/bench.py fidelity`, `speed` or `decode`: one of them. They run on positions of the demo's "
-    "teacher, which `benches/sample.py` collects once, in a few minutes.",
+    "`make bench`: fidelity, speed, decoding, compact presets and the bit packer, on an otherwise idle machine, "
+    "written to benches/results/ under today's date. Enter a known load in `LOAD` of `benches/docs.py`.",
+    "`python benches/bench.py fidelity`, `speed`, `decode` or `learned`: one of them. They run on positions of the "
+    "demo's teacher, which `benches/sample.py` collects once, in a few minutes.",
     "`python benches/order.py`, `benches/capture.py`, `benches/losses.py`, `benches/engines.py` and "
     "`benches/which_loss.py`: the other sections. The last two need `make demo` first, engines also `make test-vllm`.",
     "`make bench-docs`: this page, from the newest file of each kind.",
@@ -512,6 +567,7 @@ def page() -> str:
         order_section,
         speed_section,
         decode_section,
+        learned_section,
         packer_section,
         capture_section,
         engines_section,

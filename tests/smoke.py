@@ -1,7 +1,7 @@
 """Check an installed distillkit, with what it needs and nothing else: `python tests/smoke.py`.
 
 The release workflow runs it on every wheel, on the system that the wheel is for. It encodes, decodes and verifies the
-recorded vectors and datasets of `tests/golden/`, of the published formats and of the compact one; datasets are
+recorded vectors and datasets of `tests/golden/`, of the published formats, the compact one and draws; datasets are
 converted and verified with the installed commands.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import distillkit
-from distillkit.codec import Codec, CompactConfig, Prior
+from distillkit.codec import Codec, CompactConfig, Prior, SampledConfig
 from distillkit.shards import Dataset, Header, ShardWriter
 
 TESTS = Path(__file__).parent
@@ -32,6 +32,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         check_shards(Path(folder) / "shards")
         check_compact(Path(folder) / "compact")
+    check_sampled()
     print("all is well")
 
 
@@ -86,6 +87,20 @@ def check_compact(folder: Path) -> None:
         writer.write(np.append(0, rows.ids[:, 0]), rows)
     check(Dataset.open(folder)[0].teacher == document, "a shard keeps the document")
     check_verified(folder)
+
+
+def check_sampled() -> None:
+    """Recorded draws decode to the recorded ids and counts, and are encoded to the recorded bytes again."""
+    cases = json.loads((GOLDEN / "sampled.json").read_text(encoding="utf-8"))["cases"]
+    for case in cases:
+        prior = None if case["prior"] is None else Prior(bytes.fromhex(case["prior"]))
+        codec, document = Codec(SampledConfig(**case["config"]), prior=prior), bytes.fromhex(case["document"])
+        rows = codec.decode_document(document, case["rows"])
+        counts = np.rint(np.exp(rows.logprobs) * case["config"]["draws"])
+        check(rows.ids.ravel().tolist() == case["ids"], f"{case['name']}: the recorded ids")
+        check(counts.ravel().tolist() == case["counts"], f"{case['name']}: the recorded counts")
+        check(codec.encode_document(rows) == document, f"{case['name']}: the recorded bytes")
+    print(f"{len(cases)} recorded documents of draws decode as recorded, and are encoded to the recorded bytes")
 
 
 def check_verified(folder: Path) -> None:

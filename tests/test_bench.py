@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from distillkit.bench.fidelity import Figures, compare, figures, least_squares, optimum
+from distillkit.bench.learned import learn_presets
 from distillkit.bench.machine import machine
 from distillkit.bench.published import is_resolved, published_codec
 from distillkit.bench.sample import Sample, bundled_sample, load_sample, save_sample
 from distillkit.bench.speed import PACKED_ROWS, measure_decoding
 from distillkit.bench.tables import csv_rows, write_csv
-from distillkit.codec import Codec, preset
-from distillkit.codec.presets import FIXED_PRESETS
+from distillkit.codec import Codec, Prior, preset
+from distillkit.codec.presets import COMPACT_PRESETS, FIXED_PRESETS
 from distillkit.errors import InputError
 from distillkit.shards import ShardWriter
 from distillkit.types import SparseLogprobs
@@ -185,6 +186,46 @@ def test_ids_are_made_to_fit_a_small_vocabulary() -> None:
     assert (np.diff(np.sort(ids)) > 0).all()
 
 
+def test_compact_presets_are_measured_on_documents_that_their_priors_do_not_know() -> None:
+    sample = bundled_sample()
+    learned, skipped = learn_presets(sample, sample.vocab_size)
+    assert [each.name for each in learned] == list(COMPACT_PRESETS)
+    assert not skipped
+    for each in learned:
+        row, config = each.fidelity(), each.codec.config
+        assert each.learned_rows + each.rows == len(sample)
+        known = {ids.tobytes() for ids in sample.ids[:, : each.codec.k]}
+        held_out = {ids.tobytes() for document in each.documents for ids in np.ascontiguousarray(document.ids)}
+        assert held_out <= known
+        others = np.array([ids.tobytes() not in held_out for ids in sample.ids[:, : each.codec.k]])
+        rows = SparseLogprobs(sample.ids[others, : each.codec.k], sample.logprobs[others, : each.codec.k])
+        again = Codec(config, prior=Prior.learn(config, rows))
+        assert again.prior == each.codec.prior
+        size = kl = 0.0
+        for document in each.documents:
+            data = again.encode_document(document)
+            decoded = again.decode_document(data, len(document.ids))
+            size += len(data)
+            for n in range(len(document.ids)):
+                count = int(np.isfinite(decoded.logprobs[n]).sum())
+                # Ids of values that are stored alike may change places.
+                values = dict(zip(document.ids[n, :count].tolist(), document.logprobs[n], strict=False))
+                original = np.array([[values[each] for each in decoded.ids[n, :count].tolist()]])
+                kl += reference.kl_with_missing(original, decoded.logprobs[n : n + 1, :count])[0]
+        assert row.bytes_per_token == size / row.rows
+        assert row.ours is not None
+        assert row.ours.kl_mean == pytest.approx(kl / row.rows, rel=1e-6)
+        assert row.ours.top1_agreement == 1
+        assert np.isfinite(row.ours.worst_error)
+    assert max(each.ids_mean for each in learned) == 128 > learned[2].ids_mean > 1
+    # One document is not enough, and a preset may store more ids than there are.
+    few = Sample(sample.ids[:1, :60], sample.logprobs[:1, :60], sample.vocab_size, "one row")
+    learned, skipped = learn_presets(few, sample.vocab_size)
+    assert not learned
+    assert [row.config for row in skipped] == list(COMPACT_PRESETS)
+    check_names(skipped[0].note, "128", "60")
+
+
 @pytest.mark.slow
 def test_decoding_of_a_preset_is_timed() -> None:
     (row,) = measure_decoding(bundled_sample(), ["compact"], vocab_size=5000, seconds=0.01)
@@ -197,9 +238,9 @@ def test_bench_shows_both_tables(tmp_path: Path) -> None:
     result = run_here("bench", "--quick", "--json", "--vocab-size", "5000")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert [row["config"] for row in found["fidelity"]] == list(FIXED_PRESETS)
+    assert [row["config"] for row in found["fidelity"]] == [*FIXED_PRESETS, *COMPACT_PRESETS]
     assert found["sample"]["rows"] == 256
-    for row in found["fidelity"]:
+    for row in found["fidelity"][: len(FIXED_PRESETS)]:
         # Residual bins have no such limit.
         if FIXED_PRESETS[row["config"]]["residual_bins"]:
             assert row["over_optimum"] is None
@@ -208,11 +249,11 @@ def test_bench_shows_both_tables(tmp_path: Path) -> None:
             assert 0.9 < row["over_optimum"] < 1.2
     works = [row["work"] for row in found["speed"]]
     assert works[:4] == ["encode recommended", "decode recommended", "encode budget", "decode budget"]
-    assert len(works) == 10
+    assert works[10:] == [f"{work} {name}, one core" for name in COMPACT_PRESETS for work in ("encode", "decode")]
     for row in found["speed"]:
         assert row["tokens_per_second"] > 0
         assert row["limit"] > 0
-        assert (row["ratio"] is None) == row["work"].startswith("shard")
+        assert (row["ratio"] is None) == (row["work"].startswith("shard") or "compact-" in row["work"])
 
 
 def test_without_torch_bench_shows_what_ours_keeps(tmp_path: Path) -> None:
@@ -220,10 +261,10 @@ def test_without_torch_bench_shows_what_ours_keeps(tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     table = run("bench", "--quick", PYTHONPATH=path)
     assert table.returncode == 0, table.stderr
-    check_names(table.stdout, *FIXED_PRESETS, "distillkit[capture]")
+    check_names(table.stdout, *FIXED_PRESETS, *COMPACT_PRESETS, "distillkit[capture]")
     found = json.loads(run("bench", "--quick", "--json", PYTHONPATH=path).stdout)
     assert found["speed"] == []
-    for row, name in zip(found["fidelity"], FIXED_PRESETS, strict=True):
+    for row, name in zip(found["fidelity"], FIXED_PRESETS, strict=False):
         codec = Codec(preset(name, vocab_size=bundled_sample().vocab_size))
         ids, original = bundled_sample().first(256).top(codec.k, codec.vocab_size)
         decoded = codec.decode(codec.encode(ids, original))[1]

@@ -42,7 +42,7 @@ from distillkit.text.tokenizer import load_tokenizer
 from distillkit.training.config.argument_rules import argument_problems, converted, evaluation_metrics
 from distillkit.training.config.argument_table import ARGUMENTS as TABLE
 from distillkit.training.config.argument_table import ROWS
-from distillkit.training.config.arguments import training_arguments
+from distillkit.training.config.arguments import recomputing, training_arguments
 from distillkit.training.config.file import load_config, parse_config
 from distillkit.training.config.schema import AUTO_CLASSES, LiveTeacherConfig, RunConfig, StoredTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
@@ -169,10 +169,7 @@ def test_the_published_configuration_is_understood(tmp_path: Path) -> None:
     assert arguments.save_strategy == "no", "YAML reads an unquoted no as false"
     assert arguments.warmup_steps == 0.1
     assert arguments.bf16 is True, "on a CPU, if it is asked for"
-    assert (arguments.activation_checkpointing, arguments.activation_checkpointing_kwargs) == (
-        True,
-        {"use_reentrant": False},
-    )
+    assert recomputing(arguments) == (True, {"use_reentrant": False})
     assert (arguments.output_dir, arguments.max_length) == ("./output", 8192)
 
 
@@ -184,7 +181,7 @@ def test_defaults_run_on_a_cpu_and_are_the_published_ones_but_for_the_loss() -> 
     arguments = training_arguments(config)
     assert (arguments.use_cpu, arguments.bf16, arguments.dataloader_pin_memory) == (True, False, False)
     assert arguments.dataloader_num_workers == 0, "beside an accelerator there are some"
-    assert (arguments.data_seed, arguments.activation_checkpointing, arguments.learning_rate) == (42, True, 2e-5)
+    assert (arguments.data_seed, recomputing(arguments)[0], arguments.learning_rate) == (42, True, 2e-5)
 
 
 def test_a_written_configuration_reads_back_the_same(tmp_path: Path) -> None:
@@ -457,6 +454,8 @@ def test_true_and_false_are_no_numbers() -> None:
             live = {"kind": "hf", "path": "x"}
             served = {"kind": "server", "base_url": "http://localhost:1", "model": "x", "top_k": 1}
             content["teacher"] = {**(live if name in LiveTeacherConfig.model_fields else served), name: True}
+        if path.startswith("rollouts.server."):
+            content["rollouts"]["server"]["base_url"] = "http://localhost:1"
         with refused(ConfigError, f"config: {path}", "True"):
             parse_config(content)
 

@@ -201,6 +201,14 @@ def test_a_live_teacher_and_adapters(parts: dict[str, str], tmp_path: Path) -> N
     assert memory["teacher_bytes"] == pytest.approx(memory["weights_bytes"], rel=0.3)
     assert memory["gradients_bytes"] == 4 * student["trained"]
     assert figures(result, "disk")["needed_bytes"] == 4 * student["trained"] * (1 + 4 * 3)
+    # Merged, the student is as large as the base model; checkpoints are not.
+    merging = {"peft": {"r": 2, "merge_on_save": True}, "arguments": {"save_steps": 1}}
+    config = config_for(parts, tmp_path / "out", teacher=teacher, **merging)
+    merged = figures(dry_run(written(config, tmp_path)), "disk")["needed_bytes"]
+    base = 4 * (student["parameters"] - student["trained"])
+    assert merged == base + 4 * student["trained"] * 4 * 3
+    train(config)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == pytest.approx(base, rel=0.05)
 
 
 # -- estimates ---------------------------------------------------------------------------------------------------------

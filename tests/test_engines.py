@@ -386,6 +386,9 @@ def test_a_document_that_a_server_can_not_do_and_a_server_that_is_gone() -> None
     check_names(rejected[0].reason, "rows.jsonl, line 3", "Out of range float values are not JSON compliant")
     with refused(CaptureError, "1"):
         list(teacher.score(DOCUMENTS, RowRequest(K)))
+    # Not one that was never there.
+    with refused(CaptureError, "127.0.0.1", "--base-url"):
+        ask(url, max_retries=0)
 
 
 def test_a_capture_from_a_server_has_neither_key_nor_url(

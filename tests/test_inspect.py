@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from distillkit.bench.sample import bundled_sample
 from distillkit.codec import Codec, DistributionQuantizationConfig
 from distillkit.codec.fidelity import FidelityStats
 from distillkit.errors import ConfigError, InputError, MismatchError
@@ -71,6 +72,22 @@ def test_masses_and_curves_are_those_of_the_rows(tmp_path: Path) -> None:
     assert inspection.total_bytes * inspection.rows == pytest.approx(inspection.file_bytes)
 
 
+def test_ranks_that_no_row_has_have_no_figures(tmp_path: Path) -> None:
+    sample = bundled_sample()
+    codec = Codec({"vocab_size": sample.vocab_size, "k": 8, "step": 0.01, "threshold": 0.2})
+    header = Header(codec=codec.to_dict(), vocab_size=sample.vocab_size, head_size=sample.vocab_size)
+    with ShardWriter(tmp_path, header) as writer:
+        rows = SparseLogprobs(sample.ids[:40].copy(), sample.logprobs[:40].copy())
+        writer.write(np.append(0, rows.ids[:, 0]).astype(np.int32), rows)
+    inspection = inspect_dataset(Dataset.open(tmp_path))
+    # At most five ids have a probability of 0.2.
+    assert np.isnan(inspection.logprob_mean[5:]).all()
+    assert np.isnan(inspection.logprob_quantiles[:, 5:]).all()
+    median = np.sort(sample.logprobs[:40, 0])[19]
+    assert inspection.logprob_quantiles[1, 0] == pytest.approx(median, abs=0.06)
+    assert inspection.origin == "written by distillkit"
+
+
 def test_the_worst_documents_are_those_with_the_least_mass(tmp_path: Path) -> None:
     write(tmp_path / "data", make_documents(12))
     dataset = Dataset.open(tmp_path / "data")
@@ -121,12 +138,13 @@ def test_nothing_stored_is_said_and_not_divided_by(tmp_path: Path) -> None:
 
 def test_json_keys_are_stable() -> None:
     keys = (
-        "path kind documents tokens rows files file_bytes documents_read rows_read bytes_per_token rate_by_entropy "
-        "ids_per_row compression codec teacher tokenizer capture temperature rows_per_document vocab_size head_size "
-        "mass plausibility counted next_token alignment worst_documents fidelity draws"
+        "path kind origin documents tokens rows files file_bytes documents_read rows_read bytes_per_token "
+        "rate_by_entropy ids_per_row compression codec teacher tokenizer capture temperature rows_per_document "
+        "vocab_size head_size mass plausibility counted next_token alignment worst_documents fidelity draws"
     )
     found = inspect_dataset(Dataset.open(GOLDEN / "upstream_v1")).to_dict()
     assert list(found) == keys.split()
+    assert (found["kind"], found["origin"]) == ("published", "published dataset")
     assert found["plausibility"] == {"ok": True, "impossible": [], "doubts": []}
     assert set(found["alignment"]) == {"rates", "positions", "verdict", "ok"}
     assert set(found["alignment"]["rates"]) == {"-1", "0", "+1"}

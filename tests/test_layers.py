@@ -46,11 +46,12 @@ def test_nothing_imports_to_its_right() -> None:
     assert wrong == []
 
 
-# Captures and training with a served teacher ask the same engine.
-ENGINE = {f"capture.{name}" for name in ("engine_settings", "teachers.base", "teachers.hf", "teachers.openai")}
+# Captures and training ask servers, and start vLLM, in the same way.
+ENGINE = {"capture.engine_settings"}
+ENGINE |= {f"capture.teachers.{name}" for name in ("base", "connection", "hf", "openai", "vllm")}
 
 
-def test_capture_and_training_only_share_the_engine_for_servers() -> None:
+def test_capture_and_training_only_share_what_asks_servers_and_starts_vllm() -> None:
     between = [(a, b) for a, b in ARROWS if {room(a), room(b)} == {"capture", "training"}]
     assert {b for _, b in between} == ENGINE
 

@@ -19,13 +19,15 @@ from distillkit.cli.main import cli
 from distillkit.codec import Codec, preset
 from distillkit.codec.config import DistributionQuantizationConfig
 from distillkit.errors import ConfigError, InputError, MismatchError
+from distillkit.hub.dataset_card import dataset_card
+from distillkit.reports.inspection import inspect_dataset
 from distillkit.retokenize import Settings, retokenize
 from distillkit.retokenize.token_map import TokenMap
 from distillkit.retokenize.vocabulary import read_vocabulary
 from distillkit.shards import Dataset, Header, ShardWriter, verify_dataset
 from distillkit.text.tokenizer import fingerprint, vocab_size
 from distillkit.types import SparseLogprobs
-from support.refusals import refused
+from support.refusals import check_names, refused
 from support.scripts import load_script
 
 TEXT = (
@@ -325,6 +327,13 @@ def test_a_dataset_of_the_students_tokens_comes_of_it(
     measured = written.manifest.header.capture["measured"]
     assert measured["aligned"] + measured["inside"] + measured["without_row"] == out.num_rows
     assert written.manifest.header.capture["retokenized"]["map"].startswith("xxh3-128:")
+    # Who looks at it, or finds its card on the hub, sees what it is, and what its fidelity is to.
+    inspection = inspect_dataset(out)
+    check_names(inspection.origin, "retokenized", capture.name, teacher.name)
+    check_names(str(inspection.fidelity_source), "retokenized")
+    check_names(
+        dataset_card(written.manifest, out.codec, "me/out"), inspection.origin.partition(", ")[2], "KL(retokenized"
+    )
 
 
 def test_the_command_reports_what_it_wrote(capture: Path, teacher: Path, tmp_path: Path) -> None:

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from distillkit.errors import ConfigError, DistillKitError, MismatchError
-from distillkit.training.config.schema import RunConfig
-from distillkit.training.rollouts.engine import HfEngine, Prompt, Sampling, draw
+from distillkit.errors import CaptureError, ConfigError, DistillKitError, MismatchError
+from distillkit.models.adapters import LoraSection, add_adapters
+from distillkit.reports.run_page import run_page
+from distillkit.reports.run_record import read_run
+from distillkit.training.config.schema import RolloutServerConfig, RunConfig
+from distillkit.training.config.surroundings import check_surroundings
+from distillkit.training.dry_run import dry_run
+from distillkit.training.rollouts.engine import HfEngine, Prompt, Sampling, Student, draw
 from distillkit.training.rollouts.order import MixedOrder, Slot, WithSlots
-from distillkit.training.rollouts.rounds import COMPLETIONS, Completion, Rollouts, Round, repeated
+from distillkit.training.rollouts.rounds import COMPLETIONS, Completion, Round, repeated
+from distillkit.training.rollouts.weights import check_weights, checkpoint_weights
 from distillkit.training.run import Run, train
 from support.processes import Processes
-from support.refusals import refused
-from support.served import answering
-from support.training import VOCABULARY, losses_of, metrics_of, run_config, tiny_model, tiny_tokenizer
+from support.refusals import check_names, refused
+from support.rollouts import SAVING, on_policy, recorded, written
+from support.served import Reply, Writer, answering, ok, serving
+from support.training import VOCABULARY, losses_of, metrics_of, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
+# Before 5.23, transformers calls it gradient checkpointing.
+KIND = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
 STOP = 1  # the tokenizer's end of sequence
 TEMPLATE = "{% for m in messages %}t3 {{ m.content }} {% endfor %}{% if add_generation_prompt %}t4{% endif %}"
 
@@ -50,18 +64,6 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "".join(json.dumps({"text": f"t{n} t5 t6 t7"}) + "\n" for n in range(30, 40))
     )
     return {name: str(folder / name) for name in ("student", "teacher", "prompts.jsonl", "documents.jsonl")}
-
-
-def on_policy(words: dict[str, str], output: Path, **settings: Any) -> RunConfig:
-    """4 steps of 4 completions or, at the end of the 7 prompts, of 3; a round has 3 steps."""
-    rollouts = {"prompts": {"disk_path": words["prompts.jsonl"]}, "every": 3, "max_new_tokens": 8}
-    rollouts |= settings.pop("rollouts", {})
-    given = {"teacher": {"kind": "hf", "path": words["teacher"]}, "rollouts": rollouts, **settings}
-    config = {"dataset": {"prepared_dataset_path": str(output.parent / "cache"), **given.pop("dataset", {})}, **given}
-    train_data = config["dataset"].pop("train_dataset", None)
-    made = {"loss_functions": [{"function": "reverse_kl", "weight": 1}], **config}
-    where = rollouts["prompts"]["disk_path"] if train_data is None else train_data
-    return run_config(words["student"], output, where, **made)
 
 
 # -- which rows --------------------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ def test_completions_are_the_students_own(temperature: float, top_p: float) -> N
     assert temperature < 1 or {len(each) < 10 for each in expected} == {True, False}  # some have ended
     model.generation_config = own = GenerationConfig(repetition_penalty=1.9, eos_token_id=5)
     model.train()
-    model.activation_checkpointing_enable()
+    getattr(model, f"{KIND}_checkpointing_enable")()
     for size in (1, 4):
         engine = HfEngine(model, sampling, stop=frozenset({STOP}), pad_id=2, batch_size=size)
         assert [each.tolist() for each in engine.write(prompts, lambda done, total: None)] == expected
@@ -241,29 +243,6 @@ def whole(words: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tu
     return output, rounds
 
 
-SAVING = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "learning_rate": 2e-3}
-
-
-def recorded(patch: pytest.MonkeyPatch) -> list[Round]:
-    """The rounds that are trained on, as they begin."""
-    rounds: list[Round] = []
-    began = Rollouts.begin
-
-    def begin(self: Rollouts) -> None:
-        began(self)
-        if self.current is not None and self.current not in rounds:
-            rounds.append(self.current)
-
-    patch.setattr(Rollouts, "begin", begin)
-    return rounds
-
-
-def written(rounds: list[Round]) -> list[tuple[int, list[int]]]:
-    return [
-        (each.first + n, completion.ids.tolist()) for each in rounds for n, completion in enumerate(each.completions)
-    ]
-
-
 def test_rounds_are_measured_before_and_after(words: dict[str, str], whole: tuple[Path, list[Round]]) -> None:
     output, rounds = whole
     assert [(each.steps, each.first, len(each)) for each in rounds] == [(range(3), 0, 11), (range(3, 5), 11, 7)]
@@ -290,7 +269,8 @@ def test_rounds_are_measured_before_and_after(words: dict[str, str], whole: tupl
     training = [entry for entry in metrics_of(output) if "loss" in entry]
     assert len(training) == 5
     assert all(entry["scoring_tokens_per_second"] > 0 for entry in training)
-    assert "KL(student" in (output / "report.md").read_text()
+    for page in ((output / "report.md").read_text(), (output / "README.md").read_text(), run_page([read_run(output)])):
+        check_names(page, "KL(student ‖ teacher)", "ended by the student", f"{first['rollout_kl']:.4f}")
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["in a round", "between rounds"])
@@ -348,6 +328,238 @@ def test_two_processes_write_and_learn_what_one_does(
     assert two == pytest.approx(one, rel=1e-4)
 
 
+# -- engines with a copy of the student -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
+        {"target_modules": "all-linear", "use_dora": True},
+        {"target_modules": ["v_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["o_proj"], "trainable_token_indices": [3, 7]},
+    ],
+    ids=["rslora", "dora", "modules_to_save", "tokens"],
+)
+def test_a_copy_has_the_adapters_merged_and_the_student_stays_as_it_is(adapters: dict[str, Any]) -> None:
+    student = add_adapters(tiny_model(1), LoraSection(r=3, **adapters), frozenset())
+    generator = torch.manual_seed(0)
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and not name.endswith("magnitude_vector.default.weight"):
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    found = checkpoint_weights(student)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    ids = torch.arange(3, 20).unsqueeze(0)
+    torch.testing.assert_close(student(ids).logits, copy.deepcopy(student)(ids).logits, rtol=0, atol=0)
+    expected = copy.deepcopy(student).merge_and_unload(safe_merge=True).state_dict()
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, dict(expected), rtol=1e-6, atol=1e-7)
+
+
+def test_a_copy_has_the_names_of_checkpoints(tmp_path: Path) -> None:
+    tied = tiny_model(1, tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path)
+    assert checkpoint_weights(tied).keys() == load_file(tmp_path / "model.safetensors").keys()
+
+
+def student_of(model: Any) -> Student:
+    probe = np.array([9, 5, 30], np.int32)
+    return Student(model, tiny_tokenizer(), torch.float32, frozenset({STOP, 2}), probe, longest=40)
+
+
+def test_other_weights_are_noticed() -> None:
+    ids = np.array([40, 41, 42], np.int32)
+    row = tiny_model(1)(torch.tensor([[9, 5, 30, *ids]])).logits[0, 2:-1].double().log_softmax(-1)
+    own = row.gather(1, torch.from_numpy(ids).long().unsqueeze(1)).squeeze(1).tolist()
+    assert check_weights(student_of(tiny_model(1)), ids, own, engine="vllm") < 1e-6
+    with refused(DistillKitError, "rollouts.engine", "vllm", f"{own[0]:.4f}"):
+        check_weights(student_of(tiny_model(2)), ids, own, engine="vllm")
+    with refused(DistillKitError, "nan"):
+        check_weights(student_of(tiny_model(1)), ids, [float("nan")] * 3, engine="vllm")
+
+
+def greedy(words: dict[str, str], output: Path, url: str | None = None, **settings: Any) -> RunConfig:
+    """3 steps in 2 rounds."""
+    rollouts: dict[str, Any] = {"temperature": 0.0, "every": 2}
+    if url is not None:
+        rollouts |= {"engine": "server", "server": {"base_url": url, "max_retries": 0}}
+    arguments = {**SAVING, "max_steps": 3, "save_strategy": "no", **settings.pop("training_args", {})}
+    return on_policy(words, output, rollouts=rollouts, training_args=arguments, **settings)
+
+
+@pytest.fixture(scope="module")
+def alone(words: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of greedy completions by transformers."""
+    output = tmp_path_factory.mktemp("greedy") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_quality", "plot_speed"):
+            patch.setattr(f"distillkit.reports.run_plots.{name}", lambda run, path: None)
+        train(greedy(words, output))
+    return losses_of(output)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_server_with_the_students_weights_writes_what_it_would(
+    words: dict[str, str], alone: dict[int, float], tmp_path: Path, kind: str
+) -> None:
+    pytest.importorskip("openai")
+    writer = Writer(tiny_model(3), kind)
+    with serving(writer) as (url, requests):
+        train(greedy(words, tmp_path / "out", url))
+    assert writer.loaded == 2
+    assert losses_of(tmp_path / "out") == pytest.approx(alone, rel=1e-6)
+    assert not (tmp_path / "out" / "rollouts_student").exists()
+    assert ("/generate" in {request["path"] for request in requests}) == (kind == "sglang")
+
+
+def test_the_dry_run_has_the_server_write(words: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    writer = Writer(tiny_model(3))
+    with serving(writer) as (url, requests):
+        config = greedy(words, tmp_path / "out", url)
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+        result = dry_run(path)
+    assert result.ok, [check for check in result.checks if check.status == "failed"]
+    assert writer.loaded == 1
+    memory = next(check for check in result.checks if check.name == "memory")
+    assert (memory.figures["engine_bytes"], memory.figures["cache_bytes"]) == (0, 0), "the server's"
+    [folder] = {r["kwargs"]["weights_path"] for r in requests if r["path"] == "/collective_rpc"}
+    assert not Path(folder).exists()
+
+
+def test_vllm_is_for_one_process(words: dict[str, str], tmp_path: Path) -> None:
+    rollouts = Run(on_policy(words, tmp_path / "out", rollouts={"engine": "vllm"})).rollouts
+    assert rollouts is not None
+    rollouts._trainer = SimpleNamespace(args=SimpleNamespace(world_size=2))
+    with refused(ConfigError, "rollouts.engine", "vllm", "2", "engine: server"):
+        rollouts._engine(Sampling(8))
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_gives_the_server_the_weights(
+    words: dict[str, str], alone: dict[int, float], tmp_path: Path, processes: Processes
+) -> None:
+    writer = Writer(tiny_model(3))
+    with serving(writer) as (url, _):
+        config = greedy(words, tmp_path / "out", url, training_args={"per_device_train_batch_size": 2})
+        processes.train(config, tmp_path, count=2)
+    assert writer.loaded == 2
+    assert losses_of(tmp_path / "out") == pytest.approx(alone, rel=1e-4)
+
+
+def answer_of(change: Any) -> Any:
+    """A server whose answers are changed."""
+
+    def make(writer: Writer) -> Any:
+        def answer(path: str, body: Any) -> Reply:
+            status, found = writer(path, body)
+            return change(path, status, found)
+
+        return answer
+
+    return make
+
+
+def without_loading(path: str, status: int, found: Any) -> Reply:
+    return (status, found) if path == "/v1/models" else (404, {"detail": "Not Found"})
+
+
+def that_fails_to_load(path: str, status: int, found: Any) -> Reply:
+    return (500, {"message": "no such folder"}) if path == "/collective_rpc" and status == 200 else (status, found)
+
+
+def that_keeps_its_cache(path: str, status: int, found: Any) -> Reply:
+    return (status, {"success": False}) if path == "/reset_prefix_cache" else (status, found)
+
+
+def that_refuses_access(path: str, status: int, found: Any) -> Reply:
+    return (status, found) if path == "/v1/models" else (401, {"message": "Unauthorized"})
+
+
+def that_writes(**choice: Any) -> Any:
+    def change(path: str, status: int, found: Any) -> Reply:
+        return ok({**found["choices"][0], **choice}) if path == "/v1/completions" else (status, found)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "facts"),
+    [
+        (without_loading, ConfigError, ["/collective_rpc", "/update_weights_from_disk", "VLLM_SERVER_DEV_MODE=1"]),
+        (that_fails_to_load, ConfigError, ["no such folder", "rollouts_student", "rollouts.server.folder"]),
+        (that_keeps_its_cache, ConfigError, ["/reset_prefix_cache", "False"]),
+        (that_refuses_access, ConfigError, ["DISTILLKIT_API_KEY", "Unauthorized"]),
+        (that_writes(token_ids=None), CaptureError, ["vLLM", "NoneType"]),
+        (that_writes(token_ids=[VOCABULARY]), CaptureError, [str(VOCABULARY), "rows"]),
+        (that_writes(token_ids=[STOP, 7]), CaptureError, ["2 tokens", "16", "[0]"]),
+        (that_writes(token_ids=[7]), CaptureError, ["1 tokens", "16"]),
+        (that_writes(logprobs={"token_logprobs": [-9.0] * 16}), DistillKitError, ["-9.0000", "vLLM at 127.0.0.1"]),
+    ],
+)
+def test_what_a_server_does_wrong_is_named(
+    tmp_path: Path, change: Any, error: type[DistillKitError], facts: list[str]
+) -> None:
+    pytest.importorskip("openai")
+    from distillkit.training.rollouts.server import ServerEngine
+
+    with serving(answer_of(change)(Writer(tiny_model(3)))) as (url, _), refused(error, *facts):
+        settings = RolloutServerConfig(base_url=url, max_retries=0)
+        folder = tmp_path / "rollouts_student"
+        engine = ServerEngine(student_of(tiny_model(1)), Sampling(8), settings, folder, batch_size=2, leads=True)
+        engine.synchronise()
+
+
+def test_a_server_that_stops_or_serves_something_else_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    from distillkit.training.rollouts.server import ServerEngine
+
+    def connect(url: str, **settings: Any) -> ServerEngine:
+        given = RolloutServerConfig(base_url=url, max_retries=0, **settings)
+        student = dataclasses.replace(student_of(tiny_model(1)), longest=66)
+        return ServerEngine(student, Sampling(8, 0.0), given, tmp_path / "w", batch_size=2, leads=True)
+
+    with serving(Writer(tiny_model(3))) as (url, _):
+        with refused(ConfigError, "65", "sequence_length"):
+            connect(url)
+        with refused(ConfigError, "rollouts.server.served_model", "tiny", "'large'"):
+            connect(url, served_model="large")
+    with refused(CaptureError, "127.0.0.1", "resume_from_checkpoint"):
+        connect(url)
+
+
+def test_only_its_own_folder_is_overwritten_and_removed(tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    from distillkit.training.rollouts.server import ServerEngine
+
+    (tmp_path / "model.safetensors").write_text("the user's")
+    with serving(Writer(tiny_model(3))) as (url, _):
+
+        def engine(folder: Path) -> ServerEngine:
+            settings = RolloutServerConfig(base_url=url, max_retries=0)
+            return ServerEngine(student_of(tiny_model(1)), Sampling(8), settings, folder, batch_size=2, leads=True)
+
+        with refused(ConfigError, "rollouts.server.folder", str(tmp_path), "model.safetensors"):
+            engine(tmp_path).synchronise()
+        engine(tmp_path / "new").synchronise()  # of a run that was killed
+        again = engine(tmp_path / "new")
+        again.synchronise()
+        again.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_what_an_engine_needs_is_named_if_it_is_missing(
+    words: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillkit.training.config.surroundings.find_spec", lambda name: None)
+    server = {"engine": "server", "server": {"base_url": "http://localhost:1/v1"}}
+    for engine, package in (({"engine": "vllm"}, "distillkit[train,vllm]"), (server, "distillkit[openai]")):
+        with refused(ConfigError, "rollouts.engine", f"pip install '{package}'"):
+            check_surroundings(on_policy(words, tmp_path / "out", rollouts=engine))
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -374,8 +586,13 @@ def test_prompts_that_cannot_be_continued_are_refused(
     ("settings", "facts"),
     [
         ({"teacher": {"kind": "dataset"}}, ["rollouts", "teacher.kind: hf or server"]),
-        ({"rollouts": {"engine": "server"}}, ["rollouts.engine", "server", "weights"]),
-        ({"rollouts": {"engine": "vllm"}}, ["rollouts.engine", "vllm", "transformers", "5.21", "5.23"]),
+        ({"rollouts": {"engine": "server"}}, ["rollouts.server", "base_url"]),
+        ({"rollouts": {"server": {"base_url": "http://host/v1"}}}, ["rollouts.server", "engine: hf"]),
+        ({"rollouts": {"engine": "server", "server": {"base_url": "host"}}}, ["rollouts.server.base_url", "'host'"]),
+        (
+            {"rollouts": {"engine": "vllm"}, "model_kwargs": {"load_in_4bit": True}, "peft": {"r": 4}},
+            ["rollouts.engine", "vllm", "model_kwargs.load_in_4bit", "engine: hf"],
+        ),
         ({"rollouts": {"max_new_tokens": 64}}, ["rollouts.max_new_tokens", "64", "sequence_length"]),
         ({"dataset": {"train_dataset": "documents.jsonl"}}, ["dataset.train_dataset", "rollouts.fraction"]),
         ({"rollouts": {"fraction": 0}}, ["rollouts.fraction", "0"]),

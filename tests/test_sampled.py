@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from distillkit.capture import capture
 from distillkit.codec import Codec, Prior, SampledConfig, codec_config, draws_from_logits, uniforms
 from distillkit.codec.draws import _on_device
 from distillkit.errors import ConfigError, CorruptDataError, InputError
+from distillkit.hub.dataset_card import dataset_card
 from distillkit.losses.config import LINEAR_LOSSES, LOSS_NAMES, LossConfig
 from distillkit.losses.fused import Objective
 from distillkit.losses.positions import Positions, Targets, TeacherLogits
@@ -26,7 +28,7 @@ from distillkit.models.head import check_lm_head
 from distillkit.reports.inspection import inspect_dataset
 from distillkit.reports.inspection_page import inspection_page
 from distillkit.reports.inspection_plots import plot_inspection
-from distillkit.shards import Dataset, Header, ShardWriter, convert, load_prior, verify_dataset
+from distillkit.shards import Dataset, Header, ShardWriter, convert, load_prior, read_manifest, verify_dataset
 from distillkit.shards.convert import target_codec
 from distillkit.shards.repack import pack_dataset
 from distillkit.training.run import train
@@ -35,7 +37,7 @@ from support.capturing import files
 from support.capturing import run as run_capture
 from support.cli import run_here
 from support.compact_reference import decode_sampled
-from support.refusals import refused
+from support.refusals import check_names, refused
 from support.teachers import HEAD
 from support.training import losses_of, run_config, save_student, tiny_model
 
@@ -308,7 +310,9 @@ SAMPLED = {"sampled": {"vocab_size": HEAD, "draws": 12, "temperature": 1.5, "see
 @pytest.fixture(scope="module")
 def captured(teacher: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sampled") / "captured"
-    run_capture(teacher, text, folder, compression_config=SAMPLED, prior_rows=1500, preset=None)
+    report = run_capture(teacher, text, folder, compression_config=SAMPLED, prior_rows=1500, preset=None)
+    # The shares of draws sum to 1, which says nothing of the teacher.
+    assert (report.kl_mean, report.mass_mean, report.mass_quantiles) == (None, None, {})
     return folder
 
 
@@ -413,10 +417,21 @@ def test_an_inspection_says_how_noisy_the_draws_are(captured: Path, tmp_path: Pa
     assert found.plausible
     assert not found.doubts
     assert found.fidelity is None
-    assert "effective ids" in inspection_page(found)
+    page = inspection_page(found)
+    assert "effective ids" in page
+    assert "Stored probability" not in page
     plot_inspection(found, tmp_path / "plot.png")
     result = run_here("inspect", captured)
     assert f"{found.draws.effective_ids:.1f}" in result.stdout
+    assert "12 draws" in run_here("show", captured, "--tokens", "0:3").stdout
+    card = dataset_card(read_manifest(captured), dataset.codec, "me/draws")
+    check_names(card, "12 draws")
+    size = re.search(r"([\d.]+) bytes with all else", card)
+    assert size is not None
+    # Of nine small shards, in which Parquet's page headers are not told from what they head.
+    assert float(size[1]) == pytest.approx(found.total_bytes, abs=0.1)
+    assert "most probable" not in card
+    assert "probability of the stored ids" not in card
 
 
 def test_a_student_is_trained_with_draws(captured: Path, teacher: Path, tmp_path: Path) -> None:
@@ -429,6 +444,7 @@ def test_a_student_is_trained_with_draws(captured: Path, teacher: Path, tmp_path
     train(config)
     losses = losses_of(tmp_path / "out")
     assert np.mean([losses[step] for step in range(21, 26)]) < 0.8 * losses[1]
+    assert "stored draws: 12" in (tmp_path / "out" / "report.md").read_text()
     for losses_given, fact in (
         ([*kl, {"function": "jsd", "weight": 0.5}], "jsd"),
         ([{"function": "kl", "weight": 1.0, "temperature": 2.0}], "1.5"),

@@ -353,7 +353,7 @@ def test_what_does_not_fit_is_refused_before_training(parts: dict[str, str], tmp
         ):
             with refused(error, *facts):
                 train(served(parts, url, tmp_path, **settings))
-    with refused(CaptureError, "127.0.0.1", "training_args.resume_from_checkpoint"):
+    with refused(CaptureError, "127.0.0.1", "teacher.base_url"):
         train(served(parts, url, tmp_path))
 
 

@@ -20,6 +20,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +32,9 @@ from distillkit.capture.teachers.vllm import VLLMTeacher
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.shards import Dataset, verify_dataset
 from distillkit.text.tokenizer import load_tokenizer
+from distillkit.training.config.schema import RolloutServerConfig
 from distillkit.training.data.examples import Collator, Example, counted_positions
+from distillkit.training.rollouts.engine import HfEngine, Prompt, Sampling, Student
 from distillkit.training.signals.live import OnlineSignal
 from distillkit.training.signals.served import ServedSignal
 from distillkit.training.signals.server import connect
@@ -196,7 +199,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     options = f"--host 127.0.0.1 --port {port} --served-model-name tiny --max-logprobs 8 --max-model-len 257"
     command = f"-m vllm.entrypoints.openai.api_server {options} --dtype float32 --enforce-eager --api-key secret"
     log = tmp_path_factory.mktemp("server") / "log"
-    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, *command.split(), "--model", str(folder)],
@@ -293,6 +296,35 @@ def test_what_training_asks_a_server_is_what_the_live_teacher_gives(
     (kept,) = (path for path in (tmp_path / "kept").iterdir() if path.is_dir())
     assert verify_dataset(kept).ok
     assert len(Dataset.open(kept)) == 6
+
+
+def test_a_server_writes_what_the_student_does_as_its_weights_change(
+    server: tuple[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distillkit.training.rollouts.server import ServerEngine
+
+    url, _ = server
+    monkeypatch.setenv("DISTILLKIT_API_KEY", "secret")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(str(folder))
+    prompts = [Prompt(number, each.input_ids) for number, each in enumerate(documents(1, 5, 30, 100, 200))]
+    student = Student(model, tokenizer, torch.float32, frozenset({1, 5}), prompts[2].ids, 257)
+    sampling = Sampling(40, 0.0)
+    where = RolloutServerConfig(base_url=url)
+    engine = ServerEngine(student, sampling, where, tmp_path / "weights", batch_size=4, leads=True)
+    own = HfEngine(model, sampling, stop=student.stop, pad_id=2)
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    changed = {name: tensor + torch.randn_like(tensor) * 0.02 for name, tensor in original.items()}
+    found = []
+    for weights in (original, changed, original):
+        model.load_state_dict(weights)
+        engine.synchronise()
+        expected, given = ([ids.tolist() for ids in each.write(prompts, lambda *_: None)] for each in (own, engine))
+        assert given == expected
+        found.append(given)
+    assert found[0] == found[2] != found[1]
+    engine.sampling = Sampling(40, 0.9, 0.95, seed=3)
+    drawn = [[ids.tolist() for ids in engine.write(order, lambda *_: None)] for order in (prompts, prompts[::-1])]
+    assert drawn[0] == drawn[1][::-1] != found[0]
 
 
 def test_what_a_server_does_not_give(

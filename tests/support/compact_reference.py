@@ -50,19 +50,19 @@ class Table:
     """A code table: for each state the symbol, its bits and its base."""
 
     def __init__(self, frequencies: list[int]) -> None:
-        symbols = [0] * 1024
+        symbols = [0] * 256
         slot = 0
         for symbol, frequency in enumerate(frequencies):
             for _ in range(frequency):
                 symbols[slot] = symbol
-                slot = (slot + 643) % 1024
+                slot = (slot + 163) % 256
         numbers = list(frequencies)
         self.slots = []
         for symbol in symbols:
             y = numbers[symbol]
             numbers[symbol] += 1
-            bits = 10 - (y.bit_length() - 1)
-            self.slots.append((symbol, bits, (y << bits) - 1024))
+            bits = 8 - (y.bit_length() - 1)
+            self.slots.append((symbol, bits, (y << bits) - 256))
 
 
 class Stream:
@@ -70,7 +70,7 @@ class Stream:
 
     def __init__(self, data: bytes) -> None:
         self.bits = Bits(data)
-        self.state = self.bits.take(10)
+        self.state = self.bits.take(8)
 
     def number(self, table: Table, part_bits: int = 2) -> int:
         symbol, bits, base = table.slots[self.state]
@@ -137,7 +137,7 @@ class _Bytes:
         for _ in range(self.number(2)):
             frequencies = [self.number(2) for _ in range(self.number(1))]
             frequencies += [0] * (ESCAPE - len(frequencies))
-            tables.append(Table([*frequencies, 1024 - sum(frequencies)]))
+            tables.append(Table([*frequencies, 256 - sum(frequencies)]))
         return tables
 
 
@@ -173,7 +173,7 @@ def decode_compact(
     frame.take(4)
     if frame.number(1) != 0 or frame.varint() != rows:
         raise ValueError("not a document of so many rows")
-    lanes = 1 if rows < 32 else 4
+    lanes = 1 if rows < 32 else 4 if rows < 128 else 16
     lengths = [frame.varint() for _ in range(lanes)]
     head = Stream(frame.take(lengths[0]))
     streams = [Stream(frame.take(length)) for length in lengths[1:]]

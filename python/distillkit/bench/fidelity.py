@@ -77,10 +77,13 @@ class Figures:
 
 
 def figures(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> Figures:
-    """Statistics of (N, k) decoded log-probabilities against the original ones, which are descending."""
+    """Statistics of (N, k) decoded against original log-probabilities, which are descending; both are −inf at places
+    without an id, if rows may have fewer."""
     before, after = original.astype(np.float64), decoded.astype(np.float64)
-    kl_N, errors = kl_rows(before, after), np.abs(after - before)
-    mass_N = np.exp(after).sum(-1)
+    kl_N, mass_N = kl_rows(before, after), np.exp(after).sum(-1)
+    with np.errstate(invalid="ignore"):
+        errors = np.where(before > -np.inf, np.abs(after - before), 0.0)
+        rising = np.diff(after, axis=-1) > 1e-6
     return Figures(
         kl_mean=float(kl_N.mean()),
         kl_p99=float(np.quantile(kl_N, 0.99)),
@@ -90,7 +93,7 @@ def figures(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> Figures:
         top1_agreement=float((after.argmax(-1) == before.argmax(-1)).mean()),
         worst_error=float(errors.max()),
         worst_likely=float(errors[before > np.log(LIKELY)].max(initial=0.0)),
-        increasing=float((np.diff(after, axis=-1) > 1e-6).any(-1).mean()),
+        increasing=float(rising.any(-1).mean()),
     )
 
 
@@ -238,7 +241,7 @@ class FidelityRow:
 
     Attributes:
         config: its name.
-        bytes_per_token: size of a row, the same for both encoders.
+        bytes_per_token: size of a row, the same for both encoders; a mean in the compact format.
         rows: number of rows compared.
         ours: our encoder.
         published: the published encoder, with one thread; None if it fails.
@@ -250,7 +253,7 @@ class FidelityRow:
     """
 
     config: str
-    bytes_per_token: int
+    bytes_per_token: float
     rows: int = 0
     ours: Figures | None = None
     published: Figures | None = None

@@ -8,6 +8,7 @@ Shape legend: N rows, k stored ids per row, V vocabulary size.
 from __future__ import annotations
 
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +21,7 @@ import torch
 
 from distillkit.bench.child import best_of, one_core_reading, peak_memory
 from distillkit.bench.fidelity import published_tolerance
+from distillkit.bench.learned import LearnedPreset
 from distillkit.bench.published import PublishedCodec, published_codec
 from distillkit.bench.sample import Sample, bundled_sample
 from distillkit.codec import Codec, preset
@@ -28,7 +30,7 @@ from distillkit.errors import DistillKitError
 from distillkit.shards import Dataset, Header, ShardWriter
 from distillkit.types import SparseLogprobs
 
-__all__ = ["DENSE_VOCABULARY", "SpeedRow", "measure_decoding", "measure_speed"]
+__all__ = ["DENSE_VOCABULARY", "SpeedRow", "measure_decoding", "measure_learned", "measure_speed"]
 
 PACKED_ROWS = 8192
 """Rows per call: a packed sequence of the published datasets."""
@@ -40,6 +42,7 @@ _DOCUMENTS, _COLLATED = 64, 16
 _WITH_ALL = "recommended", "budget"
 """The published presets, whose encoding and decoding are timed at both sizes. For others, only decoding is timed."""
 _COPYING = "copying as many bytes"
+_COPYING_ALONE = "copying as many bytes on one core"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class SpeedRow:
         rows: rows per call.
         tokens_per_second: our speed.
         published: the baseline's speed, tokens per second; None if it has no equivalent.
-        bytes_per_token: size of an encoded row.
+        bytes_per_token: size of an encoded row; a mean in the compact format.
         moved_bytes: bytes of a token's decoded form: ids and values (12 per stored id), or its logits.
         limit: the machine's limit for moving as many bytes, tokens per second.
         limit_is: how that was measured: by copying the bytes, or reading them once.
@@ -63,7 +66,7 @@ class SpeedRow:
     rows: int
     tokens_per_second: float
     published: float | None
-    bytes_per_token: int
+    bytes_per_token: float
     moved_bytes: int
     limit: float
     limit_is: str
@@ -97,6 +100,7 @@ def measure_speed(
     *,
     vocab_size: int,
     dense_vocab_size: int,
+    learned: Sequence[LearnedPreset] = (),
     quick: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[SpeedRow]:
@@ -107,6 +111,7 @@ def measure_speed(
     Args:
         vocab_size: vocabulary size of the codecs.
         dense_vocab_size: width of the dense logits, which are random.
+        learned: compact presets, with documents of the sample.
         quick: use shorter runs, and only the published presets.
 
     Raises:
@@ -122,6 +127,7 @@ def measure_speed(
         (1, partial(_torch_rows, sample, vocab_size, seconds)),
         (2, partial(_dense_rows, dense_vocab_size, 32 if quick else 256, seconds)),
         (3, partial(_reading_rows, sample, vocab_size, seconds)),
+        *((2, partial(measure_learned, each, seconds=seconds)) for each in learned),
     ]
     total = sum(count for count, _ in parts)
     done = 0
@@ -139,6 +145,27 @@ def measure_decoding(
     """Measures only the decoding of packed sequences: yields one table row per preset."""
     for name in names:
         yield from _codec_rows(sample, name, vocab_size, PACKED_ROWS, seconds, works=("decode",))
+
+
+def measure_learned(learned: LearnedPreset, *, seconds: float = 1.0) -> Iterator[SpeedRow]:
+    """Measures encoding and decoding with a compact preset, a document at a time, which takes one core."""
+    rows, moved = learned.rows, round(12 * learned.ids_mean)
+    source = np.ones((rows, moved), np.uint8)
+    copying = partial(np.copyto, np.empty_like(source), source)
+    encode, decode, copy = best_of(
+        (lambda: deque(learned.encode(), 0), lambda: deque(learned.decode(), 0), copying), seconds
+    )
+    for work, time in (("encode", encode), ("decode", decode)):
+        yield SpeedRow(
+            f"{work} {learned.name}, one core",
+            round(rows / len(learned.documents)),
+            rows / time,
+            None,
+            learned.bytes_per_token,
+            moved,
+            rows / copy,
+            _COPYING_ALONE,
+        )
 
 
 # -- rows in, bytes out, and back --------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def fidelity_table(rows: Sequence[FidelityRow], sample: Sample) -> Group:
     for row in rows:
         if row.skipped:
             continue
-        table.add_row(Text.assemble((row.config, "cyan"), f", {row.bytes_per_token:,} B"))
+        table.add_row(Text.assemble((row.config, "cyan"), f", {short_number(row.bytes_per_token)} B"))
         for label, found in (
             ("  ours", row.ours),
             ("  published", row.published),
@@ -130,8 +130,8 @@ def speed_table(rows: Sequence[SpeedRow]) -> Group:
     for row in rows:
         ratio = "–" if row.ratio is None else f"{short_number(row.ratio)}×"
         speeds = short_number(row.tokens_per_second), short_number(row.published)
-        share = f"{_share(row.of_limit)}"
-        table.add_row(row.work, f"{row.rows:,}", *speeds, ratio, str(row.bytes_per_token), _megabytes(row), share)
+        sizes = short_number(row.bytes_per_token), _megabytes(row), _share(row.of_limit)
+        table.add_row(row.work, f"{row.rows:,}", *speeds, ratio, *sizes)
     notes = [f"{row.work}: {_memory_note(row)}" for row in rows if _memory_note(row)]
     for note in dict.fromkeys(row.note for row in rows if row.note):
         works = [row.work for row in rows if row.note == note]

@@ -15,6 +15,7 @@ from distillkit.capture.preflight import check_before_loading
 from distillkit.capture.result import CaptureReport
 from distillkit.capture.settings import CaptureSettings
 from distillkit.codec import CodecConfig
+from distillkit.configuration.places import new_folder
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -76,7 +77,7 @@ def forecast(
     *,
     model: str,
     dataset: str,
-    output: str | Path = "captured",
+    output: str | Path | None = None,
     preset: str | None = None,
     compression_config: str | Path | Mapping[str, Any] | CodecConfig | None = None,
     seconds: float = 10.0,
@@ -87,8 +88,9 @@ def forecast(
     text, without writing anything; what `distillkit forecast` prints.
 
     Args:
-        model, dataset, output, preset, compression_config, **options: as for `capture`; `output` decides which disk's
-            free space counts; if a capture has begun there, it must be the same one, and what is left is estimated.
+        model, dataset, preset, compression_config, **options: as for `capture`.
+        output: whose disk has to have room; if a capture has begun there, it must be the same one, and what is left of
+            it is estimated. None: a new folder in the working folder.
         seconds: how long to run the teacher, to measure its speed and the fidelity of each codec; 0: not at all.
         progress: show a progress bar, on stderr or in the notebook.
 
@@ -104,7 +106,7 @@ def forecast(
     settings = CaptureSettings(
         model=model,
         dataset=dataset,
-        output=output,
+        output=new_folder("captured") if output is None else output,
         preset=preset,
         compression_config=compression_config,
         **options,

@@ -12,6 +12,9 @@ from distillkit.console import make_progress
 
 __all__ = ["CaptureProgress"]
 
+_WIDE = 100
+"""Columns of a terminal from which on the queue is shown: with fewer, the times would be cut off."""
+
 
 class CaptureProgress:
     """Shows the share of tokens done, shards, tokens per second, documents waiting for the encoder, and time left.
@@ -29,6 +32,8 @@ class CaptureProgress:
         self._shards, self._done_shards = shards, done_shards
         self._before, self._now = done_tokens, 0
         self._started = time.perf_counter()
+        console = Console(stderr=True)
+        self._wide = console.width >= _WIDE
         self._bar = make_progress(
             TextColumn(what),
             BarColumn(),
@@ -37,7 +42,7 @@ class CaptureProgress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
             shown=shown,
             notebook=shown,
             transient=False,
@@ -56,11 +61,11 @@ class CaptureProgress:
     def scored(self, tokens: int, waiting: int, room: int) -> None:
         """Report that the teacher has scored a document, and that `waiting` of `room` queue slots are taken.
 
-        Without a queue, `room` is 0.
+        Without a queue, `room` is 0. Narrow terminals have no room for it.
         """
         self._now += tokens
         rate = self._now / max(time.perf_counter() - self._started, 1e-9)
-        queue = f", queue {waiting}/{room}" if room else ""
+        queue = f", queue {waiting}/{room}" if room and self._wide else ""
         state = f"{rate:,.0f} tokens/s, shard {self._done_shards + 1}/{self._shards}{queue}"
         self._bar.update(self._task, completed=self._before + self._now, state=state)
 

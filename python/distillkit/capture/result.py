@@ -52,8 +52,8 @@ class CaptureReport(Shown):
         disk_bytes: size of the shards and of the prior.
         kl_mean, kl_p99: KL(teacher ‖ decoded) over K ∪ {R} in nats per row, measured while writing; None without rows,
             and for draws, which are stored as they are.
-        mass_mean: mean total probability of the stored ids of a row; None if unknown.
-        mass_quantiles: quantiles of that probability, by the share of rows that do not exceed them.
+        mass_mean: mean total probability of the stored ids of a row; None if unknown, and for draws.
+        mass_quantiles: quantiles of that probability, by the share of rows that do not exceed them; empty for draws.
         next_token_rates: how often the teacher's first id is the next token, with the rows in place ("0") and shifted
             by one; the rate should be far higher in place.
         shifted: −1 or +1 if rows match the tokens significantly better when shifted by one; else None.

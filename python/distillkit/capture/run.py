@@ -256,7 +256,7 @@ def _log_memory(teacher: Teacher, codec: Codec, settings: CaptureSettings) -> No
     width, identity = teacher.head_size, teacher.identity
     if isinstance(teacher, HFTeacher):
         logger.info(
-            "teacher %s in %s: weights %s; logits %d positions × %s × 4 B = %s at a time",
+            "teacher: %s in %s; weights %s; logits %d positions × %s × 4 B = %s at a time",
             identity["name"],
             identity["dtype"],
             human_bytes(teacher.parameter_bytes),
@@ -291,8 +291,9 @@ def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int,
     summary = ShardSummary.from_dict(capture["summary"]) if "summary" in capture else ShardSummary()
     prior_bytes = 0 if header.prior is None else folder.size(PRIOR) or 0
     k = header.codec["config"].get("k")
-    if k is None:
-        # Draws are stored as they are, and no published layout has any.
+    drawn = k is None
+    if drawn:
+        # Draws are stored as they are: their shares sum to 1, and no published layout has any.
         fidelity = {}
     return CaptureReport(
         output=str(folder),
@@ -307,8 +308,8 @@ def _report(folder: Folder, manifest: Manifest, times: StageTimes, resumed: int,
         disk_bytes=sum(shard.bytes for shard in shards) + prior_bytes,
         kl_mean=fidelity.get("kl_mean"),
         kl_p99=fidelity.get("kl_p99"),
-        mass_mean=summary.mass_mean,
-        mass_quantiles={f"{share:g}": summary.mass_quantile(share) for share in QUANTILES},
+        mass_mean=None if drawn else summary.mass_mean,
+        mass_quantiles={} if drawn else {f"{share:g}": summary.mass_quantile(share) for share in QUANTILES},
         next_token_rates={f"{shift:+d}" if shift else "0": summary.shifts.rate(shift) for shift in (-1, 0, 1)},
         shifted=summary.shifts.shifted(),
         resumed_documents=resumed,

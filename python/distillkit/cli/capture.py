@@ -134,6 +134,7 @@ def _table(report: CaptureReport) -> Table:
             if mass is not None
         )
         table.add_row("stored mass", f"mean {report.mass_mean:.4f}; {shares}")
+    if report.rows:
         table.add_row("alignment", _alignment(report))
     if report.already_complete:
         table.add_row("this run", "nothing to do: already complete")

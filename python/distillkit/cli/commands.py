@@ -40,7 +40,7 @@ CODEC = {
     "show": _Command("show", "show_document", "Show a document's text with the teacher's best tokens."),
     "verify": _Command("verify", "verify", "Check every hash, checksum and row of a dataset."),
     "convert": _Command("convert", "convert", "Convert a dataset to shards, without loss or to another codec."),
-    "tune": _Command("tune", "tune", "Find the codec configuration for a number of bytes on your own rows."),
+    "tune": _Command("tune", "tune", "Find the codec configuration for a number of bytes."),
     "bench": _Command("bench", "bench", "Measure the codec's fidelity and speed."),
 }
 _PROGRAMS = {"distillkit": DISTILLKIT, "distillkit-codec": CODEC}

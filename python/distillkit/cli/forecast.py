@@ -16,6 +16,7 @@ from distillkit.capture.preflight import check_inputs
 from distillkit.capture.result import counted
 from distillkit.cli.capture import capture_options, chosen_captures
 from distillkit.cli.setting_options import GroupedCommand
+from distillkit.configuration.places import new_folder
 from distillkit.console import human_bytes, progress_bar, quiet_libraries, say, show
 from distillkit.errors import CaptureError
 
@@ -57,7 +58,8 @@ def forecast(
     context: click.Context, /, config: Path | None, as_json: bool, progress: bool, seconds: float, **options: Any
 ) -> None:
     """Estimate what a capture with these options will cost (tokens, time, memory and disk), and the fidelity of each
-    codec on this text. Nothing is written; --output, by default captured, says whose disk has to have room.
+    codec on this text. Nothing is written. --output says whose disk has to have room, by default that of this folder;
+    if that capture has begun there, what is left of it is estimated.
 
     If the capture does not fit, the exit status is 1 and the message says what would fit.
 
@@ -66,7 +68,7 @@ def forecast(
       distillkit forecast --model teacher/ --dataset text.jsonl
       distillkit forecast teachers.yaml --seconds 0
     """
-    captures = chosen_captures(context, config, options, output="captured")
+    captures = chosen_captures(context, config, options, output=new_folder("captured"))
     for settings in captures:
         check_inputs(settings)
     quiet_libraries()
@@ -95,9 +97,12 @@ def _show(result: Forecast) -> None:
     show(_codecs(result.codecs))
     for name, reason in result.left_out.items():
         say(f"not possible: {name}: {reason}")
+    notes: dict[str, list[str]] = {}
     for codec in result.codecs:
         if codec.note:
-            say(f"not measured: {codec.name}: {codec.note}")
+            notes.setdefault(codec.note, []).append(codec.name)
+    for note, names in notes.items():
+        say(f"not measured: {', '.join(names)}: {note}")
 
 
 def _summary(result: Forecast) -> Table:

@@ -28,6 +28,8 @@ _CAPTURE_FIRST = """\
 # Capture them first, train text and held-out text:
 #   distillkit capture --model {teacher_word} --dataset documents.jsonl --output {data_word}
 #   distillkit capture --model {teacher_word} --dataset held_out.jsonl --output {held_out_word}
+# Half the bytes: --preset compact-50 (docs/bytes.md). For a student with another tokenizer, rewrite both captures with
+# distillkit retokenize (docs/retokenize.md).
 """
 _STORED = f"""\
 # Train a student from captured distributions.
@@ -37,6 +39,7 @@ _LORA = f"""\
 {_CAPTURE_FIRST}{_HEAD}"""
 _LIVE = f"""\
 # Train a student next to its teacher, without a capture: both models are in memory, and the teacher runs at every step.
+# Several teachers, each for its own rows: docs/several.md
 {_HEAD}"""
 _SERVED = f"""\
 # Train a student with a teacher behind a server, which is asked for distributions while the student trains.
@@ -73,7 +76,7 @@ _DATA = """\
 
 """
 _CAPTURED = f"""\
-  # Captured datasets: folders, or hub datasets (repo_id in place of disk_path).
+  # Captured datasets: folders, or hub datasets (repo_id in place of disk_path). Several, as a list: docs/several.md
 {_DATA}"""
 _TEXT = f"""\
   # Text, chats or token ids: files, folders of them, or hub datasets (repo_id in place of disk_path).
@@ -92,6 +95,8 @@ rollouts:
   # Prompts have at most sequence_length − max_new_tokens.
   max_new_tokens: 256
   temperature: 1.0
+  # What generates: hf (transformers), vllm (in the same process), or server (with server: {{base_url: …}}).
+  engine: hf
 
 """
 _STORED_TEACHER = """\

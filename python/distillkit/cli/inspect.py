@@ -114,7 +114,7 @@ def _what(inspection: Inspection) -> Group:
     rows = f"{inspection.rows:,} ({inspection.rows_per_document.replace('-', ' − ')} for a document of L tokens)"
     named = f", preset {inspection.preset}" if inspection.preset else ""
     facts = [
-        ("kind", "captured by distillkit" if inspection.kind == "distillkit" else "published dataset"),
+        ("origin", inspection.origin),
         ("documents", f"{inspection.documents:,} of {number_of(inspection.tokens, 'token')} in all"),
         ("distributions", rows),
         ("files", f"{inspection.files:,} ({human_bytes(inspection.file_bytes)})"),
@@ -246,7 +246,7 @@ def _fidelity(inspection: Inspection) -> _Section:
     section.add("KL, mean", f"{stats.kl_mean:.2e}", about)
     section.add("KL, p99", f"{stats.kl_p99:.2e}")
     section.add("KL, max", f"{stats.kl_max:.2e}")
-    section.add("worst error", f"{stats.worst_error:.3g}", "nats, of any stored id")
+    section.add("worst error", f"{stats.worst_error:.3g}", "nats, of any stored id, however improbable")
     section.add("top-1 kept", f"{stats.top1_agreement:.2%}", "the most probable id stays the most probable")
     section.add("mass error", f"{stats.mass_error:.1e}", "mean difference of the total stored probability")
     return section

@@ -69,6 +69,8 @@ def show_document(
     """Show one document of the dataset at PATH token by token: the teacher's probability of each token, its rank among
     the stored ones, and the tokens that the teacher found most probable there.
 
+    Of a dataset of draws (format sampled), probabilities are shares of the draws.
+
     Spaces are shown as ·, line ends as ⏎, and tokens that are only a part of a character as their bytes. Tokens that do
     not count in a loss are in brackets. Colours show how probable a token was; NO_COLOR turns them off.
     """
@@ -86,7 +88,9 @@ def show_document(
         }
         click.echo(json.dumps(content, ensure_ascii=False))
         return
-    show(_table(views, f"{dataset.path}, document {document % len(dataset)} of {len(dataset):,}", best))
+    draws = dataset.codec.draws
+    drawn = "" if draws is None else f": shares of {draws.number:,} draws from the teacher"
+    show(_table(views, f"{dataset.path}, document {document % len(dataset)} of {len(dataset):,}{drawn}", best))
     length = len(stored.input_ids)
     if len(views) < length:
         say(f"{len(views):,} of its {number_of(length, 'token')}; --tokens : shows all of them")

@@ -17,7 +17,7 @@ __all__ = ["tune"]
 _POSITIVE = click.FloatRange(0, min_open=True)
 
 
-@click.command(short_help="Find the codec configuration for a number of bytes on your own rows.")
+@click.command(short_help="Find the codec configuration for a number of bytes.")
 @click.argument("sample")
 @click.option("--bytes", "most_bytes", type=_POSITIVE, help="Choose the least KL in at most so many bytes per row.")
 @click.option("--kl", "most_kl", type=_POSITIVE, help="Choose the fewest bytes with at most this KL (nats per row).")

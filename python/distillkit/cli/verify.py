@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 from distillkit.cli.common import CONFIG, JSON, SPLIT
-from distillkit.console import progress_bar, say
+from distillkit.console import number_of, progress_bar, say
 from distillkit.errors import DistillKitError
 from distillkit.shards import verify_dataset
 
@@ -30,10 +30,10 @@ def verify(path: str, config: str | None, split: str | None, as_json: bool) -> N
     if as_json:
         click.echo(json.dumps({**asdict(report), "ok": report.ok}, indent=2))
     else:
-        counts = {name: getattr(report, name) for name in ("files", "documents", "tokens", "rows")}
-        found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        counted = ("files", "file"), ("documents", "document"), ("tokens", "token"), ("rows", "row")
+        found = ", ".join(number_of(getattr(report, name), noun) for name, noun in counted)
         say(f"{'valid' if report.ok else 'valid part'}: {found}")
     if not report.ok:
         count = len(report.problems)
-        heading = f"{count} file{'s' if count > 1 else ''} of {path} damaged"
+        heading = f"{number_of(count, 'file')} of {path} damaged"
         raise DistillKitError("\n".join((heading, *report.problems)))

@@ -3,13 +3,14 @@ either."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from pathlib import Path
 
 from distillkit.errors import nearest
 
-__all__ = ["folder_name", "is_path", "missing_place", "neighbour"]
+__all__ = ["folder_name", "is_path", "missing_place", "neighbour", "new_folder"]
 
 # As huggingface_hub.utils.validate_repo_id: one or two parts of letters, digits, - _ and .
 _PART = r"[A-Za-z0-9_](?:[\w.\-]*[A-Za-z0-9_])?"
@@ -25,6 +26,12 @@ def is_path(name: str) -> bool:
         [True, True, True, False, False]
     """
     return _exists(name) or not _could_be_hub_id(name)
+
+
+def new_folder(name: str) -> str:
+    """Return the name if nothing in the working folder has it, otherwise with the first free number: captured-2."""
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if not _exists(free))
 
 
 def folder_name(place: str) -> str:

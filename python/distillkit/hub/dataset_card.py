@@ -9,7 +9,7 @@ from distillkit.capture.summary import ShardSummary
 from distillkit.codec import Codec, CompactConfig
 from distillkit.codec.presets import preset_of
 from distillkit.configuration.cards import front_matter, hub_id, public_name
-from distillkit.console import human_bytes
+from distillkit.console import human_bytes, number_of
 from distillkit.reports.run_report import MARKDOWN, table
 from distillkit.shards import Manifest
 
@@ -64,16 +64,16 @@ def dataset_card(manifest: Manifest, codec: Codec, repo: str, license: str | Non
         front_matter(fields),
         CARD_MARK,
         f"# {repo.rpartition('/')[2]}",
-        f"Next-token distributions of {whose} over {documents:,} documents, captured with "
+        f"{'Next-token distributions' if codec.draws is None else 'Draws from the next-token distributions'} of "
+        f"{whose} over {number_of(documents, 'document')}, {_origin(manifest)} with "
         "[distillkit](https://pypi.org/project/distillkit/) for training smaller models (knowledge distillation).",
         table(("", ""), _facts(manifest, codec)),
         "## Read it",
         _reading(repo),
-        "Only what is used is downloaded. Each row of `rows` has the ids and log-probabilities of the teacher's most "
-        "probable next tokens.",
+        f"Only what is used is downloaded. Each row of `rows` has {_row(codec)}.",
         "## Train on it",
         _training(repo),
-        "The student needs the teacher's tokenizer; this is checked before the first step.",
+        "The student needs the tokenizer named above; this is checked before the first step.",
         "## Columns",
         table(("column", "content"), [(f"`{name}`", about) for name, about in _COLUMNS]),
         "Other columns were kept from the source's rows. How the distributions are encoded is in the files' metadata "
@@ -96,7 +96,7 @@ def _facts(manifest: Manifest, codec: Codec) -> list[tuple[str, str]]:
         ("documents", f"{sum(shard.documents for shard in shards):,}"),
         ("tokens", f"{tokens:,}"),
         ("distributions", f"{rows:,}, temperature {header.temperature:g}"),
-        ("size", f"{human_bytes(size)} in {len(shards):,} {'shards' if len(shards) != 1 else 'shard'}"),
+        ("size", f"{human_bytes(size)} in {number_of(len(shards), 'shard')}"),
         ("per distribution", f"{_stored_ids(codec)}, {size / max(rows, 1):,.1f} bytes with all else"),
         ("codec", f"{codec.format} version {header.codec['version']}" + (f", preset `{named}`" if named else "")),
     ]
@@ -104,20 +104,33 @@ def _facts(manifest: Manifest, codec: Codec) -> list[tuple[str, str]]:
         facts.append(("counted in a loss", counted))
     fidelity = header.fidelity
     if fidelity is not None and fidelity.get("rows") and codec.draws is None:
-        # A conversion has only the decoded rows to compare with.
-        original = "converted from" if "converted" in header.capture else "teacher"
+        # Of what was made of a capture, the teacher's own rows are not at hand.
+        compared = {"converted": "converted from", "retokenized": "retokenized", "merged": "average"}
+        original = next((name for key, name in compared.items() if key in header.changes), "teacher")
         facts += [
             (f"KL({original} ‖ stored)", f"mean {fidelity['kl_mean']:.2e}, p99 {fidelity['kl_p99']:.2e} nats"),
             ("most probable id kept", f"{fidelity['top1_agreement']:.2%} of the distributions"),
         ]
     summary = (manifest.capture or {}).get("summary")
     mass = None if summary is None else ShardSummary.from_dict(summary).mass_mean
-    if mass is not None:
+    if mass is not None and codec.draws is None:
         facts.append(("probability of the stored ids", f"{mass:.2%} on average"))
     longest = header.capture.get("max_seq_len")
     if isinstance(longest, int):
         facts.append(("longest document", f"at most {longest:,} tokens"))
     return facts
+
+
+def _origin(manifest: Manifest) -> str:
+    header = manifest.header
+    made = "captured" if header.capture.get("dataset") else "written"
+    return ", ".join([made, *(MARKDOWN.fact(change) for change in header.changes.values())])
+
+
+def _row(codec: Codec) -> str:
+    if codec.draws is not None:
+        return f"the ids that {codec.draws.number:,} draws gave, and the logarithms of their shares of the draws"
+    return "the ids and log-probabilities of the teacher's most probable next tokens"
 
 
 def _stored_ids(codec: Codec) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["LoraSection", "add_adapters"]
+__all__ = ["LoraSection", "add_adapters", "check_merge"]
 
 _INITIALISATIONS = "true, false, 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_N'"
 
@@ -191,12 +191,27 @@ def add_adapters(model: PreTrainedModel, section: LoraSection, frozen: Set[str])
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"peft: these settings do not fit {type(model).__name__}: {error}") from error
     if section.merge_on_save:
-        _check_merge(wrapped, section)
+        check_merge(
+            wrapped,
+            lora_bias=section.lora_bias,
+            key="peft.merge_on_save",
+            otherwise="save the adapters (peft.merge_on_save: false)",
+        )
     return wrapped
 
 
-def _check_merge(wrapped: PeftModel, section: LoraSection) -> None:
-    """Reject adapters that, merged into the weights, would give another model than the one that was trained."""
+def check_merge(wrapped: PeftModel, *, lora_bias: bool, key: str, otherwise: str) -> None:
+    """Reject adapters that, merged into the weights, would give another model than the one that is trained.
+
+    Args:
+        wrapped: the student.
+        lora_bias: whether the adapters have a bias.
+        key: the setting that needs merged weights, for the message.
+        otherwise: how to do without, for the message.
+
+    Raises:
+        ConfigError: there is such an adapter.
+    """
     from peft.tuners.lora import LoraLayer
 
     bare = wrapped.get_base_model()
@@ -206,15 +221,15 @@ def _check_merge(wrapped: PeftModel, section: LoraSection) -> None:
             continue
         if module is embedding and _is_tied(bare):
             raise ConfigError(
-                f"peft.merge_on_save: {name!r} is both embedding and head in this student (tie_word_embeddings). Its "
+                f"{key}: {name!r} is both embedding and head in this student (tie_word_embeddings). Its "
                 "adapter changes the embedding only, but merged into the shared weight it would change the head, too. "
-                "Leave it out of peft.target_modules; or save the adapters (peft.merge_on_save: false); or train one "
+                f"Leave it out of peft.target_modules; or {otherwise}; or train one "
                 "copy for both (peft.ensure_weight_tying: true, with the embedding in peft.modules_to_save)"
             )
-        if section.lora_bias and getattr(module.get_base_layer(), "bias", None) is None:
+        if lora_bias and getattr(module.get_base_layer(), "bias", None) is None:
             raise ConfigError(
-                f"peft.merge_on_save: {name!r} has no bias that the adapter's could be merged into; set "
-                "peft.lora_bias: false, or save the adapters (peft.merge_on_save: false)"
+                f"{key}: {name!r} has no bias that the adapter's could be merged into; set "
+                f"peft.lora_bias: false, or {otherwise}"
             )
 
 

@@ -67,6 +67,7 @@ class Inspection(Shown):
 
     Attributes:
         path, kind: the path that was opened; "distillkit" or "published".
+        origin: how the dataset came about, in words: "captured by distillkit", and what became of it since.
         documents, tokens, rows: totals for the dataset.
         documents_read, rows_read: number of documents and rows over which rates and masses are computed.
         files, file_bytes: totals for the dataset.
@@ -98,14 +99,16 @@ class Inspection(Shown):
         doubts: what they show that real distributions do not.
         worst_documents: the documents read of which the least probability is stored, up to 10, the least first.
         logprob_mean: (k,) mean decoded log-probability by rank, over the rows that have an id there; NaN if none has.
-        logprob_quantiles: (3, k) 10%, 50% and 90% quantiles of the decoded log-probabilities, by rank.
+        logprob_quantiles: (3, k) 10%, 50% and 90% quantiles of the decoded log-probabilities, by rank; NaN likewise.
         fidelity: as recorded by the writer, or recomputed; None if neither is available.
-        fidelity_source: "recorded by the writer", what a conversion compared it with, the teacher's name, or None.
+        fidelity_source: "recorded by the writer", what a conversion, merge or retokenization compared it with, the
+            teacher's name, or None.
         draws: how noisy the draws of the format sampled are (`DrawnRows`); None for other formats.
     """
 
     path: str
     kind: str
+    origin: str
     documents: int
     tokens: int
     rows: int
@@ -179,9 +182,11 @@ class Inspection(Shown):
             ("size", f"{self.total_bytes:,.1f} bytes per token, dense logits {self.dense_ratio:,.0f}× as much"),
             ("codec", f"{self.codec['format']}" + (f", preset {self.preset}" if self.preset else "")),
         ]
+        if self.rows_read and self.draws is None:
+            below = f"1% of the positions below {self.mass_p1:.2%}"
+            rows.append(("stored mass", f"{self.mass_mean:.2%} on average, {below}"))
         if self.rows_read:
             rows += [
-                ("stored mass", f"{self.mass_mean:.2%} on average, 1% of the positions below {self.mass_p1:.2%}"),
                 ("in the loss", f"{self.counted / self.rows_read:.1%} of the distributions"),
                 ("next token", f"{self.first_rate:.1%} the teacher's first, {self.stored_rate:.1%} stored"),
             ]
@@ -192,7 +197,8 @@ class Inspection(Shown):
             rows.append(("fidelity", f"KL mean {self.fidelity.kl_mean:.2e}, p99 {self.fidelity.kl_p99:.2e} nats"))
         rows += [("IMPOSSIBLE", finding) for finding in self.impossible]
         rows += [("doubtful", finding) for finding in self.doubts]
-        return f"{self.path} ({'captured' if self.kind == 'distillkit' else 'published'})", rows
+        rows.insert(0, ("origin", self.origin))
+        return self.path, rows
 
     def _mass(self) -> dict[str, float]:
         shares = {"p1": self.mass_p1, "p50": self.mass_p50, "mean": self.mass_mean}
@@ -232,6 +238,7 @@ class Inspection(Shown):
         | key | |
         |---|---|
         | `path`, `kind` | the path that was opened; "distillkit" or "published" |
+        | `origin` | how the dataset came about, in words |
         | `documents`, `tokens`, `rows`, `files`, `file_bytes` | totals for the dataset |
         | `documents_read`, `rows_read` | sample size for the rates, masses and alignment |
         | `bytes_per_token` | `ids`, `values` (compact, sampled: also `head`, `framing`, `prior`), `codec` (all of
@@ -265,6 +272,7 @@ class Inspection(Shown):
         return {
             "path": self.path,
             "kind": self.kind,
+            "origin": self.origin,
             "documents": self.documents,
             "tokens": self.tokens,
             "rows": self.rows,
@@ -340,6 +348,7 @@ def inspect_dataset(
     return Inspection(
         path=dataset.path,
         kind=dataset.kind,
+        origin=_origin(dataset),
         documents=len(dataset),
         tokens=dataset.num_tokens,
         rows=rows,
@@ -394,11 +403,20 @@ def _indices(dataset: Dataset, count: int) -> list[int]:
     return indices
 
 
+def _origin(dataset: Dataset) -> str:
+    if dataset.kind != "distillkit":
+        return "published dataset"
+    # A capture says of what; other datasets were converted or written.
+    made = "captured" if dataset.header.capture.get("dataset") else "written"
+    return ", ".join([f"{made} by distillkit", *dataset.header.changes.values()])
+
+
 def _measured_against(header: Header) -> str:
     """What the recorded fidelity compares the decoded rows with."""
     converted = header.capture.get("converted")
     if not isinstance(converted, Mapping):
-        return "recorded by the writer"
+        written = {"retokenized": "which is the retokenized row", "merged": "which is the average of the sources"}
+        return next((about for key, about in written.items() if key in header.changes), "recorded by the writer")
     known = converted.get("source_kl_mean")
     own = f" (their own KL to the teacher: {known:.2e})" if isinstance(known, float) else ""
     return f"which is what the dataset that it was converted from decodes to{own}"
@@ -507,7 +525,9 @@ class _Seen:
             "worst_documents": tuple(self._worst),
             "draws": self._drawn(),
             "logprob_mean": np.divide(self._logprob_sum, there_k, out=np.full(len(there_k), np.nan), where=there_k > 0),
-            "logprob_quantiles": np.stack([self._logprob_quantile(share) for share in _QUANTILES]),
+            "logprob_quantiles": np.where(
+                there_k > 0, np.stack([self._logprob_quantile(share) for share in _QUANTILES]), np.nan
+            ),
         }
 
     def _drawn(self) -> DrawnRows | None:

@@ -35,7 +35,7 @@ def inspection_page(inspection: Inspection) -> str:
         Section("contents", "Contents", _contents(figures), wide=False),
         Section("size", "Bytes per token", _size(figures), wide=False),
         Section("fidelity", "Fidelity", _fidelity(figures), wide=False),
-        Section("mass", "Stored probability", _mass(figures), wide=False),
+        Section("mass", "Stored probability" if inspection.draws is None else "Next token", _mass(figures), wide=False),
         Section("charts", "Charts", _charts(inspection)),
         Section("documents", "Worst documents", _documents(figures)),
         Section("codec", "Codec", _codec(figures), wide=False),
@@ -84,9 +84,9 @@ def _verdict(figures: _Figures) -> Html:
 
 
 def _contents(figures: _Figures) -> Html:
-    kinds = {"distillkit": "captured by distillkit", "published": "published dataset"}
+    figures["kind"]  # is said by the origin
     facts = [
-        ("kind", kinds.get(figures["kind"], figures["kind"])),
+        ("origin", figures["origin"]),
         ("documents", f"{figures['documents']:,}"),
         ("tokens", f"{figures['tokens']:,}"),
         (
@@ -176,12 +176,15 @@ def _mass(figures: _Figures) -> Html:
         "p1": "1st percentile",
         "impossible": "distributions of more than 1.1",
     }
+    caption = "Total probability of the stored ids of a distribution"
     rows = [(labels.get(key, key), f"{value:.2%}") for key, value in mass.items()]
+    if figures["draws"] is not None:
+        # The shares of draws sum to 1.
+        caption, rows = "How often the draws of a distribution have the true next token", []
     rows += [
         ("the true next token is the first stored id", f"{following['is_first']:.2%}"),
         ("the true next token is a stored id", f"{following['is_stored']:.2%}"),
     ]
-    caption = "Total probability of the stored ids of a distribution"
     return element("div", table(caption, (), rows), class_="numbers")
 
 
@@ -194,7 +197,7 @@ def _charts(inspection: Inspection) -> Html:
 
 def _documents(figures: _Figures) -> Html:
     documents = figures["worst_documents"]
-    if not documents:
+    if not documents or figures["draws"] is not None:
         return Html("")
     rows = [
         (f"{each['document']:,}", f"{each['mass']:.2%}", f"{each['is_first']:.1%}", f"{each['rows']:,}", each["doc_id"])

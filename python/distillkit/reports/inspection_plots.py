@@ -27,7 +27,7 @@ __all__ = [
 
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9822b", "#3c9a5f", "#9aa3ad", "#3d4752"
 _LONGEST_NAME = 60
-_STRONG, _LIGHT = (BLUE, ORANGE, GREEN), ("#a9c3e2", "#f0cda5", "#b4dcc3")
+_STRONG, _LIGHT = (BLUE, ORANGE, "#7b5ea7", GREEN), ("#a9c3e2", "#f0cda5", "#cdc1de", "#b4dcc3")
 
 
 def plot_inspection(inspection: Inspection, path: str | Path) -> None:
@@ -45,6 +45,9 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
     # Created without pyplot, so there is no global state and no display.
     figure: Any = Figure(figsize=(15, 5.2), dpi=120, layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=[1.3, 1, 0.85])
+    # The shares of draws sum to 1, whatever the teacher says.
+    draw = _mass if inspection.draws is None else _effort
+    draw(middle.subplots(), inspection)
     if _curves(inspection):
         upper, lower = left.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         _error(lower, inspection)
@@ -52,7 +55,6 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
         upper = lower = left.subplots()
     _distribution(upper, inspection)
     _rank_axis(lower, len(inspection.logprob_mean))
-    _mass(middle.subplots(), inspection)
     _bytes(right.subplots(), inspection)
     figure.suptitle(_title(inspection), fontsize=13, fontweight="bold", color=INK)
     figure.savefig(path, format="png")
@@ -75,12 +77,20 @@ def inspection_panels(inspection: Inspection) -> list[Panel]:
     panels = [Panel("Average distribution by rank", by_rank(_distribution), "{:.3f}", "rank", note=note)]
     if _curves(inspection):
         panels.append(Panel("The codec's rms error by rank (nats)", by_rank(_error), "{:.2e}", "rank", note=note))
-    mass = Panel("Stored probability", lambda axes: _mass(axes, inspection), "{:.2%}", "stored probability", "{:.2%}")
+    if inspection.draws is None:
+        title = "Stored probability"
+        panels.append(Panel(title, lambda axes: _mass(axes, inspection), "{:.2%}", "stored probability", "{:.2%}"))
     rates = inspection.rate_by_entropy
-    if len(rates) < 2:
-        return [*panels, mass]
-    title = "Bytes per distribution by its entropy"
-    return [*panels, mass, Panel(title, lambda axes: _rates(axes, rates), "{:,.0f}", "entropy (nats)", "{:.1f}")]
+    if len(rates) > 1:
+        title = "Bytes per distribution by its entropy"
+        panels.append(Panel(title, lambda axes: _rates(axes, rates), "{:,.0f}", "entropy (nats)", "{:.1f}"))
+    return panels
+
+
+def _effort(axes: Any, inspection: Inspection) -> None:
+    _rates(axes, inspection.rate_by_entropy)
+    axes.set_xlabel("entropy (nats)", color=INK)
+    style_axes(axes, "Bytes per distribution by its entropy")
 
 
 def _rates(axes: Any, rates: Sequence[tuple[float, float]]) -> None:
@@ -218,23 +228,24 @@ def _mass(axes: Any, inspection: Inspection) -> None:
 
 
 def _bytes(axes: Any, inspection: Inspection) -> None:
-    k, stored = inspection.k, inspection.part_bytes
-    ids, values = stored.get("ids", 0.0), stored.get("values", 0.0)
-    ours = (ids, values, inspection.total_bytes - ids - values)
-    plain = (4.0 * k, 2.0 * k, 0.0)
+    k, stored = inspection.k if inspection.draws is None else inspection.ids_mean, inspection.part_bytes
+    ids, values, prior = (stored.get(name, 0.0) for name in ("ids", "values", "prior"))
+    ours = (ids, values, prior, inspection.total_bytes - ids - values - prior)
+    plain = (4.0 * k, 2.0 * k, 0.0, 0.0)
+    names = "ids", "values", "prior", "overhead" if set(stored) == {"ids", "values"} else "other"
     highest = max(sum(ours), sum(plain))
     for x, parts, colours, ink in ((0, ours, _STRONG, "white"), (1, plain, _LIGHT, INK)):
         at = 0.0
-        for name, size, colour in zip(("ids", "values", "overhead"), parts, colours, strict=True):
+        for name, size, colour in zip(names, parts, colours, strict=True):
             axes.bar(x, size, bottom=at, color=colour, width=0.62)
             if size > 0.045 * highest:
                 axes.text(x, at + size / 2, f"{name} {size:,.0f}", ha="center", va="center", color=ink, fontsize=10)
             at += size
         label = {"ha": "center", "va": "bottom", "color": INK}
         axes.text(x, at + 0.015 * highest, f"{at:,.0f}", fontsize=11, fontweight="bold", **label)
-        if 0 < parts[2] <= 0.045 * highest:
+        if 0 < parts[-1] <= 0.045 * highest:
             label["color"] = GREEN
-            axes.text(x, at + 0.08 * highest, f"overhead {parts[2]:,.1f}", fontsize=9, **label)
+            axes.text(x, at + 0.08 * highest, f"{names[-1]} {parts[-1]:,.1f}", fontsize=9, **label)
     axes.set_xticks([0, 1], ["this dataset\n", f"plain top-k bf16\n{inspection.topk_ratio:.2f}× as much"])
     axes.set_xlim(-0.5, 1.5)
     axes.set_ylim(0, 1.2 * highest)

@@ -7,7 +7,7 @@ from typing import Any
 
 from distillkit.configuration.cards import CARD, front_matter, hub_id, public_name
 from distillkit.reports.run_record import HOW, RunRecord
-from distillkit.reports.run_report import MARKDOWN, described, evaluation_rows, table
+from distillkit.reports.run_report import MARKDOWN, described, evaluation_rows, rollout_rows, table
 
 __all__ = ["CARD", "CARD_MARK", "model_card"]
 
@@ -54,6 +54,8 @@ def model_card(run: RunRecord, name: str | None = None) -> str:
     ]
     if run.evaluations:
         sections += ["## On held-out documents", table(*evaluation_rows(run))]
+    if run.rollouts:
+        sections += ["## On its own completions", table(*rollout_rows(run))]
     return "\n\n".join(sections) + "\n"
 
 

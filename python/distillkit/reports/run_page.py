@@ -22,6 +22,7 @@ from distillkit.reports.run_report import (
     evaluation_rows,
     names_of,
     opening,
+    rollout_rows,
     source_rows,
     understanding,
 )
@@ -74,10 +75,16 @@ def _single(run: RunRecord) -> list[Section]:
         if rows:
             heading = table("Held-out datasets" if held_out else "Training datasets", header, rows)
             results = joined(results, element("div", heading, class_="numbers"))
+    own = Html("")
+    if run.rollouts:
+        with understanding(run):
+            header, rows = rollout_rows(run)
+        own = element("div", table("First and last round", header, rows, hidden=True), class_="numbers")
     quality, speed = _panels(run)
     positions, documents = _differences(run)
     return [
         Section("results", "On held-out documents", results),
+        Section("completions", "On the student's own completions", own),
         Section("curves", "Losses and agreement", _charts(quality, 0)),
         Section("speed", "Speed and learning rate", _charts(speed, len(quality))),
         Section("differences", "Where student and teacher differ most", positions),

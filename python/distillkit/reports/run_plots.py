@@ -342,7 +342,8 @@ def _formatter(form: str) -> Any:
 def _share_axis(axes: Any, values: list[float], *, zero: bool) -> None:
     """Use an axis in percent, with as many decimals as its ticks need."""
     low, high = min(values), max(values)
-    margin = max(0.08 * (high - low), 0.02 * high, 1e-6)
+    # Where all are 0, the ticks are whole percents.
+    margin = max(0.08 * (high - low), 0.02 * high, 1e-6) if high else 0.05
     low, high = 0.0 if zero else max(0.0, low - margin), min(high + margin, 1.02)
     axes.set_ylim(low, high)
     decimals = max(0, math.ceil(-math.log10(100 * (high - low) / 8)))

@@ -336,6 +336,8 @@ def _facts(run: RunRecord, quoting: Quoting) -> dict[str, str]:
 def _teacher(teacher: dict[str, Any], quoting: Quoting) -> str:
     name = quoting.name(teacher["name"]) if teacher["name"] else "not recorded in the data"
     if teacher["kind"] == "dataset":
+        if teacher.get("draws"):
+            return f"{name}, stored draws: {teacher['draws']:,}"
         return f"{name}, stored" + (f" top {teacher['k']:,}" if teacher["k"] else "")
     return f"{name}, {HOW[teacher['kind']]}, " + (f"top {teacher['k']:,}" if teacher["k"] else "all ids")
 
@@ -348,9 +350,11 @@ def _loss(loss: dict[str, Any], fact: Callable[[object], str]) -> str:
 def _rollouts(rollouts: dict[str, Any] | None) -> str:
     if rollouts is None:
         return ""
+    engine = rollouts.get("engine", "hf")
+    written = "" if engine == "hf" else f"written by {'vLLM' if engine == 'vllm' else 'a server'}, "
     return (
-        f"{rollouts['fraction']:.0%} of the rows, in rounds of {number_of(rollouts['every'], 'step')}, of at most "
-        f"{number_of(rollouts['max_new_tokens'], 'token')}, temperature {rollouts['temperature']:g}, top-p "
+        f"{written}{rollouts['fraction']:.0%} of the rows, in rounds of {number_of(rollouts['every'], 'step')}, of at "
+        f"most {number_of(rollouts['max_new_tokens'], 'token')}, temperature {rollouts['temperature']:g}, top-p "
         f"{rollouts['top_p']:g}"
     )
 
@@ -501,7 +505,8 @@ def comparison(runs: Sequence[RunRecord], quoting: Quoting = PLAIN) -> list[tupl
     for label in labels:
         values = [fact.get(label, "") for fact in facts]
         if len(set(values)) > 1:
-            rows.append((label, [value or "not recorded" for value in values]))
+            absent = ["–" if run.description else "not recorded" for run in runs]
+            rows.append((label, [value or other for value, other in zip(values, absent, strict=True)]))
     rows.append(("steps", [f"{run.step:,}" + ("" if run.summary else " (not finished)") for run in runs]))
     for measure in measures_of(runs):
         ends = [_ends(run, measure) for run in runs]

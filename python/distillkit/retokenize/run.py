@@ -399,8 +399,12 @@ class _Work:
             "shard_tokens": settings.shard_tokens,
         }
         header = replace(source.header, fidelity=None, distillkit_version=__version__)
+        capture = {key: value for key, value in source.header.capture.items() if key != MEASURED}
         if not self.same:
             about |= {"map": self.token_map.hash, "source_codec": source.codec.to_dict()}
+            if "converted" in capture:
+                # Of the source: fidelity is that of these rows.
+                about["converted"] = capture.pop("converted")
             size = vocab_size(self._student)
             header = replace(
                 header,
@@ -409,7 +413,6 @@ class _Work:
                 head_size=max(codec.vocab_size, size),
                 alignment=alignment("L-1"),
             )
-        capture = {key: value for key, value in source.header.capture.items() if key != MEASURED}
         capture |= {"retokenized": about, **({"standalone": True} if settings.standalone else {})}
         return replace(header, tokenizer=own, capture=capture)
 

@@ -97,6 +97,18 @@ class Header:
         named = config.get("prior")
         return named if isinstance(named, str) else None
 
+    @property
+    def changes(self) -> dict[str, str]:
+        """What became of the capture since the teacher ran, in words, by key of `capture`; the last change is last.
+
+        Example:
+            >>> from distillkit.shards import Dataset
+            >>> Dataset.open("captured").header.changes
+            {}
+        """
+        about = {"merged": _merged, "retokenized": _retokenized, "converted": _converted}
+        return {key: describe(_mapping(self.capture[key])) for key, describe in about.items() if key in self.capture}
+
     def make_codec(self, prior: Prior | None = None) -> Codec:
         """The codec that reads the shard's rows.
 
@@ -190,6 +202,26 @@ class Header:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A value of `capture`, which headers of others may have made anything."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _merged(about: Mapping[str, Any]) -> str:
+    sources = about.get("sources")
+    names = [str(_mapping(source).get("name")) for source in sources] if isinstance(sources, list) else []
+    return f"merged from {' and '.join(names) or 'others'}"
+
+
+def _retokenized(about: Mapping[str, Any]) -> str:
+    source, tokenizer = (_mapping(about.get(key)).get("name") for key in ("source", "tokenizer"))
+    return f"retokenized from {source}, whose tokens are those of {tokenizer}"
+
+
+def _converted(about: Mapping[str, Any]) -> str:
+    return f"converted from the format {_mapping(about.get('source_codec')).get('format')}"
 
 
 def _names(value: object, *required: str) -> bool:

@@ -11,7 +11,7 @@ from distillkit import __version__
 from distillkit.configuration.secrets import without_secrets
 from distillkit.losses.config import LossConfig, named_losses
 from distillkit.shards import Dataset as StoredDataset
-from distillkit.training.config.arguments import to_plain_value
+from distillkit.training.config.arguments import recomputing, to_plain_value
 from distillkit.training.data.examples import DistillationDataset
 from distillkit.training.data.prepared import Part, PreparedDataset
 from distillkit.training.student import describe_student
@@ -45,9 +45,9 @@ def describe(
         datasets: `train`, and `eval` if there is one.
 
     Returns:
-        JSON objects by name: `student`, `teacher` (with `names` if they are several), `data`, `losses` (weights summing
-        to 1), `rollouts` (None without), `overrides` (what the command line set, by dotted path), `settings`,
-        `versions`; and `project`, `began`.
+        JSON objects by name: `student`, `teacher` (with `names` if they are several, and `draws`, the number of draws
+        of a distribution, if these are stored), `data`, `losses` (weights summing to 1), `rollouts` (None without),
+        `overrides` (what the command line set, by dotted path), `settings`, `versions`; and `project`, `began`.
     """
     description = {
         "project": config.project_name,
@@ -56,7 +56,9 @@ def describe(
         "teacher": _teacher(config, datasets["train"]),
         "data": {part: _data(config.dataset.entries(part), dataset) for part, dataset in datasets.items()},
         "losses": _losses(config.loss_functions),
-        "rollouts": None if config.rollouts is None else config.rollouts.model_dump(mode="json", exclude={"prompts"}),
+        "rollouts": None
+        if config.rollouts is None
+        else config.rollouts.model_dump(mode="json", exclude={"prompts", "server"}),
         "overrides": config.overrides,
         "settings": _settings(config, arguments),
         "versions": {"distillkit": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
@@ -78,15 +80,18 @@ def _teacher(config: RunConfig, dataset: DistillationDataset | Mixture) -> dict[
             "name": config.teacher.served_model or config.teacher.model,
             "k": config.teacher.top_k,
         }
-    names, widths = dict[str, None](), set[int]()
+    names, widths, draws = dict[str, None](), set[int](), set[int]()
     for part in dataset.parts:
         if not isinstance(part.source, StoredDataset):
             raise TypeError(f"expected stored distributions, found {type(part.source).__name__}")
         names |= dict.fromkeys([name] if (name := (part.source.header.teacher or {}).get("name")) else [])
         widths.add(part.source.codec.k)
+        if part.source.codec.draws is not None:
+            draws.add(part.source.codec.draws.number)
     k = widths.pop() if len(widths) == 1 else None
     several = {"names": list(names)} if len(names) > 1 else {}
-    return {"kind": "dataset", "name": ", ".join(names) or None, **several, "k": k}
+    drawn = {"draws": k} if draws == {k} else {}
+    return {"kind": "dataset", "name": ", ".join(names) or None, **several, "k": k, **drawn}
 
 
 def _data(entries: Sequence[DatasetEntry], dataset: DistillationDataset | Mixture) -> dict[str, Any]:
@@ -163,7 +168,7 @@ def _settings(config: RunConfig, arguments: SFTConfig) -> dict[str, Any]:
         "schedule": to_plain_value(arguments.lr_scheduler_type),
         "warmup_steps": arguments.warmup_steps,
         "weight_decay": arguments.weight_decay,
-        "activation_checkpointing": bool(arguments.activation_checkpointing),
+        "activation_checkpointing": recomputing(arguments)[0],
         "workers": arguments.dataloader_num_workers,
         "seed": arguments.seed,
     }

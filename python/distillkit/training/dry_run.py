@@ -18,7 +18,7 @@ from distillkit.configuration.secrets import without_secrets
 from distillkit.console import human_bytes, number_of, quiet_libraries
 from distillkit.errors import ConfigError, DistillKitError
 from distillkit.reports.run_record import DIFFERENCES
-from distillkit.training.config.arguments import to_plain_value
+from distillkit.training.config.arguments import recomputing, to_plain_value
 
 if TYPE_CHECKING:
     from distillkit.training.config.schema import ListedTeacherConfig, RunConfig
@@ -385,7 +385,9 @@ def _memory(state: _State) -> Check:
         sharded=state.sharded,
     )
     rollouts = state.run.rollouts
-    if rollouts is not None:
+    if rollouts is not None and rollouts.settings.engine == "vllm":
+        found = replace(found, engine=rollouts.engine.held_bytes())
+    elif rollouts is not None and rollouts.settings.engine == "hf":
         tokens = rollouts.prompts.longest + rollouts.settings.max_new_tokens
         found = replace(found, cache=cache_bytes(state.run.trainer.model, arguments, rollouts.batch_size, tokens))
     state.memory = found
@@ -399,6 +401,7 @@ def _memory(state: _State) -> Check:
         f"optimiser ({to_plain_value(arguments.optim)})": found.optimizer,
         "activations of the longest batch": found.activations,
         "logits and losses": found.losses,
+        "vLLM": found.engine,
         "or, while completions are written, the key-value cache": found.cache,
     }
     written = [
@@ -412,7 +415,7 @@ def _memory(state: _State) -> Check:
         "optimizer_bytes": found.optimizer,
         "activations_bytes": found.activations,
         "losses_bytes": found.losses,
-        **({"cache_bytes": found.cache} if rollouts is not None else {}),
+        **({"engine_bytes": found.engine, "cache_bytes": found.cache} if rollouts is not None else {}),
         "total_bytes": found.total,
         "at_hand_bytes": at_hand,
     }
@@ -431,6 +434,7 @@ def _rollouts(state: _State) -> tuple[str, dict[str, Any]]:
     if rollouts is None or prompts is None:
         raise TypeError("the configuration has no rollouts")
     current, seconds = rollouts.rehearse()
+    rollouts.engine.close()
     completion, divergence = current.completions[0], rollouts.divergence(current)
     tokens = len(completion.written)
     left_out = f" ({prompts.left_out:,} left out, which are too long)" if prompts.left_out else ""
@@ -468,7 +472,7 @@ def _batch(state: _State) -> Check | tuple[str, dict[str, Any]]:
             "length": length,
         }
     model = trainer.model
-    with checkpointing(model, arguments, wanted=arguments.activation_checkpointing):
+    with checkpointing(model, arguments, wanted=recomputing(arguments)[0]):
         # As accelerate does in the wrapped model's forward.
         with trainer.accelerator.autocast():
             loss = trainer.compute_loss(model, trainer._prepare_inputs(first), num_items_in_batch=count)
@@ -493,7 +497,13 @@ def _disk(state: _State) -> tuple[str, dict[str, Any]]:
 
     arguments = state.run.arguments
     optimizer = None if state.memory is None else state.memory.optimizer
-    saved, each = checkpoint_bytes(state.run.model, optimizer, optimizer_too=not arguments.save_only_model)
+    peft = state.config.peft
+    saved, each = checkpoint_bytes(
+        state.run.model,
+        optimizer,
+        optimizer_too=not arguments.save_only_model,
+        merged=peft is not None and peft.merge_on_save,
+    )
     number = _checkpoints(state)
     if number and arguments.save_total_limit:
         # The oldest is only deleted once the newest is complete.

@@ -73,7 +73,7 @@ _FREE_TEACHER = (
 )
 _FREE_LOSS = ("sparse_chunk_length",)
 _FREE_PEFT = ("merge_on_save",)
-_FREE_ROLLOUTS = ("prompts", "batch_size")
+_FREE_ROLLOUTS = ("prompts", "batch_size", "gpu_memory_utilization", "server")
 # Where and how weights are loaded, not which.
 _FREE_LOADING = (
     "attn_implementation",

@@ -12,7 +12,7 @@ import torch
 
 from distillkit.memory import available_memory
 from distillkit.models.head import backbone_hidden, bare_model, chunk_length, elements_of, rows_of
-from distillkit.training.config.arguments import to_plain_value
+from distillkit.training.config.arguments import recomputing, to_plain_value
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -62,6 +62,7 @@ class MemoryEstimate:
             sharded, since only all processes together can run it.
         losses: a chunk of logits with its gradient, and float32 gradients of hidden states and head.
         at_hand: available memory for all of these.
+        engine: what an engine with a copy of the student holds on to, also while training; 0 without.
         cache: the key-value cache of the student while it writes completions, when there are no activations; 0 if it
             writes none.
     """
@@ -73,12 +74,13 @@ class MemoryEstimate:
     activations: int | None
     losses: int
     at_hand: int
+    engine: int = 0
     cache: int = 0
 
     @property
     def certain(self) -> int:
-        """What is known without measuring: weights, gradients and optimiser state."""
-        return self.weights + self.teacher + self.gradients + (self.optimizer or 0)
+        """What is known without measuring: weights, gradients, optimiser state, and what an engine holds on to."""
+        return self.weights + self.teacher + self.gradients + (self.optimizer or 0) + self.engine
 
     @property
     def total(self) -> int:
@@ -145,7 +147,9 @@ def _cached(model: Any, arguments: SFTConfig, length: int) -> int:
     ids = torch.zeros(1, length, dtype=torch.int64, device=bare.device)
     model.eval()
     with _mixed(bare.device, arguments):
-        cache = bare(input_ids=ids, use_cache=True).past_key_values
+        found = bare(input_ids=ids, use_cache=True)
+    # transformers 5.24 gave it another name, and warns of the old one.
+    cache = found.cache if hasattr(found, "cache") else found.past_key_values
     model.train(training)
     layers = getattr(cache, "layers", None) or []
     return sum(_size(part) for layer in layers for part in vars(layer).values() if isinstance(part, torch.Tensor))
@@ -177,17 +181,22 @@ def optimizer_bytes(parameters: list[torch.nn.Parameter], name: str) -> int | No
     return None
 
 
-def checkpoint_bytes(model: Any, optimizer: int | None, *, optimizer_too: bool) -> tuple[int, int]:
+def checkpoint_bytes(model: Any, optimizer: int | None, *, optimizer_too: bool, merged: bool) -> tuple[int, int]:
     """Return the size in bytes of the saved student, and of one checkpoint.
 
     Args:
-        model: the student; with PEFT adapters, only the adapters are saved.
+        model: the student; with PEFT adapters, only the adapters are saved in checkpoints.
         optimizer: bytes of the optimiser state, if known.
         optimizer_too: whether checkpoints include the optimiser state.
+        merged: whether the saved student is the whole model, into which its adapters are merged.
     """
     adapters = hasattr(model, "peft_config")
-    saved = sum(_size(part) for part in model.parameters() if part.requires_grad or not adapters)
-    return saved, saved + ((optimizer or 0) if optimizer_too else 0)
+    trained, frozen = (
+        sum(_size(part) for part in model.parameters() if part.requires_grad is asked) for asked in (True, False)
+    )
+    each = trained if adapters else trained + frozen
+    # Adapters stand beside frozen weights of the model that they become part of.
+    return frozen if adapters and merged else each, each + ((optimizer or 0) if optimizer_too else 0)
 
 
 def _bytes(model: Any) -> int:
@@ -211,7 +220,7 @@ def _activations(model: Any, arguments: SFTConfig, tokens: int) -> int:
     attention, packed rows without FlashAttention) is therefore underestimated.
     """
     whole = _line(model, arguments, tokens, recomputed=False)
-    if not arguments.activation_checkpointing:
+    if not recomputing(arguments)[0]:
         return whole
     layers = getattr(bare_model(model).config.get_text_config(), "num_hidden_layers", 1) or 1
     # The inputs of all layers, and the activations of the one being recomputed.
@@ -237,13 +246,15 @@ def checkpointing(model: Any, arguments: SFTConfig, *, wanted: bool) -> Iterator
     training = model.training
     model.train()
     if wanted:
-        given = dict(arguments.activation_checkpointing_kwargs or {})
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=given or None)
+        # Before 5.23, transformers calls it gradient checkpointing.
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        how = {f"{kind}_checkpointing_kwargs": recomputing(arguments)[1] or None}
+        getattr(model, f"{kind}_checkpointing_enable")(**how)
     try:
         yield
     finally:
         if wanted:
-            model.activation_checkpointing_disable()
+            getattr(model, f"{kind}_checkpointing_disable")()
         model.train(training)
 
 

@@ -34,7 +34,7 @@ from distillkit.text import tokenizer as tokenizers
 from distillkit.training.batching import choose_packing, trained_models
 from distillkit.training.callbacks import ConsoleProgress, MetricsFile
 from distillkit.training.checkpoints import Checkpoint, checkpoint_of
-from distillkit.training.config.arguments import training_arguments
+from distillkit.training.config.arguments import recomputing, training_arguments
 from distillkit.training.config.schema import PARTS, LiveTeacherConfig, ServedTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.documents import check_positions, check_row_lengths, open_documents, training_dataset
@@ -173,7 +173,7 @@ class Run:
         """The student."""
         # Rows added to the embeddings start with random values.
         transformers.set_seed(self.arguments.seed)
-        size, checkpointing = tokenizers.vocab_size(self.tokenizer), self.arguments.activation_checkpointing
+        size, checkpointing = tokenizers.vocab_size(self.tokenizer), recomputing(self.arguments)[0]
         if self.given.model is None:
             model = load_student(self.config, size, checkpointing=checkpointing)
         else:

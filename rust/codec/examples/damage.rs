@@ -17,8 +17,8 @@ const VOCAB: usize = 300;
 const K: usize = 8;
 /// One input in so many is a prior: to prepare one takes as long as to decode hundreds of documents.
 const PRIORS: u64 = 128;
-/// Numbers of rows of the documents: with one lane, and with four.
-const ROWS: [usize; 4] = [1, 3, 9, 33];
+/// Numbers of rows of the documents: with one lane, with four, and with sixteen.
+const ROWS: [usize; 4] = [1, 9, 33, 130];
 
 /// Numbers without a pattern (xorshift64*).
 struct Random(u64);
@@ -190,7 +190,7 @@ fn check_document(
     if is_corrected {
         correct(input);
     } else if random.below(16) == 0 {
-        rows = random.below(70);
+        rows = random.below(200);
     }
     match decode(&subject.codec, input, rows) {
         Err(error) if is_damage(&error) => counts.refused += 1,

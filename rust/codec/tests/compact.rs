@@ -160,7 +160,9 @@ fn rows() -> impl Strategy<Value = (usize, Vec<Row>)> {
                 values.iter().map(|&value| (mass.ln() - f64::from(value) - total.ln()) as f32);
             (ids[..width].to_vec(), logprobs.map(|logprob| logprob.min(0.0)).collect())
         });
-        (Just(width), prop::collection::vec(row, 1..70))
+        // Repeated, for as many streams as there may be.
+        let rows = (prop::collection::vec(row, 1..70), 1usize..4);
+        (Just(width), rows.prop_map(|(rows, times)| vec![rows; times].concat()))
     })
 }
 
@@ -243,10 +245,17 @@ fn is_damage(error: &CodecError) -> bool {
     matches!(error, CodecError::Corrupt(_) | CodecError::Truncated { .. })
 }
 
-/// Whatever decodes is rows; what does not is damage.
-fn check_document(codec: &Compact, data: &[u8], rows: usize) -> bool {
+/// Whatever decodes is rows, which are the same with every instruction set; what does not is damage.
+fn check_document(codecs: &[Compact], data: &[u8], rows: usize) -> bool {
+    let (codec, others) = codecs.split_first().expect("one at least");
     let k = codec.config().k;
-    match decoded(codec, data, rows) {
+    let found = decoded(codec, data, rows);
+    for other in others {
+        let same = decoded(other, data, rows);
+        assert_eq!(found.as_ref().ok(), same.as_ref().ok());
+        assert!(same.as_ref().err().is_none_or(is_damage), "{same:?}");
+    }
+    match found {
         Ok((ids, logprobs)) => {
             for (ids, logprobs) in ids.chunks(k).zip(logprobs.chunks(k)) {
                 check_row(ids, logprobs, codec.config().vocab_size);
@@ -263,13 +272,18 @@ fn check_document(codec: &Compact, data: &[u8], rows: usize) -> bool {
 #[test]
 fn damaged_documents_are_refused_or_rows() {
     for (config, prior) in codecs() {
-        for (prior, rows) in [(Some(&prior[..]), 3), (None, 3), (Some(&prior[..]), 33)] {
-            let codec = codec(config, prior);
+        // Of 130 rows with few ids only, which take long enough.
+        let many = if config.k < 10 { 130 } else { 33 };
+        for (prior, rows) in [(Some(&prior[..]), 3), (None, 3), (Some(&prior[..]), many)] {
+            let with = |backend| Compact::with_backend(config.clone(), prior, backend);
+            let codecs =
+                [Backend::detect(), Backend::Portable].map(|isa| with(isa).expect("valid"));
+            let codec = &codecs[0];
             let (ids, logprobs) = Random(9).rows(rows, 24, 300);
             let data = codec.encode_document(&ids, &logprobs, 24).expect("encodes");
             for end in 0..data.len() {
                 assert!(
-                    !check_document(&codec, &data[..end], rows),
+                    !check_document(&codecs, &data[..end], rows),
                     "{end} bytes of {}",
                     data.len()
                 );
@@ -279,21 +293,21 @@ fn damaged_documents_are_refused_or_rows() {
             }
             let mut longer = data.clone();
             longer.push(0);
-            assert!(!check_document(&codec, &longer, rows));
+            assert!(!check_document(&codecs, &longer, rows));
             for bit in 0..8 * data.len() {
                 let mut damaged = data.clone();
                 damaged[bit / 8] ^= 1 << (bit % 8);
-                assert!(!check_document(&codec, &damaged, rows), "bit {bit}");
+                assert!(!check_document(&codecs, &damaged, rows), "bit {bit}");
                 // Whoever crafts a document gives it a checksum, too.
                 let sum = checksum(&damaged[4..]).to_le_bytes();
                 damaged[..4].copy_from_slice(&sum);
-                check_document(&codec, &damaged, rows);
+                check_document(&codecs, &damaged, rows);
             }
             for end in 4..data.len() {
                 let mut damaged = data[..end].to_vec();
                 let sum = checksum(&damaged[4..]).to_le_bytes();
                 damaged[..4].copy_from_slice(&sum);
-                assert!(!check_document(&codec, &damaged, rows), "{end} bytes");
+                assert!(!check_document(&codecs, &damaged, rows), "{end} bytes");
             }
         }
     }
@@ -310,10 +324,10 @@ fn damaged_priors_are_refused_or_priors() {
         .expect("encodes");
     let damage = |data: &[u8]| match Compact::new(config.clone(), Some(data)) {
         Ok(codec) => {
-            check_document(&codec, &document, 40);
+            check_document(std::slice::from_ref(&codec), &document, 40);
             // With any valid prior, rows come back.
             let own = codec.encode_document(&ids, &logprobs, 5).expect("encodes");
-            assert!(check_document(&codec, &own, 60));
+            assert!(check_document(std::slice::from_ref(&codec), &own, 60));
             true
         }
         // A configuration is part of a prior.

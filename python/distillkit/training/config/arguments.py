@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from distillkit.training.config.schema import RunConfig
 
-__all__ = ["WITHOUT_FSDP", "to_plain_value", "training_arguments"]
+__all__ = ["BEFORE_5_23", "WITHOUT_FSDP", "in_installed_names", "recomputing", "to_plain_value", "training_arguments"]
 
 
 def training_arguments(config: RunConfig) -> SFTConfig:
@@ -89,9 +89,30 @@ def training_arguments(config: RunConfig) -> SFTConfig:
         )
     _check_sharding(arguments, "cpu" if arguments["use_cpu"] or accelerator is None else accelerator.type)
     try:
-        return SFTConfig(**arguments)
+        return SFTConfig(**in_installed_names(arguments))
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise ConfigError(f"{config.source}: training_args: {redacted(str(error))}") from error
+
+
+BEFORE_5_23 = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+"""Arguments that had another name in transformers before 5.23, which vLLM 0.32 and 0.33 need."""
+
+
+def in_installed_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments under their names in the installed transformers, which before 5.23 had others for two."""
+    from trl import SFTConfig
+
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    return {name if name in known else BEFORE_5_23.get(name, name): value for name, value in arguments.items()}
+
+
+def recomputing(arguments: Any) -> tuple[bool, dict[str, Any]]:
+    """Return whether the trainer's arguments have activations recomputed in the backward pass, and how."""
+    wanted, how = (getattr(arguments, name if hasattr(arguments, name) else old) for name, old in BEFORE_5_23.items())
+    return bool(wanted), dict(how or {})
 
 
 def _reading_processes(accelerated: bool) -> int:

@@ -139,6 +139,11 @@ def _rollout_problems(config: RunConfig) -> Iterator[str]:
             f"rollouts.max_new_tokens: {rollouts.max_new_tokens:,} leaves no room for a prompt within sequence_length: "
             f"{config.sequence_length:,}"
         )
+    if rollouts.engine != "hf" and config.quantised is not None:
+        yield (
+            f"rollouts.engine: {rollouts.engine} gets the student's weights with the adapters merged, and merging into "
+            f"quantised weights (model_kwargs.{config.quantised}) would round them away; use engine: hf"
+        )
     if config.only_rollouts and config.dataset.train_dataset != rollouts.prompts:
         yield (
             "dataset.train_dataset: not trained on with rollouts.fraction: 1, where all rows are completions; lower "

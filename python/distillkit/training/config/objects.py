@@ -16,7 +16,7 @@ from distillkit.configuration.urls import is_url
 from distillkit.errors import ConfigError, nearest
 from distillkit.shards import Dataset
 from distillkit.training.config.argument_rules import RENAMED
-from distillkit.training.config.arguments import to_plain_value
+from distillkit.training.config.arguments import in_installed_names, recomputing, to_plain_value
 from distillkit.training.config.file import parse_config
 from distillkit.training.config.schema import DatasetSection, DatasetSource, RunConfig
 
@@ -174,9 +174,10 @@ def _arguments(args: object) -> dict[str, Any]:
         # As `training_arguments` does with the setting of this name: what is saved must not have it.
         os.environ["HF_TOKEN"] = token
     # These depend on the machine, or have another default here, if they are not set.
-    always = {"bf16": args.bf16, "fp16": args.fp16, "activation_checkpointing": bool(args.activation_checkpointing)}
-    usual: Any = SFTConfig(output_dir=args.output_dir, use_cpu=args.use_cpu, **always)
-    names = {field.name for field in dataclasses.fields(args) if field.init} - {*RENAMED}
+    always = {"bf16": args.bf16, "fp16": args.fp16, "activation_checkpointing": recomputing(args)[0]}
+    usual: Any = SFTConfig(output_dir=args.output_dir, use_cpu=args.use_cpu, **in_installed_names(always))
+    names = {field.name for field in dataclasses.fields(args) if field.init}
+    names -= {old for old, new in RENAMED.items() if new in names}
     unknown = sorted(name for name in names if not hasattr(usual, name))
     if unknown:
         raise ConfigError(

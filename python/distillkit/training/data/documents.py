@@ -13,6 +13,7 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
+from distillkit.console import number_of
 from distillkit.errors import ConfigError
 from distillkit.losses.config import refuse_draws
 from distillkit.models.head import bare_model
@@ -205,10 +206,10 @@ def training_dataset(
     if is_packed(config, arguments, entry.part):
         packing = pack(lengths, config.sequence_length, seed=config.dataset.seed)
         logger.info(
-            "%s: %s documents packed in %s rows of %s tokens, %.1f%% full",
+            "%s: %s packed in %s of %s tokens, %.1f%% full",
             entry.key,
-            f"{len(packing.documents):,}",
-            f"{len(packing):,}",
+            number_of(len(packing.documents), "document"),
+            number_of(len(packing), "row"),
             f"{config.sequence_length:,}",
             100 * packing.fill,
         )

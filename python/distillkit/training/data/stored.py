@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillkit.configuration.hub import hub_problem, is_hub_error
+from distillkit.console import number_of
 from distillkit.errors import ConfigError, InputError, MismatchError
 from distillkit.shards.plausibility import check_plausible, sampled
 from distillkit.shards.prior import PRIOR
@@ -189,7 +190,8 @@ def check_dataset(dataset: StoredDataset, head_size: int, key: str) -> None:
     for document in sample:
         _check_ids_fit(document, head_size, key)
     rates = check_plausible(sample, dataset.codec, key)
-    logger.info("%s: %s documents; the true next token is the teacher's first: %s", key, f"{len(dataset):,}", rates)
+    found = number_of(len(dataset), "document")
+    logger.info("%s: %s; the true next token is the teacher's first: %s", key, found, rates)
 
 
 def check_ids(documents: DocumentSource, head_size: int, key: str) -> None:
@@ -208,7 +210,7 @@ def check_ids(documents: DocumentSource, head_size: int, key: str) -> None:
         raise ConfigError(f"{key}: the dataset has no documents")
     for document in sampled(documents):
         _check_ids_fit(document, head_size, key)
-    logger.info("%s: %s documents", key, f"{len(documents):,}")
+    logger.info("%s: %s", key, number_of(len(documents), "document"))
 
 
 def _check_ids_fit(document: Document, head_size: int, key: str) -> None:

@@ -21,7 +21,7 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from distillkit.models.head import bare_model
 
-__all__ = ["Engine", "HfEngine", "Prompt", "Sampling", "draw", "stop_tokens"]
+__all__ = ["Engine", "HfEngine", "Prompt", "Sampling", "Student", "draw", "stop_tokens"]
 
 Progress = Callable[[int, int], None]
 """Gets how many completions are written, and how many there will be."""
@@ -60,12 +60,49 @@ class Sampling:
         """(M,) the random numbers of a completion, uniform in [0, 1)."""
         return np.random.default_rng([self.seed, number, 3]).random(self.max_new_tokens, dtype=np.float32)
 
+    def request_seed(self, number: int) -> int:
+        """The seed of a completion's random numbers, for engines that draw their own: below 2³¹."""
+        return int(np.random.default_rng([self.seed, number, 4]).integers(2**31))
+
+
+@dataclass(frozen=True)
+class Student:
+    """The student, as engines with a copy of its weights need it.
+
+    Attributes:
+        model: the student; may have adapters, which are merged into the copy.
+        tokenizer: its tokenizer.
+        dtype: of the copy, such as torch.bfloat16.
+        stop: token ids that end a completion.
+        probe: (L,) token ids after which both write a few tokens, to check that their weights are the same.
+        longest: most tokens of a prompt with its completion.
+    """
+
+    model: Any
+    tokenizer: Any
+    dtype: torch.dtype
+    stop: frozenset[int]
+    probe: npt.NDArray[np.int32]
+    longest: int
+
 
 class Engine(Protocol):
     """Writes completions with the student's current weights."""
 
+    def synchronise(self) -> None:
+        """Take over the student's weights. Every process must call this, and wait for the others, before `write`."""
+        ...
+
     def write(self, prompts: Sequence[Prompt], progress: Progress) -> list[npt.NDArray[np.int32]]:
         """Return the new tokens of each prompt, with the token that ended it, if one did."""
+        ...
+
+    def held_bytes(self) -> int:
+        """Return how much memory it keeps on the student's device from the first round on, besides the student."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is only needed to write; `synchronise` gets it again."""
         ...
 
 
@@ -98,6 +135,9 @@ class HfEngine:
         self.pad_id = pad_id
         self.batch_size = batch_size
 
+    def synchronise(self) -> None:
+        """See `Engine`. There is nothing to do: the weights are the student's own."""
+
     def write(self, prompts: Sequence[Prompt], progress: Progress) -> list[npt.NDArray[np.int32]]:
         """See `Engine`. Prompts of similar length are continued together."""
         found: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * len(prompts)
@@ -111,6 +151,13 @@ class HfEngine:
                     found[index] = completion
             progress(len(order), len(order))
         return found
+
+    def held_bytes(self) -> int:
+        """See `Engine`."""
+        return 0
+
+    def close(self) -> None:
+        """See `Engine`. There is nothing to give back."""
 
     def _batch(self, model: Any, prompts: Sequence[Prompt]) -> list[npt.NDArray[np.int32]]:
         longest = max(len(prompt.ids) for prompt in prompts)

@@ -22,9 +22,11 @@ import transformers
 from distillkit.errors import ConfigError
 from distillkit.losses.fused import Objective
 from distillkit.losses.registry import Term, loss
+from distillkit.models.adapters import check_merge
+from distillkit.models.head import bare_model
 from distillkit.shards.table import document_id
 from distillkit.training.data.examples import DistillationDataset, Example
-from distillkit.training.rollouts.engine import Engine, HfEngine, Progress, Prompt, Sampling, stop_tokens
+from distillkit.training.rollouts.engine import Engine, HfEngine, Progress, Prompt, Sampling, Student, stop_tokens
 from distillkit.training.rollouts.order import MixedOrder, PromptOrder, Slot
 from distillkit.training.rollouts.prompts import Prompts
 from distillkit.types import Document
@@ -41,6 +43,10 @@ MEASURED = 64
 """Completions of a round on which the divergence from the teacher is measured, in all processes together."""
 
 _REVERSE_KL = Objective((Term("reverse_kl", 1.0, loss("reverse_kl", missing_probability_handling="uniform")),))
+# Completions at the same time, for engines that decide themselves how many run.
+_AT_ONCE = {"vllm": 256, "server": 64}
+# Tokens of the prompt by which an engine's weights are checked: a few suffice.
+_PROBE = 64
 # Length of the sequences whose repetition is counted.
 _REPEATED = 4
 
@@ -139,7 +145,8 @@ class Rollouts:
         """Write with the student of this trainer.
 
         Raises:
-            ConfigError: the student's weights are divided among processes.
+            ConfigError: the student's weights are divided among processes, or the engine cannot take them.
+            CaptureError: the engine is a server that does not answer.
         """
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ConfigError(
@@ -155,17 +162,63 @@ class Rollouts:
             settings.max_new_tokens, settings.temperature, settings.top_p, arguments.seed if seed is None else seed
         )
         self._stop = stop_tokens(trainer.model, tokenizer)
-        self.batch_size = settings.batch_size or (
-            arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-        )
-        self.engine: Engine = HfEngine(
-            trainer.model,
-            sampling,
-            stop=self._stop,
-            pad_id=trainer.data_collator.pad_id,
-            batch_size=self.batch_size,
-        )
+        rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        self.batch_size = settings.batch_size or _AT_ONCE.get(settings.engine, rows)
+        self.engine = self._engine(sampling)
         trainer.add_callback(_RoundEnds(self))
+
+    def _engine(self, sampling: Sampling) -> Engine:
+        trainer, settings = self._trainer, self.settings
+        if settings.engine == "hf":
+            return HfEngine(
+                trainer.model,
+                sampling,
+                stop=self._stop,
+                pad_id=trainer.data_collator.pad_id,
+                batch_size=self.batch_size,
+            )
+        if settings.engine == "vllm" and trainer.args.world_size > 1:
+            raise ConfigError(
+                f"rollouts.engine: vllm writes in the only process that trains, but there are "
+                f"{trainer.args.world_size}; several processes can ask a server together (engine: server), or each "
+                "write its share (engine: hf)"
+            )
+        student = self._student()
+        if settings.engine == "vllm":
+            from distillkit.training.rollouts.vllm import VLLMEngine
+
+            memory = settings.gpu_memory_utilization
+            return VLLMEngine(student, sampling, batch_size=self.batch_size, gpu_memory_utilization=memory)
+        if settings.server is None:
+            raise TypeError("the configuration has no server")
+        from distillkit.training.rollouts.server import ServerEngine
+
+        folder = Path(settings.server.folder or Path(trainer.args.output_dir) / "rollouts_student")
+        leads = bool(trainer.args.process_index == 0)
+        return ServerEngine(student, sampling, settings.server, folder, batch_size=self.batch_size, leads=leads)
+
+    def _student(self) -> Student:
+        """Describe the student for an engine with a copy of its weights.
+
+        Raises:
+            ConfigError: its adapters cannot be merged into the copy.
+        """
+        model, arguments = self._trainer.model, self._trainer.args
+        if bare_model(model) is not model:
+            check_merge(
+                model,
+                lora_bias=any(getattr(each, "lora_bias", False) for each in model.peft_config.values()),
+                key=f"rollouts.engine: {self.settings.engine}",
+                otherwise="use engine: hf",
+            )
+        return Student(
+            model,
+            self._trainer.processing_class,
+            dtype=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else model.dtype,
+            stop=self._stop,
+            probe=self.prompts[0][:_PROBE],
+            longest=self.prompts.longest + self.settings.max_new_tokens,
+        )
 
     # -- rows of training ----------------------------------------------------------------------------------------------
 
@@ -244,6 +297,8 @@ class Rollouts:
         own = slots if everything else slots[arguments.process_index :: arguments.world_size]
         numbers = [self._order[slot] for slot in own]
         prompts = [Prompt(slot, self.prompts[number]) for slot, number in zip(own, numbers, strict=True)]
+        self.engine.synchronise()
+        self._trainer.accelerator.wait_for_everyone()
         written = self.engine.write(prompts, self.progress)
         return [
             Completion(np.concatenate([prompt.ids, ids]), len(prompt.ids), number)
@@ -334,13 +389,16 @@ class Rollouts:
 
 
 class _RoundEnds(transformers.TrainerCallback):  # type: ignore[misc]
-    """Measures each round after its last step."""
+    """Measures each round after its last step, and gives back what only the engine needs after the last one."""
 
     def __init__(self, rollouts: Rollouts) -> None:
         self.rollouts = rollouts
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.rollouts.end()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rollouts.engine.close()
 
 
 def repeated(tokens: npt.NDArray[np.int32]) -> float:

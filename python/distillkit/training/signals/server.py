@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from distillkit.capture.engine_settings import OpenAISettings
 from distillkit.capture.teachers.base import RejectedDocument, RowRequest, ScoredDocument
-from distillkit.capture.teachers.openai import OpenAITeacher, Use
+from distillkit.capture.teachers.connection import Use
+from distillkit.capture.teachers.openai import OpenAITeacher
 from distillkit.errors import CaptureError, ConfigError, InputError
 from distillkit.training.signals.cache import AnswerCache, cache_header
 from distillkit.types import SparseLogprobs, TokenDocument

@@ -6,9 +6,12 @@ use std::ops::Range;
 use super::document::{Frame, LANES, corrupt};
 use super::model::{BUCKETS, GAP_CONTEXTS, MASSES, Model};
 use super::numbers::{ESCAPE_BITS, bucket, float_bucket};
+use super::order::FirstIds;
 use super::tables::{Entry, SLOTS_LOG};
+#[cfg(target_arch = "x86_64")]
+use super::wide;
 use crate::error::Result;
-use crate::simd::{Backend, multiversion};
+use crate::simd::{Backend, Isa, multiversion};
 
 /// A stream is read in words of this many bytes; so many zeros follow a document.
 pub(super) const WORD: usize = 8;
@@ -28,6 +31,8 @@ pub(super) struct StoredRow<'a> {
     pub(super) row: usize,
     pub(super) head: Head,
     pub(super) positions: &'a [u32],
+    /// The id at each.
+    pub(super) ids: &'a [u32],
     pub(super) levels: &'a [u16],
     /// The place of the most probable id among all by falling level.
     pub(super) top: usize,
@@ -39,7 +44,7 @@ pub(super) struct StoredRow<'a> {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Stream {
     pub(super) bit: usize,
-    state: u32,
+    pub(super) state: u32,
 }
 
 impl Stream {
@@ -58,7 +63,7 @@ impl Stream {
     }
 
     #[inline(always)]
-    fn raw(&mut self, data: &[u8], bits: u32) -> u32 {
+    pub(super) fn raw(&mut self, data: &[u8], bits: u32) -> u32 {
         let number = self.window(data) as u32 & ((1 << bits) - 1);
         self.bit += bits as usize;
         number
@@ -66,8 +71,8 @@ impl Stream {
 
     /// The next number of a table.
     #[inline(always)]
-    pub(super) fn number(&mut self, data: &[u8], entries: &[Entry], table: u32) -> u32 {
-        let entry = entries[(table + self.state) as usize];
+    pub(super) fn number(&mut self, data: &[u8], entries: &[u32], table: u32) -> u32 {
+        let entry = Entry(entries[(table + self.state) as usize]);
         let (bits, extra) = (entry.bits(), entry.extra());
         let window = self.window(data);
         self.state = entry.base() + (window as u32 & ((1 << bits) - 1));
@@ -133,14 +138,15 @@ impl RowSink for OnRow<'_> {
 
 /// What the rows of a document are read from.
 #[derive(Debug)]
-struct Source<'a> {
+pub(super) struct Source<'a> {
     /// The document, zeros after it.
-    data: &'a [u8],
-    heads: &'a [Head],
+    pub(super) data: &'a [u8],
+    pub(super) heads: &'a [Head],
     /// Bits of each head.
-    head_bits: &'a [u32],
+    pub(super) head_bits: &'a [u32],
     /// The rows as they are dealt to the streams.
-    order: &'a [u32],
+    pub(super) order: &'a [u32],
+    pub(super) first: &'a FirstIds,
 }
 
 /// A stream, and the row that is read from it.
@@ -161,6 +167,7 @@ struct Lane<'a> {
     numbers: u32,
     /// Of k numbers; those of a row with fewer ids are the last ones.
     positions: Vec<u32>,
+    ids: Vec<u32>,
     /// Buckets of the positions + 1.
     buckets: Vec<u8>,
     levels: Vec<u16>,
@@ -183,6 +190,7 @@ impl<'a> Lane<'a> {
             quantisers: [0; 2],
             numbers: 0,
             positions: vec![0; k],
+            ids: vec![0; k],
             buckets: vec![0; k],
             levels: vec![0; k],
             bits: [0; 3],
@@ -254,24 +262,36 @@ impl<'a> Lane<'a> {
     #[inline(always)]
     fn finish_levels(&mut self, model: &Model, data: &[u8], start: usize) -> Result<usize> {
         let levels = &self.levels[self.places()];
-        let highest = highest(levels);
-        if self.numbers > u32::from(u16::MAX) / 2 || usize::from(highest) >= model.levels.len() {
-            return corrupt(format!("row {}: a value beyond the scale", self.row));
-        }
-        let near = near_top(levels, highest);
-        let mut top = 0;
-        if near > 1 {
-            top = self.stream.raw(data, top_bits(near)) as usize;
-            if top >= near {
-                return corrupt(format!(
-                    "row {}: the most probable id is number {top} of {near}",
-                    self.row
-                ));
-            }
-        }
+        let fits = self.numbers <= u32::from(u16::MAX) / 2;
+        let top = read_top(model, data, &mut self.stream, levels, (self.row, fits))?;
         self.bits[2] = (self.stream.bit - start) as u32;
         Ok(top)
     }
+}
+
+/// Checks the levels of a row, given whether all fit 16 bits; reads which id is the most probable
+/// one.
+#[inline(always)]
+pub(super) fn read_top(
+    model: &Model,
+    data: &[u8],
+    stream: &mut Stream,
+    levels: &[u16],
+    (row, fits): (usize, bool),
+) -> Result<usize> {
+    let highest = highest(levels);
+    if !fits || usize::from(highest) >= model.levels.len() {
+        return corrupt(format!("row {row}: a value beyond the scale"));
+    }
+    let near = near_top(levels, highest);
+    if near < 2 {
+        return Ok(0);
+    }
+    let top = stream.raw(data, top_bits(near)) as usize;
+    if top >= near {
+        return corrupt(format!("row {row}: the most probable id is number {top} of {near}"));
+    }
+    Ok(top)
 }
 
 multiversion! {
@@ -285,40 +305,55 @@ multiversion! {
 }
 
 #[inline(always)]
-fn read_rows_body<I, S: RowSink>(
+fn read_rows_body<I: Isa, S: RowSink>(
     _isa: I,
     model: &Model,
     source: &Source,
     streams: &mut [Stream],
     sink: &mut S,
 ) -> Result<()> {
-    // On the stack, where reading what was just written takes no time.
-    let mut lanes: [Lane; LANES] =
-        array::from_fn(|lane| Lane::new(model, streams.get(lane).copied().unwrap_or_default()));
-    for rows in source.order.chunks(streams.len()) {
-        for (lane, &row) in lanes.iter_mut().zip(rows) {
-            lane.begin(model, source, row as usize);
-        }
-        read_together(model, source.data, &mut lanes, rows.len(), sink)?;
+    #[cfg(target_arch = "x86_64")]
+    if matches!(I::BACKEND, Backend::Avx2 | Backend::Avx512) && wide::takes(source, streams) {
+        // SAFETY: the token proves AVX2.
+        return unsafe { wide::read_rows(model, source, streams, sink) };
     }
-    streams.iter_mut().zip(lanes).for_each(|(stream, lane)| *stream = lane.stream);
+    // On the stack, where reading what was just written takes no time.
+    let mut lanes: [[Lane; TOGETHER]; LANES / TOGETHER] = array::from_fn(|four| {
+        let stream = |lane| streams.get(TOGETHER * four + lane).copied().unwrap_or_default();
+        array::from_fn(|lane| Lane::new(model, stream(lane)))
+    });
+    for rows in source.order.chunks(streams.len()) {
+        for (lanes, rows) in lanes.iter_mut().zip(rows.chunks(TOGETHER)) {
+            for (lane, &row) in lanes.iter_mut().zip(rows) {
+                lane.begin(model, source, row as usize);
+            }
+            read_together(model, source, lanes, rows.len(), sink)?;
+        }
+    }
+    streams
+        .iter_mut()
+        .zip(lanes.into_iter().flatten())
+        .for_each(|(stream, lane)| *stream = lane.stream);
     Ok(())
 }
+
+/// Rows that are read side by side.
+const TOGETHER: usize = 4;
 
 /// Reads a row of each lane side by side, a number of each in turn: while one waits for its table,
 /// the others go on.
 #[inline(always)]
 fn read_together<S: RowSink>(
     model: &Model,
-    data: &[u8],
-    lanes: &mut [Lane; LANES],
+    source: &Source,
+    lanes: &mut [Lane; TOGETHER],
     used: usize,
     sink: &mut S,
 ) -> Result<()> {
-    let k = model.config.k;
+    let (k, data) = (model.config.k, source.data);
     let least = lanes.iter().map(|lane| lane.count).min().unwrap_or(0);
-    let together = if used == LANES { least } else { 0 };
-    let mut starts = [0; LANES];
+    let together = if used == TOGETHER { least } else { 0 };
+    let mut starts = [0; TOGETHER];
     for (start, lane) in starts.iter_mut().zip(&mut lanes[..used]) {
         *start = lane.stream.bit;
         for left in (together + 1..=lane.count).rev() {
@@ -350,10 +385,18 @@ fn read_together<S: RowSink>(
     for (start, lane) in starts.iter().zip(&mut lanes[..used]) {
         let top = lane.finish_levels(model, data, *start)?;
         let places = lane.places();
+        let cluster = usize::from(lane.head.cluster);
+        model.ids(
+            source.first,
+            cluster,
+            &lane.positions[places.clone()],
+            &mut lane.ids[places.clone()],
+        );
         sink.row(&StoredRow {
             row: lane.row,
             head: lane.head,
             positions: &lane.positions[places.clone()],
+            ids: &lane.ids[places.clone()],
             levels: &lane.levels[places],
             top,
             bits: lane.bits,
@@ -387,7 +430,8 @@ impl Model {
         let mut streams: Vec<Stream> =
             firsts.iter().map(|&first| Stream::new(&padded, first)).collect();
         let order = &dealt(&heads);
-        let source = Source { data: &padded, heads: &heads, head_bits: &head_bits, order };
+        let first = self.first();
+        let source = Source { data: &padded, heads: &heads, head_bits: &head_bits, order, first };
         read_rows(backend, self, &source, &mut streams, sink)?;
         let least = frame.rows.div_ceil(super::document::ROWS_PER_BYTE);
         for (number, (stream, lane)) in streams.iter().zip(&frame.lanes).enumerate() {

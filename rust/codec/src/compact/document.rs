@@ -2,10 +2,8 @@
 
 use crate::error::{CodecError, Result};
 
-/// Documents of fewer rows are written as one stream.
-const FEW_ROWS: usize = 32;
-/// Streams of other documents; rows are dealt to them in turn.
-pub(super) const LANES: usize = 4;
+/// The most streams that rows are dealt to in turn.
+pub(super) const LANES: usize = 16;
 /// At most this many rows a byte: bounds what a document from outside can promise.
 pub(super) const ROWS_PER_BYTE: usize = 64;
 
@@ -65,9 +63,13 @@ fn truncated<T>(what: &str, found: usize, expected: usize) -> Result<T> {
     Err(CodecError::Truncated { what: format!("document: {what}"), found, expected })
 }
 
-/// Streams of a document of so many rows.
+/// Streams of a document of so many rows: each costs some three bytes.
 pub(super) const fn lanes(rows: usize) -> usize {
-    if rows < FEW_ROWS { 1 } else { LANES }
+    match rows {
+        0..32 => 1,
+        32..128 => 4,
+        _ => LANES,
+    }
 }
 
 impl<'a> Frame<'a> {

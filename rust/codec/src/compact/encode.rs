@@ -3,15 +3,18 @@
 //! All decisions are made by IEEE basic operations in a fixed order and by libm, so that they are
 //! the same on every machine.
 
+use std::array;
+
 use super::config::CompactConfig;
 use super::decode::{Head, StoredRow};
 use super::model::{MASSES, Model, STATES};
-use super::numbers::{Kind, SYMBOLS, bucket, bucket_start};
+use super::numbers::{Kind, SYMBOLS, bucket, bucket_start, float_bucket};
+use super::order::ClusterOrder;
 use super::prior::{Dimensions, IdCodes, Prior};
 use super::scale::Scale;
 use super::write::StoredRows;
 use crate::error::{CodecError, Result};
-use crate::simd::lanes::exp;
+use crate::simd::lanes::{exp, prefetch};
 use crate::simd::{Backend, multiversion};
 
 /// Log-probabilities may exceed 0, and the sum of a row's probabilities 1, by this much: the
@@ -24,8 +27,16 @@ const LEAST: f32 = -80.0;
 /// At most so many ids decide the cluster, and all if there are no more than [`JUDGING`].
 const DECIDING: usize = 256;
 const JUDGING: usize = 64;
-/// Units of a bit in costs of clusters and shapes.
+/// Units of a bit in costs of levels.
+const LEVEL_UNITS: f32 = 1024.0;
+/// Units of a bit in costs of shapes.
 const UNITS: f32 = 8.0;
+/// Bits of a unit of what an id costs in a cluster, and in how many parts of it clusters are
+/// compared.
+const ID_COST: f32 = 0.8;
+const COST_UNITS: f32 = 8.0;
+/// Costs of a cluster itself are at most this.
+const MOST_BASE: u16 = 20_000;
 /// No decision: costs of a state that cannot be reached.
 const UNREACHED: f32 = 1e30;
 
@@ -37,8 +48,8 @@ pub(super) struct Encoder {
     ranks: Vec<u32>,
     clusters: ClusterCosts,
     shapes: ShapeCosts,
-    /// Half the bits that a unit of divergence is worth.
-    per_bit: f32,
+    /// Half the units of costs of levels that a unit of divergence is worth.
+    per_unit: f32,
     choice: Choice,
 }
 
@@ -51,41 +62,55 @@ struct Choice {
     mass: Option<f64>,
 }
 
-/// Buffers for one row after the other.
+/// Rows that are encoded side by side: what one waits for from memory comes while others go on.
+const GROUP: usize = 8;
+
+/// Buffers for the rows of a group.
 #[derive(Debug, Default)]
 pub(super) struct EncodeScratch {
+    rows: [Picked; GROUP],
     sorted: Vec<(f32, i64)>,
+    ids: Vec<i64>,
+    sums: Vec<u16>,
+    placing: Placing,
+    trellis: Trellis,
+    levels: Vec<u16>,
+}
+
+/// What is to be stored of a row.
+#[derive(Debug, Default)]
+struct Picked {
+    /// By falling probability: log-probabilities, and the roots of the probabilities.
     values: Vec<f32>,
     roots: Vec<f32>,
-    /// Where the values lie on the scale.
-    scaled: Vec<f32>,
     ranks: Vec<u32>,
-    sums: Vec<u16>,
-    keys: Vec<u64>,
+    mass: usize,
+    cluster: usize,
+    shape: usize,
+    /// Ascending.
+    positions: Vec<u32>,
+    /// How many positions are lower than that of the most probable id.
+    first: usize,
+    /// By position: buckets of the position + 1, log-probabilities, where these lie on the scale,
+    /// and what an error of 1 costs.
+    buckets: Vec<u8>,
+    logprobs: Vec<f32>,
+    scaled: Vec<f32>,
+    weights: Vec<f32>,
+}
+
+/// Buffers of [`Picked::place`].
+#[derive(Debug, Default)]
+struct Placing {
     /// The position of each rank.
     found: Vec<u32>,
     /// Which positions of the cluster's list are stored, and the rank of each.
     listed: Vec<u64>,
     places: Vec<u16>,
-    positions: Vec<u32>,
-    /// Buckets of the positions + 1.
-    buckets: Vec<u8>,
-    ordered: Vec<Value>,
-    /// For each value, the first of four neighbouring levels, and which way leads to each state.
-    choices: Vec<(u16, u16)>,
-    levels: Vec<u16>,
-}
-
-/// A value in the order of positions.
-#[derive(Debug, Clone, Copy)]
-struct Value {
-    logprob: f32,
-    /// Where it lies on the scale.
-    scaled: f32,
-    /// What an error of 1 costs in bits.
-    weight: f32,
-    /// Which rank it has.
-    rank: u32,
+    /// Positions after the list, and their ranks.
+    far: Vec<u64>,
+    /// The rank of each position.
+    order: Vec<u16>,
 }
 
 /// Rows of `width` ids and log-probabilities.
@@ -94,6 +119,19 @@ pub(super) struct Rows<'a> {
     pub(super) ids: &'a [i64],
     pub(super) logprobs: &'a [f32],
     pub(super) width: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// The rows in groups.
+    fn groups(self) -> impl Iterator<Item = Self> {
+        let size = GROUP * self.width;
+        let groups = self.ids.chunks(size).zip(self.logprobs.chunks(size));
+        groups.map(move |(ids, logprobs)| Self { ids, logprobs, ..self })
+    }
+
+    fn iter(self) -> impl Iterator<Item = (&'a [i64], &'a [f32])> {
+        self.ids.chunks(self.width).zip(self.logprobs.chunks(self.width))
+    }
 }
 
 multiversion! {
@@ -111,11 +149,10 @@ fn encode_rows_body<I>(
     out: &mut StoredRows,
 ) -> Result<()> {
     let mut scratch = EncodeScratch::default();
-    let Rows { ids, logprobs, width } = rows;
-    for (row, (ids, logprobs)) in ids.chunks(width).zip(logprobs.chunks(width)).enumerate() {
-        if let Err(error) = encoder.row(model, ids, logprobs, &mut scratch, |row| out.push(row)) {
-            return Err(error.at_row(row));
-        }
+    for (number, group) in rows.groups().enumerate() {
+        encoder
+            .group(model, group, &mut scratch, |row| out.push(row))
+            .map_err(|(row, error)| error.at_row(number * GROUP + row))?;
     }
     Ok(())
 }
@@ -136,7 +173,8 @@ impl Encoder {
             levels: LevelCosts::new(prior, &dimensions, &costs),
             clusters: ClusterCosts::new(&prior.ids(), &dimensions, &costs, &ranks),
             shapes: ShapeCosts::new(prior, &dimensions, &costs),
-            per_bit: (0.5 / (BIT_WORTH * prior.config.step * prior.config.step)) as f32,
+            per_unit: (0.5 / (BIT_WORTH * prior.config.step * prior.config.step)) as f32
+                * LEVEL_UNITS,
             ranks,
             choice: Choice::new(&prior.config),
         })
@@ -157,53 +195,105 @@ impl Encoder {
         ids: &[i64],
         logprobs: &[f32],
         scratch: &mut EncodeScratch,
-        on_row: impl FnOnce(&StoredRow),
+        on_row: impl FnMut(&StoredRow),
     ) -> Result<()> {
-        let sorted = logprobs.windows(2).all(|pair| pair[0] >= pair[1]);
-        if sorted && !logprobs[0].is_nan() {
-            scratch.sorted.clear();
-            scratch.sorted.extend(logprobs.iter().copied().zip(ids.iter().copied()));
-        } else {
-            sort(ids, logprobs, &mut scratch.sorted)?;
+        let rows = Rows { ids, logprobs, width: ids.len() };
+        self.group(model, rows, scratch, on_row).map_err(|(_, error)| error)
+    }
+
+    /// What is stored of at most [`GROUP`] rows, or the error of the first that cannot be.
+    #[inline(always)]
+    fn group(
+        &self,
+        model: &Model,
+        rows: Rows,
+        scratch: &mut EncodeScratch,
+        mut on_row: impl FnMut(&StoredRow),
+    ) -> std::result::Result<(), (usize, CodecError)> {
+        let mut count = 0;
+        let mut failed = Ok(());
+        for (row, (ids, logprobs)) in rows.iter().enumerate() {
+            if let Err(error) = self.pick(ids, logprobs, row, scratch) {
+                failed = Err((row, error));
+                break;
+            }
+            count = row + 1;
         }
-        let (count, total) = self.choice.select(scratch)?;
-        let mass = mass_number(1.0 - total);
-        scratch.ranks.clear();
-        for (_, id) in &scratch.sorted[..count] {
+        let EncodeScratch { rows, sums, placing, trellis, levels, .. } = scratch;
+        for number in 0..count {
+            let next = rows[..count].get(number + 1).map(|row| Deciding::new(&row.ranks));
+            let ranks = &rows[number].ranks;
+            let cluster = self.clusters.best(Deciding::new(ranks), next, sums);
+            model.clusters[cluster].order.prefetch(ranks);
+            rows[number].cluster = cluster;
+        }
+        for (number, row) in rows[..count].iter_mut().enumerate() {
+            let cluster = &model.clusters[row.cluster];
+            if let Err(position) = row.place(&cluster.order, placing) {
+                let (id, ids) = (cluster.order.id(position, &model.order), row.ranks.len());
+                let message = format!("id {id} occurs twice among the first {ids}");
+                return Err((number, CodecError::Input(message)));
+            }
+            row.scale(&self.scale, self.per_unit);
+            row.shape = self.shapes.best(model, row, sums);
+        }
+        failed?;
+        let rows = &rows[..count];
+        self.levels.quantise(rows, trellis);
+        for (lane, row) in rows.iter().enumerate() {
+            trellis.levels(lane, row.positions.len(), levels);
+            on_row(&StoredRow {
+                row: 0,
+                head: Head {
+                    cluster: row.cluster as u16,
+                    shape: row.shape as u8,
+                    count: row.positions.len() as u16,
+                    mass: row.mass as u16,
+                },
+                positions: &row.positions,
+                ids: &[],
+                levels,
+                top: top(row.first, levels),
+                bits: [0; 3],
+            });
+        }
+        Ok(())
+    }
+
+    /// Which ids are stored of a row.
+    #[inline(always)]
+    fn pick(
+        &self,
+        ids: &[i64],
+        logprobs: &[f32],
+        row: usize,
+        scratch: &mut EncodeScratch,
+    ) -> Result<()> {
+        let EncodeScratch { rows, sorted, ids: sorted_ids, .. } = scratch;
+        let row = &mut rows[row];
+        let k = self.choice.k.min(ids.len());
+        row.values.clear();
+        let ids = if is_sorted(logprobs) {
+            row.values.extend_from_slice(&logprobs[..k]);
+            ids
+        } else {
+            sort(ids, logprobs, sorted)?;
+            row.values.extend(sorted[..k].iter().map(|pair| pair.0));
+            sorted_ids.clear();
+            sorted_ids.extend(sorted[..k].iter().map(|pair| pair.1));
+            sorted_ids
+        };
+        let (count, total) = self.choice.select(&mut row.values, &mut row.roots)?;
+        row.mass = mass_number(1.0 - total);
+        row.ranks.resize(count, 0);
+        for (out, id) in row.ranks.iter_mut().zip(ids) {
             let rank = usize::try_from(*id).ok().and_then(|id| self.ranks.get(id));
             let Some(&rank) = rank else {
                 let vocab = self.choice.vocab;
                 return Err(CodecError::Input(format!("id {id} of a vocabulary of {vocab}")));
             };
-            scratch.ranks.push(rank);
+            *out = rank;
         }
-        let cluster = self.clusters.best(&scratch.ranks, &mut scratch.sums);
-        let EncodeScratch { scaled, values, roots, .. } = scratch;
-        scaled.clear();
-        scaled.extend(
-            values.iter().zip(&*roots).map(|(&value, &root)| self.scale.place(value, root)),
-        );
-        for root in roots.iter_mut() {
-            *root = *root * *root * self.per_bit;
-        }
-        place(model, cluster, count, scratch)?;
-        let shape = self.shapes.best(model, cluster, mass, scratch);
-        self.levels.quantise(shape, scratch);
-        let head = Head {
-            cluster: cluster as u16,
-            shape: shape as u8,
-            count: count as u16,
-            mass: mass as u16,
-        };
-        let top = top(&scratch.ordered, &scratch.levels);
-        on_row(&StoredRow {
-            row: 0,
-            head,
-            positions: &scratch.positions,
-            levels: &scratch.levels,
-            top,
-            bits: [0; 3],
-        });
         Ok(())
     }
 }
@@ -211,112 +301,182 @@ impl Encoder {
 /// What levels cost in bits.
 #[derive(Debug)]
 struct LevelCosts {
-    /// Levels of the quantisers, in turn.
-    values: [Vec<f32>; 2],
-    /// By table: the costs of all numbers of a quantiser.
-    bits: Vec<f32>,
+    /// By the first of four neighbouring levels: their log-probabilities, in the order of a step.
+    values: Vec<[f32; STATES]>,
+    /// By table: the costs of each number of a quantiser and the next one, the even one first.
+    bits: Vec<[u16; 2]>,
     /// Where `bits` has them for both quantisers, by shape and bucket of the position + 1.
     contexts: Vec<[u32; 2]>,
     /// Buckets of a shape.
     buckets: usize,
-    /// The last level that has three more.
-    last: i32,
 }
 
 impl LevelCosts {
     fn new(prior: &Prior, dimensions: &Dimensions, costs: &[[f32; SYMBOLS]]) -> Self {
-        let levels = prior.levels.len();
-        let numbers = levels.div_ceil(2);
-        let symbols: Vec<usize> =
-            (0..numbers as u32).map(|number| Kind::Other.symbol(number)).collect();
-        let bits = costs.iter().flat_map(|costs| symbols.iter().map(|&symbol| costs[symbol]));
+        let levels = &prior.levels;
+        let numbers = levels.len().div_ceil(2) as u32;
+        let quadruple = |first: usize| {
+            // One for each remainder by 4.
+            let value = |remainder: usize| levels[first + (remainder.wrapping_sub(first) & 3)];
+            REMAINDERS.map(value)
+        };
+        let bits = |costs: &[f32; SYMBOLS], number: u32| {
+            let cost = |number: u32| (costs[Kind::Other.symbol(number)] * LEVEL_UNITS) as u16;
+            let even = number.next_multiple_of(2);
+            let odd = if even == number { number + 1 } else { number };
+            [cost(even), cost(odd)]
+        };
         let buckets = dimensions.positions;
         let context = |shape: usize, quantiser: usize, bucket: usize| {
             let table = prior.contexts.level[(shape * 2 + quantiser) * buckets + bucket];
-            u32::from(table) * numbers as u32
+            u32::from(table) * numbers
         };
-        let shapes = 0..dimensions.shapes;
+        let contexts = (0..dimensions.shapes)
+            .flat_map(|shape| (0..buckets).map(move |bucket| (shape, bucket)))
+            .map(|(shape, bucket)| [0, 1].map(|half| context(shape, half, bucket)));
         Self {
-            values: [0, 1]
-                .map(|first| prior.levels.iter().skip(first).step_by(2).copied().collect()),
-            bits: bits.collect(),
-            contexts: shapes
-                .flat_map(|shape| {
-                    (0..buckets).map(move |bucket| [0, 1].map(|half| context(shape, half, bucket)))
-                })
+            values: (0..levels.len() - 3).map(quadruple).collect(),
+            bits: costs
+                .iter()
+                .flat_map(|costs| (0..numbers).map(|number| bits(costs, number)))
                 .collect(),
+            contexts: contexts.collect(),
             buckets,
-            last: levels as i32 - 4,
         }
     }
 
     /// The levels that cost least in divergence and bits together, over all ways through the
-    /// states of the quantiser (the Viterbi algorithm).
+    /// states of the quantiser (the Viterbi algorithm), of rows side by side.
     #[inline(always)]
-    fn quantise(&self, shape: usize, scratch: &mut EncodeScratch) {
-        let EncodeScratch { ordered, buckets, choices, levels, .. } = scratch;
-        let contexts = &self.contexts[shape * self.buckets..][..self.buckets];
-        choices.clear();
-        choices.resize(ordered.len(), (0, 0));
-        let mut paths = [0.0, UNREACHED, UNREACHED, UNREACHED];
-        for ((value, &bucket), choice) in ordered.iter().zip(&*buckets).zip(&mut *choices) {
-            // Four neighbours: one for each remainder by 4.
-            let first = (value.scaled as i32 - 1).clamp(0, self.last) as usize;
-            let costs = self.costs(contexts[usize::from(bucket)], value, first);
+    fn quantise(&self, rows: &[Picked], trellis: &mut Trellis) {
+        let length = rows.iter().map(|row| row.positions.len()).max().unwrap_or(0);
+        trellis.steps.resize(length, Step::default());
+        trellis.ways.resize(length, [0; GROUP]);
+        trellis.levels.resize(length, [0; GROUP]);
+        for (lane, row) in rows.iter().enumerate() {
+            self.costs(row, lane, trellis);
+        }
+        trellis.run();
+    }
+
+    /// What the four levels around each value cost, each at the place of its remainder by 4. Rows
+    /// end together: shorter ones stay in the first state before they begin.
+    #[inline(always)]
+    fn costs(&self, row: &Picked, lane: usize, trellis: &mut Trellis) {
+        let contexts = &self.contexts[row.shape * self.buckets..][..self.buckets];
+        let last = self.values.len() as i32 - 1;
+        let waiting = trellis.steps.len() - row.positions.len();
+        let (before, steps) = trellis.steps.split_at_mut(waiting);
+        for Step(costs) in before {
+            for (costs, remainder) in costs.iter_mut().zip(REMAINDERS) {
+                costs[lane] = if remainder == 0 { 0.0 } else { UNREACHED };
+            }
+        }
+        let firsts = &mut trellis.levels[waiting..];
+        let values = row.logprobs.iter().zip(&row.weights).zip(row.scaled.iter().zip(&row.buckets));
+        let steps = steps.iter_mut().zip(firsts);
+        for ((Step(costs), firsts), ((&value, &weight), (&scaled, &bucket))) in steps.zip(values) {
+            let first = (scaled as i32 - 1).clamp(0, last) as u32;
+            firsts[lane] = first;
+            // A quantiser has the even or the odd ones.
+            let [even, odd] = contexts[usize::from(bucket)];
+            let even = self.bits[(even + first.div_ceil(2)) as usize];
+            let odd = self.bits[(odd + first / 2) as usize];
+            let bits = [even[0], even[1], odd[0], odd[1]];
+            let levels = &self.values[first as usize];
+            let all: [f32; STATES] = array::from_fn(|i| {
+                let error = levels[i] - value;
+                weight * error * error + f32::from(bits[i])
+            });
+            for (costs, cost) in costs.iter_mut().zip(all) {
+                costs[lane] = cost;
+            }
+        }
+    }
+}
+
+/// The remainders by 4 of the levels of a step: first those of one quantiser.
+const REMAINDERS: [usize; STATES] = [0, 2, 1, 3];
+
+/// What the levels of a value cost, by remainder by 4 (in the order of [`REMAINDERS`]) and row.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(align(64))]
+struct Step([[f32; GROUP]; STATES]);
+
+/// The ways of rows through the states of the quantiser, side by side.
+#[derive(Debug, Default)]
+struct Trellis {
+    steps: Vec<Step>,
+    /// By value and row: for each state a bit, whether it is reached from the second one before.
+    ways: Vec<[u32; GROUP]>,
+    /// The first of four neighbouring levels, then the one that is stored.
+    levels: Vec<[u32; GROUP]>,
+}
+
+impl Trellis {
+    /// Finds the levels.
+    #[inline(always)]
+    fn run(&mut self) {
+        let mut paths = [[UNREACHED; GROUP]; STATES];
+        paths[0] = [0.0; GROUP];
+        for (Step(costs), ways) in self.steps.iter().zip(&mut self.ways) {
             // Each state is reached from two, in the order of [`back`].
             let [a, b, c, d] = paths;
-            let [e, f, g, h] = costs;
-            let ones = added([a, c, a, c], [e, f, g, h]);
-            let others = added([b, d, b, d], [g, h, e, f]);
-            let mut second = 0;
-            for (state, path) in paths.iter_mut().enumerate() {
-                let (one, other) = (ones[state], others[state]);
-                let better = other < one;
-                *path = if better { other } else { one };
-                second |= u16::from(better) << state;
-            }
-            *choice = (first as u16, second);
+            let [e, g, f, h] = costs;
+            let ones = [added(&a, e), added(&c, f), added(&a, g), added(&c, h)];
+            let others = [added(&b, g), added(&d, h), added(&b, e), added(&d, f)];
+            let [e, f, g, h] =
+                array::from_fn(|state| where_less(&others[state], &ones[state], 1 << state));
+            *ways = array::from_fn(|lane| e[lane] | f[lane] | g[lane] | h[lane]);
+            paths = array::from_fn(|state| lesser(&ones[state], &others[state]));
         }
-        let better = |best, state| if paths[state] < paths[best] { state } else { best };
-        let mut state = (0..STATES).fold(0, better);
-        levels.clear();
-        levels.resize(ordered.len(), 0);
-        for (level, &(first, second)) in levels.iter_mut().zip(choices.iter()).rev() {
-            let (previous, remainder) = back(state, usize::from(second >> state & 1));
-            *level = first + ((remainder as u16).wrapping_sub(first) & 3);
-            state = previous;
+        let mut states = [0u32; GROUP];
+        for (lane, best) in states.iter_mut().enumerate() {
+            let better = |best: usize, state: usize| {
+                if paths[state][lane] < paths[best][lane] { state } else { best }
+            };
+            *best = (0..STATES).fold(0, better) as u32;
+        }
+        for (levels, ways) in self.levels.iter_mut().zip(&self.ways).rev() {
+            let second: [u32; GROUP] =
+                array::from_fn(|lane| ways[lane] >> (states[lane] % STATES as u32) & 1);
+            let remainder: [u32; GROUP] = array::from_fn(|lane| back(states[lane], second[lane]).1);
+            *levels = array::from_fn(|lane| {
+                levels[lane] + (remainder[lane].wrapping_sub(levels[lane]) & 3)
+            });
+            states = array::from_fn(|lane| back(states[lane], second[lane]).0);
         }
     }
 
-    /// What the four levels from `first` on cost, each at the place of its remainder by 4.
+    /// The levels of a row.
     #[inline(always)]
-    fn costs(&self, context: [u32; 2], value: &Value, first: usize) -> [f32; 4] {
-        // A quantiser has the even or the odd ones.
-        let even = self.two(context[0], value, 0, first.div_ceil(2));
-        let odd = self.two(context[1], value, 1, first / 2);
-        [even[0], odd[0], even[1], odd[1]]
-    }
-
-    /// What two numbers of a quantiser cost, the even one first.
-    #[inline(always)]
-    fn two(&self, context: u32, value: &Value, quantiser: usize, number: usize) -> [f32; 2] {
-        let levels = &self.values[quantiser][number..number + 2];
-        let at = context as usize + number;
-        let bits = &self.bits[at..at + 2];
-        let (low, high) = (levels[0] - value.logprob, levels[1] - value.logprob);
-        let low = value.weight * low * low + bits[0];
-        let high = value.weight * high * high + bits[1];
-        if number.is_multiple_of(2) { [low, high] } else { [high, low] }
+    fn levels(&self, lane: usize, count: usize, out: &mut Vec<u16>) {
+        out.resize(count, 0);
+        for (out, levels) in out.iter_mut().zip(&self.levels[self.levels.len() - count..]) {
+            *out = levels[lane] as u16;
+        }
     }
 }
 
 #[inline(always)]
-fn added(a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
-    [a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]]
+fn added(a: &[f32; GROUP], b: &[f32; GROUP]) -> [f32; GROUP] {
+    array::from_fn(|lane| a[lane] + b[lane])
+}
+
+#[inline(always)]
+fn lesser(a: &[f32; GROUP], b: &[f32; GROUP]) -> [f32; GROUP] {
+    array::from_fn(|lane| if b[lane] < a[lane] { b[lane] } else { a[lane] })
+}
+
+/// The bit where `a` < `b`.
+#[inline(always)]
+fn where_less(a: &[f32; GROUP], b: &[f32; GROUP], bit: u32) -> [u32; GROUP] {
+    array::from_fn(|lane| if a[lane] < b[lane] { bit } else { 0 })
 }
 
 /// The state before, and the level's remainder by 4, on the first or second way to a state.
-const fn back(state: usize, second: usize) -> (usize, usize) {
+#[inline(always)]
+const fn back(state: u32, second: u32) -> (u32, u32) {
     let quantiser = state & 1;
     let parity = second ^ (state >> 1);
     (quantiser << 1 | second, quantiser | parity << 1)
@@ -333,65 +493,114 @@ fn sort(ids: &[i64], logprobs: &[f32], out: &mut Vec<(f32, i64)>) -> Result<()> 
     Ok(())
 }
 
-/// The order of positions, and values in it.
+/// Whether log-probabilities do not rise; not where one is NaN.
 #[inline(always)]
-fn place(model: &Model, cluster: usize, count: usize, scratch: &mut EncodeScratch) -> Result<()> {
-    let order = &model.clusters[cluster].order;
-    let size = order.listed();
-    let EncodeScratch { ranks, keys, positions, ordered, values, roots: weights, .. } = scratch;
-    let EncodeScratch { sorted, listed, places, scaled, buckets, found, .. } = scratch;
-    listed.clear();
-    listed.resize(size.div_ceil(64), 0);
-    places.resize(size.max(places.len()), 0);
-    keys.clear();
-    // Positions of the list are sorted by a bit for each, the others by comparison.
-    order.positions(ranks, found);
-    for (place, &position) in found.iter().enumerate() {
-        let at = position as usize;
-        match listed.get_mut(at / 64) {
-            Some(word) if at < size && *word >> (at % 64) & 1 == 0 => {
-                *word |= 1 << (at % 64);
-                places[at] = place as u16;
-            }
-            _ => keys.push(u64::from(position) << 32 | place as u64),
-        }
-    }
-    keys.sort_unstable();
-    positions.clear();
-    buckets.clear();
-    ordered.clear();
-    let mut push = |position: u32, place: usize| {
-        positions.push(position);
-        buckets.push(bucket(position + 1) as u8);
-        let (logprob, scaled, weight) = (values[place], scaled[place], weights[place]);
-        ordered.push(Value { logprob, scaled, weight, rank: place as u32 });
-    };
-    for (word, bits) in listed.iter_mut().enumerate() {
-        while *bits > 0 {
-            let position = word * 64 + bits.trailing_zeros() as usize;
-            *bits &= *bits - 1;
-            push(position as u32, usize::from(places[position]));
-        }
-    }
-    for &key in keys.iter() {
-        push((key >> 32) as u32, key as u32 as usize);
-    }
-    if let Some(twice) = (1..ordered.len()).find(|&i| positions[i - 1] >= positions[i]) {
-        let id = sorted[ordered[twice].rank as usize].1;
-        return Err(CodecError::Input(format!("id {id} occurs twice among the first {count}")));
-    }
-    Ok(())
+fn is_sorted(logprobs: &[f32]) -> bool {
+    let pairs = logprobs.iter().zip(&logprobs[1..]);
+    pairs.fold(!logprobs[0].is_nan(), |sorted, (one, next)| sorted & (one >= next))
 }
 
-/// The place of the most probable id among all by falling level.
+/// Positions that are emitted at once: most words have no more.
+const AT_ONCE: usize = 4;
+
+impl Picked {
+    /// Puts positions and values in the order of positions; fails with a position that two ids
+    /// have.
+    #[inline(always)]
+    fn place(
+        &mut self,
+        order: &ClusterOrder,
+        placing: &mut Placing,
+    ) -> std::result::Result<(), u32> {
+        let Placing { found, listed, places, far, order: ranks } = placing;
+        order.positions(&self.ranks, found);
+        let (count, size) = (found.len(), order.listed());
+        // Positions of the list are sorted by a bit each, the others by comparison; these share the
+        // place after the list's.
+        let words = size.div_ceil(64);
+        let beyond = words * 64;
+        listed.clear();
+        listed.resize(words + 1, 0);
+        places.resize((beyond + 1).max(places.len()), 0);
+        far.resize((count + 1).max(far.len()), 0);
+        let mut outside = 0;
+        for (place, &position) in found.iter().enumerate() {
+            let is_listed = (position as usize) < size;
+            let at = if is_listed { position as usize } else { beyond };
+            listed[at / 64] |= 1 << (at % 64);
+            places[at] = place as u16;
+            far[outside] = u64::from(position) << 32 | place as u64;
+            outside += usize::from(!is_listed);
+        }
+        self.positions.clear();
+        self.positions.resize(count + AT_ONCE, 0);
+        ranks.resize((count + AT_ONCE).max(ranks.len()), 0);
+        let mut near = 0;
+        for (word, &bits) in listed[..words].iter().enumerate() {
+            let (mut bits, mut at) = (bits, near);
+            near += bits.count_ones() as usize;
+            while at < near {
+                let positions = &mut self.positions[at..at + AT_ONCE];
+                for (out, rank) in positions.iter_mut().zip(&mut ranks[at..at + AT_ONCE]) {
+                    let position = word * 64 + bits.trailing_zeros() as usize;
+                    *out = position as u32;
+                    *rank = places[position];
+                    bits &= bits.wrapping_sub(1);
+                }
+                at += AT_ONCE;
+            }
+        }
+        let far = &mut far[..outside];
+        far.sort_unstable();
+        for (i, &key) in far.iter().enumerate() {
+            self.positions[near + i] = (key >> 32) as u32;
+            ranks[near + i] = key as u16;
+        }
+        let is_twice =
+            far.windows(2).fold(false, |any, pair| any | (pair[0] >> 32 == pair[1] >> 32));
+        if near + outside < count || is_twice {
+            found.sort_unstable();
+            let twice = found.windows(2).find(|pair| pair[0] == pair[1]);
+            return Err(twice.map_or(0, |pair| pair[0]));
+        }
+        self.positions.truncate(count);
+        let own = found[0];
+        self.first =
+            self.positions.iter().map(|&position| u32::from(position < own)).sum::<u32>() as usize;
+        self.logprobs.resize(count, 0.0);
+        self.weights.resize(count, 0.0);
+        let out = self.logprobs.iter_mut().zip(&mut self.weights);
+        for ((logprob, root), &rank) in out.zip(&ranks[..count]) {
+            *logprob = self.values[usize::from(rank)];
+            *root = self.roots[usize::from(rank)];
+        }
+        Ok(())
+    }
+
+    /// Where values lie on the scale, and what errors cost.
+    #[inline(always)]
+    fn scale(&mut self, scale: &Scale, per_unit: f32) {
+        self.scaled.resize(self.logprobs.len(), 0.0);
+        let values = self.logprobs.iter().zip(&mut self.weights);
+        for (scaled, (&logprob, root)) in self.scaled.iter_mut().zip(values) {
+            *scaled = scale.place(logprob, *root);
+            *root = *root * *root * per_unit;
+        }
+        self.buckets.resize(self.positions.len(), 0);
+        for (bucket, &position) in self.buckets.iter_mut().zip(&self.positions) {
+            *bucket = float_bucket(position + 1);
+        }
+    }
+}
+
+/// The place of the most probable id, which is at `first`, among all by falling level.
 #[inline(always)]
-fn top(ordered: &[Value], levels: &[u16]) -> usize {
-    let Some(own) = ordered.iter().position(|value| value.rank == 0) else {
-        return 0;
-    };
-    let level = levels[own];
-    let before = levels.iter().enumerate();
-    before.filter(|&(place, &other)| other > level || other == level && place < own).count()
+fn top(first: usize, levels: &[u16]) -> usize {
+    let level = levels[first];
+    let (before, after) = levels.split_at(first);
+    let before = before.iter().map(|&other| u16::from(other >= level)).sum::<u16>();
+    let after = after.iter().map(|&other| u16::from(other > level)).sum::<u16>();
+    usize::from(before + after)
 }
 
 impl Choice {
@@ -404,46 +613,42 @@ impl Choice {
         }
     }
 
-    /// How many of the sorted ids are stored, and the sum of their probabilities; computes their
-    /// values, and the roots of their probabilities.
+    /// How many of the sorted values are stored, and the sum of their probabilities; leaves those
+    /// values and the roots of their probabilities.
     #[inline(always)]
-    fn select(&self, scratch: &mut EncodeScratch) -> Result<(usize, f64)> {
-        let EncodeScratch { sorted, values, roots, .. } = scratch;
-        values.clear();
-        values.extend(
-            sorted
-                .iter()
-                .take(self.k)
-                .map(|pair| pair.0)
-                .take_while(|&logprob| logprob > f32::NEG_INFINITY),
-        );
-        let Some(&highest) = values.first() else {
+    fn select(&self, values: &mut Vec<f32>, roots: &mut Vec<f32>) -> Result<(usize, f64)> {
+        let highest = values[0];
+        if highest == f32::NEG_INFINITY {
             return Err(CodecError::Input(
                 "found no id with a finite log-probability, expected at least one".to_owned(),
             ));
-        };
+        }
         if highest.is_nan() || f64::from(highest) > ROUNDING {
             return Err(CodecError::Input(format!(
                 "found log-probability {highest}, expected at most 0"
             )));
         }
-        if let Some(threshold) = self.threshold {
-            let count = values.iter().take_while(|&&logprob| logprob >= threshold).count();
-            values.truncate(count.max(1));
-        }
+        let least = self.threshold.unwrap_or(f32::MIN);
+        let count = values.iter().map(|&logprob| u32::from(logprob >= least)).sum::<u32>();
+        values.truncate((count as usize).max(1));
         for value in values.iter_mut() {
             *value = value.clamp(LEAST, 0.0);
         }
-        roots.clear();
-        roots.extend(values.iter().map(|&logprob| exp(0.5 * logprob)));
-        let mut total = 0.0;
-        let mut count = values.len();
-        for (i, &root) in roots.iter().enumerate() {
-            total += f64::from(root) * f64::from(root);
-            if self.mass.is_some_and(|mass| total >= mass) {
-                count = i + 1;
-                break;
+        roots.resize(values.len(), 0.0);
+        for (root, &logprob) in roots.iter_mut().zip(&*values) {
+            *root = exp(0.5 * logprob);
+        }
+        let (mut count, mut total) = (values.len(), 0.0);
+        if let Some(mass) = self.mass {
+            for (i, &root) in roots.iter().enumerate() {
+                total += f64::from(root) * f64::from(root);
+                if total >= mass {
+                    count = i + 1;
+                    break;
+                }
             }
+        } else {
+            total = sum_of_squares(roots);
         }
         if total > 1.0 + ROUNDING {
             return Err(CodecError::Input(format!(
@@ -454,6 +659,19 @@ impl Choice {
         roots.truncate(count);
         Ok((count, total))
     }
+}
+
+/// Σ x², of every eighth number first.
+#[inline(always)]
+fn sum_of_squares(numbers: &[f32]) -> f64 {
+    let mut sums = [0.0; 8];
+    let (vectors, rest) = numbers.as_chunks::<8>();
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    for vector in vectors {
+        sums.iter_mut().zip(vector).for_each(|(sum, &x)| *sum += square(x));
+    }
+    sums.iter_mut().zip(rest).for_each(|(sum, &x)| *sum += square(x));
+    sums.into_iter().fold(0.0, |total, sum| total + sum)
 }
 
 /// The number that stands for a missing mass.
@@ -467,12 +685,36 @@ fn mass_number(missing: f64) -> usize {
 #[derive(Debug)]
 pub(super) struct ClusterCosts {
     clusters: usize,
-    /// For the rank of an id, its column, which is 0 if it is in no list.
-    columns: Vec<u32>,
-    /// Costs of a column in every cluster.
-    costs: Vec<u8>,
-    /// Costs of a cluster itself.
+    /// By rank, what an id costs in every cluster, beyond the cluster where it costs least; the last
+    /// column is that of all further ranks.
+    costs: Vec<Nibbles>,
+    /// Lines of a column, and the number of the last one.
+    lines: usize,
+    last: usize,
+    /// Costs of a cluster itself; the last line may have places without a cluster.
     base: Vec<u16>,
+}
+
+/// Costs in a line of clusters, in units of [`ID_COST`]: the first half of them is in the lower
+/// halves of the bytes.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+struct Nibbles([u8; 64]);
+
+/// Clusters of a line.
+const LINE: usize = 2 * size_of::<Nibbles>();
+/// Ranks that may have a column of their own.
+const COLUMNS: usize = 1 << 18;
+/// So many costs are below 256 together.
+const NIBBLES: usize = 16;
+/// What no cost of an id exceeds.
+const MOST: u8 = 15;
+
+impl Nibbles {
+    fn new(costs: &[u8]) -> Self {
+        let at = |place: usize| costs.get(place).copied().unwrap_or(0);
+        Self(array::from_fn(|i| at(i) | at(LINE / 2 + i) << 4))
+    }
 }
 
 impl ClusterCosts {
@@ -486,68 +728,97 @@ impl ClusterCosts {
         let profiles: Vec<Profile> = (0..dimensions.gap_classes)
             .map(|class| Profile::new(prior, dimensions, class))
             .collect();
-        let mut columns = vec![0; ranks.len()];
-        let mut next = 1;
-        for &id in prior.clusters.iter().flat_map(|cluster| &cluster.list) {
-            let column = &mut columns[ranks[id as usize] as usize];
-            if *column == 0 {
-                *column = next;
-                next += 1;
+        let profile = |cluster: &super::prior::Cluster| &profiles[usize::from(cluster.gap_class)];
+        // By rank: the clusters in which the id is listed, and its position there.
+        let mut listed: Vec<Vec<(u32, u32)>> = Vec::new();
+        for (number, cluster) in (0..).zip(prior.clusters) {
+            for (&id, position) in cluster.list.iter().zip(0..) {
+                let rank = ranks[id as usize] as usize;
+                if rank < COLUMNS {
+                    listed.resize(listed.len().max(rank + 1), Vec::new());
+                    listed[rank].push((number, position));
+                }
             }
         }
+        let last = listed.len();
+        listed.push(Vec::new());
         let outside = |cluster: &super::prior::Cluster| {
-            profiles[usize::from(cluster.gap_class)].cost(cluster.list.len() as u32 * 2 + 64)
+            profile(cluster).cost(cluster.list.len() as u32 * 2 + 64)
         };
-        let row: Vec<u8> = prior.clusters.iter().map(outside).collect();
-        let mut table = row.repeat(next as usize);
-        for (number, cluster) in prior.clusters.iter().enumerate() {
-            for (&id, position) in cluster.list.iter().zip(0..) {
-                let column = columns[ranks[id as usize] as usize] as usize;
-                table[column * clusters + number] =
-                    profiles[usize::from(cluster.gap_class)].cost(position);
+        let outside: Vec<f32> = prior.clusters.iter().map(outside).collect();
+        let mut own = Vec::new();
+        let mut table = Vec::new();
+        for listed in listed {
+            own.clone_from(&outside);
+            for (number, position) in listed {
+                let cluster = &prior.clusters[number as usize];
+                own[number as usize] = profile(cluster).cost(position);
             }
+            let least = own.iter().copied().fold(f32::INFINITY, f32::min);
+            let units = |&cost: &f32| (((cost - least) / ID_COST + 0.5) as u8).min(MOST);
+            let units: Vec<u8> = own.iter().map(units).collect();
+            table.extend(units.chunks(LINE).map(Nibbles::new));
         }
         let own = &costs[usize::from(prior.cluster)];
         let base = |(number, cluster): (u32, &super::prior::Cluster)| {
-            let bits =
-                own[Kind::Other.symbol(number)] + profiles[usize::from(cluster.gap_class)].base;
-            (bits * UNITS).clamp(0.0, 2000.0 * UNITS) as u16
+            let bits = own[Kind::Other.symbol(number)] + profile(cluster).base;
+            (bits / ID_COST * COST_UNITS).clamp(0.0, f32::from(MOST_BASE)) as u16
         };
-        let base = (0..).zip(prior.clusters).map(base).collect();
-        Self { clusters, columns, costs: table, base }
+        let lines = clusters.div_ceil(LINE);
+        let mut base: Vec<u16> = (0..).zip(prior.clusters).map(base).collect();
+        base.resize(lines * LINE, u16::MAX);
+        Self { clusters, costs: table, lines, last, base }
     }
 
-    /// The cluster in which some of the ids cost least, which are spread over all of them: to read
-    /// the costs of every id would take a third of the time, and save 0.2% of the bytes.
     #[inline(always)]
-    pub(super) fn best(&self, ranks: &[u32], sums: &mut Vec<u16>) -> usize {
-        let judging = (ranks.len() * 5 / 8).max(JUDGING).min(ranks.len()).min(DECIDING);
-        // Both as fractions of 2¹⁶: there are thousands of them, and divisions are slow.
-        let (share, step) = ((judging << 16) / ranks.len(), (ranks.len() << 16) / judging);
-        sums.clear();
-        sums.extend(self.base.iter().map(|&base| ((u32::from(base) * share as u32) >> 16) as u16));
+    fn column(&self, rank: u32) -> &[Nibbles] {
+        let at = (rank as usize).min(self.last) * self.lines;
+        &self.costs[at..at + self.lines]
+    }
+
+    /// The cluster in which some of the ids cost least. Asks for what those of the next row cost.
+    #[inline(always)]
+    fn best(&self, ids: Deciding, next: Option<Deciding>, sums: &mut Vec<u16>) -> usize {
         if self.clusters == 1 {
             return 0;
         }
-        let judge = |i: usize| {
-            let rank = ranks[(i * step) >> 16];
-            let column = self.columns[rank as usize] as usize * self.clusters;
-            &self.costs[column..column + self.clusters]
-        };
-        let whole = judging - judging % 8;
-        for i in (0..whole).step_by(8) {
-            let [a, b, c, d] = [judge(i), judge(i + 1), judge(i + 2), judge(i + 3)];
-            let [e, f, g, h] = [judge(i + 4), judge(i + 5), judge(i + 6), judge(i + 7)];
-            add_columns(sums, [a, b, c, d, e, f, g, h]);
-        }
-        for i in whole..judging {
-            add_columns(sums, [judge(i)]);
-        }
+        self.sum(ids, next, sums);
         least(sums)
     }
-}
 
-impl ClusterCosts {
+    #[inline(always)]
+    fn sum(&self, ids: Deciding, next: Option<Deciding>, sums: &mut Vec<u16>) {
+        // A fraction of 2¹⁶: divisions are slow.
+        let share = ((ids.count << 16) / ids.ranks.len()) as u32;
+        sums.resize(self.base.len(), 0);
+        for (sum, &base) in sums.iter_mut().zip(&self.base) {
+            let scaled = ((u32::from(base) * share) >> 16) as u16;
+            *sum = if base == u16::MAX { base } else { scaled };
+        }
+        let whole = ids.count - ids.count % NIBBLES;
+        for i in (0..whole).step_by(NIBBLES) {
+            self.prefetch(next, i);
+            add_nibbles(
+                sums,
+                array::from_fn::<_, NIBBLES, _>(|part| self.column(ids.rank(i + part))),
+            );
+        }
+        self.prefetch(next, whole);
+        for i in whole..ids.count {
+            add_nibbles(sums, [self.column(ids.rank(i))]);
+        }
+    }
+
+    /// Asks for some of the columns of ids.
+    #[inline(always)]
+    fn prefetch(&self, ids: Option<Deciding>, first: usize) {
+        if let Some(ids) = ids {
+            for i in first..(first + NIBBLES).min(ids.count) {
+                prefetch(self.column(ids.rank(i)));
+            }
+        }
+    }
+
     /// The clusters in which the ids cost least, about: at most `most`, the cheapest first.
     #[inline(always)]
     pub(super) fn candidates(
@@ -558,8 +829,8 @@ impl ClusterCosts {
         out: &mut Vec<u16>,
     ) {
         out.clear();
-        self.best(ranks, sums);
-        for _ in 0..most.min(sums.len()) {
+        self.sum(Deciding::new(ranks), None, sums);
+        for _ in 0..most.min(self.clusters) {
             let cluster = least(sums);
             sums[cluster] = u16::MAX;
             out.push(cluster as u16);
@@ -567,24 +838,69 @@ impl ClusterCosts {
     }
 }
 
-/// Adds columns of costs to their sums: few of them cannot exceed 16 bits.
+/// The ids of a row that decide its cluster, spread over all of them: to read the costs of all
+/// would take longer, and save 0.2% of the bytes.
+#[derive(Debug, Clone, Copy)]
+struct Deciding<'a> {
+    ranks: &'a [u32],
+    count: usize,
+    /// From one to the next, as a fraction of 2¹⁶.
+    step: usize,
+}
+
+impl<'a> Deciding<'a> {
+    #[inline(always)]
+    fn new(ranks: &'a [u32]) -> Self {
+        let count = (ranks.len() * 5 / 8).max(JUDGING).min(ranks.len()).min(DECIDING);
+        Self { ranks, count, step: (ranks.len() << 16) / count }
+    }
+
+    #[inline(always)]
+    fn rank(self, i: usize) -> u32 {
+        self.ranks[(i * self.step) >> 16]
+    }
+}
+
+/// Adds columns of costs to their sums.
 #[inline(always)]
-fn add_columns<const N: usize, T: Copy + Into<u16>>(sums: &mut [u16], columns: [&[T]; N]) {
-    let columns = columns.map(|column| &column[..sums.len()]);
-    for (cluster, sum) in sums.iter_mut().enumerate() {
-        let mut cost = 0u16;
+fn add_nibbles<const N: usize>(sums: &mut [u16], columns: [&[Nibbles]; N]) {
+    for (line, sums) in sums.as_chunks_mut::<LINE>().0.iter_mut().enumerate() {
+        let (mut low, mut high) = ([0u8; LINE / 2], [0u8; LINE / 2]);
         for column in &columns {
-            cost += column[cluster].into();
+            let Nibbles(costs) = &column[line];
+            for (i, &cost) in costs.iter().enumerate() {
+                low[i] += cost & 15;
+                high[i] += cost >> 4;
+            }
         }
-        *sum = sum.saturating_add(cost);
+        let (first, second) = sums.split_at_mut(LINE / 2);
+        add_units(first, &low);
+        add_units(second, &high);
+    }
+}
+
+#[inline(always)]
+fn add_units(sums: &mut [u16], units: &[u8; LINE / 2]) {
+    for (sum, &units) in sums.iter_mut().zip(units) {
+        *sum = sum.saturating_add(u16::from(units) * COST_UNITS as u16);
     }
 }
 
 /// The place of the first least number.
 #[inline(always)]
 fn least(numbers: &[u16]) -> usize {
-    let best = numbers.iter().min().copied().unwrap_or(0);
-    numbers.iter().position(|&number| number == best).unwrap_or(0)
+    const LANES: usize = 16;
+    let mut best = [u32::MAX; LANES];
+    let (vectors, rest) = numbers.as_chunks::<LANES>();
+    let key = |number: u16, place: usize| u32::from(number) << 16 | place as u32;
+    for (vector, numbers) in vectors.iter().enumerate() {
+        for (lane, (best, &number)) in best.iter_mut().zip(numbers).enumerate() {
+            *best = key(number, vector * LANES + lane).min(*best);
+        }
+    }
+    let rest = (vectors.len() * LANES..).zip(rest).map(|(place, &number)| key(number, place));
+    let least = best.into_iter().chain(rest).min();
+    least.map_or(0, |least| usize::from(least as u16))
 }
 
 /// How likely an id is stored at each position, by what the tables of gaps say.
@@ -622,97 +938,96 @@ impl Profile {
         Self { costs, base: base as f32 }
     }
 
-    fn cost(&self, position: u32) -> u8 {
-        let cost =
-            self.costs.get(bucket(position + 1)).or(self.costs.last()).copied().unwrap_or(0.0);
-        ((cost + 4.0) * UNITS).clamp(0.0, 255.0) as u8
+    fn cost(&self, position: u32) -> f32 {
+        self.costs.get(bucket(position + 1)).or(self.costs.last()).copied().unwrap_or(0.0)
     }
 }
+
+/// Costs in shapes next to each other.
+type Shapes<T> = [T; 32];
 
 /// What each value costs in each shape, about.
 #[derive(Debug)]
 struct ShapeCosts {
-    shapes: usize,
-    /// By bucket of the position + 1, symbol, shape.
-    costs: Vec<u16>,
-    /// By class of the cluster, shape.
-    shape: Vec<u16>,
-    /// By symbol of the mass, shape.
-    mass: Vec<u16>,
-    /// By symbol of the count, shape.
-    count: Vec<u16>,
+    parts: Vec<PartCosts>,
+}
+
+/// Costs in some shapes; those that do not exist are too expensive.
+#[derive(Debug)]
+struct PartCosts {
+    /// By bucket of the position + 1 and symbol, beyond the shape where it costs least.
+    values: Vec<Shapes<u8>>,
+    /// By class of the cluster, by symbol of the mass, by symbol of the count.
+    shape: Vec<Shapes<u16>>,
+    mass: Vec<Shapes<u16>>,
+    count: Vec<Shapes<u16>>,
 }
 
 impl ShapeCosts {
     fn new(prior: &Prior, dimensions: &Dimensions, costs: &[[f32; SYMBOLS]]) -> Self {
-        let shapes = dimensions.shapes;
-        let units = |bits: f32| (bits * UNITS) as u16;
         let bits = |table: u16, symbol: usize| costs[usize::from(table)][symbol];
-        let mut own = Self {
-            shapes,
-            costs: Vec::new(),
-            shape: Vec::new(),
-            mass: Vec::new(),
-            count: Vec::new(),
+        let shapes = dimensions.shapes;
+        // What a value costs in a shape.
+        let value = |shape: usize, position: usize, symbol: usize| {
+            let [even, odd] = [0, 1].map(|quantiser| {
+                let context = (shape * 2 + quantiser) * dimensions.positions + position;
+                bits(prior.contexts.level[context], symbol)
+            });
+            (f32::midpoint(even, odd) * UNITS) as u16
         };
-        for position in 0..dimensions.positions {
-            for symbol in 0..SYMBOLS {
-                own.costs.extend((0..shapes).map(|shape| {
-                    let [even, odd] = [0, 1].map(|quantiser| {
-                        let context = (shape * 2 + quantiser) * dimensions.positions + position;
-                        bits(prior.contexts.level[context], symbol)
-                    });
-                    units(f32::midpoint(even, odd))
-                }));
+        let contexts: Vec<(usize, usize)> = (0..dimensions.positions)
+            .flat_map(|position| (0..SYMBOLS).map(move |symbol| (position, symbol)))
+            .collect();
+        let least: Vec<u16> = contexts
+            .iter()
+            .map(|&(position, symbol)| {
+                (0..shapes).map(|shape| value(shape, position, symbol)).min().unwrap_or(0)
+            })
+            .collect();
+        let part = |first: usize| {
+            let line = |cost: &dyn Fn(usize) -> u16| -> Shapes<u16> {
+                array::from_fn(|i| if first + i < shapes { cost(first + i) } else { u16::MAX })
+            };
+            let values = contexts.iter().zip(&least).map(|(&(position, symbol), least)| {
+                line(&|shape| value(shape, position, symbol) - least)
+                    .map(|cost| cost.min(255) as u8)
+            });
+            let units = |table: u16, symbol: usize| (bits(table, symbol) * UNITS) as u16;
+            let shape =
+                |&table: &u16| line(&|shape| units(table, Kind::Other.symbol(shape as u32)));
+            let by_symbol = |tables: &[u16]| {
+                (0..SYMBOLS).map(|symbol| line(&|shape| units(tables[shape], symbol))).collect()
+            };
+            PartCosts {
+                values: values.collect(),
+                shape: prior.contexts.shape.iter().map(shape).collect(),
+                mass: by_symbol(&prior.contexts.mass),
+                count: by_symbol(&prior.contexts.count),
             }
-        }
-        for &table in &prior.contexts.shape {
-            let symbol = |shape| Kind::Other.symbol(shape);
-            own.shape.extend((0..shapes as u32).map(|shape| units(bits(table, symbol(shape)))));
-        }
-        for symbol in 0..SYMBOLS {
-            let cost = |&table: &u16| units(bits(table, symbol));
-            own.mass.extend(prior.contexts.mass.iter().map(cost));
-            own.count.extend(prior.contexts.count.iter().map(cost));
-        }
-        own
+        };
+        Self { parts: (0..shapes).step_by(size_of::<Shapes<u8>>()).map(part).collect() }
     }
 
     /// The shape in which the values cost least.
     #[inline(always)]
-    fn best(
-        &self,
-        model: &Model,
-        cluster: usize,
-        mass: usize,
-        scratch: &mut EncodeScratch,
-    ) -> usize {
-        let EncodeScratch { sums, ordered, buckets, .. } = scratch;
-        let shapes = self.shapes;
-        let class = model.clusters[cluster].shape_class;
+    fn best(&self, model: &Model, row: &Picked, sums: &mut Vec<u16>) -> usize {
+        let class = model.clusters[row.cluster].shape_class;
+        let count = model.count_number(row.positions.len());
+        let [mass, count] = [row.mass as u32, count].map(|number| Kind::Other.symbol(number));
         sums.clear();
-        sums.extend_from_slice(&self.shape[class * shapes..(class + 1) * shapes]);
-        let count = model.count_number(ordered.len());
-        for (costs, number) in [(&self.mass, mass as u32), (&self.count, count)] {
-            let symbol = Kind::Other.symbol(number);
-            sums.iter_mut().zip(&costs[symbol * shapes..]).for_each(|(sum, cost)| *sum += cost);
-        }
-        let column = |(value, &bucket): (&Value, &u8)| {
-            let number = (value.scaled * 0.5 + 0.25) as u32;
-            let place = (usize::from(bucket) * SYMBOLS + Kind::Other.symbol(number)) * shapes;
-            &self.costs[place..place + shapes]
-        };
-        let deciding = ordered.len().min(DECIDING);
-        let (eights, rest) = ordered[..deciding].as_chunks::<8>();
-        let (bucket_eights, rest_buckets) = buckets[..deciding].as_chunks::<8>();
-        for (eight, buckets) in eights.iter().zip(bucket_eights) {
-            let column = |i: usize| column((&eight[i], &buckets[i]));
-            let [a, b, c, d] = [column(0), column(1), column(2), column(3)];
-            let [e, f, g, h] = [column(4), column(5), column(6), column(7)];
-            add_columns(sums, [a, b, c, d, e, f, g, h]);
-        }
-        for each in rest.iter().zip(rest_buckets) {
-            add_columns(sums, [column(each)]);
+        for part in &self.parts {
+            let mut values: Shapes<u16> = [0; 32];
+            let deciding = row.buckets.iter().zip(&row.scaled).take(DECIDING);
+            for (&bucket, &scaled) in deciding {
+                let symbol = Kind::Other.symbol((scaled * 0.5 + 0.25) as u32);
+                let costs = &part.values[usize::from(bucket) * SYMBOLS + symbol];
+                values = array::from_fn(|i| values[i] + u16::from(costs[i]));
+            }
+            let head = [&part.shape[class], &part.mass[mass], &part.count[count]];
+            for costs in head {
+                values = array::from_fn(|i| values[i].saturating_add(costs[i]));
+            }
+            sums.extend_from_slice(&values);
         }
         least(sums)
     }
@@ -726,11 +1041,12 @@ mod tests {
     #[test]
     fn ways_back_are_the_ways_forward() {
         let mut ways = 0;
-        for state in 0..STATES {
+        for state in 0..STATES as u32 {
             for second in 0..2 {
                 let (previous, remainder) = back(state, second);
                 assert_eq!(previous >> 1, remainder & 1);
-                assert_eq!(usize::from(NEXT[previous][remainder >> 1]), state);
+                let next = NEXT[previous as usize][remainder as usize >> 1];
+                assert_eq!(u32::from(next), state);
                 ways |= 1 << (previous * 4 + remainder);
             }
         }

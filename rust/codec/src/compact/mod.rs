@@ -16,6 +16,8 @@ mod rank;
 mod sampled;
 mod scale;
 mod tables;
+#[cfg(target_arch = "x86_64")]
+mod wide;
 mod write;
 
 use std::sync::OnceLock;

@@ -1,10 +1,12 @@
 //! A prior prepared for decoding.
 
+use std::sync::OnceLock;
+
 use super::config::CompactConfig;
 use super::numbers::{Kind, bucket};
-use super::order::ClusterOrder;
+use super::order::{ClusterOrder, FirstIds};
 use super::prior::{Dimensions, Prior};
-use super::tables::{Entry, SLOTS};
+use super::tables::SLOTS;
 use crate::error::Result;
 
 /// Missing mass is stored as q, which stands for sin²(π q / (2 `MASSES`)).
@@ -24,22 +26,24 @@ pub(super) struct Model {
     pub(super) dimensions: Dimensions,
     /// The id of each rank by frequency.
     pub(super) order: Vec<u32>,
+    /// Made when ids are first decoded.
+    first: OnceLock<FirstIds>,
     pub(super) clusters: Vec<PreparedCluster>,
     pub(super) levels: Vec<f32>,
     /// Probability of each level, in units of 2⁻⁴⁸.
     pub(super) weights: Vec<u64>,
     /// ln(1 − m) of each stored missing mass m, plus the logarithm of the unit of `weights`.
     pub(super) stored_logs: Vec<f64>,
-    pub(super) entries: Vec<Entry>,
+    pub(super) entries: Vec<u32>,
     /// Contexts, as the place of their table's first entry.
     pub(super) cluster: u32,
     pub(super) shape: Vec<u32>,
     pub(super) count: Vec<u32>,
     pub(super) mass: Vec<u32>,
     /// By class, bucket of the ids left, bucket of the previous position + 1.
-    gap: Vec<u32>,
+    pub(super) gap: Vec<u32>,
     /// By shape, bucket of the position + 1, quantiser.
-    level: Vec<u32>,
+    pub(super) level: Vec<u32>,
     /// For every number of ids left, the place of its bucket within a class of `gap`.
     pub(super) lefts: Vec<u32>,
 }
@@ -63,14 +67,14 @@ impl Model {
     pub(super) fn new(prior: &Prior) -> Result<Self> {
         let ranks = prior.ranks();
         let prepare = |cluster: &super::prior::Cluster| PreparedCluster {
-            order: ClusterOrder::new(&cluster.list, &ranks).with_first(&cluster.list, &prior.order),
+            order: ClusterOrder::new(&cluster.list, &ranks),
             gap_class: usize::from(cluster.gap_class),
             shape_class: usize::from(cluster.shape_class),
         };
         let kinds = prior.kinds()?;
         let mut entries = Vec::with_capacity(prior.tables.len() * SLOTS);
         for (table, kind) in prior.tables.iter().zip(kinds) {
-            entries.extend(table.entries(kind.unwrap_or(Kind::Other)));
+            entries.extend(table.entries(kind.unwrap_or(Kind::Other)).map(|e| e.0));
         }
         let places = |tables: &[u16]| tables.iter().copied().map(place).collect::<Vec<u32>>();
         let contexts = &prior.contexts;
@@ -78,11 +82,13 @@ impl Model {
             let stored = libm::cos(std::f64::consts::FRAC_PI_2 * f64::from(q) / f64::from(MASSES));
             2.0 * libm::log(stored) + libm::log(ONE)
         };
+        let clusters: Vec<_> = prior.clusters.iter().map(prepare).collect();
         Ok(Self {
+            first: OnceLock::new(),
             config: prior.config.clone(),
             dimensions: prior.dimensions(),
             order: prior.order.clone(),
-            clusters: prior.clusters.iter().map(prepare).collect(),
+            clusters,
             weights: prior.levels.iter().map(|&level| weight(level)).collect(),
             levels: prior.levels.clone(),
             stored_logs: (0..MASSES).map(stored_log).collect(),
@@ -97,6 +103,28 @@ impl Model {
                 .map(|left| (bucket(left) * BUCKETS) as u32)
                 .collect(),
         })
+    }
+
+    /// The ids of the first positions.
+    pub(super) fn first(&self) -> &FirstIds {
+        let orders = || self.clusters.iter().map(|cluster| &cluster.order);
+        self.first.get_or_init(|| FirstIds::new(orders(), &self.order))
+    }
+
+    /// The ids at ascending positions of a cluster.
+    #[inline(always)]
+    pub(super) fn ids(&self, first: &FirstIds, cluster: usize, positions: &[u32], ids: &mut [u32]) {
+        let near = first.look_up(cluster, positions, ids);
+        self.far_ids(cluster, &positions[near..], &mut ids[near..]);
+    }
+
+    /// The ids at positions that are not in the table.
+    #[inline(always)]
+    pub(super) fn far_ids(&self, cluster: usize, positions: &[u32], ids: &mut [u32]) {
+        let order = &self.clusters[cluster].order;
+        for (id, &position) in ids.iter_mut().zip(positions) {
+            *id = order.outside(position, &self.order);
+        }
     }
 
     /// The contexts of a class's gaps: at the sum of `lefts` and the bucket of the previous

@@ -1,13 +1,12 @@
 //! Virtual positions: for a cluster, its list and then all other ids by frequency.
 
+use crate::simd::lanes::prefetch;
+
 /// The positions of a cluster's ids. Ids are named by their rank in the order of frequency.
 #[derive(Debug, Clone)]
 pub(super) struct ClusterOrder {
-    /// The ids of the first positions: the list, and after [`ClusterOrder::with_first`] more.
-    first: Ids,
-    /// How many ids the list has.
-    listed: usize,
-    /// Ranks of the list's ids, ascending, and their places in the list.
+    list: Vec<u32>,
+    /// Ranks of the list's ids, ascending, and their places in the list, with a 0 after them.
     ranks: Vec<u32>,
     places: Vec<u16>,
     /// Which of the first ranks, 64 a block, are in the list.
@@ -17,8 +16,10 @@ pub(super) struct ClusterOrder {
     before_index: Index,
 }
 
-/// The ids of so many positions are kept for each cluster at least.
-const FIRST: usize = 4096;
+/// So many positions of each cluster are looked up in one table, in which there are at most
+/// [`MOST_FIRST`] of all clusters together.
+const FIRST: usize = 1 << 15;
+const MOST_FIRST: usize = 1 << 24;
 
 /// Ranks below this are looked up in blocks; there are few above, if any.
 const BLOCK_RANKS: u32 = 1 << 16;
@@ -77,32 +78,76 @@ impl Index {
             return sorted.len();
         };
         let (from, to) = (usize::from(from), usize::from(to));
-        match sorted.get(from..to) {
-            Some(few) if few.len() <= 8 => {
-                from + few.iter().map(|&each| usize::from(each <= number)).sum::<usize>()
+        // Most runs are short, and those after it are greater: always as many are compared.
+        match sorted[from..].first_chunk::<8>() {
+            Some(few) if to <= from + few.len() => {
+                from + few.iter().map(|&each| u32::from(each <= number)).sum::<u32>() as usize
             }
-            Some(many) => from + many.partition_point(|&each| each <= number),
-            None => sorted.len(),
+            _ => from + sorted[from..to].partition_point(|&each| each <= number),
         }
     }
 }
 
-/// Ids, in as few bytes as they take: looking them up is waiting for memory.
-#[derive(Debug, Clone)]
-enum Ids {
+/// The ids of the first positions of all clusters, in as few bytes as they take: looking them up is
+/// waiting for memory.
+#[derive(Debug)]
+pub(super) struct FirstIds {
+    /// How many positions each cluster has.
+    pub(super) positions: usize,
+    pub(super) ids: Ids,
+}
+
+/// Ids in as many bytes as the vocabulary needs.
+#[derive(Debug)]
+pub(super) enum Ids {
+    /// With one more id, so that two can be read at the place of each.
     Narrow(Vec<u16>),
+    /// Of vocabularies of more than 65,536 ids.
     Wide(Vec<u32>),
 }
 
-/// Looks up ascending positions; how many of them there are in the table.
+impl FirstIds {
+    /// `order` has the id of each rank.
+    pub(super) fn new<'a>(
+        clusters: impl ExactSizeIterator<Item = &'a ClusterOrder>,
+        order: &[u32],
+    ) -> Self {
+        let positions = FIRST.min(order.len()).min(MOST_FIRST / clusters.len());
+        let mut listed = vec![false; order.len()];
+        let mut all = Vec::with_capacity(positions * clusters.len() + 1);
+        for cluster in clusters {
+            cluster.list.iter().for_each(|&id| listed[id as usize] = true);
+            let others = order.iter().copied().filter(|&id| !listed[id as usize]);
+            all.extend(cluster.list.iter().copied().chain(others).take(positions));
+            cluster.list.iter().for_each(|&id| listed[id as usize] = false);
+        }
+        let ids = if order.len() <= 1 << 16 {
+            Ids::Narrow(all.into_iter().map(|id| id as u16).chain([0]).collect())
+        } else {
+            Ids::Wide(all)
+        };
+        Self { positions, ids }
+    }
+
+    /// Looks up a cluster's ascending positions; returns how many of them are in the table.
+    #[inline(always)]
+    pub(super) fn look_up(&self, cluster: usize, positions: &[u32], ids: &mut [u32]) -> usize {
+        let within = |&position: &u32| u16::from((position as usize) < self.positions);
+        let near = usize::from(positions.iter().map(within).sum::<u16>());
+        let at = cluster * self.positions..(cluster + 1) * self.positions;
+        match &self.ids {
+            Ids::Narrow(table) => look_up(&table[at], &positions[..near], ids),
+            Ids::Wide(table) => look_up(&table[at], &positions[..near], ids),
+        }
+        near
+    }
+}
+
 #[inline(always)]
-fn look_up<T: Copy + Into<u32>>(table: &[T], positions: &[u32], ids: &mut [u32]) -> usize {
-    let within = |&position: &u32| u16::from((position as usize) < table.len());
-    let near = usize::from(positions.iter().map(within).sum::<u16>());
-    for (id, &position) in ids.iter_mut().zip(&positions[..near]) {
+fn look_up<T: Copy + Into<u32>>(table: &[T], positions: &[u32], ids: &mut [u32]) {
+    for (id, &position) in ids.iter_mut().zip(positions) {
         *id = table[position as usize].into();
     }
-    near
 }
 
 impl ClusterOrder {
@@ -117,9 +162,8 @@ impl ClusterOrder {
         let ranks: Vec<u32> = pairs.iter().map(|pair| pair.0).collect();
         let before: Vec<u32> = ranks.iter().zip(0..).map(|(rank, i)| rank - i).collect();
         Self {
-            first: Ids::Wide(list.to_vec()),
-            listed: list.len(),
-            places: pairs.iter().map(|pair| pair.1).collect(),
+            list: list.to_vec(),
+            places: pairs.iter().map(|pair| pair.1).chain([0]).collect(),
             blocks: blocks(&ranks),
             before_index: Index::new(&before),
             ranks,
@@ -127,32 +171,28 @@ impl ClusterOrder {
         }
     }
 
-    /// Looks up the ids of the first positions; `order` has the id of every rank.
-    pub(super) fn with_first(mut self, list: &[u32], order: &[u32]) -> Self {
-        let more = self.listed..FIRST.max(2 * self.listed).min(order.len());
-        let more = more.map(|position| self.outside(position as u32, order));
-        let first = list.iter().copied().chain(more);
-        self.first = if order.len() <= 1 << 16 {
-            Ids::Narrow(first.map(|id| id as u16).collect())
-        } else {
-            Ids::Wide(first.collect())
-        };
-        self
-    }
-
     /// The position of the id with this rank.
     pub(super) fn position(&self, rank: u32) -> u32 {
         self.position_by(rank, self.before(rank))
     }
 
+    /// Asks for what the positions of ids are found by.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, ranks: &[u32]) {
+        for &rank in ranks {
+            let block = rank as usize / 64;
+            prefetch(self.blocks.get(block..=block).unwrap_or(&[]));
+        }
+        prefetch(&self.places);
+    }
+
     /// The positions of ids by their ranks.
     #[inline(always)]
     pub(super) fn positions(&self, ranks: &[u32], positions: &mut Vec<u32>) {
-        positions.clear();
-        positions.extend_from_slice(ranks);
+        positions.resize(ranks.len(), 0);
         // In two loops, each of which waits for many ids at once.
-        for position in &mut *positions {
-            *position = self.before(*position);
+        for (position, &rank) in positions.iter_mut().zip(ranks) {
+            *position = self.before(rank);
         }
         for (position, &rank) in positions.iter_mut().zip(ranks) {
             *position = self.position_by(rank, *position);
@@ -176,45 +216,29 @@ impl ClusterOrder {
     #[inline(always)]
     fn position_by(&self, rank: u32, before: u32) -> u32 {
         let (before, listed) = (before >> 1, before & 1 > 0);
-        if listed {
-            u32::from(self.places[before as usize])
-        } else {
-            self.listed as u32 + rank - before
-        }
+        // Without a branch, which would often be guessed wrong: the last place is nobody's.
+        let length = self.list.len();
+        let place = u32::from(self.places[if listed { before as usize } else { length }]);
+        if listed { place } else { length as u32 + rank - before }
     }
 
     /// How many ids the list has.
     #[inline(always)]
     pub(super) fn listed(&self) -> usize {
-        self.listed
+        self.list.len()
     }
 
     /// The id at a position; `order` has the id of every rank.
     #[inline(always)]
     pub(super) fn id(&self, position: u32, order: &[u32]) -> u32 {
-        let first = match &self.first {
-            Ids::Narrow(first) => first.get(position as usize).map(|&id| u32::from(id)),
-            Ids::Wide(first) => first.get(position as usize).copied(),
-        };
-        first.unwrap_or_else(|| self.outside(position, order))
-    }
-
-    /// The ids at ascending positions; `order` has the id of every rank.
-    #[inline(always)]
-    pub(super) fn ids(&self, positions: &[u32], order: &[u32], ids: &mut [u32]) {
-        let near = match &self.first {
-            Ids::Narrow(first) => look_up(first, positions, ids),
-            Ids::Wide(first) => look_up(first, positions, ids),
-        };
-        for (id, &position) in ids[near..].iter_mut().zip(&positions[near..]) {
-            *id = self.outside(position, order);
-        }
+        let listed = self.list.get(position as usize);
+        listed.copied().unwrap_or_else(|| self.outside(position, order))
     }
 
     /// The id at a position after the list; `order` has the id of every rank.
     #[inline]
     pub(super) fn outside(&self, position: u32, order: &[u32]) -> u32 {
-        let place = position - self.listed as u32;
+        let place = position - self.list.len() as u32;
         let rank = place + self.before_index.up_to(&self.before, place) as u32;
         order.get(rank as usize).copied().unwrap_or(0)
     }
@@ -237,12 +261,14 @@ mod tests {
             (100..400).rev().collect::<Vec<u32>>(),
             order[..40].to_vec(),
         ] {
-            let cluster = ClusterOrder::new(&list, &ranks).with_first(&list, &order);
+            let cluster = ClusterOrder::new(&list, &ranks);
+            let first = FirstIds::new([&cluster].into_iter(), &order);
             let mut ids = vec![0; order.len()];
-            cluster.ids(&(0..count).collect::<Vec<u32>>(), &order, &mut ids);
+            let near = first.look_up(0, &(0..count).collect::<Vec<u32>>(), &mut ids);
             let rest = order.iter().filter(|id| !list.contains(id));
             for (position, &id) in list.iter().chain(rest).enumerate() {
-                assert_eq!(ids[position], id);
+                assert_eq!(cluster.id(position as u32, &order), id);
+                assert!(position >= near || ids[position] == id);
                 assert_eq!(cluster.position(ranks[id as usize]), position as u32);
             }
         }

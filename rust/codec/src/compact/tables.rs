@@ -6,7 +6,7 @@
 use super::numbers::{ESCAPE, ESCAPE_BITS, Kind, SYMBOLS};
 
 /// The logarithm of [`SLOTS`].
-pub const SLOTS_LOG: u32 = 10;
+pub const SLOTS_LOG: u32 = 8;
 /// The sum of a table's frequencies.
 pub const SLOTS: usize = 1 << SLOTS_LOG;
 /// Slots between two of a symbol; odd, so that every slot is met.
@@ -155,44 +155,41 @@ impl Table {
     }
 }
 
-/// What a state means.
+/// What a state means: from the lowest bit on the next state's base ([`SLOTS_LOG`] bits), how many
+/// bits are added to it ([`Entry::COUNT`]), how many extra bits there are ([`Entry::COUNT`]), and the
+/// first binary digits of the number, those before the extra bits.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Entry {
-    /// The next state's base in the lower [`SLOTS_LOG`] bits, then the first binary digits of the
-    /// number, those before the extra bits.
-    base: u16,
-    /// Bits that are added to the base.
-    bits: u8,
-    /// Extra bits.
-    extra: u8,
-}
+#[repr(transparent)]
+pub(super) struct Entry(pub(super) u32);
 
 impl Entry {
+    /// Bits of each of the two counts.
+    pub(super) const COUNT: u32 = 5;
+
     const fn new(base: u32, bits: u32, symbol: usize, kind: Kind) -> Self {
         let extra = kind.extra_bits(symbol);
         let lead = kind.base(symbol) >> extra;
-        let base = (base | lead << SLOTS_LOG) as u16;
-        Self { base, bits: bits as u8, extra: extra as u8 }
+        Self(base | (bits | (extra | lead << Self::COUNT) << Self::COUNT) << SLOTS_LOG)
     }
 
     #[inline(always)]
     pub(super) const fn base(self) -> u32 {
-        self.base as u32 % SLOTS as u32
-    }
-
-    #[inline(always)]
-    pub(super) const fn lead(self) -> u32 {
-        (self.base >> SLOTS_LOG) as u32
+        self.0 % SLOTS as u32
     }
 
     #[inline(always)]
     pub(super) const fn bits(self) -> u32 {
-        (self.bits % 32) as u32
+        self.0 >> SLOTS_LOG & ((1 << Self::COUNT) - 1)
     }
 
     #[inline(always)]
     pub(super) const fn extra(self) -> u32 {
-        (self.extra % 32) as u32
+        self.0 >> (SLOTS_LOG + Self::COUNT) & ((1 << Self::COUNT) - 1)
+    }
+
+    #[inline(always)]
+    pub(super) const fn lead(self) -> u32 {
+        self.0 >> (SLOTS_LOG + 2 * Self::COUNT)
     }
 }
 

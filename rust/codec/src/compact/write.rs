@@ -146,36 +146,47 @@ fn write_rows_body<I>(
     let starts = rows.starts();
     let order = dealt(&rows.heads);
     let count = lanes(rows.heads.len());
-    let mut lanes: [Lane; LANES] = array::from_fn(|_| Lane::default());
+    let mut lanes: [[Lane; TOGETHER]; LANES / TOGETHER] =
+        array::from_fn(|_| array::from_fn(|_| Lane::default()));
     for group in order.chunks(count).rev() {
-        for (lane, &row) in lanes.iter_mut().zip(group) {
-            lane.begin(model, rows, row as usize, starts[row as usize]);
-        }
-        let used = group.len();
-        let least = lanes.iter().map(|lane| lane.levels.len()).min().unwrap_or(0);
-        let together = if used == LANES { least } else { 0 };
-        for lane in &mut lanes[..used] {
-            (together..lane.levels.len()).rev().for_each(|i| lane.level(writers, i));
-        }
-        let [a, b, c, d] = &mut lanes;
-        for i in (0..together).rev() {
-            a.level(writers, i);
-            b.level(writers, i);
-            c.level(writers, i);
-            d.level(writers, i);
-        }
-        for lane in &mut lanes[..used] {
-            (together..lane.gaps.len()).rev().for_each(|i| lane.gap(writers, i));
-        }
-        let [a, b, c, d] = &mut lanes;
-        for i in (0..together).rev() {
-            a.gap(writers, i);
-            b.gap(writers, i);
-            c.gap(writers, i);
-            d.gap(writers, i);
+        for (lanes, group) in lanes.iter_mut().zip(group.chunks(TOGETHER)) {
+            for (lane, &row) in lanes.iter_mut().zip(group) {
+                lane.begin(model, rows, row as usize, starts[row as usize]);
+            }
+            write_together(writers, lanes, group.len());
         }
     }
-    lanes.into_iter().take(count).map(|lane| lane.stream.finish()).collect()
+    lanes.into_iter().flatten().take(count).map(|lane| lane.stream.finish()).collect()
+}
+
+/// Rows that are written side by side.
+const TOGETHER: usize = 4;
+
+/// Writes a row of each lane, a number of each in turn.
+#[inline(always)]
+fn write_together(writers: &[Writer], lanes: &mut [Lane; TOGETHER], used: usize) {
+    let least = lanes.iter().map(|lane| lane.levels.len()).min().unwrap_or(0);
+    let together = if used == TOGETHER { least } else { 0 };
+    for lane in &mut lanes[..used] {
+        (together..lane.levels.len()).rev().for_each(|i| lane.level(writers, i));
+    }
+    let [a, b, c, d] = lanes;
+    for i in (0..together).rev() {
+        a.level(writers, i);
+        b.level(writers, i);
+        c.level(writers, i);
+        d.level(writers, i);
+    }
+    for lane in &mut lanes[..used] {
+        (together..lane.gaps.len()).rev().for_each(|i| lane.gap(writers, i));
+    }
+    let [a, b, c, d] = lanes;
+    for i in (0..together).rev() {
+        a.gap(writers, i);
+        b.gap(writers, i);
+        c.gap(writers, i);
+        d.gap(writers, i);
+    }
 }
 
 /// A table, as the place of its first entry in a decoder, and a number.

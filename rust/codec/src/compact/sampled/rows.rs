@@ -9,7 +9,7 @@ use crate::compact::encode::ClusterCosts;
 use crate::compact::numbers::{Kind, SYMBOLS, bucket};
 use crate::compact::order::ClusterOrder;
 use crate::compact::prior::Dimensions;
-use crate::compact::tables::{Entry, SLOTS};
+use crate::compact::tables::SLOTS;
 use crate::compact::write::Step;
 use crate::error::{CodecError, Result};
 
@@ -65,7 +65,7 @@ pub(in crate::compact) struct Model {
     excess: Excess,
     order: Vec<u32>,
     clusters: Vec<PreparedCluster>,
-    entries: Vec<Entry>,
+    entries: Vec<u32>,
     /// Contexts, as the place of their table's first entry.
     cluster: u32,
     count: Vec<u32>,
@@ -86,7 +86,7 @@ impl Model {
         });
         let mut entries = Vec::with_capacity(prior.tables.len() * SLOTS);
         for (table, kind) in prior.tables.iter().zip(prior.kinds()?) {
-            entries.extend(table.entries(kind.unwrap_or(Kind::Other)));
+            entries.extend(table.entries(kind.unwrap_or(Kind::Other)).map(|e| e.0));
         }
         let place = |table: &u16| u32::from(*table) * SLOTS as u32;
         let places = |tables: &[u16]| tables.iter().map(place).collect::<Vec<u32>>();

@@ -56,7 +56,7 @@ def values_of(rows: SparseLogprobs, stored: SparseLogprobs) -> tuple[npt.NDArray
     return _native.values_of(ids, values, wanted, logprobs)
 
 
-def _doubles(logprobs: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def _doubles(logprobs: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return np.ascontiguousarray(logprobs, dtype=np.float64)
 
 

@@ -235,7 +235,9 @@ fn probabilities(logprobs: &[f32], width: usize) -> Vec<f64> {
     for row in p.chunks_exact_mut(width.max(1)) {
         let sum: f64 = row.iter().sum();
         if sum > 1.0 {
-            row.iter_mut().for_each(|p| *p /= sum);
+            for p in row {
+                *p /= sum;
+            }
         }
     }
     p

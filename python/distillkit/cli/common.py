@@ -20,10 +20,11 @@ import click
 from distillkit.cli.entry import was_interrupted
 from distillkit.configuration.secrets import redacted
 from distillkit.errors import DistillKitError, nearest, printable
-from distillkit.types import Shown
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from distillkit.types import Shown
 
     _Choice = click.Choice[str]
 else:

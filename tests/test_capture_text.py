@@ -372,13 +372,15 @@ def test_turns_are_what_a_marked_template_marks() -> None:
 
 
 SYSTEM_OF_GPT_OSS = "# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>"
-THOUGHT = [
-    {**message, **({"reasoning_content": "Hm"} if message["role"] == "assistant" else {})} for message in CONVERSATION
-]
+THOUGHT, THINKING = (
+    [{**message, **({name: "Hm"} if message["role"] == "assistant" else {})} for message in CONVERSATION]
+    for name in ("reasoning_content", "thinking")
+)
 # Templates whose variants render other text, or mark the header of a turn, too.
 LATER_TURNS = {
+    # It reads this name only; later releases of Transformers pass others on by it.
     "gptoss": (
-        THOUGHT,
+        THINKING,
         "<|start|>user<|message|>Hi thére<|end|><|start|>assistant‹<|channel|>final<|message|>Öne.<|end|>›"
         "<|start|>user<|message|>And?<|end|><|start|>assistant‹<|channel|>analysis<|message|>Hm<|end|><|start|>assistant"
         "<|channel|>final<|message|>Two, three<|return|>›",

@@ -1,7 +1,7 @@
 """Which bytes make the better student: the demo's student trained from every way to store the teacher.
 
     make demo                       # once: teacher, text, student
-    python benches/rate_distortion.py [--steps 150] [--seeds 1 2 3] [--only NAME …] [--output FOLDER]
+    python benches/rate_distortion.py [--steps 150] [--seeds 1 2 3] [--only NAME …] [--done] [--output FOLDER]
 
 The teacher's 256 most probable ids are captured once, exactly; every row is a conversion of that capture (or, for
 sampled targets, a capture of its own), trained by `distillkit CONFIG.yaml` with examples/demo.yaml: the same steps, and
@@ -11,8 +11,9 @@ vocabulary. Every student is measured against the live teacher's whole distribut
 The cheap proxy beside it is the gradient at the hidden states of the untrained student, position by position: its
 cosine with the gradient of the whole-vocabulary KL, and its squared error relative to it.
 
-Bytes are those of the held-out documents, which no prior was learned from. Runs that are done are not done again. The
-table goes to benches/results/ and, as Markdown, to standard output; the plot beside it.
+Bytes are those of the held-out documents, which no prior was learned from. Runs that are done are not done again; with
+`--done`, others are left out. The table goes to benches/results/ and, as Markdown, to standard output; the plot beside
+it.
 """
 
 from __future__ import annotations
@@ -175,10 +176,15 @@ def run(*command: str | Path) -> None:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
+def measurement(bench: Bench, way: Way, seed: int) -> Path:
+    """Where a run's figures are once it is done."""
+    return bench.output / f"{way.name.replace(' ', '')}-{bench.steps}-{seed}.json"
+
+
 def trained(bench: Bench, way: Way, seed: int) -> Measured:
     """Trains a student, if that is not done yet, and measures it."""
-    folder = bench.output / f"{way.name.replace(' ', '')}-{bench.steps}-{seed}"
-    found = folder.with_suffix(".json")
+    found = measurement(bench, way, seed)
+    folder = found.with_suffix("")
     if not found.exists():
         shutil.rmtree(folder, ignore_errors=True)
         path = folder.with_suffix(".yaml")
@@ -301,6 +307,7 @@ def table(found: dict[Way, list[Measured]], sizes: dict[Way, float], proxy: dict
         lines.append(
             {
                 "stored": way.name,
+                "seeds": str(len(measured)),
                 "bytes a token": f"{sizes[way]:.1f}" if way.stored else "–",
                 "held-out KL": spread([each.kl for each in measured], ".4f"),
                 "perplexity": spread([each.perplexity for each in measured], ".1f"),
@@ -340,6 +347,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", nargs="*", help="names of ways; the two that frame them are always run")
+    parser.add_argument("--done", action="store_true", help="the table of the runs that are done")
     parser.add_argument("--demo", type=Path, default=ROOT / "demo-output")
     parser.add_argument("--output", type=Path, default=ROOT / "benches" / ".cache" / "rate-distortion")
     arguments = parser.parse_args()
@@ -355,6 +363,8 @@ def main() -> None:
     found: dict[Way, list[Measured]] = {}
     for seed in arguments.seeds:
         for way in chosen:
+            if arguments.done and not measurement(bench, way, seed).exists():
+                continue
             found.setdefault(way, []).append(trained(bench, way, seed))
             print(way.name, seed, found[way][-1], file=sys.stderr, flush=True)
     lines = table(found, sizes, proxy)
@@ -364,9 +374,9 @@ def main() -> None:
         print(" | ".join(["", *line.values(), ""]).strip())
     path = RESULTS / f"{datetime.date.today()}-{platform.machine()}-rate-distortion.csv"
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["steps", "seeds", *lines[0]])
+        writer = csv.DictWriter(file, ["steps", *lines[0]])
         writer.writeheader()
-        writer.writerows({"steps": arguments.steps, "seeds": len(arguments.seeds), **line} for line in lines)
+        writer.writerows({"steps": arguments.steps, **line} for line in lines)
     plot(found, sizes, path.with_suffix(".png"))
 
 

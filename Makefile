@@ -108,7 +108,7 @@ fuzz: setup ## Fuzz the codec (FUZZ_TARGETS) and the readers of datasets (PYTHON
 # conversions of dense logits, which run without. Each takes minutes.
 MIRI := PROPTEST_CASES=2 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --package distillkit-codec --lib --
 miri: ## Run the codec's unsafe code under Miri (needs `rustup toolchain install nightly --component miri,rust-src`)
-	RUSTFLAGS="-Ctarget-feature=+avx2,+bmi1,+bmi2,+f16c,+lzcnt,+popcnt" $(MIRI) bits:: simd::tests::
+	RUSTFLAGS="-Ctarget-feature=+avx2,+bmi1,+bmi2,+f16c,+lzcnt,+popcnt" $(MIRI) bits:: simd::tests:: compact::wide::
 	$(MIRI) topk:: simd::lanes:: --skip exp_is_close
 
 # Debian packages: qemu-user gcc-aarch64-linux-gnu gcc-s390x-linux-gnu libc6-dev-arm64-cross libc6-dev-s390x-cross.

@@ -174,7 +174,7 @@ def decode_compact(
     if frame.number(1) != 0 or frame.varint() != rows:
         raise ValueError("not a document of so many rows")
     lanes = 1 if rows < 32 else 4 if rows < 128 else 16
-    lengths = [frame.varint() for _ in range(lanes)]
+    lengths = [frame.varint() for _ in range(2 * lanes)]
     head = Stream(frame.take(lengths[0]))
     streams = [Stream(frame.take(length)) for length in lengths[1:]]
     streams.append(Stream(document[frame.read :]))
@@ -191,23 +191,23 @@ def decode_compact(
     logprobs = np.full((rows, k), -np.inf)
     dealt = sorted(range(rows), key=lambda row: (-heads[row][2], heads[row][1], row))
     for place, row in enumerate(dealt):
-        stream = streams[place % lanes]
+        ids_stream, values_stream = streams[place % lanes], streams[lanes + place % lanes]
         cluster, shape, count, q = heads[row]
         gap_class, _, order = prior.clusters[cluster]
         after, positions = 0, []
         for left in range(count, 0, -1):
             context = (gap_class * positions_size + _bucket(after)) * left_size + _bucket(left)
-            positions.append(after + stream.number(prior.tables[gap_map[context]], 1))
+            positions.append(after + ids_stream.number(prior.tables[gap_map[context]], 1))
             after = positions[-1] + 1
         state, levels = 0, []
         for position in positions:
             half = state // 2
             context = (shape * 2 + half) * positions_size + _bucket(position + 1)
-            number = stream.number(prior.tables[level_map[context]])
+            number = values_stream.number(prior.tables[level_map[context]])
             levels.append(2 * number + half)
             state = NEXT[state][number % 2]
         near = sum(level >= max(levels) - 3 for level in levels)
-        top = stream.bits.take((near - 1).bit_length()) if near > 1 else 0
+        top = values_stream.bits.take((near - 1).bit_length()) if near > 1 else 0
         ranked = sorted(range(count), key=lambda i: (-levels[i], i))
         values = np.array([prior.levels[levels[i]] for i in ranked], np.float64)
         total = sum(max(1, round(2**48 * math.exp(value))) for value in values)

@@ -200,6 +200,41 @@ proptest! {
 }
 
 #[test]
+fn many_ids_of_many_rows_are_the_same_on_every_instruction_set() {
+    for (k, vocab, more) in
+        [(200, 1500, ""), (97, 70_000, ""), (300, 1500, ", \"threshold\": 1e-4")]
+    {
+        let config =
+            config(&format!("{{\"vocab_size\": {vocab}, \"k\": {k}, \"step\": 0.004{more}}}"));
+        let rows = 145;
+        let (mut ids, logprobs) = Random(k as u64).rows(rows, k, 1500);
+        // Also ids that are far apart.
+        ids.iter_mut().for_each(|id| *id = *id * (vocab - 1) / 1499);
+        let learned = learn(&config, &ids[..40 * k], &logprobs[..40 * k], k, None).expect("learns");
+        let prior = learned.to_bytes();
+        let back = Backend::available().into_iter().map(|backend| {
+            let codec =
+                Compact::with_backend(config.clone(), Some(&prior), backend).expect("valid");
+            let data = codec.encode_document(&ids, &logprobs, k).expect("encodes");
+            let (ids, logprobs) = decoded(&codec, &data, rows).expect("decodes");
+            (data, ids, logprobs.into_iter().map(f32::to_bits).collect::<Vec<u32>>())
+        });
+        let back: Vec<_> = back.collect();
+        assert!(back.windows(2).all(|pair| pair[0] == pair[1]), "k = {k}");
+        for row in 0..rows {
+            let at = row * k..(row + 1) * k;
+            let values: Vec<f32> =
+                back[0].2[at.clone()].iter().map(|&v| f32::from_bits(v)).collect();
+            check_back(
+                &config,
+                (&ids[at.clone()], &logprobs[at.clone()]),
+                (&back[0].1[at], &values),
+            );
+        }
+    }
+}
+
+#[test]
 fn parts_of_documents_are_joined_without_a_change() {
     let (config, prior) = &codecs()[2];
     let codec = codec(config, Some(prior));

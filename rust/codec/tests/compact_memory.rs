@@ -95,7 +95,7 @@ fn rows_that_are_not_there_take_nothing() {
     for (rows, length) in [((1 << 35) - 1, 40), (1 << 30, 40), (64 * 1000, 1000)] {
         let data = document(rows, &vec![0; length]);
         let (most, result) = most(|| codec.check(&data, rows));
-        assert!(most <= 1000, "{rows} rows of {length} bytes: {most} bytes");
+        assert!(most <= 1200, "{rows} rows of {length} bytes: {most} bytes");
         assert_eq!(result.is_ok(), rows <= 64 * length, "{rows} rows of {length} bytes");
     }
     // A reader makes room for the rows only after that; what it decodes takes no more than them.

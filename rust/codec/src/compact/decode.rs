@@ -4,14 +4,18 @@ use std::array;
 use std::ops::Range;
 
 use super::document::{Frame, LANES, corrupt};
-use super::model::{BUCKETS, GAP_CONTEXTS, MASSES, Model};
-use super::numbers::{ESCAPE_BITS, bucket, float_bucket};
+use super::model::{BUCKETS, MASSES, Model, level_place};
+use super::numbers::{ESCAPE_BITS, bucket};
 use super::order::FirstIds;
 use super::tables::{Entry, SLOTS_LOG};
 #[cfg(target_arch = "x86_64")]
-use super::wide;
+use super::wide::{self, Group, Vectors};
 use crate::error::Result;
-use crate::simd::{Backend, Isa, multiversion};
+#[cfg(target_arch = "aarch64")]
+use crate::simd::Neon;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{Avx2, Avx512};
+use crate::simd::{Backend, Isa, Portable, multiversion};
 
 /// A stream is read in words of this many bytes; so many zeros follow a document.
 pub(super) const WORD: usize = 8;
@@ -125,6 +129,13 @@ pub(super) fn dealt(heads: &[Head]) -> Vec<u32> {
 /// Takes the rows of a document, in any order.
 pub(super) trait RowSink {
     fn row(&mut self, row: &StoredRow);
+
+    /// Takes the rows of a group.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn group<I: Vectors>(&mut self, _isa: I, source: &Source, group: &mut Group) {
+        group.each_row(source, |row| self.row(row));
+    }
 }
 
 /// Calls a function for every row.
@@ -144,20 +155,21 @@ pub(super) struct Source<'a> {
     pub(super) heads: &'a [Head],
     /// Bits of each head.
     pub(super) head_bits: &'a [u32],
-    /// The rows as they are dealt to the streams.
+    /// The rows as they are dealt to the lanes.
     pub(super) order: &'a [u32],
     pub(super) first: &'a FirstIds,
 }
 
-/// A stream, and the row that is read from it.
+/// Two streams, and the row that is read from them.
 #[derive(Debug)]
 struct Lane<'a> {
-    stream: Stream,
+    gaps: Stream,
+    levels: Stream,
     row: usize,
     head: Head,
     count: usize,
-    gap_contexts: &'a [u32; GAP_CONTEXTS],
-    level_contexts: &'a [u32; 2 * BUCKETS],
+    gap_place: u32,
+    level_contexts: &'a [u32; BUCKETS],
     /// One more than the last position, and its bucket.
     previous: u32,
     bucket: u32,
@@ -165,35 +177,43 @@ struct Lane<'a> {
     quantisers: [u32; 2],
     /// All numbers of levels, or-ed.
     numbers: u32,
-    /// Of k numbers; those of a row with fewer ids are the last ones.
+    /// All positions, or-ed.
+    beyond: u32,
+    ids: RowIds,
+}
+
+/// Room for k ids; those of a row with fewer are the last ones.
+#[derive(Debug)]
+struct RowIds {
     positions: Vec<u32>,
-    ids: Vec<u32>,
     /// Buckets of the positions + 1.
     buckets: Vec<u8>,
+    ids: Vec<u32>,
     levels: Vec<u16>,
-    /// Bits of head, ids, values.
-    bits: [u32; 3],
 }
 
 impl<'a> Lane<'a> {
-    fn new(model: &'a Model, stream: Stream) -> Self {
+    fn new(model: &'a Model, [gaps, levels]: [Stream; 2]) -> Self {
         let k = model.config.k;
         Self {
-            stream,
+            gaps,
+            levels,
             row: 0,
             head: Head::default(),
             count: 0,
-            gap_contexts: model.gap(0),
+            gap_place: 0,
             level_contexts: model.level(0),
             previous: 0,
             bucket: 0,
             quantisers: [0; 2],
             numbers: 0,
-            positions: vec![0; k],
-            ids: vec![0; k],
-            buckets: vec![0; k],
-            levels: vec![0; k],
-            bits: [0; 3],
+            beyond: 0,
+            ids: RowIds {
+                positions: vec![0; k],
+                buckets: vec![0; k],
+                ids: vec![0; k],
+                levels: vec![0; k],
+            },
         }
     }
 
@@ -203,87 +223,79 @@ impl<'a> Lane<'a> {
         self.row = row;
         self.head = head;
         self.count = usize::from(head.count);
-        self.gap_contexts = model.gap(model.clusters[usize::from(head.cluster)].gap_class);
+        self.gap_place = model.gap_place(head.cluster);
         self.level_contexts = model.level(usize::from(head.shape));
         self.previous = 0;
         self.bucket = 0;
         self.quantisers = [0; 2];
         self.numbers = 0;
-        self.bits = [source.head_bits[row], 0, 0];
+        self.beyond = 0;
     }
 
     /// Where the buffers have the row.
     #[inline(always)]
     fn places(&self) -> Range<usize> {
-        self.levels.len() - self.count..self.levels.len()
+        self.ids.levels.len() - self.count..self.ids.levels.len()
     }
 
     /// Reads the position for place `at` of the buffers; `left` is that of [`Model::lefts`].
     #[inline(always)]
-    fn gap(&mut self, model: &Model, data: &[u8], at: usize, left: u32) {
-        let table = self.gap_contexts[(left + self.bucket) as usize % GAP_CONTEXTS];
-        let gap = self.stream.number(data, &model.entries, table);
+    fn position(&mut self, model: &Model, data: &[u8], at: usize, left: u32) {
+        let table = model.gap[(left + self.gap_place + self.bucket) as usize];
+        let gap = self.gaps.number(data, &model.entries, table);
         let position = self.previous.wrapping_add(gap);
-        self.positions[at] = position;
+        self.ids.positions[at] = position;
+        self.beyond |= position;
         self.previous = position.wrapping_add(1);
         self.bucket = bucket(self.previous) as u32;
+        self.ids.buckets[at] = self.bucket as u8;
     }
 
-    /// Reads the level for place `at` of the buffers.
+    /// Reads the level for place `at` of the buffers, where the position is known.
     #[inline(always)]
     fn level(&mut self, model: &Model, data: &[u8], at: usize) {
         let [quantiser, after] = self.quantisers;
-        let context = 2 * u32::from(self.buckets[at]) + quantiser;
-        let table = self.level_contexts[context as usize % (2 * BUCKETS)];
-        let number = self.stream.number(data, &model.entries, table);
-        self.levels[at] = (2 * number + quantiser) as u16;
+        let bucket = usize::from(self.ids.buckets[at]);
+        let table = level_place(self.level_contexts[bucket % BUCKETS], quantiser);
+        let number = self.levels.number(data, &model.entries, table);
+        self.ids.levels[at] = (2 * number + quantiser) as u16;
         self.quantisers = [after ^ (number & 1), quantiser];
         self.numbers |= number;
     }
 
     /// Checks the positions.
     #[inline(always)]
-    fn finish_gaps(&mut self, model: &Model, start: usize) -> Result<()> {
-        self.bits[1] = (self.stream.bit - start) as u32;
-        let places = self.places();
-        let positions = &self.positions[places.clone()];
+    fn check_positions(&self, model: &Model) -> Result<()> {
         // Gaps are below 2²⁴: positions ascend as long as none is beyond that.
-        let all = positions.iter().fold(0, |all, &position| all | position);
-        if all >> ESCAPE_BITS > 0 || self.previous > model.config.vocab_size {
+        if self.beyond >> ESCAPE_BITS > 0 || self.previous > model.config.vocab_size {
             return corrupt(format!("row {}: an id beyond the vocabulary", self.row));
-        }
-        for (bucket, &position) in self.buckets[places].iter_mut().zip(positions) {
-            *bucket = float_bucket(position + 1);
         }
         Ok(())
     }
 
     /// Checks the levels; reads which id is the most probable one.
     #[inline(always)]
-    fn finish_levels(&mut self, model: &Model, data: &[u8], start: usize) -> Result<usize> {
-        let levels = &self.levels[self.places()];
+    fn read_top(&mut self, model: &Model, data: &[u8]) -> Result<usize> {
+        let levels = &self.ids.levels[self.places()];
         let fits = self.numbers <= u32::from(u16::MAX) / 2;
-        let top = read_top(model, data, &mut self.stream, levels, (self.row, fits))?;
-        self.bits[2] = (self.stream.bit - start) as u32;
-        Ok(top)
+        let highest = if fits { highest(levels) } else { u16::MAX };
+        let near = near_top(levels, highest);
+        read_top(model, data, &mut self.levels, (highest, near), self.row)
     }
 }
 
-/// Checks the levels of a row, given whether all fit 16 bits; reads which id is the most probable
-/// one.
+/// Checks the highest level of a row; reads which of the ids near it is the most probable one.
 #[inline(always)]
 pub(super) fn read_top(
     model: &Model,
     data: &[u8],
     stream: &mut Stream,
-    levels: &[u16],
-    (row, fits): (usize, bool),
+    (highest, near): (u16, usize),
+    row: usize,
 ) -> Result<usize> {
-    let highest = highest(levels);
-    if !fits || usize::from(highest) >= model.levels.len() {
+    if usize::from(highest) >= model.levels.len() {
         return corrupt(format!("row {row}: a value beyond the scale"));
     }
-    let near = near_top(levels, highest);
     if near < 2 {
         return Ok(0);
     }
@@ -304,25 +316,77 @@ multiversion! {
     ) -> Result<()> = read_rows_body;
 }
 
+/// How an instruction set reads the rows of [`LANES`] streams.
+trait ReadRows: Isa {
+    #[inline(always)]
+    fn read_rows<S: RowSink>(
+        self,
+        model: &Model,
+        source: &Source,
+        streams: &mut [Stream],
+        sink: &mut S,
+    ) -> Result<()> {
+        read_fours(model, source, streams, sink)
+    }
+}
+
+impl ReadRows for Portable {}
+
+#[cfg(target_arch = "aarch64")]
+impl ReadRows for Neon {}
+
+#[cfg(target_arch = "x86_64")]
+macro_rules! read_side_by_side {
+    ($($isa:ident),+) => {$(
+        impl ReadRows for $isa {
+            #[inline(always)]
+            fn read_rows<S: RowSink>(
+                self,
+                model: &Model,
+                source: &Source,
+                streams: &mut [Stream],
+                sink: &mut S,
+            ) -> Result<()> {
+                if wide::takes(source, streams) {
+                    return wide::read_rows(self, model, source, streams, sink);
+                }
+                read_fours(model, source, streams, sink)
+            }
+        }
+    )+};
+}
+#[cfg(target_arch = "x86_64")]
+read_side_by_side!(Avx2, Avx512);
+
 #[inline(always)]
-fn read_rows_body<I: Isa, S: RowSink>(
-    _isa: I,
+fn read_rows_body<I: ReadRows, S: RowSink>(
+    isa: I,
     model: &Model,
     source: &Source,
     streams: &mut [Stream],
     sink: &mut S,
 ) -> Result<()> {
-    #[cfg(target_arch = "x86_64")]
-    if matches!(I::BACKEND, Backend::Avx2 | Backend::Avx512) && wide::takes(source, streams) {
-        // SAFETY: the token proves AVX2.
-        return unsafe { wide::read_rows(model, source, streams, sink) };
-    }
+    isa.read_rows(model, source, streams, sink)
+}
+
+/// Reads rows of four streams at a time.
+#[inline(always)]
+fn read_fours<S: RowSink>(
+    model: &Model,
+    source: &Source,
+    streams: &mut [Stream],
+    sink: &mut S,
+) -> Result<()> {
     // On the stack, where reading what was just written takes no time.
+    let (gaps, levels) = streams.split_at_mut(streams.len() / 2);
     let mut lanes: [[Lane; TOGETHER]; LANES / TOGETHER] = array::from_fn(|four| {
-        let stream = |lane| streams.get(TOGETHER * four + lane).copied().unwrap_or_default();
-        array::from_fn(|lane| Lane::new(model, stream(lane)))
+        array::from_fn(|lane| {
+            let lane = TOGETHER * four + lane;
+            let of = |streams: &[Stream]| streams.get(lane).copied().unwrap_or_default();
+            Lane::new(model, [of(gaps), of(levels)])
+        })
     });
-    for rows in source.order.chunks(streams.len()) {
+    for rows in source.order.chunks(gaps.len()) {
         for (lanes, rows) in lanes.iter_mut().zip(rows.chunks(TOGETHER)) {
             for (lane, &row) in lanes.iter_mut().zip(rows) {
                 lane.begin(model, source, row as usize);
@@ -330,10 +394,10 @@ fn read_rows_body<I: Isa, S: RowSink>(
             read_together(model, source, lanes, rows.len(), sink)?;
         }
     }
-    streams
-        .iter_mut()
-        .zip(lanes.into_iter().flatten())
-        .for_each(|(stream, lane)| *stream = lane.stream);
+    let lanes = lanes.into_iter().flatten();
+    for ((gaps, levels), lane) in gaps.iter_mut().zip(levels).zip(lanes) {
+        (*gaps, *levels) = (lane.gaps, lane.levels);
+    }
     Ok(())
 }
 
@@ -353,29 +417,23 @@ fn read_together<S: RowSink>(
     let (k, data) = (model.config.k, source.data);
     let least = lanes.iter().map(|lane| lane.count).min().unwrap_or(0);
     let together = if used == TOGETHER { least } else { 0 };
-    let mut starts = [0; TOGETHER];
+    let mut starts = [[0; 2]; TOGETHER];
     for (start, lane) in starts.iter_mut().zip(&mut lanes[..used]) {
-        *start = lane.stream.bit;
+        *start = [lane.gaps.bit, lane.levels.bit];
         for left in (together + 1..=lane.count).rev() {
-            lane.gap(model, data, k - left, model.lefts[left]);
+            // Neither waits for the other's table.
+            lane.position(model, data, k - left, model.lefts[left]);
+            lane.level(model, data, k - left);
         }
     }
     let [a, b, c, d] = lanes;
     for at in k - together..k {
         let left = model.lefts[k - at];
-        a.gap(model, data, at, left);
-        b.gap(model, data, at, left);
-        c.gap(model, data, at, left);
-        d.gap(model, data, at, left);
+        a.position(model, data, at, left);
+        b.position(model, data, at, left);
+        c.position(model, data, at, left);
+        d.position(model, data, at, left);
     }
-    for (start, lane) in starts.iter_mut().zip(&mut lanes[..used]) {
-        lane.finish_gaps(model, *start)?;
-        *start = lane.stream.bit;
-        for left in (together + 1..=lane.count).rev() {
-            lane.level(model, data, k - left);
-        }
-    }
-    let [a, b, c, d] = lanes;
     for at in k - together..k {
         a.level(model, data, at);
         b.level(model, data, at);
@@ -383,24 +441,16 @@ fn read_together<S: RowSink>(
         d.level(model, data, at);
     }
     for (start, lane) in starts.iter().zip(&mut lanes[..used]) {
-        let top = lane.finish_levels(model, data, *start)?;
-        let places = lane.places();
-        let cluster = usize::from(lane.head.cluster);
-        model.ids(
-            source.first,
-            cluster,
-            &lane.positions[places.clone()],
-            &mut lane.ids[places.clone()],
-        );
-        sink.row(&StoredRow {
-            row: lane.row,
-            head: lane.head,
-            positions: &lane.positions[places.clone()],
-            ids: &lane.ids[places.clone()],
-            levels: &lane.levels[places],
-            top,
-            bits: lane.bits,
-        });
+        lane.check_positions(model)?;
+        let top = lane.read_top(model, data)?;
+        let (row, head, places) = (lane.row, lane.head, lane.places());
+        let [gaps, levels] = [lane.gaps.bit - start[0], lane.levels.bit - start[1]];
+        let RowIds { positions, ids, levels: stored, .. } = &mut lane.ids;
+        let (positions, ids) = (&positions[places.clone()], &mut ids[places.clone()]);
+        model.ids(source.first, usize::from(head.cluster), positions, ids);
+        let levels_of_row = &stored[places];
+        let bits = [source.head_bits[row], gaps as u32, levels as u32];
+        sink.row(&StoredRow { row, head, positions, ids, levels: levels_of_row, top, bits });
     }
     Ok(())
 }
@@ -423,7 +473,7 @@ impl Model {
         let (heads, head_bits) = self.heads(&padded, frame)?;
         let mut first = frame.bytes + frame.head.len();
         let mut firsts = Vec::new();
-        for lane in &frame.lanes {
+        for lane in &frame.streams {
             firsts.push(first);
             first += lane.len();
         }
@@ -434,8 +484,8 @@ impl Model {
         let source = Source { data: &padded, heads: &heads, head_bits: &head_bits, order, first };
         read_rows(backend, self, &source, &mut streams, sink)?;
         let least = frame.rows.div_ceil(super::document::ROWS_PER_BYTE);
-        for (number, (stream, lane)) in streams.iter().zip(&frame.lanes).enumerate() {
-            let is_last = number + 1 == frame.lanes.len();
+        for (number, (stream, lane)) in streams.iter().zip(&frame.streams).enumerate() {
+            let is_last = number + 1 == frame.streams.len();
             let padding = if is_last { least.saturating_sub(firsts[number]) } else { 0 };
             stream.finish(&format!("stream {}", number + 1), firsts[number], lane, padding)?;
         }

@@ -2,7 +2,7 @@
 
 use crate::error::{CodecError, Result};
 
-/// The most streams that rows are dealt to in turn.
+/// The most lanes that rows are dealt to in turn.
 pub(super) const LANES: usize = 16;
 /// At most this many rows a byte: bounds what a document from outside can promise.
 pub(super) const ROWS_PER_BYTE: usize = 64;
@@ -19,7 +19,8 @@ pub fn checksum(rest: &[u8]) -> u32 {
 /// What a document holds, which its first byte after the checksum says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Content {
-    /// Rows with log-probabilities: a stream of heads, then the lanes.
+    /// Rows with log-probabilities: a stream of heads, then the gaps of each lane, then the levels
+    /// of each.
     Compact,
     /// Rows of draws, in one stream.
     Sampled,
@@ -35,9 +36,9 @@ impl Content {
     }
 
     /// Streams after the first one.
-    const fn lanes(self, rows: usize) -> usize {
+    const fn streams(self, rows: usize) -> usize {
         match self {
-            Self::Compact => lanes(rows),
+            Self::Compact => 2 * lanes(rows),
             Self::Sampled => 0,
         }
     }
@@ -50,7 +51,8 @@ pub(super) struct Frame<'a> {
     pub(super) builtin: bool,
     pub(super) rows: usize,
     pub(super) head: &'a [u8],
-    pub(super) lanes: Vec<&'a [u8]>,
+    /// Those after it.
+    pub(super) streams: Vec<&'a [u8]>,
     /// Bytes of the frame itself.
     pub(super) bytes: usize,
 }
@@ -63,7 +65,7 @@ fn truncated<T>(what: &str, found: usize, expected: usize) -> Result<T> {
     Err(CodecError::Truncated { what: format!("document: {what}"), found, expected })
 }
 
-/// Streams of a document of so many rows: each costs some three bytes.
+/// Lanes of a document of so many rows: each has two streams, and costs some five bytes.
 pub(super) const fn lanes(rows: usize) -> usize {
     match rows {
         0..32 => 1,
@@ -99,9 +101,9 @@ impl<'a> Frame<'a> {
             if !rest.is_empty() {
                 return truncated("no rows", data.len(), data.len() - rest.len());
             }
-            return Ok(Self { builtin, rows, head: rest, lanes: Vec::new(), bytes: data.len() });
+            return Ok(Self { builtin, rows, head: rest, streams: Vec::new(), bytes: data.len() });
         }
-        let lengths = (0..content.lanes(rows))
+        let lengths = (0..content.streams(rows))
             .map(|_| take_varint(&mut rest, data))
             .collect::<Result<Vec<_>>>()?;
         let bytes = data.len() - rest.len();
@@ -116,7 +118,7 @@ impl<'a> Frame<'a> {
             rest = after;
         }
         streams.push(rest);
-        Ok(Self { builtin, rows, head: streams[0], lanes: streams.split_off(1), bytes })
+        Ok(Self { builtin, rows, head: streams[0], streams: streams.split_off(1), bytes })
     }
 }
 

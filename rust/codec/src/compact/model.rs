@@ -11,6 +11,8 @@ use crate::error::Result;
 
 /// Missing mass is stored as q, which stands for sin²(π q / (2 `MASSES`)).
 pub(super) const MASSES: u32 = 384;
+/// Bits of the low half of a probability.
+pub(super) const WEIGHT_HALF: u32 = 24;
 /// Probability 1 in the fixed-point sums of decoding.
 const ONE: f64 = (1u64 << 48) as f64;
 
@@ -30,8 +32,10 @@ pub(super) struct Model {
     first: OnceLock<FirstIds>,
     pub(super) clusters: Vec<PreparedCluster>,
     pub(super) levels: Vec<f32>,
-    /// Probability of each level, in units of 2⁻⁴⁸.
+    pub(super) level_bits: Vec<u32>,
+    /// Probability of each level, in units of 2⁻⁴⁸; also its low 24 bits, and those above.
     pub(super) weights: Vec<u64>,
+    pub(super) weight_halves: [Vec<u32>; 2],
     /// ln(1 − m) of each stored missing mass m, plus the logarithm of the unit of `weights`.
     pub(super) stored_logs: Vec<f64>,
     pub(super) entries: Vec<u32>,
@@ -40,19 +44,18 @@ pub(super) struct Model {
     pub(super) shape: Vec<u32>,
     pub(super) count: Vec<u32>,
     pub(super) mass: Vec<u32>,
-    /// By class, bucket of the ids left, bucket of the previous position + 1.
+    /// By bucket of the ids left, class, bucket of the previous position + 1: what rows that are
+    /// read side by side need is near.
     pub(super) gap: Vec<u32>,
-    /// By shape, bucket of the position + 1, quantiser.
+    /// By shape, bucket of the position + 1: the tables of both quantisers, the first in the low half.
     pub(super) level: Vec<u32>,
-    /// For every number of ids left, the place of its bucket within a class of `gap`.
+    /// For every number of ids left, where `gap` has its bucket.
     pub(super) lefts: Vec<u32>,
 }
 
 /// Room for the buckets of all numbers below 2³²: no position is beyond the maps, whatever a
 /// damaged document says.
 pub(super) const BUCKETS: usize = 64;
-/// Contexts of a class of gaps: those of each bucket of ids left.
-pub(super) const GAP_CONTEXTS: usize = 32 * BUCKETS;
 
 /// A cluster prepared for decoding.
 #[derive(Debug)]
@@ -83,13 +86,18 @@ impl Model {
             2.0 * libm::log(stored) + libm::log(ONE)
         };
         let clusters: Vec<_> = prior.clusters.iter().map(prepare).collect();
+        let weights: Vec<u64> = prior.levels.iter().map(|&level| weight(level)).collect();
+        let low = weights.iter().map(|&weight| weight as u32 % (1 << WEIGHT_HALF)).collect();
+        let high = weights.iter().map(|weight| (weight >> WEIGHT_HALF) as u32).collect();
         Ok(Self {
             first: OnceLock::new(),
             config: prior.config.clone(),
             dimensions: prior.dimensions(),
             order: prior.order.clone(),
             clusters,
-            weights: prior.levels.iter().map(|&level| weight(level)).collect(),
+            weight_halves: [low, high],
+            weights,
+            level_bits: prior.levels.iter().map(|level| level.to_bits()).collect(),
             levels: prior.levels.clone(),
             stored_logs: (0..MASSES).map(stored_log).collect(),
             entries,
@@ -100,7 +108,7 @@ impl Model {
             gap: gaps(prior),
             level: levels(prior),
             lefts: (0..=prior.config.k as u32)
-                .map(|left| (bucket(left) * BUCKETS) as u32)
+                .map(|left| (bucket(left) * prior.dimensions().gap_classes * BUCKETS) as u32)
                 .collect(),
         })
     }
@@ -115,28 +123,27 @@ impl Model {
     #[inline(always)]
     pub(super) fn ids(&self, first: &FirstIds, cluster: usize, positions: &[u32], ids: &mut [u32]) {
         let near = first.look_up(cluster, positions, ids);
-        self.far_ids(cluster, &positions[near..], &mut ids[near..]);
-    }
-
-    /// The ids at positions that are not in the table.
-    #[inline(always)]
-    pub(super) fn far_ids(&self, cluster: usize, positions: &[u32], ids: &mut [u32]) {
-        let order = &self.clusters[cluster].order;
-        for (id, &position) in ids.iter_mut().zip(positions) {
-            *id = order.outside(position, &self.order);
+        for (id, &position) in ids[near..].iter_mut().zip(&positions[near..]) {
+            *id = self.far_id(cluster, position);
         }
     }
 
-    /// The contexts of a class's gaps: at the sum of `lefts` and the bucket of the previous
-    /// position + 1.
+    /// The id at a position that is not in the table.
     #[inline(always)]
-    pub(super) fn gap(&self, class: usize) -> &[u32; GAP_CONTEXTS] {
-        &self.gap.as_chunks().0[class]
+    pub(super) fn far_id(&self, cluster: usize, position: u32) -> u32 {
+        self.clusters[cluster].order.outside(position, &self.order)
     }
 
-    /// The contexts of a shape's levels: at twice the bucket of the position + 1 plus the quantiser.
+    /// Where [`Model::gap`] has the contexts of a cluster: to be added to one of `lefts` and the
+    /// bucket of the previous position + 1.
     #[inline(always)]
-    pub(super) fn level(&self, shape: usize) -> &[u32; 2 * BUCKETS] {
+    pub(super) fn gap_place(&self, cluster: u16) -> u32 {
+        (self.clusters[usize::from(cluster)].gap_class * BUCKETS) as u32
+    }
+
+    /// The contexts of a shape's levels: at the bucket of the position + 1, for [`level_place`].
+    #[inline(always)]
+    pub(super) fn level(&self, shape: usize) -> &[u32; BUCKETS] {
         &self.level.as_chunks().0[shape]
     }
 
@@ -164,19 +171,26 @@ impl Model {
     }
 }
 
+/// The place of a quantiser's table, of the two of a context.
+#[inline(always)]
+pub(super) fn level_place(tables: u32, quantiser: u32) -> u32 {
+    place((tables >> (16 * quantiser)) as u16)
+}
+
 /// The place of a table's first entry.
+#[inline(always)]
 fn place(table: u16) -> u32 {
     u32::from(table) * SLOTS as u32
 }
 
 fn gaps(prior: &Prior) -> Vec<u32> {
     let dimensions = prior.dimensions();
-    let mut places = vec![0; dimensions.gap_classes * GAP_CONTEXTS];
+    let mut places = vec![0; dimensions.left * dimensions.gap_classes * BUCKETS];
     let contexts = prior.contexts.gap.chunks(dimensions.left).enumerate();
     for (row, tables) in contexts {
         let (class, bucket) = (row / dimensions.positions, row % dimensions.positions);
         for (left, &table) in tables.iter().enumerate() {
-            places[class * GAP_CONTEXTS + left * BUCKETS + bucket] = place(table);
+            places[(left * dimensions.gap_classes + class) * BUCKETS + bucket] = place(table);
         }
     }
     places
@@ -184,15 +198,15 @@ fn gaps(prior: &Prior) -> Vec<u32> {
 
 fn levels(prior: &Prior) -> Vec<u32> {
     let dimensions = prior.dimensions();
-    let mut places = vec![0; dimensions.shapes * BUCKETS * 2];
+    let mut both = vec![0; dimensions.shapes * BUCKETS];
     let contexts = prior.contexts.level.chunks(dimensions.positions).enumerate();
     for (row, tables) in contexts {
         let (shape, quantiser) = (row / 2, row % 2);
         for (bucket, &table) in tables.iter().enumerate() {
-            places[(shape * BUCKETS + bucket) * 2 + quantiser] = place(table);
+            both[shape * BUCKETS + bucket] |= u32::from(table) << (16 * quantiser);
         }
     }
-    places
+    both
 }
 
 fn weight(level: f32) -> u64 {

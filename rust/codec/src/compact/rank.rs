@@ -2,8 +2,12 @@
 
 use std::array;
 
+#[cfg(target_arch = "x86_64")]
+use super::decode::Source;
 use super::decode::{RowSink, StoredRow};
 use super::model::Model;
+#[cfg(target_arch = "x86_64")]
+use super::wide::{self, Group, Vectors};
 
 /// Levels below this are counted, and each takes its place by that; the few ids of all others are
 /// sorted.
@@ -64,11 +68,23 @@ impl RowSink for Ranking<'_> {
         if row.top > 0 {
             ids[..=row.top].rotate_right(1);
         }
-        if count < ids.len() {
-            let first = ids[0];
-            ids[count..].fill(first);
-            logprobs[count..].fill(f32::NEG_INFINITY);
-        }
+        fill(ids, logprobs, count);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn group<I: Vectors>(&mut self, isa: I, _source: &Source, group: &mut Group) {
+        wide::rank(isa, self.model, group, self.ids, self.logprobs);
+    }
+}
+
+/// Fills the places of a row that has fewer ids.
+#[inline(always)]
+pub(super) fn fill(ids: &mut [i64], logprobs: &mut [f32], count: usize) {
+    if count < ids.len() {
+        let first = ids[0];
+        ids[count..].fill(first);
+        logprobs[count..].fill(f32::NEG_INFINITY);
     }
 }
 

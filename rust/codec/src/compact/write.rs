@@ -4,7 +4,7 @@ use std::array;
 
 use super::decode::{Head, StoredRow, dealt, highest, near_top, top_bits};
 use super::document::{self, Content, LANES, lanes};
-use super::model::{Model, NEXT};
+use super::model::{Model, NEXT, level_place};
 use super::numbers::{Kind, bucket};
 use super::prior::Prior;
 use super::tables::{SLOTS, SLOTS_LOG, Table, Writer};
@@ -134,8 +134,8 @@ multiversion! {
         write_rows_body;
 }
 
-/// Writes from the last number to the first, a number of each lane in turn: while one waits for its
-/// table, the others go on.
+/// Writes from the last id to the first, one of each lane in turn: while one waits for its table,
+/// the others go on.
 #[inline(always)]
 fn write_rows_body<I>(
     _isa: I,
@@ -156,46 +156,41 @@ fn write_rows_body<I>(
             write_together(writers, lanes, group.len());
         }
     }
-    lanes.into_iter().flatten().take(count).map(|lane| lane.stream.finish()).collect()
+    let lanes = lanes.into_iter().flatten().take(count);
+    let (mut streams, levels): (Vec<_>, Vec<_>) =
+        lanes.map(|lane| (lane.gap_stream.finish(), lane.level_stream.finish())).unzip();
+    streams.extend(levels);
+    streams
 }
 
 /// Rows that are written side by side.
 const TOGETHER: usize = 4;
 
-/// Writes a row of each lane, a number of each in turn.
+/// Writes a row of each lane, an id of each in turn.
 #[inline(always)]
 fn write_together(writers: &[Writer], lanes: &mut [Lane; TOGETHER], used: usize) {
     let least = lanes.iter().map(|lane| lane.levels.len()).min().unwrap_or(0);
     let together = if used == TOGETHER { least } else { 0 };
     for lane in &mut lanes[..used] {
-        (together..lane.levels.len()).rev().for_each(|i| lane.level(writers, i));
+        (together..lane.levels.len()).rev().for_each(|i| lane.id(writers, i));
     }
     let [a, b, c, d] = lanes;
     for i in (0..together).rev() {
-        a.level(writers, i);
-        b.level(writers, i);
-        c.level(writers, i);
-        d.level(writers, i);
-    }
-    for lane in &mut lanes[..used] {
-        (together..lane.gaps.len()).rev().for_each(|i| lane.gap(writers, i));
-    }
-    let [a, b, c, d] = lanes;
-    for i in (0..together).rev() {
-        a.gap(writers, i);
-        b.gap(writers, i);
-        c.gap(writers, i);
-        d.gap(writers, i);
+        a.id(writers, i);
+        b.id(writers, i);
+        c.id(writers, i);
+        d.id(writers, i);
     }
 }
 
 /// A table, as the place of its first entry in a decoder, and a number.
 type Number = (u32, u32);
 
-/// A stream, and the row that is written to it.
+/// Two streams, and the row that is written to them.
 #[derive(Debug, Default)]
 struct Lane {
-    stream: Stream,
+    gap_stream: Stream,
+    level_stream: Stream,
     gaps: Vec<Number>,
     levels: Vec<Number>,
 }
@@ -207,12 +202,12 @@ impl Lane {
         let head = rows.heads[row];
         let ids = start..start + usize::from(head.count);
         let (positions, levels) = (&rows.positions[ids.clone()], &rows.levels[ids]);
-        let contexts = model.gap(model.clusters[usize::from(head.cluster)].gap_class);
+        let place = model.gap_place(head.cluster) as usize;
         let mut previous = 0;
         self.gaps.clear();
         self.gaps.extend(positions.iter().zip((1..=positions.len()).rev()).map(
             |(&position, left)| {
-                let table = contexts[model.lefts[left] as usize + bucket(previous)];
+                let table = model.gap[place + model.lefts[left] as usize + bucket(previous)];
                 let gap = position - previous;
                 previous = position + 1;
                 (table, gap)
@@ -222,27 +217,25 @@ impl Lane {
         let mut state = 0u8;
         self.levels.clear();
         self.levels.extend(positions.iter().zip(levels).map(|(&position, &level)| {
-            let quantiser = usize::from(state >> 1);
+            let quantiser = u32::from(state >> 1);
             let number = u32::from(level) >> 1;
             state = NEXT[usize::from(state)][number as usize & 1];
-            (contexts[2 * bucket(position + 1) + quantiser], number)
+            (level_place(contexts[bucket(position + 1)], quantiser), number)
         }));
-        let bits = &mut self.stream.bits;
-        bits.reserve(2 * levels.len() + 1);
+        self.gap_stream.bits.reserve(positions.len());
+        let bits = &mut self.level_stream.bits;
+        bits.reserve(levels.len() + 1);
         let near = near_top(levels, highest(levels));
         if near > 1 {
             bits.push(u64::from(rows.tops[row]), top_bits(near));
         }
     }
 
+    /// Writes the gap and the level of an id.
     #[inline(always)]
-    fn gap(&mut self, writers: &[Writer], i: usize) {
-        self.stream.number(writers, self.gaps[i], Kind::Gap);
-    }
-
-    #[inline(always)]
-    fn level(&mut self, writers: &[Writer], i: usize) {
-        self.stream.number(writers, self.levels[i], Kind::Other);
+    fn id(&mut self, writers: &[Writer], i: usize) {
+        self.gap_stream.number(writers, self.gaps[i], Kind::Gap);
+        self.level_stream.number(writers, self.levels[i], Kind::Other);
     }
 }
 

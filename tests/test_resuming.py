@@ -131,7 +131,7 @@ def test_another_run_is_refused_with_both_values(
         with refused(MismatchError, checkpoint, *facts):
             check_resumable(saving(parts, tmp_path, training_args=arguments, **settings))
     run = Run(saving(parts, tmp_path))
-    _ = run.datasets, run.teacher
+    _ = run.datasets, run.live
     monkeypatch.setattr(SFTConfig, "world_size", property(lambda self: 2))
     with refused(MismatchError, checkpoint, "processes", "8", "16"):
         check_same_run(checked(Path(checkpoint), content=False).identity, run.identity, Path(checkpoint))

@@ -310,7 +310,7 @@ def test_a_list_of_one_teacher_is_that_teacher(parts: dict[str, str], folder: Pa
     with answering(model_of(folder / "first")) as (url, _):
         for name, teacher, settings in (
             ("served", served(url, str(folder / "first"), 6), {}),
-            ("first", {"kind": "hf", "path": str(folder / "first"), "top_k": 6}, {}),
+            ("own", {"kind": "hf", "path": parts["student"], "top_k": 6}, {"peft": {"r": 2}}),
             ("hidden", {"kind": "hf", "path": str(folder / "first")}, hidden),
         ):
             for kind in ("alone", "listed"):

@@ -318,8 +318,8 @@ class Run:
 
     def trainer_parts(self) -> dict[str, Any]:
         """Load everything, and return the arguments of a `SignalTrainer`."""
-        # First, so that data for another student raises before anything large is loaded.
-        eos_labels, _ = self.eos_labels, self.sources
+        # First, so that data for another student, or a server that is not there, raises before anything large is loaded.
+        eos_labels, _, _ = self.eos_labels, self.sources, self.servers
         self.progress.parts = self.objective.losses
         self.progress.sources = {part: dataset.names for part, dataset in self.datasets.items()}
         identity = self.identity  # of the models as they were loaded

@@ -377,9 +377,11 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Exclude the time spent in this block from the throughput and the waiting time."""
+        """Exclude the time spent in this block from the throughput and the waiting times."""
+        before = self.train_dataset.signal.waited
         with self._window.paused():
             yield
+        self._waited += self.train_dataset.signal.waited - before
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

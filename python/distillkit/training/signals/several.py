@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,14 +51,22 @@ class _Part:
     taught: torch.Tensor
     targets: Targets
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return ids and log-probabilities (n, k), and what is known of the labels (n,), at some of its positions."""
+    def at(self, positions: torch.Tensor) -> _Rows:
+        """Return the rows of some of its positions."""
         if not isinstance(self.targets.teacher, SparseLogprobs):
             raise TypeError(f"expected the most probable ids, found {type(self.targets.teacher).__name__}")
         places = torch.searchsorted(self.taught, positions)
         ids, logprobs = self.targets.teacher.tensors()
         known = self.targets.label_logprobs
-        return ids[places], logprobs[places], None if known is None else known[places]
+        return _Rows(ids[places], logprobs[places], None if known is None else known[places])
+
+
+class _Rows(NamedTuple):
+    """Ids and log-probabilities (n, k), and the log-probabilities (n,) of the labels, None if unknown everywhere."""
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    labels: torch.Tensor | None
 
 
 class SeveralTeachers(TeacherSignal):
@@ -191,23 +199,26 @@ class SeveralTeachers(TeacherSignal):
     ) -> tuple[torch.Tensor, Targets]:
         """Average the rows at positions (n,) that the same teachers teach, and return both."""
         own = [part for part in parts if part.teachers & pattern]
-        found = [part.at(positions) for part in own]
-        ids, logprobs, known = found[0]
-        if len(own) > 1:
-            weights = [self._weight(part.teachers & pattern) for part in own]
-            rows = [SparseLogprobs(each[0].cpu().numpy(), each[1].cpu().numpy()) for each in found]
-            average = average_rows(rows, weights, "probabilities", self.head_size)
-            ids, logprobs = (torch.from_numpy(array) for array in (average.rows.ids, average.rows.logprobs))
-            labelled = [each[2].cpu().numpy() for each in found if each[2] is not None]
-            known = None
-            if len(labelled) == len(own):
-                known = torch.from_numpy(average_labels(np.stack(labelled), weights, "probabilities", average.log_z))
+        rows = [part.at(positions) for part in own]
+        weights = [self._weight(part.teachers & pattern) for part in own]
+        ids, logprobs, known = rows[0] if len(rows) == 1 else _mean(rows, weights, self.head_size)
+        at = positions.to(labels.device)
         teacher = SparseLogprobs(ids.to(labels.device), logprobs.to(labels.device))
-        label_logprobs = None if known is None else known.to(labels.device)
-        return positions, Targets(labels[positions], teacher, label_logprobs=label_logprobs)
+        return at, Targets(labels[at], teacher, label_logprobs=None if known is None else known.to(labels.device))
 
     def _weight(self, teachers: int) -> float:
         return sum(config.weight for number, config in enumerate(self.configs) if teachers >> number & 1)
+
+
+def _mean(rows: Sequence[_Rows], weights: Sequence[float], head_size: int) -> _Rows:
+    """Average rows of the same positions as captures are merged, on the CPU."""
+    sparse = [SparseLogprobs(each.ids.cpu().numpy(), each.logprobs.cpu().numpy()) for each in rows]
+    average = average_rows(sparse, weights, "probabilities", head_size)
+    known = [each.labels.cpu().numpy() for each in rows if each.labels is not None]
+    labels = None
+    if len(known) == len(rows):
+        labels = torch.from_numpy(average_labels(np.stack(known), weights, "probabilities", average.log_z))
+    return _Rows(*(torch.from_numpy(array) for array in (average.rows.ids, average.rows.logprobs)), labels)
 
 
 def _taught(by: torch.Tensor, teachers: int, *, exactly: bool = False) -> torch.Tensor:

@@ -22,6 +22,7 @@ from distillkit.shards import Dataset, ShardWriter
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.dry_run import dry_run
 from distillkit.training.run import train
+from distillkit.training.signals.server import TeacherServer
 from support import reference
 from support.refusals import check_names, refused
 from support.served import Reply, answering, answers_of, server
@@ -323,7 +324,7 @@ def test_a_list_of_one_teacher_is_that_teacher(parts: dict[str, str], folder: Pa
 
 
 def test_what_does_not_fit_of_a_server_is_refused_by_the_name_of_the_member(
-    parts: dict[str, str], folder: Path, tmp_path: Path
+    parts: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openai")
     nowhere = "http://localhost:1/v1"
@@ -361,7 +362,10 @@ def test_what_does_not_fit_of_a_server_is_refused_by_the_name_of_the_member(
         config = taught(parts, folder, tmp_path / "out", [served(one, "first", 6), served(two, "second", 4, weight=2)])
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+        stopped: list[str] = []
+        monkeypatch.setattr(TeacherServer, "stop", lambda self: stopped.append(self.key))
         found = {check.name: check for check in dry_run(path).checks}["teacher"]
+        assert stopped == ["teachers.0", "teachers.1"], "nothing is asked after a dry run"
         check_names(found.detail, "tiny", "top 6", "top 4", "weight 2")
         assert len(found.figures["teachers"]) == 2
     found = {check.name: check for check in dry_run(path).checks}["teacher"]

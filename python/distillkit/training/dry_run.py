@@ -113,7 +113,7 @@ def dry_run(path: str | Path, overrides: Overrides | None = None) -> DryRun:
             if check.status in ("failed", "not checked"):
                 failed.add(step.name)
             checks.append(check)
-        state.end()
+        state.run.stop_asking()
     return DryRun(checks, _would_write(state))
 
 
@@ -164,12 +164,6 @@ class _State:
         self.steps, self.steps_an_epoch = 0, 1
         self.checkpoints: tuple[int, int] | None = None
         self.saved: int | None = None
-
-    def end(self) -> None:
-        """Cancel what a served teacher was asked ahead."""
-        server = self.run.__dict__.get("server")
-        if server is not None:
-            server.stop()
 
     @property
     def sharded(self) -> bool:

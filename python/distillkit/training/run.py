@@ -318,7 +318,7 @@ class Run:
 
     def trainer_parts(self) -> dict[str, Any]:
         """Load everything, and return the arguments of a `SignalTrainer`."""
-        # First, so that data for another student, or a server that is not there, raises before anything large is loaded.
+        # First, so that data for another student, or a server that is not there, raise before anything large is loaded.
         eos_labels, _, _ = self.eos_labels, self.sources, self.servers
         self.progress.parts = self.objective.losses
         self.progress.sources = {part: dataset.names for part, dataset in self.datasets.items()}
@@ -387,10 +387,14 @@ class Run:
                 result = training(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
             finally:
                 self.progress.close()
-                for server in self.servers.values():
-                    server.stop()
+                self.stop_asking()
         trainer.check_finite()
         return result
+
+    def stop_asking(self) -> None:
+        """Cancel what servers were asked ahead, if any are connected, and write what their caches hold."""
+        for server in self.__dict__.get("servers", {}).values():
+            server.stop()
 
     def finish(self, trainer: SignalTrainer, steps: int, seconds: float) -> dict[str, Any]:
         """Write the summary and the last report, and return the summary; see `train`."""

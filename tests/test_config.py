@@ -301,7 +301,8 @@ def test_a_mistake_in_an_argument_is_named_by_its_path() -> None:
     check_mistakes([(f"training_args.{name}", value, facts) for name, value, facts in ARGUMENTS])
 
 
-def test_a_live_teacher_takes_what_prepares_text() -> None:
+@pytest.mark.parametrize("teacher", [{"teacher": LIVE}, {"teacher": SERVED}, {"teacher": None, "teachers": [SERVED]}])
+def test_live_and_served_teachers_take_what_prepares_text(teacher: dict[str, Any]) -> None:
     arguments = {
         "assistant_only_loss": True,
         "completion_only_loss": False,
@@ -311,7 +312,7 @@ def test_a_live_teacher_takes_what_prepares_text() -> None:
         "packing": True,
         "packing_strategy": "bfd",
     }
-    assert argument_problems({**MINIMAL, "teacher": {"kind": "hf"}, "training_args": arguments}) == []
+    assert argument_problems({**MINIMAL, **teacher, "training_args": arguments}) == []
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:

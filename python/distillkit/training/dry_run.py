@@ -284,7 +284,7 @@ def _teacher(state: _State) -> tuple[str, dict[str, Any]]:
         return "stored distributions", {"kind": "dataset"}
     _ = run.live, run.servers  # all of them, before any is described
     lines = [_one_teacher(run, key) for key in config.teachers_by_key]
-    kinds = dict.fromkeys(each.kind for each in config.teachers_by_key.values())
+    kinds = sorted({each.kind for each in config.teachers_by_key.values()})
     figures: dict[str, Any] = {"kind": " and ".join(kinds)}
     if config.teachers is not None:
         listed = [f"{line}; {_share(each)}" for line, each in zip(lines, config.teachers, strict=True)]

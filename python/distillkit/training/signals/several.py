@@ -218,7 +218,8 @@ def _mean(rows: Sequence[_Rows], weights: Sequence[float], head_size: int) -> _R
     labels = None
     if len(known) == len(rows):
         labels = torch.from_numpy(average_labels(np.stack(known), weights, "probabilities", average.log_z))
-    return _Rows(*(torch.from_numpy(array) for array in (average.rows.ids, average.rows.logprobs)), labels)
+    ids, logprobs = (torch.from_numpy(np.asarray(array)) for array in (average.rows.ids, average.rows.logprobs))
+    return _Rows(ids, logprobs, labels)
 
 
 def _taught(by: torch.Tensor, teachers: int, *, exactly: bool = False) -> torch.Tensor:

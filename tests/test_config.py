@@ -44,7 +44,13 @@ from distillkit.training.config.argument_table import ARGUMENTS as TABLE
 from distillkit.training.config.argument_table import ROWS
 from distillkit.training.config.arguments import recomputing, training_arguments
 from distillkit.training.config.file import load_config, parse_config
-from distillkit.training.config.schema import AUTO_CLASSES, LiveTeacherConfig, RunConfig, StoredTeacherConfig
+from distillkit.training.config.schema import (
+    AUTO_CLASSES,
+    ListedLiveTeacherConfig,
+    LiveTeacherConfig,
+    RunConfig,
+    StoredTeacherConfig,
+)
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.run import Run
 from support.refusals import check_names, refused
@@ -124,6 +130,9 @@ MINIMAL: dict[str, Any] = {
 }
 
 
+LIVE = {"kind": "hf", "path": "x"}
+SERVED = {"kind": "server", "base_url": "http://localhost:1", "model": "x", "top_k": 1}
+
 MISSING = object()
 
 
@@ -136,7 +145,7 @@ def config_with(path: str, value: Any) -> dict[str, Any]:
         section["loss_functions"] = [{"function": "kl", "weight": 1}]
     if parents and parents[0] == "teachers":
         del section["teacher"]
-        section["teachers"] = [{"kind": "hf", "path": "x"}]
+        section["teachers"] = [dict(LIVE if last in ListedLiveTeacherConfig.model_fields else SERVED)]
     if parents and parents[0] == "rollouts":
         section["rollouts"] = {"prompts": {"disk_path": "prompts"}}
     if "0" in parents and parents[0] == "dataset":
@@ -292,7 +301,8 @@ def test_a_mistake_in_an_argument_is_named_by_its_path() -> None:
     check_mistakes([(f"training_args.{name}", value, facts) for name, value, facts in ARGUMENTS])
 
 
-def test_a_live_teacher_takes_what_prepares_text() -> None:
+@pytest.mark.parametrize("teacher", [{"teacher": LIVE}, {"teacher": SERVED}, {"teacher": None, "teachers": [SERVED]}])
+def test_live_and_served_teachers_take_what_prepares_text(teacher: dict[str, Any]) -> None:
     arguments = {
         "assistant_only_loss": True,
         "completion_only_loss": False,
@@ -302,7 +312,7 @@ def test_a_live_teacher_takes_what_prepares_text() -> None:
         "packing": True,
         "packing_strategy": "bfd",
     }
-    assert argument_problems({**MINIMAL, "teacher": {"kind": "hf"}, "training_args": arguments}) == []
+    assert argument_problems({**MINIMAL, **teacher, "training_args": arguments}) == []
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
@@ -451,9 +461,7 @@ def test_true_and_false_are_no_numbers() -> None:
         content = config_with(path, True)
         name = path.removeprefix("teacher.")
         if path != name and name not in StoredTeacherConfig.model_fields:
-            live = {"kind": "hf", "path": "x"}
-            served = {"kind": "server", "base_url": "http://localhost:1", "model": "x", "top_k": 1}
-            content["teacher"] = {**(live if name in LiveTeacherConfig.model_fields else served), name: True}
+            content["teacher"] = {**(LIVE if name in LiveTeacherConfig.model_fields else SERVED), name: True}
         if path.startswith("rollouts.server."):
             content["rollouts"]["server"]["base_url"] = "http://localhost:1"
         with refused(ConfigError, f"config: {path}", "True"):

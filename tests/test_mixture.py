@@ -38,6 +38,8 @@ from support.training import (
     write_dataset,
 )
 
+FSDP = str(Path(__file__).parent / "support" / "launch_fsdp.py")
+
 pytestmark = pytest.mark.usefixtures("without_plots")
 
 
@@ -227,18 +229,20 @@ def test_weights_are_shares_of_the_tokens_and_a_resumed_run_is_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", [None, FSDP], ids=["ddp", "fsdp"])
 def test_two_processes_have_the_losses_and_the_metrics_of_one(
-    parts: dict[str, str], captures: dict[str, str], tmp_path: Path, processes: Processes
+    parts: dict[str, str], captures: dict[str, str], tmp_path: Path, processes: Processes, script: str | None
 ) -> None:
     entries = [{"disk_path": captures["chat"], "epochs": 1.5}, {"disk_path": captures["math"], "epochs": 0.5}]
 
-    def config(output: Path, **sizes: int) -> RunConfig:
+    def config(output: Path, **sizes: Any) -> RunConfig:
         arguments = {"max_steps": 5, "eval_strategy": "steps", "eval_steps": 5, **sizes}
         held_out = [{"disk_path": captures["code"]}, {"disk_path": captures["math"]}]
         return mixed(parts["student"], output, entries, dataset={"eval_dataset": held_out}, training_args=arguments)
 
     train(config(tmp_path / "one", per_device_train_batch_size=4))
-    processes.train(config(tmp_path / "two", per_device_train_batch_size=1, gradient_accumulation_steps=2), tmp_path)
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "fsdp": script is not None}
+    processes.train(config(tmp_path / "two", **sizes), tmp_path, script)
     for one, two in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
         for metric, value in one.items():
             if "/" in metric or metric in ("loss", "eval_loss"):

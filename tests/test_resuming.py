@@ -131,7 +131,7 @@ def test_another_run_is_refused_with_both_values(
         with refused(MismatchError, checkpoint, *facts):
             check_resumable(saving(parts, tmp_path, training_args=arguments, **settings))
     run = Run(saving(parts, tmp_path))
-    _ = run.datasets, run.teacher
+    _ = run.datasets, run.live
     monkeypatch.setattr(SFTConfig, "world_size", property(lambda self: 2))
     with refused(MismatchError, checkpoint, "processes", "8", "16"):
         check_same_run(checked(Path(checkpoint), content=False).identity, run.identity, Path(checkpoint))
@@ -197,7 +197,7 @@ def test_every_argument_is_classified_and_new_ones_must_stay_the_same(parts: dic
     assert missing == frozenset().union(*groups) | elsewhere
     run.arguments.invented_by_a_later_release = 1
     later = Run(run.config)
-    later.__dict__ |= {name: getattr(run, name) for name in ("arguments", "model", "datasets", "tokenizer", "teacher")}
+    later.__dict__ |= {name: getattr(run, name) for name in ("arguments", "model", "datasets", "tokenizer", "live")}
     with refused(MismatchError, "training_args.invented_by_a_later_release", "None", "1"):
         check_same_run(kept, later.identity, tmp_path)
 

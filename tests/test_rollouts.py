@@ -21,6 +21,7 @@ from distillkit.errors import CaptureError, ConfigError, DistillKitError, Mismat
 from distillkit.models.adapters import LoraSection, add_adapters
 from distillkit.reports.run_page import run_page
 from distillkit.reports.run_record import read_run
+from distillkit.training.config.arguments import training_arguments
 from distillkit.training.config.schema import RolloutServerConfig, RunConfig
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.dry_run import dry_run
@@ -304,6 +305,8 @@ def test_a_served_teacher_scores_as_a_live_one(
         train(on_policy(words, tmp_path / "served", teacher={**teacher, "base_url": url}, training_args=arguments))
     expected = losses_of(whole[0])
     assert losses_of(tmp_path / "served") == pytest.approx({step: expected[step] for step in (1, 2)}, rel=1e-4)
+    waits = [entry["teacher_wait"] for entry in metrics_of(tmp_path / "served") if "loss" in entry]
+    assert all(0 < wait <= 1 for wait in waits), "the time of measuring the divergence is no training time"
 
 
 @pytest.mark.slow
@@ -605,6 +608,17 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     with refused(ConfigError, *facts):
         on_policy(words, tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize("launched", ["FSDP", "DEEPSPEED"])
+def test_a_student_that_accelerate_shards_is_refused(
+    words: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: str
+) -> None:
+    own = {"kind": "hf", "path": words["student"]}
+    config = on_policy(words, tmp_path / "out", teacher=own, peft={"r": 2, "merge_on_save": True})
+    monkeypatch.setenv(f"ACCELERATE_USE_{launched}", "true")
+    with refused(ConfigError, "rollouts", "teacher.path", "peft.merge_on_save"):
+        training_arguments(config)
 
 
 def test_repeated_sequences_are_counted() -> None:

@@ -29,7 +29,7 @@ from distillkit.training.data.examples import Collator, DistillationDataset
 from distillkit.training.dry_run import dry_run
 from distillkit.training.run import train
 from distillkit.training.signals.cache import AnswerCache, cache_header
-from distillkit.training.signals.served import ServedSignal
+from distillkit.training.signals.served import ServedSignal, asked_ahead
 from distillkit.training.signals.server import TeacherServer, connect
 from distillkit.types import TokenDocument
 from support.processes import Processes
@@ -230,7 +230,7 @@ def test_the_next_documents_are_asked_about_and_no_more(parts: dict[str, str]) -
     engine = Engine()
     signal, batches = signal_of(parts, engine, concurrency=2)
     read = iter(batches)
-    ahead = signal.ahead(read)
+    ahead = asked_ahead(signal, read)
     first = next(ahead)
     # Besides its own two documents, twice as many as run at a time, of which two run.
     assert len(list(read)) == len(batches) - 3
@@ -249,7 +249,7 @@ def test_the_next_documents_are_asked_about_and_no_more(parts: dict[str, str]) -
     until(lambda: "distillkit-request" not in {thread.name for thread in threading.enumerate()})
 
     # In order, whatever is read ahead; asked anew after it was stopped.
-    seen = [batch["places"][:, 0].unique().tolist() for batch in signal.ahead(iter(batches))]
+    seen = [batch["places"][:, 0].unique().tolist() for batch in asked_ahead(signal, iter(batches))]
     assert seen == [batch["places"][:, 0].unique().tolist() for batch in batches]
     until(lambda: engine.running == 0)
     assert engine.most == 2

@@ -36,7 +36,7 @@ from distillkit.training.config.schema import RolloutServerConfig
 from distillkit.training.data.examples import Collator, Example, counted_positions
 from distillkit.training.rollouts.engine import HfEngine, Prompt, Sampling, Student
 from distillkit.training.signals.live import OnlineSignal
-from distillkit.training.signals.served import ServedSignal
+from distillkit.training.signals.served import ServedSignal, asked_ahead
 from distillkit.training.signals.server import connect
 from distillkit.types import TokenDocument
 from support.refusals import check_names, refused
@@ -284,7 +284,7 @@ def test_what_training_asks_a_server_is_what_the_live_teacher_gives(
         asking = connect(config, load_tokenizer(str(folder)))
         if stopped:  # answers of the cache alone
             monkeypatch.setattr(asking.engine, "score_one", lambda *_: pytest.fail("asked again"))
-        (given,) = ServedSignal(asking, HEAD).ahead(iter([batch]))
+        (given,) = asked_ahead(ServedSignal(asking, HEAD), iter([batch]))
         found = ServedSignal(asking, HEAD).targets(given, labels)
         np.testing.assert_allclose(found.teacher.logprobs, expected.teacher.logprobs, atol=TOLERANCE)
         clear = (expected.teacher.logprobs[:, 0] - expected.teacher.logprobs[:, 1]).numpy() > TOLERANCE

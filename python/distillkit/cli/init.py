@@ -39,13 +39,14 @@ _LORA = f"""\
 {_CAPTURE_FIRST}{_HEAD}"""
 _LIVE = f"""\
 # Train a student next to its teacher, without a capture: both models are in memory, and the teacher runs at every step.
-# Several teachers, each for its own rows: docs/several.md
+# Several teachers, each for its own rows or averaged: docs/several.md
 {_HEAD}"""
 _SERVED = f"""\
 # Train a student with a teacher behind a server, which is asked for distributions while the student trains.
 # Start it first, with as many log-probabilities as top_k:
 #   vllm serve {{teacher_word}} --max-logprobs 128
 # If it asks for a key: export DISTILLKIT_API_KEY=…
+# Several teachers, each for its own rows or averaged: docs/several.md
 {_HEAD}"""
 _ON_POLICY = f"""\
 # Train a student on what it writes itself (on-policy), next to the teacher that scores it: both models are in memory.

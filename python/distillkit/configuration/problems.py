@@ -119,10 +119,11 @@ _LONGEST_REASON = 600
 
 @dataclass(frozen=True)
 class _Item:
-    """One of pydantic's errors: the model that its last key belongs to, the keys, and the part of a union, if any."""
+    """One of pydantic's errors: the models to which its last key may belong, the keys, and the part of a union, if
+    any."""
 
     error: ErrorDetails
-    section: type[BaseModel] | None
+    sections: Sequence[type[BaseModel]]
     path: tuple[str | int, ...]
     union: tuple[str | int, ...] | None
 
@@ -131,8 +132,8 @@ def _by_place(error: ValidationError, model: type[BaseModel] | None) -> list[lis
     """Return the errors in order, those of a union's members together: pydantic reports each of them."""
     groups: dict[Any, list[_Item]] = {}
     for number, found in enumerate(error.errors()):
-        section, path, union = _follow(model, found["loc"])
-        groups.setdefault(number if union is None else union, []).append(_Item(found, section, path, union))
+        sections, path, union = _follow(model, found["loc"])
+        groups.setdefault(number if union is None else union, []).append(_Item(found, sections, path, union))
     return list(groups.values())
 
 
@@ -158,7 +159,7 @@ def _dotted(path: tuple[str | int, ...]) -> str:
 
 
 def _problem(item: _Item, model: type[BaseModel] | None, unknown: str, known: Iterable[str]) -> Problem:
-    section, location = item.section, item.path
+    section, location = next(iter(item.sections), None), item.path
     path, kind, found = _dotted(location), item.error["type"], item.error["input"]
     context = item.error.get("ctx", {})
     if kind == "extra_forbidden":
@@ -169,7 +170,9 @@ def _problem(item: _Item, model: type[BaseModel] | None, unknown: str, known: It
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         # The discriminator field, which selects one of several sections.
         tag = context["discriminator"].strip("'")
-        sections = _models_in(section.model_fields[str(location[-1])].annotation) if section else ()
+        field = section.model_fields.get(str(location[-1])) if section else None
+        # The number of an entry of a list is no field: there, they are the list's.
+        sections = item.sections if field is None else list(_models_in(field.annotation))
         allowed = " or ".join(repr(value) for each in sections for value in get_args(each.model_fields[tag].annotation))
         message = _must_be(allowed, found[tag]) if tag in found else f"is required and missing: {allowed}"
         return Problem(f"{path}.{tag}", message)
@@ -198,8 +201,8 @@ _MEMBER = re.compile(
 
 def _follow(
     model: type[BaseModel] | None, location: tuple[str | int, ...]
-) -> tuple[type[BaseModel] | None, tuple[str | int, ...], tuple[str | int, ...] | None]:
-    """Return the model to which a location's last key belongs, the location without what pydantic inserts for the
+) -> tuple[list[type[BaseModel]], tuple[str | int, ...], tuple[str | int, ...] | None]:
+    """Return the models to which a location's last key may belong, the location without what pydantic inserts for the
     members of unions, and its part up to the first union of plain values, if there is one."""
     models, path = ([] if model is None else [model]), list[str | int]()
     union: tuple[str | int, ...] | None = None
@@ -214,7 +217,7 @@ def _follow(
         path.append(part)
         if isinstance(part, str) and place < len(location) - 1:
             models = list(_models_in(models[0].model_fields[part].annotation)) if _has(models, part) else []
-    return (models[0] if models else None), tuple(path), union
+    return models, tuple(path), union
 
 
 def _has(models: Sequence[type[BaseModel]], name: str) -> bool:

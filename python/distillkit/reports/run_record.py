@@ -82,7 +82,7 @@ OWN_WORDS = (
 )
 """What is measured on the student's own completions."""
 
-HOW = {"dataset": "stored", "hf": "live", "server": "served"}
+HOW = {"dataset": "stored", "hf": "live", "server": "served", "hf and server": "live and served"}
 """How a teacher's distributions came to training, by its kind."""
 
 # Keys of a training log entry that are not losses, for runs whose description does not list their losses.

@@ -339,7 +339,9 @@ def _teacher(teacher: dict[str, Any], quoting: Quoting) -> str:
         if teacher.get("draws"):
             return f"{name}, stored draws: {teacher['draws']:,}"
         return f"{name}, stored" + (f" top {teacher['k']:,}" if teacher["k"] else "")
-    return f"{name}, {HOW[teacher['kind']]}, " + (f"top {teacher['k']:,}" if teacher["k"] else "all ids")
+    sizes = teacher["k"] if isinstance(teacher["k"], list) else [teacher["k"]]
+    top = " or ".join(f"{size:,}" for size in sizes if size)
+    return f"{name}, {HOW[teacher['kind']]}, " + (f"top {top}" if top else "all ids")
 
 
 def _loss(loss: dict[str, Any], fact: Callable[[object], str]) -> str:
@@ -406,8 +408,8 @@ def advice(run: RunRecord, quoting: Quoting) -> list[str]:
         )
     if run.teacher_wait is not None and run.teacher_wait >= _MUCH_WAITING:
         found.append(
-            f"The device spent {run.teacher_wait:.0%} of the time waiting for the teacher's server: raise "
-            "`teacher.concurrency` if the server can take more, or capture the distributions first."
+            f"The device spent {run.teacher_wait:.0%} of the time waiting for the teacher's server: raise its "
+            "`concurrency` if it can take more, or capture the distributions first."
         )
     return found
 

@@ -61,7 +61,7 @@ from distillkit.shards.verify import verify_dataset
 from distillkit.shards.writer import ShardWriter
 from distillkit.types import Document, Facts, Shown, SparseLogprobs
 
-__all__ = ["Average", "AveragedRows", "MergeReport", "Merged", "average_rows", "merge"]
+__all__ = ["Average", "AveragedRows", "MergeReport", "Merged", "average_labels", "average_rows", "merge"]
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +179,37 @@ def average_rows(
     stack = _Stack.of(rows, shares, vocab_size)
     values, uncertainty, log_z = stack.probabilities() if average == "probabilities" else stack.logits()
     return AveragedRows(stack.ranked(values), uncertainty, log_z)
+
+
+def average_labels(
+    known: npt.NDArray[np.floating], weights: Sequence[float], average: Average, log_z: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float32]:
+    """Average what several sources say of the next tokens; see the module docstring.
+
+    Args:
+        known: (S, R) log-probabilities of the next tokens by each source.
+        weights: of the sources; they need not sum to 1.
+        average: `probabilities` or `logits`.
+        log_z: (R,) log Z, from `average_rows`.
+
+    Returns:
+        (R,) log-probabilities; NaN where that of a source is.
+
+    Example:
+        >>> import numpy as np
+        >>> from distillkit.shards.merge import average_labels
+        >>> known = np.log(np.array([[0.5, 0.25], [0.125, 0.25]]))
+        >>> np.exp(average_labels(known, [2, 1], "probabilities", np.zeros(2))).round(6).tolist()
+        [0.375, 0.25]
+    """
+    shares = np.asarray(weights, np.float64) / np.sum(weights)
+    values = known.astype(np.float64)
+    if average == "probabilities":
+        with np.errstate(divide="ignore"):
+            mean = np.log(shares @ np.exp(values))
+    else:
+        mean = shares @ values - log_z
+    return np.asarray(np.minimum(mean, 0.0), np.float32)
 
 
 @dataclass(frozen=True)
@@ -350,17 +381,8 @@ class Merged:
         known = [document.label_logprobs for document in found if document.label_logprobs is not None]
         labels = None
         if len(known) == len(found):
-            labels = self._labels(np.stack(known).astype(np.float64), averaged.log_z)
+            labels = average_labels(np.stack(known), self.weights, self.average, averaged.log_z)
         return replace(found[0], label_logprobs=labels), averaged.rows, averaged.uncertainty
-
-    def _labels(self, known: npt.NDArray[np.float64], log_z: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-        """Average the log-probabilities (S, L − 1) of a document's tokens."""
-        if self.average == "probabilities":
-            with np.errstate(divide="ignore"):
-                mean = np.log(np.array(self.weights) @ np.exp(known))
-        else:
-            mean = np.array(self.weights) @ known - log_z
-        return np.asarray(np.minimum(mean, 0.0), np.float32)
 
     def documents(self, codec: Codec) -> Iterator[tuple[Document, SparseLogprobs]]:
         """Yield all documents with the rows that a codec stores of them, and add up what the report says of them."""

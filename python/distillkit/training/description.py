@@ -45,9 +45,10 @@ def describe(
         datasets: `train`, and `eval` if there is one.
 
     Returns:
-        JSON objects by name: `student`, `teacher` (with `names` if they are several, and `draws`, the number of draws
-        of a distribution, if these are stored), `data`, `losses` (weights summing to 1), `rollouts` (None without),
-        `overrides` (what the command line set, by dotted path), `settings`, `versions`; and `project`, `began`.
+        JSON objects by name: `student`, `teacher` (with `names` if they are several; `k` is None for all ids, and a
+        list if numbers of ids differ; `draws`, the number of draws of a distribution, if these are stored), `data`,
+        `losses` (weights summing to 1), `rollouts` (None without), `overrides` (what the command line set, by dotted
+        path), `settings`, `versions`; and `project`, `began`.
     """
     description = {
         "project": config.project_name,
@@ -69,16 +70,15 @@ def describe(
 
 
 def _teacher(config: RunConfig, dataset: DistillationDataset | Mixture) -> dict[str, Any]:
-    if config.teachers is not None:
-        paths = [teacher.path for teacher in config.teachers]
-        return {"kind": "hf", "name": ", ".join(paths), "names": paths, "k": config.teachers[0].top_k}
-    if config.teacher.kind == "hf":
-        return {"kind": "hf", "name": config.teacher.path, "k": config.teacher.top_k}
-    if config.teacher.kind == "server":
+    taught = list(config.teachers_by_key.values())
+    if taught:
+        own = [each.path if each.kind == "hf" else each.served_model or each.model for each in taught]
+        sizes = sorted({each.top_k for each in taught if each.top_k is not None})
         return {
-            "kind": "server",
-            "name": config.teacher.served_model or config.teacher.model,
-            "k": config.teacher.top_k,
+            "kind": " and ".join(sorted({each.kind for each in taught})),
+            "name": ", ".join(own),
+            **({"names": own} if len(own) > 1 else {}),
+            "k": sizes if len(sizes) > 1 else next(iter(sizes), None),
         }
     names, widths, draws = dict[str, None](), set[int](), set[int]()
     for part in dataset.parts:

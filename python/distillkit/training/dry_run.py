@@ -21,7 +21,7 @@ from distillkit.reports.run_record import DIFFERENCES
 from distillkit.training.config.arguments import recomputing, to_plain_value
 
 if TYPE_CHECKING:
-    from distillkit.training.config.schema import ListedTeacherConfig, RunConfig
+    from distillkit.training.config.schema import ListedLiveTeacherConfig, ListedServedTeacherConfig, RunConfig
     from distillkit.training.memory_estimate import MemoryEstimate
     from distillkit.training.run import Run
 
@@ -113,7 +113,7 @@ def dry_run(path: str | Path, overrides: Overrides | None = None) -> DryRun:
             if check.status in ("failed", "not checked"):
                 failed.add(step.name)
             checks.append(check)
-        state.end()
+        state.run.stop_asking()
     return DryRun(checks, _would_write(state))
 
 
@@ -164,12 +164,6 @@ class _State:
         self.steps, self.steps_an_epoch = 0, 1
         self.checkpoints: tuple[int, int] | None = None
         self.saved: int | None = None
-
-    def end(self) -> None:
-        """Cancel what a served teacher was asked ahead."""
-        server = self.run.__dict__.get("server")
-        if server is not None:
-            server.stop()
 
     @property
     def sharded(self) -> bool:
@@ -285,26 +279,36 @@ def _student(state: _State) -> tuple[str, dict[str, Any]]:
 
 
 def _teacher(state: _State) -> tuple[str, dict[str, Any]]:
-    live, matching = state.run.teacher
-    server = state.run.server
-    if server is not None:
-        kept = "" if server.cache is None else f"; answers are kept in {server.cache.folder}"
-        found = f"served: {server.name}, top {server.request.k:,} of {server.head_size:,} ids"
-        return f"{found}; the server answers with as many{kept}", {"kind": "server", "name": server.name}
-    if live is None:
+    run, config = state.run, state.config
+    if not config.teachers_by_key:
         return "stored distributions", {"kind": "dataset"}
-    kept = "all ids" if live.top_k is None else f"top {live.top_k:,}"
-    if state.config.teachers is not None:
-        listed = [_listed(teacher) for teacher in state.config.teachers]
-        return "\n".join([f"live, {kept}:", *listed]), {"kind": "hf", "teachers": listed}
-    layers = "" if matching is None else f"; {len(matching.teacher_layers)} pairs of layers matched"
-    return f"live: {state.config.teacher.path}, {kept}{layers}", {"kind": "hf"}  # type: ignore[union-attr]
+    _ = run.live, run.servers  # all of them, before any is described
+    lines = [_one_teacher(run, key) for key in config.teachers_by_key]
+    kinds = sorted({each.kind for each in config.teachers_by_key.values()})
+    figures: dict[str, Any] = {"kind": " and ".join(kinds)}
+    if config.teachers is not None:
+        listed = [f"{line}; {_share(each)}" for line, each in zip(lines, config.teachers, strict=True)]
+        return "\n".join(listed), {**figures, "teachers": listed}
+    return lines[0], figures | ({"name": run.servers["teacher"].name} if run.servers else {})
 
 
-def _listed(teacher: ListedTeacherConfig) -> str:
-    """One of several teachers: its path, its weight and the rows that it teaches."""
+def _one_teacher(run: Run, key: str) -> str:
+    """What a live or served teacher is, and how many ids its distributions have."""
+    if key in run.live:
+        top_k, pairs = run.live[key].top_k, run.matching
+        kept = "all ids" if top_k is None else f"top {top_k:,}"
+        layers = "" if pairs is None else f"; {len(pairs.teacher_layers)} pairs of layers matched"
+        return f"live: {run.config.live_teachers[key].path}, {kept}{layers}"
+    server = run.servers[key]
+    answers = "" if server.cache is None else f"; answers are kept in {server.cache.folder}"
+    found = f"served: {server.name}, top {server.request.k:,} of {server.head_size:,} ids"
+    return f"{found}; the server answers with as many{answers}"
+
+
+def _share(teacher: ListedLiveTeacherConfig | ListedServedTeacherConfig) -> str:
+    """The weight of one of several teachers, and the rows that it teaches."""
     which = ", ".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in teacher.where.items())
-    return f"{teacher.path}, weight {teacher.weight:g}, {which or 'all rows'}"
+    return f"weight {teacher.weight:g}, {which or 'all rows'}"
 
 
 def _fits(state: _State) -> tuple[str, dict[str, Any]]:
@@ -374,8 +378,7 @@ def _memory(state: _State) -> Check:
     from distillkit.training.memory_estimate import cache_bytes, estimate_memory
 
     arguments, config = state.run.arguments, state.config
-    live, _ = state.run.teacher
-    models = trained_models(state.run.model, None if live is None else live.models)
+    models = trained_models(state.run.model, state.run.live_models)
     found = estimate_memory(
         state.run.trainer.model,
         arguments,

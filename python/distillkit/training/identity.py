@@ -187,12 +187,16 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     found = {name: value for name, value in content.items() if name not in (*_SECTIONS, *_FREE_SETTINGS)}
     found |= _without("dataset", content["dataset"], _FREE_DATASET)
-    for number, teacher in enumerate(content.pop("teachers") or ()):
-        found |= _without(f"teachers.{number}", teacher, _FREE_TEACHER)
-        found |= _without(f"teachers.{number}.kwargs", teacher.get("kwargs") or {}, _FREE_LOADING)
-    found |= _without("teacher", content["teacher"], _FREE_TEACHER)
+    listed = content["teachers"]
+    teachers = (
+        {"teacher": content["teacher"]}
+        if listed is None
+        else {f"teachers.{number}": teacher for number, teacher in enumerate(listed)}
+    )
+    for key, teacher in teachers.items():
+        found |= _without(key, teacher, _FREE_TEACHER)
+        found |= _without(f"{key}.kwargs", teacher.get("kwargs") or {}, _FREE_LOADING)
     found |= _without("model_kwargs", content["model_kwargs"], _FREE_LOADING)
-    found |= _without("teacher.kwargs", content["teacher"].get("kwargs") or {}, _FREE_LOADING)
     found |= _without("peft", content["peft"] or {}, _FREE_PEFT)
     found |= _without("rollouts", content["rollouts"] or {}, _FREE_ROLLOUTS)
     found["loss_functions"] = [

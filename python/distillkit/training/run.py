@@ -35,7 +35,7 @@ from distillkit.training.batching import choose_packing, trained_models
 from distillkit.training.callbacks import ConsoleProgress, MetricsFile
 from distillkit.training.checkpoints import Checkpoint, checkpoint_of
 from distillkit.training.config.arguments import recomputing, training_arguments
-from distillkit.training.config.schema import PARTS, LiveTeacherConfig, ServedTeacherConfig
+from distillkit.training.config.schema import PARTS, LiveTeacherConfig
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.documents import check_positions, check_row_lengths, open_documents, training_dataset
 from distillkit.training.data.examples import DistillationDataset, DocumentSource
@@ -47,9 +47,10 @@ from distillkit.training.identity import check_same_run, identity_of
 from distillkit.training.rollouts.prompts import KEY, Prompts, open_prompts
 from distillkit.training.rollouts.rounds import Rollouts
 from distillkit.training.saving import reaching_hub, save_student
+from distillkit.training.signals.base import TeacherSignal
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.served import ServedSignal
-from distillkit.training.signals.server import TeacherServer, connect
+from distillkit.training.signals.server import TeacherServer, check_caches, connect
 from distillkit.training.signals.several import SeveralTeachers, check_routes
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
@@ -67,8 +68,6 @@ __all__ = ["Given", "Run", "resumed_checkpoint", "train"]
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-LiveSignal = OnlineSignal | SeveralTeachers
 
 
 @dataclass(frozen=True)
@@ -182,38 +181,69 @@ class Run:
         return model
 
     @cached_property
-    def teacher(self) -> tuple[LiveSignal | None, LayerMatching | None]:
-        """The live teacher and the layers matched with it, if the configuration has them."""
-        return _live_teacher(self.config, self.model, self.arguments.device)
+    def teacher_models(self) -> dict[str, transformers.PreTrainedModel]:
+        """The models of live teachers, by their keys."""
+        # A student with adapters is its own teacher if the teacher is its unchanged base model.
+        own, device = self.config.own_teachers, self.arguments.device
+        return {
+            key: self.model if key in own else load_teacher(self.config, device, key)
+            for key in self.config.live_teachers
+        }
 
     @cached_property
-    def server(self) -> TeacherServer | None:
-        """The served teacher, if the configuration has one."""
-        if not isinstance(self.config.teacher, ServedTeacherConfig):
+    def matching(self) -> LayerMatching | None:
+        """The layers of the student and of its only teacher whose hidden states are compared, if any are."""
+        if self.config.layer_mapping is None:
             return None
-        return connect(self.config, self.tokenizer)
+        [teacher] = self.teacher_models.values()
+        force = self.config.force_hidden_state_projection
+        return match_layers(self.config.layer_mapping, self.model, teacher, force_projection=force)
+
+    @cached_property
+    def live(self) -> dict[str, OnlineSignal]:
+        """The live teachers, by their keys."""
+        layers = () if self.matching is None else self.matching.teacher_layers
+        return {
+            key: OnlineSignal(
+                model,
+                top_k=self.config.live_teachers[key].top_k,
+                layers=layers,
+                head_size=rows_of(self.model.get_output_embeddings().weight),
+                key=key,
+            )
+            for key, model in self.teacher_models.items()
+        }
+
+    @property
+    def live_models(self) -> dict[str, Any]:
+        """The models of live teachers, by the settings that name them."""
+        return {key: model for signal in self.live.values() for key, model in signal.models.items()}
+
+    @cached_property
+    def servers(self) -> dict[str, TeacherServer]:
+        """The served teachers, by their keys."""
+        servers = {key: connect(self.config, self.tokenizer, key) for key in self.config.served_teachers}
+        check_caches(self.config, servers)
+        return servers
 
     @cached_property
     def datasets(self) -> dict[Part, DistillationDataset | Mixture]:
         """Training and evaluation examples, checked against the student."""
-        live, _ = self.teacher
+        models = trained_models(self.model, self.live_models)
         if self.config.dataset.packing == "auto":
-            choose_packing(self.arguments, trained_models(self.model, None if live is None else live.models))
+            choose_packing(self.arguments, models)
         if self.prompts is not None:
-            _check_prompts(self.config, self.prompts, self.model, {} if live is None else live.models)
+            _check_prompts(self.config, self.prompts, models)
         return {part: self._examples(self.config, opened) for part, opened in self.sources.items()}
 
     def _examples(self, config: RunConfig, opened: Sequence[Opened]) -> DistillationDataset | Mixture:
         """Examples of one or several datasets, checked against the student."""
         entries, setting = [each.entry for each in opened], f"{opened[0].entry.part}_dataset"
         listed = isinstance(getattr(config.dataset, setting), list)
-        signal: LiveSignal | ServedSignal | None = self.teacher[0]
-        if self.server is not None:
-            documents = JoinedDocuments([each.documents for each in opened]) if listed else opened[0].documents
-            head_size = rows_of(self.model.get_output_embeddings().weight)
-            # Completions are not among the documents that an error about a row could name.
-            known = None if self.prompts is not None and opened[0].entry.part == "train" else documents
-            signal = ServedSignal(self.server, head_size, known, f"dataset.{setting}")
+        documents = JoinedDocuments([each.documents for each in opened]) if listed else opened[0].documents
+        # Completions are not among the documents that an error about a row could name.
+        known = None if self.prompts is not None and opened[0].entry.part == "train" else documents
+        signal = self._signal(known, f"dataset.{setting}")
         if self.prompts is not None and signal is not None and opened[0].documents is self.prompts.documents:
             return DistillationDataset(opened[0].documents, signal, config.sequence_length, self.prompts.chosen)
         parts = [_dataset(config, each, self.model, self.arguments, signal) for each in opened]
@@ -223,6 +253,20 @@ class Run:
             return parts[0]
         check_same_kind(entries, parts)
         return Mixture(parts, [entry.name for entry in entries], rows_taken(entries, parts))
+
+    def _signal(self, documents: DocumentSource | None, key: str) -> TeacherSignal | None:
+        """Return what live and served teachers teach of some documents; None if distributions are stored.
+
+        Args:
+            documents: the documents, which errors name, if they are known.
+            key: what errors call them.
+        """
+        head_size = rows_of(self.model.get_output_embeddings().weight)
+        served = {name: ServedSignal(server, head_size, documents, key) for name, server in self.servers.items()}
+        signals: dict[str, OnlineSignal | ServedSignal] = {**self.live, **served}
+        if self.config.teachers is None:
+            return next(iter(signals.values()), None)
+        return SeveralTeachers(self.config.teachers, [signals[name] for name in self.config.teachers_by_key])
 
     def other_examples(
         self, where: DatasetSource | list[DatasetSource], given: Sequence[StoredDataset | None]
@@ -253,13 +297,10 @@ class Run:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What decides the student that training ends with; see `identity_of`."""
-        live, _ = self.teacher
-        models = {"model": self.model}
-        if live is not None:
-            models = trained_models(self.model, live.models)
+        models = trained_models(self.model, self.live_models)
         prompts = None if self.prompts is None else self.prompts.documents
         found = identity_of(self.config, self.arguments, self.datasets, models, self.tokenizer, prompts)
-        return found if self.server is None else {**found, "teacher: served model": self.server.name}
+        return found | {f"{key}: served model": server.name for key, server in self.servers.items()}
 
     @cached_property
     def metrics(self) -> MetricsFile:
@@ -277,8 +318,8 @@ class Run:
 
     def trainer_parts(self) -> dict[str, Any]:
         """Load everything, and return the arguments of a `SignalTrainer`."""
-        # First, so that data for another student raises before anything large is loaded.
-        eos_labels, _ = self.eos_labels, self.sources
+        # First, so that data for another student, or a server that is not there, raise before anything large is loaded.
+        eos_labels, _, _ = self.eos_labels, self.sources, self.servers
         self.progress.parts = self.objective.losses
         self.progress.sources = {part: dataset.names for part, dataset in self.datasets.items()}
         identity = self.identity  # of the models as they were loaded
@@ -293,7 +334,7 @@ class Run:
             "objective": self.objective,
             "train_dataset": self.datasets["train"],
             "eval_dataset": self.datasets.get("eval"),
-            "matching": self.teacher[1],
+            "matching": self.matching,
             "processing_class": self.tokenizer,
             "eos_labels": eos_labels,
             "identity": identity,
@@ -346,10 +387,14 @@ class Run:
                 result = training(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
             finally:
                 self.progress.close()
-                if self.server is not None:
-                    self.server.stop()
+                self.stop_asking()
         trainer.check_finite()
         return result
+
+    def stop_asking(self) -> None:
+        """Cancel what servers were asked ahead, if any are connected, and write what their caches hold."""
+        for server in self.__dict__.get("servers", {}).values():
+            server.stop()
 
     def finish(self, trainer: SignalTrainer, steps: int, seconds: float) -> dict[str, Any]:
         """Write the summary and the last report, and return the summary; see `train`."""
@@ -458,7 +503,7 @@ def _open_sources(
     config: RunConfig, tokenizer: Any, arguments: SFTConfig, given: Mapping[Part, Sequence[StoredDataset | None]]
 ) -> dict[Part, list[Opened]]:
     """Open training and evaluation data; a mismatched tokenizer raises before any model is loaded."""
-    for key in ("teacher",) if config.teacher.kind == "server" else config.live_teachers:
+    for key in config.teachers_by_key:
         check_teacher_tokenizer(config, tokenizer, key)
     parts = [part for part in PARTS if part == "eval" or not config.only_rollouts]
     opened = {part: _opened(config, part, tokenizer, arguments, given.get(part, ())) for part in parts}
@@ -474,38 +519,18 @@ def _opened(
     return [Opened(entry, open_documents(config, entry, tokenizer, arguments, known)) for entry, known in pairs]
 
 
-def _live_teacher(
-    config: RunConfig, model: transformers.PreTrainedModel, device: torch.device
-) -> tuple[LiveSignal | None, LayerMatching | None]:
-    """Load the live teachers, if the configuration has some, and match the layers of one with the student's."""
-    if config.teachers is not None:
-        models = [load_teacher(config, device, key) for key in config.live_teachers]
-        return SeveralTeachers(config.teachers, models, rows_of(model.get_output_embeddings().weight)), None
-    if not isinstance(config.teacher, LiveTeacherConfig):
-        return None, None
-    # A student with adapters is its own teacher if the teacher is its unchanged base model.
-    teacher = model if config.teaches_itself else load_teacher(config, device)
-    matching = None
-    if config.layer_mapping is not None:
-        force = config.force_hidden_state_projection
-        matching = match_layers(config.layer_mapping, model, teacher, force_projection=force)
-    layers = () if matching is None else matching.teacher_layers
-    head_size = rows_of(model.get_output_embeddings().weight)
-    return OnlineSignal(teacher, top_k=config.teacher.top_k, layers=layers, head_size=head_size), matching
-
-
 def _dataset(
     config: RunConfig,
     opened: Opened,
     model: transformers.PreTrainedModel,
     arguments: SFTConfig,
-    teacher: LiveSignal | ServedSignal | None,
+    teacher: TeacherSignal | None,
 ) -> DistillationDataset:
     """Check a dataset against the student, and return its training examples."""
     entry, source = opened
     head_size, key = rows_of(model.get_output_embeddings().weight), entry.key
-    live = teacher.models if isinstance(teacher, LiveSignal) else {}
-    check_positions(config, entry, source, arguments, {"model": model, **live})
+    models = trained_models(model, None if teacher is None else teacher.models)
+    check_positions(config, entry, source, arguments, models)
     if teacher is not None:
         check_ids(source, head_size, key)
         if isinstance(teacher, SeveralTeachers):
@@ -524,13 +549,11 @@ def _dataset(
     return training_dataset(config, entry, source, stored, arguments)
 
 
-def _check_prompts(config: RunConfig, prompts: Prompts, model: Any, teachers: Mapping[str, Any]) -> None:
-    """Refuse prompts with token ids beyond the head, or that lead beyond a model's table of positions."""
-    check_ids(prompts.documents, rows_of(model.get_output_embeddings().weight), KEY)
+def _check_prompts(config: RunConfig, prompts: Prompts, models: Mapping[str, Any]) -> None:
+    """Refuse prompts with token ids beyond the student's head, or that lead beyond a model's table of positions."""
+    check_ids(prompts.documents, rows_of(models["model"].get_output_embeddings().weight), KEY)
     new = 0 if config.rollouts is None else config.rollouts.max_new_tokens
-    check_row_lengths(
-        {"model": model, **teachers}, prompts.longest + new, prompts.longest + new, f"{KEY}, with completions,"
-    )
+    check_row_lengths(models, prompts.longest + new, prompts.longest + new, f"{KEY}, with completions,")
 
 
 def _check_counted(dataset: DistillationDataset, key: str) -> None:

@@ -64,15 +64,16 @@ def check_student(config: RunConfig) -> PreTrainedModel | PeftModel:
 
 def _check_layers(config: RunConfig, outline: PreTrainedModel) -> None:
     """Check `layer_mapping` with the models' configs."""
-    if config.layer_mapping is None or config.teacher.kind != "hf":
+    if config.layer_mapping is None:
         return
+    [(key, found)] = config.live_teachers.items()
     from transformers import AutoConfig
 
     try:
-        teacher = AutoConfig.from_pretrained(config.teacher.path, trust_remote_code=config.trust_remote_code)
+        teacher = AutoConfig.from_pretrained(found.path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{config.source}: teacher.path: no model config could be loaded from {config.teacher.path!r}: {error}"
+            f"{config.source}: {key}.path: no model config could be loaded from {found.path!r}: {error}"
         ) from error
     try:
         layer_pairs(config.layer_mapping, outline.config.get_text_config(), teacher.get_text_config())

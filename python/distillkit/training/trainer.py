@@ -31,9 +31,7 @@ from distillkit.training.differences import Differences
 from distillkit.training.identity import LAST
 from distillkit.training.rollouts.order import WithSlots
 from distillkit.training.saving import saving
-from distillkit.training.signals.live import OnlineSignal
-from distillkit.training.signals.served import ServedSignal, asked_ahead
-from distillkit.training.signals.several import SeveralTeachers
+from distillkit.training.signals.served import asked_ahead
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -100,8 +98,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"--nproc_per_node {args.n_gpu} -m distillkit CONFIG.yaml` (or accelerate launch), or choose one "
                 "with CUDA_VISIBLE_DEVICES"
             )
-        signal = train_dataset.signal
-        models = trained_models(model, signal.models if isinstance(signal, (OnlineSignal, SeveralTeachers)) else None)
+        models = trained_models(model, train_dataset.signal.models)
         pad_id = getattr(processing_class, "pad_token_id", None)
         collator = Collator(
             pad_id=0 if pad_id is None else pad_id,
@@ -138,6 +135,7 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         self.training_seconds = 0.0
         self.waiting_seconds = 0.0
         self.teacher_seconds = 0.0
+        self._waited = 0.0  # for the teacher, until the last log entry
         self._window = _Window(self.objective, train_dataset.names, args.device)
         self._order: DocumentOrder | MixtureOrder | None = None
         # The batches of an epoch as the Trainer has them, and as they are used.
@@ -361,27 +359,29 @@ class SignalTrainer(transformers.Trainer):  # type: ignore[misc]
         self.training_seconds += seconds
         self.waiting_seconds += averages["data_wait"] * seconds
         signal = self.train_dataset.signal
-        if isinstance(signal, ServedSignal):
-            share = torch.tensor([signal.waited / max(seconds, 1e-9)], device=self.args.device)
+        if signal.servers:
+            waited, self._waited = signal.waited - self._waited, signal.waited
+            share = torch.tensor([waited / max(seconds, 1e-9)], device=self.args.device)
             averages["teacher_wait"] = self.accelerator.reduce(share, reduction="mean").item()
             self.teacher_seconds += averages["teacher_wait"] * seconds
-            signal.waited = 0.0
         for name in _COUNTS:
             self.counts[name] += counts[name]
         return averages
 
     def teacher_wait(self) -> dict[str, float]:
-        """Return the share of the training time that was spent waiting for a served teacher, `teacher_wait`; nothing
+        """Return the share of the training time that was spent waiting for served teachers, `teacher_wait`; nothing
         with other teachers."""
-        if not isinstance(self.train_dataset.signal, ServedSignal):
+        if not self.train_dataset.signal.servers:
             return {}
         return {"teacher_wait": self.teacher_seconds / max(self.training_seconds, 1e-9)}
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Exclude the time spent in this block from the throughput and the waiting time."""
+        """Exclude the time spent in this block from the throughput and the waiting times."""
+        before = self.train_dataset.signal.waited
         with self._window.paused():
             yield
+        self._waited += self.train_dataset.signal.waited - before
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -529,12 +529,14 @@ class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # state.epoch counts finished epochs, with a fraction in the middle of one that is resumed.
         self.trainer.start_epoch(int(state.epoch or 0))
-        signal = self.trainer.train_dataset.signal
-        if isinstance(signal, ServedSignal):
-            # Whatever a process has asked, the others find from here on.
-            signal.server.flush()
+        servers = self.trainer.train_dataset.signal.servers
+        # Whatever a process has asked, the others find from here on.
+        for server in servers:
+            server.flush()
+        if servers:
             self.trainer.accelerator.wait_for_everyone()
-            signal.server.flush()
+        for server in servers:
+            server.flush()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Reading processes end with the batches that they read.

@@ -117,7 +117,7 @@ def argument_problems(content: Mapping[Any, Any]) -> list[str]:
     """
     arguments: Mapping[Any, Any] = content["training_args"]
     problems: list[str] = []
-    refused = _REFUSED if _has_live_teacher(content) else {**_REFUSED, **_FOR_TEXT}
+    refused = _REFUSED if _reads_text(content) else {**_REFUSED, **_FOR_TEXT}
     for name, value in arguments.items():
         problem = _argument_problem(name, value, refused)
         if problem is not None:
@@ -131,9 +131,11 @@ def argument_problems(content: Mapping[Any, Any]) -> list[str]:
     return problems + _disagreements(content, arguments)
 
 
-def _has_live_teacher(content: Mapping[Any, Any]) -> bool:
+def _reads_text(content: Mapping[Any, Any]) -> bool:
+    """Whether documents may be text: with live and served teachers."""
     teacher = content.get("teacher")
-    return content.get("teachers") is not None or (isinstance(teacher, Mapping) and teacher.get("kind") == "hf")
+    kind = teacher.get("kind") if isinstance(teacher, Mapping) else None
+    return content.get("teachers") is not None or kind in ("hf", "server")
 
 
 def _argument_problem(name: Any, value: Any, refused: Mapping[str, tuple[Callable[[Any], bool], str]]) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillkit.configuration.problems import shown
+from distillkit.configuration.problems import report, shown
 from distillkit.configuration.secrets import redacted
 from distillkit.errors import ConfigError, nearest
 from distillkit.training.config.argument_rules import GONE, GREATER_IS_BETTER, RENAMED, converted
@@ -82,11 +82,7 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     }
     _check_reporters(arguments.get("report_to", defaults["report_to"]))
     _check_optimiser(arguments.get("optim"))
-    sharded = _launched_with("ACCELERATE_USE_FSDP") or _launched_with("ACCELERATE_USE_DEEPSPEED")
-    if sharded and config.peft is not None and config.peft.merge_on_save:
-        raise ConfigError(
-            f"{config.source}: peft.merge_on_save: no process holds the full weights when accelerate shards them"
-        )
+    _check_launch(config)
     _check_sharding(arguments, "cpu" if arguments["use_cpu"] or accelerator is None else accelerator.type)
     try:
         return SFTConfig(**in_installed_names(arguments))
@@ -173,6 +169,31 @@ _FSDP_SETTINGS = (
     "transformer_layer_cls_to_wrap",
     "version",
 )
+
+
+def _check_launch(config: RunConfig) -> None:
+    """Refuse what `accelerate launch` with FSDP or DeepSpeed cannot do; the same is refused of `training_args` when the
+    configuration is read.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if not (_launched_with("ACCELERATE_USE_FSDP") or _launched_with("ACCELERATE_USE_DEEPSPEED")):
+        return
+    problems = [
+        f"{key}.path: is the student itself, which cannot teach when accelerate shards it; set {key}.kwargs (such as "
+        "dtype) to load a separate teacher"
+        for key in config.own_teachers
+    ]
+    if config.peft is not None and config.peft.merge_on_save:
+        problems.append("peft.merge_on_save: no process holds the full weights when accelerate shards them")
+    if config.rollouts is not None:
+        problems.append(
+            "rollouts: a student that accelerate divides among processes cannot write completions yet; launch without "
+            "FSDP and DeepSpeed (several processes then use DDP)"
+        )
+    if problems:
+        raise ConfigError(report(config.source, problems))
 
 
 def _check_sharding(arguments: Mapping[str, Any], device: str) -> None:

@@ -96,7 +96,7 @@ def _disagreements(config: RunConfig) -> list[str]:
         found.append(
             f"layer_mapping: missing, but {hidden[0]} needs it: 'all', or pairs of [student layer, teacher layer]"
         )
-    if config.layer_mapping is not None and config.teachers is not None:
+    if config.layer_mapping is not None and len(config.teachers or ()) > 1:
         found.append(
             "layer_mapping: compares hidden states with those of one teacher, but there are several (teachers); leave "
             "it out, or set teacher"
@@ -131,7 +131,7 @@ def _rollout_problems(config: RunConfig) -> Iterator[str]:
     alone = alone_problem(rollouts.prompts)
     if alone is not None:
         yield f"rollouts.prompts.{alone}"
-    for key, teacher in config.live_teachers.items():
+    for key, teacher in config.teachers_by_key.items():
         if getattr(teacher, "where", None):
             yield f"{key}.where: what the student writes has no columns; with rollouts, leave it out"
     if rollouts.max_new_tokens >= config.sequence_length:
@@ -161,12 +161,13 @@ def _student_problems(config: RunConfig) -> list[str]:
     """Describe settings of the student that contradict each other."""
     found: list[str] = []
     sharding = [name for name in ("fsdp", "deepspeed") if config.training_args.get(name)]
-    own = "teacher.path: is the student itself, which teaches with its adapters disabled"
-    remedy = "set teacher.kwargs (such as dtype) to load a separate teacher"
-    if config.teaches_itself and config.peft is not None and config.peft.changes_base_weights:
-        found.append(f"{own}, but peft.bias or peft.init_lora_weights also change its own weights; {remedy}")
-    if config.teaches_itself and sharding:
-        found.append(f"{own}, which is not possible under training_args.{sharding[0]}; {remedy}")
+    for key in config.own_teachers:
+        own = f"{key}.path: is the student itself, which teaches with its adapters disabled"
+        remedy = f"set {key}.kwargs (such as dtype) to load a separate teacher"
+        if config.peft is not None and config.peft.changes_base_weights:
+            found.append(f"{own}, but peft.bias or peft.init_lora_weights also change its own weights; {remedy}")
+        if sharding:
+            found.append(f"{own}, which is not possible under training_args.{sharding[0]}; {remedy}")
     if config.quantised is not None and config.peft is None:
         found.append(
             f"model_kwargs.{config.quantised}: quantised weights cannot be trained; add a peft section to "

@@ -41,6 +41,8 @@ __all__ = [
     "PARTS",
     "DatasetEntry",
     "DatasetSource",
+    "ListedLiveTeacherConfig",
+    "ListedServedTeacherConfig",
     "ListedTeacherConfig",
     "LiveTeacherConfig",
     "RolloutsConfig",
@@ -332,41 +334,6 @@ class LiveTeacherConfig(Section):
         return _one_dtype(value)
 
 
-Scalar = Union[bool, int, float, str]
-
-
-class ListedTeacherConfig(LiveTeacherConfig):
-    """One of several live teachers."""
-
-    weight: float = Field(
-        default=1.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="Its share where several teachers match a row, relative to the weights of the others: their "
-        "probabilities are averaged.",
-    )
-    where: dict[str, Scalar | list[Scalar]] = Field(
-        default_factory=dict,
-        description="Which rows it teaches: those that have this value, or one of a list of values, in each of these "
-        "columns; all rows by default. Captured datasets have the columns that they were captured with (keep_columns).",
-    )
-
-    _weights = field_validator("weight", mode="before")(refuse_flag)
-
-    def matches(self, columns: Mapping[str, Any]) -> bool:
-        """Whether it teaches a row with these values. Text equals a number or true and false that is written so."""
-        return all(
-            any(_same_value(columns.get(name), each) for each in (value if isinstance(value, list) else [value]))
-            for name, value in self.where.items()
-        )
-
-
-def _same_value(found: Any, wanted: Scalar) -> bool:
-    if isinstance(found, bool) or isinstance(wanted, bool):
-        return str(found).lower() == str(wanted).lower()
-    return bool(found == wanted) or (isinstance(found, str) and found == str(wanted))
-
-
 class StoredTeacherConfig(Section):
     """A teacher whose distributions are stored in the dataset (`kind: dataset`)."""
 
@@ -426,10 +393,20 @@ def _server_url(value: str) -> str:
     return value
 
 
+# What all servers have, with the defaults and limits of captures.
+ServerUrl = Annotated[str, AfterValidator(_server_url)]
+Retries = Annotated[
+    int,
+    Field(ge=0, description="How often a failed request is retried, with growing pauses."),
+    BeforeValidator(refuse_flag),
+]
+Timeout = Annotated[float, Field(gt=0, le=604_800), BeforeValidator(refuse_flag)]
+
+
 class RolloutServerConfig(Section):
     """A server that writes the completions (`rollouts.engine: server`)."""
 
-    base_url: str = Field(
+    base_url: ServerUrl = Field(
         description="URL of the server, such as http://localhost:8000/v1; its key is read from DISTILLKIT_API_KEY or "
         "OPENAI_API_KEY. vLLM must be started with VLLM_SERVER_DEV_MODE=1.",
     )
@@ -443,19 +420,12 @@ class RolloutServerConfig(Section):
         description="Empty or new folder where the student's weights are written for the server, which must see it "
         "under the same path; by default `rollouts_student` in the output folder. Removed when training ends.",
     )
-    max_retries: int = Field(
-        default=_SERVER.max_retries, ge=0, description="How often a failed request is retried, with growing pauses."
-    )
-    request_timeout: float = Field(
+    max_retries: Retries = _SERVER.max_retries
+    request_timeout: Timeout = Field(
         default=_SERVER.request_timeout,
-        gt=0,
-        le=604_800,
         description="Seconds that loading the weights, or a completion, may take; after that, the request counts as "
         "failed.",
     )
-
-    _numbers = field_validator("max_retries", "request_timeout", mode="before")(refuse_flag)
-    _url = field_validator("base_url")(_server_url)
 
 
 class RolloutsConfig(Section):
@@ -528,7 +498,7 @@ class ServedTeacherConfig(Section):
     """A teacher behind an OpenAI-compatible server, asked while the student trains (`kind: server`)."""
 
     kind: Literal["server"] = Field(description="A running server.")
-    base_url: str = Field(
+    base_url: ServerUrl = Field(
         description="URL of the server, such as http://localhost:8000/v1; its key is read from DISTILLKIT_API_KEY or "
         "OPENAI_API_KEY.",
     )
@@ -556,13 +526,9 @@ class ServedTeacherConfig(Section):
         description="Maximum number of concurrent requests of each process. Twice as many documents are asked about "
         "ahead.",
     )
-    max_retries: int = Field(
-        default=_SERVER.max_retries, ge=0, description="How often a failed request is retried, with growing pauses."
-    )
-    request_timeout: float = Field(
+    max_retries: Retries = _SERVER.max_retries
+    request_timeout: Timeout = Field(
         default=_SERVER.request_timeout,
-        gt=0,
-        le=604_800,
         description="Seconds that a whole answer may take; after that, the request counts as failed.",
     )
     cache: Place | None = Field(
@@ -571,9 +537,53 @@ class ServedTeacherConfig(Section):
         "again; by default nothing is kept.",
     )
 
-    _numbers = field_validator("top_k", "concurrency", "max_retries", "request_timeout", mode="before")(refuse_flag)
+    _numbers = field_validator("top_k", "concurrency", mode="before")(refuse_flag)
 
-    _url = field_validator("base_url")(_server_url)
+
+Scalar = Union[bool, int, float, str]
+
+
+class _Listed(Section):
+    """What a teacher has in a list of several."""
+
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Its share where several teachers match a row, relative to the weights of the others: their "
+        "probabilities are averaged.",
+    )
+    where: dict[str, Scalar | list[Scalar]] = Field(
+        default_factory=dict,
+        description="Which rows it teaches: those that have this value, or one of a list of values, in each of these "
+        "columns; all rows by default. Captured datasets have the columns that they were captured with (keep_columns).",
+    )
+
+    _weights = field_validator("weight", mode="before")(refuse_flag)
+
+    def matches(self, columns: Mapping[str, Any]) -> bool:
+        """Whether it teaches a row with these values. Text equals a number or true and false that is written so."""
+        return all(
+            any(_same_value(columns.get(name), each) for each in (value if isinstance(value, list) else [value]))
+            for name, value in self.where.items()
+        )
+
+
+def _same_value(found: Any, wanted: Scalar) -> bool:
+    if isinstance(found, bool) or isinstance(wanted, bool):
+        return str(found).lower() == str(wanted).lower()
+    return bool(found == wanted) or (isinstance(found, str) and found == str(wanted))
+
+
+class ListedLiveTeacherConfig(_Listed, LiveTeacherConfig):
+    """A live teacher in a list of several."""
+
+
+class ListedServedTeacherConfig(_Listed, ServedTeacherConfig):
+    """A served teacher in a list of several."""
+
+
+ListedTeacherConfig = Annotated[Union[ListedLiveTeacherConfig, ListedServedTeacherConfig], Field(discriminator="kind")]
 
 
 TeacherConfig = Annotated[
@@ -614,6 +624,24 @@ def _default_losses() -> list[LossConfig]:
     ]
 
 
+def _top_k_problem(teachers: Sequence[ListedLiveTeacherConfig | ListedServedTeacherConfig]) -> str | None:
+    """Describe the first live teacher of a list whose rows would have other ids than those of the others."""
+    live = [(number, each) for number, each in enumerate(teachers) if isinstance(each, LiveTeacherConfig)]
+    served = [number for number, each in enumerate(teachers) if not isinstance(each, LiveTeacherConfig)]
+    for number, teacher in live:
+        if served and teacher.top_k is None:
+            return (
+                f"teachers.{number}.top_k: is required beside a served teacher (teachers.{served[0]}), of which only "
+                "the most probable ids are known; set how many of this one to use, too"
+            )
+        if teacher.top_k != live[0][1].top_k:
+            return (
+                f"teachers.{number}.top_k: {teacher.top_k}, but teachers.{live[0][0]} has {live[0][1].top_k}; it says "
+                "how many ids of the live teachers' average to use, so they all have the same"
+            )
+    return None
+
+
 _ROLLOUT_LOSS = {"function": "reverse_kl", "weight": 1.0, "missing_probability_handling": "uniform"}
 
 
@@ -637,8 +665,8 @@ class RunConfig(Section):
     teachers: list[ListedTeacherConfig] | None = Field(
         default=None,
         min_length=1,
-        description="Several live teachers in place of one: each teaches the rows that it matches; where several match "
-        "a row, their probabilities are averaged.",
+        description="Several live and served teachers in place of one: each teaches the rows that it matches; where "
+        "several match a row, their probabilities are averaged.",
     )
     loss_functions: list[LossConfig] = Field(
         default_factory=_default_losses,
@@ -753,14 +781,10 @@ class RunConfig(Section):
             return self
         if "teacher" in self.model_fields_set:
             raise ValueError("teachers: teacher is set, too; list all teachers in teachers")
-        first = self.teachers[0]
-        for number, teacher in enumerate(self.teachers):
-            if teacher.top_k != first.top_k:
-                raise ValueError(
-                    f"teachers.{number}.top_k: {teacher.top_k}, but teachers.0 has {first.top_k}; the rows of all "
-                    "teachers have the same number of ids"
-                )
-        self.__dict__["teacher"] = first
+        problem = _top_k_problem(self.teachers)
+        if problem is not None:
+            raise ValueError(problem)
+        self.__dict__["teacher"] = self.teachers[0]
         return self
 
     @field_validator("loss_functions")
@@ -787,23 +811,28 @@ class RunConfig(Section):
         return _one_dtype(value)
 
     @property
-    def teaches_itself(self) -> bool:
-        """Whether the live teacher is the student without its adapters: the same model, and no `teacher.kwargs`."""
-        teacher = self.teacher
-        return (
-            self.peft is not None
-            and self.teachers is None
-            and isinstance(teacher, LiveTeacherConfig)
-            and teacher.path == self.model
-            and not teacher.kwargs
-        )
+    def teachers_by_key(self) -> dict[str, LiveTeacherConfig | ServedTeacherConfig]:
+        """The live and served teachers by their keys, `teacher` or `teachers.0`, …; empty with stored distributions."""
+        if self.teachers is not None:
+            return {f"teachers.{number}": teacher for number, teacher in enumerate(self.teachers)}
+        return {} if isinstance(self.teacher, StoredTeacherConfig) else {"teacher": self.teacher}
 
     @property
     def live_teachers(self) -> dict[str, LiveTeacherConfig]:
-        """The live teachers by their keys; empty with stored distributions."""
-        if self.teachers is not None:
-            return {f"teachers.{number}": teacher for number, teacher in enumerate(self.teachers)}
-        return {"teacher": self.teacher} if isinstance(self.teacher, LiveTeacherConfig) else {}
+        """The live teachers by their keys."""
+        return {key: each for key, each in self.teachers_by_key.items() if isinstance(each, LiveTeacherConfig)}
+
+    @property
+    def served_teachers(self) -> dict[str, ServedTeacherConfig]:
+        """The served teachers by their keys."""
+        return {key: each for key, each in self.teachers_by_key.items() if isinstance(each, ServedTeacherConfig)}
+
+    @property
+    def own_teachers(self) -> list[str]:
+        """The keys of live teachers that are the student without its adapters: the same model, and no `kwargs`."""
+        if self.peft is None:
+            return []
+        return [key for key, each in self.live_teachers.items() if each.path == self.model and not each.kwargs]
 
     @property
     def only_rollouts(self) -> bool:

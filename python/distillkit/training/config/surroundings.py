@@ -124,7 +124,7 @@ def _package_problems() -> Iterator[str]:
 
 def _engine_problems(config: RunConfig) -> Iterator[str]:
     """Describe what servers, and vLLM, lack on this machine. A server itself is asked later."""
-    teacher, engine = config.teacher, "hf" if config.rollouts is None else config.rollouts.engine
+    engine = "hf" if config.rollouts is None else config.rollouts.engine
     if engine == "vllm" and find_spec("vllm") is None:
         yield (
             "rollouts.engine: vllm is not installed: pip install 'distillkit[train,vllm]' (on a machine without a "
@@ -132,15 +132,14 @@ def _engine_problems(config: RunConfig) -> Iterator[str]:
         )
     if engine == "server" and find_spec("openai") is None:
         yield "rollouts.engine: server needs openai, which is not installed: pip install 'distillkit[openai]'"
-    if teacher.kind != "server":
-        return
-    if find_spec("openai") is None:
-        yield "teacher.kind: server needs openai, which is not installed: pip install 'distillkit[openai]'"
-    problem = missing_place(teacher.model)
-    if problem is not None:
-        yield f"teacher.model: {problem}"
-    if teacher.cache is not None and is_url(teacher.cache):
-        yield f"teacher.cache: {teacher.cache!r} is a URL; answers are kept in a folder on this machine"
+    for key, teacher in config.served_teachers.items():
+        if find_spec("openai") is None:
+            yield f"{key}.kind: server needs openai, which is not installed: pip install 'distillkit[openai]'"
+        problem = missing_place(teacher.model)
+        if problem is not None:
+            yield f"{key}.model: {problem}"
+        if teacher.cache is not None and is_url(teacher.cache):
+            yield f"{key}.cache: {teacher.cache!r} is a URL; answers are kept in a folder on this machine"
 
 
 def _lowest_versions() -> dict[str, Any]:

@@ -17,8 +17,9 @@ import torch
 from distillkit.errors import ConfigError
 from distillkit.losses.positions import Targets
 from distillkit.training.data.examples import BLANK, DistillationDataset, DocumentSource, Example
+from distillkit.training.signals.base import together
 from distillkit.training.signals.stored import OfflineSignal
-from distillkit.types import Document, SparseLogprobs
+from distillkit.types import Document
 
 if TYPE_CHECKING:
     from distillkit.training.config.schema import DatasetEntry
@@ -97,35 +98,7 @@ class Mixture(torch.utils.data.Dataset[Example]):
             shared = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
             shared["rows"] = batch["rows"][rows.to(batch["rows"].device)]
             found.append((rows, part.signal.targets({**shared, **own}, labels[rows])))
-        return replace(_together(found, labels), sources=sources)
-
-
-def _together(parts: Sequence[tuple[torch.Tensor, Targets]], labels: torch.Tensor) -> Targets:
-    """Put the sparse targets of some positions each together. Shorter rows are filled up with ids of probability 0.
-
-    Args:
-        parts: (n,) positions, and their targets.
-        labels: (N,) the labels of all.
-    """
-    tensors = []
-    for rows, targets in parts:
-        if not isinstance(targets.teacher, SparseLogprobs):
-            raise TypeError(f"expected stored distributions, found {type(targets.teacher).__name__}")
-        tensors.append((rows, *targets.teacher.tensors(), targets.label_logprobs))
-    k = max(ids.shape[-1] for _, ids, _, _ in tensors)
-    all_ids = labels.new_zeros(len(labels), k)
-    all_logprobs = torch.full((len(labels), k), -torch.inf, device=labels.device)
-    known = torch.full((len(labels),), torch.nan, device=labels.device)
-    for rows, ids, logprobs, label_logprobs in tensors:
-        # Every id must be one of the student's.
-        all_ids[rows] = torch.cat([ids, ids[:, :1].expand(-1, k - ids.shape[-1])], -1).to(all_ids.dtype)
-        all_logprobs[rows, : ids.shape[-1]] = logprobs.float()
-        if label_logprobs is not None:
-            known[rows] = label_logprobs.float()
-    stored = any(label_logprobs is not None for *_, label_logprobs in tensors)
-    # See `check_same_kind`.
-    draws = next(targets.teacher.draws for _, targets in parts if isinstance(targets.teacher, SparseLogprobs))
-    return Targets(labels, SparseLogprobs(all_ids, all_logprobs, draws), label_logprobs=known if stored else None)
+        return replace(together(found, labels), sources=sources)
 
 
 class JoinedDocuments:

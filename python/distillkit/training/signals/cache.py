@@ -79,6 +79,7 @@ class AnswerCache:
     Args:
         cache: the folder of all caches.
         header: of the shards; also decides the subfolder.
+        key: the teacher's key in the configuration, for messages.
 
     Attributes:
         folder: where the dataset is.
@@ -88,14 +89,14 @@ class AnswerCache:
         MismatchError: a file in it is of another dataset.
     """
 
-    def __init__(self, cache: Path, header: Header) -> None:
+    def __init__(self, cache: Path, header: Header, key: str = "teacher") -> None:
         from filelock import FileLock
 
         name = re.sub(r"[^\w.-]+", "-", str((header.teacher or {})["name"]))[:80]
         digest = xxhash.xxh3_64_hexdigest(canonical_json(header.identity()).encode())
         self.folder = cache / f"{name}-k{header.codec['config']['k']}-{digest}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._header, self._codec = header, header.make_codec()
+        self._header, self._codec, self._key = header, header.make_codec(), key
         self._inside = Folder(self.folder)
         self._between_processes = FileLock(self.folder.with_name(f"{self.folder.name}.lock"))
         # What is found, and what is to be written. `_writing` is held for as long as a shard takes to write.
@@ -183,7 +184,7 @@ class AnswerCache:
         try:
             yield
         except (CorruptDataError, MismatchError) as error:
-            raise type(error)(f"teacher.cache: {error}. Remove {self.folder} to ask the teacher again") from error
+            raise type(error)(f"{self._key}.cache: {error}. Remove {self.folder} to ask the teacher again") from error
 
     def _listed(self) -> Manifest:
         """Return the shards that are there, also one that a process wrote and did not live to list."""

@@ -26,21 +26,21 @@ from distillkit.models.rope import choose_frequencies_by_document
 from distillkit.models.weights import loading_errors, loading_reason, model_problem
 from distillkit.text import tokenizer as tokenizers
 from distillkit.training.data.examples import MODEL_INPUTS
-from distillkit.training.signals.base import check_ids_fit
+from distillkit.training.signals.base import TeacherSignal, check_ids_fit
 from distillkit.training.signals.stored import within
 from distillkit.types import Document, SparseLogprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from distillkit.training.config.schema import LiveTeacherConfig, RunConfig, ServedTeacherConfig
+    from distillkit.training.config.schema import RunConfig
 
 __all__ = ["OnlineSignal", "as_teacher", "check_teacher_tokenizer", "load_teacher", "most_probable"]
 
 logger = logging.getLogger(__name__)
 
 
-class OnlineSignal:
+class OnlineSignal(TeacherSignal):
     """Distributions and hidden states of a live teacher.
 
     Args:
@@ -50,6 +50,7 @@ class OnlineSignal:
         layers: indices of the teacher's hidden states to compare.
         head_size: width of the student's head; ids beyond it (padding of a wider teacher's head) count as missing mass.
             By default that of the teacher's.
+        key: the teacher's key in the configuration.
 
     Raises:
         DistillKitError: the teacher's head cannot be applied apart from the model.
@@ -57,16 +58,23 @@ class OnlineSignal:
     """
 
     def __init__(
-        self, model: Any, *, top_k: int | None = None, layers: tuple[int, ...] = (), head_size: int | None = None
+        self,
+        model: Any,
+        *,
+        top_k: int | None = None,
+        layers: tuple[int, ...] = (),
+        head_size: int | None = None,
+        key: str = "teacher",
     ) -> None:
         self.model = model
+        self.key = key
         self.layers = layers
         self.top_k = top_k
         self.head = check_lm_head(model)
         self.head_size = self.head.size if head_size is None else head_size
         for whose, size in (("teacher's", self.head.size), ("student's", self.head_size)):
             if top_k is not None and top_k > size:
-                raise ConfigError(f"teacher.top_k: {top_k:,} ids were requested, but the {whose} head has {size:,}")
+                raise ConfigError(f"{key}.top_k: {top_k:,} ids were requested, but the {whose} head has {size:,}")
 
     def take(self, document: Document, positions: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
         """Return nothing: the batch's token ids are enough.
@@ -77,53 +85,53 @@ class OnlineSignal:
         check_ids_fit(document, min(self.head_size, self.head.size))
         return {}
 
-    def empty_targets(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays of `take` for zero positions."""
-        return {}
-
-    @torch.no_grad()
     def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
         """Run the teacher on a batch: see `TeacherSignal.targets`."""
+        dense, hidden = self.run(batch, labels.device)
+        if self.top_k is None:
+            return Targets(labels, dense, hidden)
+        first = most_probable(dense, (len(labels), self.head.size), self.top_k, self.head_size, labels.device)
+        return Targets(labels, first, hidden)
+
+    @torch.no_grad()
+    def run(self, batch: Mapping[str, Any], device: torch.device) -> tuple[DenseTeacher, tuple[torch.Tensor, ...]]:
+        """Run the teacher on a batch, and return its whole distributions and its hidden states (N, H) of `layers`, the
+        latter on `device`."""
         with as_teacher(self.model) as bare:
             inputs = {name: _moved(value, bare.device) for name, value in batch.items() if name in MODEL_INPUTS}
             last, layers = backbone_layers(bare, self.layers, **inputs)
             weights = self.head.weights()
         rows = batch["rows"]
-        hidden = tuple(states.flatten(0, 1)[rows.to(states.device)].to(labels.device) for states in layers)
-        counted = last.flatten(0, 1)[rows.to(last.device)]
-        dense = DenseTeacher(counted, self.head, weights)
-        if self.top_k is None:
-            return Targets(labels, dense, hidden)
-        first = most_probable(dense, len(counted), self.head.size, self.top_k, labels.device)
-        if self.head.size > self.head_size and len(labels):
-            first = SparseLogprobs(*within(*first.tensors(), self.head_size))
-        return Targets(labels, first, hidden)
+        hidden = tuple(states.flatten(0, 1)[rows.to(states.device)].to(device) for states in layers)
+        return DenseTeacher(last.flatten(0, 1)[rows.to(last.device)], self.head, weights), hidden
 
     @property
     def models(self) -> dict[str, Any]:
         """The teacher's model by the key of the configuration that names it."""
-        return {"teacher.path": self.model}
+        return {f"{self.key}.path": self.model}
 
 
+@torch.no_grad()
 def most_probable(
-    dense: DenseTeacher | DenseTeachers, count: int, width: int, k: int, device: torch.device
+    dense: DenseTeacher | DenseTeachers, shape: tuple[int, int], k: int, head_size: int, device: torch.device
 ) -> SparseLogprobs:
     """Keep the k most probable ids of each position.
 
     Args:
         dense: the distributions.
-        count, width: number of positions, and of ids.
+        shape: number of positions, and of ids.
         k: number of ids to keep.
+        head_size: width of the student's head; ids beyond it count as missing mass.
         device: where to return them.
     """
     parts: list[SparseLogprobs] = []
-    for start, stop in logit_chunks(count, width, device):
+    for start, stop in logit_chunks(*shape, device):
         parts.append(sparse_from_logits(dense.logits(start, stop).logits, k))
     if not parts:
         empty = torch.empty(0, k, device=device)
         return SparseLogprobs(empty.long(), empty)
-    ids, logprobs = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logprobs"))
-    return SparseLogprobs(ids.to(device), logprobs.to(device))
+    ids, logprobs = (torch.cat([getattr(part, name) for part in parts]).to(device) for name in ("ids", "logprobs"))
+    return SparseLogprobs(*within(ids, logprobs, head_size)) if shape[1] > head_size else SparseLogprobs(ids, logprobs)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -192,13 +200,13 @@ def check_teacher_tokenizer(config: RunConfig, tokenizer: Any, key: str = "teach
     Args:
         config: a configuration with a live or a served teacher.
         tokenizer: the student's tokenizer.
-        key: the teacher's key in `RunConfig.live_teachers`.
+        key: the teacher's key in `RunConfig.teachers_by_key`.
 
     Raises:
         MismatchError: the tokenizers differ; the message has both fingerprints.
         ConfigError: the teacher's tokenizer cannot be loaded.
     """
-    teacher: LiveTeacherConfig | ServedTeacherConfig = config.live_teachers.get(key) or config.teacher  # type: ignore[assignment]
+    teacher = config.teachers_by_key[key]
     name, path = (f"{key}.path", teacher.path) if teacher.kind == "hf" else (f"{key}.model", teacher.model)
     theirs = tokenizers.load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     fingerprints = [tokenizers.fingerprint(each) for each in (theirs, tokenizer)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +24,14 @@ from distillkit.capture.teachers.base import ScoredDocument
 from distillkit.errors import CaptureError, ConfigError
 from distillkit.losses.positions import Targets
 from distillkit.training.data.examples import DocumentSource
-from distillkit.training.signals.base import TeacherSignal, check_ids_fit
-from distillkit.training.signals.server import TeacherServer
+from distillkit.training.signals.base import Asked, TeacherSignal, check_ids_fit
+from distillkit.training.signals.server import TeacherServer, naming
 from distillkit.training.signals.stored import within
 from distillkit.types import Document, SparseLogprobs
 
-__all__ = ["ServedSignal", "asked_ahead"]
+__all__ = ["ASKED", "ServedSignal", "asked_ahead"]
 
-_ASKED = "asked"
+ASKED = "asked"
 """The entry of a batch with the questions that were sent ahead."""
 
 
@@ -50,10 +50,7 @@ class Question:
     number: int
 
 
-_Asked = list[tuple[Question, Future[ScoredDocument]]]
-
-
-class ServedSignal:
+class ServedSignal(TeacherSignal):
     """Distributions from a served teacher.
 
     Args:
@@ -61,9 +58,6 @@ class ServedSignal:
         head_size: width of the student's head. Larger ids (padding of a wider teacher's head) count as missing mass.
         source: the documents, of which errors name the one that they are about; None if they have no source.
         key: what errors call the source.
-
-    Attributes:
-        waited: seconds that `targets` has waited for the teacher.
 
     Raises:
         ConfigError: more ids per row are asked for than the student's head has.
@@ -74,13 +68,13 @@ class ServedSignal:
     ) -> None:
         k = server.request.k
         if k > head_size:
-            raise ConfigError(f"teacher.top_k: {k:,} ids were requested, but the student's head has {head_size:,}")
+            raise ConfigError(f"{server.key}.top_k: {k:,} ids were requested, but the student's head has {head_size:,}")
         self._server: TeacherServer | None = server
         self.head_size = head_size
         self._teacher_head_size = server.head_size
         self._source = source
         self._key = key
-        self.waited = 0.0
+        self._waited = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         # DataLoader workers that are not forked get a copy.
@@ -102,30 +96,22 @@ class ServedSignal:
         check_ids_fit(document, min(self.head_size, self._teacher_head_size))
         return {}
 
-    def empty_targets(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays of `take` for zero positions."""
-        return {}
+    @property
+    def servers(self) -> tuple[TeacherServer, ...]:
+        """The server, in the training process."""
+        return (self.server,)
 
-    def ahead(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield batches in order, each with what the server was asked about it, and ask about the next ones.
+    @property
+    def waited(self) -> float:
+        """Seconds that `targets` has waited for the teacher until now."""
+        return self._waited
 
-        So many batches are read ahead that twice as many documents as requests run at a time are asked about besides
-        those of the batch that is yielded: this bounds the answers that are in memory.
-        """
-        most = 2 * self.server.concurrency
-        read: deque[dict[str, Any]] = deque()
-        ended = False
-        while True:
-            while not ended and (not read or sum(len(batch[_ASKED]) for batch in list(read)[1:]) < most):
-                batch = next(batches, None)
-                if batch is None:
-                    ended = True
-                else:
-                    read.append({**batch, _ASKED: self._ask(batch)})
-            if not read:
-                self.server.flush()
-                return
-            yield read.popleft()
+    def ask(self, batch: Mapping[str, Any]) -> Asked:
+        """Ask about the documents of a batch: see `TeacherSignal.ask`."""
+        asked = questions(batch)
+        names = [f"{self._key}, document {question.number:,}" for question in asked]
+        answers = self.server.ask([each.input_ids for each in asked], names)
+        return {self.server.key: list(zip(asked, answers, strict=True))}
 
     def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
         """Return the server's answers for a batch, (N, k): see `TeacherSignal.targets`. Asks about a batch that was not
@@ -135,53 +121,47 @@ class ServedSignal:
             CaptureError: the server failed, or has no valid answer for a document, which is named.
             ConfigError: the server refuses access.
         """
-        asked = batch[_ASKED] if _ASKED in batch else self._ask(batch)
+        asked = (batch[ASKED] if ASKED in batch else self.ask(batch))[self.server.key]
         started = time.perf_counter()
-        answers = [self._result(question, answer) for question, answer in asked]
-        self.waited += time.perf_counter() - started
+        answers = [(question, self._result(question, answer)) for question, answer in asked]
+        self._waited += time.perf_counter() - started
         k = self.server.request.k
         ids = [np.empty((0, k), np.int64)]
         logprobs = [np.empty((0, k), np.float32)]
-        for (question, _), answer in zip(asked, answers, strict=True):
+        for question, answer in answers:
             ids.append(np.asarray(answer.rows.ids)[question.positions])
             logprobs.append(np.asarray(answer.rows.logprobs)[question.positions])
         pair = [torch.from_numpy(np.concatenate(parts)).to(labels.device) for parts in (ids, logprobs)]
         if self._teacher_head_size > self.head_size and len(labels):
             pair = list(within(pair[0], pair[1], self.head_size))
         return Targets(
-            labels, SparseLogprobs(pair[0], pair[1]), label_logprobs=self._label_logprobs(asked, answers, batch, labels)
+            labels, SparseLogprobs(pair[0], pair[1]), label_logprobs=self._label_logprobs(answers, batch, labels)
         )
 
     def _label_logprobs(
-        self, asked: _Asked, answers: list[ScoredDocument], batch: Mapping[str, Any], labels: torch.Tensor
+        self, answers: Sequence[tuple[Question, ScoredDocument]], batch: Mapping[str, Any], labels: torch.Tensor
     ) -> torch.Tensor | None:
         if not self.server.request.label_logprobs:
             return None
-        known = [np.empty(0, np.float32)]
-        for (question, _), answer in zip(asked, answers, strict=True):
-            known.append(np.asarray(answer.label_logprobs)[question.positions])
-        found = torch.from_numpy(np.concatenate(known)).to(labels.device)
+        known = [np.asarray(answer.label_logprobs)[question.positions] for question, answer in answers]
+        found = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *known])).to(labels.device)
         # A label may differ from the token that the teacher was asked about (eos_label_token_ids).
         tokens = batch["input_ids"].flatten()[batch["rows"] + 1].to(labels.device)
         return found.masked_fill(tokens != labels, torch.nan)
 
-    def _ask(self, batch: Mapping[str, Any]) -> _Asked:
-        asked = questions(batch)
-        names = [f"{self._key}, document {question.number:,}" for question in asked]
-        return list(zip(asked, self.server.ask([each.input_ids for each in asked], names), strict=True))
-
     def _result(self, question: Question, answer: Future[ScoredDocument]) -> ScoredDocument:
-        try:
-            return answer.result()
-        except CaptureError as error:
-            # Other errors are not of this document.
-            if self._source is None or not str(error).startswith(self._key):
-                raise
-            document = self._source[question.number]
-            raise CaptureError(
-                f"{str(error).rstrip('.')} ({document.place}, doc_id {document.doc_id}). Training needs an answer for "
-                "each of its documents: look at the server's log, or take this document out of the data"
-            ) from error
+        with naming(self.server.key):
+            try:
+                return answer.result()
+            except CaptureError as error:
+                # Other errors are not of this document.
+                if self._source is None or not str(error).startswith(self._key):
+                    raise
+                document = self._source[question.number]
+                raise CaptureError(
+                    f"{str(error).rstrip('.')} ({document.place}, doc_id {document.doc_id}). Training needs an answer "
+                    "for each of its documents: look at the server's log, or take this document out of the data"
+                ) from error
 
 
 def questions(batch: Mapping[str, Any]) -> list[Question]:
@@ -206,6 +186,34 @@ def questions(batch: Mapping[str, Any]) -> list[Question]:
     ]
 
 
-def asked_ahead(signal: TeacherSignal, batches: Iterator[Any]) -> Iterator[Any]:
-    """Yield batches, and ask a served teacher about the next ones; other signals need no preparation."""
-    return signal.ahead(batches) if isinstance(signal, ServedSignal) else batches
+def asked_ahead(signal: TeacherSignal, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield batches in order. Where servers teach, each has what they were asked about it, and they are asked about the
+    next ones.
+
+    So many batches are read ahead that twice as many documents as requests run at a time are asked about besides those
+    of the batch that is yielded: this bounds the answers that are in memory.
+    """
+    return _ahead(signal, batches) if signal.servers else batches
+
+
+def _ahead(signal: TeacherSignal, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    most = 2 * sum(server.concurrency for server in signal.servers)
+    read: deque[dict[str, Any]] = deque()
+    ended = False
+    while True:
+        while not ended and (not read or sum(map(_documents, itertools.islice(read, 1, None))) < most):
+            batch = next(batches, None)
+            if batch is None:
+                ended = True
+            else:
+                read.append({**batch, ASKED: signal.ask(batch)})
+        if not read:
+            for server in signal.servers:
+                server.flush()
+            return
+        yield read.popleft()
+
+
+def _documents(batch: Mapping[str, Any]) -> int:
+    """Return the number of questions that were asked about a batch."""
+    return sum(map(len, batch[ASKED].values()))

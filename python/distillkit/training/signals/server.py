@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, Thread
@@ -27,22 +28,25 @@ from distillkit.training.signals.cache import AnswerCache, cache_header
 from distillkit.types import SparseLogprobs, TokenDocument
 
 if TYPE_CHECKING:
-    from distillkit.training.config.schema import RunConfig, ServedTeacherConfig
+    from distillkit.training.config.schema import RunConfig
 
-__all__ = ["TeacherServer", "connect"]
+__all__ = ["TeacherServer", "check_caches", "connect", "naming"]
 
 logger = logging.getLogger(__name__)
 
-_TRAINING = Use(
-    base_url="teacher.base_url",
-    served_model="teacher.served_model",
-    request_timeout="teacher.request_timeout",
-    max_seq_len="sequence_length:",
-    k="teacher.top_k",
-    fewer="set it to at most",
-    again="Once the server is back, run the same command with --set training_args.resume_from_checkpoint=true, which "
-    "continues from the last checkpoint",
-)
+
+def _use(key: str) -> Use:
+    """Return how messages name the settings of the teacher with this key."""
+    return Use(
+        base_url=f"{key}.base_url",
+        served_model=f"{key}.served_model",
+        request_timeout=f"{key}.request_timeout",
+        max_seq_len="sequence_length:",
+        k=f"{key}.top_k",
+        fewer="set it to at most",
+        again="Once the server is back, run the same command with --set training_args.resume_from_checkpoint=true, "
+        "which continues from the last checkpoint",
+    )
 
 
 class _Engine(Protocol):
@@ -75,6 +79,7 @@ class TeacherServer:
         request: how many ids per row, and whether the next tokens' own log-probabilities are needed.
         concurrency: the most requests at a time.
         cache: keeps answers; None: nothing is kept.
+        key: the teacher's key in the configuration.
 
     Example:
         Rows of sequences of token ids, all at once or as they come:
@@ -85,8 +90,15 @@ class TeacherServer:
     """
 
     def __init__(
-        self, engine: _Engine, request: RowRequest, *, concurrency: int, cache: AnswerCache | None = None
+        self,
+        engine: _Engine,
+        request: RowRequest,
+        *,
+        concurrency: int,
+        cache: AnswerCache | None = None,
+        key: str = "teacher",
     ) -> None:
+        self.key = key
         self.engine = engine
         self.request = request
         self.concurrency = concurrency
@@ -205,14 +217,27 @@ class TeacherServer:
                 each.answer.set_exception(error)
 
 
-def connect(config: RunConfig, tokenizer: Any) -> TeacherServer:
-    """Connect to the served teacher of a configuration.
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Name the teacher in errors of its server, unless they have the key of one of its settings already."""
+    try:
+        yield
+    except (CaptureError, ConfigError) as error:
+        if key in str(error):
+            raise
+        kind = CaptureError if isinstance(error, CaptureError) else ConfigError
+        raise kind(f"{key}: {error}") from error
+
+
+def connect(config: RunConfig, tokenizer: Any, key: str = "teacher") -> TeacherServer:
+    """Connect to a served teacher of a configuration.
 
     The server is asked which models it serves, and for the log-probabilities of a tiny prompt.
 
     Args:
         config: a configuration with a served teacher.
         tokenizer: the student's tokenizer, which is also the teacher's (`check_teacher_tokenizer`).
+        key: its key in `RunConfig.served_teachers`.
 
     Raises:
         ConfigError: the teacher's config cannot be loaded; or the server does not serve the model, returns fewer
@@ -222,15 +247,15 @@ def connect(config: RunConfig, tokenizer: Any) -> TeacherServer:
     """
     from distillkit.capture.teachers.hf import load_config
 
-    teacher: ServedTeacherConfig = config.teacher  # type: ignore[assignment]
+    teacher = config.served_teachers[key]
     try:
         found = load_config(teacher.model, trust_remote_code=config.trust_remote_code)
     except ConfigError as error:
-        raise ConfigError(f"{config.source}: teacher.{error}") from error
+        raise ConfigError(f"{config.source}: {key}.{error}") from error
     head_size = int(found.get_text_config().vocab_size)
     if teacher.top_k > head_size:
         raise ConfigError(
-            f"teacher.top_k: {teacher.top_k:,} ids were requested, but the teacher's head has {head_size:,}"
+            f"{key}.top_k: {teacher.top_k:,} ids were requested, but the teacher's head has {head_size:,}"
         )
     settings = OpenAISettings(
         base_url=teacher.base_url,
@@ -239,21 +264,49 @@ def connect(config: RunConfig, tokenizer: Any) -> TeacherServer:
         max_retries=teacher.max_retries,
         request_timeout=teacher.request_timeout,
     )
-    engine = OpenAITeacher(
-        settings,
-        head_size=head_size,
-        k=teacher.top_k,
-        max_seq_len=config.sequence_length,
-        use=_TRAINING,
-        model=teacher.model,
-    )
+    with naming(key):
+        engine = OpenAITeacher(
+            settings,
+            head_size=head_size,
+            k=teacher.top_k,
+            max_seq_len=config.sequence_length,
+            use=_use(key),
+            model=teacher.model,
+        )
     request = RowRequest(teacher.top_k, label_logprobs=teacher.label_logprobs)
     cache = None
     if teacher.cache is not None:
         header = cache_header(engine.identity, request, head_size, tokenizer)
-        cache = AnswerCache(Path(teacher.cache), header)
-        logger.info("teacher.cache: %s: %s documents are answered already", cache.folder, f"{len(cache):,}")
+        cache = AnswerCache(Path(teacher.cache), header, key)
+        logger.info("%s.cache: %s: %s documents are answered already", key, cache.folder, f"{len(cache):,}")
     logger.info(
-        "teacher %s: top %s, %s requests at a time", engine.identity["name"], teacher.top_k, teacher.concurrency
+        "%s: %s, served, top %s, %s requests at a time",
+        key,
+        engine.identity["name"],
+        teacher.top_k,
+        teacher.concurrency,
     )
-    return TeacherServer(engine, request, concurrency=teacher.concurrency, cache=cache)
+    return TeacherServer(engine, request, concurrency=teacher.concurrency, cache=cache, key=key)
+
+
+def check_caches(config: RunConfig, servers: Mapping[str, TeacherServer]) -> None:
+    """Refuse two servers whose answers would be kept in one folder, since they serve their models under one name.
+
+    Args:
+        config: the configuration.
+        servers: its served teachers, by their keys.
+
+    Raises:
+        ConfigError: names both.
+    """
+    seen: dict[Path, str] = {}
+    for key, server in servers.items():
+        if server.cache is None:
+            continue
+        first = seen.setdefault(server.cache.folder.resolve(), key)
+        urls = [config.served_teachers[each].base_url.rstrip("/") for each in (first, key)]
+        if urls[0] != urls[1]:
+            raise ConfigError(
+                f"{key}.cache: {urls[1]} and {urls[0]} ({first}) both serve {server.name!r}, whose answers would be "
+                f"kept in one folder, {server.cache.folder}; give each a cache of its own"
+            )

@@ -13,13 +13,13 @@ from distillkit.codec import Codec
 from distillkit.errors import CorruptDataError
 from distillkit.losses.positions import Targets
 from distillkit.shards.plausibility import HIGHEST, check_values, decoded
-from distillkit.training.signals.base import check_ids_fit
+from distillkit.training.signals.base import TeacherSignal, check_ids_fit
 from distillkit.types import Document, SparseLogprobs
 
 __all__ = ["OfflineSignal", "within"]
 
 
-class OfflineSignal:
+class OfflineSignal(TeacherSignal):
     """Stored distributions of a dataset.
 
     Args:

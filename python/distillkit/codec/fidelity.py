@@ -36,7 +36,7 @@ def kl_rows(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> npt.NDArra
         (R,) float64, at least 0.
     """
 
-    kl_R, *_ = _native.compare(_doubles(original), _doubles(decoded))
+    kl_R, *_ = _compared(original, decoded)
     return kl_R
 
 
@@ -56,8 +56,10 @@ def values_of(rows: SparseLogprobs, stored: SparseLogprobs) -> tuple[npt.NDArray
     return _native.values_of(ids, values, wanted, logprobs)
 
 
-def _doubles(logprobs: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    return np.ascontiguousarray(logprobs, dtype=np.float64)
+def _compared(before: Any, after: Any) -> tuple[npt.NDArray[np.float64], int, float, float, npt.NDArray[np.float64]]:
+    arrays = np.asarray(before), np.asarray(after)
+    dtype = np.float32 if all(array.dtype == np.float32 for array in arrays) else np.float64
+    return _native.compare(*(np.ascontiguousarray(array, dtype) for array in arrays))
 
 
 class FidelityStats:
@@ -89,8 +91,7 @@ class FidelityStats:
             raise InputError("original and decoded rows must hold the same ids in the same order")
         if len(original.ids) == 0:
             return
-        before, after = _doubles(original.logprobs), _doubles(decoded.logprobs)
-        kl_R, top1, mass_error, worst_error, ranks_4k = _native.compare(before, after)
+        kl_R, top1, mass_error, worst_error, ranks_4k = _compared(original.logprobs, decoded.logprobs)
         self._top1_sum += top1
         self._mass_error_sum += mass_error
         self.rows += len(kl_R)

@@ -3,6 +3,7 @@
 
 mod border;
 mod document;
+mod mapping;
 mod vocabulary;
 
 pub use document::{Document, Kind, Mapped, Sums, Tokens};
@@ -12,7 +13,7 @@ use std::collections::HashMap;
 
 use crate::error::{CodecError, Result};
 use border::Borders;
-use document::Mapping;
+use mapping::Mapping;
 
 /// Tokenises strings by the student's tokenizer, each as if in the middle of a text.
 pub type Tokenize<'a> = dyn FnMut(&[Vec<u8>]) -> Result<Vec<Vec<u32>>> + 'a;

@@ -1,0 +1,193 @@
+//! The numbers of rows: probabilities of the teacher's, and the student's from sums to log-probabilities.
+
+use crate::simd::doubles::{exp, ln, sum};
+use crate::simd::{Backend, multiversion};
+
+/// A probability that every format can store.
+const LEAST: f64 = 1e-30;
+/// Entries that may be passed for each of a row, on average, while it is sorted by insertion.
+const PASSED: usize = 8;
+
+/// Probabilities of the student's ids while a row is computed.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    /// (V) 0 for those that have none.
+    sums: Vec<f64>,
+    /// Those that have one.
+    touched: Vec<u32>,
+    /// Their probabilities, once the row is complete.
+    p: Vec<f64>,
+    /// What is written of them, the most probable first: of positive numbers, the larger have the
+    /// larger bits. Ids break ties.
+    order: Vec<u64>,
+}
+
+impl Mapping {
+    pub(super) fn new(ids: usize) -> Self {
+        Self { sums: vec![0.0; ids], touched: Vec::new(), p: Vec::new(), order: Vec::new() }
+    }
+
+    #[inline]
+    pub(super) fn add(&mut self, id: u32, p: f64) {
+        if p > 0.0 {
+            let sum = &mut self.sums[id as usize];
+            if *sum == 0.0 {
+                self.touched.push(id);
+            }
+            *sum += p;
+        }
+    }
+
+    /// Completes a row: the probabilities given something of this probability. Returns that of an
+    /// id.
+    pub(super) fn complete(&mut self, backend: Backend, total: f64, id: u32) -> f64 {
+        let own = self.sums[id as usize];
+        self.p.clear();
+        let sums = &mut self.sums;
+        self.p.extend(self.touched.iter().map(|&id| std::mem::take(&mut sums[id as usize])));
+        // What rounding adds must not make a row sum to more than 1.
+        let total = divide(backend, &mut self.p, total);
+        self.order.clear();
+        let key = |(&p, &id): (&f64, &u32)| u64::from(!(p as f32).to_bits()) << 32 | u64::from(id);
+        self.order.extend(self.p.iter().zip(&self.touched).map(key));
+        self.touched.clear();
+        if total > 0.0 { own / total } else { own }
+    }
+
+    /// Writes the row's most probable ids. Returns their probability and that of the id `next`, which
+    /// has an even share of what is missing if it is not among them.
+    pub(super) fn write(
+        &mut self,
+        backend: Backend,
+        (ids, logprobs): (&mut [i64], &mut [f32]),
+        next: u32,
+    ) -> (f64, f64) {
+        if self.order.len() > ids.len() {
+            self.order.select_nth_unstable(ids.len());
+            self.order.truncate(ids.len());
+        }
+        sort(&mut self.order);
+        // Those of no float32 have the highest keys.
+        while self.order.last().is_some_and(|&key| probability(key) == 0.0) {
+            self.order.pop();
+        }
+        let count = self.order.len();
+        self.p.resize(count, 0.0);
+        let out = (&mut ids[..count], &mut logprobs[..count]);
+        let mass = write_row(backend, &self.order, out, &mut self.p);
+        if count > 0 {
+            // Places without an id repeat the first one.
+            let first = ids[0];
+            ids[count..].fill(first);
+        }
+        let written = self.order.iter().position(|&key| key as u32 == next);
+        let others = (self.sums.len() - count).max(1) as f64;
+        (mass, written.map_or((1.0 - mass).max(0.0) / others, |place| self.p[place]))
+    }
+
+    /// Gives the places without an id the first ids that the row does not have, with an even share of
+    /// what the others, of this probability, leave.
+    pub(super) fn fill(&self, ids: &mut [i64], logprobs: &mut [f32], mass: f64) {
+        let count = self.order.len();
+        let even = (1.0 - mass).max(0.0) / (self.sums.len() - count).max(1) as f64;
+        let last = if count > 0 { logprobs[count - 1] } else { 0.0 };
+        let log = (ln(even.max(LEAST)) as f32).min(last);
+        // Few ids of a row are among the first.
+        let mut taken: Vec<u32> = self
+            .order
+            .iter()
+            .map(|&key| key as u32)
+            .filter(|&id| (id as usize) < 2 * ids.len())
+            .collect();
+        taken.sort_unstable();
+        let unused = (0..self.sums.len() as u32).filter(|id| taken.binary_search(id).is_err());
+        for (place, id) in (count..ids.len()).zip(unused) {
+            (ids[place], logprobs[place]) = (i64::from(id), log);
+        }
+    }
+}
+
+/// The probability that a key of [`Mapping::order`] has.
+#[inline(always)]
+fn probability(key: u64) -> f64 {
+    f64::from(f32::from_bits(!((key >> 32) as u32)))
+}
+
+/// Sorts what is nearly in order, as the teacher's rows are, by insertion; and all else, too.
+fn sort(keys: &mut [u64]) {
+    let mut left = PASSED * keys.len();
+    for end in 1..keys.len() {
+        let key = keys[end];
+        let mut place = end;
+        while place > 0 && keys[place - 1] > key {
+            keys[place] = keys[place - 1];
+            place -= 1;
+        }
+        keys[place] = key;
+        let passed = end - place;
+        if passed > left {
+            return keys.sort_unstable();
+        }
+        left -= passed;
+    }
+}
+
+multiversion! {
+    /// The probabilities of rows. Coarse formats decode some rows to more than 1, which are divided
+    /// by their sum.
+    pub(super) fn probabilities(logprobs: &[f32], width: usize) -> Vec<f64> = probabilities_body;
+}
+
+#[inline(always)]
+fn probabilities_body<I>(_isa: I, logprobs: &[f32], width: usize) -> Vec<f64> {
+    let mut p = vec![0.0; logprobs.len()];
+    for (p, &log) in p.iter_mut().zip(logprobs) {
+        *p = exp(f64::from(log));
+    }
+    for row in p.chunks_exact_mut(width.max(1)) {
+        let sum = sum(row);
+        if sum > 1.0 {
+            row.iter_mut().for_each(|p| *p /= sum);
+        }
+    }
+    p
+}
+
+multiversion! {
+    /// Divides probabilities by their sum or by `total`, whichever is more. Returns that.
+    fn divide(p: &mut [f64], total: f64) -> f64 = divide_body;
+}
+
+#[inline(always)]
+fn divide_body<I>(_isa: I, p: &mut [f64], total: f64) -> f64 {
+    let total = total.max(sum(p));
+    if total > 0.0 {
+        p.iter_mut().for_each(|p| *p /= total);
+    }
+    total
+}
+
+multiversion! {
+    /// Writes ids, log-probabilities and probabilities of keys. Returns what the latter sum to.
+    fn write_row(keys: &[u64], out: (&mut [i64], &mut [f32]), p: &mut [f64]) -> f64 = write_row_body;
+}
+
+#[inline(always)]
+fn write_row_body<I>(
+    _isa: I,
+    keys: &[u64],
+    (ids, logprobs): (&mut [i64], &mut [f32]),
+    p: &mut [f64],
+) -> f64 {
+    for ((&key, id), p) in keys.iter().zip(ids).zip(&mut *p) {
+        (*id, *p) = (i64::from(key as u32), probability(key));
+    }
+    for (&p, log) in p.iter().zip(logprobs) {
+        // Rounded down, so that no row sums to more than 1.
+        let exact = ln(p);
+        let rounded = exact as f32;
+        let below = f32::from_bits(rounded.to_bits() + 1);
+        *log = if f64::from(rounded) > exact { below } else { rounded };
+    }
+    sum(p)
+}

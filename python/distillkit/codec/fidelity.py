@@ -87,7 +87,8 @@ class FidelityStats:
         Raises:
             InputError: the shapes or ids differ.
         """
-        if original.logprobs.shape != decoded.logprobs.shape or not np.array_equal(original.ids, decoded.ids):
+        same_ids = original.ids is decoded.ids or np.array_equal(original.ids, decoded.ids)
+        if original.logprobs.shape != decoded.logprobs.shape or not same_ids:
             raise InputError("original and decoded rows must hold the same ids in the same order")
         if len(original.ids) == 0:
             return

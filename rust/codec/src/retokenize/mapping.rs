@@ -5,8 +5,6 @@ use crate::simd::{Backend, multiversion};
 
 /// A probability that every format can store.
 const LEAST: f64 = 1e-30;
-/// Entries that may be passed for each of a row, on average, while it is sorted by insertion.
-const PASSED: usize = 8;
 
 /// Probabilities of the student's ids while a row is computed.
 #[derive(Debug)]
@@ -20,11 +18,14 @@ pub(super) struct Mapping {
     /// What is written of them, the most probable first: of positive numbers, the larger have the
     /// larger bits. Ids break ties.
     order: Vec<u64>,
+    /// A buffer.
+    rest: Vec<u64>,
 }
 
 impl Mapping {
     pub(super) fn new(ids: usize) -> Self {
-        Self { sums: vec![0.0; ids], touched: Vec::new(), p: Vec::new(), order: Vec::new() }
+        let (touched, p, order, rest) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self { sums: vec![0.0; ids], touched, p, order, rest }
     }
 
     #[inline]
@@ -66,7 +67,7 @@ impl Mapping {
             self.order.select_nth_unstable(ids.len());
             self.order.truncate(ids.len());
         }
-        sort(&mut self.order);
+        sort(&mut self.order, &mut self.rest);
         // Those of no float32 have the highest keys.
         while self.order.last().is_some_and(|&key| probability(key) == 0.0) {
             self.order.pop();
@@ -113,22 +114,31 @@ fn probability(key: u64) -> f64 {
     f64::from(f32::from_bits(!((key >> 32) as u32)))
 }
 
-/// Sorts what is nearly in order, as the teacher's rows are, by insertion; and all else, too.
-fn sort(keys: &mut [u64]) {
-    let mut left = PASSED * keys.len();
-    for end in 1..keys.len() {
-        let key = keys[end];
-        let mut place = end;
-        while place > 0 && keys[place - 1] > key {
-            keys[place] = keys[place - 1];
-            place -= 1;
+/// Sorts keys of which most are in order, as the teacher's rows are: the others are sorted and
+/// merged into them. `rest` is a buffer.
+fn sort(keys: &mut [u64], rest: &mut Vec<u64>) {
+    let (mut ordered, mut others, mut last) = (0, 0, 0);
+    rest.resize(keys.len(), 0);
+    for place in 0..keys.len() {
+        let key = keys[place];
+        let rises = key >= last;
+        (keys[ordered], rest[others]) = (key, key);
+        ordered += usize::from(rises);
+        others += usize::from(!rises);
+        last = last.max(key);
+    }
+    rest.truncate(others);
+    rest.sort_unstable();
+    // From the end, where there is room.
+    while let Some(&key) = rest.last() {
+        let place = ordered + rest.len() - 1;
+        if ordered > 0 && keys[ordered - 1] > key {
+            keys[place] = keys[ordered - 1];
+            ordered -= 1;
+        } else {
+            keys[place] = key;
+            rest.pop();
         }
-        keys[place] = key;
-        let passed = end - place;
-        if passed > left {
-            return keys.sort_unstable();
-        }
-        left -= passed;
     }
 }
 
@@ -190,4 +200,26 @@ fn write_row_body<I>(
         *log = if f64::from(rounded) > exact { below } else { rounded };
     }
     sum(p)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn keys_are_sorted(keys in prop::collection::vec(0_u64..50, 0..40), ordered: bool) {
+            let mut expected = keys.clone();
+            expected.sort_unstable();
+            let mut keys = keys;
+            if ordered {
+                keys.iter_mut().zip(&expected).step_by(3).for_each(|(key, &least)| *key = least);
+                expected.clone_from(&keys);
+                expected.sort_unstable();
+            }
+            sort(&mut keys, &mut vec![9]);
+            prop_assert_eq!(keys, expected);
+        }
+    }
 }

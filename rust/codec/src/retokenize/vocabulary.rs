@@ -72,19 +72,24 @@ pub struct Merges {
     ranks: IntMap<u32>,
     /// Of which two tokens each token is merged, and the rank of that merge.
     made_of: Vec<Option<(u32, u32, u32)>>,
-    /// Of each token, whether it is the left, and whether it is the right one in some merge.
-    merging: Vec<(bool, bool)>,
+    /// A bit for the hash of each pair that has a rank. It tells most that have none in a cache's
+    /// size; the ranks are all over the memory.
+    ranked: Vec<u64>,
 }
+
+/// Bits for each pair in `Merges::ranked`, at least.
+const RANKED_BITS: usize = 8;
 
 impl Merges {
     /// Merges in the order of their ranks: left, right and merged token, of `ids` ids.
     pub(super) fn new(ids: usize, merges: &[(u32, u32, u32)]) -> Self {
-        let (made_of, merging) = (vec![None; ids], vec![(false, false); ids]);
-        let mut made = Self { ranks: IntMap::default(), made_of, merging };
+        let words = (RANKED_BITS * merges.len()).next_power_of_two().div_ceil(64);
+        let (made_of, ranked) = (vec![None; ids], vec![0; words]);
+        let mut made = Self { ranks: IntMap::default(), made_of, ranked };
         made.ranks.reserve(merges.len());
         for (rank, &(left, right, _)) in merges.iter().enumerate() {
-            made.merging[left as usize].0 = true;
-            made.merging[right as usize].1 = true;
+            let (word, bit) = made.ranked_bit(pair(left, right));
+            made.ranked[word] |= bit;
             made.ranks.entry(pair(left, right)).or_insert(rank as u32);
         }
         for (rank, &(left, right, merged)) in merges.iter().enumerate() {
@@ -97,6 +102,20 @@ impl Merges {
         made
     }
 
+    #[inline]
+    fn rank(&self, left: u32, right: u32) -> Option<u32> {
+        let key = pair(left, right);
+        let (word, bit) = self.ranked_bit(key);
+        if self.ranked[word] & bit == 0 { None } else { self.ranks.get(&key).copied() }
+    }
+
+    /// The word and the bit of a pair in `ranked`, which has a power of two of words.
+    #[inline]
+    fn ranked_bit(&self, key: u64) -> (usize, u64) {
+        let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        (hash as usize >> 6 & (self.ranked.len() - 1), 1 << (hash & 63))
+    }
+
     /// Whether no merge joins two tokens that meet, before the merge of rank `limit`.
     ///
     /// Merges happen in the order of their ranks, and at equal rank from the left. So the two are
@@ -105,11 +124,7 @@ impl Merges {
     /// goes back in time: what was merged last is taken apart first.
     pub(super) fn apart(&self, mut left: u32, mut right: u32, mut limit: u32) -> bool {
         loop {
-            // Most pairs need no look into the ranks, which are all over the memory.
-            if self.merging[left as usize].0
-                && self.merging[right as usize].1
-                && self.ranks.get(&pair(left, right)).is_some_and(|&rank| rank < limit)
-            {
+            if self.rank(left, right).is_some_and(|rank| rank < limit) {
                 return false;
             }
             match (self.made_of[left as usize], self.made_of[right as usize]) {

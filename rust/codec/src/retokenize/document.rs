@@ -279,7 +279,7 @@ impl TokenMap {
                         pairs.push((prefix, id as u32));
                     }
                 } else {
-                    rows.pieces[place] = head.piece;
+                    rows.pieces[place] = head.piece();
                     keeping += p;
                 }
             }
@@ -461,7 +461,8 @@ impl TokenMap {
         let (Some((own, _)), false) = (border.before, begun.is_empty()) else { return (0.0, 0) };
         let student = &document.student;
         let aligned = student.ends[own] == document.teacher.ends[row];
-        let since: Vec<u32> = student.ids[own..=position].iter().map(|&id| id as u32).collect();
+        let since = &student.ids[own..=position];
+        let whole = Start::is_whole(&begun);
         let truth = document.teacher.ids[row + 1];
         let (mut total, mut beginning) = (0.0, 0);
         for place in places {
@@ -471,7 +472,7 @@ impl TokenMap {
             }
             let begins = self.heads.get(id as usize).is_some_and(|head| {
                 head.start.may_begin_with(start, mask)
-                    && self.teacher.get(id as u32).starts_with(&begun)
+                    && (whole || self.teacher.get(id as u32).starts_with(&begun))
             });
             if !begins {
                 continue;
@@ -481,19 +482,18 @@ impl TokenMap {
                 if p < LEAST_ASKED {
                     continue;
                 }
-                (self.crossed(border, id), &since[..])
+                (self.crossed(border, id), since)
             } else if aligned {
                 (self.pieces[id as usize].as_slice(), &since[1..])
             } else {
                 continue;
             };
-            let known = pieces.len().min(expected.len());
-            if pieces[..known] != expected[..known] {
+            if pieces.iter().zip(expected).any(|(&piece, &own)| i64::from(piece) != own) {
                 continue;
             }
             total += p;
             if let Some(&piece) = pieces.get(expected.len()) {
-                self.mapping.add(piece, weight * p);
+                self.mapping.add_later(piece, weight * p);
             }
         }
         (total, beginning)

@@ -1,6 +1,6 @@
 //! The numbers of rows: probabilities of the teacher's, and the student's from sums to log-probabilities.
 
-use crate::simd::doubles::{exp, ln, sum};
+use crate::simd::doubles::{exp, ln, sum, sum_of};
 use crate::simd::{Backend, multiversion};
 
 /// A probability that every format can store.
@@ -9,13 +9,13 @@ const LEAST: f64 = 1e-30;
 /// Probabilities of the student's ids while a row is computed.
 #[derive(Debug)]
 pub(super) struct Mapping {
-    /// (V) 0 for those that have none.
-    sums: Vec<f64>,
-    /// Those that have one.
-    touched: Vec<u32>,
-    /// Their probabilities, once the row is complete.
+    /// (V) one more than the place in `ids` and `p` of those that have one, 0 of the others.
+    places: Vec<u32>,
+    ids: Vec<u32>,
     p: Vec<f64>,
-    /// What is written of them, the most probable first: of positive numbers, the larger have the
+    /// What is added once all else is.
+    later: Vec<(u32, f64)>,
+    /// What is written of the row, the most probable first: of positive numbers, the larger have the
     /// larger bits. Ids break ties.
     order: Vec<u64>,
     /// A buffer.
@@ -24,35 +24,56 @@ pub(super) struct Mapping {
 
 impl Mapping {
     pub(super) fn new(ids: usize) -> Self {
-        let (touched, p, order, rest) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Self { sums: vec![0.0; ids], touched, p, order, rest }
+        Self {
+            places: vec![0; ids],
+            ids: Vec::new(),
+            p: Vec::new(),
+            later: Vec::new(),
+            order: Vec::new(),
+            rest: Vec::new(),
+        }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn add(&mut self, id: u32, p: f64) {
         if p > 0.0 {
-            let sum = &mut self.sums[id as usize];
-            if *sum == 0.0 {
-                self.touched.push(id);
+            match self.places[id as usize] {
+                0 => {
+                    self.ids.push(id);
+                    self.p.push(p);
+                    self.places[id as usize] = self.ids.len() as u32;
+                }
+                place => self.p[place as usize - 1] += p,
             }
-            *sum += p;
         }
+    }
+
+    /// Adds what is not in the order of the row, so that it is sorted quickly.
+    #[inline]
+    pub(super) fn add_later(&mut self, id: u32, p: f64) {
+        self.later.push((id, p));
     }
 
     /// Completes a row: the probabilities given something of this probability. Returns that of an
     /// id.
     pub(super) fn complete(&mut self, backend: Backend, total: f64, id: u32) -> f64 {
-        let own = self.sums[id as usize];
-        self.p.clear();
-        let sums = &mut self.sums;
-        self.p.extend(self.touched.iter().map(|&id| std::mem::take(&mut sums[id as usize])));
+        while let Some((id, p)) = self.later.pop() {
+            self.add(id, p);
+        }
         // What rounding adds must not make a row sum to more than 1.
-        let total = divide(backend, &mut self.p, total);
+        divide(backend, &mut self.p, total);
+        let own = match self.places[id as usize] {
+            0 => 0.0,
+            place => self.p[place as usize - 1],
+        };
         self.order.clear();
         let key = |(&p, &id): (&f64, &u32)| u64::from(!(p as f32).to_bits()) << 32 | u64::from(id);
-        self.order.extend(self.p.iter().zip(&self.touched).map(key));
-        self.touched.clear();
-        if total > 0.0 { own / total } else { own }
+        self.order.extend(self.p.iter().zip(&self.ids).map(key));
+        for id in self.ids.drain(..) {
+            self.places[id as usize] = 0;
+        }
+        self.p.clear();
+        own
     }
 
     /// Writes the row's most probable ids. Returns their probability and that of the id `next`, which
@@ -73,24 +94,24 @@ impl Mapping {
             self.order.pop();
         }
         let count = self.order.len();
-        self.p.resize(count, 0.0);
         let out = (&mut ids[..count], &mut logprobs[..count]);
-        let mass = write_row(backend, &self.order, out, &mut self.p);
+        let mass = write_row(backend, &self.order, out);
         if count > 0 {
             // Places without an id repeat the first one.
             let first = ids[0];
             ids[count..].fill(first);
         }
         let written = self.order.iter().position(|&key| key as u32 == next);
-        let others = (self.sums.len() - count).max(1) as f64;
-        (mass, written.map_or((1.0 - mass).max(0.0) / others, |place| self.p[place]))
+        let others = (self.places.len() - count).max(1) as f64;
+        let even = (1.0 - mass).max(0.0) / others;
+        (mass, written.map_or(even, |place| probability(self.order[place])))
     }
 
     /// Gives the places without an id the first ids that the row does not have, with an even share of
     /// what the others, of this probability, leave.
     pub(super) fn fill(&self, ids: &mut [i64], logprobs: &mut [f32], mass: f64) {
         let count = self.order.len();
-        let even = (1.0 - mass).max(0.0) / (self.sums.len() - count).max(1) as f64;
+        let even = (1.0 - mass).max(0.0) / (self.places.len() - count).max(1) as f64;
         let last = if count > 0 { logprobs[count - 1] } else { 0.0 };
         let log = (ln(even.max(LEAST)) as f32).min(last);
         // Few ids of a row are among the first.
@@ -101,7 +122,7 @@ impl Mapping {
             .filter(|&id| (id as usize) < 2 * ids.len())
             .collect();
         taken.sort_unstable();
-        let unused = (0..self.sums.len() as u32).filter(|id| taken.binary_search(id).is_err());
+        let unused = (0..self.places.len() as u32).filter(|id| taken.binary_search(id).is_err());
         for (place, id) in (count..ids.len()).zip(unused) {
             (ids[place], logprobs[place]) = (i64::from(id), log);
         }
@@ -164,42 +185,34 @@ fn probabilities_body<I>(_isa: I, logprobs: &[f32], width: usize) -> Vec<f64> {
 }
 
 multiversion! {
-    /// Divides probabilities by their sum or by `total`, whichever is more. Returns that.
-    fn divide(p: &mut [f64], total: f64) -> f64 = divide_body;
+    /// Divides probabilities by their sum or by `total`, whichever is more.
+    fn divide(p: &mut [f64], total: f64) = divide_body;
 }
 
 #[inline(always)]
-fn divide_body<I>(_isa: I, p: &mut [f64], total: f64) -> f64 {
+fn divide_body<I>(_isa: I, p: &mut [f64], total: f64) {
     let total = total.max(sum(p));
     if total > 0.0 {
         p.iter_mut().for_each(|p| *p /= total);
     }
-    total
 }
 
 multiversion! {
-    /// Writes ids, log-probabilities and probabilities of keys. Returns what the latter sum to.
-    fn write_row(keys: &[u64], out: (&mut [i64], &mut [f32]), p: &mut [f64]) -> f64 = write_row_body;
+    /// Writes ids and log-probabilities of keys. Returns what the probabilities sum to.
+    fn write_row(keys: &[u64], out: (&mut [i64], &mut [f32])) -> f64 = write_row_body;
 }
 
 #[inline(always)]
-fn write_row_body<I>(
-    _isa: I,
-    keys: &[u64],
-    (ids, logprobs): (&mut [i64], &mut [f32]),
-    p: &mut [f64],
-) -> f64 {
-    for ((&key, id), p) in keys.iter().zip(ids).zip(&mut *p) {
-        (*id, *p) = (i64::from(key as u32), probability(key));
-    }
-    for (&p, log) in p.iter().zip(logprobs) {
+fn write_row_body<I>(_isa: I, keys: &[u64], (ids, logprobs): (&mut [i64], &mut [f32])) -> f64 {
+    for ((&key, id), log) in keys.iter().zip(ids).zip(logprobs) {
+        *id = i64::from(key as u32);
         // Rounded down, so that no row sums to more than 1.
-        let exact = ln(p);
+        let exact = ln(probability(key));
         let rounded = exact as f32;
         let below = f32::from_bits(rounded.to_bits() + 1);
         *log = if f64::from(rounded) > exact { below } else { rounded };
     }
-    sum(p)
+    sum_of(keys, |&key| probability(key))
 }
 
 #[cfg(test)]

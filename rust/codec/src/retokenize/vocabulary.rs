@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::num::NonZeroU32;
 
 use crate::error::{CodecError, Result};
 
@@ -70,12 +71,17 @@ impl Strings {
 pub struct Merges {
     /// The rank of each merge, by its two tokens.
     ranks: IntMap<u32>,
-    /// Of which two tokens each token is merged, and the rank of that merge.
-    made_of: Vec<Option<(u32, u32, u32)>>,
+    /// The first part of each token, which is merged of two, and the rank of that merge.
+    firsts: Vec<Option<Part>>,
+    /// The last part, and the same.
+    lasts: Vec<Option<Part>>,
     /// A bit for the hash of each pair that has a rank. It tells most that have none in a cache's
     /// size; the ranks are all over the memory.
     ranked: Vec<u64>,
 }
+
+/// A part of a token, and one more than the rank of the merge that made the token.
+type Part = (u32, NonZeroU32);
 
 /// Bits for each pair in `Merges::ranked`, at least.
 const RANKED_BITS: usize = 8;
@@ -84,19 +90,19 @@ impl Merges {
     /// Merges in the order of their ranks: left, right and merged token, of `ids` ids.
     pub(super) fn new(ids: usize, merges: &[(u32, u32, u32)]) -> Self {
         let words = (RANKED_BITS * merges.len()).next_power_of_two().div_ceil(64);
-        let (made_of, ranked) = (vec![None; ids], vec![0; words]);
-        let mut made = Self { ranks: IntMap::default(), made_of, ranked };
+        let (firsts, lasts) = (vec![None; ids], vec![None; ids]);
+        let mut made = Self { ranks: IntMap::default(), firsts, lasts, ranked: vec![0; words] };
         made.ranks.reserve(merges.len());
         for (rank, &(left, right, _)) in merges.iter().enumerate() {
             let (word, bit) = made.ranked_bit(pair(left, right));
             made.ranked[word] |= bit;
             made.ranks.entry(pair(left, right)).or_insert(rank as u32);
         }
-        for (rank, &(left, right, merged)) in merges.iter().enumerate() {
-            let rank = rank as u32;
+        for (&(left, right, merged), next) in merges.iter().zip(1..) {
             // Of several pairs that would make a token, the first makes it whose parts can meet.
-            if made.made_of[merged as usize].is_none() && made.apart(left, right, rank) {
-                made.made_of[merged as usize] = Some((left, right, rank));
+            if made.firsts[merged as usize].is_none() && made.apart(left, right, next - 1) {
+                made.firsts[merged as usize] = NonZeroU32::new(next).map(|next| (left, next));
+                made.lasts[merged as usize] = NonZeroU32::new(next).map(|next| (right, next));
             }
         }
         made
@@ -127,17 +133,13 @@ impl Merges {
             if self.rank(left, right).is_some_and(|rank| rank < limit) {
                 return false;
             }
-            match (self.made_of[left as usize], self.made_of[right as usize]) {
+            match (self.lasts[left as usize], self.firsts[right as usize]) {
                 (None, None) => return true,
-                (Some((_, last, rank)), None) => (left, limit) = (last, rank),
-                (None, Some((first, _, rank))) => (right, limit) = (first, rank + 1),
-                (Some((_, last, rank)), Some((first, _, theirs))) => {
-                    if rank > theirs {
-                        (left, limit) = (last, rank);
-                    } else {
-                        (right, limit) = (first, theirs + 1);
-                    }
+                (None, Some((first, next))) => (right, limit) = (first, next.get()),
+                (Some((_, ours)), Some((first, next))) if ours <= next => {
+                    (right, limit) = (first, next.get());
                 }
+                (Some((last, next)), _) => (left, limit) = (last, next.get() - 1),
             }
         }
     }

@@ -78,14 +78,20 @@ pub(crate) fn ln(x: f64) -> f64 {
 /// The sum of the numbers.
 #[inline(always)]
 pub(crate) fn sum(values: &[f64]) -> f64 {
-    let (vectors, rest) = values.as_chunks::<LANES>();
+    sum_of(values, |&value| value)
+}
+
+/// The sum of what is found of each item.
+#[inline(always)]
+pub(crate) fn sum_of<T>(items: &[T], find: impl Fn(&T) -> f64) -> f64 {
+    let (vectors, rest) = items.as_chunks::<LANES>();
     let mut sums = [0.0; LANES];
     for vector in vectors {
         for lane in 0..LANES {
-            sums[lane] += vector[lane];
+            sums[lane] += find(&vector[lane]);
         }
     }
-    total(sums) + rest.iter().sum::<f64>()
+    total(sums) + rest.iter().map(find).sum::<f64>()
 }
 
 /// The sum of the lanes, halves first.

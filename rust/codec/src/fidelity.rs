@@ -166,8 +166,7 @@ impl Outcomes {
 
 #[inline(always)]
 fn divergence(p: &Outcomes, q: &Outcomes) -> f64 {
-    let [p_missing, q_missing, p_total, q_total] =
-        [p.missing, q.missing, p.total, q.total].map(|x| ln(x));
+    let [p_missing, q_missing, p_total, q_total] = [p.missing, q.missing, p.total, q.total].map(ln);
     let scale = (q.highest + q_total) - (p.highest + p_total);
     let mut sums = [0.0; LANES];
     for (p_of, (before, after)) in p.p.iter().zip(p.logs.iter().zip(&q.logs)) {
@@ -205,10 +204,10 @@ pub fn values_of(
     }
     // What an id that is not among a row's finds in the table has another id.
     let mut table = vec![0_u32; highest as usize + 1];
-    let (mut values, mut found) = (Vec::with_capacity(wanted.len()), Vec::new());
+    let (mut values, mut found) = (vec![f32::NEG_INFINITY; wanted.len()], Vec::new());
     let rows = ids.chunks_exact(n.max(1)).zip(logprobs.chunks_exact(n.max(1)));
     let others = wanted.chunks_exact(k.max(1)).zip(stored.chunks_exact(k.max(1)));
-    for ((ids, logprobs), (wanted, stored)) in rows.zip(others) {
+    for (((ids, logprobs), others), values) in rows.zip(others).zip(values.chunks_mut(k.max(1))) {
         for (place, (&id, &log)) in ids.iter().zip(logprobs).enumerate() {
             // Places without an id repeat the row's first one.
             if log > f32::NEG_INFINITY {
@@ -216,12 +215,13 @@ pub fn values_of(
             }
         }
         let mut all = true;
-        for (&id, &log) in wanted.iter().zip(stored) {
+        for ((&id, &log), value) in others.0.iter().zip(others.1).zip(values) {
             let place = table[id as usize] as usize;
-            let known = ids[place] == id && logprobs[place] > f32::NEG_INFINITY;
+            let (own, known) = (logprobs[place], ids[place] == id);
             let there = log > f32::NEG_INFINITY;
-            all &= known || !there;
-            values.push(if known && there { logprobs[place] } else { f32::NEG_INFINITY });
+            let is_known = known & (own > f32::NEG_INFINITY);
+            all &= is_known | !there;
+            *value = if is_known & there { own } else { f32::NEG_INFINITY };
         }
         found.push(all);
     }

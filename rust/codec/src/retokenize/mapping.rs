@@ -178,7 +178,9 @@ fn probabilities_body<I>(_isa: I, logprobs: &[f32], width: usize) -> Vec<f64> {
     for row in p.chunks_exact_mut(width.max(1)) {
         let sum = sum(row);
         if sum > 1.0 {
-            row.iter_mut().for_each(|p| *p /= sum);
+            for p in row {
+                *p /= sum;
+            }
         }
     }
     p
@@ -193,7 +195,9 @@ multiversion! {
 fn divide_body<I>(_isa: I, p: &mut [f64], total: f64) {
     let total = total.max(sum(p));
     if total > 0.0 {
-        p.iter_mut().for_each(|p| *p /= total);
+        for p in p {
+            *p /= total;
+        }
     }
 }
 

@@ -50,6 +50,8 @@ pub(crate) fn exp(x: f64) -> f64 {
 #[inline(always)]
 pub(crate) fn ln(x: f64) -> f64 {
     const ONE: u64 = 1.0_f64.to_bits();
+    /// 2⁵²: integers from there on are this and their low bits.
+    const BASE: f64 = 4_503_599_627_370_496.0;
     /// From the last term down to that of s³.
     const SERIES: [f64; 10] = {
         let mut terms = [0.0; 10];
@@ -62,8 +64,6 @@ pub(crate) fn ln(x: f64) -> f64 {
     };
     // n and 1023, as AVX2 has no shift that keeps the sign.
     let biased = (x.to_bits() + (ONE - std::f64::consts::FRAC_1_SQRT_2.to_bits())) >> 52;
-    // Below 2⁵², the integers are the low bits of those from there on.
-    const BASE: f64 = 4_503_599_627_370_496.0;
     let n = f64::from_bits(BASE.to_bits() | biased) - (BASE + 1023.0);
     let m = f64::from_bits(x.to_bits().wrapping_sub(biased << 52).wrapping_add(ONE));
     let s = (m - 1.0) / (m + 1.0);

@@ -227,3 +227,39 @@ pub fn values_of(
     }
     Ok((values, found))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_backend_compares_alike_and_by_the_definition() {
+        for k in [1, 7, 8, 21] {
+            let log = |i: usize| -0.7 - (i % k) as f64 - (i / k) as f64 * 0.01;
+            let absent = |i: usize| k > 1 && i % k + 1 == k && i / k == 2;
+            let before: Vec<f64> =
+                (0..5 * k).map(|i| if absent(i) { f64::NEG_INFINITY } else { log(i) }).collect();
+            let after: Vec<f64> =
+                before.iter().enumerate().map(|(i, log)| log + 0.1 * (i as f64).sin()).collect();
+            let found = compare_rows(Backend::Portable, &before, &after, k);
+            for (row, kl) in found.kl.iter().enumerate() {
+                let rows = |logs: &[f64]| {
+                    let p: Vec<f64> =
+                        logs[row * k..(row + 1) * k].iter().map(|x| x.exp()).collect();
+                    let missing = (1.0 - p.iter().sum::<f64>()).max(LEAST_MISSING);
+                    let all = [p, vec![missing]].concat();
+                    let total: f64 = all.iter().sum();
+                    all.into_iter().map(|p| p / total).collect::<Vec<_>>()
+                };
+                let both = rows(&before).into_iter().zip(rows(&after));
+                let expected: f64 =
+                    both.map(|(p, q)| if p > 0.0 { p * (p / q).ln() } else { 0.0 }).sum();
+                assert!((kl - expected).abs() < 1e-14, "{k} {row}: {kl} {expected}");
+            }
+            assert_eq!(found.ranks[4 * k - 1], if k > 1 { 4.0 } else { 5.0 });
+            for backend in Backend::available() {
+                assert_eq!(compare_rows(backend, &before, &after, k), found, "{}", backend.name());
+            }
+        }
+    }
+}

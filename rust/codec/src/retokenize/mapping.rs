@@ -224,7 +224,37 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Adds ids to a row and writes it.
+    fn written(backend: Backend, entries: &[(u32, f64)], keep: usize) -> (Vec<i64>, Vec<u32>, f64) {
+        let mut mapping = Mapping::new(100);
+        for &(id, p) in entries {
+            mapping.add(id, p);
+        }
+        mapping.complete(backend, 0.5, 3);
+        let (mut ids, mut logs) = (vec![0; keep], vec![f32::NEG_INFINITY; keep]);
+        let (mass, _) = mapping.write(backend, (&mut ids, &mut logs), 3);
+        let stored: f64 = logs.iter().map(|&log| f64::from(log).exp()).sum();
+        assert!(stored <= mass && mass < stored + 1e-6 && mass < 1.0 + 1e-7);
+        (ids, logs.into_iter().map(f32::to_bits).collect(), mass)
+    }
+
     proptest! {
+        #[test]
+        fn every_backend_writes_alike(
+            entries in prop::collection::vec((0_u32..100, 1e-9..0.1_f64), 1..60),
+            keep in 1_usize..70,
+        ) {
+            let expected = written(Backend::Portable, &entries, keep);
+            for backend in Backend::available() {
+                prop_assert_eq!(&written(backend, &entries, keep), &expected);
+            }
+            let logs: Vec<f32> = entries.iter().map(|&(_, p)| p.ln() as f32).collect();
+            let p = probabilities(Backend::Portable, &logs, 7);
+            for backend in Backend::available() {
+                prop_assert_eq!(&probabilities(backend, &logs, 7), &p);
+            }
+        }
+
         #[test]
         fn keys_are_sorted(keys in prop::collection::vec(0_u64..50, 0..40), ordered: bool) {
             let mut expected = keys.clone();

@@ -57,9 +57,10 @@ def values_of(rows: SparseLogprobs, stored: SparseLogprobs) -> tuple[npt.NDArray
 
 
 def _compared(before: Any, after: Any) -> tuple[npt.NDArray[np.float64], int, float, float, npt.NDArray[np.float64]]:
-    arrays = np.asarray(before), np.asarray(after)
-    dtype = np.float32 if all(array.dtype == np.float32 for array in arrays) else np.float64
-    return _native.compare(*(np.ascontiguousarray(array, dtype) for array in arrays))
+    before, after = np.asarray(before), np.asarray(after)
+    if before.dtype == after.dtype == np.float32:
+        return _native.compare(np.ascontiguousarray(before, np.float32), np.ascontiguousarray(after, np.float32))
+    return _native.compare(np.ascontiguousarray(before, np.float64), np.ascontiguousarray(after, np.float64))
 
 
 class FidelityStats:

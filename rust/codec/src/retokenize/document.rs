@@ -493,7 +493,7 @@ impl TokenMap {
             }
             total += p;
             if let Some(&piece) = pieces.get(expected.len()) {
-                self.mapping.add_later(piece, weight * p);
+                self.mapping.add(piece, weight * p);
             }
         }
         (total, beginning)

@@ -13,25 +13,15 @@ pub(super) struct Mapping {
     places: Vec<u32>,
     ids: Vec<u32>,
     p: Vec<f64>,
-    /// What is added once all else is.
-    later: Vec<(u32, f64)>,
     /// What is written of the row, the most probable first: of positive numbers, the larger have the
     /// larger bits. Ids break ties.
     order: Vec<u64>,
-    /// A buffer.
-    rest: Vec<u64>,
 }
 
 impl Mapping {
-    pub(super) fn new(ids: usize) -> Self {
-        Self {
-            places: vec![0; ids],
-            ids: Vec::new(),
-            p: Vec::new(),
-            later: Vec::new(),
-            order: Vec::new(),
-            rest: Vec::new(),
-        }
+    pub(super) fn new(known: usize) -> Self {
+        let (ids, p, order) = (Vec::new(), Vec::new(), Vec::new());
+        Self { places: vec![0; known], ids, p, order }
     }
 
     #[inline(always)]
@@ -48,18 +38,9 @@ impl Mapping {
         }
     }
 
-    /// Adds what is not in the order of the row, so that it is sorted quickly.
-    #[inline]
-    pub(super) fn add_later(&mut self, id: u32, p: f64) {
-        self.later.push((id, p));
-    }
-
     /// Completes a row: the probabilities given something of this probability. Returns that of an
     /// id.
     pub(super) fn complete(&mut self, backend: Backend, total: f64, id: u32) -> f64 {
-        while let Some((id, p)) = self.later.pop() {
-            self.add(id, p);
-        }
         // What rounding adds must not make a row sum to more than 1.
         divide(backend, &mut self.p, total);
         let own = match self.places[id as usize] {
@@ -88,7 +69,7 @@ impl Mapping {
             self.order.select_nth_unstable(ids.len());
             self.order.truncate(ids.len());
         }
-        sort(&mut self.order, &mut self.rest);
+        self.order.sort_unstable();
         // Those of no float32 have the highest keys.
         while self.order.last().is_some_and(|&key| probability(key) == 0.0) {
             self.order.pop();
@@ -133,34 +114,6 @@ impl Mapping {
 #[inline(always)]
 fn probability(key: u64) -> f64 {
     f64::from(f32::from_bits(!((key >> 32) as u32)))
-}
-
-/// Sorts keys of which most are in order, as the teacher's rows are: the others are sorted and
-/// merged into them. `rest` is a buffer.
-fn sort(keys: &mut [u64], rest: &mut Vec<u64>) {
-    let (mut ordered, mut others, mut last) = (0, 0, 0);
-    rest.resize(keys.len(), 0);
-    for place in 0..keys.len() {
-        let key = keys[place];
-        let rises = key >= last;
-        (keys[ordered], rest[others]) = (key, key);
-        ordered += usize::from(rises);
-        others += usize::from(!rises);
-        last = last.max(key);
-    }
-    rest.truncate(others);
-    rest.sort_unstable();
-    // From the end, where there is room.
-    while let Some(&key) = rest.last() {
-        let place = ordered + rest.len() - 1;
-        if ordered > 0 && keys[ordered - 1] > key {
-            keys[place] = keys[ordered - 1];
-            ordered -= 1;
-        } else {
-            keys[place] = key;
-            rest.pop();
-        }
-    }
 }
 
 multiversion! {
@@ -253,20 +206,6 @@ mod tests {
             for backend in Backend::available() {
                 prop_assert_eq!(&probabilities(backend, &logs, 7), &p);
             }
-        }
-
-        #[test]
-        fn keys_are_sorted(keys in prop::collection::vec(0_u64..50, 0..40), ordered: bool) {
-            let mut expected = keys.clone();
-            expected.sort_unstable();
-            let mut keys = keys;
-            if ordered {
-                keys.iter_mut().zip(&expected).step_by(3).for_each(|(key, &least)| *key = least);
-                expected.clone_from(&keys);
-                expected.sort_unstable();
-            }
-            sort(&mut keys, &mut vec![9]);
-            prop_assert_eq!(keys, expected);
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The numbers of rows: probabilities of the teacher's, and the student's from sums to log-probabilities.
+//! The numbers of rows: probabilities of the teacher's, and the student's from what is added up to
+//! what is written.
 
 use crate::simd::doubles::{exp, ln, sum, sum_of};
 use crate::simd::{Backend, multiversion};

@@ -36,7 +36,7 @@ def kl_rows(original: npt.NDArray[Any], decoded: npt.NDArray[Any]) -> npt.NDArra
         (R,) float64, at least 0.
     """
 
-    kl_R, *_ = _native.compare(_doubles(original), _doubles(decoded))
+    kl_R, *_ = _compared(original, decoded)
     return kl_R
 
 
@@ -56,8 +56,11 @@ def values_of(rows: SparseLogprobs, stored: SparseLogprobs) -> tuple[npt.NDArray
     return _native.values_of(ids, values, wanted, logprobs)
 
 
-def _doubles(logprobs: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    return np.ascontiguousarray(logprobs, dtype=np.float64)
+def _compared(before: Any, after: Any) -> tuple[npt.NDArray[np.float64], int, float, float, npt.NDArray[np.float64]]:
+    before, after = np.asarray(before), np.asarray(after)
+    if before.dtype == after.dtype == np.float32:
+        return _native.compare(np.ascontiguousarray(before, np.float32), np.ascontiguousarray(after, np.float32))
+    return _native.compare(np.ascontiguousarray(before, np.float64), np.ascontiguousarray(after, np.float64))
 
 
 class FidelityStats:
@@ -85,12 +88,12 @@ class FidelityStats:
         Raises:
             InputError: the shapes or ids differ.
         """
-        if original.logprobs.shape != decoded.logprobs.shape or not np.array_equal(original.ids, decoded.ids):
+        same_ids = original.ids is decoded.ids or np.array_equal(original.ids, decoded.ids)
+        if original.logprobs.shape != decoded.logprobs.shape or not same_ids:
             raise InputError("original and decoded rows must hold the same ids in the same order")
         if len(original.ids) == 0:
             return
-        before, after = _doubles(original.logprobs), _doubles(decoded.logprobs)
-        kl_R, top1, mass_error, worst_error, ranks_4k = _native.compare(before, after)
+        kl_R, top1, mass_error, worst_error, ranks_4k = _compared(original.logprobs, decoded.logprobs)
         self._top1_sum += top1
         self._mass_error_sum += mass_error
         self.rows += len(kl_R)

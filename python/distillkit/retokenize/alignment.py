@@ -129,7 +129,7 @@ def _part(ids: I64, first: int, mask: Mask | None, token_map: TokenMap) -> _Part
     ends = np.cumsum(lengths)
     side = Side(ids, ends - lengths, ends)
     numbers = ids.tolist()
-    cuts = [place for place in range(begun, len(numbers)) if numbers[place] in special]
+    cuts = (np.flatnonzero(token_map.is_special[ids[begun:]]) + begun).tolist()
     items: list[_Text | tuple[int, int]] = []
     for start, stop in itertools.pairwise([begun - 1, *cuts, len(numbers)]):
         if start in cuts:

@@ -78,8 +78,8 @@ def _count(document: Document, parts: Sequence[Aligned], token_map: TokenMap, fi
     figures.documents += 1
     figures.teacher_tokens += len(document.input_ids)
     figures.student_tokens += sum(len(part.student.ids) for part in parts)
-    for number in np.flatnonzero(np.isin(document.input_ids, list(token_map.unmapped))).tolist():
-        name = token_map.unmapped[int(document.input_ids[number])]
+    for number in document.input_ids[token_map.is_unmapped[document.input_ids]].tolist():
+        name = token_map.unmapped[number]
         figures.unmapped[name] = figures.unmapped.get(name, 0) + 1
 
 

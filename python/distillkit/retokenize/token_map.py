@@ -100,10 +100,23 @@ class TokenMap:
             student.merges(),
         )
 
-    @property
+    @cached_property
     def unmapped(self) -> dict[int, str]:
         """The names of the teacher's special tokens that stand for their names as text, by id."""
         return {number: name for number, name in self.teacher.special.items() if number not in self.special}
+
+    @cached_property
+    def is_unmapped(self) -> npt.NDArray[np.bool_]:
+        """(V,) whether each of the teacher's ids is one of `unmapped`."""
+        return self._among(self.unmapped)
+
+    @cached_property
+    def is_special(self) -> npt.NDArray[np.bool_]:
+        """(V,) whether each of the teacher's ids is one of `special`."""
+        return self._among(self.special)
+
+    def _among(self, numbers: Mapping[int, object]) -> npt.NDArray[np.bool_]:
+        return np.isin(np.arange(len(self.teacher_lengths)), list(numbers))
 
     @cached_property
     def hash(self) -> str:

@@ -1,6 +1,9 @@
 //! How close decoded rows are to those that were encoded.
 
 use crate::error::{CodecError, Result};
+use crate::simd::doubles::{LANES, exp, ln, sum, total};
+use crate::simd::lanes::no_unroll;
+use crate::simd::{Backend, multiversion};
 
 /// The least missing probability that is told from none.
 const LEAST_MISSING: f64 = 1e-12;
@@ -22,102 +25,169 @@ pub struct Comparison {
 }
 
 /// Compares rows of `k` log-probabilities of the same ids, −inf at places without an id.
-#[must_use]
-pub fn compare(before: &[f64], after: &[f64], k: usize) -> Comparison {
-    let mut found = Comparison {
-        kl: Vec::with_capacity(before.len() / k.max(1)),
-        top1: 0,
-        mass_error: 0.0,
-        worst_error: 0.0,
-        ranks: vec![0.0; 4 * k],
-    };
-    let (mut p, mut q) = (Outcomes::new(k), Outcomes::new(k));
-    for (before, after) in before.chunks_exact(k.max(1)).zip(after.chunks_exact(k.max(1))) {
-        p.read(before);
-        q.read(after);
-        found.kl.push(divergence(&p, before, &q, after));
-        found.top1 += usize::from(first_largest(before) == first_largest(after));
-        found.mass_error += (q.stored - p.stored).abs();
-        found.add_ranks(before, after);
-    }
-    found
+///
+/// Fails with [`CodecError::Config`] as [`Backend::from_env`] does.
+pub fn compare<T: LogProb>(before: &[T], after: &[T], k: usize) -> Result<Comparison> {
+    Ok(compare_rows(Backend::from_env()?, before, after, k))
 }
 
-impl Comparison {
-    fn add_ranks(&mut self, before: &[f64], after: &[f64]) {
-        let (sums, rest) = self.ranks.split_at_mut(before.len());
-        let (squares, rest) = rest.split_at_mut(before.len());
-        let (errors, counts) = rest.split_at_mut(before.len());
-        for (place, (&before, &after)) in before.iter().zip(after).enumerate() {
-            if before > f64::NEG_INFINITY {
-                let error = after - before;
-                sums[place] += before;
-                squares[place] += before * before;
-                errors[place] += error * error;
-                counts[place] += 1.0;
-                self.worst_error = self.worst_error.max(error.abs());
+/// A type of log-probabilities.
+pub trait LogProb: Copy + Into<f64> {}
+impl LogProb for f32 {}
+impl LogProb for f64 {}
+
+multiversion! {
+    fn compare_rows<T: LogProb>(before: &[T], after: &[T], k: usize) -> Comparison = compare_body;
+}
+
+#[inline(always)]
+fn compare_body<I, T: LogProb>(_isa: I, before: &[T], after: &[T], k: usize) -> Comparison {
+    let width = k.max(1);
+    let (mut p, mut q, mut ranks) = (Outcomes::new(width), Outcomes::new(width), Ranks::new(width));
+    let (mut kl, mut top1, mut mass_error) = (Vec::with_capacity(before.len() / width), 0, 0.0);
+    for (before, after) in before.chunks_exact(width).zip(after.chunks_exact(width)) {
+        p.read(before);
+        q.read(after);
+        kl.push(divergence(&p, &q));
+        top1 += usize::from(p.first == q.first);
+        mass_error += (q.stored - p.stored).abs();
+        ranks.add(&p.logs, &q.logs);
+    }
+    let worst_error = largest(&ranks.worst);
+    Comparison { kl, top1, mass_error, worst_error, ranks: ranks.sums(k) }
+}
+
+/// Numbers that are added up, or compared, side by side.
+type Lanes = [f64; LANES];
+
+/// The lanes that `k` places take. In those beyond there is no id, so nothing looks at an end.
+fn lanes_of(k: usize) -> usize {
+    k.div_ceil(LANES)
+}
+
+/// Sums over the rows by rank, LANES ranks side by side.
+struct Ranks {
+    /// Those of [`Comparison::ranks`].
+    sums: Vec<[Lanes; 4]>,
+    worst: Lanes,
+}
+
+impl Ranks {
+    fn new(k: usize) -> Self {
+        Self { sums: vec![[[0.0; LANES]; 4]; lanes_of(k)], worst: [0.0; LANES] }
+    }
+
+    #[inline(always)]
+    fn add(&mut self, before: &[Lanes], after: &[Lanes]) {
+        for ((before, after), sums) in before.iter().zip(after).zip(&mut self.sums) {
+            no_unroll();
+            for lane in 0..LANES {
+                let there = before[lane] > f64::NEG_INFINITY;
+                let known = if there { before[lane] } else { 0.0 };
+                let error = if there { after[lane] - before[lane] } else { 0.0 };
+                sums[0][lane] += known;
+                sums[1][lane] += known * known;
+                sums[2][lane] += error * error;
+                sums[3][lane] += if there { 1.0 } else { 0.0 };
+                self.worst[lane] = larger(self.worst[lane], error.abs());
             }
         }
+    }
+
+    /// (4, `k`)
+    fn sums(&self, k: usize) -> Vec<f64> {
+        let of_kind = |kind| self.sums.iter().flat_map(move |sums| sums[kind]).take(k);
+        (0..4).flat_map(of_kind).collect()
     }
 }
 
 /// The probabilities of a row's ids, and of all others as one more outcome.
 struct Outcomes {
-    /// (k) before they are divided by `total`.
-    p: Vec<f64>,
-    /// The same of all other ids.
-    missing: f64,
-    /// The logarithm of their probability.
-    log_missing: f64,
+    /// Log-probabilities.
+    logs: Vec<Lanes>,
+    /// Probabilities before they are divided by `total`.
+    p: Vec<Lanes>,
+    /// The first place of those with the largest.
+    first: usize,
     /// The probability of the stored ids.
     stored: f64,
+    /// The probability of all other ids.
+    missing: f64,
+    /// The logarithm of what `p` is to be multiplied by.
+    highest: f64,
+    /// What that of all other ids is in the units of `p`.
+    p_missing: f64,
     /// Of all outcomes; rounding may take it above 1.
     total: f64,
-    /// The logarithm of what all outcomes sum to.
-    log_total: f64,
 }
 
 impl Outcomes {
     fn new(k: usize) -> Self {
-        let p = vec![0.0; k];
-        Self { p, missing: 0.0, log_missing: 0.0, stored: 0.0, total: 1.0, log_total: 0.0 }
+        Self {
+            logs: vec![[f64::NEG_INFINITY; LANES]; lanes_of(k)],
+            p: vec![[0.0; LANES]; lanes_of(k)],
+            first: 0,
+            stored: 0.0,
+            missing: 1.0,
+            highest: 0.0,
+            p_missing: 1.0,
+            total: 1.0,
+        }
     }
 
-    fn read(&mut self, logs: &[f64]) {
+    #[inline(always)]
+    fn read<T: LogProb>(&mut self, logs: &[T]) {
+        let places = self.logs.as_flattened_mut();
+        places.iter_mut().zip(logs).for_each(|(place, &log)| *place = log.into());
+        let mut highest = self.logs[0];
+        for logs in &self.logs[1..] {
+            no_unroll();
+            for lane in 0..LANES {
+                highest[lane] = larger(highest[lane], logs[lane]);
+            }
+        }
+        let highest = largest(&highest);
+        let first = self.logs.as_flattened().iter().position(|&log| log == highest);
+        self.first = first.unwrap_or(0);
         // Coarse formats decode some rows to more than any float holds.
-        let highest = logs.iter().copied().fold(0.0, f64::max);
-        for (p, log) in self.p.iter_mut().zip(logs) {
-            *p = (log - highest).exp();
+        self.highest = larger(highest, 0.0);
+        for (p, &log) in self.p.as_flattened_mut().iter_mut().zip(self.logs.as_flattened()) {
+            *p = exp(log - self.highest);
         }
-        let sum: f64 = self.p.iter().sum();
-        self.stored = sum * highest.exp();
-        let missing = (1.0 - self.stored).max(LEAST_MISSING);
-        self.missing = missing * (-highest).exp();
-        self.log_missing = missing.ln();
-        self.total = sum + self.missing;
-        self.log_total = highest + self.total.ln();
+        let sum = sum(self.p.as_flattened());
+        let (up, down) =
+            if self.highest > 0.0 { (exp(self.highest), exp(-self.highest)) } else { (1.0, 1.0) };
+        self.stored = sum * up;
+        self.missing = larger(1.0 - self.stored, LEAST_MISSING);
+        self.p_missing = self.missing * down;
+        self.total = sum + self.p_missing;
     }
 }
 
-fn divergence(p: &Outcomes, before: &[f64], q: &Outcomes, after: &[f64]) -> f64 {
-    let scale = q.log_total - p.log_total;
-    let mut sum = p.missing * (p.log_missing - q.log_missing + scale);
-    for (&p, (&before, &after)) in p.p.iter().zip(before.iter().zip(after)) {
-        if before > f64::NEG_INFINITY {
-            sum += p * (before - after + scale);
+#[inline(always)]
+fn divergence(p: &Outcomes, q: &Outcomes) -> f64 {
+    let [p_missing, q_missing, p_total, q_total] = [p.missing, q.missing, p.total, q.total].map(ln);
+    let scale = (q.highest + q_total) - (p.highest + p_total);
+    let mut sums = [0.0; LANES];
+    for (p_of, (before, after)) in p.p.iter().zip(p.logs.iter().zip(&q.logs)) {
+        no_unroll();
+        for lane in 0..LANES {
+            let term = p_of[lane] * (before[lane] - after[lane] + scale);
+            sums[lane] += if before[lane] > f64::NEG_INFINITY { term } else { 0.0 };
         }
     }
-    (sum / p.total).max(0.0)
+    let sum = p.p_missing * (p_missing - q_missing + scale) + total(sums);
+    larger(sum / p.total, 0.0)
 }
 
-fn first_largest(values: &[f64]) -> usize {
-    let mut best = 0;
-    for (place, &value) in values.iter().enumerate() {
-        if value > values[best] {
-            best = place;
-        }
-    }
-    best
+fn largest(lanes: &Lanes) -> f64 {
+    lanes.iter().copied().fold(f64::NEG_INFINITY, larger)
+}
+
+/// The larger one; `a` where one is NaN.
+#[inline(always)]
+fn larger(a: f64, b: f64) -> f64 {
+    if b > a { b } else { a }
 }
 
 /// Looks up what rows of `n` ids have for the ids of others, of `k` ids.
@@ -134,10 +204,10 @@ pub fn values_of(
     }
     // What an id that is not among a row's finds in the table has another id.
     let mut table = vec![0_u32; highest as usize + 1];
-    let (mut values, mut found) = (Vec::with_capacity(wanted.len()), Vec::new());
+    let (mut values, mut found) = (vec![f32::NEG_INFINITY; wanted.len()], Vec::new());
     let rows = ids.chunks_exact(n.max(1)).zip(logprobs.chunks_exact(n.max(1)));
     let others = wanted.chunks_exact(k.max(1)).zip(stored.chunks_exact(k.max(1)));
-    for ((ids, logprobs), (wanted, stored)) in rows.zip(others) {
+    for (((ids, logprobs), others), values) in rows.zip(others).zip(values.chunks_mut(k.max(1))) {
         for (place, (&id, &log)) in ids.iter().zip(logprobs).enumerate() {
             // Places without an id repeat the row's first one.
             if log > f32::NEG_INFINITY {
@@ -145,14 +215,51 @@ pub fn values_of(
             }
         }
         let mut all = true;
-        for (&id, &log) in wanted.iter().zip(stored) {
+        for ((&id, &log), value) in others.0.iter().zip(others.1).zip(values) {
             let place = table[id as usize] as usize;
-            let known = ids[place] == id && logprobs[place] > f32::NEG_INFINITY;
+            let (own, known) = (logprobs[place], ids[place] == id);
             let there = log > f32::NEG_INFINITY;
-            all &= known || !there;
-            values.push(if known && there { logprobs[place] } else { f32::NEG_INFINITY });
+            let is_known = known & (own > f32::NEG_INFINITY);
+            all &= is_known | !there;
+            *value = if is_known & there { own } else { f32::NEG_INFINITY };
         }
         found.push(all);
     }
     Ok((values, found))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_backend_compares_alike_and_by_the_definition() {
+        for k in [1, 7, 8, 21] {
+            let log = |i: usize| -0.7 - (i % k) as f64 - (i / k) as f64 * 0.01;
+            let absent = |i: usize| k > 1 && i % k + 1 == k && i / k == 2;
+            let before: Vec<f64> =
+                (0..5 * k).map(|i| if absent(i) { f64::NEG_INFINITY } else { log(i) }).collect();
+            let after: Vec<f64> =
+                before.iter().enumerate().map(|(i, log)| log + 0.1 * (i as f64).sin()).collect();
+            let found = compare_rows(Backend::Portable, &before, &after, k);
+            for (row, kl) in found.kl.iter().enumerate() {
+                let rows = |logs: &[f64]| {
+                    let p: Vec<f64> =
+                        logs[row * k..(row + 1) * k].iter().map(|x| x.exp()).collect();
+                    let missing = (1.0 - p.iter().sum::<f64>()).max(LEAST_MISSING);
+                    let all = [p, vec![missing]].concat();
+                    let total: f64 = all.iter().sum();
+                    all.into_iter().map(|p| p / total).collect::<Vec<_>>()
+                };
+                let both = rows(&before).into_iter().zip(rows(&after));
+                let expected: f64 =
+                    both.map(|(p, q)| if p > 0.0 { p * (p / q).ln() } else { 0.0 }).sum();
+                assert!((kl - expected).abs() < 1e-14, "{k} {row}: {kl} {expected}");
+            }
+            assert_eq!(found.ranks[4 * k - 1], if k > 1 { 4.0 } else { 5.0 });
+            for backend in Backend::available() {
+                assert_eq!(compare_rows(backend, &before, &after, k), found, "{}", backend.name());
+            }
+        }
+    }
 }

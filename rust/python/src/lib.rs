@@ -151,6 +151,15 @@ enum Logits<'py> {
     Bits16(Bound<'py, PyArray2<u16>>),
 }
 
+/// Log-probabilities in one of the types they come in.
+#[derive(FromPyObject)]
+enum LogProbs<'py> {
+    #[pyo3(transparent)]
+    Float32(Bound<'py, PyArray2<f32>>),
+    #[pyo3(transparent)]
+    Float64(Bound<'py, PyArray2<f64>>),
+}
+
 /// Calls `$run` with the logits as a slice of their type.
 macro_rules! with_logits {
     ($logits:expr, $bfloat16:expr, |$slice:ident, $width:ident| $run:expr) => {
@@ -702,20 +711,33 @@ fn divided(
 /// whose first id is still that, the sum of errors of the mass, the largest error of a value, and
 /// sums by rank (4, k).
 #[pyfunction]
-#[expect(clippy::type_complexity, reason = "five values")]
 fn compare<'py>(
     py: Python<'py>,
-    before: Bound<'py, PyArray2<f64>>,
-    after: Bound<'py, PyArray2<f64>>,
-) -> PyResult<(Bound<'py, PyArray1<f64>>, usize, f64, f64, Bound<'py, PyArray2<f64>>)> {
+    before: LogProbs<'py>,
+    after: LogProbs<'py>,
+) -> PyResult<Compared<'py>> {
+    match (&before, &after) {
+        (LogProbs::Float32(before), LogProbs::Float32(after)) => compare_as(py, before, after),
+        (LogProbs::Float64(before), LogProbs::Float64(after)) => compare_as(py, before, after),
+        _ => Err(refused("after", &"its type is not that of before")),
+    }
+}
+
+type Compared<'py> = (Bound<'py, PyArray1<f64>>, usize, f64, f64, Bound<'py, PyArray2<f64>>);
+
+fn compare_as<'py, T: core::fidelity::LogProb + numpy::Element>(
+    py: Python<'py>,
+    before: &Bound<'py, PyArray2<T>>,
+    after: &Bound<'py, PyArray2<T>>,
+) -> PyResult<Compared<'py>> {
     if before.shape() != after.shape() {
         let shapes = format!("found shape {:?}, expected {:?}", after.shape(), before.shape());
         return Err(refused("after", &shapes));
     }
     let k = before.shape()[1];
-    let (before, after) = (Input::new("before", &before)?, Input::new("after", &after)?);
+    let (before, after) = (Input::new("before", before)?, Input::new("after", after)?);
     let (before, after) = (before.slice()?, after.slice()?);
-    let found = detached(py, || Ok(core::fidelity::compare(before, after, k)))?;
+    let found = detached(py, || core::fidelity::compare(before, after, k))?;
     Ok((
         found.kl.into_pyarray(py),
         found.top1,

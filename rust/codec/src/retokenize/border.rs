@@ -102,15 +102,15 @@ impl Borders {
     #[inline]
     pub(super) fn may_cross(&self, prefix: Prefix, token: Head) -> bool {
         let known = &self.prefixes[prefix as usize];
-        let Some(byte) = token.byte else { return false };
-        if token.varies {
+        let Some(byte) = token.byte() else { return false };
+        if token.varies() {
             return true;
         }
         if known.followers[usize::from(byte >> 6)] >> (byte & 63) & 1 == 0 {
             return false;
         }
         let (Some(merges), Some((_, last))) = (&self.merges, known.ends) else { return true };
-        last == NONE || token.piece == NONE || !merges.apart(last, token.piece, u32::MAX)
+        last == NONE || token.piece() == NONE || !merges.apart(last, token.piece(), u32::MAX)
     }
 
     /// Asks for the tokens of those pairs of which they are not known.

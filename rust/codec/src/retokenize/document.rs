@@ -4,8 +4,11 @@
 use std::ops::Range;
 
 use super::border::Prefix;
+use super::mapping::probabilities;
 use super::{NONE, Start, Strings, TokenMap, Tokenize};
 use crate::error::{CodecError, Result};
+use crate::simd::Backend;
+use crate::simd::doubles::{exp, ln, sum};
 
 /// The byte that special tokens begin with.
 const MARK: u8 = 0xff;
@@ -13,8 +16,6 @@ const MARK: u8 = 0xff;
 /// they change the student's token before, and to what is not known. All of a row's are far less
 /// than what it does not store.
 const LEAST_ASKED: f64 = 1e-5;
-/// A probability that every format can store.
-const LEAST: f64 = 1e-30;
 
 /// The tokens of a document on one side, and the bytes of the teacher's text that each covers.
 ///
@@ -94,110 +95,6 @@ pub struct Mapped {
     pub sums: Sums,
 }
 
-/// Probabilities of the student's ids while a row is computed.
-#[derive(Debug)]
-pub(super) struct Mapping {
-    /// (V) 0 for those that have none.
-    sums: Vec<f64>,
-    /// Those that have one.
-    touched: Vec<u32>,
-    /// The row, once it is complete.
-    row: Vec<(f64, u32)>,
-    order: Vec<u64>,
-}
-
-impl Mapping {
-    pub(super) fn new(ids: usize) -> Self {
-        Self { sums: vec![0.0; ids], touched: Vec::new(), row: Vec::new(), order: Vec::new() }
-    }
-
-    #[inline]
-    fn add(&mut self, id: u32, p: f64) {
-        if p > 0.0 {
-            let sum = &mut self.sums[id as usize];
-            if *sum == 0.0 {
-                self.touched.push(id);
-            }
-            *sum += p;
-        }
-    }
-
-    /// Completes a row: the probabilities given something of this probability. Returns that of an
-    /// id.
-    fn complete(&mut self, total: f64, id: u32) -> f64 {
-        self.row.clear();
-        let own = self.sums[id as usize];
-        for id in self.touched.drain(..) {
-            self.row.push((std::mem::take(&mut self.sums[id as usize]), id));
-        }
-        // What rounding adds must not make a row sum to more than 1.
-        let total = total.max(self.row.iter().map(|&(p, _)| p).sum());
-        if total <= 0.0 {
-            return own;
-        }
-        for (p, _) in &mut self.row {
-            *p /= total;
-        }
-        own / total
-    }
-
-    /// Writes the row's most probable ids. Returns their probability and that of the id `next`, which
-    /// has an even share of what is missing if it is not among them.
-    fn write(&mut self, ids: &mut [i64], logprobs: &mut [f32], next: u32) -> (f64, f64) {
-        self.order.clear();
-        // Of positive numbers, the larger have the larger bits. Ids break ties.
-        let key = |&(p, id): &(f64, u32)| u64::from(!(p as f32).to_bits()) << 32 | u64::from(id);
-        self.order.extend(self.row.iter().filter(|&&(p, _)| p as f32 > 0.0).map(key));
-        if self.order.len() > ids.len() {
-            self.order.select_nth_unstable(ids.len());
-            self.order.truncate(ids.len());
-        }
-        self.order.sort_unstable();
-        let (mut mass, mut written) = (0.0, None);
-        for (place, &key) in self.order.iter().enumerate() {
-            let p = f64::from(f32::from_bits(!((key >> 32) as u32)));
-            // Rounded down, so that no row sums to more than 1.
-            let exact = p.ln();
-            let rounded = exact as f32;
-            let log = if f64::from(rounded) > exact { rounded.next_down() } else { rounded };
-            (ids[place], logprobs[place]) = (i64::from(key as u32), log.min(0.0));
-            mass += p;
-            if key as u32 == next {
-                written = Some(p);
-            }
-        }
-        let count = self.order.len();
-        if count > 0 {
-            // Places without an id repeat the first one.
-            let first = ids[0];
-            ids[count..].fill(first);
-        }
-        let others = (self.sums.len() - count).max(1) as f64;
-        (mass, written.unwrap_or((1.0 - mass).max(0.0) / others))
-    }
-
-    /// Gives the places without an id the first ids that the row does not have, with an even share of
-    /// what the others, of this probability, leave.
-    fn fill(&self, ids: &mut [i64], logprobs: &mut [f32], mass: f64) {
-        let count = self.order.len();
-        let even = (1.0 - mass).max(0.0) / (self.sums.len() - count).max(1) as f64;
-        let last = if count > 0 { logprobs[count - 1] } else { 0.0 };
-        let log = (even.max(LEAST).ln() as f32).min(last);
-        // Few ids of a row are among the first.
-        let mut taken: Vec<u32> = self
-            .row
-            .iter()
-            .map(|&(_, id)| id)
-            .filter(|&id| (id as usize) < 2 * ids.len())
-            .collect();
-        taken.sort_unstable();
-        let unused = (0..self.sums.len() as u32).filter(|id| taken.binary_search(id).is_err());
-        for (place, id) in (count..ids.len()).zip(unused) {
-            (ids[place], logprobs[place]) = (i64::from(id), log);
-        }
-    }
-}
-
 /// A teacher's row, at the border between its tokens t and t + 1.
 #[derive(Debug)]
 struct Border {
@@ -228,25 +125,15 @@ struct Rows {
     borders: Vec<Border>,
 }
 
-/// The probabilities of rows. Coarse formats decode some rows to more than 1, which are divided by
-/// their sum.
-fn probabilities(logprobs: &[f32], width: usize) -> Vec<f64> {
-    let mut p: Vec<f64> = logprobs.iter().map(|&log| f64::from(log).exp()).collect();
-    for row in p.chunks_exact_mut(width.max(1)) {
-        let sum: f64 = row.iter().sum();
-        if sum > 1.0 {
-            for p in row {
-                *p /= sum;
-            }
-        }
-    }
-    p
-}
-
 /// How many of the bytes that a token covers are text: none of a special token's, which begin with
 /// a byte that no text has.
 fn text_bytes(token: &[u8], covered: i64) -> f64 {
     if token.first() == Some(&MARK) { 0.0 } else { covered as f64 }
+}
+
+/// What an outcome of this probability takes.
+fn bits(p: f64) -> f64 {
+    -ln(p.max(f64::MIN_POSITIVE)) * std::f64::consts::LOG2_E
 }
 
 impl TokenMap {
@@ -259,7 +146,8 @@ impl TokenMap {
         tokenize: &mut Tokenize<'_>,
     ) -> Result<Mapped> {
         self.check(document)?;
-        let rows = self.borders_of(document, tokenize)?;
+        let backend = Backend::from_env()?;
+        let rows = self.borders_of(backend, document, tokenize)?;
         let count = document.student.ids.len().saturating_sub(1);
         let mut mapped = Mapped {
             ids: vec![0; count * keep],
@@ -276,15 +164,14 @@ impl TokenMap {
                 // Nothing is known: every id is as likely as any other.
                 self.mapping.add(next, 1.0 / self.student.len() as f64);
             }
-            let label = self.mapping.complete(total, next).min(1.0);
+            let label = self.mapping.complete(backend, total, next).min(1.0);
             let out = position * keep..(position + 1) * keep;
-            let (mass, written) =
-                self.mapping.write(&mut mapped.ids[out.clone()], &mut mapped.logprobs[out], next);
+            let (ids, logprobs) = (&mut mapped.ids[out.clone()], &mut mapped.logprobs[out]);
+            let (mass, written) = self.mapping.write(backend, (ids, logprobs), next);
             if fill {
-                let out = position * keep..(position + 1) * keep;
-                self.mapping.fill(&mut mapped.ids[out.clone()], &mut mapped.logprobs[out], mass);
+                self.mapping.fill(ids, logprobs, mass);
             }
-            mapped.labels[position] = label.ln() as f32;
+            mapped.labels[position] = libm::log(label) as f32;
             mapped.kinds[position] = kind;
             if kind != Kind::NoRow {
                 let (start, end) =
@@ -292,7 +179,7 @@ impl TokenMap {
                 let p = if document.labels.is_some() { label } else { written };
                 mapped.sums.student_mass += mass;
                 mapped.sums.student_rows += 1.0;
-                mapped.sums.student_bits -= p.max(f64::MIN_POSITIVE).log2();
+                mapped.sums.student_bits += bits(p);
                 mapped.sums.student_bytes += text_bytes(self.student.get(next), end - start);
             }
         }
@@ -337,12 +224,17 @@ impl TokenMap {
     // -- the teacher's rows ------------------------------------------------------------------------
 
     /// What is to be known of each row, with which of its tokens may cross its border.
-    fn borders_of(&mut self, document: &Document<'_>, tokenize: &mut Tokenize<'_>) -> Result<Rows> {
+    fn borders_of(
+        &mut self,
+        backend: Backend,
+        document: &Document<'_>,
+        tokenize: &mut Tokenize<'_>,
+    ) -> Result<Rows> {
         let Document { teacher, student, width, .. } = *document;
         let count = teacher.ids.len().saturating_sub(1);
         let used = count * width;
         let mut rows = Rows {
-            p: probabilities(&document.logprobs[..used], width),
+            p: probabilities(backend, &document.logprobs[..used], width),
             pieces: vec![NONE; used],
             crosses: vec![false; used],
             crossing: Vec::new(),
@@ -387,13 +279,13 @@ impl TokenMap {
                         pairs.push((prefix, id as u32));
                     }
                 } else {
-                    rows.pieces[place] = head.piece;
+                    rows.pieces[place] = head.piece();
                     keeping += p;
                 }
             }
             let left = (1.0 - total).max(0.0);
             let others = (self.teacher.len() - entries) as f64;
-            let given = document.labels.map(|labels| f64::from(labels[row]).exp().min(left));
+            let given = document.labels.map(|labels| exp(f64::from(labels[row])).min(left));
             // Nothing is known of the ids that are not stored, so they are taken to be equally likely.
             let truth = stored.or(given).unwrap_or(left / others.max(1.0));
             let (missing, others) = if stored.is_some() {
@@ -569,7 +461,8 @@ impl TokenMap {
         let (Some((own, _)), false) = (border.before, begun.is_empty()) else { return (0.0, 0) };
         let student = &document.student;
         let aligned = student.ends[own] == document.teacher.ends[row];
-        let since: Vec<u32> = student.ids[own..=position].iter().map(|&id| id as u32).collect();
+        let since = &student.ids[own..=position];
+        let whole = Start::is_whole(&begun);
         let truth = document.teacher.ids[row + 1];
         let (mut total, mut beginning) = (0.0, 0);
         for place in places {
@@ -579,7 +472,7 @@ impl TokenMap {
             }
             let begins = self.heads.get(id as usize).is_some_and(|head| {
                 head.start.may_begin_with(start, mask)
-                    && self.teacher.get(id as u32).starts_with(&begun)
+                    && (whole || self.teacher.get(id as u32).starts_with(&begun))
             });
             if !begins {
                 continue;
@@ -589,14 +482,13 @@ impl TokenMap {
                 if p < LEAST_ASKED {
                     continue;
                 }
-                (self.crossed(border, id), &since[..])
+                (self.crossed(border, id), since)
             } else if aligned {
                 (self.pieces[id as usize].as_slice(), &since[1..])
             } else {
                 continue;
             };
-            let known = pieces.len().min(expected.len());
-            if pieces[..known] != expected[..known] {
+            if pieces.iter().zip(expected).any(|(&piece, &own)| i64::from(piece) != own) {
                 continue;
             }
             total += p;
@@ -661,10 +553,9 @@ impl TokenMap {
             if !begins || end <= start {
                 continue;
             }
-            let entries = rows.p[row * document.width..(row + 1) * document.width].iter();
-            sums.teacher_mass += entries.sum::<f64>();
+            sums.teacher_mass += sum(&rows.p[row * document.width..(row + 1) * document.width]);
             sums.teacher_rows += 1.0;
-            sums.teacher_bits -= border.truth.max(f64::MIN_POSITIVE).log2();
+            sums.teacher_bits += bits(border.truth);
             sums.teacher_bytes +=
                 text_bytes(self.teacher.get(teacher.ids[row + 1] as u32), end - start);
         }

@@ -3,6 +3,7 @@
 
 mod border;
 mod document;
+mod mapping;
 mod vocabulary;
 
 pub use document::{Document, Kind, Mapped, Sums, Tokens};
@@ -12,7 +13,7 @@ use std::collections::HashMap;
 
 use crate::error::{CodecError, Result};
 use border::Borders;
-use document::Mapping;
+use mapping::Mapping;
 
 /// Tokenises strings by the student's tokenizer, each as if in the middle of a text.
 pub type Tokenize<'a> = dyn FnMut(&[Vec<u8>]) -> Result<Vec<Vec<u32>>> + 'a;
@@ -20,18 +21,47 @@ pub type Tokenize<'a> = dyn FnMut(&[Vec<u8>]) -> Result<Vec<Vec<u32>>> + 'a;
 /// Stands for a token that is not known.
 const NONE: u32 = u32::MAX;
 
-/// How a teacher's token begins.
+/// How a teacher's token begins. There is one for each of its ids, read all over the memory: small.
 #[derive(Debug, Clone, Copy)]
 struct Head {
-    /// Its first piece; `NONE` if that is not known.
-    piece: u32,
-    /// Its first byte, if it has one.
-    byte: Option<u8>,
     /// Its first bytes.
     start: Start,
-    /// Whether its pieces may be others behind some texts, although no token crosses the border: a
-    /// pre-tokenizer that divides `'s` from a word divides it otherwise behind a comma.
-    varies: bool,
+    /// Its first piece, and two bits.
+    piece: u32,
+}
+
+impl Head {
+    /// Whether the token's pieces may be others behind some texts, although no token crosses the
+    /// border: a pre-tokenizer that divides `'s` from a word divides it otherwise behind a comma.
+    const VARIES: u32 = 1 << 31;
+    /// Whether the token has no bytes.
+    const EMPTY: u32 = 1 << 30;
+    /// More ids than this no vocabulary has.
+    const MOST: u32 = Self::EMPTY - 1;
+
+    fn new(bytes: &[u8], pieces: &[u32]) -> Self {
+        let empty = if bytes.is_empty() { Self::EMPTY } else { 0 };
+        let piece = pieces.first().map_or(Self::MOST, |&piece| piece);
+        Self { start: Start::of(bytes), piece: piece | empty }
+    }
+
+    /// The token's first piece; `NONE` if that is not known.
+    #[inline]
+    fn piece(self) -> u32 {
+        let piece = self.piece & Self::MOST;
+        if piece == Self::MOST { NONE } else { piece }
+    }
+
+    #[inline]
+    fn varies(self) -> bool {
+        self.piece & Self::VARIES != 0
+    }
+
+    /// The token's first byte, if it has one.
+    #[inline]
+    fn byte(self) -> Option<u8> {
+        (self.piece & Self::EMPTY == 0).then_some(self.start.0[0])
+    }
 }
 
 /// The first bytes of a string, which tell most that do not begin with another without looking.
@@ -49,6 +79,12 @@ impl Start {
     /// The bits that a string of this length determines.
     fn mask(length: usize) -> u32 {
         u32::MAX.checked_shr(8 * 4_usize.saturating_sub(length) as u32).unwrap_or(0)
+    }
+
+    /// Whether no other bytes than these of a string are to be looked at: they are all that there
+    /// is, and differ from those that stand for the end of a string.
+    fn is_whole(bytes: &[u8]) -> bool {
+        bytes.len() <= 4 && !bytes.contains(&0)
     }
 
     /// Whether a string that begins so may begin with another, by the bits that that determines.
@@ -97,6 +133,10 @@ impl TokenMap {
             )));
         }
         let known = student.len();
+        if known > Head::MOST as usize {
+            let most = Head::MOST;
+            return Err(CodecError::Input(format!("a student with {known} ids, at most {most}")));
+        }
         let ids = pieces
             .iter()
             .flatten()
@@ -108,17 +148,12 @@ impl TokenMap {
         by_bytes.sort_by(|&a, &b| teacher.get(a).cmp(teacher.get(b)));
         let borders = Borders::new(&student, merges.map(|merges| Merges::new(known, merges)));
         let mapping = Mapping::new(known);
-        let head = |(id, pieces): (usize, &Vec<u32>)| Head {
-            piece: pieces.first().copied().unwrap_or(NONE),
-            byte: teacher.get(id as u32).first().copied(),
-            start: Start::of(teacher.get(id as u32)),
-            varies: false,
-        };
-        let mut heads: Vec<Head> = pieces.iter().enumerate().map(head).collect();
+        let head = |(id, pieces): (u32, &Vec<u32>)| Head::new(teacher.get(id), pieces);
+        let mut heads: Vec<Head> = (0..).zip(&pieces).map(head).collect();
         for &id in varying {
             let known = usize::try_from(id).ok().and_then(|id| heads.get_mut(id));
             let message = || format!("id {id} of a teacher with {} ids", pieces.len());
-            known.ok_or_else(|| CodecError::Input(message()))?.varies = true;
+            known.ok_or_else(|| CodecError::Input(message()))?.piece |= Head::VARIES;
         }
         let begun = HashMap::new();
         Ok(Self { teacher, student, pieces, heads, by_bytes, begun, borders, mapping })

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::num::NonZeroU32;
 
 use crate::error::{CodecError, Result};
 
@@ -70,31 +71,55 @@ impl Strings {
 pub struct Merges {
     /// The rank of each merge, by its two tokens.
     ranks: IntMap<u32>,
-    /// Of which two tokens each token is merged, and the rank of that merge.
-    made_of: Vec<Option<(u32, u32, u32)>>,
-    /// Of each token, whether it is the left, and whether it is the right one in some merge.
-    merging: Vec<(bool, bool)>,
+    /// The first part of each token, which is merged of two, and the rank of that merge.
+    firsts: Vec<Option<Part>>,
+    /// The last part, and the same.
+    lasts: Vec<Option<Part>>,
+    /// A bit for the hash of each pair that has a rank. It tells most that have none in a cache's
+    /// size; the ranks are all over the memory.
+    ranked: Vec<u64>,
 }
+
+/// A part of a token, and one more than the rank of the merge that made the token.
+type Part = (u32, NonZeroU32);
+
+/// Bits for each pair in `Merges::ranked`, at least.
+const RANKED_BITS: usize = 8;
 
 impl Merges {
     /// Merges in the order of their ranks: left, right and merged token, of `ids` ids.
     pub(super) fn new(ids: usize, merges: &[(u32, u32, u32)]) -> Self {
-        let (made_of, merging) = (vec![None; ids], vec![(false, false); ids]);
-        let mut made = Self { ranks: IntMap::default(), made_of, merging };
+        let words = (RANKED_BITS * merges.len()).next_power_of_two().div_ceil(64);
+        let (firsts, lasts) = (vec![None; ids], vec![None; ids]);
+        let mut made = Self { ranks: IntMap::default(), firsts, lasts, ranked: vec![0; words] };
         made.ranks.reserve(merges.len());
         for (rank, &(left, right, _)) in merges.iter().enumerate() {
-            made.merging[left as usize].0 = true;
-            made.merging[right as usize].1 = true;
+            let (word, bit) = made.ranked_bit(pair(left, right));
+            made.ranked[word] |= bit;
             made.ranks.entry(pair(left, right)).or_insert(rank as u32);
         }
-        for (rank, &(left, right, merged)) in merges.iter().enumerate() {
-            let rank = rank as u32;
+        for (&(left, right, merged), next) in merges.iter().zip(1..) {
             // Of several pairs that would make a token, the first makes it whose parts can meet.
-            if made.made_of[merged as usize].is_none() && made.apart(left, right, rank) {
-                made.made_of[merged as usize] = Some((left, right, rank));
+            if made.firsts[merged as usize].is_none() && made.apart(left, right, next - 1) {
+                made.firsts[merged as usize] = NonZeroU32::new(next).map(|next| (left, next));
+                made.lasts[merged as usize] = NonZeroU32::new(next).map(|next| (right, next));
             }
         }
         made
+    }
+
+    #[inline]
+    fn rank(&self, left: u32, right: u32) -> Option<u32> {
+        let key = pair(left, right);
+        let (word, bit) = self.ranked_bit(key);
+        if self.ranked[word] & bit == 0 { None } else { self.ranks.get(&key).copied() }
+    }
+
+    /// The word and the bit of a pair in `ranked`, which has a power of two of words.
+    #[inline]
+    fn ranked_bit(&self, key: u64) -> (usize, u64) {
+        let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        (hash as usize >> 6 & (self.ranked.len() - 1), 1 << (hash & 63))
     }
 
     /// Whether no merge joins two tokens that meet, before the merge of rank `limit`.
@@ -105,24 +130,16 @@ impl Merges {
     /// goes back in time: what was merged last is taken apart first.
     pub(super) fn apart(&self, mut left: u32, mut right: u32, mut limit: u32) -> bool {
         loop {
-            // Most pairs need no look into the ranks, which are all over the memory.
-            if self.merging[left as usize].0
-                && self.merging[right as usize].1
-                && self.ranks.get(&pair(left, right)).is_some_and(|&rank| rank < limit)
-            {
+            if self.rank(left, right).is_some_and(|rank| rank < limit) {
                 return false;
             }
-            match (self.made_of[left as usize], self.made_of[right as usize]) {
+            match (self.lasts[left as usize], self.firsts[right as usize]) {
                 (None, None) => return true,
-                (Some((_, last, rank)), None) => (left, limit) = (last, rank),
-                (None, Some((first, _, rank))) => (right, limit) = (first, rank + 1),
-                (Some((_, last, rank)), Some((first, _, theirs))) => {
-                    if rank > theirs {
-                        (left, limit) = (last, rank);
-                    } else {
-                        (right, limit) = (first, theirs + 1);
-                    }
+                (None, Some((first, next))) => (right, limit) = (first, next.get()),
+                (Some((_, ours)), Some((first, next))) if ours <= next => {
+                    (right, limit) = (first, next.get());
                 }
+                (Some((last, next)), _) => (left, limit) = (last, next.get() - 1),
             }
         }
     }

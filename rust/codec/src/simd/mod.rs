@@ -7,6 +7,7 @@
 //! tokens. Results never depend on the backend: the tests run all of them, and no set enables fused
 //! multiply-add.
 
+pub(crate) mod doubles;
 pub(crate) mod lanes;
 
 use std::env::{self, VarError};

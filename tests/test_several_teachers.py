@@ -25,7 +25,7 @@ from distillkit.training.run import train
 from distillkit.training.signals.server import TeacherServer
 from support import reference
 from support.refusals import check_names, refused
-from support.served import Reply, answering, answers_of, server
+from support.served import Reply, answering, answers_of, server, serving
 from support.training import (
     exact_codec,
     header_for,
@@ -359,6 +359,13 @@ def test_what_does_not_fit_of_a_server_is_refused_by_the_name_of_the_member(
             arguments = {"eval_on_start": False}
             with refused(error, *facts):
                 train(taught(parts, folder, tmp_path / "out", teachers, training_args=arguments))
+        # Of one server, models that are served by paths with the same last part.
+        paths = ["/ckpt/de/final", "/ckpt/code/final"]
+        both = {"data": [{"id": path, "object": "model", "max_model_len": 65} for path in paths]}
+        with serving(lambda _, body: (200, both) if body is None else honest(body)) as (url, _):
+            teachers = [served(url, "first", 6, served_model=path, cache=str(tmp_path / "c")) for path in paths]
+            with refused(ConfigError, "teachers.1.cache", "teachers.0", *paths):
+                train(taught(parts, folder, tmp_path / "out", teachers))
         config = taught(parts, folder, tmp_path / "out", [served(one, "first", 6), served(two, "second", 4, weight=2)])
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))

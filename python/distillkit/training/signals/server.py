@@ -56,6 +56,9 @@ class _Engine(Protocol):
     def head_size(self) -> int: ...
 
     @property
+    def served_model(self) -> str: ...
+
+    @property
     def identity(self) -> dict[str, Any]: ...
 
     def score_one(self, index: int, document: TokenDocument, request: RowRequest) -> ScoredDocument | RejectedDocument:
@@ -114,7 +117,7 @@ class TeacherServer:
 
     @property
     def name(self) -> str:
-        """The served model's name."""
+        """The served model's name; of a path, its last part."""
         return str(self.engine.identity["name"])
 
     def ask(
@@ -290,7 +293,8 @@ def connect(config: RunConfig, tokenizer: Any, key: str = "teacher") -> TeacherS
 
 
 def check_caches(config: RunConfig, servers: Mapping[str, TeacherServer]) -> None:
-    """Refuse two servers whose answers would be kept in one folder, since they serve their models under one name.
+    """Refuse two teachers whose answers would be kept in one folder, since that has neither a server's URL nor, of a
+    model served by its path, more than the last part.
 
     Args:
         config: the configuration.
@@ -299,14 +303,14 @@ def check_caches(config: RunConfig, servers: Mapping[str, TeacherServer]) -> Non
     Raises:
         ConfigError: names both.
     """
-    seen: dict[Path, str] = {}
+    seen: dict[Path, tuple[str, str]] = {}
     for key, server in servers.items():
         if server.cache is None:
             continue
-        first = seen.setdefault(server.cache.folder.resolve(), key)
-        urls = [config.served_teachers[each].base_url.rstrip("/") for each in (first, key)]
-        if urls[0] != urls[1]:
+        model = f"{server.engine.served_model!r} at {config.served_teachers[key].base_url.rstrip('/')}"
+        first, other = seen.setdefault(server.cache.folder.resolve(), (key, model))
+        if model != other:
             raise ConfigError(
-                f"{key}.cache: {urls[1]} and {urls[0]} ({first}) both serve {server.name!r}, whose answers would be "
-                f"kept in one folder, {server.cache.folder}; give each a cache of its own"
+                f"{key}.cache: {model}, and {other} ({first}) would keep their answers in one folder, "
+                f"{server.cache.folder}; give each a cache of its own"
             )

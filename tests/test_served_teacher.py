@@ -8,6 +8,7 @@ import pickle
 import random
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -256,6 +257,29 @@ def test_the_next_documents_are_asked_about_and_no_more(parts: dict[str, str]) -
     # What a reading process gets that is not forked.
     source = Dataset.open(parts["train"])
     assert pickle.loads(pickle.dumps(signal)).take(source[0], np.arange(1)) == {}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_batches_without_questions_are_not_read_ahead_without_end(parts: dict[str, str], share: float) -> None:
+    """When a batch is yielded, no more are read than it takes for four documents after it, of which a batch that asks
+    nothing has one."""
+    engine = Engine()
+    engine.open.set()
+    signal, found = signal_of(parts, engine, concurrency=2)
+    empty = {**found[0], "rows": found[0]["rows"][:0], "places": found[0]["places"][:0]}
+    choose = random.Random(3)
+    sizes = [2 if choose.random() < share else 1 for _ in range(40)]
+    read = 0
+
+    def batches() -> Iterator[dict[str, Any]]:
+        nonlocal read
+        for size in sizes:
+            read += 1
+            yield found[0] if size == 2 else empty
+
+    for number, _ in enumerate(asked_ahead(signal, batches())):
+        enough = (n for n in range(number + 1, 41) if sum(sizes[number + 1 : n]) >= 4)
+        assert read == next(enough, 40)
 
 
 def test_sequences_are_answered_in_order_and_failures_end_what_waits(parts: dict[str, str]) -> None:

@@ -51,7 +51,7 @@ from distillkit.training.signals.base import TeacherSignal
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.served import ServedSignal
 from distillkit.training.signals.server import TeacherServer, check_caches, connect
-from distillkit.training.signals.several import SeveralTeachers, check_routes
+from distillkit.training.signals.several import SeveralTeachers, check_taught
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
 from distillkit.training.student import check_student, load_student, prepare_student
@@ -182,7 +182,7 @@ class Run:
 
     @cached_property
     def teacher_models(self) -> dict[str, transformers.PreTrainedModel]:
-        """The models of live teachers, by their keys."""
+        """The models of live teachers, by the teachers' keys (`teachers.0`); see also `live_models`."""
         # A student with adapters is its own teacher if the teacher is its unchanged base model.
         own, device = self.config.own_teachers, self.arguments.device
         return {
@@ -216,7 +216,7 @@ class Run:
 
     @property
     def live_models(self) -> dict[str, Any]:
-        """The models of live teachers, by the settings that name them."""
+        """The models of `teacher_models`, by the settings that name them (`teachers.0.path`), for messages."""
         return {key: model for signal in self.live.values() for key, model in signal.models.items()}
 
     @cached_property
@@ -533,8 +533,7 @@ def _dataset(
     check_positions(config, entry, source, arguments, models)
     if teacher is not None:
         check_ids(source, head_size, key)
-        if isinstance(teacher, SeveralTeachers):
-            check_routes(source, teacher, key)
+        check_taught(source, teacher, key)
         return training_dataset(config, entry, source, teacher, arguments)
     if not isinstance(source, StoredDataset):
         raise TypeError(f"{key}: expected stored distributions, found {type(source).__name__}")

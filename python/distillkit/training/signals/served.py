@@ -72,6 +72,7 @@ class ServedSignal(TeacherSignal):
         self._server: TeacherServer | None = server
         self.head_size = head_size
         self._teacher_head_size = server.head_size
+        self._teacher_head = f"the teacher's head ({server.key})"
         self._source = source
         self._key = key
         self._waited = 0.0
@@ -93,7 +94,8 @@ class ServedSignal(TeacherSignal):
         Raises:
             MismatchError: a token id is beyond the head of the student or the teacher.
         """
-        check_ids_fit(document, min(self.head_size, self._teacher_head_size))
+        check_ids_fit(document, self.head_size)
+        check_ids_fit(document, self._teacher_head_size, self._teacher_head)
         return {}
 
     @property

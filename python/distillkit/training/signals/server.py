@@ -226,7 +226,7 @@ def naming(key: str) -> Iterator[None]:
     try:
         yield
     except (CaptureError, ConfigError) as error:
-        if key in str(error):
+        if f"{key}." in str(error) or f"{key}:" in str(error):
             raise
         kind = CaptureError if isinstance(error, CaptureError) else ConfigError
         raise kind(f"{key}: {error}") from error

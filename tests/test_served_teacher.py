@@ -3,6 +3,7 @@ or survived."""
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import random
@@ -28,7 +29,7 @@ from distillkit.training.config.schema import RunConfig
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.examples import Collator, DistillationDataset
 from distillkit.training.dry_run import dry_run
-from distillkit.training.run import train
+from distillkit.training.run import Run, train
 from distillkit.training.signals.cache import AnswerCache, cache_header
 from distillkit.training.signals.served import ServedSignal, asked_ahead
 from distillkit.training.signals.server import TeacherServer, connect
@@ -416,6 +417,36 @@ def test_a_dry_run_asks_the_server_first(parts: dict[str, str], tmp_path: Path) 
 
 def scored(ids: np.ndarray[Any, Any]) -> tuple[TokenDocument, ScoredDocument]:
     return TokenDocument(ids, "a document"), ScoredDocument(0, teacher_rows(TEACHER, ids))
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_keeps_no_other_from_it(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = random_documents(3)
+    servers, caches, waiting, engines = {}, [], [], (Engine(), Engine())
+    for number, engine in enumerate(engines):
+        key = f"teachers.{number}"
+        header = cache_header({"name": key}, RowRequest(K), VOCABULARY, tiny_tokenizer())
+        cache = AnswerCache(tmp_path / "answers", header, key)
+        servers[key] = TeacherServer(engine, RowRequest(K), concurrency=1, cache=cache, key=key)
+        cache.add(*scored(documents[0]))
+        caches.append(cache)
+        waiting.append(servers[key].ask([ids.tolist() for ids in documents[1:]])[1])
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "no space", "somewhere")
+
+    monkeypatch.setattr(caches[0], "_written", full)
+    run = Run(run_config(parts["student"], tmp_path / "out", parts["train"]))
+    run.__dict__["servers"] = servers
+    with refused(OSError, "teachers.0.cache", "no space", "somewhere"):
+        run.stop_asking()
+    assert [answer.cancelled() for answer in waiting] == [True, True]
+    assert documents_of(str(caches[1].folder)) == [tuple(documents[0].tolist())]
+    with refused(CaptureError, "the server is gone"), run.asking():
+        raise CaptureError("the server is gone")
+    for engine in engines:
+        engine.open.set()
 
 
 def test_a_cache_survives_kills_and_is_shared(tmp_path: Path) -> None:

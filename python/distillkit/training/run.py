@@ -50,7 +50,7 @@ from distillkit.training.saving import reaching_hub, save_student
 from distillkit.training.signals.base import TeacherSignal
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.served import ServedSignal
-from distillkit.training.signals.server import TeacherServer, check_caches, connect
+from distillkit.training.signals.server import TeacherServer, check_caches, connect, stop_all
 from distillkit.training.signals.several import SeveralTeachers, check_taught
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
@@ -384,17 +384,30 @@ class Run:
             _write_config(self.config)
         with tracking(self.config):
             try:
-                result = training(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+                with self.asking():
+                    result = training(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
             finally:
                 self.progress.close()
-                self.stop_asking()
         trainer.check_finite()
         return result
 
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Stop asking servers at the end. If this block fails, its error is raised, whatever else fails then."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.stop_asking()
+            except (DistillKitError, OSError) as error:
+                logger.error("%s", error)
+            raise
+        self.stop_asking()
+
     def stop_asking(self) -> None:
-        """Cancel what servers were asked ahead, if any are connected, and write what their caches hold."""
-        for server in self.__dict__.get("servers", {}).values():
-            server.stop()
+        """Cancel what servers were asked ahead, if any are connected, and write what their caches hold; see
+        `stop_all`."""
+        stop_all(self.__dict__.get("servers", {}).values())
 
     def finish(self, trainer: SignalTrainer, steps: int, seconds: float) -> dict[str, Any]:
         """Write the summary and the last report, and return the summary; see `train`."""

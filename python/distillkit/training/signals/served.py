@@ -25,7 +25,7 @@ from distillkit.errors import CaptureError, ConfigError
 from distillkit.losses.positions import Targets
 from distillkit.training.data.examples import DocumentSource
 from distillkit.training.signals.base import Asked, TeacherSignal, check_ids_fit
-from distillkit.training.signals.server import TeacherServer, naming
+from distillkit.training.signals.server import TeacherServer, flush_all, naming
 from distillkit.training.signals.stored import within
 from distillkit.types import Document, SparseLogprobs
 
@@ -213,8 +213,7 @@ def _ahead(signal: TeacherSignal, batches: Iterator[dict[str, Any]]) -> Iterator
             ahead += _documents(batch) if read else 0
             read.append(batch)
         if not read:
-            for server in signal.servers:
-                server.flush()
+            flush_all(signal.servers)
             return
         yield read.popleft()
         ahead -= _documents(read[0]) if read else 0

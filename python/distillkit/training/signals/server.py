@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, Thread
@@ -30,7 +30,7 @@ from distillkit.types import SparseLogprobs, TokenDocument
 if TYPE_CHECKING:
     from distillkit.training.config.schema import RunConfig
 
-__all__ = ["TeacherServer", "check_caches", "connect", "naming"]
+__all__ = ["TeacherServer", "check_caches", "connect", "flush_all", "naming", "stop_all"]
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +218,30 @@ class TeacherServer:
         for each in waiting:
             if each.answer.set_running_or_notify_cancel():
                 each.answer.set_exception(error)
+
+
+def stop_all(servers: Iterable[TeacherServer]) -> None:
+    """Stop all servers, also if one cannot write its cache.
+
+    Raises:
+        OSError: the first cache that cannot be written; names its setting. Those of the others are its context.
+        CorruptDataError: likewise, another process's shard is damaged.
+    """
+    # The callback that was added first is called last, so that its error is the one that is raised.
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+
+
+def flush_all(servers: Iterable[TeacherServer]) -> None:
+    """Write what all caches hold, also if one cannot be written.
+
+    Raises:
+        OSError, CorruptDataError: as `stop_all`.
+    """
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.flush)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--test", nargs="+", required=True, metavar="SAMPLE", help="rows to encode, of other documents")
     parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="rows to learn from (default: all)")
     parser.add_argument(
-        "--config", nargs="+", default=["128:0.0034", "50:0.0052"], metavar="K:STEP[:THRESHOLD]",
+        "--config", nargs="+", default=["128:0.00338", "50:0.0054"], metavar="K:STEP[:THRESHOLD]",
         help="configurations (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--vocab-size", type=int, metavar="V", help="of the tokenizer (default: the samples')")

@@ -209,7 +209,9 @@ fn many_ids_of_many_rows_are_the_same_on_every_instruction_set() {
         let rows = 145;
         let (mut ids, logprobs) = Random(k as u64).rows(rows, k, 1500);
         // Also ids that are far apart.
-        ids.iter_mut().for_each(|id| *id = *id * (vocab - 1) / 1499);
+        for id in &mut ids {
+            *id = *id * (vocab - 1) / 1499;
+        }
         let learned = learn(&config, &ids[..40 * k], &logprobs[..40 * k], k, None).expect("learns");
         let prior = learned.to_bytes();
         let back = Backend::available().into_iter().map(|backend| {
@@ -352,17 +354,20 @@ fn damaged_documents_are_refused_or_rows() {
 fn damaged_priors_are_refused_or_priors() {
     let config = config(r#"{"vocab_size": 30, "k": 5, "threshold": 0.01, "step": 0.2}"#);
     let mut random = Random(3);
-    let (ids, logprobs) = random.rows(60, 5, 30);
+    // As many rows as are read side by side.
+    let (ids, logprobs) = random.rows(132, 5, 30);
     let whole = learn(&config, &ids, &logprobs, 5, None).expect("learns").to_bytes();
     let document = codec(&config, Some(&whole))
-        .encode_document(&ids[..200], &logprobs[..200], 5)
+        .encode_document(&ids[..650], &logprobs[..650], 5)
         .expect("encodes");
     let damage = |data: &[u8]| match Compact::new(config.clone(), Some(data)) {
         Ok(codec) => {
-            check_document(std::slice::from_ref(&codec), &document, 40);
+            let portable = Compact::with_backend(config.clone(), Some(data), Backend::Portable);
+            let codecs = [codec, portable.expect("valid")];
+            check_document(&codecs, &document, 130);
             // With any valid prior, rows come back.
-            let own = codec.encode_document(&ids, &logprobs, 5).expect("encodes");
-            assert!(check_document(std::slice::from_ref(&codec), &own, 60));
+            let own = codecs[0].encode_document(&ids, &logprobs, 5).expect("encodes");
+            assert!(check_document(&codecs, &own, 132));
             true
         }
         // A configuration is part of a prior.

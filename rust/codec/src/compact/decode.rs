@@ -316,7 +316,7 @@ multiversion! {
     ) -> Result<()> = read_rows_body;
 }
 
-/// How an instruction set reads the rows of [`LANES`] streams.
+/// How an instruction set reads the rows of [`LANES`] lanes.
 trait ReadRows: Isa {
     #[inline(always)]
     fn read_rows<S: RowSink>(
@@ -369,7 +369,7 @@ fn read_rows_body<I: ReadRows, S: RowSink>(
     isa.read_rows(model, source, streams, sink)
 }
 
-/// Reads rows of four streams at a time.
+/// Reads rows of four lanes at a time.
 #[inline(always)]
 fn read_fours<S: RowSink>(
     model: &Model,

@@ -94,6 +94,9 @@ impl<'a> Frame<'a> {
         if stored != rows {
             return corrupt(format!("document: has {stored} rows, expected {rows}"));
         }
+        if u32::try_from(rows).is_err() {
+            return corrupt(format!("document: has {rows} rows, expected fewer than 2³²"));
+        }
         if rows.div_ceil(ROWS_PER_BYTE) > data.len() {
             return truncated("its rows", data.len(), rows.div_ceil(ROWS_PER_BYTE));
         }

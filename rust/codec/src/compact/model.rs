@@ -32,6 +32,7 @@ pub(super) struct Model {
     first: OnceLock<FirstIds>,
     pub(super) clusters: Vec<PreparedCluster>,
     pub(super) levels: Vec<f32>,
+    /// The bits of each of `levels`.
     pub(super) level_bits: Vec<u32>,
     /// Probability of each level, in units of 2⁻⁴⁸; also its low 24 bits, and those above.
     pub(super) weights: Vec<u64>,

@@ -1,8 +1,8 @@
 //! Instructions on sixteen numbers of 32 bits: [`Vectors`].
 //!
 //! The only unsafe code of the compact format. Instructions need a token that proves the
-//! instruction set; what is read through indices lies within its slice, since indices beyond the
-//! end are cut off.
+//! instruction set; what is read through indices lies within its slice, which is checked to be long
+//! enough for one, since indices beyond the end are cut off.
 
 use std::arch::x86_64::{
     __m128i, __m256i, __m512i, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_cvtsi128_si64,
@@ -35,7 +35,7 @@ pub(super) fn flat(numbers: &[Numbers]) -> &[u32] {
     unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), LANES * numbers.len()) }
 }
 
-/// Has ids brought near.
+/// Prefetches ids.
 #[inline(always)]
 pub(super) fn prefetch(table: &Ids, at: &Numbers) {
     if cfg!(miri) {
@@ -94,8 +94,13 @@ macro_rules! methods {
     )*};
 }
 
+const _: () = assert!(LANES == 16, "a vector has two registers of eight lanes");
+
 /// What an instruction set with AVX2 does with a number of each lane.
-pub(in crate::compact) trait Vectors: Isa {
+///
+/// # Safety
+/// The token proves AVX2.
+pub(in crate::compact) unsafe trait Vectors: Isa {
     /// The first [`LOW`] elements of a table, if they can be kept in registers.
     type Low;
 
@@ -171,7 +176,8 @@ pub(in crate::compact) trait Vectors: Isa {
     /// Elements of a table that is not empty; the last one for indices beyond it.
     #[inline(always)]
     fn gather(self, table: &[u32], at: Vector) -> Vector {
-        let at = self.min(at, self.splat(table.len() as u32 - 1));
+        assert!(!table.is_empty(), "there is an element to read");
+        let at = self.min(at, self.splat((table.len() - 1) as u32));
         // SAFETY: the token proves AVX2, and no index is beyond the last element.
         halves!(Vector, |half| unsafe { read_eight::<4>(table.as_ptr().cast(), at.0[half]) })
     }
@@ -180,7 +186,8 @@ pub(in crate::compact) trait Vectors: Isa {
     /// one for indices beyond that.
     #[inline(always)]
     fn gather_narrow(self, table: &[u16], at: Vector) -> Vector {
-        let at = self.min(at, self.splat(table.len() as u32 - 2));
+        assert!(table.len() >= 2, "there are two elements to read");
+        let at = self.min(at, self.splat((table.len() - 2) as u32));
         // SAFETY: the token proves AVX2, and no index is beyond the last element but one; two are
         // read.
         halves!(Vector, |half| unsafe { read_eight::<2>(table.as_ptr().cast(), at.0[half]) })
@@ -190,7 +197,8 @@ pub(in crate::compact) trait Vectors: Isa {
     /// beyond those.
     #[inline(always)]
     fn gather_bytes(self, bytes: &[u8], at: Vector) -> Vector {
-        let at = self.min(at, self.splat(bytes.len() as u32 - 4));
+        assert!(bytes.len() >= 4, "there are four bytes to read");
+        let at = self.min(at, self.splat((bytes.len() - 4) as u32));
         // SAFETY: the token proves AVX2, and four bytes are read, none beyond the last one.
         halves!(Vector, |half| unsafe { read_eight::<1>(bytes.as_ptr(), at.0[half]) })
     }
@@ -244,7 +252,8 @@ pub(in crate::compact) trait Vectors: Isa {
     }
 }
 
-impl Vectors for Avx2 {
+// SAFETY: it does.
+unsafe impl Vectors for Avx2 {
     type Low = ();
 
     #[inline(always)]
@@ -256,7 +265,8 @@ impl Vectors for Avx2 {
     }
 }
 
-impl Vectors for Avx512 {
+// SAFETY: a CPU with it has AVX2, too.
+unsafe impl Vectors for Avx512 {
     type Low = [__m512i; LOW / LANES];
 
     #[inline(always)]

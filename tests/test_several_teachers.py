@@ -411,7 +411,7 @@ def test_what_does_not_fit_of_a_server_is_refused_by_the_name_of_the_member(
         stopped: list[str] = []
         monkeypatch.setattr(TeacherServer, "stop", lambda self: stopped.append(self.key))
         found = {check.name: check for check in dry_run(path).checks}["teacher"]
-        assert stopped == ["teachers.0", "teachers.1"], "nothing is asked after a dry run"
+        assert sorted(stopped) == ["teachers.0", "teachers.1"], "nothing is asked after a dry run"
         check_names(found.detail, "tiny", "top 6", "top 4", "weight 2")
         assert len(found.figures["teachers"]) == 2
     # Servers are connected before models are loaded, as in training.

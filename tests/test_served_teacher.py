@@ -3,11 +3,13 @@ or survived."""
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import random
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -27,7 +29,7 @@ from distillkit.training.config.schema import RunConfig
 from distillkit.training.config.surroundings import check_surroundings
 from distillkit.training.data.examples import Collator, DistillationDataset
 from distillkit.training.dry_run import dry_run
-from distillkit.training.run import train
+from distillkit.training.run import Run, train
 from distillkit.training.signals.cache import AnswerCache, cache_header
 from distillkit.training.signals.served import ServedSignal, asked_ahead
 from distillkit.training.signals.server import TeacherServer, connect
@@ -258,6 +260,29 @@ def test_the_next_documents_are_asked_about_and_no_more(parts: dict[str, str]) -
     assert pickle.loads(pickle.dumps(signal)).take(source[0], np.arange(1)) == {}
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_batches_without_questions_are_not_read_ahead_without_end(parts: dict[str, str], share: float) -> None:
+    """When a batch is yielded, no more are read than it takes for four documents after it, of which a batch that asks
+    nothing has one."""
+    engine = Engine()
+    engine.open.set()
+    signal, found = signal_of(parts, engine, concurrency=2)
+    empty = {**found[0], "rows": found[0]["rows"][:0], "places": found[0]["places"][:0]}
+    choose = random.Random(3)
+    sizes = [2 if choose.random() < share else 1 for _ in range(40)]
+    read = 0
+
+    def batches() -> Iterator[dict[str, Any]]:
+        nonlocal read
+        for size in sizes:
+            read += 1
+            yield found[0] if size == 2 else empty
+
+    for number, _ in enumerate(asked_ahead(signal, batches())):
+        enough = (n for n in range(number + 1, 41) if sum(sizes[number + 1 : n]) >= 4)
+        assert read == next(enough, 40)
+
+
 def test_sequences_are_answered_in_order_and_failures_end_what_waits(parts: dict[str, str]) -> None:
     engine = Engine()
     engine.open.set()
@@ -392,6 +417,36 @@ def test_a_dry_run_asks_the_server_first(parts: dict[str, str], tmp_path: Path) 
 
 def scored(ids: np.ndarray[Any, Any]) -> tuple[TokenDocument, ScoredDocument]:
     return TokenDocument(ids, "a document"), ScoredDocument(0, teacher_rows(TEACHER, ids))
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_keeps_no_other_from_it(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = random_documents(3)
+    servers, caches, waiting, engines = {}, [], [], (Engine(), Engine())
+    for number, engine in enumerate(engines):
+        key = f"teachers.{number}"
+        header = cache_header({"name": key}, RowRequest(K), VOCABULARY, tiny_tokenizer())
+        cache = AnswerCache(tmp_path / "answers", header, key)
+        servers[key] = TeacherServer(engine, RowRequest(K), concurrency=1, cache=cache, key=key)
+        cache.add(*scored(documents[0]))
+        caches.append(cache)
+        waiting.append(servers[key].ask([ids.tolist() for ids in documents[1:]])[1])
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "no space", "somewhere")
+
+    monkeypatch.setattr(caches[0], "_written", full)
+    run = Run(run_config(parts["student"], tmp_path / "out", parts["train"]))
+    run.__dict__["servers"] = servers
+    with refused(OSError, "teachers.0.cache", "no space", "somewhere"):
+        run.stop_asking()
+    assert [answer.cancelled() for answer in waiting] == [True, True]
+    assert documents_of(str(caches[1].folder)) == [tuple(documents[0].tolist())]
+    with refused(CaptureError, "the server is gone"), run.asking():
+        raise CaptureError("the server is gone")
+    for engine in engines:
+        engine.open.set()
 
 
 def test_a_cache_survives_kills_and_is_shared(tmp_path: Path) -> None:

@@ -14,18 +14,18 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from distillkit.cli.main import cli
-from distillkit.errors import CaptureError, ConfigError, MismatchError
+from distillkit.errors import CaptureError, ConfigError, DistillKitError, MismatchError
 from distillkit.shards import Dataset, ShardWriter
 from distillkit.training.config.schema import RunConfig
 from distillkit.training.dry_run import dry_run
-from distillkit.training.run import train
+from distillkit.training.run import Run, train
 from distillkit.training.signals.server import TeacherServer
 from support import reference
 from support.refusals import check_names, refused
-from support.served import Reply, answering, answers_of, server
+from support.served import Reply, answering, answers_of, server, serving
 from support.training import (
     exact_codec,
     header_for,
@@ -153,10 +153,49 @@ def test_what_does_not_fit_is_refused_by_name(parts: dict[str, str], folder: Pat
         taught(parts, folder, tmp_path / "out", [german], teacher={"kind": "hf", "path": "first"})
     with refused(ConfigError, "teachers.1.top_k"):
         taught(parts, folder, tmp_path / "out", [german, {"path": "second", "top_k": 5}])
-    hidden = [{"function": "hs_mse", "weight": 1}]
-    with refused(ConfigError, "layer_mapping", "teachers"):
-        two = [german, {"path": "second"}]
-        taught(parts, folder, tmp_path / "out", two, loss_functions=hidden, layer_mapping="all")
+    with refused(ConfigError, "teachers", "63"):
+        taught(parts, folder, tmp_path / "out", [german] * 64)
+
+
+@pytest.mark.parametrize("mapping", [None, "all"])
+def test_losses_of_hidden_states_say_once_which_teacher_they_need(
+    parts: dict[str, str], folder: Path, tmp_path: Path, mapping: str | None
+) -> None:
+    live, asked = {"path": "first", "top_k": 5}, served("http://localhost:1/v1", "second", 4)
+    settings: dict[str, Any] = {"loss_functions": [{"function": "hs_mse", "weight": 1}], "layer_mapping": mapping}
+    for teachers, facts in (
+        ([live, asked], ["hs_mse", "several"]),
+        ([asked, live], ["hs_mse", "several"]),
+        ([live, live], ["hs_mse", "several"]),
+        ([asked], ["hs_mse", "server", "teachers.0.kind"]),
+    ):
+        with pytest.raises(ConfigError) as error:
+            taught(parts, folder, tmp_path, teachers, **settings)
+        check_names(str(error.value), *facts)
+        assert str(error.value).count("loss_functions:") == 1
+        assert "layer_mapping:" not in str(error.value)
+
+
+def test_a_member_whose_head_does_not_fit_is_named(
+    parts: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head with fewer rows than the tokenizer has ids, before training; one that is not reproduced."""
+    beyond = max(int(ids.max()) for ids in DOCUMENTS)
+    save_student(tmp_path / "narrow", seed=7, vocab_size=beyond)
+    teachers = [{"path": "first", "top_k": 5}, {"path": str(tmp_path / "narrow"), "top_k": 5}]
+    for data in ("rows.jsonl", "captured"):
+        with refused(MismatchError, "dataset.train_dataset", "teachers.1", str(beyond)):
+            _ = Run(taught(parts, folder, tmp_path / "out", teachers, data=str(folder / data))).datasets
+    forward = LlamaForCausalLM.forward
+
+    def doubled(self: Any, *arguments: Any, **settings: Any) -> Any:
+        output = forward(self, *arguments, **settings)
+        output.logits = output.logits * (2 if self.config.num_hidden_layers == 3 else 1)
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+    with refused(DistillKitError, "teachers.1.path", "LlamaForCausalLM"):
+        _ = Run(taught(parts, folder, tmp_path / "out", [{"path": "first"}, {"path": "second"}])).live
 
 
 def test_a_dry_run_lists_them_and_another_weight_is_another_run(
@@ -359,15 +398,26 @@ def test_what_does_not_fit_of_a_server_is_refused_by_the_name_of_the_member(
             arguments = {"eval_on_start": False}
             with refused(error, *facts):
                 train(taught(parts, folder, tmp_path / "out", teachers, training_args=arguments))
+        # Of one server, models that are served by paths with the same last part.
+        paths = ["/ckpt/de/final", "/ckpt/code/final"]
+        both = {"data": [{"id": path, "object": "model", "max_model_len": 65} for path in paths]}
+        with serving(lambda _, body: (200, both) if body is None else honest(body)) as (url, _):
+            teachers = [served(url, "first", 6, served_model=path, cache=str(tmp_path / "c")) for path in paths]
+            with refused(ConfigError, "teachers.1.cache", "teachers.0", *paths):
+                train(taught(parts, folder, tmp_path / "out", teachers))
         config = taught(parts, folder, tmp_path / "out", [served(one, "first", 6), served(two, "second", 4, weight=2)])
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
         stopped: list[str] = []
         monkeypatch.setattr(TeacherServer, "stop", lambda self: stopped.append(self.key))
         found = {check.name: check for check in dry_run(path).checks}["teacher"]
-        assert stopped == ["teachers.0", "teachers.1"], "nothing is asked after a dry run"
+        assert sorted(stopped) == ["teachers.0", "teachers.1"], "nothing is asked after a dry run"
         check_names(found.detail, "tiny", "top 6", "top 4", "weight 2")
         assert len(found.figures["teachers"]) == 2
+    # Servers are connected before models are loaded, as in training.
+    config = taught(parts, folder, tmp_path / "out", [{"path": "first", "top_k": 5}, served(two, "second", 4)])
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    monkeypatch.setattr("distillkit.training.run.load_teacher", lambda *_: pytest.fail("a model was loaded"))
     found = {check.name: check for check in dry_run(path).checks}["teacher"]
     assert found.status == "failed"
-    check_names(found.detail, "teachers.0.base_url")
+    check_names(found.detail, "teachers.1.base_url")

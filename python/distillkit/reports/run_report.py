@@ -408,8 +408,9 @@ def advice(run: RunRecord, quoting: Quoting) -> list[str]:
         )
     if run.teacher_wait is not None and run.teacher_wait >= _MUCH_WAITING:
         found.append(
-            f"The device spent {run.teacher_wait:.0%} of the time waiting for the teacher's server: raise its "
-            "`concurrency` if it can take more, or capture the distributions first."
+            f"The device spent {run.teacher_wait:.0%} of the time waiting for served teachers: raise "
+            "`teacher.concurrency` (`teachers.N.concurrency` of one of several) if their servers can take more, or "
+            "capture the distributions first."
         )
     return found
 

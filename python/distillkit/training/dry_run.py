@@ -282,7 +282,7 @@ def _teacher(state: _State) -> tuple[str, dict[str, Any]]:
     run, config = state.run, state.config
     if not config.teachers_by_key:
         return "stored distributions", {"kind": "dataset"}
-    _ = run.live, run.servers  # all of them, before any is described
+    _ = run.servers, run.live  # all of them, before any is described; servers first, as in training
     lines = [_one_teacher(run, key) for key in config.teachers_by_key]
     kinds = sorted({each.kind for each in config.teachers_by_key.values()})
     figures: dict[str, Any] = {"kind": " and ".join(kinds)}

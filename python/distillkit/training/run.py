@@ -50,8 +50,8 @@ from distillkit.training.saving import reaching_hub, save_student
 from distillkit.training.signals.base import TeacherSignal
 from distillkit.training.signals.live import OnlineSignal, check_teacher_tokenizer, load_teacher
 from distillkit.training.signals.served import ServedSignal
-from distillkit.training.signals.server import TeacherServer, check_caches, connect
-from distillkit.training.signals.several import SeveralTeachers, check_routes
+from distillkit.training.signals.server import TeacherServer, check_caches, connect, stop_all
+from distillkit.training.signals.several import SeveralTeachers, check_taught
 from distillkit.training.signals.stored import OfflineSignal
 from distillkit.training.special_tokens import check_eos_labels, configure_model, configure_tokenizer
 from distillkit.training.student import check_student, load_student, prepare_student
@@ -182,7 +182,7 @@ class Run:
 
     @cached_property
     def teacher_models(self) -> dict[str, transformers.PreTrainedModel]:
-        """The models of live teachers, by their keys."""
+        """The models of live teachers, by the teachers' keys (`teachers.0`); see also `live_models`."""
         # A student with adapters is its own teacher if the teacher is its unchanged base model.
         own, device = self.config.own_teachers, self.arguments.device
         return {
@@ -216,7 +216,7 @@ class Run:
 
     @property
     def live_models(self) -> dict[str, Any]:
-        """The models of live teachers, by the settings that name them."""
+        """The models of `teacher_models`, by the settings that name them (`teachers.0.path`), for messages."""
         return {key: model for signal in self.live.values() for key, model in signal.models.items()}
 
     @cached_property
@@ -384,17 +384,30 @@ class Run:
             _write_config(self.config)
         with tracking(self.config):
             try:
-                result = training(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+                with self.asking():
+                    result = training(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
             finally:
                 self.progress.close()
-                self.stop_asking()
         trainer.check_finite()
         return result
 
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Stop asking servers at the end. If this block fails, its error is raised, whatever else fails then."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.stop_asking()
+            except (DistillKitError, OSError) as error:
+                logger.error("%s", error)
+            raise
+        self.stop_asking()
+
     def stop_asking(self) -> None:
-        """Cancel what servers were asked ahead, if any are connected, and write what their caches hold."""
-        for server in self.__dict__.get("servers", {}).values():
-            server.stop()
+        """Cancel what servers were asked ahead, if any are connected, and write what their caches hold; see
+        `stop_all`."""
+        stop_all(self.__dict__.get("servers", {}).values())
 
     def finish(self, trainer: SignalTrainer, steps: int, seconds: float) -> dict[str, Any]:
         """Write the summary and the last report, and return the summary; see `train`."""
@@ -533,8 +546,7 @@ def _dataset(
     check_positions(config, entry, source, arguments, models)
     if teacher is not None:
         check_ids(source, head_size, key)
-        if isinstance(teacher, SeveralTeachers):
-            check_routes(source, teacher, key)
+        check_taught(source, teacher, key)
         return training_dataset(config, entry, source, teacher, arguments)
     if not isinstance(source, StoredDataset):
         raise TypeError(f"{key}: expected stored distributions, found {type(source).__name__}")

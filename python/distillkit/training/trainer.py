@@ -32,6 +32,7 @@ from distillkit.training.identity import LAST
 from distillkit.training.rollouts.order import WithSlots
 from distillkit.training.saving import saving
 from distillkit.training.signals.served import asked_ahead
+from distillkit.training.signals.server import flush_all
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -531,12 +532,10 @@ class _Epochs(transformers.TrainerCallback):  # type: ignore[misc]
         self.trainer.start_epoch(int(state.epoch or 0))
         servers = self.trainer.train_dataset.signal.servers
         # Whatever a process has asked, the others find from here on.
-        for server in servers:
-            server.flush()
+        flush_all(servers)
         if servers:
             self.trainer.accelerator.wait_for_everyone()
-        for server in servers:
-            server.flush()
+        flush_all(servers)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Reading processes end with the batches that they read.

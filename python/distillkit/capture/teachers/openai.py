@@ -82,6 +82,11 @@ class OpenAITeacher(ServerConnection):
         return self._head_size
 
     @property
+    def served_model(self) -> str:
+        """The server's whole name for the model, which requests have."""
+        return self._model
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The served model's name; servers report neither revision nor dtype."""
         name = Path(self._model).name if self._model.startswith(("/", ".", "~")) else self._model

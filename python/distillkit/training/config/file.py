@@ -92,21 +92,8 @@ def _disagreements(config: RunConfig) -> list[str]:
         others += [f"training_args.{name}" for name in ("packing",) if name in config.training_args]
         found += [f"dataset.packing: {other} says it, too; set only one of them" for other in others]
     hidden = [loss.function for loss in config.loss_functions if loss.function in HIDDEN_LOSSES]
-    if hidden and config.layer_mapping is None:
-        found.append(
-            f"layer_mapping: missing, but {hidden[0]} needs it: 'all', or pairs of [student layer, teacher layer]"
-        )
-    if config.layer_mapping is not None and len(config.teachers or ()) > 1:
-        found.append(
-            "layer_mapping: compares hidden states with those of one teacher, but there are several (teachers); leave "
-            "it out, or set teacher"
-        )
-    if hidden and config.teacher.kind != "hf":
-        lacking = "a server" if config.teacher.kind == "server" else "a dataset of stored distributions"
-        found.append(
-            f"loss_functions: {hidden[0]} compares hidden states, which {lacking} does not have; use a live teacher "
-            "(teacher.kind: hf)"
-        )
+    if hidden:
+        found += _hidden_problems(config, hidden[0])
     if not hidden and config.layer_mapping is not None:
         found.append(f"layer_mapping: only {' and '.join(HIDDEN_LOSSES)} use it, and loss_functions has neither")
     if not hidden and config.force_hidden_state_projection:
@@ -114,6 +101,24 @@ def _disagreements(config: RunConfig) -> list[str]:
             f"force_hidden_state_projection: only {' and '.join(HIDDEN_LOSSES)} use it, and loss_functions has neither"
         )
     return [*found, *_rollout_problems(config)]
+
+
+def _hidden_problems(config: RunConfig, loss: str) -> Iterator[str]:
+    """Describe what a loss of hidden states lacks."""
+    if len(config.teachers or ()) > 1:
+        yield (
+            f"loss_functions: {loss} compares hidden states with those of one teacher, but there are several "
+            "(teachers); leave it out, with layer_mapping, or use a single live teacher"
+        )
+    elif config.teacher.kind != "hf":
+        lacking = "a server" if config.teacher.kind == "server" else "a dataset of stored distributions"
+        key = "teacher" if config.teachers is None else "teachers.0"
+        yield (
+            f"loss_functions: {loss} compares hidden states, which {lacking} does not have; use a live teacher "
+            f"({key}.kind: hf)"
+        )
+    elif config.layer_mapping is None:
+        yield f"layer_mapping: missing, but {loss} needs it: 'all', or pairs of [student layer, teacher layer]"
 
 
 def _rollout_problems(config: RunConfig) -> Iterator[str]:

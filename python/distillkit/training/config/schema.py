@@ -494,6 +494,9 @@ class RolloutsConfig(Section):
         return self
 
 
+Concurrency = Annotated[int, Field(ge=1, le=4096)]
+
+
 class ServedTeacherConfig(Section):
     """A teacher behind an OpenAI-compatible server, asked while the student trains (`kind: server`)."""
 
@@ -519,10 +522,8 @@ class ServedTeacherConfig(Section):
     label_logprobs: bool = Field(
         default=False, description="Also use the teacher's log-probability of each next token, whatever its rank."
     )
-    concurrency: int = Field(
+    concurrency: Concurrency = Field(
         default=_SERVER.concurrency,
-        ge=1,
-        le=4096,
         description="Maximum number of concurrent requests of each process. Twice as many documents are asked about "
         "ahead.",
     )
@@ -581,6 +582,12 @@ class ListedLiveTeacherConfig(_Listed, LiveTeacherConfig):
 
 class ListedServedTeacherConfig(_Listed, ServedTeacherConfig):
     """A served teacher in a list of several."""
+
+    concurrency: Concurrency = Field(
+        default=_SERVER.concurrency,
+        description="Maximum number of concurrent requests of each process. Twice as many documents as the "
+        "`concurrency` of all served teachers together are asked about ahead.",
+    )
 
 
 ListedTeacherConfig = Annotated[Union[ListedLiveTeacherConfig, ListedServedTeacherConfig], Field(discriminator="kind")]
@@ -665,6 +672,7 @@ class RunConfig(Section):
     teachers: list[ListedTeacherConfig] | None = Field(
         default=None,
         min_length=1,
+        max_length=63,  # a batch has the teachers of each position as bits of an int64
         description="Several live and served teachers in place of one: each teaches the rows that it matches; where "
         "several match a row, their probabilities are averaged.",
     )

@@ -22,17 +22,20 @@ Asked = Mapping[str, Sequence[tuple[Any, Future[Any]]]]
 """What servers were asked about a batch, by the teachers' keys: questions, and their answers to come."""
 
 
-def check_ids_fit(document: Document, head_size: int) -> None:
+def check_ids_fit(document: Document, head_size: int, head: str = "the student's head") -> None:
     """Refuse a document with a token id beyond a model's head, for which it has no embedding.
+
+    Args:
+        document: the document.
+        head_size: number of rows of the head.
+        head: what messages call it.
 
     Raises:
         MismatchError: there is one; names document and id.
     """
     largest = int(document.input_ids.max(initial=0))
     if largest >= head_size:
-        raise MismatchError(
-            f"{document.place} contains token id {largest:,}, but the model's head has {head_size:,} rows"
-        )
+        raise MismatchError(f"{document.place} contains token id {largest:,}, but {head} has {head_size:,} rows")
 
 
 class TeacherSignal:

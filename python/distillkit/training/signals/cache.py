@@ -87,6 +87,7 @@ class AnswerCache:
     Raises:
         CorruptDataError: the dataset is damaged; the message names the file.
         MismatchError: a file in it is of another dataset.
+        OSError: the folder cannot be made or read.
     """
 
     def __init__(self, cache: Path, header: Header, key: str = "teacher") -> None:
@@ -95,7 +96,6 @@ class AnswerCache:
         name = re.sub(r"[^\w.-]+", "-", str((header.teacher or {})["name"]))[:80]
         digest = xxhash.xxh3_64_hexdigest(canonical_json(header.identity()).encode())
         self.folder = cache / f"{name}-k{header.codec['config']['k']}-{digest}"
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._header, self._codec, self._key = header, header.make_codec(), key
         self._inside = Folder(self.folder)
         self._between_processes = FileLock(self.folder.with_name(f"{self.folder.name}.lock"))
@@ -105,6 +105,8 @@ class AnswerCache:
         self._dataset = Dataset(str(self.folder), "distillkit", header, self._codec, [], ())
         self._new: dict[str, tuple[Document, FidelityStats]] = {}
         self._new_bytes, self._since = 0, 0.0
+        with self._explaining():
+            self.folder.mkdir(parents=True, exist_ok=True)
         with self._explaining(), self._between_processes:
             self._inside.remove_leftovers(is_dataset_file)
             self._read(self._listed())
@@ -180,9 +182,13 @@ class AnswerCache:
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
-        """Say what to do about a damaged dataset, or one of another teacher."""
+        """Name the setting, and say what to do about a damaged dataset, or one of another teacher."""
         try:
             yield
+        except OSError as error:
+            if error.errno is None:
+                raise OSError(f"{self._key}.cache: {error}") from error
+            raise OSError(error.errno, f"{self._key}.cache: {error.strerror}", error.filename) from error
         except (CorruptDataError, MismatchError) as error:
             raise type(error)(f"{self._key}.cache: {error}. Remove {self.folder} to ask the teacher again") from error
 

@@ -19,7 +19,7 @@ import torch
 from distillkit.codec.topk import sparse_from_logits
 from distillkit.configuration.places import neighbour
 from distillkit.configuration.secrets import redacted
-from distillkit.errors import ConfigError, MismatchError
+from distillkit.errors import ConfigError, DistillKitError, MismatchError
 from distillkit.losses.positions import DenseTeacher, DenseTeachers, Targets
 from distillkit.models.head import backbone_layers, bare_model, check_lm_head, logit_chunks
 from distillkit.models.rope import choose_frequencies_by_document
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from distillkit.training.config.schema import RunConfig
 
-__all__ = ["OnlineSignal", "as_teacher", "check_teacher_tokenizer", "load_teacher", "most_probable"]
+__all__ = ["OnlineSignal", "check_teacher_tokenizer", "load_teacher", "most_probable"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class OnlineSignal(TeacherSignal):
         key: the teacher's key in the configuration.
 
     Raises:
-        DistillKitError: the teacher's head cannot be applied apart from the model.
+        DistillKitError: the teacher's head cannot be applied apart from the model; names its setting.
         ConfigError: top_k is more than the teacher or the student has ids.
     """
 
@@ -70,7 +70,10 @@ class OnlineSignal(TeacherSignal):
         self.key = key
         self.layers = layers
         self.top_k = top_k
-        self.head = check_lm_head(model)
+        try:
+            self.head = check_lm_head(model)
+        except DistillKitError as error:
+            raise DistillKitError(f"{key}.path: {error}") from error
         self.head_size = self.head.size if head_size is None else head_size
         for whose, size in (("teacher's", self.head.size), ("student's", self.head_size)):
             if top_k is not None and top_k > size:
@@ -82,7 +85,8 @@ class OnlineSignal(TeacherSignal):
         Raises:
             MismatchError: a token id is beyond the head of the student or the teacher.
         """
-        check_ids_fit(document, min(self.head_size, self.head.size))
+        check_ids_fit(document, self.head_size)
+        check_ids_fit(document, self.head.size, f"the teacher's head ({self.key})")
         return {}
 
     def targets(self, batch: Mapping[str, Any], labels: torch.Tensor) -> Targets:
@@ -97,7 +101,7 @@ class OnlineSignal(TeacherSignal):
     def run(self, batch: Mapping[str, Any], device: torch.device) -> tuple[DenseTeacher, tuple[torch.Tensor, ...]]:
         """Run the teacher on a batch, and return its whole distributions and its hidden states (N, H) of `layers`, the
         latter on `device`."""
-        with as_teacher(self.model) as bare:
+        with _as_teacher(self.model) as bare:
             inputs = {name: _moved(value, bare.device) for name, value in batch.items() if name in MODEL_INPUTS}
             last, layers = backbone_layers(bare, self.layers, **inputs)
             weights = self.head.weights()
@@ -139,7 +143,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def as_teacher(model: Any) -> Iterator[PreTrainedModel]:
+def _as_teacher(model: Any) -> Iterator[PreTrainedModel]:
     """Temporarily disable dropout and adapters, and yield the bare model."""
     bare, training = bare_model(model), model.training
     model.eval()

@@ -25,7 +25,7 @@ from distillkit.errors import CaptureError, ConfigError
 from distillkit.losses.positions import Targets
 from distillkit.training.data.examples import DocumentSource
 from distillkit.training.signals.base import Asked, TeacherSignal, check_ids_fit
-from distillkit.training.signals.server import TeacherServer, naming
+from distillkit.training.signals.server import TeacherServer, flush_all, naming
 from distillkit.training.signals.stored import within
 from distillkit.types import Document, SparseLogprobs
 
@@ -72,6 +72,7 @@ class ServedSignal(TeacherSignal):
         self._server: TeacherServer | None = server
         self.head_size = head_size
         self._teacher_head_size = server.head_size
+        self._teacher_head = f"the teacher's head ({server.key})"
         self._source = source
         self._key = key
         self._waited = 0.0
@@ -93,7 +94,8 @@ class ServedSignal(TeacherSignal):
         Raises:
             MismatchError: a token id is beyond the head of the student or the teacher.
         """
-        check_ids_fit(document, min(self.head_size, self._teacher_head_size))
+        check_ids_fit(document, self.head_size)
+        check_ids_fit(document, self._teacher_head_size, self._teacher_head)
         return {}
 
     @property
@@ -191,7 +193,8 @@ def asked_ahead(signal: TeacherSignal, batches: Iterator[dict[str, Any]]) -> Ite
     next ones.
 
     So many batches are read ahead that twice as many documents as requests run at a time are asked about besides those
-    of the batch that is yielded: this bounds the answers that are in memory.
+    of the batch that is yielded: this bounds the answers that are in memory. A batch of which no server is asked counts
+    as one document, which bounds the batches.
     """
     return _ahead(signal, batches) if signal.servers else batches
 
@@ -199,21 +202,23 @@ def asked_ahead(signal: TeacherSignal, batches: Iterator[dict[str, Any]]) -> Ite
 def _ahead(signal: TeacherSignal, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     most = 2 * sum(server.concurrency for server in signal.servers)
     read: deque[dict[str, Any]] = deque()
-    ended = False
+    ended, ahead = False, 0  # the documents of all batches but the first
     while True:
-        while not ended and (not read or sum(map(_documents, itertools.islice(read, 1, None))) < most):
+        while not ended and (not read or ahead < most):
             batch = next(batches, None)
             if batch is None:
                 ended = True
-            else:
-                read.append({**batch, ASKED: signal.ask(batch)})
+                continue
+            batch = {**batch, ASKED: signal.ask(batch)}
+            ahead += _documents(batch) if read else 0
+            read.append(batch)
         if not read:
-            for server in signal.servers:
-                server.flush()
+            flush_all(signal.servers)
             return
         yield read.popleft()
+        ahead -= _documents(read[0]) if read else 0
 
 
 def _documents(batch: Mapping[str, Any]) -> int:
-    """Return the number of questions that were asked about a batch."""
-    return sum(map(len, batch[ASKED].values()))
+    """Return the number of questions that were asked about a batch, and 1 if there are none."""
+    return max(1, sum(map(len, batch[ASKED].values())))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, Thread
@@ -30,7 +30,7 @@ from distillkit.types import SparseLogprobs, TokenDocument
 if TYPE_CHECKING:
     from distillkit.training.config.schema import RunConfig
 
-__all__ = ["TeacherServer", "check_caches", "connect", "naming"]
+__all__ = ["TeacherServer", "check_caches", "connect", "flush_all", "naming", "stop_all"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,9 @@ class _Engine(Protocol):
 
     @property
     def head_size(self) -> int: ...
+
+    @property
+    def served_model(self) -> str: ...
 
     @property
     def identity(self) -> dict[str, Any]: ...
@@ -114,7 +117,7 @@ class TeacherServer:
 
     @property
     def name(self) -> str:
-        """The served model's name."""
+        """The served model's name; of a path, its last part."""
         return str(self.engine.identity["name"])
 
     def ask(
@@ -217,13 +220,37 @@ class TeacherServer:
                 each.answer.set_exception(error)
 
 
+def stop_all(servers: Iterable[TeacherServer]) -> None:
+    """Stop all servers, also if one cannot write its cache.
+
+    Raises:
+        OSError: the first cache that cannot be written; names its setting. Those of the others are its context.
+        CorruptDataError: likewise, another process's shard is damaged.
+    """
+    # The callback that was added first is called last, so that its error is the one that is raised.
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+
+
+def flush_all(servers: Iterable[TeacherServer]) -> None:
+    """Write what all caches hold, also if one cannot be written.
+
+    Raises:
+        OSError, CorruptDataError: as `stop_all`.
+    """
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.flush)
+
+
 @contextmanager
 def naming(key: str) -> Iterator[None]:
     """Name the teacher in errors of its server, unless they have the key of one of its settings already."""
     try:
         yield
     except (CaptureError, ConfigError) as error:
-        if key in str(error):
+        if f"{key}." in str(error) or f"{key}:" in str(error):
             raise
         kind = CaptureError if isinstance(error, CaptureError) else ConfigError
         raise kind(f"{key}: {error}") from error
@@ -290,7 +317,8 @@ def connect(config: RunConfig, tokenizer: Any, key: str = "teacher") -> TeacherS
 
 
 def check_caches(config: RunConfig, servers: Mapping[str, TeacherServer]) -> None:
-    """Refuse two servers whose answers would be kept in one folder, since they serve their models under one name.
+    """Refuse two teachers whose answers would be kept in one folder, since that has neither a server's URL nor, of a
+    model served by its path, more than the last part.
 
     Args:
         config: the configuration.
@@ -299,14 +327,14 @@ def check_caches(config: RunConfig, servers: Mapping[str, TeacherServer]) -> Non
     Raises:
         ConfigError: names both.
     """
-    seen: dict[Path, str] = {}
+    seen: dict[Path, tuple[str, str]] = {}
     for key, server in servers.items():
         if server.cache is None:
             continue
-        first = seen.setdefault(server.cache.folder.resolve(), key)
-        urls = [config.served_teachers[each].base_url.rstrip("/") for each in (first, key)]
-        if urls[0] != urls[1]:
+        model = f"{server.engine.served_model!r} at {config.served_teachers[key].base_url.rstrip('/')}"
+        first, other = seen.setdefault(server.cache.folder.resolve(), (key, model))
+        if model != other:
             raise ConfigError(
-                f"{key}.cache: {urls[1]} and {urls[0]} ({first}) both serve {server.name!r}, whose answers would be "
-                f"kept in one folder, {server.cache.folder}; give each a cache of its own"
+                f"{key}.cache: {model}, and {other} ({first}) would keep their answers in one folder, "
+                f"{server.cache.folder}; give each a cache of its own"
             )

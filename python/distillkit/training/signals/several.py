@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from distillkit.training.config.schema import ListedLiveTeacherConfig, ListedServedTeacherConfig
     from distillkit.training.signals.server import TeacherServer
 
-__all__ = ["SeveralTeachers", "check_routes"]
+__all__ = ["SeveralTeachers", "check_taught"]
 
 
 @dataclass(frozen=True)
@@ -246,21 +246,23 @@ def _restricted(batch: Mapping[str, Any], taught: torch.Tensor) -> Mapping[str, 
     return {**found, **asked, "rows": rows, "places": batch["places"][taught]}
 
 
-def check_routes(documents: DocumentSource, signal: SeveralTeachers, key: str) -> None:
-    """Refuse documents that no teacher matches: of prepared text all, of a stored dataset a sample; the others are
-    refused when they are read.
+def check_taught(documents: DocumentSource, signal: TeacherSignal, key: str) -> None:
+    """Refuse documents that no live or served teacher can teach: of prepared text all that none matches, and of a
+    sample those that have token ids beyond their teachers' heads; the others are refused when they are read.
 
     Args:
         documents: the documents.
-        signal: the teachers.
+        signal: the teacher, or several.
         key: dotted path of the dataset in the configuration, for messages.
 
     Raises:
         MismatchError: names a document, or the values of a row.
     """
-    if isinstance(documents, PreparedDataset):
+    if isinstance(signal, SeveralTeachers) and isinstance(documents, PreparedDataset):
         for values in documents.columns or [{}]:
             signal.teaching(values, f"{key}: a row")
-        return
     for document in sampled(documents):
-        signal.teaching(document.columns, f"{key}: {document.place}")
+        try:
+            signal.take(document, np.arange(0))
+        except MismatchError as error:
+            raise MismatchError(f"{key}: {error}") from error

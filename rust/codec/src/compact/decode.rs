@@ -13,8 +13,6 @@ use super::wide::{self, Group, Vectors};
 use crate::error::Result;
 #[cfg(target_arch = "aarch64")]
 use crate::simd::Neon;
-#[cfg(target_arch = "x86_64")]
-use crate::simd::{Avx2, Avx512};
 use crate::simd::{Backend, Isa, Portable, multiversion};
 
 /// A stream is read in words of this many bytes; so many zeros follow a document.
@@ -313,7 +311,7 @@ multiversion! {
         source: &Source<'_>,
         streams: &mut [Stream],
         sink: &mut S,
-    ) -> Result<()> = read_rows_body;
+    ) -> Result<()> = ReadRows::read_rows;
 }
 
 /// How an instruction set reads the rows of [`LANES`] lanes.
@@ -336,37 +334,20 @@ impl ReadRows for Portable {}
 impl ReadRows for Neon {}
 
 #[cfg(target_arch = "x86_64")]
-macro_rules! read_side_by_side {
-    ($($isa:ident),+) => {$(
-        impl ReadRows for $isa {
-            #[inline(always)]
-            fn read_rows<S: RowSink>(
-                self,
-                model: &Model,
-                source: &Source,
-                streams: &mut [Stream],
-                sink: &mut S,
-            ) -> Result<()> {
-                if wide::takes(source, streams) {
-                    return wide::read_rows(self, model, source, streams, sink);
-                }
-                read_fours(model, source, streams, sink)
-            }
+impl<I: Vectors> ReadRows for I {
+    #[inline(always)]
+    fn read_rows<S: RowSink>(
+        self,
+        model: &Model,
+        source: &Source,
+        streams: &mut [Stream],
+        sink: &mut S,
+    ) -> Result<()> {
+        if wide::takes(source, streams) {
+            return wide::read_rows(self, model, source, streams, sink);
         }
-    )+};
-}
-#[cfg(target_arch = "x86_64")]
-read_side_by_side!(Avx2, Avx512);
-
-#[inline(always)]
-fn read_rows_body<I: ReadRows, S: RowSink>(
-    isa: I,
-    model: &Model,
-    source: &Source,
-    streams: &mut [Stream],
-    sink: &mut S,
-) -> Result<()> {
-    isa.read_rows(model, source, streams, sink)
+        read_fours(model, source, streams, sink)
+    }
 }
 
 /// Reads rows of four lanes at a time.

@@ -73,19 +73,6 @@ impl Lanes {
         out
     }
 
-    #[inline(always)]
-    fn sum(self) -> f32 {
-        let mut lanes = self;
-        let mut width = LANES / 2;
-        while width > 0 {
-            for lane in 0..width {
-                lanes.0[lane] += lanes.0[lane + width];
-            }
-            width /= 2;
-        }
-        lanes.0[0]
-    }
-
     /// The sum of the numbers, halves first.
     #[inline(always)]
     pub(crate) fn total(self) -> f32 {
@@ -221,9 +208,9 @@ pub(crate) fn sum_exp(values: &[f32]) -> f64 {
     }
     if let (Some(last), false) = (values.last_chunk::<LANES>(), rest.is_empty()) {
         sums += last_of(last, rest.len()).exp();
-        return f64::from(sums.sum());
+        return f64::from(sums.total());
     }
-    let mut sum = sums.sum();
+    let mut sum = sums.total();
     for &value in rest {
         no_unroll();
         sum += exp(value);

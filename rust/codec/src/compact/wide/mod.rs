@@ -58,6 +58,7 @@ impl<I: Vectors, const ALL: bool> Active<I, ALL> {
 }
 
 /// A stream of each lane.
+#[derive(Clone, Copy)]
 struct Streams {
     bit: Vector,
     state: Vector,
@@ -156,11 +157,9 @@ struct Gaps {
 
 impl Gaps {
     #[inline(always)]
-    fn begin<I: Vectors>(&mut self, isa: I, group: &Group) {
-        self.contexts = isa.load(&group.gaps);
-        self.next = isa.splat(0);
-        self.bucket = isa.splat(0);
-        self.all = isa.splat(0);
+    fn new<I: Vectors>(isa: I, streams: Streams, group: &Group) -> Self {
+        let [next, bucket, all] = [isa.splat(0); 3];
+        Self { streams, contexts: isa.load(&group.gaps), next, bucket, all }
     }
 
     /// The next positions, `left` of which are left.
@@ -209,11 +208,9 @@ struct Levels {
 
 impl Levels {
     #[inline(always)]
-    fn begin<I: Vectors>(&mut self, isa: I, group: &Group) {
-        self.contexts = isa.load(&group.shapes);
-        self.quantiser = isa.splat(0);
-        self.following = isa.splat(0);
-        self.all = isa.splat(0);
+    fn new<I: Vectors>(isa: I, streams: Streams, group: &Group) -> Self {
+        let [quantiser, following, all] = [isa.splat(0); 3];
+        Self { streams, contexts: isa.load(&group.shapes), quantiser, following, all }
     }
 
     /// The next levels, of ids at positions in these buckets.
@@ -564,29 +561,16 @@ pub(super) fn read_rows<I: Vectors, S: RowSink>(
 ) -> Result<()> {
     let mut group = Group::new(model.config.k);
     let (gap_streams, level_streams) = streams.split_at_mut(LANES);
-    let zero = isa.splat(0);
-    let mut gaps = Gaps {
-        streams: Streams::load(isa, gap_streams),
-        contexts: zero,
-        next: zero,
-        bucket: zero,
-        all: zero,
-    };
-    let mut levels = Levels {
-        streams: Streams::load(isa, level_streams),
-        contexts: zero,
-        quantiser: zero,
-        following: zero,
-        all: zero,
-    };
+    let [mut gap_lanes, mut level_lanes] =
+        [Streams::load(isa, gap_streams), Streams::load(isa, level_streams)];
     let Model { entries, gap, level, lefts, .. } = model;
     let reader = Reader { isa, data: source.data, entries, gap, level, lefts };
     for rows in source.order.chunks(LANES) {
         group.begin(model, source, rows);
-        gaps.begin(isa, &group);
-        levels.begin(isa, &group);
-        isa.store(gaps.streams.bit, &mut group.begun[0]);
-        isa.store(levels.streams.bit, &mut group.begun[1]);
+        let mut gaps = Gaps::new(isa, gap_lanes, &group);
+        let mut levels = Levels::new(isa, level_lanes, &group);
+        isa.store(gap_lanes.bit, &mut group.begun[0]);
+        isa.store(level_lanes.bit, &mut group.begun[1]);
         if group.is_even() {
             group.read::<I, true>(reader, source.first, &mut gaps, &mut levels);
         } else {
@@ -601,11 +585,12 @@ pub(super) fn read_rows<I: Vectors, S: RowSink>(
         }
         group.look_up(isa, source.first);
         group.finish(isa, model, source, levels.too_large(isa))?;
-        levels.streams.bit = isa.load(&group.ended[1]);
+        (gap_lanes, level_lanes) = (gaps.streams, levels.streams);
+        level_lanes.bit = isa.load(&group.ended[1]);
         sink.group(isa, source, &mut group);
     }
-    gaps.streams.store(isa, gap_streams);
-    levels.streams.store(isa, level_streams);
+    gap_lanes.store(isa, gap_streams);
+    level_lanes.store(isa, level_streams);
     Ok(())
 }
 

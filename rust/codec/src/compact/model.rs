@@ -33,9 +33,12 @@ pub(super) struct Model {
     pub(super) clusters: Vec<PreparedCluster>,
     pub(super) levels: Vec<f32>,
     /// The bits of each of `levels`.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only `wide` reads it"))]
     pub(super) level_bits: Vec<u32>,
-    /// Probability of each level, in units of 2⁻⁴⁸; also its low 24 bits, and those above.
+    /// Probability of each level, in units of 2⁻⁴⁸.
     pub(super) weights: Vec<u64>,
+    /// Its low 24 bits, and those above.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only `wide` reads it"))]
     pub(super) weight_halves: [Vec<u32>; 2],
     /// ln(1 − m) of each stored missing mass m, plus the logarithm of the unit of `weights`.
     pub(super) stored_logs: Vec<f64>,
